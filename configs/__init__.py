@@ -1,0 +1,1 @@
+"""Configuration: the schema, YAML files, and how they are resolved against a device."""

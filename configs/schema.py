@@ -1,0 +1,99 @@
+"""The configuration schema: frozen, every key checked, nothing accepted and ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Which model, and how it is held in memory."""
+
+    source: str = Field(
+        "smollm2-135m-instruct",
+        description="bundled alias, Hugging Face directory, .gguf file, or hub id",
+    )
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    served_name: str | None = Field(None, description="name in the API; default: `source`")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="of weights and KV cache; on a CPU activations are float32"
+    )
+    max_model_len: Positive | None = Field(
+        None, description="prompt + output tokens; default: the model's own context length"
+    )
+    chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own")
+
+
+class CacheConfig(Section):
+    """The paged key/value cache."""
+
+    block_size: Literal[16] = Field(16, description="tokens per block")
+    num_blocks: Positive | None = Field(None, description="default: sized from memory_fraction")
+    memory_fraction: float = Field(
+        0.3, gt=0, le=0.95, description="share of the free memory, used when num_blocks is unset"
+    )
+    prefix_caching: bool = True
+
+
+class SchedulerConfig(Section):
+    """How much one step may do."""
+
+    max_num_seqs: Positive = Field(64, description="sequences in one step")
+    max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
+
+
+class KernelsConfig(Section):
+    """Which implementation serves each operation."""
+
+    backend: Literal["auto", "reference", "native"] = Field(
+        "auto", description="native: C++ for CPUs; reference: plain torch; auto: the fastest here"
+    )
+    threads: Positive | None = Field(None, description="CPU threads; default: all cores")
+
+
+class ServerConfig(Section):
+    """The HTTP front end and its limits."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    api_keys: tuple[str, ...] = Field((), description="accepted bearer tokens; empty: no check")
+    api_key_file: Path | None = Field(None, description="one key per line, # for comments")
+    max_queued_requests: Positive = 256
+    max_waiting_tokens: Positive = Field(262_144, description="prompt tokens not yet started")
+    max_body_bytes: Positive = 4_194_304
+    max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
+    drain_timeout: float = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
+    restart_engine: bool = Field(True, description="start the engine again when it dies")
+
+
+class LogConfig(Section):
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    prompts: bool = Field(False, description="write prompt and output text into the log")
+
+
+class CacheDirConfig(Section):
+    """Files made once per machine: converted tokenizers, compiled kernels."""
+
+    dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/aerie or ~/.cache/aerie")
+
+
+class Config(Section):
+    """Everything `aerie serve` can be told."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    server: ServerConfig = ServerConfig()
+    log: LogConfig = LogConfig()
+    files: CacheDirConfig = CacheDirConfig()

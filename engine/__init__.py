@@ -1,0 +1,1 @@
+"""Continuous-batching engine: requests in, tokens out."""

@@ -1,0 +1,1 @@
+"""Key/value cache: block bookkeeping (pure Python) and tensor storage."""

@@ -1,0 +1,41 @@
+"""Key and value tensors of all layers, addressed by slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVStorage:
+    """Pages of one model. Block b, offset o is slot b * block_size + o."""
+
+    keys: tuple[Tensor, ...]  # per layer [num_blocks, block_size, Hkv, D]
+    values: tuple[Tensor, ...]  # per layer, same shape
+
+    @classmethod
+    def allocate(
+        cls,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVStorage:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+
+        def pages() -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
+
+        return cls(keys=pages(), values=pages())
+
+
+def bytes_per_block(
+    num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes of keys and values that one block takes over all layers."""
+    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize

@@ -1,0 +1,83 @@
+"""The wire between the HTTP process and the engine process: tagged msgspec unions.
+
+Every submitted request gets exactly one `Finished`, whatever happens to it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.request import FinishReason, Request
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probability of one token under the model, before any sampling parameter."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # best alternatives first, at most `logprobs` of them
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave the loop after the current step; every open request ends with ABORT."""
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """New output tokens of one request, in order. `prompt_logprobs` precede the first token:
+    one entry per prompt token, None for the very first one, sent once when all are known."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """The last event of a request. Times are seconds of time.time(); None where never reached."""
+
+    request_id: str
+    reason: FinishReason
+    num_prompt: int
+    num_output: int
+    num_cached: int = 0
+    num_preemptions: int = 0
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    error: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
+    """Sent once, when the engine can take requests."""
+
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    eos_token_ids: list[int]
+    ops: dict[str, str]  # operation -> backend
+    device: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
+    """Gauges of now and counters since start; sent after every step that changed them."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float  # 0..1
+    prefix_queries: int  # tokens looked up
+    prefix_hits: int  # tokens found
+    num_preemptions: int
+    num_steps: int
+    last_step_tokens: int
+
+
+ClientMessage = Submit | Abort | Shutdown
+EngineMessage = Tokens | Finished | EngineInfo | EngineStats

@@ -1,0 +1,1 @@
+"""Target models and how their weights are read."""

@@ -1,0 +1,1 @@
+"""The group of ranks that share one target model."""

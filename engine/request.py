@@ -1,0 +1,95 @@
+"""What a client asked for, and the scheduler's record of how far it has come."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens of one request are drawn. Validated by the front end; frozen afterwards.
+
+    `seed` is always set: the front end draws one when the client gave none, so the text of a
+    request is a function of (model, prompt, parameters, seed).
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # 64 bits, unsigned
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # alternatives per output token; None: no logprobs at all
+    prompt_logprobs: int | None = None  # the same for prompt tokens (completions with `echo`)
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One sequence to generate. `n` choices of one HTTP request are `n` requests."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0  # lower runs first
+    arrival_time: float = 0.0  # seconds, time.time()
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life. A preempted sequence is WAITING again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. ABORT and ERROR never reach an OpenAI client as a finish_reason."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The progress of one request. Only the scheduler (and its KV manager) changes it.
+
+    `num_computed` counts the leading tokens whose keys and values are in the cache. When the
+    sequence is ready to decode, `num_computed == len(token_ids) - 1`: the newest token is the
+    root of the next draft tree and its KV is not in the cache yet.
+    """
+
+    request: Request
+    token_ids: list[int]  # prompt + output
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
+    num_preemptions: int = 0
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+
+    @classmethod
+    def from_request(cls, request: Request) -> Sequence:
+        return cls(request=request, token_ids=list(request.prompt_ids))
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)

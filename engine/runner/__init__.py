@@ -1,0 +1,1 @@
+"""Turns a step plan into device tensors and runs the model on them."""

@@ -1,0 +1,71 @@
+"""What every rank must do this step (`StepPlan`), and what came out of it (`StepOutcome`).
+
+Both hold host integers only, so that a plan can be broadcast to follower ranks as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.messages import TokenLogprob
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence enters the running set: what the sampler has to know about it.
+
+    `output_ids` is not empty when a preempted sequence comes back.
+    """
+
+    request: Request
+    output_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One sequence's part of the step.
+
+    Tokens `token_ids` sit at positions `start .. start + len(token_ids) - 1`; their KV goes to
+    the slots of the same index in `block_ids`. When `samples`, the last of them is the newest
+    token of the sequence (the root of its draft tree) and a token is drawn behind it.
+    """
+
+    request_id: str
+    start: int
+    token_ids: list[int]
+    block_ids: list[int]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Rows in batch order. `admitted` are new or resumed rows, `released` rows that left the
+    running set since the last plan (finished, aborted, preempted)."""
+
+    rows: tuple[RowPlan, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    released: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """What one row of the plan produced: accepted tokens + bonus, empty when nothing was drawn.
+
+    `prompt_logprobs` covers the prompt tokens that this step predicted (positions start + 1 ..).
+    """
+
+    emitted: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """One `RowOutcome` per row of the plan, in the same order."""
+
+    rows: tuple[RowOutcome, ...] = field(default_factory=tuple)

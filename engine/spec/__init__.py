@@ -1,0 +1,1 @@
+"""Draft trees: their type, verification, and the proposer contract."""

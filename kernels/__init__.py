@@ -1,0 +1,1 @@
+"""One folder per operation: reference, native CPU kernel, Triton kernel."""

@@ -1,0 +1,1 @@
+"""Paged attention over a cached prefix and a tree or causal suffix."""

@@ -1,0 +1,75 @@
+"""The operation table: one typed callable per operation, chosen once at start.
+
+Legend of shapes: T packed tokens of the step, B rows, H hidden size, Hq / Hkv query and KV heads,
+D head dimension, F feed-forward size, V vocabulary, S block size, R sampled nodes.
+
+A model never names a backend; it calls `ops.<operation>`. Every backend of an operation computes
+what `kernels/<operation>/reference.py` computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A weight in the layout its backend wants, made once by `ops.pack_linear`."""
+
+    data: Tensor  # backend's own layout
+    bias: Tensor | None  # [N] float32
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMeta:
+    """Where the keys of each packed query lie.
+
+    Row b owns queries cu_q[b] .. cu_q[b+1]-1. They attend to cache positions 0 .. prefix_lens[b]-1
+    without a mask, and to the row's own suffix, whose KV was written to cache positions
+    prefix_lens[b] + i. `ancestors[t]` is a bit mask over suffix positions (bit i set: query t sees
+    suffix entry i; its own bit is always set); 0 means causal, as in a prefill chunk, which may be
+    longer than 64. A position p of row b lies at slot block_tables[b, p // S] * S + p % S.
+    """
+
+    cu_q: Tensor  # [B + 1] int32
+    prefix_lens: Tensor  # [B] int32
+    block_tables: Tensor  # [B, max_blocks] int32
+    ancestors: Tensor  # [T] int64
+    max_q: int
+    max_context: int  # longest prefix + suffix
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """All operations of one backend mix, plus the name of the backend behind each."""
+
+    # (weight [N, K] of the storage dtype, bias [N] or None) -> LinearWeight
+    pack_linear: Callable[[Tensor, Tensor | None], LinearWeight]
+    # (x [T, K], weight) -> [T, N] in x's dtype
+    linear: Callable[[Tensor, LinearWeight], Tensor]
+    # (ids [T] int64, weight) -> [T, K] in activation dtype: rows of a packed (tied) weight
+    embedding: Callable[[Tensor, LinearWeight], Tensor]
+    # (x [T, H], weight [H] float32, eps) -> [T, H]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    # (x [T, H], residual [T, H], weight [H] float32, eps) -> [T, H]; residual += x, in place
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    # (qkv [T, (Hq + 2 Hkv) D], cos_sin [max_len, D] float32, positions [T] int64, slots [T] int64,
+    #  k_cache, v_cache [num_blocks, S, Hkv, D]) -> rotated q [T, Hq, D]; k and v go to the cache
+    rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    # (q [T, Hq, D], k_cache, v_cache, meta, scale) -> [T, Hq * D]
+    attention: Callable[[Tensor, Tensor, Tensor, AttentionMeta, float], Tensor]
+    # (gate_up [T, 2F], gate first) -> [T, F] silu(gate) * up
+    silu_and_mul: Callable[[Tensor], Tensor]
+    # (logits [R, V] float32, keys [R] int64) -> [R] int64: argmax(logits + Gumbel(key, token)).
+    # -inf logits are never drawn
+    gumbel_argmax: Callable[[Tensor, Tensor], Tensor]
+    # (logits [R, V] float32) -> [R] float32: log(sum(exp(logits)))
+    logsumexp: Callable[[Tensor], Tensor]
+    activation_dtype: torch.dtype
+    backends: dict[str, str]  # operation -> "reference" | "native" | "triton"

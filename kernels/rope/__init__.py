@@ -1,0 +1,1 @@
+"""Rotary position embedding, fused with the write into the KV cache."""

@@ -1,0 +1,1 @@
+"""Position-keyed noise and the draw of a token."""

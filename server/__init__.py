@@ -1,0 +1,1 @@
+"""HTTP front end, engine process, command line."""
