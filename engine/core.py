@@ -1,0 +1,54 @@
+"""The engine: one loop of apply, schedule, execute, update."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Finished, Submit
+from engine.scheduler.plan import StepOutcome, StepPlan
+from engine.scheduler.scheduler import Scheduler
+
+
+class PlanExecutor(Protocol):
+    """Carries out a plan on every rank; implemented by `ModelRunner`."""
+
+    def execute(self, plan: StepPlan) -> StepOutcome: ...
+
+
+class EngineCore:
+    """Messages in, events out. Not thread-safe: one thread adds and steps."""
+
+    def __init__(self, scheduler: Scheduler, executor: PlanExecutor, info: EngineInfo) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self.info = info
+
+    def add(self, message: Submit | Abort) -> None:
+        """Take a message; its consequences come out of the next `step`."""
+        if isinstance(message, Submit):
+            self._scheduler.submit(message.request)
+        else:
+            self._scheduler.abort(message.request_id)
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do: rows to run or events to hand over."""
+        return self._scheduler.has_work()
+
+    def step(self) -> list[EngineMessage]:
+        """Run one step and return what clients must hear, stats last."""
+        plan = self._scheduler.schedule()
+        outcome = self._executor.execute(plan)
+        events: list[EngineMessage] = [*self._scheduler.update(plan, outcome)]
+        events.append(self._scheduler.stats())
+        return events
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def abort_all(self, reason: str) -> list[Finished]:
+        """End every open request with ERROR and `reason`."""
+        return self._scheduler.abort_all(reason)
+
+    def audit(self) -> None:
+        """Assert that the bookkeeping adds up."""
+        self._scheduler.audit()

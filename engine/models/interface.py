@@ -1,0 +1,21 @@
+"""What the runner needs from a target model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.runner.forward import ForwardBatch, ForwardContext
+
+
+class TargetModel(Protocol):
+    """A decoder that runs packed batches. Stateless: weights inside, caches in the context."""
+
+    def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
+        """Hidden states after the final norm, [T, H]; KV of the batch goes to the cache."""
+        ...
+
+    def logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """[R, H] -> [R, V] float32."""
+        ...
