@@ -1,0 +1,40 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.ops import Ops
+from kernels.registry import build_ops
+from tests.support.tiny_engine import TinyEngine, random_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the native library is compiled, once per test session."""
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture(scope="session")
+def reference_ops(native_cache: Path) -> Ops:
+    return build_ops("reference", CPU, torch.float32, 2, native_cache)
+
+
+@pytest.fixture(scope="session")
+def native_ops(native_cache: Path) -> Ops:
+    """Native operations over float32 storage; skipped, with the reason, where none can be built."""
+    ops = build_ops("auto", CPU, torch.float32, 2, native_cache)
+    if ops.backends["linear"] != "native":
+        pytest.skip(f"no native kernels here: {ops.backends['linear']}")
+    return ops
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(native_ops: Ops) -> TinyEngine:
+    """A tiny random model over the native operations, whose results do not depend on the batch."""
+    return TinyEngine(random_llama(), native_ops)

@@ -1,0 +1,107 @@
+"""Our forward against transformers in float32, on tiny random models of every shape we claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.models.arch import LlamaArch
+from engine.scheduler.plan import RowPlan
+from kernels.ops import Ops
+from tests.support.packed import PackedModel, load_packed
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def config(heads: int, kv_heads: int, head_dim: int, **changes: object) -> LlamaConfig:
+    settings: dict[str, object] = {
+        "vocab_size": 131,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 1024,
+        "rope_parameters": DEFAULT_ROPE,
+        "rms_norm_eps": 1e-5,
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+SHAPES: dict[str, Callable[[], LlamaConfig]] = {
+    "llama2-mha-d64": lambda: config(2, 2, 64),
+    "llama31-gqa4-d128": lambda: config(4, 1, 128, rope_parameters=LLAMA3_ROPE),
+    "llama32-gqa4-d64-tied": lambda: config(
+        8, 2, 64, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True
+    ),
+    "gqa8-d64-biases": lambda: config(8, 1, 64, attention_bias=True, mlp_bias=True),
+    "gqa3-d64-tied": lambda: config(9, 3, 64, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=SHAPES, scope="module")
+def oracle(request: pytest.FixtureRequest) -> Iterator[LlamaForCausalLM]:
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(SHAPES[request.param]()).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, 0.5, 0.3)
+        else:
+            torch.nn.init.normal_(parameter, 0.0, 0.15)
+    yield model
+
+
+@pytest.fixture(params=["reference", "native"])
+def packed(request: pytest.FixtureRequest, oracle: LlamaForCausalLM) -> PackedModel:
+    ops: Ops = request.getfixturevalue(f"{request.param}_ops")
+    arch = LlamaArch.from_hf_config(oracle.config.to_dict())
+    return load_packed(arch, oracle.state_dict().__getitem__, ops, torch.float32)
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(0, 131, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def expected(oracle: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+    return oracle(torch.tensor([token_ids])).logits[0]
+
+
+def test_logits_of_a_mixed_batch_equal_transformers(
+    oracle: LlamaForCausalLM, packed: PackedModel
+) -> None:
+    ids = prompts(1, 17, 130)
+    packed.admit("a", "b", "c")
+    blocks = ([3], [9, 5], [20, 2, 30, 4, 40, 6, 50, 8, 60])
+    rows = [
+        RowPlan(name, 0, tokens, list(table), True)
+        for name, tokens, table in zip("abc", ids, blocks, strict=True)
+    ]
+    for got, token_ids in zip(packed.run(*rows), ids, strict=True):
+        torch.testing.assert_close(got, expected(oracle, token_ids), atol=1e-4, rtol=0)
+
+
+def test_chunks_and_single_tokens_continue_from_the_cache(
+    oracle: LlamaForCausalLM, packed: PackedModel
+) -> None:
+    (ids,) = prompts(75)
+    packed.admit("a")
+    table = [7, 1, 12, 3, 9]
+    pieces = []
+    for start, end in ((0, 30), (30, 31), (31, 64), (64, 75)):
+        row = RowPlan("a", start, ids[start:end], table[: (end + 15) // 16], True)
+        pieces += packed.run(row)
+    torch.testing.assert_close(torch.cat(pieces), expected(oracle, ids), atol=1e-4, rtol=0)
