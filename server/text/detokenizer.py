@@ -1,0 +1,49 @@
+"""Token ids to text as they come, at a cost per token that does not grow with the text."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from server.text.tokenizer import Tokenizer
+
+PROMPT_TAIL = 4  # tokens; a UTF-8 character has at most four bytes
+
+
+class IncrementalDetokenizer:
+    """Text of a growing sequence. What `add` and `flush` return, joined, is the text the whole
+    sequence decodes to behind its prompt, however the ids are split into calls.
+
+    A character is emitted once its last byte is there; one that the prompt began is emitted with
+    the output. (Where byte-fallback tokenizers of SentencePiece meet broken bytes they drop the
+    valid characters around them, too; these are kept here.)
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip = tokenizer.strips_first_space and all(
+            token_id in self._skipped for token_id in prompt_ids
+        )
+        tail = b"".join(self._bytes_of(token_id) for token_id in prompt_ids[-PROMPT_TAIL:])
+        self._utf8.decode(tail)
+
+    def add(self, token_ids: Iterable[int]) -> str:
+        """The text that these tokens complete; perhaps none."""
+        return "".join([self._utf8.decode(self._bytes_of(token_id)) for token_id in token_ids])
+
+    def flush(self) -> str:
+        """The end of the text: U+FFFD if a character was left incomplete, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        if token_id in self._skipped:
+            return b""
+        piece = self._tokenizer.token_bytes(token_id)
+        if self._strip and piece:
+            self._strip = False
+            return piece.removeprefix(b" ")
+        return piece

@@ -1,0 +1,92 @@
+"""From the tokens of one choice to its text: detokenising, stop strings, stop tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.text.detokenizer import IncrementalDetokenizer
+from server.text.stop import StopStringMatcher
+from server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """What a client may ask about the text of a choice."""
+
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()  # EOS included, unless it is to be ignored
+    skip_special_tokens: bool = True
+    include_stop: bool = False  # keep the stop string, or a stop token that is not skipped
+    min_tokens: int = 0  # stop strings count only from here on
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text. Of the tokens given, the first `num_tokens` belong to the choice: fewer than all
+    when the choice stopped, counting the token that stopped it."""
+
+    text: str
+    num_tokens: int
+    offsets: tuple[int, ...]  # per such token, where its text begins, in characters of the choice
+    stop: str | int | None = None  # the stop string or token id that ended the choice
+
+
+class TextStream:
+    """The text of one choice. Push tokens as they come; after a stop nothing more is taken."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        options: StreamOptions | None = None,
+    ) -> None:
+        self._options = options or StreamOptions()
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_ids, self._options.skip_special_tokens
+        )
+        self._matcher = StopStringMatcher(self._options.stop, self._options.include_stop)
+        self._length = 0  # characters decoded so far, held back ones included
+        self._num_tokens = 0
+        self.stop: str | int | None = None
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Take new tokens; stop strings are found at any offset, tokens behind are left alone."""
+        texts: list[str] = []
+        offsets: list[int] = []
+        for token_id in token_ids:
+            if self.stop is not None:
+                break
+            offsets.append(self._length)
+            texts.append(self._take(token_id))
+        return TextDelta("".join(texts), len(offsets), tuple(offsets), self.stop)
+
+    def finish(self) -> str:
+        """The rest of the text when the choice ends without a stop; nothing after a stop."""
+        if self.stop is not None:
+            return ""
+        scan = self._matcher.feed(self._detokenizer.flush())
+        self.stop = scan.stop
+        return scan.text + self._matcher.flush()
+
+    def _take(self, token_id: int) -> str:
+        self._num_tokens += 1
+        if token_id in self._options.stop_token_ids:
+            return self._end(token_id)
+        return self._scan(self._detokenizer.add((token_id,)))
+
+    def _scan(self, text: str) -> str:
+        self._length += len(text)
+        if self._num_tokens < self._options.min_tokens:
+            return text
+        scan = self._matcher.feed(text)
+        self.stop = scan.stop
+        return scan.text
+
+    def _end(self, token_id: int) -> str:
+        """A stop token: its own text is left out unless it was asked for."""
+        last = self._detokenizer.add((token_id,)) if self._options.include_stop else ""
+        text = self._scan(last + self._detokenizer.flush())
+        if self.stop is None:
+            self.stop = token_id
+        return text + self._matcher.flush()

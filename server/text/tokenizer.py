@@ -1,0 +1,117 @@
+"""Text to token ids and back, on the `tokenizers` library alone: importing transformers takes
+seconds, which every start of the server would pay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import tokenizers
+
+SPACE_MARK = "▁"  # SentencePiece writes it for a space
+BYTE_PIECES = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
+
+
+class Tokenizer:
+    """A loaded tokenizer. Read-only after construction, so threads may share it.
+
+    `special_tokens` maps the names templates use (bos_token, eos_token, ...) to their texts.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None,
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template  # Jinja source
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        self._piece_bytes = _piece_decoder(backend)
+        self.strips_first_space = self._strips_first_space()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`; special tokens written in it are recognised. `add_special_tokens` puts
+        the model's own beginning (BOS) in front, if it has one."""
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (TypeError, UnicodeError) as error:
+            raise ValueError("text is not valid Unicode (a lone surrogate?)") from error
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence; broken UTF-8 shows as U+FFFD. ValueError for unknown ids."""
+        for token_id in token_ids:
+            self._check(token_id)
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text, perhaps only a part of a character. Empty for
+        the unused ids at the end of a padded vocabulary."""
+        self._check(token_id)
+        piece = self._backend.id_to_token(token_id)
+        return b"" if piece is None else self._piece_bytes(piece)
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` for display: incomplete characters show as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        found = None if text is None else self._backend.token_to_id(text)
+        return None if found is None else int(found)
+
+    def _check(self, token_id: int) -> None:
+        # Models pad their vocabulary, so an id without a token is fine; one that is no id is not.
+        if not 0 <= token_id < 2**32:
+            raise ValueError(f"token id {token_id} is not in the vocabulary")
+
+    def _strips_first_space(self) -> bool:
+        """Whether decoding drops the space in front of the first word (Llama 2)."""
+        letter = self._backend.token_to_id(SPACE_MARK + "a")
+        return letter is not None and self._backend.decode([letter]) == "a"
+
+
+def _piece_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+    """How this tokenizer's pieces stand for bytes: GPT-2's letters or SentencePiece's marks."""
+    kinds = json.dumps(json.loads(backend.decoder.__getstate__())) if backend.decoder else ""
+    if '"ByteLevel"' in kinds:
+        return byte_level_bytes
+    if '"ByteFallback"' in kinds or '"Metaspace"' in kinds:
+        return sentencepiece_bytes
+    raise ValueError(
+        f"tokenizer decoder {kinds or None} is not supported; ByteLevel, ByteFallback and "
+        "Metaspace are"
+    )
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter GPT-2 writes for each byte: printable Latin-1 stands for itself, the other
+    bytes take the code points from 256 on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    letters = {chr(value): value for value in printable}
+    letters.update((chr(256 + index), value) for index, value in enumerate(others))
+    return letters
+
+
+BYTE_LETTERS = _byte_letters()
+
+
+def byte_level_bytes(piece: str) -> bytes:
+    """Bytes of a byte-level piece. A piece with any foreign letter is plain text (added tokens)."""
+    try:
+        return bytes([BYTE_LETTERS[letter] for letter in piece])
+    except KeyError:
+        return piece.encode()
+
+
+def sentencepiece_bytes(piece: str) -> bytes:
+    """Bytes of a SentencePiece piece: `<0xE2>` is a byte, the mark is a space."""
+    return BYTE_PIECES.get(piece) or piece.replace(SPACE_MARK, " ").encode()

@@ -1,0 +1,88 @@
+"""Tokenizers that only transformers can read, converted once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from engine.models.gguf_file import read_gguf
+from engine.models.source import ModelFiles
+
+CACHE_VERSION = 1
+CHECKSUMS = "checksums.json"
+TOKENIZER_PATTERNS = ("*.json", "*.model", "*.jinja")
+
+logger = logging.getLogger(__name__)
+
+
+def converted_folder(files: ModelFiles, cache_dir: Path) -> Path:
+    """A folder with tokenizer.json, tokenizer_config.json and chat template of this model.
+
+    The name depends on the content of the model's tokenizer and on the versions that converted
+    it. A folder that was damaged since is converted again.
+    """
+    folder = cache_dir / "tokenizers" / _content_key(files)
+    if not _is_intact(folder):
+        logger.info("converting the tokenizer of %s; this is done once", files.name)
+        _convert(files, folder)
+    return folder
+
+
+def _content_key(files: ModelFiles) -> str:
+    digest = hashlib.sha256()
+    digest.update(f"{CACHE_VERSION} {importlib.metadata.version('transformers')}".encode())
+    if files.kind == "gguf":
+        header = read_gguf(files.path)
+        with files.path.open("rb") as file:
+            digest.update(file.read(header.header_size) + str(header.size).encode())
+    else:
+        for path in sorted(p for pattern in TOKENIZER_PATTERNS for p in files.path.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        return bool(checksums) and checksums == _checksums(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _convert(files: ModelFiles, folder: Path) -> None:
+    """Write beside the final place, then rename: readers see a whole folder or none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
+        fresh = Path(scratch) / "tokenizer"
+        _save_converted(files, fresh)
+        (fresh / CHECKSUMS).write_text(json.dumps(_checksums(fresh)), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            fresh.rename(folder)
+        except OSError:  # another process was faster
+            if not _is_intact(folder):
+                raise
+
+
+def _save_converted(files: ModelFiles, target: Path) -> None:
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": files.path.name} if files.kind == "gguf" else {}
+    folder = files.path.parent if files.kind == "gguf" else files.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        tokenizer.save_pretrained(target)
+    except Exception as error:  # whatever the conversion trips over, the files are at fault
+        raise ValueError(f"{files.path}: no tokenizer could be made of it: {error}") from error
+    if not (target / "tokenizer.json").is_file():
+        raise ValueError(f"{files.path}: transformers has no fast tokenizer for it")
