@@ -1,0 +1,127 @@
+"""Blocks, who holds them, and which free one is taken next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One page of the KV cache. Only the pool changes it."""
+
+    block_id: int
+    ref_count: int = 0
+    content: bytes | None = None  # chained hash of the tokens it holds, once published
+    previous: Block | None = None  # in the free list
+    following: Block | None = None
+
+
+class BlockPool:
+    """Reference-counted blocks with an LRU free list.
+
+    A freed block keeps its content and can be taken back by it until the block is needed for
+    something else; the block that has been free for longest goes first.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}; at least 1 is needed")
+        self._blocks = [Block(block_id) for block_id in range(num_blocks)]
+        self._by_content: dict[bytes, Block] = {}
+        self._head = Block(-1)  # sentinels of the free list
+        self._tail = Block(-1)
+        self._head.following, self._tail.previous = self._tail, self._head
+        self._num_free = 0
+        for block in self._blocks:
+            self._append_free(block)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    def take(self) -> int:
+        """The block that has been free for longest; what it held is forgotten."""
+        block = self._head.following
+        assert block is not None
+        assert block is not self._tail, "the caller checks num_free first"
+        self._unlink(block)
+        self._forget(block)
+        block.ref_count = 1
+        return block.block_id
+
+    def share(self, content: bytes) -> int | None:
+        """Add a holder to the block with this content; None when no block has it."""
+        block = self._by_content.get(content)
+        if block is None:
+            return None
+        if block.ref_count == 0:
+            self._unlink(block)
+        block.ref_count += 1
+        return block.block_id
+
+    def contains(self, content: bytes) -> bool:
+        return content in self._by_content
+
+    def is_free(self, content: bytes) -> bool:
+        """Whether the block with this content is in the free list (sharing it uses one up)."""
+        return self._by_content[content].ref_count == 0
+
+    def publish(self, block_id: int, content: bytes) -> None:
+        """Make a fully written block findable; content that is known already stays where it is."""
+        block = self._blocks[block_id]
+        assert block.ref_count > 0
+        assert block.content is None
+        if content not in self._by_content:
+            block.content = content
+            self._by_content[content] = block
+
+    def give_back(self, block_id: int) -> None:
+        """Remove one holder; without holders the block becomes free, its content still findable."""
+        block = self._blocks[block_id]
+        assert block.ref_count > 0, f"block {block_id} is free already"
+        block.ref_count -= 1
+        if block.ref_count == 0:
+            self._append_free(block)
+
+    def audit(self, holders: dict[int, int]) -> None:
+        """Assert that reference counts equal `holders`, and that free list and contents agree."""
+        free = set()
+        block = self._head.following
+        while block is not self._tail:
+            assert block is not None
+            assert block.block_id not in free, f"block {block.block_id} is twice in the free list"
+            free.add(block.block_id)
+            block = block.following
+        assert len(free) == self._num_free, f"{len(free)} blocks free, {self._num_free} counted"
+        for block in self._blocks:
+            expected = holders.get(block.block_id, 0)
+            assert block.ref_count == expected, (
+                f"block {block.block_id} has ref_count {block.ref_count}, held by {expected}"
+            )
+            assert (block.block_id in free) == (expected == 0)
+            if block.content is not None:
+                assert self._by_content.get(block.content) is block
+        assert all(block.content == content for content, block in self._by_content.items())
+
+    def _forget(self, block: Block) -> None:
+        if block.content is not None:
+            del self._by_content[block.content]
+            block.content = None
+
+    def _append_free(self, block: Block) -> None:
+        last = self._tail.previous
+        assert last is not None
+        last.following, block.previous = block, last
+        block.following, self._tail.previous = self._tail, block
+        self._num_free += 1
+
+    def _unlink(self, block: Block) -> None:
+        assert block.previous is not None
+        assert block.following is not None
+        block.previous.following, block.following.previous = block.following, block.previous
+        block.previous = block.following = None
+        self._num_free -= 1

@@ -1,0 +1,280 @@
+"""Continuous batching under one rule: let `num_computed` of every sequence catch up.
+
+Each step spends a budget of tokens in this order: sequences that miss only their newest token (so
+that a long prompt never stops decoding), then running prompts, then new admissions. Within each
+group, and for preemption, importance counts: priority, then arrival, then submission.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.kv.manager import KVManager
+from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
+from engine.request import FinishReason, Request, Sequence, Status
+from engine.scheduler.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.scheduler.queue import Rank, WaitingQueue
+from engine.scheduler.stopping import cut_emitted
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """How much may happen at once."""
+
+    max_num_seqs: int  # running sequences
+    max_num_batched_tokens: int  # tokens in one step
+    max_model_len: int  # prompt + output tokens of one sequence
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, max_num_seqs is "
+                f"{self.max_num_seqs}: a step must have room for one token of every sequence"
+            )
+
+
+class _Draft:
+    """A plan in the making: rows can be taken out again when their sequence is preempted."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: dict[str, RowPlan] = {}
+        self.admitted: dict[str, Admission] = {}
+        self.preempted_any = False
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        start, end = seq.num_computed, seq.num_computed + num_tokens
+        self.rows[seq.request_id] = RowPlan(
+            request_id=seq.request_id,
+            start=start,
+            token_ids=seq.token_ids[start:end],
+            block_ids=seq.block_ids,
+            samples=end == len(seq.token_ids),
+        )
+        self.budget -= num_tokens
+
+    def take_out(self, request_id: str) -> None:
+        row = self.rows.pop(request_id, None)
+        if row is not None:
+            self.budget += len(row.token_ids)
+
+
+class Scheduler:
+    """Owns every `Sequence`. Requests and outcomes in; plans and events out. No torch."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        kv: KVManager,
+        eos_token_ids: frozenset[int],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._limits = limits
+        self._kv = kv
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._max_len = min(limits.max_model_len, kv.capacity)
+        self._live: dict[str, Sequence] = {}
+        self._ranks: dict[str, Rank] = {}
+        self._waiting = WaitingQueue()
+        self._running: list[Sequence] = []  # most important first
+        self._released: list[str] = []  # left the running set since the last plan
+        self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
+        self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
+        self._num_submitted = self._num_preemptions = self._num_steps = self._last_tokens = 0
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. One that can never run gets its `Finished` at once.
+
+        Raises:
+            ValueError: the id belongs to a request that is still live.
+        """
+        if request.request_id in self._live:
+            raise ValueError(f"request_id {request.request_id!r} is in use by a live request")
+        seq = Sequence.from_request(request)
+        self._live[request.request_id] = seq
+        self._num_submitted += 1
+        rank = (request.priority, request.arrival_time, self._num_submitted)
+        self._ranks[request.request_id] = rank
+        problem = self._impossible(request)
+        if problem is None:
+            self._waiting.push(rank, seq)
+        else:
+            self._finish(seq, FinishReason.ERROR, problem)
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is. An unknown id is one that has just finished: no error."""
+        seq = self._live.get(request_id)
+        if seq is not None:
+            self._finish(seq, FinishReason.ABORT)
+
+    def abort_all(self, reason: str) -> list[Finished]:
+        """End every live request with ERROR; returns their last events."""
+        for seq in list(self._live.values()):
+            self._finish(seq, FinishReason.ERROR, reason)
+        events, self._events = self._events, []
+        return [event for event in events if isinstance(event, Finished)]
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._live or self._events or self._released)
+
+    def schedule(self) -> StepPlan:
+        """Choose the tokens of the next step and reserve their slots."""
+        draft = _Draft(self._limits.max_num_batched_tokens)
+        missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
+        for decoding in (True, False):
+            for seq in list(self._running):
+                if (missing[seq.request_id] == 1) == decoding and seq.status is Status.RUNNING:
+                    self._plan_row(draft, seq, missing[seq.request_id])
+        if not draft.preempted_any:
+            self._admit(draft)
+        released, self._released = self._released, []
+        admitted = tuple(a for name, a in draft.admitted.items() if name in draft.rows)
+        return StepPlan(tuple(draft.rows.values()), admitted, tuple(released))
+
+    def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
+        """Take in what the step produced; returns what clients must hear, in order."""
+        for row, result in zip(plan.rows, outcome.rows, strict=True):
+            self._advance(self._live[row.request_id], row, result)
+        if plan.rows:
+            self._num_steps += 1
+        self._last_tokens = plan.num_tokens
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_usage=self._kv.usage,
+            prefix_queries=self._kv.prefix_queries,
+            prefix_hits=self._kv.prefix_hits,
+            num_preemptions=self._num_preemptions,
+            num_steps=self._num_steps,
+            last_step_tokens=self._last_tokens,
+        )
+
+    def audit(self) -> None:
+        """Assert that sequences, queue and blocks add up."""
+        self._kv.audit(self._running)
+        assert len(self._live) == len(self._running) + len(self._waiting)
+        assert self._running == sorted(self._running, key=self._rank)
+        for seq in self._running:
+            assert 0 <= seq.num_computed < len(seq.token_ids)
+            assert len(seq.block_ids) >= self._kv.blocks_for(seq.num_computed)
+
+    def _rank(self, seq: Sequence) -> Rank:
+        return self._ranks[seq.request_id]
+
+    def _impossible(self, request: Request) -> str | None:
+        """Why this request could never run, even alone."""
+        num_prompt = len(request.prompt_ids)
+        if num_prompt == 0:
+            return "the prompt is empty"
+        if num_prompt + min(request.params.max_tokens, 1) > self._max_len:
+            return (
+                f"This model's maximum context length is {self._max_len} tokens, but the prompt "
+                f"has {num_prompt} tokens and at least one more is to be generated"
+            )
+        return None
+
+    def _plan_row(self, draft: _Draft, seq: Sequence, missing: int) -> None:
+        """Plan as much of a running sequence as the budget allows, preempting for its slots."""
+        num_tokens = min(missing, draft.budget)
+        if num_tokens == 0:
+            return
+        while not self._kv.reserve(seq, seq.num_computed + num_tokens):
+            victim = self._running[-1]
+            self._preempt(draft, victim)
+            if victim is seq:
+                return
+        draft.add(seq, num_tokens)
+
+    def _admit(self, draft: _Draft) -> None:
+        """Start waiting sequences in order, while there are rows, budget and blocks. The first
+        that does not fit keeps its place, and nobody passes it."""
+        while draft.budget and len(self._running) < self._limits.max_num_seqs:
+            seq = self._waiting.peek()
+            if seq is None:
+                return
+            match = seq.request.params.prompt_logprobs is None
+            # one block to grow for each running row, so that an admission is not undone at once
+            cached = self._kv.start(seq, draft.budget, match=match, spare=len(self._running))
+            if cached is None:
+                return
+            self._waiting.pop()
+            self._start(seq, cached)
+            draft.admitted[seq.request_id] = Admission(
+                seq.request, tuple(seq.token_ids[seq.num_prompt :])
+            )
+            draft.add(seq, min(len(seq.token_ids) - cached, draft.budget))
+
+    def _start(self, seq: Sequence, cached: int) -> None:
+        seq.status = Status.RUNNING
+        seq.num_computed = cached
+        if seq.first_scheduled_time is None:
+            seq.first_scheduled_time = self._clock()
+            seq.num_cached = cached
+        bisect.insort(self._running, seq, key=self._rank)
+
+    def _preempt(self, draft: _Draft, seq: Sequence) -> None:
+        """Take a sequence's blocks away; it starts over from the prefix that is still cached."""
+        draft.preempted_any = True
+        draft.take_out(seq.request_id)
+        self._stop_running(seq)
+        seq.status = Status.WAITING
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        self._num_preemptions += 1
+        self._waiting.push(self._rank(seq), seq)
+
+    def _stop_running(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._released.append(seq.request_id)
+        self._prompt_scores.pop(seq.request_id, None)
+        self._kv.release(seq)
+
+    def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
+        """Account for a computed chunk and the tokens emitted behind it."""
+        seq.num_computed += len(row.token_ids)
+        if result.prompt_logprobs is not None:
+            self._prompt_scores.setdefault(seq.request_id, [None]).extend(result.prompt_logprobs)
+        if not row.samples:
+            self._kv.publish(seq)
+            return
+        kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
+        seq.token_ids += kept
+        seq.num_computed += max(len(kept) - 1, 0)  # accepted draft tokens have their KV already
+        if seq.first_token_time is None:
+            seq.first_token_time = self._clock()
+        self._kv.publish(seq)
+        logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
+        scores = self._prompt_scores.pop(seq.request_id, None)
+        self._events.append(Tokens(seq.request_id, kept, logprobs, scores))
+        if reason is not None:
+            self._finish(seq, reason)
+
+    def _finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        if seq.status is Status.RUNNING:
+            self._stop_running(seq)
+        elif seq in self._waiting:
+            self._waiting.remove(seq)
+        seq.status = Status.FINISHED
+        del self._live[seq.request_id], self._ranks[seq.request_id]
+        self._events.append(
+            Finished(
+                request_id=seq.request_id,
+                reason=reason,
+                num_prompt=seq.num_prompt,
+                num_output=seq.num_output,
+                num_cached=seq.num_cached,
+                num_preemptions=seq.num_preemptions,
+                first_scheduled_time=seq.first_scheduled_time,
+                first_token_time=seq.first_token_time,
+                error=error,
+            )
+        )
