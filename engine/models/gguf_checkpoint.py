@@ -124,7 +124,7 @@ def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> Llam
         num_kv_heads=get("llama.attention.head_count_kv", num_heads),
         head_dim=head_dim,
         intermediate_size=_required(file, "llama.feed_forward_length"),
-        rms_norm_eps=_single_precision(_required(file, "llama.attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=_required(file, "llama.attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
         rope_scaling=None if rope_factors is None else llama3_scaling(rope_factors, theta),
         tie_word_embeddings="output.weight" not in file.tensors,
@@ -195,11 +195,6 @@ def _vocab_size(file: GGUFFile) -> int:
     if embedding is None:
         raise ValueError("missing tensor token_embd.weight")
     return embedding.shape[0]
-
-
-def _single_precision(value: float) -> float:
-    """The short decimal behind a float32: 1e-5, not 9.999999747378752e-06."""
-    return float(f"{value:.6g}")
 
 
 def _eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from engine.models.arch import LlamaArch
 from engine.models.checkpoint import open_checkpoint
 from engine.models.gguf_file import read_gguf
 from engine.models.source import BUNDLED_ALIAS, bundled_gguf, resolve_source
 
 
 @pytest.mark.slow
-@torch.inference_mode()
-def test_our_weights_give_the_logits_of_transformers_own_gguf_loading() -> None:
-    path = bundled_gguf()
-    oracle = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
-    ids = torch.arange(100, 140).unsqueeze(0)
-    expected = oracle(ids).logits
+def test_every_weight_equals_transformers_own_gguf_loading() -> None:
     checkpoint = open_checkpoint(resolve_source(BUNDLED_ALIAS))
+    with torch.device("meta"):
+        names = LlamaForCausalLM(LlamaConfig(num_hidden_layers=checkpoint.arch.num_layers))
+    loaded = load_gguf_checkpoint(str(bundled_gguf()), return_tensors=True, model_to_load=names)
+    oracle = loaded["tensors"]
     ours = dict(checkpoint.tensors())
-    missing = oracle.load_state_dict(ours, strict=False)
-    assert missing.missing_keys == ["lm_head.weight"]  # tied
-    assert not missing.unexpected_keys
-    torch.testing.assert_close(oracle(ids).logits, expected, atol=1e-4, rtol=0)
+    assert ours.keys() == oracle.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, oracle[name].to(torch.float32)), name
+    config = LlamaConfig(**loaded["config"])
+    assert LlamaArch.from_hf_config(config.to_dict()) == checkpoint.arch
 
 
 def test_bundled_header_lists_every_tensor_inside_the_file() -> None:
