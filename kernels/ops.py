@@ -69,6 +69,8 @@ class Ops:
     # (logits [R, V] float32, keys [R] int64) -> [R] int64: argmax(logits + Gumbel(key, token)).
     # -inf logits are never drawn
     gumbel_argmax: Callable[[Tensor, Tensor], Tensor]
+    # (logits [R, V] float32) -> [R] int64
+    argmax: Callable[[Tensor], Tensor]
     # (logits [R, V] float32) -> [R] float32: log(sum(exp(logits)))
     logsumexp: Callable[[Tensor], Tensor]
     activation_dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Joins the parts into an engine: the only module that knows kernels, models and drafters at once."""
+"""Joins the parts into an engine: the one module that knows kernels, models and drafters."""
 
 from __future__ import annotations
 

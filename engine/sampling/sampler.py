@@ -9,8 +9,8 @@ from torch import Tensor
 from engine.messages import TokenLogprob
 from engine.sampling.batch import SamplingBatch
 from engine.sampling.logits import edit_logits, filter_logits
-from engine.sampling.noise import noise_keys
 from kernels.ops import Ops
+from kernels.sampling.reference import noise_keys
 
 
 @dataclass(frozen=True, slots=True)

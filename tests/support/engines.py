@@ -29,7 +29,7 @@ def ask(request_id: str, prompt_ids: list[int], **params: object) -> Request:
 def generate(
     core: EngineCore, requests: Iterable[Request], *, per_step: int | None = None
 ) -> dict[str, Generated]:
-    """Submit all requests (`per_step` of them before each step), run until idle, audit every step."""
+    """Submit all requests, `per_step` of them before each step; run until idle, always auditing."""
     waiting = list(requests)
     heard = {request.request_id: Generated() for request in waiting}
     while waiting or core.has_work():

@@ -1,0 +1,52 @@
+"""Attention over a paged prefix and a causal or tree-shaped suffix, one row at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionMeta
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+) -> Tensor:
+    """Packed queries q [T, Hq, D] over caches [num_blocks, S, Hkv, D] -> [T, Hq * D].
+
+    Softmax and sums in float32. Query heads h * G .. h * G + G - 1 share KV head h, G = Hq / Hkv.
+    """
+    out = torch.empty_like(q)
+    cu_q, prefix_lens = meta.cu_q.tolist(), meta.prefix_lens.tolist()
+    for row, prefix in enumerate(prefix_lens):
+        first, last = cu_q[row], cu_q[row + 1]
+        length = prefix + last - first
+        keys = gather(k_cache, meta.block_tables[row], length)
+        values = gather(v_cache, meta.block_tables[row], length)
+        visible = visibility(meta.ancestors[first:last], prefix)
+        out[first:last] = attend(q[first:last], keys, values, visible, scale)
+    return out.flatten(1)
+
+
+def gather(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
+    """The first `length` cache positions of a row, [length, Hkv, D] float32."""
+    num_blocks = -(-length // cache.shape[1])
+    return cache[block_table[:num_blocks].long()].flatten(0, 1)[:length].float()
+
+
+def visibility(ancestors: Tensor, prefix: int) -> Tensor:
+    """Which cache positions each of n suffix queries sees, [n, prefix + n] bool."""
+    n = len(ancestors)
+    order = torch.arange(n, device=ancestors.device)
+    causal = order[None, :] <= order[:, None]
+    bits = (ancestors[:, None] >> order.clamp(max=63)[None, :]) & 1
+    suffix = torch.where(ancestors[:, None] == 0, causal, bits.bool())
+    return torch.cat((suffix.new_ones(n, prefix), suffix), dim=1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v for one row: q [n, Hq, D], keys and values [m, Hkv, D]."""
+    group = q.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)

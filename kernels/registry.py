@@ -1,0 +1,74 @@
+"""Fills the operation table: one backend per operation, chosen once, never replaced afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kernels.activation import reference as activation
+from kernels.attention import reference as attention
+from kernels.linear import reference as linear
+from kernels.norm import reference as norm
+from kernels.ops import Ops
+from kernels.rope import reference as rope
+from kernels.sampling import reference as sampling
+
+OPERATIONS = (
+    "linear",
+    "embedding",
+    "rms_norm",
+    "add_rms_norm",
+    "rope_kv_write",
+    "attention",
+    "silu_and_mul",
+    "gumbel_argmax",
+    "argmax",
+    "logsumexp",
+)
+BACKENDS = ("auto", "reference", "native")
+
+
+def build_ops(
+    backend: str,
+    device: torch.device,
+    storage_dtype: torch.dtype,
+    num_threads: int,
+    cache_dir: Path,
+) -> Ops:
+    """Choose a backend for every operation.
+
+    Args:
+        backend: "reference", "native" (C++, CPU only) or "auto": native where it can be had, else
+            reference; `Ops.backends` then says why.
+        storage_dtype: of weights and KV cache.
+        num_threads: CPU threads of the native operations.
+        cache_dir: where the native library is compiled to and found again.
+
+    Raises:
+        ValueError: no such backend, or "native" on a device other than a CPU.
+        NativeUnavailableError: "native" was asked for and cannot be built here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    return reference_ops(device, storage_dtype)
+
+
+def reference_ops(device: torch.device, storage_dtype: torch.dtype, name: str = "reference") -> Ops:
+    """Plain torch for everything. On a CPU activations are float32, elsewhere as stored."""
+    on_cpu = device.type == "cpu"
+    return Ops(
+        pack_linear=linear.pack_linear,
+        linear=linear.linear,
+        embedding=linear.embedding_float32 if on_cpu else linear.embedding_as_stored,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rope_kv_write=rope.rope_kv_write,
+        attention=attention.attention,
+        silu_and_mul=activation.silu_and_mul,
+        gumbel_argmax=sampling.gumbel_argmax,
+        argmax=sampling.argmax,
+        logsumexp=sampling.logsumexp,
+        activation_dtype=torch.float32 if on_cpu else storage_dtype,
+        backends=dict.fromkeys(OPERATIONS, name),
+    )
