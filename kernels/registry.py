@@ -9,6 +9,9 @@ import torch
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
 from kernels.linear import reference as linear
+from kernels.native.build import NativeUnavailableError, build_library
+from kernels.native.library import NativeLibrary
+from kernels.native.ops import NativeOps
 from kernels.norm import reference as norm
 from kernels.ops import Ops
 from kernels.rope import reference as rope
@@ -51,7 +54,38 @@ def build_ops(
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    return reference_ops(device, storage_dtype)
+    if backend == "reference":
+        return reference_ops(device, storage_dtype)
+    if device.type != "cpu":
+        if backend == "native":
+            raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
+        return reference_ops(device, storage_dtype)
+    try:
+        library = NativeLibrary(build_library(cache_dir), num_threads)
+    except NativeUnavailableError as error:
+        if backend == "native":
+            raise
+        return reference_ops(device, storage_dtype, name=f"reference ({error})")
+    return native_ops(NativeOps(library, storage_dtype))
+
+
+def native_ops(native: NativeOps) -> Ops:
+    """The C++ kernels for every operation."""
+    return Ops(
+        pack_linear=native.pack_linear,
+        linear=native.linear,
+        embedding=native.embedding,
+        rms_norm=native.rms_norm,
+        add_rms_norm=native.add_rms_norm,
+        rope_kv_write=native.rope_kv_write,
+        attention=native.attention,
+        silu_and_mul=native.silu_and_mul,
+        gumbel_argmax=native.gumbel_argmax,
+        argmax=native.argmax,
+        logsumexp=native.logsumexp,
+        activation_dtype=torch.float32,
+        backends=dict.fromkeys(OPERATIONS, "native") | {"linear": native.linear_backend},
+    )
 
 
 def reference_ops(device: torch.device, storage_dtype: torch.dtype, name: str = "reference") -> Ops:

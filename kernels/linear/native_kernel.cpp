@@ -1,0 +1,143 @@
+// Linear layers over packed weights: pack, multiply, and look up rows of a (tied) weight.
+
+#include "../native/pool.h"
+#include "../native/vector.h"
+#include "amx_kernel.h"
+#include "panels.h"
+#include "vector_kernel.h"
+
+namespace aerie {
+namespace {
+
+constexpr int64_t kPanelsPerTask = 8;  // 128 outputs
+
+enum Scratch { kInputs, kHigh, kLow };
+
+template <class W>
+void pack(Pool& pool, const W* weight, int64_t N, int64_t K, W* packed) {
+  const int64_t size = panel_size(packed, K);
+  pool.run(num_panels(N), [&](int64_t panel) {
+    W* to = packed + panel * size;
+    std::memset(to, 0, size * sizeof(W));
+    for (int n = 0; n < kPanel && panel * kPanel + n < N; ++n)
+      for (int64_t k = 0; k < K; ++k)
+        to[panel_index(packed, k, n)] = weight[(panel * kPanel + n) * K + k];
+  });
+}
+
+// Call body(first, last) for groups of panels, on all threads.
+template <class Body>
+void for_panels(Pool& pool, int64_t N, const Body& body) {
+  const int64_t panels = num_panels(N);
+  pool.run((panels + kPanelsPerTask - 1) / kPanelsPerTask, [&](int64_t task) {
+    const int64_t first = task * kPanelsPerTask, last = first + kPanelsPerTask;
+    body(first, last < panels ? last : panels);
+  });
+}
+
+template <class W>
+void multiply(Pool& pool, const LinearShape& shape, const float* x, const W* weight,
+              const float* bias, float* out) {
+  const float* inputs = x;
+  if (shape.M > 1) {
+    float* blocks = pool.scratch<float>(kInputs, shape.M * shape.K);
+    pool.run(num_row_blocks(shape.M), [&](int64_t b) {
+      const int64_t row = first_row(b, shape.M), rows = first_row(b + 1, shape.M) - row;
+      interleave_rows(x + row * shape.K, rows, shape.K, blocks + row * shape.K);
+    });
+    inputs = blocks;
+  }
+  for_panels(pool, shape.N, [&](int64_t first, int64_t last) {
+    multiply_panels(shape, inputs, weight, bias, out, first, last);
+  });
+}
+
+#if AERIE_HAS_AMX
+void multiply_amx(Pool& pool, const LinearShape& shape, const float* x, const uint16_t* weight,
+                  const float* bias, float* out) {
+  const int64_t stride = round_up(shape.K, kTileK);
+  const SplitInputs inputs{pool.scratch<uint16_t>(kHigh, shape.M * stride),
+                           pool.scratch<uint16_t>(kLow, shape.M * stride), stride};
+  const int64_t rows_per_task = 16;
+  pool.run((shape.M + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
+    const int64_t first = task * rows_per_task, last = first + rows_per_task;
+    for (int64_t row = first; row < (last < shape.M ? last : shape.M); ++row)
+      split_row(x + row * shape.K, shape.K, row, inputs);
+  });
+  for_panels(pool, shape.N, [&](int64_t first, int64_t last) {
+    multiply_panels(shape, inputs, weight, bias, out, first, last);
+  });
+}
+#endif
+
+template <class W>
+void look_up(Pool& pool, const int64_t* ids, int64_t T, const W* weight, int64_t K, float* out) {
+  const int64_t size = panel_size(weight, K);
+  pool.run(T, [&](int64_t t) {
+    const W* panel = weight + ids[t] / kPanel * size;
+    const int n = static_cast<int>(ids[t] % kPanel);
+    for (int64_t k = 0; k < K; ++k) out[t * K + k] = widen(panel[panel_index(weight, k, n)]);
+  });
+}
+
+}  // namespace
+}  // namespace aerie
+
+extern "C" {
+
+using aerie::LinearShape;
+using aerie::Pool;
+
+// Whether bfloat16 weights can be multiplied on AMX tiles; asks the operating system for them.
+int aerie_amx_available() {
+#if AERIE_HAS_AMX
+  return aerie::amx_permitted();
+#else
+  return 0;
+#endif
+}
+
+int64_t aerie_packed_elements_bf16(int64_t N, int64_t K) {
+  return aerie::num_panels(N) * aerie::panel_size(static_cast<uint16_t*>(nullptr), K);
+}
+
+int64_t aerie_packed_elements_f32(int64_t N, int64_t K) {
+  return aerie::num_panels(N) * aerie::panel_size(static_cast<float*>(nullptr), K);
+}
+
+void aerie_pack_bf16(Pool* pool, const uint16_t* weight, int64_t N, int64_t K, uint16_t* packed) {
+  aerie::pack(*pool, weight, N, K, packed);
+}
+
+void aerie_pack_f32(Pool* pool, const float* weight, int64_t N, int64_t K, float* packed) {
+  aerie::pack(*pool, weight, N, K, packed);
+}
+
+void aerie_linear_bf16(Pool* pool, const float* x, int64_t M, int64_t K, const uint16_t* weight,
+                       int64_t N, const float* bias, float* out) {
+  aerie::multiply(*pool, LinearShape{M, K, N}, x, weight, bias, out);
+}
+
+void aerie_linear_f32(Pool* pool, const float* x, int64_t M, int64_t K, const float* weight,
+                      int64_t N, const float* bias, float* out) {
+  aerie::multiply(*pool, LinearShape{M, K, N}, x, weight, bias, out);
+}
+
+#if AERIE_HAS_AMX
+void aerie_linear_bf16_amx(Pool* pool, const float* x, int64_t M, int64_t K,
+                           const uint16_t* weight, int64_t N, const float* bias, float* out) {
+  aerie::multiply_amx(*pool, LinearShape{M, K, N}, x, weight, bias, out);
+}
+#endif
+
+void aerie_embedding_bf16(Pool* pool, const int64_t* ids, int64_t T, const uint16_t* weight,
+                          int64_t K, float* out) {
+  aerie::look_up(*pool, ids, T, weight, K, out);
+}
+
+void aerie_embedding_f32(Pool* pool, const int64_t* ids, int64_t T, const float* weight, int64_t K,
+                         float* out) {
+  aerie::look_up(*pool, ids, T, weight, K, out);
+}
+
+}  // extern "C"

@@ -1,0 +1,69 @@
+"""The compiled kernels as Python sees them: one shared library and one pool of threads."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+P = ctypes.c_void_p  # a pointer
+I = ctypes.c_int64  # noqa: E741
+R = ctypes.c_float
+
+# function -> argument types behind the pool
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "aerie_pack_bf16": (P, I, I, P),
+    "aerie_pack_f32": (P, I, I, P),
+    "aerie_linear_bf16": (P, I, I, P, I, P, P),
+    "aerie_linear_f32": (P, I, I, P, I, P, P),
+    "aerie_linear_bf16_amx": (P, I, I, P, I, P, P),
+    "aerie_embedding_bf16": (P, I, P, I, P),
+    "aerie_embedding_f32": (P, I, P, I, P),
+    "aerie_rms_norm": (P, P, P, I, I, R, P),
+    "aerie_rope_kv_write_bf16": (P, I, I, I, I, P, P, P, P, P, P),
+    "aerie_rope_kv_write_f32": (P, I, I, I, I, P, P, P, P, P, P),
+    "aerie_attention_bf16": (P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
+    "aerie_attention_f32": (P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
+    "aerie_silu_and_mul": (P, I, I, P),
+    "aerie_gumbel_argmax": (P, P, I, I, P),
+    "aerie_argmax": (P, I, I, P),
+    "aerie_logsumexp": (P, I, I, P),
+}
+
+
+class NativeLibrary:
+    """`call(name)` gives the C function with the thread pool as its first argument."""
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        self._library = ctypes.CDLL(str(path))
+        create = self._library.aerie_pool_create
+        create.argtypes, create.restype = (ctypes.c_int,), P
+        self._destroy = self._library.aerie_pool_destroy
+        self._destroy.argtypes, self._destroy.restype = (P,), None
+        self.pool = create(num_threads)
+        self.has_amx = bool(self._library.aerie_amx_available())
+
+    def __del__(self) -> None:
+        pool, self.pool = getattr(self, "pool", None), None
+        if pool is not None:
+            self._destroy(pool)
+
+    def call(self, name: str) -> Any:
+        function = getattr(self._library, name)
+        function.argtypes = (P, *SIGNATURES[name])
+        function.restype = None
+        return function
+
+    def number(self, name: str, *arguments: int) -> int:
+        """Call a function of integers that needs no pool."""
+        function = getattr(self._library, name)
+        function.argtypes = (I,) * len(arguments)
+        function.restype = I
+        return int(function(*arguments))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element; None is a null pointer."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,168 @@
+"""The operation table of the native CPU kernels. Activations are float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.native.library import NativeLibrary, pointer
+from kernels.ops import AttentionMeta, LinearWeight
+
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+MAX_HEAD_DIM = 256
+MAX_GROUP = 32  # query heads per KV head
+
+
+class NativeOps:
+    """Bound C functions. Every tensor must be contiguous, which the model's own tensors are."""
+
+    def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype) -> None:
+        suffix = SUFFIXES[storage_dtype]
+        amx = storage_dtype is torch.bfloat16 and library.has_amx
+        self.library = library  # keeps the thread pool alive
+        self.linear_backend = "native (amx)" if amx else "native"
+        self._pool = library.pool
+        self._dtype, self._suffix = storage_dtype, suffix
+        self._pack = library.call(f"aerie_pack_{suffix}")
+        self._linear = library.call(f"aerie_linear_{suffix}{'_amx' if amx else ''}")
+        self._embedding = library.call(f"aerie_embedding_{suffix}")
+        self._rms_norm = library.call("aerie_rms_norm")
+        self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
+        self._attention = library.call(f"aerie_attention_{suffix}")
+        self._silu_and_mul = library.call("aerie_silu_and_mul")
+        self._gumbel_argmax = library.call("aerie_gumbel_argmax")
+        self._argmax = library.call("aerie_argmax")
+        self._logsumexp = library.call("aerie_logsumexp")
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearWeight:
+        weight = weight.to(self._dtype).contiguous()
+        N, K = weight.shape
+        size = self.library.number(f"aerie_packed_elements_{self._suffix}", N, K)
+        packed = torch.empty(size, dtype=self._dtype)
+        self._pack(self._pool, weight.data_ptr(), N, K, packed.data_ptr())
+        bias = None if bias is None else bias.float().contiguous()
+        return LinearWeight(packed, bias, N, K)
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        M, K = x.shape
+        out = torch.empty(M, weight.out_features)
+        self._linear(
+            self._pool,
+            x.data_ptr(),
+            M,
+            K,
+            weight.data.data_ptr(),
+            weight.out_features,
+            pointer(weight.bias),
+            out.data_ptr(),
+        )
+        return out
+
+    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
+        out = torch.empty(len(token_ids), weight.in_features)
+        self._embedding(
+            self._pool,
+            token_ids.data_ptr(),
+            len(token_ids),
+            weight.data.data_ptr(),
+            weight.in_features,
+            out.data_ptr(),
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, None, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, residual.data_ptr(), weight, eps)
+
+    def _norm(self, x: Tensor, residual: int | None, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        T, H = x.shape
+        self._rms_norm(
+            self._pool, x.data_ptr(), residual, weight.data_ptr(), T, H, eps, out.data_ptr()
+        )
+        return out
+
+    def rope_kv_write(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        num_kv_heads, head_dim = k_cache.shape[2:]
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        queries = torch.empty(len(qkv), num_heads, head_dim)
+        self._rope_kv_write(
+            self._pool,
+            qkv.data_ptr(),
+            len(qkv),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            cos_sin.data_ptr(),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            queries.data_ptr(),
+        )
+        return queries
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        T, num_heads, head_dim = q.shape
+        block_size, num_kv_heads = k_cache.shape[1:3]
+        if head_dim > MAX_HEAD_DIM or num_heads > num_kv_heads * MAX_GROUP:
+            raise ValueError(
+                f"native attention takes heads of at most {MAX_HEAD_DIM} and {MAX_GROUP} query "
+                f"heads per KV head, not {head_dim} and {num_heads // num_kv_heads}; choose "
+                "kernels.backend=reference"
+            )
+        out = torch.empty(T, num_heads * head_dim)
+        self._attention(
+            self._pool,
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            meta.cu_q.data_ptr(),
+            meta.prefix_lens.data_ptr(),
+            len(meta.prefix_lens),
+            meta.block_tables.data_ptr(),
+            meta.ancestors.data_ptr(),
+            meta.block_tables.shape[1],
+            block_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale,
+            out.data_ptr(),
+        )
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        T, width = gate_up.shape
+        out = torch.empty(T, width // 2)
+        self._silu_and_mul(self._pool, gate_up.data_ptr(), T, width // 2, out.data_ptr())
+        return out
+
+    def gumbel_argmax(self, logits: Tensor, keys: Tensor) -> Tensor:
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        self._gumbel_argmax(
+            self._pool, logits.data_ptr(), keys.data_ptr(), *logits.shape, tokens.data_ptr()
+        )
+        return tokens
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        self._argmax(self._pool, logits.data_ptr(), *logits.shape, tokens.data_ptr())
+        return tokens
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        out = torch.empty(len(logits))
+        self._logsumexp(self._pool, logits.data_ptr(), *logits.shape, out.data_ptr())
+        return out
