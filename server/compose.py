@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.resolve import ModelFacts, resolve_model
 from configs.schema import Config
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
-from engine.kv.storage import KVStorage
+from engine.kv.sizing import free_bytes
+from engine.kv.storage import KVStorage, bytes_per_block
 from engine.messages import EngineInfo
 from engine.models.arch import LlamaArch
-from engine.models.llama import Llama
+from engine.models.checkpoint import open_checkpoint
+from engine.models.llama import Llama, LlamaLoader
+from engine.models.source import resolve_source
 from engine.parallel.group import TPGroup
 from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
@@ -21,6 +25,7 @@ from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.spec.proposer import RootProposer
 from kernels.ops import Ops
+from kernels.registry import build_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,45 @@ class Target:
     model: Llama
     arch: LlamaArch
     eos_token_ids: frozenset[int]
+
+
+def build_engine(config: Config) -> EngineCore:
+    """Load the model that `config` (resolved for its host) names and put an engine around it.
+
+    Raises:
+        FileNotFoundError, ValueError: the model or the configuration is at fault.
+        NativeUnavailableError: native kernels were asked for and cannot be built.
+    """
+    assert config.files.dir is not None
+    assert config.kernels.threads is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch_dtype(config.model.dtype)
+    threads = config.kernels.threads
+    files = resolve_source(config.model.source, config.model.revision)
+    checkpoint = open_checkpoint(files)
+    ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
+    # Native operations have their own threads; two pools would fight for the cores.
+    torch.set_num_threads(1 if "native" in ops.backends["linear"] else threads)
+    arch = checkpoint.arch
+    max_len = config.model.max_model_len or arch.max_position_embeddings
+    model = LlamaLoader(arch, checkpoint.tensor, ops, dtype, device, max_len).load()
+    config = resolve_model(config, _model_facts(config, arch, device))
+    eos_token_ids = frozenset(checkpoint.eos_token_ids)
+    return assemble(config, Target(model, arch, eos_token_ids), ops, device)
+
+
+def _model_facts(config: Config, arch: LlamaArch, device: torch.device) -> ModelFacts:
+    return ModelFacts(
+        context_length=arch.max_position_embeddings,
+        bytes_per_block=bytes_per_block(
+            arch.num_layers,
+            config.cache.block_size,
+            arch.num_kv_heads,
+            arch.head_dim,
+            torch_dtype(config.model.dtype),
+        ),
+        free_bytes=free_bytes(device),
+    )
 
 
 def assemble(config: Config, target: Target, ops: Ops, device: torch.device) -> EngineCore:

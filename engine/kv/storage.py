@@ -28,8 +28,9 @@ class KVStorage:
     ) -> KVStorage:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
 
+        # Not initialised: a slot is written before it is read, and untouched pages cost nothing.
         def pages() -> tuple[Tensor, ...]:
-            return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
+            return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
 
         return cls(keys=pages(), values=pages())
 

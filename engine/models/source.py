@@ -16,7 +16,7 @@ ACCEPTED = (
     "a .gguf file, or a hub id such as 'org/name'"
 )
 # Weights in pickle form can run code when loaded, so they are never fetched nor read.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
 

@@ -241,7 +241,8 @@ class Scheduler:
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
         """Account for a computed chunk and the tokens emitted behind it."""
         seq.num_computed += len(row.token_ids)
-        if result.prompt_logprobs is not None:
+        # A preempted sequence computes its prompt again, but clients hear its scores only once.
+        if result.prompt_logprobs is not None and seq.num_output == 0:
             self._prompt_scores.setdefault(seq.request_id, [None]).extend(result.prompt_logprobs)
         if not row.samples:
             self._kv.publish(seq)
@@ -249,7 +250,7 @@ class Scheduler:
         kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
         seq.token_ids += kept
         seq.num_computed += max(len(kept) - 1, 0)  # accepted draft tokens have their KV already
-        if seq.first_token_time is None:
+        if kept and seq.first_token_time is None:
             seq.first_token_time = self._clock()
         self._kv.publish(seq)
         logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])

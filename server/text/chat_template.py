@@ -14,6 +14,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_OUTPUT = 16_000_000  # characters
 RESERVED = ("messages", "add_generation_prompt")
+# transformers defines them for every template; some ask `is none` without asking `is defined`
+ALWAYS_DEFINED = {"tools": None, "documents": None}
 NO_TEMPLATE = (
     "this model has no chat template; use /v1/completions, or set model.chat_template to a file"
 )
@@ -49,6 +51,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
+        /,  # so that a client's variable may have any name
         **chat_template_kwargs: Any,
     ) -> str:
         """The prompt of a conversation, special tokens included. ValueError("chat template: ...")
@@ -58,16 +61,15 @@ class ChatTemplate:
         for name in RESERVED:
             if name in chat_template_kwargs:
                 raise ValueError(f"chat template: {name!r} cannot be set by chat_template_kwargs")
-        variables = self._special_tokens | chat_template_kwargs
+        variables = {
+            **ALWAYS_DEFINED,
+            **self._special_tokens,
+            **chat_template_kwargs,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return _bounded(
-                self._template,
-                {
-                    "messages": messages,
-                    "add_generation_prompt": add_generation_prompt,
-                    **variables,
-                },
-            )
+            return _bounded(self._template, variables)
         except Exception as error:  # a template may fail in any way Python can
             reason = str(error) or type(error).__name__
             raise ValueError(f"chat template: {reason}") from error

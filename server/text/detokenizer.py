@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from server.text.tokenizer import Tokenizer
 
-PROMPT_TAIL = 4  # tokens; a UTF-8 character has at most four bytes
+MAX_CHARACTER = 4  # bytes of UTF-8
 
 
 class IncrementalDetokenizer:
@@ -28,8 +28,7 @@ class IncrementalDetokenizer:
         self._strip = tokenizer.strips_first_space and all(
             token_id in self._skipped for token_id in prompt_ids
         )
-        tail = b"".join(self._bytes_of(token_id) for token_id in prompt_ids[-PROMPT_TAIL:])
-        self._utf8.decode(tail)
+        self._utf8.decode(self._tail(prompt_ids))
 
     def add(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete; perhaps none."""
@@ -38,6 +37,15 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """The end of the text: U+FFFD if a character was left incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+    def _tail(self, prompt_ids: Sequence[int]) -> bytes:
+        """As much of the end of the prompt as can hold the beginning of a character."""
+        tail = b""
+        for token_id in reversed(prompt_ids):
+            tail = self._bytes_of(token_id) + tail
+            if len(tail) >= MAX_CHARACTER:
+                break
+        return tail
 
     def _bytes_of(self, token_id: int) -> bytes:
         if token_id in self._skipped:

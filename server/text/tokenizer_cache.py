@@ -15,7 +15,7 @@ from engine.models.source import ModelFiles
 
 CACHE_VERSION = 1
 CHECKSUMS = "checksums.json"
-TOKENIZER_PATTERNS = ("*.json", "*.model", "*.jinja")
+TOKENIZER_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt")  # merges.txt, vocab.txt
 
 logger = logging.getLogger(__name__)
 

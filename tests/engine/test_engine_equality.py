@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from engine.request import Request
-from tests.support.engines import Generated, ask, generate
+from server.offline import Completion
+from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine
 
 VOCAB = 131
@@ -48,7 +49,7 @@ def requests() -> list[Request]:
     ]
 
 
-def tokens_of(heard: dict[str, Generated]) -> dict[str, list[int]]:
+def tokens_of(heard: dict[str, Completion]) -> dict[str, list[int]]:
     return {request_id: record.token_ids for request_id, record in heard.items()}
 
 

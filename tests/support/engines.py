@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from engine.core import EngineCore
-from engine.messages import Finished, Submit, TokenLogprob, Tokens
+from engine.messages import Finished, Submit, Tokens
 from engine.request import Request, SamplingParams
-
-
-@dataclass
-class Generated:
-    """Everything a client heard about one request."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    finished: Finished | None = None
+from server.offline import Completion
 
 
 def ask(request_id: str, prompt_ids: list[int], **params: object) -> Request:
@@ -28,24 +18,18 @@ def ask(request_id: str, prompt_ids: list[int], **params: object) -> Request:
 
 def generate(
     core: EngineCore, requests: Iterable[Request], *, per_step: int | None = None
-) -> dict[str, Generated]:
+) -> dict[str, Completion]:
     """Submit all requests, `per_step` of them before each step; run until idle, always auditing."""
     waiting = list(requests)
-    heard = {request.request_id: Generated() for request in waiting}
+    heard = {request.request_id: Completion() for request in waiting}
     while waiting or core.has_work():
         batch = waiting[: per_step or len(waiting)]
         del waiting[: len(batch)]
         for request in batch:
             core.add(Submit(request))
         for event in core.step():
-            if isinstance(event, Tokens):
-                record = heard[event.request_id]
-                record.token_ids += event.token_ids
-                record.logprobs += event.logprobs or []
-                record.prompt_logprobs += event.prompt_logprobs or []
-            elif isinstance(event, Finished):
-                assert heard[event.request_id].finished is None
-                heard[event.request_id].finished = event
+            if isinstance(event, Tokens | Finished):
+                heard[event.request_id].take(event)
         core.audit()
     assert all(record.finished is not None for record in heard.values())
     return heard

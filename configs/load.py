@@ -1,0 +1,113 @@
+"""Read the configuration: YAML file, then AERIE_* environment variables, then key=value overrides.
+
+Later sources win. Every key is checked: an unknown one is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from configs.schema import Config
+
+ENV_PREFIX = "AERIE_"
+ENV_SEPARATOR = "__"  # AERIE_MODEL__DTYPE=float32 is model.dtype
+RESERVED_ENV = frozenset({"AERIE_CONFIG"})  # read by the command line: the file's path
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names the key, the value and what is allowed."""
+
+
+def load_config(
+    path: Path | None = None,
+    overrides: Iterable[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """Merge all sources and check the result.
+
+    Args:
+        path: YAML file, or the name of one that is shipped (such as `smollm2`); None: defaults.
+        overrides: `section.key=value`; values are YAML, so `null`, `[a, b]` and `1e3` work.
+        environment: where `AERIE_*` variables are looked up.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, bad value.
+    """
+    tree: dict[str, Any] = {} if path is None else _read_yaml(path)
+    for name, value in (environment or {}).items():
+        if name.startswith(ENV_PREFIX) and name not in RESERVED_ENV:
+            keys = name.removeprefix(ENV_PREFIX).lower().split(ENV_SEPARATOR)
+            _put(tree, keys, _parse(value, name), name)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        _put(tree, key.strip().split("."), _parse(value, key), key)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from error
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Names and paths of the files under configs/serve."""
+    folder = Path(str(files("configs") / "serve"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    path = shipped_configs().get(str(path), path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(shipped_configs())
+        raise ConfigError(f"no configuration file {str(path)!r}; shipped ones: {known}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections (model:, cache:, ...), not {tree!r}")
+    return tree
+
+
+def _parse(value: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}={value!r} is not a YAML value") from error
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
+    if len(keys) != 2:
+        raise ConfigError(f"{name!r} does not name a key of a section (section.key)")
+    section, key = keys
+    if not isinstance(tree.setdefault(section, {}), dict):
+        raise ConfigError(f"section {section!r} must hold keys, not {tree[section]!r}")
+    tree[section][key] = value
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    problems = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            allowed = ", ".join(_siblings(detail["loc"]))
+            problems.append(f"unknown key {key!r}; known here: {allowed}")
+        else:
+            problems.append(f"{key} = {detail['input']!r}: {detail['msg']}")
+    return f"configuration{f' {path}' if path else ''}: " + "; ".join(problems)
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known where `location` points to."""
+    if len(location) == 1:
+        return list(Config.model_fields)
+    section = Config.model_fields[str(location[0])].annotation
+    return list(getattr(section, "model_fields", {}))

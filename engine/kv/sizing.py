@@ -1,0 +1,38 @@
+"""How much memory is left for the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that new allocations on `device` may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limit = _cgroup_room(CGROUP)
+    available = _available_bytes(MEMINFO.read_text(encoding="ascii"))
+    return available if limit is None else min(available, limit)
+
+
+def _available_bytes(meminfo: str) -> int:
+    """MemAvailable: what could be allocated without swapping."""
+    for line in meminfo.splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise OSError(f"{MEMINFO} has no MemAvailable")
+
+
+def _cgroup_room(folder: Path) -> int | None:
+    """What a container's limit leaves (cgroup v2), None without one."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)

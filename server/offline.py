@@ -1,0 +1,67 @@
+"""The engine inside this process, without HTTP: for benchmarks, evaluation and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from configs.env import default_cache_dir, num_cpus
+from configs.resolve import HostFacts, resolve_host
+from configs.schema import Config
+from engine.core import EngineCore
+from engine.messages import EngineInfo, EngineMessage, Finished, Submit, TokenLogprob, Tokens
+from engine.request import Request
+from server.compose import build_engine
+
+
+@dataclass(slots=True)
+class Completion:
+    """All that one request led to."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    finished: Finished | None = None
+
+    def take(self, event: Tokens | Finished) -> None:
+        """Add what an event of this request tells."""
+        assert self.finished is None
+        if isinstance(event, Finished):
+            self.finished = event
+            return
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs or []
+        self.prompt_logprobs += event.prompt_logprobs or []
+
+
+class OfflineEngine:
+    """Runs batches of requests to their end."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+
+    @classmethod
+    def from_config(cls, config: Config) -> OfflineEngine:
+        host = HostFacts(num_cpus(), default_cache_dir())
+        return cls(build_engine(resolve_host(config, host)))
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.core.info
+
+    def steps(self, requests: Iterable[Request]) -> Iterator[list[EngineMessage]]:
+        """Submit all requests, then step until idle; yields the events of each step."""
+        for request in requests:
+            self.core.add(Submit(request))
+        while self.core.has_work():
+            yield self.core.step()
+
+    def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
+        """Run all requests together; completions by request id."""
+        requests = list(requests)
+        completions = {request.request_id: Completion() for request in requests}
+        for events in self.steps(requests):
+            for event in events:
+                if isinstance(event, Tokens | Finished):
+                    completions[event.request_id].take(event)
+        return completions

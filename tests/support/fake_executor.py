@@ -1,0 +1,220 @@
+"""An executor without a model: keeps a pretended KV cache and checks every plan against it.
+
+The next token is a hash of all tokens before it, so `expected_text` says without any engine what
+each request must produce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engine.kv.manager import KVManager
+from engine.messages import Finished, TokenLogprob, Tokens
+from engine.request import FinishReason, Request
+from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from tests.support.engines import Generated, ask
+
+EOS = 0
+
+
+def request(
+    name: str, prompt: list[int], *, priority: int = 0, arrival: float = 0.0, **params: object
+) -> Request:
+    """Runs to its `max_tokens` unless told otherwise."""
+    plain = ask(name, prompt, **({"ignore_eos": True} | params))
+    return msgspec.structs.replace(plain, priority=priority, arrival_time=arrival)
+
+
+def prompt_of(length: int, first: int = 1000) -> list[int]:
+    return list(range(first, first + length))
+
+
+def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
+    """(who, from where, how many tokens, whether one is drawn) of each row."""
+    return [(row.request_id, row.start, len(row.token_ids), row.samples) for row in plan.rows]
+
+
+def fingerprints(token_ids: Iterable[int]) -> list[int]:
+    """For each position, a hash of the tokens up to it: what KV at that position depends on."""
+    found, last = [], 0
+    for token in token_ids:
+        last = hash((last, token))  # integers hash alike in every process
+        found.append(last)
+    return found
+
+
+def next_token(token_ids: Iterable[int], vocab_size: int) -> int:
+    return [0, *fingerprints(token_ids)][-1] % vocab_size
+
+
+def expected_text(request: Request, max_len: int, vocab_size: int) -> list[int]:
+    """The output of a request that runs alone and is not aborted."""
+    params, history = request.params, list(request.prompt_ids)
+    ends = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
+    output: list[int] = []
+    while len(output) < params.max_tokens and len(history) < max_len:
+        output.append(next_token(history, vocab_size))
+        history.append(output[-1])
+        if output[-1] in ends and len(output) > params.min_tokens:
+            break
+    return output
+
+
+@dataclass
+class FakeRow:
+    """What a runner knows of a running sequence."""
+
+    request: Request
+    history: list[int]  # prompt + output
+    num_computed: int = 0
+
+
+class FakeExecutor:
+    """Executes plans like `ModelRunner`; asserts that each row could be computed from its slots."""
+
+    def __init__(self, block_size: int, vocab_size: int) -> None:
+        self.rows: dict[str, FakeRow] = {}
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._stored: dict[int, tuple[int, int]] = {}  # slot -> (position, fingerprint)
+
+    def execute(self, plan: StepPlan) -> StepOutcome:
+        for request_id in plan.released:
+            del self.rows[request_id]
+        for admission in plan.admitted:
+            request = admission.request
+            assert request.request_id not in self.rows
+            history = [*request.prompt_ids, *admission.output_ids]
+            self.rows[request.request_id] = FakeRow(request, history)
+        names = [row.request_id for row in plan.rows]
+        assert len(names) == len(set(names)), "a sequence has two rows"
+        for row in plan.rows:
+            self._write(row)
+        for row in plan.rows:  # after all writes, as attention reads after them
+            self._check_reads(row)
+        return StepOutcome(tuple(self._outcome(row) for row in plan.rows))
+
+    def decoding(self) -> set[str]:
+        """The running sequences that miss only their newest token."""
+        return {name for name, row in self.rows.items() if row.num_computed == len(row.history) - 1}
+
+    def _write(self, plan: RowPlan) -> None:
+        row, end = self.rows[plan.request_id], plan.start + len(plan.token_ids)
+        assert plan.token_ids, "an empty row"
+        assert plan.token_ids == row.history[plan.start : end]
+        assert plan.samples == (end == len(row.history))
+        marks = fingerprints(row.history[:end])
+        for position in range(plan.start, end):
+            self._stored[self._slot(plan, position)] = (position, marks[position])
+        row.num_computed = end
+
+    def _check_reads(self, plan: RowPlan) -> None:
+        history = self.rows[plan.request_id].history[: plan.start + len(plan.token_ids)]
+        for position, mark in enumerate(fingerprints(history)):
+            found = self._stored.get(self._slot(plan, position))
+            assert found == (position, mark), f"{plan.request_id}: foreign KV at {position}"
+
+    def _slot(self, plan: RowPlan, position: int) -> int:
+        block, offset = divmod(position, self._block_size)
+        return plan.block_ids[block] * self._block_size + offset
+
+    def _outcome(self, plan: RowPlan) -> RowOutcome:
+        row = self.rows[plan.request_id]
+        scores = None
+        if row.request.params.prompt_logprobs is not None:
+            first = plan.start + 1
+            targets = row.request.prompt_ids[first : first + len(plan.token_ids)]
+            scores = tuple(TokenLogprob(token, -1.0, []) for token in targets)
+        if not plan.samples:
+            return RowOutcome(prompt_logprobs=scores)
+        token = next_token(row.history, self._vocab_size)
+        row.history.append(token)
+        return RowOutcome((token,), prompt_logprobs=scores)
+
+
+@dataclass
+class FakeEngine:
+    """A scheduler over a `FakeExecutor`, stepped by hand, audited at every step."""
+
+    num_blocks: int = 64
+    block_size: int = 4
+    prefix_caching: bool = True
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 64
+    max_model_len: int = 64
+    vocab_size: int = 97
+    scheduler: Scheduler = field(init=False)
+    executor: FakeExecutor = field(init=False)
+    heard: dict[str, Generated] = field(default_factory=dict)
+    submitted: dict[str, Request] = field(default_factory=dict)
+    now: float = 0.0  # what the scheduler's clock says
+
+    def __post_init__(self) -> None:
+        limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len)
+        kv = KVManager(self.num_blocks, self.block_size, self.prefix_caching)
+        self.scheduler = Scheduler(limits, kv, frozenset({EOS}), clock=lambda: self.now)
+        self.executor = FakeExecutor(self.block_size, self.vocab_size)
+
+    @property
+    def max_len(self) -> int:
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
+    def submit(self, *requests: Request) -> None:
+        for request in requests:
+            self.scheduler.submit(request)
+            self.submitted[request.request_id] = request
+            self.heard[request.request_id] = Generated()
+
+    def step(self) -> StepPlan:
+        """One step; what clients hear is collected in `heard`."""
+        decoding = self.executor.decoding()
+        num_preemptions = self.scheduler.stats().num_preemptions
+        plan = self.scheduler.schedule()
+        if self.scheduler.stats().num_preemptions > num_preemptions:
+            assert plan.admitted == (), "admitted where blocks have just run out"
+        assert plan.num_tokens <= self.max_num_batched_tokens
+        planned = {row.request_id for row in plan.rows}
+        assert decoding <= planned | set(plan.released), "a decoding sequence stood still"
+        outcome = self.executor.execute(plan)
+        assert len(self.executor.rows) <= self.max_num_seqs
+        for event in self.scheduler.update(plan, outcome):
+            self._hear(event)
+        self.scheduler.audit()
+        return plan
+
+    def run(self) -> list[StepPlan]:
+        """Step until nothing is left to do; returns the plans that had rows."""
+        plans = []
+        while self.scheduler.has_work():
+            plans.append(self.step())
+        self.check_idle()
+        return [plan for plan in plans if plan.rows]
+
+    def check_idle(self) -> None:
+        """Assert that every request has had its end, with the text it has alone, and that no
+        block is in use."""
+        for name, request in self.submitted.items():
+            self.check_text(request, self.heard[name])
+        assert self.executor.rows == {}
+        assert self.scheduler.stats().kv_usage == 0
+
+    def check_text(self, request: Request, record: Generated) -> None:
+        expected = expected_text(request, self.max_len, self.vocab_size)
+        assert record.finished is not None
+        assert record.finished.num_output == len(record.token_ids)
+        if record.finished.reason in (FinishReason.ABORT, FinishReason.ERROR):
+            expected = expected[: len(record.token_ids)]
+        assert record.token_ids == expected
+
+    def _hear(self, event: Tokens | Finished) -> None:
+        record = self.heard[event.request_id]
+        assert record.finished is None, "an event behind the last one"
+        if isinstance(event, Finished):
+            record.finished = event
+        else:
+            record.token_ids += event.token_ids
+            record.prompt_logprobs += event.prompt_logprobs or []

@@ -1,0 +1,135 @@
+"""An engine client without an engine: it plays back what a test wrote down."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from engine.messages import EngineInfo, EngineStats, Finished, TokenLogprob, Tokens
+from engine.request import FinishReason, Request
+
+Event = Tokens | Finished
+Script = Callable[[Request], Sequence[Event]]
+INFO = EngineInfo(
+    vocab_size=384,
+    max_model_len=64,
+    num_blocks=32,
+    block_size=16,
+    eos_token_ids=[2],
+    ops={"linear": "scripted"},
+    device="none",
+)
+
+
+class ScriptedEngine:
+    """Answers each request with the events of `script`. A script without a `Finished` leaves the
+    request open: the test goes on with `feed`, or the front end aborts it."""
+
+    def __init__(self, script: Script, info: EngineInfo | None = INFO) -> None:
+        self.script = script
+        self.info = info
+        self.stats: EngineStats | None = None
+        self.submitted: list[Request] = []
+        self.aborted: list[str] = []
+        self._open: dict[str, asyncio.Queue[Event]] = {}
+
+    @property
+    def open_ids(self) -> list[str]:
+        """Requests without a `Finished` so far."""
+        return list(self._open)
+
+    def submit(self, request: Request) -> AsyncIterator[Event]:
+        assert all(request.request_id != known.request_id for known in self.submitted)
+        self.submitted.append(request)
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._open[request.request_id] = queue
+        for event in self.script(request):
+            self.feed(event)
+        return _events(queue)
+
+    def feed(self, event: Event) -> None:
+        """Let one more event come."""
+        self._open[event.request_id].put_nowait(event)
+        if isinstance(event, Finished):
+            del self._open[event.request_id]
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        if request_id in self._open:
+            request = next(r for r in self.submitted if r.request_id == request_id)
+            self.feed(finished(request, FinishReason.ABORT))
+
+
+async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    while True:
+        event = await queue.get()
+        yield event
+        if isinstance(event, Finished):
+            return
+
+
+def finished(
+    request: Request, reason: FinishReason, num_output: int = 0, error: str | None = None
+) -> Finished:
+    """The last event of a request."""
+    return Finished(
+        request_id=request.request_id,
+        reason=reason,
+        num_prompt=len(request.prompt_ids),
+        num_output=num_output,
+        num_cached=min(16, len(request.prompt_ids) - 1),
+        first_scheduled_time=request.arrival_time + 0.25,
+        first_token_time=request.arrival_time + 0.5,
+        error=error,
+    )
+
+
+def score(token_id: int, count: int) -> TokenLogprob:
+    """A made-up logprob: the token first, then its successors."""
+    top = [(token_id + rank, -0.5 - rank) for rank in range(count)]
+    return TokenLogprob(token_id, -0.5, top)
+
+
+def tokens(request: Request, token_ids: Sequence[int], first: bool = False) -> Tokens:
+    """New tokens, with the logprobs that the request asks for."""
+    params = request.params
+    logprobs = None
+    if params.logprobs is not None:
+        logprobs = [score(token_id, params.logprobs) for token_id in token_ids]
+    scores: list[TokenLogprob | None] | None = None
+    if first and params.prompt_logprobs is not None:
+        rest = [score(token_id, params.prompt_logprobs) for token_id in request.prompt_ids[1:]]
+        scores = [None, *rest]
+    return Tokens(request.request_id, list(token_ids), logprobs, scores)
+
+
+def say(token_ids: Sequence[int], step: int = 1, ends: bool = True) -> Script:
+    """Emit these ids, `step` at a time, and end as the engine does: at the end token (2), at
+    `max_tokens`, or behind the last one. With `ends` False the request is left open."""
+
+    def script(request: Request) -> list[Event]:
+        kept = list(token_ids[: request.params.max_tokens])
+        reason = FinishReason.LENGTH
+        if 2 in kept and not request.params.ignore_eos:
+            kept = kept[: kept.index(2) + 1]
+            reason = FinishReason.STOP
+        events: list[Event] = [
+            tokens(request, kept[begin : begin + step], begin == 0)
+            for begin in range(0, max(len(kept), 1), step)
+        ]
+        if ends:
+            events.append(finished(request, reason, len(kept)))
+        return events
+
+    return script
+
+
+def fail(token_ids: Sequence[int], error: str) -> Script:
+    """Emit these ids, then fail."""
+
+    def script(request: Request) -> list[Event]:
+        events: list[Event] = [tokens(request, [token_id]) for token_id in token_ids]
+        events.append(finished(request, FinishReason.ERROR, len(token_ids), error))
+        return events
+
+    return script
