@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from configs.env import default_cache_dir, num_cpus
 from configs.resolve import HostFacts, resolve_host
 from configs.schema import Config
+from engine.completion import Completion
 from engine.core import EngineCore
-from engine.messages import EngineInfo, EngineMessage, Finished, Submit, TokenLogprob, Tokens
+from engine.messages import EngineInfo, EngineMessage, Finished, Submit, Tokens
 from engine.request import Request
 from server.compose import build_engine
-
-
-@dataclass(slots=True)
-class Completion:
-    """All that one request led to."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    finished: Finished | None = None
-
-    def take(self, event: Tokens | Finished) -> None:
-        """Add what an event of this request tells."""
-        assert self.finished is None
-        if isinstance(event, Finished):
-            self.finished = event
-            return
-        self.token_ids += event.token_ids
-        self.logprobs += event.logprobs or []
-        self.prompt_logprobs += event.prompt_logprobs or []
 
 
 class OfflineEngine:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from engine.completion import Completion
 from engine.request import Request
-from server.offline import Completion
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine
 

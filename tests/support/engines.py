@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.completion import Completion
 from engine.core import EngineCore
 from engine.messages import Finished, Submit, Tokens
 from engine.request import Request, SamplingParams
-from server.offline import Completion
 
 
 def ask(request_id: str, prompt_ids: list[int], **params: object) -> Request:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from engine.completion import Completion
 from engine.kv.manager import KVManager
 from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from tests.support.engines import Generated, ask
+from tests.support.engines import ask
 
 EOS = 0
 
@@ -149,7 +150,7 @@ class FakeEngine:
     vocab_size: int = 97
     scheduler: Scheduler = field(init=False)
     executor: FakeExecutor = field(init=False)
-    heard: dict[str, Generated] = field(default_factory=dict)
+    heard: dict[str, Completion] = field(default_factory=dict)
     submitted: dict[str, Request] = field(default_factory=dict)
     now: float = 0.0  # what the scheduler's clock says
 
@@ -167,7 +168,7 @@ class FakeEngine:
         for request in requests:
             self.scheduler.submit(request)
             self.submitted[request.request_id] = request
-            self.heard[request.request_id] = Generated()
+            self.heard[request.request_id] = Completion()
 
     def step(self) -> StepPlan:
         """One step; what clients hear is collected in `heard`."""
@@ -202,7 +203,7 @@ class FakeEngine:
         assert self.executor.rows == {}
         assert self.scheduler.stats().kv_usage == 0
 
-    def check_text(self, request: Request, record: Generated) -> None:
+    def check_text(self, request: Request, record: Completion) -> None:
         expected = expected_text(request, self.max_len, self.vocab_size)
         assert record.finished is not None
         assert record.finished.num_output == len(record.token_ids)

@@ -1,0 +1,27 @@
+"""The events of one request, put together again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.messages import Finished, TokenLogprob, Tokens
+
+
+@dataclass(slots=True)
+class Completion:
+    """All that one request led to."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    finished: Finished | None = None
+
+    def take(self, event: Tokens | Finished) -> None:
+        """Add what an event of this request tells."""
+        assert self.finished is None
+        if isinstance(event, Finished):
+            self.finished = event
+            return
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs or []
+        self.prompt_logprobs += event.prompt_logprobs or []
