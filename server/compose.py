@@ -87,7 +87,7 @@ def assemble(config: Config, target: Target, ops: Ops, device: torch.device) -> 
         max_model_len=max_model_len,
     )
     kv = KVManager(num_blocks, config.cache.block_size, config.cache.prefix_caching)
-    scheduler = Scheduler(limits, kv, target.eos_token_ids)
+    scheduler = Scheduler(limits, kv, target.eos_token_ids, vocab_size=target.arch.vocab_size)
     runner = ModelRunner(_runner_parts(config, target, ops, device, num_blocks, max_model_len))
     info = EngineInfo(
         vocab_size=target.arch.vocab_size,

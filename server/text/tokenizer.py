@@ -41,7 +41,9 @@ class Tokenizer:
         """Ids of `text`; special tokens written in it are recognised. `add_special_tokens` puts
         the model's own beginning (BOS) in front, if it has one."""
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # A batch of one: unlike `encode`, it lets other threads run meanwhile.
+            batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(batch[0].ids)
         except (TypeError, UnicodeError) as error:
             raise ValueError("text is not valid Unicode (a lone surrogate?)") from error
 

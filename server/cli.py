@@ -1,0 +1,132 @@
+"""The command `aerie`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs.env import default_cache_dir, environment, num_cpus
+from configs.load import load_config, shipped_configs
+from configs.resolve import HostFacts, resolve_host
+from configs.schema import Config
+
+app = typer.Typer(
+    help="Aerie serves Llama models over the OpenAI HTTP API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="AERIE_CONFIG",
+        metavar="FILE",
+        help=f"YAML file, or a shipped one: {', '.join(shipped_configs())}.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="Overrides, as `model.dtype=float32 cache.num_blocks=512`; values are YAML.",
+        show_default=False,
+    ),
+]
+
+
+@app.callback()
+def _group() -> None:
+    """Sub-commands share nothing."""
+
+
+@app.command()
+def serve(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on (server.host).", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="Port; 0 picks a free one (server.port).", show_default=False),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Accept this bearer token; may be repeated. Other users of this machine can see "
+            "arguments: prefer server.api_key_file or AERIE_SERVER__API_KEYS.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Start the server. Prints the resolved configuration, then one line `READY <url>`.
+
+    Settings come from the file, then `AERIE_SECTION__KEY` environment variables, then the command
+    line; `aerie config` lists all of them. SIGTERM and Ctrl-C drain: open requests finish (up to
+    server.drain_timeout seconds), new ones get 503.
+
+    Examples:
+
+        aerie serve
+
+        aerie serve --config smollm2-fp32 --port 8123 cache.num_blocks=512
+
+        aerie serve model.source=/models/Llama-3.2-1B-Instruct server.api_key_file=keys.txt
+    """
+    from server.launch import serve as run
+
+    options = {"server.host": host, "server.port": port, "server.api_keys": api_key}
+    extra = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    try:
+        resolved = _resolved(config, [*(overrides or ()), *extra])
+        raise typer.Exit(run(resolved))
+    except (ValueError, OSError) as error:
+        raise _failed(error) from None
+
+
+@app.command(name="config")
+def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """Check a configuration and print it whole, with the meaning of every key."""
+    try:
+        resolved = _resolved(config, overrides or ())
+    except (ValueError, OSError) as error:
+        raise _failed(error) from None
+    for name in Config.model_fields:
+        section = getattr(resolved, name)
+        typer.echo(f"{name}:  # {type(section).__doc__}")
+        for key, about in type(section).model_fields.items():
+            value = section.model_dump(mode="json")[key]
+            if key == "api_keys" and value:
+                value = ["***"] * len(value)
+            text = f"{key}: {json.dumps(value)}"
+            typer.echo(f"  {text}" + (f"  # {about.description}" if about.description else ""))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(installed("aerie"))
+
+
+def _resolved(path: Path | None, overrides: list[str] | tuple[str, ...]) -> Config:
+    config = load_config(path, overrides, environment())
+    return resolve_host(config, HostFacts(num_cpus(), default_cache_dir()))
+
+
+def _failed(error: Exception) -> typer.Exit:
+    typer.echo(f"aerie: {error}", err=True)
+    return typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,108 @@
+"""The engine process: builds an engine, then turns messages into steps until told to stop.
+
+Run as `python -m server.engine_process ENDPOINT` with the configuration as JSON in the first line
+of standard input. The pipe stays open as long as the parent lives; its end ends the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from io import FileIO
+
+import zmq
+
+from configs.schema import Config
+from engine.core import EngineCore
+from engine.messages import ClientMessage, Shutdown
+from server.logs import set_up_logging
+from server.wire import decode_client, encode, unbounded
+
+EXIT_BAD_SETUP = 3  # the configuration or the model is at fault: starting again would not help
+STDIN = 0
+STOPPING = "the server is shutting down"
+
+logger = logging.getLogger(__name__)
+
+
+class EngineChannel:
+    """The engine's end of the pair."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        unbounded(self._socket)
+        self._socket.connect(endpoint)
+
+    def receive(self, *, wait: bool) -> list[ClientMessage]:
+        """All messages that have come; with `wait`, at least one batch."""
+        messages: list[ClientMessage] = []
+        flags = 0 if wait else zmq.NOBLOCK
+        try:
+            while True:
+                messages += decode_client(self._socket.recv(flags))
+                flags = zmq.NOBLOCK
+        except zmq.Again:
+            return messages
+
+    def send(self, frame: bytes) -> None:
+        self._socket.send(frame)
+
+    def close(self) -> None:
+        """Send what is still queued, then close."""
+        self._socket.close(linger=1000)
+        self._context.term()
+
+
+def run(core: EngineCore, channel: EngineChannel) -> None:
+    """Serve until a `Shutdown` comes. Whatever a step raises ends all requests and the process:
+    its state can no longer be trusted, and the launcher starts a new one."""
+    channel.send(encode([core.info]))
+    try:
+        while True:
+            for message in channel.receive(wait=not core.has_work()):
+                if isinstance(message, Shutdown):
+                    channel.send(encode(core.abort_all(STOPPING)))
+                    return
+                core.add(message)
+            if core.has_work():
+                channel.send(encode(core.step()))
+    except Exception as error:
+        channel.send(encode(core.abort_all(f"the engine failed: {type(error).__name__}")))
+        raise
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
+    endpoint = sys.argv[1]
+    pipe = open(STDIN, "rb", buffering=0, closefd=False)  # noqa: SIM115  (open until the end)
+    config = Config.model_validate_json(pipe.readline())
+    set_up_logging(config.log)
+    threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
+    try:
+        from server.compose import build_engine
+
+        core = build_engine(config)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        logger.error("the engine cannot start: %s", error)
+        logger.debug("", exc_info=True)
+        raise SystemExit(EXIT_BAD_SETUP) from None
+    channel = EngineChannel(endpoint)
+    try:
+        run(core, channel)
+    finally:
+        channel.close()
+
+
+def _die_with_parent(pipe: FileIO) -> None:
+    """Block until the parent's end of the pipe closes, then leave at once."""
+    pipe.read(1)
+    logging.shutdown()
+    signal.raise_signal(signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The HTTP process: opens the port at once, keeps an engine process running behind it, and drains
+on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+import yaml
+from fastapi import FastAPI
+
+from configs.schema import Config
+from engine.models.source import resolve_source
+from server.app import create_app
+from server.context import ServerContext, ServerInfo, with_engine_facts
+from server.engine_process import EXIT_BAD_SETUP
+from server.logs import set_up_logging
+from server.ops_routes import redacted
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer_files import load_tokenizer
+from server.zmq_client import ENGINE_LOST, ZmqEngineClient
+
+LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
+
+logger = logging.getLogger(__name__)
+
+
+def serve(config: Config) -> int:
+    """Run the server until it is told to stop; returns the exit code.
+
+    Args:
+        config: resolved for its host (`resolve_host`).
+
+    Raises:
+        OSError, ValueError: the port, the model's files or the API keys are at fault.
+    """
+    set_up_logging(config.log)
+    listener = open_port(config.server.host, config.server.port)
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    with contextlib.closing(listener), runner:
+        return runner.run(_serve(config, listener))
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A listening socket. OSError that names the address when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            f"cannot listen on {host}:{port} (server.host, server.port): {reason}"
+        ) from error
+    return listener
+
+
+async def _serve(config: Config, listener: socket.socket) -> int:
+    client = ZmqEngineClient()
+    engine = EngineKeeper(config, client)
+    engine.start()  # loads the model while this process loads the tokenizer
+    try:
+        app, context = _build_app(config, client)
+        web = _WebServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+        running = asyncio.create_task(web.serve(sockets=[listener]))
+        stop = _stop_signals()
+        announcing = asyncio.create_task(_announce(config, client, listener))
+        await _first(stop.wait(), engine.failed(), running)
+        announcing.cancel()
+        if stop.is_set():
+            await _drain(context, config.server.drain_timeout, stop)
+        await engine.stop()
+        web.should_exit = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(running), LAST_WORDS)
+        web.force_exit = True
+        await running
+    finally:
+        await engine.stop()
+        client.close()
+    return engine.exit_code
+
+
+def _build_app(config: Config, client: ZmqEngineClient) -> tuple[FastAPI, ServerContext]:
+    assert config.files.dir is not None
+    template = config.model.chat_template
+    source = None if template is None else template.read_text(encoding="utf-8")
+    files = resolve_source(config.model.source, config.model.revision)
+    tokenizer = load_tokenizer(files, config.files.dir, source)
+    chat_template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    app = create_app(config, client, tokenizer, chat_template, ServerInfo.from_config(config))
+    context = app.state.context
+    assert isinstance(context, ServerContext)
+    return app, context
+
+
+async def _announce(config: Config, client: ZmqEngineClient, listener: socket.socket) -> None:
+    """Print the resolved configuration, then where the server can be reached."""
+    info = await client.wait_ready()
+    resolved = redacted(with_engine_facts(config, info))
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    url = f"http://{host}:{port}"
+    sys.stdout.write(yaml.safe_dump({"config": resolved, "ops": info.ops}, sort_keys=False))
+    sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
+    sys.stdout.flush()
+
+
+async def _drain(context: ServerContext, timeout: float, stop: asyncio.Event) -> None:
+    """Refuse new requests and let open ones finish, up to `timeout` or a second signal."""
+    context.state.start_draining()
+    logger.info("draining: %d requests are open", context.state.num_open)
+    stop.clear()
+    await _first(context.state.wait_idle(), stop.wait(), asyncio.sleep(timeout))
+    if context.state.num_open:
+        logger.warning("%d requests did not finish in time", context.state.num_open)
+
+
+async def _first(*awaitables: object) -> None:
+    """Wait for the first of them; the others are cancelled, unless they are tasks of somebody."""
+    own = [asyncio.ensure_future(a) for a in awaitables if asyncio.iscoroutine(a)]
+    tasks = [a for a in awaitables if isinstance(a, asyncio.Task)]
+    await asyncio.wait([*own, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    for task in own:
+        task.cancel()
+
+
+def _stop_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+class _WebServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: draining comes first here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class EngineKeeper:
+    """Starts the engine process, and starts it again when it dies."""
+
+    def __init__(self, config: Config, client: ZmqEngineClient) -> None:
+        self._config = config
+        self._client = client
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._failed = asyncio.Event()
+        self.exit_code = 0
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep())
+
+    async def failed(self) -> None:
+        """Return when there will be no engine any more."""
+        await self._failed.wait()
+
+    async def stop(self) -> None:
+        """End the engine; requests that are still open end with it."""
+        self._stopping = True
+        self._client.shut_down()
+        if self._task is None:
+            return
+        try:
+            await asyncio.wait_for(asyncio.shield(self._task), LAST_WORDS)
+        except TimeoutError:
+            self._kill()
+            await self._task
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def _keep(self) -> None:
+        backoff = FIRST_BACKOFF
+        while not self._stopping:
+            code, was_ready = await self._run_once()
+            if self._stopping:
+                return
+            logger.error("the engine process ended with exit code %d", code)
+            if code == EXIT_BAD_SETUP or not self._config.server.restart_engine:
+                self.exit_code = 1
+                self._failed.set()
+                return
+            backoff = FIRST_BACKOFF if was_ready else min(backoff * 2, LONGEST_BACKOFF)
+            logger.info("starting the engine again in %.1f s", backoff)
+            await asyncio.sleep(backoff)
+
+    async def _run_once(self) -> tuple[int, bool]:
+        """One engine's life; its exit code, and whether it ever took requests."""
+        async with _private_endpoint() as endpoint:
+            self._client.attach(endpoint)
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "server.engine_process", endpoint),
+                stdin=asyncio.subprocess.PIPE,
+            )
+            assert self._process.stdin is not None
+            self._process.stdin.write(_without_secrets(self._config).encode() + b"\n")
+            code = await self._process.wait()
+            was_ready = self._client.info is not None
+            self._client.detach(ENGINE_LOST)
+            return code, was_ready
+
+
+def _without_secrets(config: Config) -> str:
+    """What the engine is told: everything but the API keys."""
+    server = config.server.model_copy(update={"api_keys": (), "api_key_file": None})
+    return config.model_copy(update={"server": server}).model_dump_json()
+
+
+@contextlib.asynccontextmanager
+async def _private_endpoint() -> AsyncIterator[str]:
+    """A socket path that only this user can reach."""
+    with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
+        yield f"ipc://{Path(folder) / 'engine'}"

@@ -1,0 +1,147 @@
+"""One choice of a reply: engine events in; text, logprobs and the reason of its end out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.messages import Finished, TokenLogprob, Tokens
+from engine.request import FinishReason, Request
+from server.metrics import Metrics
+from server.openai import responses
+from server.text.stream import StreamOptions, TextStream
+from server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token's logprob and where its text begins, in characters of the choice."""
+
+    offset: int
+    logprob: TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What is new in a choice. `finish_reason` is set in its last delta only."""
+
+    index: int
+    text: str
+    scored: Sequence[ScoredToken]
+    finish_reason: responses.FinishReason | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class Choice:
+    """Follows one engine request. Logprobs come with the text of their tokens: those of tokens
+    that a stop string or the end token keeps out of the text are left out, too."""
+
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        tokenizer: Tokenizer,
+        options: StreamOptions,
+        metrics: Metrics,
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.num_output = 0  # tokens up to and including the one that ended the choice
+        self.finish_reason: responses.FinishReason | None = None
+        self.finished: Finished | None = None  # the engine's last event
+        self.aborted = False  # whether the engine was told to stop
+        self._stream = TextStream(tokenizer, request.prompt_ids, options)
+        self._metrics = metrics
+        self._emitted = 0  # characters
+        self._held: list[ScoredToken] = []  # their text was not emitted yet
+        self._newest: float | None = None  # when the last tokens came
+
+    @property
+    def started(self) -> bool:
+        """Whether it has got its first tokens."""
+        return self._newest is not None
+
+    @property
+    def stopped_by_string(self) -> bool:
+        """Then the engine does not know yet that the choice has ended."""
+        return isinstance(self._stream.stop, str)
+
+    @property
+    def live(self) -> bool:
+        """Whether the engine still works on it and was not told to stop."""
+        return self.finished is None and not self.aborted
+
+    def ended(self) -> responses.FinishReason:
+        """Why it ended; it must have."""
+        assert self.finish_reason is not None
+        return self.finish_reason
+
+    def take_tokens(self, event: Tokens) -> ChoiceDelta | None:
+        """New tokens. None when there is nothing to show; after a stop all is ignored."""
+        if self.finish_reason is not None:
+            return None
+        self._measure(len(event.token_ids))
+        taken = self._stream.push(event.token_ids)
+        self.num_output += taken.num_tokens
+        self._emitted += len(taken.text)
+        scored: Sequence[ScoredToken] = ()
+        if event.logprobs is not None:
+            known = zip(taken.offsets, event.logprobs, strict=False)  # a stop cuts the offsets
+            self._held += [ScoredToken(offset, logprob) for offset, logprob in known]
+            scored = self._release()
+        if taken.stop is not None:
+            self.finish_reason = "stop"
+        if not (taken.text or scored or taken.stop is not None or event.prompt_logprobs):
+            return None
+        return ChoiceDelta(
+            self.index, taken.text, scored, self.finish_reason, event.prompt_logprobs
+        )
+
+    def take_finished(self, event: Finished) -> ChoiceDelta | None:
+        """The engine's last event. None when the choice had ended before, by a stop string."""
+        self.finished = event
+        if self.finish_reason is not None:
+            self._measure_end(event, self.finish_reason)
+            return None
+        text = self._stream.finish()
+        stopped = self._stream.stop is not None or event.reason is FinishReason.STOP
+        self._emitted += len(text)
+        self.finish_reason = "stop" if stopped else "length"
+        scored = self._release() if self._stream.stop is not None else self._held
+        self._measure_end(event, self.finish_reason)
+        return ChoiceDelta(self.index, text, scored, self.finish_reason)
+
+    def fail(self, event: Finished) -> None:
+        """The engine ended it without a reason that a client may see."""
+        self.finished = event
+        self._measure_end(event, event.reason.value)
+
+    def abandon(self) -> None:
+        """The client left before the engine was done."""
+        seen = Finished(
+            self.request.request_id,
+            FinishReason.ABORT,
+            len(self.request.prompt_ids),
+            self.num_output,
+        )
+        self._measure_end(seen, self.finish_reason or FinishReason.ABORT.value)
+
+    def _release(self) -> list[ScoredToken]:
+        """Take out the leading tokens whose text has been emitted, at least in part."""
+        count = 0
+        while count < len(self._held) and self._held[count].offset < self._emitted:
+            count += 1
+        released, self._held = self._held[:count], self._held[count:]
+        return released
+
+    def _measure(self, num_tokens: int) -> None:
+        now = time.time()
+        if num_tokens and self._newest is not None:
+            self._metrics.next_tokens(num_tokens, max(now - self._newest, 0))
+        elif self._newest is None:
+            self._metrics.first_tokens(num_tokens, max(now - self.request.arrival_time, 0))
+        self._newest = now
+
+    def _measure_end(self, event: Finished, reason: str) -> None:
+        self._metrics.finish(event, reason, self.request.arrival_time)

@@ -1,0 +1,201 @@
+"""From a checked request to what the engine and the text stream need."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from engine.messages import EngineInfo
+from engine.request import SamplingParams
+from server.context import ServerContext
+from server.openai.errors import bad_value, context_overflow, invalid
+from server.openai.schema import ChatMessage, ChatRequest, CompletionRequest, SamplingFields
+from server.text.chat_template import ChatTemplate
+from server.text.stream import StreamOptions
+
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One tokenised prompt; `text` is None where the client sent token ids."""
+
+    token_ids: list[int]
+    text: str | None
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """What the chat template sees of a conversation."""
+    rendered = []
+    for message in messages:
+        role = "system" if message.role == "developer" else message.role
+        entry = {"role": role, "content": message.text()}
+        if message.name is not None:
+            entry["name"] = message.name
+        if message.tool_call_id is not None:
+            entry["tool_call_id"] = message.tool_call_id
+        rendered.append(entry)
+    return rendered
+
+
+def render_chat(
+    template: ChatTemplate,
+    messages: Sequence[ChatMessage],
+    add_generation_prompt: bool | None,
+    kwargs: dict[str, object] | None,
+) -> str:
+    """The prompt of a conversation. ApiError 400 when the template refuses it."""
+    opens = add_generation_prompt is not False
+    try:
+        return template.render(template_messages(messages), opens, **(kwargs or {}))
+    except ValueError as error:
+        raise invalid(str(error), "messages", "chat_template_error") from error
+
+
+def encode(
+    context: ServerContext, info: EngineInfo, text: str, add_special_tokens: bool, param: str
+) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises:
+        ApiError: 400; the text is not valid Unicode, or so long that even in the longest tokens
+            of the vocabulary it is more than the context. The latter is found without tokenising.
+    """
+    max_model_len = info.max_model_len
+    if len(text) > max_model_len and len(text) > max_model_len * context.longest_token():
+        raise context_overflow(
+            max_model_len, f"your prompt has {len(text)} characters, which are more", param
+        )
+    try:
+        return context.tokenizer.encode(text, add_special_tokens)
+    except ValueError as error:
+        raise invalid(f"{param}: {error}", param) from error
+
+
+def chat_prompt(context: ServerContext, info: EngineInfo, body: ChatRequest) -> Prompt:
+    """Render and tokenise a conversation. Templates write the special tokens themselves."""
+    text = render_chat(
+        context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
+    )
+    return Prompt(encode(context, info, text, False, "messages"), text)
+
+
+def completion_prompts(
+    context: ServerContext, info: EngineInfo, body: CompletionRequest
+) -> list[Prompt]:
+    """Tokenise the prompts, or check the token ids that were sent."""
+    prompts = []
+    for prompt in body.prompts():
+        if isinstance(prompt, str):
+            prompts.append(Prompt(encode(context, info, prompt, True, "prompt"), prompt))
+        else:
+            check_token_ids(prompt, info, "prompt")
+            prompts.append(Prompt(prompt, None))
+    return prompts
+
+
+def check_token_ids(token_ids: Sequence[int], info: EngineInfo, param: str) -> None:
+    """ApiError 400 for ids that the model has no embedding for."""
+    largest = max(token_ids, default=0)
+    if largest >= info.vocab_size:
+        raise bad_value(param, largest, f"token ids must be below {info.vocab_size}")
+
+
+def budget(
+    prompt: Prompt, asked: int | None, default: int | None, info: EngineInfo, param: str
+) -> int:
+    """Output tokens of one choice: those asked for, else `default` or what the context leaves.
+
+    Raises:
+        ApiError: 400 for an empty prompt, and when prompt and output exceed the context.
+    """
+    num_prompt, max_model_len = len(prompt.token_ids), info.max_model_len
+    if num_prompt == 0:
+        raise invalid("The prompt is empty: it must have at least one token", param)
+    room = max_model_len - num_prompt
+    wanted = 1 if asked is None else asked
+    if wanted > room:
+        raise context_overflow(
+            max_model_len,
+            f"you requested {num_prompt + wanted} tokens ({num_prompt} in the prompt, {wanted} in "
+            "the completion). Please reduce the length of either.",
+            param,
+        )
+    if asked is not None:
+        return asked
+    return room if default is None else min(default, room)
+
+
+def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
+    max_tokens = budget(prompt, body.token_limit, None, info, "messages")
+    return _sampling_params(body, max_tokens, body.num_logprobs, None, info)
+
+
+def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
+    max_tokens = budget(prompt, body.max_tokens, DEFAULT_COMPLETION_TOKENS, info, "prompt")
+    scored = body.logprobs if body.echo else None
+    return _sampling_params(body, max_tokens, body.logprobs, scored, info)
+
+
+def _sampling_params(
+    body: SamplingFields,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    info: EngineInfo,
+) -> SamplingParams:
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        allowed = f"at most the tokens that may be generated, {max_tokens}"
+        raise bad_value("min_tokens", min_tokens, allowed)
+    check_token_ids(body.stop_token_ids or (), info, "stop_token_ids")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=_or(body.temperature, 1.0),
+        top_k=max(body.top_k or 0, 0),
+        top_p=_or(body.top_p, 1.0),
+        min_p=_or(body.min_p, 0.0),
+        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, info),
+        stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _logit_bias(entries: dict[str, float], info: EngineInfo) -> dict[int, float]:
+    bias = {int(name): float(value) for name, value in entries.items()}
+    check_token_ids(list(bias), info, "logit_bias")
+    return bias
+
+
+def with_seed_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Choices of one prompt differ by their seed, and only by it."""
+    return msgspec.structs.replace(params, seed=(params.seed + choice) % 2**64)
+
+
+def stream_options(body: SamplingFields, info: EngineInfo) -> StreamOptions:
+    """How the tokens of each choice become text."""
+    ends = set(body.stop_token_ids or ())
+    if not body.ignore_eos:
+        ends |= set(info.eos_token_ids)
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return StreamOptions(
+        stop=stop,
+        stop_token_ids=frozenset(ends),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        include_stop=bool(body.include_stop_str_in_output),
+        min_tokens=body.min_tokens or 0,
+    )

@@ -1,0 +1,101 @@
+"""Types of request fields: what each may hold, and how those we do not support are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.json_schema import WithJsonSchema
+
+HARMLESS = "Accepted without effect: "
+MAX_INT = 2**63 - 1
+
+
+class Fields(BaseModel):
+    """A JSON object of a request: no unknown fields, no conversions between types."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def _refuse(value: Any) -> None:
+    if value is not None:
+        raise ValueError("not supported yet; leave it out or send null")
+
+
+def _refuse_entries(value: Any) -> None:
+    if value is not None and value != []:
+        raise ValueError("not supported yet; leave it out, or send null or an empty array")
+
+
+def _only_text(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
+        raise ValueError('not supported yet; only {"type": "text"} is')
+    return value
+
+
+def _only_none(value: Any) -> Any:
+    if value not in (None, "none"):
+        raise ValueError('not supported yet; only "none" is')
+    return value
+
+
+class TextFormat(Fields):
+    type: Literal["text"]
+
+
+Unsupported = Annotated[
+    None, BeforeValidator(_refuse), WithJsonSchema({"type": "null"}), Field(description="Refused.")
+]
+UnsupportedList = Annotated[
+    None,
+    BeforeValidator(_refuse_entries),
+    WithJsonSchema({"anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]}),
+    Field(description="Refused, unless it is empty."),
+]
+OnlyNone = Annotated[
+    Literal["none"] | None,
+    BeforeValidator(_only_none),
+    Field(description='Only "none", as tools are not supported yet.'),
+]
+ResponseFormat = Annotated[
+    TextFormat | None,
+    BeforeValidator(_only_text),
+    Field(description='Only {"type": "text"}; structured output is refused for now.'),
+]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Temperature = Annotated[float | None, Field(ge=0, le=2, description="0 is greedy. Default 1.")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+TopP = Annotated[float | None, Field(gt=0, le=1, description="Default 1: off.")]
+Penalty = Annotated[float | None, Field(ge=-2, le=2, description="Default 0: off.")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias] | None,
+    Field(max_length=1024, description="Token id, written as a string, to what its logit gains."),
+]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=4)] | None,
+    Field(description="Up to 4 strings that end the text; they are not part of it."),
+]
+Seed = Annotated[
+    int | None,
+    Field(
+        ge=-(2**63),
+        le=2**64 - 1,
+        description="Any 64-bit integer; the same request with the same seed gives the same text. "
+        "Choice i of n uses seed + i. Drawn at random when absent.",
+    ),
+]
+
+
+class StreamRequestOptions(Fields):
+    """What a stream should contain besides the choices."""
+
+    include_usage: bool | None = Field(
+        None, description="Send token counts in a last chunk without choices."
+    )
+    include_obfuscation: Literal[False] | None = Field(
+        None, description="Only false: chunks are never padded."
+    )

@@ -1,0 +1,219 @@
+"""The choices of one HTTP request, generated together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+from engine.messages import EngineInfo, Finished, Tokens
+from engine.request import FinishReason, Request, SamplingParams
+from server.admission import Ticket
+from server.context import ServerContext
+from server.openai.choice import Choice, ChoiceDelta
+from server.openai.convert import Prompt, stream_options, with_seed_of_choice
+from server.openai.errors import ApiError, invalid, server_error
+from server.openai.responses import PromptTokensDetails, Usage
+from server.openai.schema import SamplingFields
+from server.request_log import RequestRecord
+
+Event = Tokens | Finished
+CONTEXT_PHRASE = "maximum context length"
+
+
+class Generation:
+    """Choice `p * n + i` is choice i of prompt p. `close` must be called, however it ends."""
+
+    def __init__(
+        self,
+        context: ServerContext,
+        record: RequestRecord,
+        ticket: Ticket,
+        id: str,
+        prompts: Sequence[Prompt],
+        choices: list[Choice],
+    ) -> None:
+        self.id = id
+        self.created = int(time.time())
+        self.model = context.info.model_name
+        self.fingerprint = context.info.fingerprint
+        self.tokenizer = context.tokenizer
+        self.prompts = prompts
+        self.choices = choices
+        self._client = context.client
+        self._record = record
+        self._ticket = ticket
+        self._keeps_text = context.config.log.prompts
+        self._output: list[str] = []
+        self._closed = False
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt that a choice continues."""
+        return self.prompts[index // (len(self.choices) // len(self.prompts))]
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
+        """Submit all choices and yield what they say, interleaved as it comes.
+
+        Raises:
+            ApiError: the engine could not finish a choice; the others are aborted by `close`.
+        """
+        streams = [self._client.submit(choice.request) for choice in self.choices]
+        async with contextlib.aclosing(_merge(streams)) as events:
+            async for index, event in events:
+                choice = self.choices[index]
+                if isinstance(event, Tokens):
+                    delta = self._take_tokens(choice, event)
+                else:
+                    delta = self._take_finished(choice, event)
+                if delta is not None:
+                    if self._keeps_text:
+                        self._output.append(delta.text)
+                    yield delta
+
+    def usage(self) -> Usage:
+        """Tokens of all choices; each prompt counts once, however many choices it has."""
+        per_prompt = len(self.choices) // len(self.prompts)
+        cached = [choice.finished.num_cached if choice.finished else 0 for choice in self.choices]
+        # Choices of one prompt find each other's prompt in the cache; the first one did not.
+        firsts = [
+            min(cached[begin : begin + per_prompt]) for begin in range(0, len(cached), per_prompt)
+        ]
+        num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
+        num_output = sum(choice.num_output for choice in self.choices)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_output,
+            total_tokens=num_prompt + num_output,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(firsts)),
+        )
+
+    def close(self) -> None:
+        """Abort what still runs, leave the queue, complete the log record. Again is no error."""
+        if self._closed:
+            return
+        self._closed = True
+        for choice in self.choices:
+            if choice.live:
+                self._abort(choice)
+            if choice.finished is None:
+                choice.abandon()
+            if choice.finish_reason is None:
+                self._record.error = self._record.error or "the client disconnected"
+        self._ticket.release()
+        self._record.finish_reasons = [
+            str(choice.finish_reason or FinishReason.ABORT.value) for choice in self.choices
+        ]
+        self._record.output_tokens = sum(choice.num_output for choice in self.choices)
+        if self._keeps_text:
+            self._record.output = "".join(self._output)
+
+    def _take_tokens(self, choice: Choice, event: Tokens) -> ChoiceDelta | None:
+        if not choice.started:
+            self._ticket.leave(choice.index)
+        ended_before = choice.finish_reason is not None
+        delta = choice.take_tokens(event)
+        if choice.live and (ended_before or choice.stopped_by_string):
+            self._abort(choice)
+        return delta
+
+    def _take_finished(self, choice: Choice, event: Finished) -> ChoiceDelta | None:
+        self._ticket.leave(choice.index)
+        failed = event.reason in (FinishReason.ERROR, FinishReason.ABORT)
+        if failed and choice.finish_reason is None:
+            choice.fail(event)
+            error = _failure(event)
+            self._record.error = event.error or "aborted by the engine"
+            raise error
+        return choice.take_finished(event)
+
+    def _abort(self, choice: Choice) -> None:
+        choice.aborted = True
+        self._client.abort(choice.request.request_id)
+
+
+def start_generation(
+    context: ServerContext,
+    record: RequestRecord,
+    ticket: Ticket,
+    body: SamplingFields,
+    prompts: Sequence[Prompt],
+    params: Sequence[SamplingParams],  # one per prompt
+    info: EngineInfo,
+    prefix: str,
+) -> Generation:
+    """Make the engine requests of an HTTP request; `prefix` begins its id.
+
+    Raises:
+        ApiError: 429, too many prompt tokens wait already.
+    """
+    ticket.add_prompts(
+        [len(prompt.token_ids) for prompt in prompts for _ in range(body.num_choices)]
+    )
+    id, now, options = f"{prefix}-{uuid.uuid4().hex}", time.time(), stream_options(body, info)
+    choices: list[Choice] = []
+    for prompt, shared in zip(prompts, params, strict=True):
+        for number in range(body.num_choices):
+            index = len(choices)
+            request = Request(
+                request_id=f"{id}-{index}",
+                prompt_ids=prompt.token_ids,
+                params=with_seed_of_choice(shared, number),
+                priority=body.priority or 0,
+                arrival_time=now,
+            )
+            choices.append(Choice(index, request, context.tokenizer, options, context.metrics))
+    record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    if context.config.log.prompts:
+        record.prompt = "\n".join(prompt.text or str(prompt.token_ids) for prompt in prompts)
+    return Generation(context, record, ticket, id, prompts, choices)
+
+
+def _failure(event: Finished) -> ApiError:
+    """What the client hears of an engine's error: its words only where they are about the
+    request."""
+    if event.error is not None and CONTEXT_PHRASE in event.error:
+        return invalid(event.error, code="context_length_exceeded")
+    return server_error("The engine failed to finish this request; it can be sent again")
+
+
+async def _merge(
+    streams: Sequence[AsyncIterator[Event]],
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of all streams as they come, with the number of their stream."""
+    if len(streams) == 1:
+        async for event in streams[0]:
+            yield 0, event
+        return
+    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(*pair, queue)) for pair in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            index, item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    index: int,
+    stream: AsyncIterator[Event],
+    queue: asyncio.Queue[tuple[int, Event | BaseException | None]],
+) -> None:
+    """Move one stream into the queue; None marks its end, an exception its failure."""
+    end: BaseException | None = None
+    try:
+        async for event in stream:
+            queue.put_nowait((index, event))
+    except Exception as error:  # noqa: BLE001  # raised again where the events are taken
+        end = error
+    queue.put_nowait((index, end))

@@ -1,0 +1,107 @@
+"""Logprobs in the two shapes of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.messages import TokenLogprob
+from server.openai.choice import ScoredToken
+from server.openai.responses import (
+    ChatLogprobs,
+    ChatTokenLogprob,
+    CompletionLogprobs,
+    TopLogprob,
+)
+from server.text.stream import StreamOptions, TextStream
+from server.text.tokenizer import Tokenizer
+
+SMALLEST = -9999.0  # stands for minus infinity, which JSON cannot write; as OpenAI does
+
+
+def finite(logprob: float) -> float:
+    """`logprob` as JSON can write it. NaN, which a model gone wrong makes, becomes SMALLEST."""
+    return logprob if logprob > SMALLEST else SMALLEST
+
+
+def chat_logprobs(tokenizer: Tokenizer, scored: Sequence[ScoredToken]) -> ChatLogprobs:
+    return ChatLogprobs(content=[_chat_entry(tokenizer, item.logprob) for item in scored])
+
+
+def _chat_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatTokenLogprob:
+    return ChatTokenLogprob(
+        token=tokenizer.token_text(entry.token_id),
+        logprob=finite(entry.logprob),
+        bytes=list(tokenizer.token_bytes(entry.token_id)),
+        top_logprobs=[
+            TopLogprob(
+                token=tokenizer.token_text(token_id),
+                logprob=finite(logprob),
+                bytes=list(tokenizer.token_bytes(token_id)),
+            )
+            for token_id, logprob in entry.top
+        ],
+    )
+
+
+class CompletionLogprobsWriter:
+    """Collects the parallel lists of a completion's logprobs."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._content = CompletionLogprobs(
+            tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]
+        )
+
+    def add(self, token_id: int, offset: int, entry: TokenLogprob | None) -> None:
+        """One token whose text begins at `offset`; the first of a prompt has no `entry`."""
+        content = self._content
+        content.tokens.append(self._tokenizer.token_text(token_id))
+        content.text_offset.append(offset)
+        content.token_logprobs.append(None if entry is None else finite(entry.logprob))
+        content.top_logprobs.append(None if entry is None else self._top(entry))
+
+    def take(self) -> CompletionLogprobs:
+        """What was added since the last `take`."""
+        content = self._content
+        self._content = CompletionLogprobs(
+            tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]
+        )
+        return content
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """The alternatives and the token itself; of those that look alike, the likeliest."""
+        top: dict[str, float] = {}
+        for token_id, logprob in [*entry.top, (entry.token_id, entry.logprob)]:
+            top.setdefault(self._tokenizer.token_text(token_id), finite(logprob))
+        return top
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as it is put in front of its completion."""
+
+    text: str
+    offsets: Sequence[int]  # where the text of each prompt token begins
+
+
+def echo_of(
+    tokenizer: Tokenizer, token_ids: Sequence[int], text: str | None, skip_special_tokens: bool
+) -> Echo:
+    """A prompt sent as text is echoed as it came; the BOS token put in front of it has no width.
+    One sent as token ids is echoed as they decode."""
+    if text is None:
+        options = StreamOptions(skip_special_tokens=skip_special_tokens)
+        delta = TextStream(tokenizer, (), options).push(token_ids)
+        return Echo(delta.text, delta.offsets)
+    lead = 1 if _begins_with_added_bos(tokenizer, token_ids, text) else 0
+    stream = TextStream(tokenizer, (), StreamOptions(skip_special_tokens=False))
+    offsets = stream.push(token_ids[lead:]).offsets
+    return Echo(text, [0] * lead + [min(offset, len(text)) for offset in offsets])
+
+
+def _begins_with_added_bos(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> bool:
+    bos = tokenizer.bos_token_id
+    if bos is None or not token_ids or token_ids[0] != bos:
+        return False
+    return not text.startswith(tokenizer.special_tokens["bos_token"])

@@ -1,0 +1,38 @@
+"""GET /v1/models."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from server.context import ServerContext, context_of
+from server.openai.docs import operation
+from server.openai.responses import ModelCard, ModelList
+from server.openai.sse import StructResponse
+
+router = APIRouter()
+
+
+@router.get("/v1/models", **operation(None, ModelList))
+async def list_models(http: HttpRequest) -> Response:
+    """The models that are served: one."""
+    return StructResponse(ModelList(data=[_card(context_of(http))]))
+
+
+@router.get("/v1/models/{model_id:path}", **operation(None, ModelCard))
+async def get_model(http: HttpRequest, model_id: str) -> Response:
+    """One model."""
+    context = context_of(http)
+    context.check_model(model_id)
+    return StructResponse(_card(context))
+
+
+def _card(context: ServerContext) -> ModelCard:
+    engine = context.client.info
+    return ModelCard(
+        id=context.info.model_name,
+        created=context.info.created,
+        owned_by="aerie",
+        max_model_len=None if engine is None else engine.max_model_len,
+    )

@@ -1,0 +1,62 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from engine.messages import EngineInfo
+from server.context import ServerContext, context_of
+from server.openai.body import read_body
+from server.openai.convert import check_token_ids, encode, render_chat
+from server.openai.docs import operation
+from server.openai.errors import invalid
+from server.openai.responses import Detokenized, Tokenized
+from server.openai.schema import DetokenizeRequest, TokenizeRequest
+from server.openai.sse import StructResponse
+
+router = APIRouter()
+
+
+@router.post("/tokenize", **operation(TokenizeRequest, Tokenized))
+async def tokenize(http: HttpRequest) -> Response:
+    """Token ids of a prompt or of a rendered conversation."""
+    context = context_of(http)
+    info = context.engine_info()
+    body = await read_body(http, TokenizeRequest)
+    context.check_model(body.model)
+    token_ids = await context.in_pool(_token_ids, context, info, body)
+    return StructResponse(
+        Tokenized(count=len(token_ids), max_model_len=info.max_model_len, tokens=token_ids)
+    )
+
+
+@router.post("/detokenize", **operation(DetokenizeRequest, Detokenized))
+async def detokenize(http: HttpRequest) -> Response:
+    """The text of token ids, special tokens included."""
+    context = context_of(http)
+    info = context.engine_info()
+    body = await read_body(http, DetokenizeRequest)
+    context.check_model(body.model)
+    check_token_ids(body.tokens, info, "tokens")
+    text = await context.in_pool(_text, context, body.tokens)
+    return StructResponse(Detokenized(prompt=text))
+
+
+def _token_ids(context: ServerContext, info: EngineInfo, body: TokenizeRequest) -> list[int]:
+    if body.messages is None:
+        assert body.prompt is not None  # a rule of the schema
+        special = body.add_special_tokens is not False
+        return encode(context, info, body.prompt, special, "prompt")
+    text = render_chat(
+        context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
+    )
+    return encode(context, info, text, bool(body.add_special_tokens), "messages")
+
+
+def _text(context: ServerContext, token_ids: list[int]) -> str:
+    try:
+        return context.tokenizer.decode(token_ids, skip_special_tokens=False)
+    except ValueError as error:
+        raise invalid(f"tokens: {error}", "tokens") from error

@@ -1,0 +1,46 @@
+"""Whether the server takes requests, and how many are open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ServerState:
+    """Lives on the event loop's thread. Draining cannot be undone."""
+
+    def __init__(self) -> None:
+        self._draining = False
+        self._num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def num_open(self) -> int:
+        """HTTP requests whose response is not complete."""
+        return self._num_open
+
+    def start_draining(self) -> None:
+        """Refuse new generations with 503; those that are open go on."""
+        self._draining = True
+
+    async def wait_idle(self) -> None:
+        """Return once no request is open."""
+        await self._idle.wait()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """An HTTP request is open inside this block."""
+        self._num_open += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+            if self._num_open == 0:
+                self._idle.set()

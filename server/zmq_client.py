@@ -1,0 +1,159 @@
+"""The engine client of the HTTP process: streams of events over ZeroMQ."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import zmq
+import zmq.asyncio
+
+from engine.messages import (
+    Abort,
+    ClientMessage,
+    EngineInfo,
+    EngineMessage,
+    EngineStats,
+    Finished,
+    Shutdown,
+    Submit,
+    Tokens,
+)
+from engine.request import FinishReason, Request
+from server.wire import decode_engine, encode, unbounded
+
+ENGINE_LOST = "the engine stopped unexpectedly"
+NO_ENGINE = "the engine is not running"
+
+logger = logging.getLogger(__name__)
+
+
+class ZmqEngineClient:
+    """Implements `EngineClient`. Lives through several engines: `attach` one, `detach` it when it
+    is gone."""
+
+    def __init__(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._outbox: list[ClientMessage] = []
+        self._streams: dict[str, _Stream] = {}
+        self._info: EngineInfo | None = None
+        self._stats: EngineStats | None = None
+        self._ready = asyncio.Event()
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats | None:
+        return self._stats
+
+    async def wait_ready(self) -> EngineInfo:
+        """Return once the attached engine can take requests."""
+        await self._ready.wait()
+        assert self._info is not None
+        return self._info
+
+    def attach(self, endpoint: str) -> None:
+        """Listen at `endpoint` for a new engine to connect."""
+        assert self._socket is None
+        self._socket = self._context.socket(zmq.PAIR)
+        unbounded(self._socket)
+        self._socket.bind(endpoint)
+        self._reader = asyncio.create_task(self._read(self._socket))
+
+    def detach(self, reason: str = ENGINE_LOST) -> None:
+        """The engine is gone: every open stream ends with an error."""
+        self._info = self._stats = None
+        self._ready.clear()
+        self._outbox.clear()
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._reader = None
+        for stream in list(self._streams.values()):
+            self._deliver(stream.failed(reason))
+
+    def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
+        assert request.request_id not in self._streams, "request ids are used once"
+        stream = _Stream(request)
+        self._streams[request.request_id] = stream
+        if self._info is None:
+            self._deliver(stream.failed(NO_ENGINE))
+        else:
+            self._send(Submit(request))
+        return stream.events()
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._streams and self._info is not None:
+            self._send(Abort(request_id))
+
+    def shut_down(self) -> None:
+        """Ask the engine to end; open requests end with ABORT."""
+        if self._socket is not None:
+            self._send(Shutdown())
+
+    def close(self) -> None:
+        self.detach()
+        self._context.term()
+
+    def _send(self, message: ClientMessage) -> None:
+        """Messages of one turn of the event loop travel together."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(message)
+
+    def _flush(self) -> None:
+        batch, self._outbox = self._outbox, []
+        if batch and self._socket is not None:
+            self._socket.send(encode(batch))  # the queue has no limit: this never waits
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            for message in decode_engine(await socket.recv()):
+                self._take(message)
+
+    def _take(self, message: EngineMessage) -> None:
+        if isinstance(message, EngineInfo):
+            self._info = message
+            self._ready.set()
+        elif isinstance(message, EngineStats):
+            self._stats = message
+        else:
+            self._deliver(message)
+
+    def _deliver(self, event: Tokens | Finished) -> None:
+        stream = self._streams.get(event.request_id)
+        assert stream is not None, f"event for unknown request {event.request_id}"
+        if isinstance(event, Finished):
+            del self._streams[event.request_id]
+        stream.queue.put_nowait(event)
+
+
+class _Stream:
+    """The events of one request that nobody has read yet."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.queue: asyncio.Queue[Tokens | Finished] = asyncio.Queue()
+
+    async def events(self) -> AsyncIterator[Tokens | Finished]:
+        while True:
+            event = await self.queue.get()
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    def failed(self, reason: str) -> Finished:
+        """The last event of a request whose engine is lost."""
+        return Finished(
+            request_id=self._request.request_id,
+            reason=FinishReason.ERROR,
+            num_prompt=len(self._request.prompt_ids),
+            num_output=0,
+            error=reason,
+        )
