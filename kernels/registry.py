@@ -61,12 +61,20 @@ def build_ops(
             raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
         return reference_ops(device, storage_dtype)
     try:
-        library = NativeLibrary(build_library(cache_dir), num_threads)
+        library = _open_library(cache_dir, num_threads)
     except NativeUnavailableError as error:
         if backend == "native":
             raise
         return reference_ops(device, storage_dtype, name=f"reference ({error})")
     return native_ops(NativeOps(library, storage_dtype))
+
+
+def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
+    path = build_library(cache_dir)
+    try:
+        return NativeLibrary(path, num_threads)
+    except OSError as error:  # a damaged file, or a folder mounted without execution
+        raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
 
 
 def native_ops(native: NativeOps) -> Ops:

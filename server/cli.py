@@ -110,6 +110,20 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
 
 
 @app.command()
+def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """Do now what the first start would do: compile the CPU kernels, convert the tokenizer."""
+    from server.compose import prepare_kernels
+    from server.launch import load_text
+
+    try:
+        resolved = _resolved(config, overrides or ())
+        typer.echo(f"native kernels: {prepare_kernels(resolved)}")
+        load_text(resolved)
+    except (ValueError, OSError) as error:
+        raise _failed(error) from None
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed

@@ -24,6 +24,7 @@ from engine.runner.model_runner import ModelRunner, RunnerParts
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.spec.proposer import RootProposer
+from kernels.native.build import NativeUnavailableError, build_library
 from kernels.ops import Ops
 from kernels.registry import build_ops
 
@@ -60,6 +61,15 @@ def build_engine(config: Config) -> EngineCore:
     config = resolve_model(config, _model_facts(config, arch, device))
     eos_token_ids = frozenset(checkpoint.eos_token_ids)
     return assemble(config, Target(model, arch, eos_token_ids), ops, device)
+
+
+def prepare_kernels(config: Config) -> str:
+    """Compile the native kernels where they can be; says what the engine will use."""
+    assert config.files.dir is not None
+    try:
+        return str(build_library(config.files.dir))
+    except NativeUnavailableError as error:
+        return f"none ({error}); plain torch will be used, which is much slower"
 
 
 def _model_facts(config: Config, arch: LlamaArch, device: torch.device) -> ModelFacts:

@@ -27,6 +27,7 @@ from server.engine_process import EXIT_BAD_SETUP
 from server.logs import set_up_logging
 from server.ops_routes import redacted
 from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_files import load_tokenizer
 from server.zmq_client import ENGINE_LOST, ZmqEngineClient
 
@@ -95,13 +96,22 @@ async def _serve(config: Config, listener: socket.socket) -> int:
     return engine.exit_code
 
 
-def _build_app(config: Config, client: ZmqEngineClient) -> tuple[FastAPI, ServerContext]:
+def load_text(config: Config) -> tuple[Tokenizer, ChatTemplate]:
+    """Tokenizer and chat template of the configured model.
+
+    Raises:
+        OSError, ValueError: the model's files are at fault.
+    """
     assert config.files.dir is not None
     template = config.model.chat_template
     source = None if template is None else template.read_text(encoding="utf-8")
     files = resolve_source(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(files, config.files.dir, source)
-    chat_template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    return tokenizer, ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+
+
+def _build_app(config: Config, client: ZmqEngineClient) -> tuple[FastAPI, ServerContext]:
+    tokenizer, chat_template = load_text(config)
     app = create_app(config, client, tokenizer, chat_template, ServerInfo.from_config(config))
     context = app.state.context
     assert isinstance(context, ServerContext)

@@ -1,8 +1,8 @@
 """Compile the C++ kernels into one shared library, once per machine and source version.
 
 The library lies in a cache folder under a name made of everything that went into it, so that a
-changed source, compiler or CPU leads to a new one. `python -m kernels.native.build --help` compiles
-ahead of time, as a container image does.
+changed source, compiler or CPU leads to a new one. `python -m kernels.native.build --prebuild`
+compiles ahead for several kinds of CPU, for images that have no compiler at run time.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -34,7 +34,8 @@ SOURCES = (
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 300  # seconds for one compilation
-LOCAL_MARCH = "native"
+LOCAL = ("-march=native",)
+PREBUILT = PACKAGE / "native" / "prebuilt"
 
 logger = logging.getLogger(__name__)
 
@@ -43,23 +44,74 @@ class NativeUnavailableError(RuntimeError):
     """The native kernels cannot be built here; the message says why."""
 
 
-def build_library(cache_dir: Path, march: str = LOCAL_MARCH) -> Path:
-    """The compiled library for this machine, compiling it if the cache has none.
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Code for a kind of CPU: the compiler's flags, and what /proc/cpuinfo must list to run it."""
 
-    A library that was compiled ahead for another `march` is taken when `march` is "native" and no
-    compiler is at hand.
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+
+
+AVX2 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+X86_VARIANTS = (  # the best first
+    Variant(
+        "amx", ("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16"), AVX512 | {"amx_tile", "amx_bf16"}
+    ),
+    Variant("avx512", ("-march=x86-64-v4",), AVX512),
+    Variant("avx2", ("-march=x86-64-v3",), AVX2),
+    Variant("sse2", ("-march=x86-64",), frozenset()),
+)
+OTHER_VARIANTS = (Variant("generic", (), frozenset()),)
+
+
+def variants() -> tuple[Variant, ...]:
+    """What can be built ahead for this kind of machine."""
+    return X86_VARIANTS if platform.machine() in ("x86_64", "AMD64") else OTHER_VARIANTS
+
+
+def build_library(cache_dir: Path, prebuilt: Path = PREBUILT) -> Path:
+    """The library for this machine: compiled now or found in the cache; without a compiler, the
+    best that was compiled ahead.
 
     Raises:
-        NativeUnavailableError: no compiler, or it failed.
+        NativeUnavailableError: no compiler and nothing compiled ahead, or the compiler failed.
     """
-    folder = cache_dir / "kernels"
     compiler = find_compiler()
     if compiler is None:
-        return _compiled_ahead(folder)
-    target = folder / f"aerie-{_key(compiler, march)}.so"
+        return find_prebuilt(prebuilt)
+    target = cache_dir / "kernels" / f"aerie-{_key(compiler)}.so"
     if not target.is_file():
-        _compile(compiler, march, target)
+        _compile(compiler, LOCAL, target)
     return target
+
+
+def find_prebuilt(folder: Path) -> Path:
+    """The best library of these sources under `folder` that this CPU can run."""
+    flags = cpu_flags()
+    for variant in variants():
+        path = _prebuilt_path(folder, variant)
+        if variant.needs <= flags and path.is_file():
+            return path
+    raise NativeUnavailableError(
+        f"no C++ compiler ({', '.join(COMPILERS)}) is installed, nor the ziglang wheel "
+        "(pip install ziglang)"
+    )
+
+
+def prebuild(variant: Variant, folder: Path = PREBUILT) -> Path:
+    """Compile for a kind of CPU, to be found by `find_prebuilt`."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise NativeUnavailableError(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
+    target = _prebuilt_path(folder, variant)
+    _compile(compiler, variant.flags, target)
+    return target
+
+
+def _prebuilt_path(folder: Path, variant: Variant) -> Path:
+    return folder / f"aerie-{_sources_key()}-{variant.name}.so"
 
 
 @functools.cache
@@ -74,33 +126,13 @@ def find_compiler() -> tuple[str, ...] | None:
     return None
 
 
-def _compiled_ahead(folder: Path) -> Path:
-    """A library that another machine compiled for this version of the sources."""
-    for path in sorted(folder.glob(f"ahead-{_sources_key()}-*.so")):
-        return path
-    raise NativeUnavailableError(
-        f"no C++ compiler ({', '.join(COMPILERS)}) is installed, nor the ziglang wheel "
-        f"(pip install ziglang)"
-    )
-
-
-def build_ahead(cache_dir: Path, march: str) -> Path:
-    """Compile for `march`, to be used where no compiler is installed."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise NativeUnavailableError(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
-    target = cache_dir / "kernels" / f"ahead-{_sources_key()}-{march}.so"
-    _compile(compiler, march, target)
-    return target
-
-
-def _compile(compiler: Sequence[str], march: str, target: Path) -> None:
+def _compile(compiler: Sequence[str], flags: Sequence[str], target: Path) -> None:
     """Write beside the final place, then rename: readers see a whole library or none."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="compiling-") as scratch:
             fresh = Path(scratch) / target.name
-            command = [*compiler, *FLAGS, f"-march={march}"]
+            command = [*compiler, *FLAGS, *flags]
             command += [*(str(PACKAGE / source) for source in SOURCES), "-o", str(fresh)]
             logger.info("compiling the native kernels; this is done once")
             done = subprocess.run(
@@ -119,9 +151,9 @@ def _failure(command: Sequence[str], stderr: str) -> str:
     return f"{command[0]} failed: {first}"
 
 
-def _key(compiler: Sequence[str], march: str) -> str:
+def _key(compiler: Sequence[str]) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    digest = hashlib.sha256(f"{_sources_key()} {march} {_cpu()}".encode())
+    digest = hashlib.sha256(f"{_sources_key()} {LOCAL} {_cpu()}".encode())
     digest.update(" ".join(compiler).encode() + version)
     return digest.hexdigest()[:24]
 
@@ -137,28 +169,41 @@ def _sources_key() -> str:
 @functools.cache
 def _cpu() -> str:
     """What decides which instructions `-march=native` may use."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
     names = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in text.splitlines() if line.startswith(names)))
+    lines = dict.fromkeys(line for line in _cpuinfo() if line.startswith(names))
+    return "\n".join(lines) or f"{platform.machine()} {platform.processor()}"
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of this CPU, in the kernel's names; empty where it does not list them."""
+    return next(
+        (frozenset(line.split()) for line in _cpuinfo() if line.startswith("flags")), frozenset()
+    )
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kernels.native.build", description="Compile the native CPU kernels."
     )
-    parser.add_argument("--cache-dir", type=Path, required=True, help="as files.dir of the server")
-    parser.add_argument(
-        "--march", default=LOCAL_MARCH, help="GCC's name of the CPU, e.g. x86-64-v3 (default here)"
-    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--cache-dir", type=Path, help="for this machine, into the cache files.dir")
+    where.add_argument("--prebuild", action="store_true", help="for all CPUs, into the package")
     chosen = parser.parse_args(arguments)
-    build = build_library if chosen.march == LOCAL_MARCH else build_ahead
     try:
-        sys.stdout.write(f"{build(chosen.cache_dir, chosen.march)}{os.linesep}")
+        if chosen.prebuild:
+            paths = [prebuild(variant) for variant in variants()]
+        else:
+            paths = [build_library(chosen.cache_dir)]
     except NativeUnavailableError as error:
         raise SystemExit(f"native kernels: {error}") from error
+    sys.stdout.writelines(f"{path}\n" for path in paths)
 
 
 if __name__ == "__main__":

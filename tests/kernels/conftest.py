@@ -7,33 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.native.build import NativeUnavailableError, build_ahead, build_library
+from kernels.native.build import (
+    NativeUnavailableError,
+    Variant,
+    build_library,
+    cpu_flags,
+    prebuild,
+    variants,
+)
 from kernels.native.library import NativeLibrary
 from kernels.native.ops import NativeOps
 from kernels.ops import Ops
 from kernels.registry import native_ops
 
-CPU_FLAGS = {"x86-64-v3": {"avx2", "fma"}}
+VARIANTS = [variant for variant in variants() if variant.name in ("avx2", "sse2")]
 
 
-def cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    lines = [line for line in text.splitlines() if line.startswith("flags")]
-    return set(lines[0].split()) if lines else set()
-
-
-@pytest.fixture(scope="session", params=["native", "x86-64", "x86-64-v3"])
+@pytest.fixture(scope="session", params=[None, *VARIANTS], ids=lambda v: v.name if v else "native")
 def library(request: pytest.FixtureRequest, native_cache: Path) -> NativeLibrary:
-    march: str = request.param
-    if march != "native" and not CPU_FLAGS.get(march, {"lm"}) <= cpu_flags():
-        pytest.skip(f"this CPU cannot run {march} code")
+    variant: Variant | None = request.param
+    if variant is not None and not variant.needs <= cpu_flags():
+        pytest.skip(f"this CPU cannot run {variant.name} code")
     try:
-        path = (
-            build_library(native_cache) if march == "native" else build_ahead(native_cache, march)
-        )
+        path = build_library(native_cache) if variant is None else prebuild(variant, native_cache)
     except NativeUnavailableError as error:
         pytest.skip(f"no native kernels here: {error}")
     return NativeLibrary(path, 3)

