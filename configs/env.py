@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,11 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "aerie"
 
 
-def num_cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_cpus(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: its affinity, and a container's CPU quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = cpu_max.read_text(encoding="ascii").split()
+        return max(1, min(cores or 1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or "max": no quota
+        return cores or 1

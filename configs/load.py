@@ -5,7 +5,8 @@ Later sources win. Every key is checked: an unknown one is an error that names i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from configs.schema import Config
 ENV_PREFIX = "AERIE_"
 ENV_SEPARATOR = "__"  # AERIE_MODEL__DTYPE=float32 is model.dtype
 RESERVED_ENV = frozenset({"AERIE_CONFIG"})  # read by the command line: the file's path
+# Kubernetes sets these in every container beside a Service whose name begins with "aerie".
+SERVICE_ENV = re.compile(r"AERIE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_\w+)?)")
+SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+SECRETS = ("server.api_keys",)  # never shown in messages
 
 
 class ConfigError(ValueError):
@@ -41,7 +46,7 @@ def load_config(
     """
     tree: dict[str, Any] = {} if path is None else _read_yaml(path)
     for name, value in (environment or {}).items():
-        if name.startswith(ENV_PREFIX) and name not in RESERVED_ENV:
+        if _is_ours(name, value):
             keys = name.removeprefix(ENV_PREFIX).lower().split(ENV_SEPARATOR)
             _put(tree, keys, _parse(value, name), name)
     for override in overrides:
@@ -55,6 +60,12 @@ def load_config(
         raise ConfigError(_explain(error, path)) from error
 
 
+def _is_ours(name: str, value: str) -> bool:
+    if not name.startswith(ENV_PREFIX) or name in RESERVED_ENV:
+        return False
+    return not SERVICE_ENV.fullmatch(name) and not SERVICE_ADDRESS.match(value)
+
+
 def shipped_configs() -> dict[str, Path]:
     """Names and paths of the files under configs/serve."""
     folder = Path(str(files("configs") / "serve"))
@@ -64,24 +75,39 @@ def shipped_configs() -> dict[str, Path]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     path = shipped_configs().get(str(path), path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except FileNotFoundError as error:
         known = ", ".join(shipped_configs())
         raise ConfigError(f"no configuration file {str(path)!r}; shipped ones: {known}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, no such date
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (model:, cache:, ...), not {tree!r}")
-    return tree
+    # a section whose keys are all commented out is None
+    return {section: {} if keys is None else keys for section, keys in tree.items()}
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is written twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _parse(value: str, name: str) -> Any:
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}={value!r} is not a YAML value") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"the value of {name} is not YAML") from error
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
@@ -101,7 +127,8 @@ def _explain(error: ValidationError, path: Path | None) -> str:
             allowed = ", ".join(_siblings(detail["loc"]))
             problems.append(f"unknown key {key!r}; known here: {allowed}")
         else:
-            problems.append(f"{key} = {detail['input']!r}: {detail['msg']}")
+            value = "***" if key.startswith(SECRETS) else repr(detail["input"])
+            problems.append(f"{key} = {value}: {detail['msg']}")
     return f"configuration{f' {path}' if path else ''}: " + "; ".join(problems)
 
 

@@ -39,17 +39,27 @@ def resolve_host(config: Config, host: HostFacts) -> Config:
     )
 
 
+def context_length(config: Config, of_model: int) -> int:
+    """Prompt + output tokens that one sequence may have, of the `of_model` it was made for.
+
+    Raises:
+        ConfigError: a longer context is asked for.
+    """
+    length = config.model.max_model_len or of_model
+    if length > of_model:
+        raise ConfigError(
+            f"model.max_model_len = {length}: the model was made for {of_model} tokens"
+        )
+    return length
+
+
 def resolve_model(config: Config, facts: ModelFacts) -> Config:
     """Set the context length and the number of cache blocks.
 
     Raises:
         ConfigError: a context longer than the model's, or a cache too small for one sequence.
     """
-    length = config.model.max_model_len or facts.context_length
-    if length > facts.context_length:
-        raise ConfigError(
-            f"model.max_model_len = {length}: the model was made for {facts.context_length} tokens"
-        )
+    length = context_length(config, facts.context_length)
     per_sequence = -(-length // config.cache.block_size)
     num_blocks = config.cache.num_blocks or _affordable_blocks(config, facts, per_sequence)
     if config.model.max_model_len is None:

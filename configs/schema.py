@@ -5,13 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
-Positive = Annotated[int, Field(ge=1)]
+
+def _refuse_truth(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are not numbers")
+    return value
+
+
+# Python takes true for 1; nobody who writes `threads: true` means that.
+Integer = Annotated[int, Field(strict=True)]
+Positive = Annotated[Integer, Field(ge=1)]
+Number = Annotated[float, BeforeValidator(_refuse_truth)]  # also "1e3", a text in YAML
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -37,10 +47,10 @@ class CacheConfig(Section):
 
     block_size: Literal[16] = Field(16, description="tokens per block")
     num_blocks: Positive | None = Field(None, description="default: sized from memory_fraction")
-    memory_fraction: float = Field(
+    memory_fraction: Number = Field(
         0.3, gt=0, le=0.95, description="share of the free memory, used when num_blocks is unset"
     )
-    prefix_caching: bool = True
+    prefix_caching: StrictBool = True
 
 
 class SchedulerConfig(Section):
@@ -63,7 +73,7 @@ class ServerConfig(Section):
     """The HTTP front end and its limits."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    port: Integer = Field(8000, ge=0, le=65535, description="0 picks a free port")
     api_keys: tuple[str, ...] = Field((), description="accepted bearer tokens; empty: no check")
     api_key_file: Path | None = Field(None, description="one key per line, # for comments")
     max_queued_requests: Positive = 256
@@ -71,14 +81,16 @@ class ServerConfig(Section):
     max_body_bytes: Positive = 4_194_304
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
-    drain_timeout: float = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
-    restart_engine: bool = Field(True, description="start the engine again when it dies")
+    drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
+    restart_engine: StrictBool = Field(True, description="start the engine again when it dies")
 
 
 class LogConfig(Section):
+    """What the server writes about itself."""
+
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
-    prompts: bool = Field(False, description="write prompt and output text into the log")
+    prompts: StrictBool = Field(False, description="write prompt and output text into the log")
 
 
 class CacheDirConfig(Section):

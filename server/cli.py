@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -80,6 +82,8 @@ def serve(
 
         aerie serve model.source=/models/Llama-3.2-1B-Instruct server.api_key_file=keys.txt
     """
+    # Until the server has its own handler. PID 1 of a container ignores signals without one.
+    signal.signal(signal.SIGTERM, _leave)
     from server.launch import serve as run
 
     options = {"server.host": host, "server.port": port, "server.api_keys": api_key}
@@ -136,6 +140,10 @@ def _resolved(path: Path | None, overrides: list[str] | tuple[str, ...]) -> Conf
     return resolve_host(config, HostFacts(num_cpus(), default_cache_dir()))
 
 
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
 def _failed(error: Exception) -> typer.Exit:
     typer.echo(f"aerie: {error}", err=True)
     return typer.Exit(2)
@@ -144,3 +152,7 @@ def _failed(error: Exception) -> typer.Exit:
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from configs.resolve import ModelFacts, resolve_model
+from configs.resolve import ModelFacts, context_length, resolve_model
 from configs.schema import Config
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
@@ -52,14 +53,14 @@ def build_engine(config: Config) -> EngineCore:
     threads = config.kernels.threads
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
+    arch = checkpoint.arch
+    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch)
+    max_len = context_length(config, arch.max_position_embeddings)
     ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     # Native operations have their own threads; two pools would fight for the cores.
     torch.set_num_threads(1 if "native" in ops.backends["linear"] else threads)
-    arch = checkpoint.arch
-    max_len = config.model.max_model_len or arch.max_position_embeddings
     model = LlamaLoader(arch, checkpoint.tensor, ops, dtype, device, max_len).load()
     config = resolve_model(config, _model_facts(config, arch, device))
-    eos_token_ids = frozenset(checkpoint.eos_token_ids)
     return assemble(config, Target(model, arch, eos_token_ids), ops, device)
 
 
@@ -70,6 +71,15 @@ def prepare_kernels(config: Config) -> str:
         return str(build_library(config.files.dir))
     except NativeUnavailableError as error:
         return f"none ({error}); plain torch will be used, which is much slower"
+
+
+def _known_ids(eos_token_ids: Collection[int], arch: LlamaArch) -> frozenset[int]:
+    for token_id in eos_token_ids:
+        if token_id >= arch.vocab_size:
+            raise ValueError(
+                f"eos_token_id {token_id} is not in the model's vocabulary of {arch.vocab_size}"
+            )
+    return frozenset(eos_token_ids)
 
 
 def _model_facts(config: Config, arch: LlamaArch, device: torch.device) -> ModelFacts:

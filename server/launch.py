@@ -71,29 +71,44 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 async def _serve(config: Config, listener: socket.socket) -> int:
+    stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
     client = ZmqEngineClient()
     engine = EngineKeeper(config, client)
     engine.start()  # loads the model while this process loads the tokenizer
     try:
-        app, context = _build_app(config, client)
-        web = _WebServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
-        running = asyncio.create_task(web.serve(sockets=[listener]))
-        stop = _stop_signals()
-        announcing = asyncio.create_task(_announce(config, client, listener))
-        await _first(stop.wait(), engine.failed(), running)
-        announcing.cancel()
-        if stop.is_set():
-            await _drain(context, config.server.drain_timeout, stop)
-        await engine.stop()
-        web.should_exit = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(running), LAST_WORDS)
-        web.force_exit = True
-        await running
+        text = asyncio.create_task(asyncio.to_thread(load_text, config))
+        await _first(stop.wait(), text)
+        if not stop.is_set():
+            app = create_app(config, client, *await text, ServerInfo.from_config(config))
+            await _run(config, app, client, engine, listener, stop)
     finally:
         await engine.stop()
         client.close()
     return engine.exit_code
+
+
+async def _run(
+    config: Config,
+    app: FastAPI,
+    client: ZmqEngineClient,
+    engine: EngineKeeper,
+    listener: socket.socket,
+    stop: asyncio.Event,
+) -> None:
+    """Answer requests until a signal comes or the engine is gone for good."""
+    web = _WebServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    running = asyncio.create_task(web.serve(sockets=[listener]))
+    announcing = asyncio.create_task(_announce(config, client, listener))
+    await _first(stop.wait(), engine.failed(), running)
+    announcing.cancel()
+    if stop.is_set():
+        await _drain(app.state.context, config.server.drain_timeout, stop)
+    await engine.stop()
+    web.should_exit = True
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(running), LAST_WORDS)
+    web.force_exit = True
+    await running
 
 
 def load_text(config: Config) -> tuple[Tokenizer, ChatTemplate]:
@@ -108,14 +123,6 @@ def load_text(config: Config) -> tuple[Tokenizer, ChatTemplate]:
     files = resolve_source(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(files, config.files.dir, source)
     return tokenizer, ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-
-
-def _build_app(config: Config, client: ZmqEngineClient) -> tuple[FastAPI, ServerContext]:
-    tokenizer, chat_template = load_text(config)
-    app = create_app(config, client, tokenizer, chat_template, ServerInfo.from_config(config))
-    context = app.state.context
-    assert isinstance(context, ServerContext)
-    return app, context
 
 
 async def _announce(config: Config, client: ZmqEngineClient, listener: socket.socket) -> None:

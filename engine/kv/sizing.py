@@ -35,4 +35,16 @@ def _cgroup_room(folder: Path) -> int | None:
         used = int((folder / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used)
+    if limit == "max":
+        return None
+    return max(0, int(limit) - used + _reclaimable_bytes(folder))
+
+
+def _reclaimable_bytes(folder: Path) -> int:
+    """Files in the page cache, such as the model just read: charged, but given up when needed."""
+    try:
+        stat = (folder / "memory.stat").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    entries = dict(line.split() for line in stat.splitlines())
+    return int(entries.get("inactive_file", 0))

@@ -70,11 +70,14 @@ class Scheduler:
         limits: SchedulerLimits,
         kv: KVManager,
         eos_token_ids: frozenset[int],
+        *,
+        vocab_size: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._limits = limits
         self._kv = kv
         self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
         self._clock = clock
         self._max_len = min(limits.max_model_len, kv.capacity)
         self._live: dict[str, Sequence] = {}
@@ -180,6 +183,19 @@ class Scheduler:
                 f"This model's maximum context length is {self._max_len} tokens, but the prompt "
                 f"has {num_prompt} tokens and at least one more is to be generated"
             )
+        return self._unknown_id(request)
+
+    def _unknown_id(self, request: Request) -> str | None:
+        """The first token id that the model does not have: it would fail a whole step."""
+        params = request.params
+        for name, ids in (
+            ("prompt_ids", request.prompt_ids),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            for token_id in ids:
+                if not 0 <= token_id < self._vocab_size:
+                    return f"{name} has token id {token_id}; ids end at {self._vocab_size - 1}"
         return None
 
     def _plan_row(self, draft: _Draft, seq: Sequence, missing: int) -> None:

@@ -103,7 +103,9 @@ void gather_keys(const Problem<C>& p, int64_t kv_head, const int64_t* slots, int
       continue;
     }
     const C* key = p.keys + (slots[k] * p.num_kv_heads + kv_head) * p.D;
-    for (int64_t d = 0; d < p.D; ++d) to[d] = widen(key[d]);
+    int64_t d = 0;
+    for (; d + 16 <= p.D; d += 16) store(to + d, load(key + d));
+    for (; d < p.D; ++d) to[d] = widen(key[d]);
   }
 }
 
@@ -229,7 +231,9 @@ void attend_span(const Problem<C>& p, const Tile& tile, int64_t begin, int64_t e
   }
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) mix_columns<4>(p, tile.kv_head, end - begin, r, work, partials);
-  for (; r < rows; ++r) mix_columns<1>(p, tile.kv_head, end - begin, r, work, partials);
+  if (rows - r == 3) mix_columns<3>(p, tile.kv_head, end - begin, r, work, partials);
+  if (rows - r == 2) mix_columns<2>(p, tile.kv_head, end - begin, r, work, partials);
+  if (rows - r == 1) mix_columns<1>(p, tile.kv_head, end - begin, r, work, partials);
 }
 
 // total <- total + span, both relative to their maxima.

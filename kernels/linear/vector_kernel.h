@@ -1,7 +1,8 @@
 // x [M, K] float32 times a packed weight, on vector registers.
 //
-// Every output is one chain of multiply-adds over k = 0, 1, 2, ...: its value does not depend on
-// the number of rows, on the block sizes below, or on the thread that computes it.
+// Every output is summed in chains of kChain multiply-adds over k = 0, 1, 2, ..., and the chains are
+// added in order: its value does not depend on the number of rows, on the block sizes below, or on
+// the thread that computes it. (One long chain would lose accuracy: errors grow with its length.)
 #pragma once
 
 #include "../native/vector.h"
@@ -13,6 +14,8 @@ namespace aerie {
 constexpr int kAccumulators = kLanes == 16 ? 24 : 6;
 constexpr int kMaxPanels = kLanes == 16 ? 8 : 4;
 constexpr int kMaxRows = kLanes == 16 ? 12 : 6;
+
+constexpr int64_t kChain = 32;  // even, so that pairs of inputs are not torn apart
 
 constexpr int panels_at_once(int rows) {
   int panels = kMaxPanels;
@@ -42,6 +45,11 @@ struct Accumulators {
       AERIE_UNROLL for (int p = 0; p < Panels; ++p)
         sum[r][p] = multiply_add(input, weights[p], sum[r][p]);
     }
+  }
+
+  AERIE_INLINE void operator+=(const Accumulators& other) {
+    AERIE_UNROLL for (int r = 0; r < Rows; ++r)
+      AERIE_UNROLL for (int p = 0; p < Panels; ++p) sum[r][p] = sum[r][p] + other.sum[r][p];
   }
 
   AERIE_INLINE void add_all(const float* inputs, int64_t K, const float* panel, int64_t size) {
@@ -85,8 +93,13 @@ AERIE_INLINE F16 load_columns(const float* from, int64_t columns) {
 template <int Rows, int Panels, class W>
 void multiply_block(const LinearShape& shape, const float* inputs, const W* weight,
                     const float* bias, float* out, int64_t first_column) {
+  const int64_t K = shape.K, size = panel_size(weight, K);
   Accumulators<Rows, Panels> acc{};
-  acc.add_all(inputs, shape.K, weight, panel_size(weight, shape.K));
+  for (int64_t k = 0; k < K; k += kChain) {
+    Accumulators<Rows, Panels> chain{};
+    chain.add_all(inputs + k * Rows, K - k < kChain ? K - k : kChain, weight + k * kPanel, size);
+    acc += chain;
+  }
   AERIE_UNROLL for (int p = 0; p < Panels; ++p) {
     const int64_t column = first_column + p * kPanel, columns = shape.N - column;
     const F16 offset = bias ? load_columns(bias + column, columns) : F16{};

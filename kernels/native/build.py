@@ -33,6 +33,10 @@ SOURCES = (
 )
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
+NO_COMPILER = (
+    f"no C++ compiler ({', '.join(COMPILERS)}) is installed, nor the ziglang wheel "
+    "(pip install ziglang)"
+)
 TIMEOUT = 300  # seconds for one compilation
 LOCAL = ("-march=native",)
 PREBUILT = PACKAGE / "native" / "prebuilt"
@@ -81,7 +85,10 @@ def build_library(cache_dir: Path, prebuilt: Path = PREBUILT) -> Path:
     compiler = find_compiler()
     if compiler is None:
         return find_prebuilt(prebuilt)
-    target = cache_dir / "kernels" / f"aerie-{_key(compiler)}.so"
+    try:
+        target = cache_dir / "kernels" / f"aerie-{_key(compiler)}.so"
+    except OSError as error:
+        raise NativeUnavailableError(f"{compiler[0]} cannot be started: {error}") from error
     if not target.is_file():
         _compile(compiler, LOCAL, target)
     return target
@@ -94,17 +101,18 @@ def find_prebuilt(folder: Path) -> Path:
         path = _prebuilt_path(folder, variant)
         if variant.needs <= flags and path.is_file():
             return path
-    raise NativeUnavailableError(
-        f"no C++ compiler ({', '.join(COMPILERS)}) is installed, nor the ziglang wheel "
-        "(pip install ziglang)"
-    )
+    if any(folder.glob("*.so")):
+        raise NativeUnavailableError(
+            f"{NO_COMPILER}; what {folder} holds is for other sources or CPUs"
+        )
+    raise NativeUnavailableError(NO_COMPILER)
 
 
 def prebuild(variant: Variant, folder: Path = PREBUILT) -> Path:
     """Compile for a kind of CPU, to be found by `find_prebuilt`."""
     compiler = find_compiler()
     if compiler is None:
-        raise NativeUnavailableError(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
+        raise NativeUnavailableError(NO_COMPILER)
     target = _prebuilt_path(folder, variant)
     _compile(compiler, variant.flags, target)
     return target

@@ -163,7 +163,7 @@ AERIE_INLINE void store_halves(uint16_t* to, U16 bits) {
 AERIE_INLINE F16 first_lanes(F16 x, int count, F16 other) {
   AERIE_EACH_PART {
     IVec lane;
-    for (int k = 0; k < kLanes; ++k) lane[k] = i * kLanes + k;
+    AERIE_UNROLL for (int k = 0; k < kLanes; ++k) lane[k] = i * kLanes + k;
     x.part[i] = lane < count ? x.part[i] : other.part[i];
   }
   return x;
@@ -173,7 +173,7 @@ AERIE_INLINE F16 first_lanes(F16 x, int count, F16 other) {
 AERIE_INLINE F16 masked_lanes(F16 x, uint32_t mask, F16 other) {
   AERIE_EACH_PART {
     UVec bit;
-    for (int k = 0; k < kLanes; ++k) bit[k] = 1u << (i * kLanes + k);
+    AERIE_UNROLL for (int k = 0; k < kLanes; ++k) bit[k] = 1u << (i * kLanes + k);
     x.part[i] = (bit & mask) != 0 ? x.part[i] : other.part[i];
   }
   return x;
@@ -183,8 +183,8 @@ AERIE_INLINE F16 masked_lanes(F16 x, uint32_t mask, F16 other) {
 AERIE_INLINE float sum_lanes(F16 x) {
   float lanes[16];
   store(lanes, x);
-  for (int width = 8; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+  AERIE_UNROLL for (int width = 8; width > 0; width /= 2)
+    AERIE_UNROLL for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
   return lanes[0];
 }
 
@@ -233,10 +233,12 @@ AERIE_INLINE Vec fold(Vec a, Vec b, std::index_sequence<Lane...>) {
          __builtin_shufflevector(a, b, (int(Lane) / Half * segment + int(Lane) % Half + Half)...);
 }
 
-template <int Half>
-AERIE_INLINE void fold_all(Vec* v, int count) {
-  for (int k = 0; k < count / 2; ++k)
+// Fold `Count` vectors with segments of 2 * Half lanes, pair by pair, until one is left.
+template <int Half, int Count>
+AERIE_INLINE void fold_all(Vec* v) {
+  AERIE_UNROLL for (int k = 0; k < Count / 2; ++k)
     v[k] = fold<Half>(v[2 * k], v[2 * k + 1], std::make_index_sequence<kLanes>{});
+  if constexpr (Half > 1) fold_all<Half / 2, Count / 2>(v);
 }
 
 // Lane k of the result is the sum over the lanes of v[k].
@@ -244,15 +246,11 @@ AERIE_INLINE F16 sum_each(const F16 (&v)[16]) {
   F16 out;
   AERIE_EACH_PART {
     Vec group[kLanes];
-    for (int k = 0; k < kLanes; ++k) {
+    AERIE_UNROLL for (int k = 0; k < kLanes; ++k) {
       group[k] = v[i * kLanes + k].part[0];
-      for (int p = 1; p < kParts; ++p) group[k] += v[i * kLanes + k].part[p];
+      AERIE_UNROLL for (int p = 1; p < kParts; ++p) group[k] += v[i * kLanes + k].part[p];
     }
-    int count = kLanes;
-    if constexpr (kLanes >= 16) fold_all<8>(group, count), count /= 2;
-    if constexpr (kLanes >= 8) fold_all<4>(group, count), count /= 2;
-    fold_all<2>(group, count), count /= 2;
-    fold_all<1>(group, count);
+    fold_all<kLanes / 2, kLanes>(group);
     out.part[i] = group[0];
   }
   return out;

@@ -87,8 +87,8 @@ class Choice:
         self._emitted += len(taken.text)
         scored: Sequence[ScoredToken] = ()
         if event.logprobs is not None:
-            known = zip(taken.offsets, event.logprobs, strict=False)  # a stop cuts the offsets
-            self._held += [ScoredToken(offset, logprob) for offset, logprob in known]
+            known = event.logprobs[: taken.num_tokens]  # a stop cuts the tokens
+            self._held += [ScoredToken(*pair) for pair in zip(taken.offsets, known, strict=True)]
             scored = self._release()
         if taken.stop is not None:
             self.finish_reason = "stop"

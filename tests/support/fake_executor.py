@@ -20,6 +20,7 @@ from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.engines import ask
 
 EOS = 0
+PROMPT_VOCAB = 1_000_000  # ids of prompts; texts use the first `vocab_size` only
 
 
 def request(
@@ -157,7 +158,9 @@ class FakeEngine:
     def __post_init__(self) -> None:
         limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len)
         kv = KVManager(self.num_blocks, self.block_size, self.prefix_caching)
-        self.scheduler = Scheduler(limits, kv, frozenset({EOS}), clock=lambda: self.now)
+        self.scheduler = Scheduler(
+            limits, kv, frozenset({EOS}), vocab_size=PROMPT_VOCAB, clock=lambda: self.now
+        )
         self.executor = FakeExecutor(self.block_size, self.vocab_size)
 
     @property

@@ -1,0 +1,207 @@
+"""Latency of decoding: Aerie beside transformers and any OpenAI-compatible server, in one run.
+
+Every batch size is measured `--repeats` times, and the targets take turns within each repeat, so
+that a noisy machine disturbs all of them alike. Ratios are medians over repeats of ratios within
+one repeat. Prompts are random token ids, new for every repeat, so that no prefix cache helps.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import machine
+from benchmarks.floor import read_seconds, weight_bytes
+from benchmarks.peers.aerie import AerieTarget
+from benchmarks.peers.openai_url import UrlTarget
+from benchmarks.timing import Measured, Spread, Target, measure
+from configs.env import default_cache_dir, environment, num_cpus
+from configs.load import load_config
+from configs.resolve import HostFacts, resolve_host
+from configs.schema import Config
+from engine.models.checkpoint import open_checkpoint
+from engine.models.source import resolve_source
+from server.compose import build_engine, torch_dtype
+from server.offline import OfflineEngine
+
+METRICS = ("ttft", "ttit_p50", "ttit_p99", "tokens_per_second")
+BASE = "transformers"  # ratios are taken to this target where it runs
+FIRST_TOKEN_ID = 1000  # below lie special tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure."""
+
+    batch_sizes: tuple[int, ...]
+    prompt_tokens: int
+    output_tokens: int
+    repeats: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One target at one batch size, over all repeats."""
+
+    target: str
+    batch: int
+    metrics: dict[str, Spread]
+    step_ratio: Spread | None  # ttit_p50 relative to BASE, per repeat
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="As of `aerie serve`.")] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL", help="Also measure a server, e.g. vllm=http://host:8001/v1"
+        ),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    in_process: Annotated[bool, typer.Option(help="Measure Aerie inside this process.")] = True,
+    transformers: Annotated[bool, typer.Option(help="Measure transformers.")] = True,
+    output: Annotated[Path, typer.Option(help="JSON of the results.")] = Path(
+        "benchmarks/out/latency.json"
+    ),
+) -> None:
+    """Measure decode latency: time to first token, time per output token, tokens per second."""
+    console = Console(width=max(120, Console().width))
+    settings = resolve_host(
+        load_config(config, overrides or (), environment()),
+        HostFacts(num_cpus(), default_cache_dir()),
+    )
+    console.print("loading ...")
+    targets, vocab_size = build_targets(settings, url or (), in_process, transformers)
+    sizes = tuple(batch or (1, 8, 32))
+    plan = Plan(sizes, prompt_tokens, output_tokens, repeats, vocab_size)
+    runs = run_all(targets, plan, console)
+    rows = [row for size in sizes for row in summarise(runs, targets, size)]
+    floor = floor_ms(settings)
+    show(console, rows, floor, plan)
+    write_json(output, settings, plan, rows, floor)
+    console.print(f"wrote {output}")
+
+
+def build_targets(
+    config: Config, urls: Sequence[str], in_process: bool, transformers: bool
+) -> tuple[list[Target], int]:
+    """Load everything that is to be measured; also the vocabulary size."""
+    checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
+    targets: list[Target] = []
+    if in_process:
+        targets.append(AerieTarget(OfflineEngine(build_engine(config))))
+    for entry in urls:
+        name, _, address = entry.partition("=")
+        targets.append(UrlTarget.discover(name, address))
+    if transformers:
+        from benchmarks.peers.transformers_generate import TransformersTarget
+
+        assert config.kernels.threads is not None
+        dtype = torch_dtype(config.model.dtype)
+        targets.append(TransformersTarget(checkpoint, dtype, config.kernels.threads))
+    return targets, checkpoint.arch.vocab_size
+
+
+Runs = dict[tuple[str, int], list[Measured]]
+
+
+def run_all(targets: Sequence[Target], plan: Plan, console: Console) -> Runs:
+    """All repeats of all batch sizes, targets taking turns; one warm-up each before."""
+    runs: Runs = {(t.name, size): [] for t in targets for size in plan.batch_sizes}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(runs) * (plan.repeats + 1))
+        for size in plan.batch_sizes:
+            for repeat in range(plan.repeats + 1):
+                prompts = random_prompts(plan, size, repeat)
+                for target in targets:
+                    progress.update(task, description=f"{target.name}, batch {size}")
+                    times = target.run(prompts, plan.output_tokens if repeat else 2)
+                    if repeat:
+                        runs[target.name, size].append(measure(times))
+                    progress.advance(task)
+    return runs
+
+
+def random_prompts(plan: Plan, size: int, repeat: int) -> list[list[int]]:
+    generator = random.Random(f"{size} {repeat}")
+    ids = range(min(FIRST_TOKEN_ID, plan.vocab_size - 1), plan.vocab_size)
+    return [generator.choices(ids, k=plan.prompt_tokens) for _ in range(size)]
+
+
+def summarise(runs: Runs, targets: Sequence[Target], size: int) -> list[Row]:
+    """One row per target."""
+    rows = []
+    for target in targets:
+        measured, base = runs[target.name, size], runs.get((BASE, size))
+        ratios = None
+        if base is not None:
+            pairs = zip(measured, base, strict=True)
+            ratios = Spread.of([mine.ttit_p50 / theirs.ttit_p50 for mine, theirs in pairs])
+        metrics = {name: Spread.of([getattr(m, name) for m in measured]) for name in METRICS}
+        rows.append(Row(target.name, size, metrics, ratios))
+    return rows
+
+
+def floor_ms(config: Config) -> float:
+    """Milliseconds to read all weights once."""
+    assert config.kernels.threads is not None
+    checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
+    size = weight_bytes(checkpoint, torch_dtype(config.model.dtype).itemsize)
+    return read_seconds(size, config.kernels.threads) * 1000
+
+
+def show(console: Console, rows: Sequence[Row], floor: float, plan: Plan) -> None:
+    """The table, with the range over repeats behind each median."""
+    table = Table(
+        title=f"{plan.prompt_tokens} prompt + {plan.output_tokens} output tokens, "
+        f"median of {plan.repeats} (low-high)",
+        caption=f"floor: all weights read once in {floor:.1f} ms",
+    )
+    headings = ("batch", "target", "TTFT ms", "TTIT p50 ms", "TTIT p99 ms", "tokens/s")
+    for heading in (*headings, f"x {BASE}", "x floor"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_cell(row.metrics[name]) for name in METRICS]
+        ratio = "-" if row.step_ratio is None else f"{row.step_ratio.median:.2f}"
+        distance = f"{row.metrics['ttit_p50'].median / floor:.2f}"
+        table.add_row(str(row.batch), row.target, *cells, ratio, distance)
+    console.print(table)
+
+
+def _cell(spread: Spread) -> str:
+    return f"{spread.median:.1f} ({spread.low:.1f}-{spread.high:.1f})"
+
+
+def write_json(path: Path, config: Config, plan: Plan, rows: Sequence[Row], floor: float) -> None:
+    """Everything that was measured, with where and how."""
+    content = {
+        "benchmark": "latency",
+        **machine.facts(),
+        "model": {"source": config.model.source, "dtype": config.model.dtype},
+        "threads": config.kernels.threads,
+        "plan": asdict(plan),
+        "floor_ms": floor,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

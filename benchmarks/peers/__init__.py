@@ -1,0 +1,1 @@
+"""What Aerie is compared with."""

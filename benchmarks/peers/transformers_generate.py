@@ -1,0 +1,93 @@
+"""`generate` of transformers, on the tensors that Aerie serves."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from benchmarks.timing import RequestTimes
+from engine.models.arch import LlamaArch
+from engine.models.checkpoint import Checkpoint
+
+
+class TransformersTarget:
+    """Greedy, static batch, dynamic cache, all threads: what a user of the library gets."""
+
+    name = "transformers"
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, threads: int) -> None:
+        self._model: Any = load_oracle(checkpoint, dtype)
+        self._threads = threads
+
+    def run(self, prompts: list[list[int]], num_tokens: int) -> list[RequestTimes]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        clock = _Clock()
+        ids = torch.tensor(prompts)
+        try:
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        finally:
+            torch.set_num_threads(before)
+        return [RequestTimes(clock.started, tuple(clock.times))] * len(prompts)
+
+
+class _Clock(StoppingCriteria):
+    """Asked after every token; never stops."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def load_oracle(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The same weights as a transformers `LlamaForCausalLM`."""
+    config = hf_config(checkpoint.arch)
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors()}
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def hf_config(arch: LlamaArch) -> LlamaConfig:
+    """The transformers configuration of a shape."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
+    if arch.rope_scaling is not None:
+        scaling = arch.rope_scaling
+        rope |= {"rope_type": "llama3", **{n: getattr(scaling, n) for n in scaling.__slots__}}
+    return LlamaConfig(
+        vocab_size=arch.vocab_size,
+        hidden_size=arch.hidden_size,
+        intermediate_size=arch.intermediate_size,
+        num_hidden_layers=arch.num_layers,
+        num_attention_heads=arch.num_heads,
+        num_key_value_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        rms_norm_eps=arch.rms_norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=arch.tie_word_embeddings,
+        attention_bias=arch.attention_bias,
+        mlp_bias=arch.mlp_bias,
+        max_position_embeddings=arch.max_position_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )

@@ -1,0 +1,99 @@
+"""Which backend serves which operation, and that the choice is never silent."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.native import build
+from kernels.native.build import NativeUnavailableError
+from kernels.ops import Ops
+from kernels.registry import BACKENDS, OPERATIONS, build_ops
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+NOT_A_LIBRARY = (  # a compiler whose result cannot be loaded
+    sys.executable,
+    "-c",
+    "import sys; '-o' in sys.argv and open(sys.argv[sys.argv.index('-o') + 1], 'w').write('?')",
+)
+
+
+@pytest.fixture(params=["no-compiler", "damaged-library"])
+def unavailable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine without native kernels; gives a word of the reason."""
+    damaged = request.param == "damaged-library"
+    monkeypatch.setattr(build, "find_compiler", lambda: NOT_A_LIBRARY if damaged else None)
+    monkeypatch.setattr(build, "variants", lambda: ())  # nothing compiled ahead either
+    return "cannot be loaded" if damaged else "pip install ziglang"
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'cuda' is not one of auto, reference, native"):
+        build_ops("cuda", CPU, torch.float32, 1, tmp_path)
+
+
+def test_native_operations_are_refused_on_another_device(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'native' is for CPUs, not for cuda"):
+        build_ops("native", GPU, torch.float32, 1, tmp_path)
+
+
+def test_auto_falls_back_to_the_reference_and_says_why(tmp_path: Path, unavailable: str) -> None:
+    ops = build_ops("auto", CPU, torch.float32, 1, tmp_path)
+    for operation in OPERATIONS:
+        assert ops.backends[operation].startswith("reference (")
+        assert unavailable in ops.backends[operation]
+
+
+def test_native_does_not_fall_back(tmp_path: Path, unavailable: str) -> None:
+    with pytest.raises(NativeUnavailableError, match=unavailable):
+        build_ops("native", CPU, torch.float32, 1, tmp_path)
+
+
+@pytest.mark.usefixtures("unavailable")
+def test_the_reference_needs_no_compiler(tmp_path: Path) -> None:
+    ops = build_ops("reference", CPU, torch.float32, 1, tmp_path)
+    assert ops.backends == dict.fromkeys(OPERATIONS, "reference")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_takes_native_kernels_where_they_can_be_had(native_ops: Ops) -> None:
+    assert native_ops.backends == dict.fromkeys(OPERATIONS, "native")
+
+
+def test_linear_names_the_instructions_it_uses(native_ops: Ops, native_cache: Path) -> None:
+    ops = build_ops("native", CPU, torch.bfloat16, 1, native_cache)
+    assert ops.backends["linear"] in ("native", "native (amx)")
+    assert {ops.backends[name] for name in OPERATIONS if name != "linear"} == {"native"}
+
+
+@pytest.mark.parametrize(
+    ("device", "storage", "activations"),
+    [
+        (CPU, torch.bfloat16, torch.float32),
+        (CPU, torch.float32, torch.float32),
+        (GPU, torch.bfloat16, torch.bfloat16),
+        (GPU, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_activations_are_float32_on_a_cpu_and_as_stored_elsewhere(
+    native_cache: Path,
+    backend: str,
+    device: torch.device,
+    storage: torch.dtype,
+    activations: torch.dtype,
+) -> None:
+    ops = build_ops(backend, device, storage, 1, native_cache)
+    assert ops.activation_dtype == activations
+    assert device.type == "cpu" or ops.backends["linear"] == "reference"
+
+
+def test_every_operation_is_named() -> None:
+    known = {field.name for field in dataclasses.fields(Ops)}
+    assert known == {*OPERATIONS, "pack_linear", "activation_dtype", "backends"}
+    assert len(set(BACKENDS)) == len(BACKENDS)

@@ -1,0 +1,237 @@
+"""A server as its users run it: processes of their own, and a real port."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import httpx
+import openai
+import yaml
+
+from configs.env import environment
+
+DEADLINE = 60.0  # seconds; only what hangs ever takes so long
+READY = re.compile(r"READY (http://\S+)  \(OpenAI base URL: (\S+)\)\n")
+SAMPLE = re.compile(r"^(aerie:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of this process without Aerie's own, and without a network for the hub."""
+    kept = {name: value for name, value in environment().items() if not name.startswith("AERIE_")}
+    return kept | {"HF_HUB_OFFLINE": "1"} | dict(extra or {})
+
+
+def aerie_command(*arguments: str) -> list[str]:
+    """`aerie` of this interpreter, whatever is on PATH."""
+    return [sys.executable, "-m", "server.cli", *arguments]
+
+
+def run_aerie(
+    *arguments: str, extra: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends by itself."""
+    return subprocess.run(
+        aerie_command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+        env=child_environment(extra),
+    )
+
+
+class _Lines:
+    """What a pipe has said so far; readers can wait for a line to come."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe = pipe
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def text(self) -> str:
+        with self._changed:
+            return "".join(self._lines)
+
+    def wait_for(self, pattern: str | re.Pattern[str], since: int = 0) -> re.Match[str] | None:
+        """The first match in the text behind character `since`; None when the pipe ended."""
+        find = re.compile(pattern).search
+        with self._changed:
+            known = lambda: find("".join(self._lines)[since:]) or self._ended  # noqa: E731
+            assert self._changed.wait_for(known, DEADLINE), f"{pattern!r} never came"
+            return find("".join(self._lines)[since:])
+
+    def close(self) -> None:
+        self._thread.join(DEADLINE)
+        self._pipe.close()
+
+    def _read(self) -> None:
+        for line in self._pipe:
+            with self._changed:
+                self._lines.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+class LiveServer:
+    """`aerie serve` on a free port, as a context manager.
+
+    Args:
+        overrides: `section.key=value`.
+        wait: return from `with` only once READY is printed.
+    """
+
+    def __init__(self, *overrides: str, config: str | None = None, wait: bool = True) -> None:
+        chosen = [] if config is None else ["--config", config]
+        self._arguments = ["serve", *chosen, "--port", "0", *overrides]
+        self._wait = wait
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            aerie_command(*self._arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=child_environment(),
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.out, self.log = _Lines(self.process.stdout), _Lines(self.process.stderr)
+        if self._wait:
+            self.wait_ready()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            error.add_note(f"the server said:\n{self.log.text()}")
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(DEADLINE)
+        self.out.close()
+        self.log.close()
+
+    def wait_ready(self) -> None:
+        """Wait for READY to be printed."""
+        try:
+            match = self.out.wait_for(READY)
+            assert match is not None, "the server ended instead"
+        except AssertionError as error:
+            self.__exit__(type(error), error, None)
+            raise
+        self.url = match[1]
+        assert match[2] == f"{self.url}/v1"
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What was printed in front of READY."""
+        found: dict[str, Any] = yaml.safe_load(self.out.text().partition("READY")[0])
+        return found
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def engine_pid(self) -> int:
+        """The child that runs the engine now."""
+        (pid,) = [pid for pid in children(self.pid) if "engine_process" in command_line(pid)]
+        return pid
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for the process to end by itself; its exit code."""
+        return self.process.wait(DEADLINE)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """Each failure is seen at once unless `max_retries` says otherwise."""
+        return openai.OpenAI(**self._client_options(options))
+
+    def async_client(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(**self._client_options(options))
+
+    def _client_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        default = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0}
+        return default | {"timeout": DEADLINE} | options
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return httpx.request(method, self.url + path, timeout=DEADLINE, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return self.request("POST", path, json=body, **options)
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric by name, added up over its labels."""
+        found: dict[str, float] = {}
+        for name, _, value in SAMPLE.findall(self.get("/metrics").text):
+            short = name.removeprefix("aerie:")
+            found[short] = found.get(short, 0.0) + float(value)
+        return found
+
+    def wait_metrics(self, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """Scrape until `condition` holds; the metrics that met it."""
+        end = time.monotonic() + DEADLINE
+        while not condition(found := self.metrics()):
+            assert time.monotonic() < end, f"the metrics stayed at {found}"
+        return found
+
+    def wait_status(self, path: str, status: int) -> httpx.Response:
+        """Ask until the answer has this status."""
+        end = time.monotonic() + DEADLINE
+        while (response := self.get(path)).status_code != status:
+            assert time.monotonic() < end, f"{path} stayed at {response.status_code}"
+        return response
+
+
+def idle(metrics: Mapping[str, float]) -> bool:
+    """Whether the engine has nothing to do and its cache is free."""
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    return all(metrics[name] == 0 for name in gauges)
+
+
+def children(pid: int) -> Sequence[int]:
+    """Processes whose parent is `pid`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
