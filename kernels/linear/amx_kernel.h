@@ -1,11 +1,8 @@
-// x [M, K] float32 times a packed bfloat16 weight, on the tile registers of Intel AMX.
+// x [M, K] times a packed bfloat16 weight, on the tile registers of Intel AMX.
 //
-// AMX multiplies bfloat16 only. Each input is split into two bfloat16 numbers, x = high + low, which
-// together keep 16 of its 24 bits (relative error below 2^-17, an eightieth of what rounding the
-// input to bfloat16 would cost); both parts are multiplied and summed in float32.
-//
-// Every output is one chain over k in blocks of 32, high before low: its value does not depend on
-// the number of rows or on the thread that computes it.
+// AMX multiplies bfloat16 only: inputs are rounded to it, as on every accelerator; products are
+// exact and summed in float32. Every output is one chain over k in blocks of 32: its value does not
+// depend on the number of rows or on the thread that computes it.
 #pragma once
 
 #include "../native/vector.h"
@@ -34,21 +31,40 @@ inline bool amx_permitted() {
 constexpr int kTileRows = 16;
 constexpr int kRowBlock = 2 * kTileRows;
 
-// Inputs as bfloat16 pairs of numbers, padded with zeros: [M, round_up(K, 32)] each.
-struct SplitInputs {
-  uint16_t* high;
-  uint16_t* low;
-  int64_t stride;
+// Inputs as bfloat16 in the order in which tiles are loaded: for each 16 rows, tiles of 32 inputs;
+// padded with zeros along K.
+struct TiledInputs {
+  uint16_t* tiles;
+  int64_t chunks;  // tiles along K
+
+  static constexpr int64_t kTile = kTileRows * kTileK;  // elements
+
+  static int64_t size(int64_t M, int64_t K) {
+    return round_up(M, kTileRows) * round_up(K, kTileK);
+  }
+  uint16_t* tile(int64_t row, int64_t chunk) const {
+    return tiles + (row / kTileRows * chunks + chunk) * kTile;
+  }
 };
 
-inline void split_row(const float* x, int64_t K, int64_t row, const SplitInputs& to) {
-  uint16_t* high = to.high + row * to.stride;
-  uint16_t* low = to.low + row * to.stride;
-  for (int64_t k = 0; k < to.stride; k += 16) {
-    const F16 whole = k + 16 <= K ? load(x + k) : k < K ? load_columns(x + k, K - k) : F16{};
-    const U16 upper = to_bfloat16(whole);
-    store_halves(high + k, upper);
-    store_halves(low + k, to_bfloat16(whole - lower_halves(upper)));
+AERIE_INLINE void store_rounded(uint16_t* to, const float* from) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+  std::memcpy(to, &rounded, sizeof rounded);
+#else
+  store_halves(to, to_bfloat16(load(from)));
+#endif
+}
+
+inline void round_row(const float* x, int64_t K, int64_t row, const TiledInputs& to) {
+  uint16_t* first = to.tile(row, 0) + row % kTileRows * kTileK;
+  int64_t k = 0;
+  for (; k + 16 <= K; k += 16)
+    store_rounded(first + k / kTileK * TiledInputs::kTile + k % kTileK, x + k);
+  for (; k < to.chunks * kTileK; k += 16) {
+    float last[16] = {};
+    if (k < K) std::memcpy(last, x + k, (K - k) * sizeof(float));
+    store_rounded(first + k / kTileK * TiledInputs::kTile + k % kTileK, last);
   }
 }
 
@@ -59,77 +75,108 @@ struct alignas(64) TileConfig {
 };
 
 // Tiles 0-3 accumulate (row half r, panel p -> 2r + p), 4 and 5 hold inputs, 6 and 7 weights.
-inline void configure_tiles(int upper_rows, int lower_rows) {
+inline void configure_tiles(int64_t upper_rows, int64_t lower_rows) {
   TileConfig config;
   for (int t = 0; t < 8; ++t) config.column_bytes[t] = 64;
-  config.rows[0] = config.rows[1] = config.rows[4] = upper_rows;
-  config.rows[2] = config.rows[3] = config.rows[5] = lower_rows;
+  config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(upper_rows);
+  config.rows[2] = config.rows[3] = config.rows[5] = static_cast<uint8_t>(lower_rows);
   config.rows[6] = config.rows[7] = kTileRows;
   _tile_loadconfig(&config);
 }
 
+// Where the four accumulators go: tile (row half r, panel p) to first + r * 16 * stride + p * 16.
+struct TileTarget {
+  float* first;
+  int64_t stride;  // floats between rows
+};
+
 // One row block (both halves when Lower) against two panels (one when !Second).
 template <bool Lower, bool Second>
-AERIE_INLINE void multiply_tiles(const SplitInputs& x, int64_t row, const uint16_t* weight,
-                                 int64_t size, float (&sums)[4][kTileRows * kPanel]) {
-  constexpr int64_t kTile = kTileK * kPanel;  // elements
-  const int64_t stride = x.stride * 2;        // bytes
+AERIE_INLINE void multiply_tiles(const TiledInputs& x, int64_t row, const uint16_t* weight,
+                                 int64_t size, const TileTarget& to) {
+  constexpr int64_t kTile = TiledInputs::kTile;
+  const uint16_t* upper = x.tile(row, 0);
+  const uint16_t* lower = x.tile(row + kTileRows, 0);
   const uint16_t* second = weight + size;
   _tile_zero(0);
   if constexpr (Second) _tile_zero(1);
   if constexpr (Lower) _tile_zero(2);
   if constexpr (Lower && Second) _tile_zero(3);
-  for (int64_t k = 0; k < x.stride; k += kTileK) {
-    _tile_loadd(6, weight + k / kTileK * kTile, 64);
-    if constexpr (Second) _tile_loadd(7, second + k / kTileK * kTile, 64);
-    for (const uint16_t* inputs : {x.high, x.low}) {
-      _tile_loadd(4, inputs + row * x.stride + k, stride);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (Second) _tile_dpbf16ps(1, 4, 7);
-      if constexpr (Lower) {
-        _tile_loadd(5, inputs + (row + kTileRows) * x.stride + k, stride);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (Second) _tile_dpbf16ps(3, 5, 7);
-      }
+  for (int64_t c = 0; c < x.chunks; ++c) {
+    _tile_loadd(6, weight + c * kTile, 64);
+    if constexpr (Second) _tile_loadd(7, second + c * kTile, 64);
+    _tile_loadd(4, upper + c * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Second) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Lower) {
+      _tile_loadd(5, lower + c * kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Second) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums[0], 64);
-  if constexpr (Second) _tile_stored(1, sums[1], 64);
-  if constexpr (Lower) _tile_stored(2, sums[2], 64);
-  if constexpr (Lower && Second) _tile_stored(3, sums[3], 64);
+  const int64_t bytes = to.stride * sizeof(float);
+  float* below = to.first + kTileRows * to.stride;
+  _tile_stored(0, to.first, bytes);
+  if constexpr (Second) _tile_stored(1, to.first + kPanel, bytes);
+  if constexpr (Lower) _tile_stored(2, below, bytes);
+  if constexpr (Lower && Second) _tile_stored(3, below + kPanel, bytes);
 }
 
-inline void multiply_tile_block(const LinearShape& shape, const SplitInputs& x, int64_t row,
-                                int rows, const uint16_t* weight, const float* bias, float* out,
-                                int64_t panel, bool second) {
-  alignas(64) float sums[4][kTileRows * kPanel];
-  const int64_t size = panel_size(weight, shape.K);
-  const uint16_t* first = weight + panel * size;
-  const bool lower = rows > kTileRows;
-  if (lower && second) multiply_tiles<true, true>(x, row, first, size, sums);
-  else if (lower) multiply_tiles<true, false>(x, row, first, size, sums);
-  else if (second) multiply_tiles<false, true>(x, row, first, size, sums);
-  else multiply_tiles<false, false>(x, row, first, size, sums);
-  for (int p = 0; p <= int(second); ++p) {
-    const int64_t column = (panel + p) * kPanel, columns = shape.N - column;
+inline void multiply_tile_block(const TiledInputs& x, int64_t row, bool lower,
+                                const uint16_t* weight, int64_t size, bool second,
+                                const TileTarget& to) {
+  if (lower && second) return multiply_tiles<true, true>(x, row, weight, size, to);
+  if (lower) return multiply_tiles<true, false>(x, row, weight, size, to);
+  if (second) return multiply_tiles<false, true>(x, row, weight, size, to);
+  multiply_tiles<false, false>(x, row, weight, size, to);
+}
+
+// One or two panels for `rows` rows, through a buffer: for a bias, or a panel that N cuts off.
+inline void multiply_edge_block(const LinearShape& shape, const TiledInputs& x, int64_t row,
+                                int64_t rows, const uint16_t* weight, const float* bias,
+                                float* out, int64_t column, bool second) {
+  alignas(64) float sums[kRowBlock][2 * kPanel];
+  multiply_tile_block(x, row, rows > kTileRows, weight, panel_size(weight, shape.K), second,
+                      {sums[0], 2 * kPanel});
+  for (int p = 0; p <= int(second); ++p, column += kPanel) {
+    const int64_t columns = shape.N - column;
     const F16 offset = bias ? load_columns(bias + column, columns) : F16{};
-    for (int r = 0; r < rows; ++r) {
-      const F16 sum = load(sums[r / kTileRows * 2 + p] + r % kTileRows * kPanel);
+    for (int64_t r = 0; r < rows; ++r) {
+      const F16 sum = load(sums[r] + p * kPanel);
       store_columns(out + (row + r) * shape.N + column, bias ? sum + offset : sum, columns);
     }
   }
 }
 
-// All rows against the panels first .. last-1.
-inline void multiply_panels(const LinearShape& shape, const SplitInputs& x, const uint16_t* weight,
-                            const float* bias, float* out, int64_t first, int64_t last) {
-  for (int64_t row = 0; row < shape.M; row += kRowBlock) {
-    const int rows = static_cast<int>(shape.M - row < kRowBlock ? shape.M - row : kRowBlock);
-    const bool lower = rows > kTileRows;
-    configure_tiles(lower ? kTileRows : rows, lower ? rows - kTileRows : kTileRows);
-    for (int64_t panel = first; panel < last; panel += 2)
-      multiply_tile_block(shape, x, row, rows, weight, bias, out, panel, panel + 1 < last);
+// Rows first_row .. last_row-1, in blocks of `rows`, against the panels first .. last-1. A pair of
+// panels stays in the first-level cache while the rows pass by.
+inline void multiply_row_blocks(const LinearShape& shape, const TiledInputs& x, int64_t first_row,
+                                int64_t last_row, int64_t rows, const uint16_t* weight,
+                                const float* bias, float* out, int64_t first, int64_t last) {
+  const bool lower = rows > kTileRows;
+  const int64_t size = panel_size(weight, shape.K);
+  configure_tiles(lower ? kTileRows : rows, lower ? rows - kTileRows : kTileRows);
+  for (int64_t panel = first; panel < last; panel += 2) {
+    const bool second = panel + 1 < last;
+    const int64_t column = panel * kPanel, end = column + (second ? 2 : 1) * kPanel;
+    for (int64_t row = first_row; row < last_row; row += rows) {
+      if (bias || end > shape.N)
+        multiply_edge_block(shape, x, row, rows, weight + panel * size, bias, out, column, second);
+      else
+        multiply_tile_block(x, row, lower, weight + panel * size, size, second,
+                            {out + row * shape.N + column, shape.N});
+    }
   }
+}
+
+// All rows against the panels first .. last-1: whole row blocks, then what is left.
+inline void multiply_panels(const LinearShape& shape, const TiledInputs& x, const uint16_t* weight,
+                            const float* bias, float* out, int64_t first, int64_t last) {
+  const int64_t whole = shape.M / kRowBlock * kRowBlock;
+  if (whole)
+    multiply_row_blocks(shape, x, 0, whole, kRowBlock, weight, bias, out, first, last);
+  if (whole < shape.M)
+    multiply_row_blocks(shape, x, whole, shape.M, shape.M - whole, weight, bias, out, first, last);
   _tile_release();
 }
 

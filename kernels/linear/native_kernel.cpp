@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kPanelsPerTask = 8;  // 128 outputs
 
-enum Scratch { kInputs, kHigh, kLow };
+enum Scratch { kInputs, kTiled };
 
 template <class W>
 void pack(Pool& pool, const W* weight, int64_t N, int64_t K, W* packed) {
@@ -55,14 +55,13 @@ void multiply(Pool& pool, const LinearShape& shape, const float* x, const W* wei
 #if AERIE_HAS_AMX
 void multiply_amx(Pool& pool, const LinearShape& shape, const float* x, const uint16_t* weight,
                   const float* bias, float* out) {
-  const int64_t stride = round_up(shape.K, kTileK);
-  const SplitInputs inputs{pool.scratch<uint16_t>(kHigh, shape.M * stride),
-                           pool.scratch<uint16_t>(kLow, shape.M * stride), stride};
-  const int64_t rows_per_task = 16;
-  pool.run((shape.M + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
-    const int64_t first = task * rows_per_task, last = first + rows_per_task;
+  const TiledInputs inputs{
+      pool.scratch<uint16_t>(kTiled, TiledInputs::size(shape.M, shape.K)),
+      round_up(shape.K, kTileK) / kTileK};
+  pool.run((shape.M + kTileRows - 1) / kTileRows, [&](int64_t task) {
+    const int64_t first = task * kTileRows, last = first + kTileRows;
     for (int64_t row = first; row < (last < shape.M ? last : shape.M); ++row)
-      split_row(x + row * shape.K, shape.K, row, inputs);
+      round_row(x + row * shape.K, shape.K, row, inputs);
   });
   for_panels(pool, shape.N, [&](int64_t first, int64_t last) {
     multiply_panels(shape, inputs, weight, bias, out, first, last);

@@ -61,7 +61,9 @@ AVX2 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 X86_VARIANTS = (  # the best first
     Variant(
-        "amx", ("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16"), AVX512 | {"amx_tile", "amx_bf16"}
+        "amx",
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
     ),
     Variant("avx512", ("-march=x86-64-v4",), AVX512),
     Variant("avx2", ("-march=x86-64-v3",), AVX2),
