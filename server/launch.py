@@ -180,8 +180,7 @@ class EngineKeeper:
         self._client = client
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
-        self._stopping = False
-        self._failed = asyncio.Event()
+        self._stopping = asyncio.Event()
         self.exit_code = 0
 
     def start(self) -> None:
@@ -189,14 +188,17 @@ class EngineKeeper:
 
     async def failed(self) -> None:
         """Return when there will be no engine any more."""
-        await self._failed.wait()
+        assert self._task is not None
+        await asyncio.wait({self._task})
 
     async def stop(self) -> None:
         """End the engine; requests that are still open end with it."""
-        self._stopping = True
-        self._client.shut_down()
+        self._stopping.set()
         if self._task is None:
             return
+        if self._client.info is None:
+            self._kill()  # it has no requests, and hears nothing before the model is loaded
+        self._client.shut_down()
         try:
             await asyncio.wait_for(asyncio.shield(self._task), LAST_WORDS)
         except TimeoutError:
@@ -209,18 +211,18 @@ class EngineKeeper:
 
     async def _keep(self) -> None:
         backoff = FIRST_BACKOFF
-        while not self._stopping:
+        while not self._stopping.is_set():
             code, was_ready = await self._run_once()
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             logger.error("the engine process ended with exit code %d", code)
             if code == EXIT_BAD_SETUP or not self._config.server.restart_engine:
                 self.exit_code = 1
-                self._failed.set()
                 return
             backoff = FIRST_BACKOFF if was_ready else min(backoff * 2, LONGEST_BACKOFF)
             logger.info("starting the engine again in %.1f s", backoff)
-            await asyncio.sleep(backoff)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff)
 
     async def _run_once(self) -> tuple[int, bool]:
         """One engine's life; its exit code, and whether it ever took requests."""
@@ -229,7 +231,10 @@ class EngineKeeper:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "server.engine_process", endpoint),
                 stdin=asyncio.subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is the business of this process
             )
+            if self._stopping.is_set():
+                self._kill()
             assert self._process.stdin is not None
             self._process.stdin.write(_without_secrets(self._config).encode() + b"\n")
             code = await self._process.wait()

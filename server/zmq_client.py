@@ -113,9 +113,15 @@ class ZmqEngineClient:
             self._socket.send(encode(batch))  # the queue has no limit: this never waits
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            for message in decode_engine(await socket.recv()):
-                self._take(message)
+        """Take messages until cancelled. Should one make no sense, the engine is told to end:
+        `detach` follows, and no client waits for ever."""
+        try:
+            while True:
+                for message in decode_engine(await socket.recv()):
+                    self._take(message)
+        except Exception:  # whatever it is, nobody else would hear of it
+            logger.exception("the engine said what cannot be understood; it is told to end")
+            self.shut_down()
 
     def _take(self, message: EngineMessage) -> None:
         if isinstance(message, EngineInfo):

@@ -186,7 +186,7 @@ def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (AVX2 - {"fma"}, "sse2"),
         (AVX512, "avx512"),
         (AVX512 | {"amx_tile"}, "avx512"),
-        (AVX512 | {"amx_tile", "amx_bf16"}, "amx"),
+        (AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, "amx"),
     ],
     ids=["oldest", "avx2", "avx2-without-fma", "avx512", "half-of-amx", "amx"],
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -21,6 +26,7 @@ from configs.env import environment
 
 DEADLINE = 60.0  # seconds; only what hangs ever takes so long
 READY = re.compile(r"READY (http://\S+)  \(OpenAI base URL: (\S+)\)\n")
+REASON = re.compile(r'finished_reason="(\w+)"')
 SAMPLE = re.compile(r"^(aerie:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
 
@@ -98,6 +104,7 @@ class LiveServer:
         chosen = [] if config is None else ["--config", config]
         self._arguments = ["serve", *chosen, "--port", "0", *overrides]
         self._wait = wait
+        self._connections = contextlib.ExitStack()
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -123,6 +130,7 @@ class LiveServer:
     ) -> None:
         if error is not None:
             error.add_note(f"the server said:\n{self.log.text()}")
+        self._connections.close()
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(DEADLINE)
@@ -169,10 +177,11 @@ class LiveServer:
         return self.wait()
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """Each failure is seen at once unless `max_retries` says otherwise."""
-        return openai.OpenAI(**self._client_options(options))
+        """Each failure is seen at once unless `max_retries` says otherwise. Closed at the end."""
+        return self._connections.enter_context(openai.OpenAI(**self._client_options(options)))
 
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
+        """The same, to be closed by its user."""
         return openai.AsyncOpenAI(**self._client_options(options))
 
     def _client_options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -189,11 +198,14 @@ class LiveServer:
         return self.request("POST", path, json=body, **options)
 
     def metrics(self) -> dict[str, float]:
-        """Every metric by name, added up over its labels."""
+        """Every metric by name, added up over its labels; `ended_stop`, `ended_abort` and so on
+        count the requests that ended so."""
         found: dict[str, float] = {}
-        for name, _, value in SAMPLE.findall(self.get("/metrics").text):
+        for name, labels, value in SAMPLE.findall(self.get("/metrics").text):
             short = name.removeprefix("aerie:")
             found[short] = found.get(short, 0.0) + float(value)
+            if short == "request_success_total" and (reason := REASON.search(labels)):
+                found[f"ended_{reason[1]}"] = float(value)
         return found
 
     def wait_metrics(self, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
@@ -215,6 +227,28 @@ def idle(metrics: Mapping[str, float]) -> bool:
     """Whether the engine has nothing to do and its cache is free."""
     gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     return all(metrics[name] == 0 for name in gauges)
+
+
+def post(url: str, path: str, body: bytes) -> socket.socket:
+    """Send a request and return the connection, from which nothing has been read; it holds little
+    of what the server sends."""
+    address = urlsplit(url)
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    connection = socket.socket()
+    connection.settimeout(DEADLINE)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((address.hostname, address.port))
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def wait_gone(pidfd: int) -> None:
+    """Wait until the process of `pidfd` has ended, whoever its parent is."""
+    assert select.select([pidfd], [], [], DEADLINE)[0], "the process lives on"
+    os.close(pidfd)
 
 
 def children(pid: int) -> Sequence[int]:

@@ -1,0 +1,50 @@
+"""Live servers, on a tiny random Llama unless a test needs a model that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.live_server import LiveServer
+from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+
+MODEL = "tiny"
+MAX_LEN = 8192
+NUM_BLOCKS = 2048
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a context long enough for requests that do not end while a test looks on."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    write_tiny_llama(folder, TinyLlama(max_position_embeddings=MAX_LEN))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_server(tiny_folder: Path, native_cache: Path) -> Callable[..., LiveServer]:
+    """Builds servers on the tiny model; arguments are those of `LiveServer`."""
+
+    def make(*overrides: str, **options: bool) -> LiveServer:
+        return LiveServer(
+            f"model.source={tiny_folder}",
+            f"model.served_name={MODEL}",
+            "model.dtype=float32",
+            f"cache.num_blocks={NUM_BLOCKS}",
+            "kernels.threads=1",
+            f"files.dir={native_cache}",
+            *overrides,
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(make_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
+    """One for all tests that leave it as it was; it must end well."""
+    with make_server() as live:
+        yield live
+        assert live.stop() == 0

@@ -1,0 +1,74 @@
+"""What clients see when one of the processes is killed, and what becomes of the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import MAX_LEN, MODEL
+from tests.support.live_server import LiveServer, wait_gone
+
+MakeServer = Callable[..., LiveServer]
+SHORT: dict[str, Any] = {"model": MODEL, "prompt": "the quick", "max_tokens": 8, "temperature": 0}
+ENDLESS = SHORT | {"max_tokens": MAX_LEN - 100, "extra_body": {"ignore_eos": True}}
+
+
+def text_of(server: LiveServer) -> str:
+    return str(server.client().completions.create(**SHORT).choices[0].text)
+
+
+def check_failure_of_open_requests(server: LiveServer) -> None:
+    """Kill the engine below a stream and a request without one."""
+    client = server.client()
+    with ThreadPoolExecutor(1) as threads:
+        stream = client.completions.create(**ENDLESS, stream=True)
+        next(iter(stream))
+        whole = threads.submit(client.completions.create, **ENDLESS)
+        server.wait_metrics(lambda found: found["num_requests_running"] == 2)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="failed to finish"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as caught:
+            whole.result()
+    assert (caught.value.status_code, caught.value.code) == (500, "internal_error")
+
+
+def test_a_killed_engine_fails_open_requests_and_is_started_again(make_server: MakeServer) -> None:
+    with make_server() as server:
+        before, first_pid = text_of(server), server.engine_pid
+        check_failure_of_open_requests(server)
+        assert server.get("/ready").status_code == 503
+        assert server.get("/health").status_code == 200
+        with pytest.raises(openai.InternalServerError) as caught:
+            text_of(server)
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_not_ready")
+        assert "retry-after" in caught.value.response.headers
+        server.wait_status("/ready", 200)
+        assert server.engine_pid != first_pid
+        assert text_of(server) == before
+        assert server.metrics()["request_success_total"] == 4
+        assert server.stop() == 0
+
+
+def test_a_killed_server_takes_its_engine_along(make_server: MakeServer) -> None:
+    with make_server() as server:
+        busy = server.client().completions.create(**ENDLESS, stream=True)
+        next(iter(busy))
+        engine = os.pidfd_open(server.engine_pid)
+        server.signal(signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        wait_gone(engine)
+        busy.close()
+
+
+def test_without_restarts_the_server_ends_with_its_engine(make_server: MakeServer) -> None:
+    with make_server("server.restart_engine=false") as server:
+        check_failure_of_open_requests(server)
+        assert server.wait() == 1
+        assert "the engine process ended with exit code -9" in server.log.text()

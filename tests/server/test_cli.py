@@ -1,0 +1,109 @@
+"""The command line, as far as it does not start a server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from configs.schema import Config
+from tests.support.live_server import child_environment, run_aerie
+
+COMMANDS = ("serve", "config", "prepare", "version")
+HEAVY = ("torch", "transformers", "kernels", "drafter", "zmq", "fastapi")
+
+
+def test_help_names_every_command() -> None:
+    done = run_aerie("--help")
+    assert done.returncode == 0
+    assert [name for name in COMMANDS if name not in done.stdout] == []
+
+
+def test_help_of_serve_names_options_and_gives_examples() -> None:
+    done = run_aerie("serve", "--help", extra={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert done.returncode == 0
+    wanted = ["--config", "--host", "--port", "--api-key", "SECTION.KEY=VALUE", "READY"]
+    wanted += ["aerie serve --config smollm2-fp32 --port 8123", "AERIE_SECTION__KEY", "SIGTERM"]
+    assert [text for text in wanted if text not in done.stdout] == []
+    assert max(len(line) for line in done.stdout.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["config"], ["version"]])
+def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom server.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=child_environment(),
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_config_prints_every_key_as_yaml() -> None:
+    done = run_aerie("config", "cache.num_blocks=77", extra={"AERIE_SERVER__PORT": "1234"})
+    assert done.returncode == 0
+    found = yaml.safe_load(done.stdout)
+    keys = {name: list(section) for name, section in found.items()}
+    assert keys == {
+        name: list(type(getattr(Config(), name)).model_fields) for name in Config.model_fields
+    }
+    assert (found["cache"]["num_blocks"], found["server"]["port"]) == (77, 1234)
+    again = Config.model_validate(found)
+    assert again.cache.num_blocks == 77
+
+
+def test_config_hides_keys() -> None:
+    done = run_aerie("config", "server.api_keys=[sk-secret, other]")
+    assert yaml.safe_load(done.stdout)["server"]["api_keys"] == ["***", "***"]
+    assert "sk-secret" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cache.num_block=1"], "unknown key 'cache.num_block'; known here: block_size"),
+        (["num_blocks=1"], "'num_blocks' does not name a key of a section"),
+        (["cache.num_blocks"], "override 'cache.num_blocks' is not of the form section.key=value"),
+        (["cache.num_blocks=0"], "cache.num_blocks = 0"),
+        (["cache.num_blocks=many"], "cache.num_blocks = 'many'"),
+        (["cache.num_blocks=[1"], "the value of cache.num_blocks is not YAML"),
+        (["kernels.backend=cuda"], "kernels.backend = 'cuda'"),
+        (["--config", "nowhere"], "no configuration file 'nowhere'; shipped ones: smollm2"),
+    ],
+)
+@pytest.mark.parametrize("command", ["config", "serve"])
+def test_bad_settings_are_one_line_and_exit_code_2(
+    command: str, arguments: list[str], message: str
+) -> None:
+    done = run_aerie(command, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("aerie: ")
+    assert message in line
+
+
+def test_keys_are_not_shown_in_messages() -> None:
+    done = run_aerie("config", "server.api_keys={secret: x}")
+    assert done.returncode == 2
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--nonsense"], ["unknown"]])
+def test_unknown_options_and_commands_are_exit_code_2(arguments: list[str]) -> None:
+    done = run_aerie(*arguments)
+    assert done.returncode == 2
+    assert arguments[-1] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version_is_one_line() -> None:
+    done = run_aerie("version")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
