@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Plan:
     output_tokens: int
     repeats: int
     vocab_size: int
+    salt: int  # of the random prompts: no run meets a cache that an earlier one filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ def main(
     console.print("loading ...")
     targets, vocab_size = build_targets(settings, url or (), in_process, transformers)
     sizes = tuple(batch or (1, 8, 32))
-    plan = Plan(sizes, prompt_tokens, output_tokens, repeats, vocab_size)
+    salt = secrets.randbits(32)
+    plan = Plan(sizes, prompt_tokens, output_tokens, repeats, vocab_size, salt)
     runs = run_all(targets, plan, console)
     rows = [row for size in sizes for row in summarise(runs, targets, size)]
     floor = floor_ms(settings)
@@ -139,7 +142,7 @@ def run_all(targets: Sequence[Target], plan: Plan, console: Console) -> Runs:
 
 
 def random_prompts(plan: Plan, size: int, repeat: int) -> list[list[int]]:
-    generator = random.Random(f"{size} {repeat}")
+    generator = random.Random(f"{plan.salt} {size} {repeat}")
     ids = range(min(FIRST_TOKEN_ID, plan.vocab_size - 1), plan.vocab_size)
     return [generator.choices(ids, k=plan.prompt_tokens) for _ in range(size)]
 
