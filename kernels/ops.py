@@ -9,7 +9,7 @@ what `kernels/<operation>/reference.py` computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +30,17 @@ class LinearWeight:
 class AttentionMeta:
     """Where the keys of each packed query lie.
 
-    Row b owns queries cu_q[b] .. cu_q[b+1]-1. They attend to cache positions 0 .. prefix_lens[b]-1
-    without a mask, and to the row's own suffix, whose KV was written to cache positions
-    prefix_lens[b] + i. `ancestors[t]` is a bit mask over suffix positions (bit i set: query t sees
-    suffix entry i; its own bit is always set); 0 means causal, as in a prefill chunk, which may be
-    longer than 64. A position p of row b lies at slot block_tables[b, p // S] * S + p % S.
+    Row b owns queries cu_q[b] .. cu_q[b+1]-1. They attend to cache positions
+    first_keys[b] .. prefix_lens[b]-1 without a mask, and to the row's own suffix, whose KV was
+    written to cache positions prefix_lens[b] + i. `ancestors[t]` is a bit mask over suffix positions
+    (bit i set: query t sees suffix entry i; its own bit is always set; entries may come from an
+    earlier forward); 0 means causal, as in a prefill chunk, which may be longer than 64. A position
+    p of row b lies at slot block_tables[b, p // S] * S + p % S.
     """
 
     cu_q: Tensor  # [B + 1] int32
     prefix_lens: Tensor  # [B] int32
+    first_keys: Tensor  # [B] int32, at most prefix_lens; 0 without a window
     block_tables: Tensor  # [B, max_blocks] int32
     ancestors: Tensor  # [T] int64
     max_q: int
@@ -64,6 +66,9 @@ class Ops:
     rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     # (q [T, Hq, D], k_cache, v_cache, meta, scale) -> [T, Hq * D]
     attention: Callable[[Tensor, Tensor, Tensor, AttentionMeta, float], Tensor]
+    # (pages of all layers, each [num_blocks, S, Hkv, D]; sources [M] int64, targets [M] int64):
+    # slot targets[m] takes what slot sources[m] holds, for m in order
+    kv_move: Callable[[Sequence[Tensor], Tensor, Tensor], None]
     # (gate_up [T, 2F], gate first) -> [T, F] silu(gate) * up
     silu_and_mul: Callable[[Tensor], Tensor]
     # (logits [R, V] float32, keys [R] int64) -> [R] int64: argmax(logits + Gumbel(key, token)).

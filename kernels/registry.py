@@ -8,6 +8,7 @@ import torch
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
+from kernels.kv import reference as kv
 from kernels.linear import reference as linear
 from kernels.native.build import NativeUnavailableError, build_library
 from kernels.native.library import NativeLibrary
@@ -24,6 +25,7 @@ OPERATIONS = (
     "add_rms_norm",
     "rope_kv_write",
     "attention",
+    "kv_move",
     "silu_and_mul",
     "gumbel_argmax",
     "argmax",
@@ -87,6 +89,7 @@ def native_ops(native: NativeOps) -> Ops:
         add_rms_norm=native.add_rms_norm,
         rope_kv_write=native.rope_kv_write,
         attention=native.attention,
+        kv_move=native.kv_move,
         silu_and_mul=native.silu_and_mul,
         gumbel_argmax=native.gumbel_argmax,
         argmax=native.argmax,
@@ -107,6 +110,7 @@ def reference_ops(device: torch.device, storage_dtype: torch.dtype, name: str = 
         add_rms_norm=norm.add_rms_norm,
         rope_kv_write=rope.rope_kv_write,
         attention=attention.attention,
+        kv_move=kv.kv_move,
         silu_and_mul=activation.silu_and_mul,
         gumbel_argmax=sampling.gumbel_argmax,
         argmax=sampling.argmax,

@@ -64,6 +64,7 @@ class InputBuilder:
             attention=AttentionMeta(
                 cu_q=self._to_device(cu_q.astype(np.int32)),
                 prefix_lens=self._to_device(starts.astype(np.int32)),
+                first_keys=torch.zeros(len(lens), dtype=torch.int32, device=self._device),
                 block_tables=self._to_device(tables),
                 ancestors=torch.zeros(num_tokens, dtype=torch.int64, device=self._device),
                 max_q=int(lens.max()),

@@ -29,6 +29,7 @@ struct Problem {
   const C* values;
   const int32_t* cu_q;           // [B + 1]
   const int32_t* prefix_lens;    // [B]
+  const int32_t* first_keys;     // [B]
   const int32_t* block_tables;   // [B, max_blocks]
   const int64_t* ancestors;      // [T]
   int64_t num_rows, max_blocks, block_size, num_heads, num_kv_heads, D;
@@ -56,6 +57,16 @@ struct Workspace {
   alignas(64) float scores[kMaxRows][kSpan];  // of the tile's rows, later weights
 };
 
+// Keys of the spans of a row: span s holds positions begin(s) .. end(s)-1.
+struct Spans {
+  int64_t first_key, end_key;  // of all
+
+  int64_t first() const { return first_key / kSpan; }
+  int64_t last() const { return (end_key + kSpan - 1) / kSpan; }  // one behind
+  int64_t begin(int64_t s) const { return std::max(s * kSpan, first_key); }
+  int64_t end(int64_t s) const { return std::min((s + 1) * kSpan, end_key); }
+};
+
 template <class C>
 int64_t num_visible(const Problem<C>& p, const Tile& tile) {
   const int64_t first = p.cu_q[tile.row], prefix = p.prefix_lens[tile.row];
@@ -66,6 +77,11 @@ int64_t num_visible(const Problem<C>& p, const Tile& tile) {
     most = std::max(most, prefix + suffix);
   }
   return most;
+}
+
+template <class C>
+Spans spans_of(const Problem<C>& p, const Tile& tile) {
+  return {p.first_keys[tile.row], num_visible(p, tile)};
 }
 
 // Which of the keys position .. position+15 a query of the row sees, as bits.
@@ -266,13 +282,14 @@ void attend_tile(const Problem<C>& p, const Tile& tile) {
   thread_local Workspace work;
   alignas(64) float buffers[2][kMaxRows][kMaxHeadDim];
   Partial totals[kMaxRows], spans[kMaxRows];
-  const int64_t rows = tile.num_queries * p.group(), visible = num_visible(p, tile);
+  const int64_t rows = tile.num_queries * p.group();
+  const Spans keys = spans_of(p, tile);
   for (int64_t r = 0; r < rows; ++r) {
     totals[r] = {kMinusInfinity, 0, buffers[0][r]};
     spans[r] = {kMinusInfinity, 0, buffers[1][r]};
   }
-  for (int64_t begin = 0; begin < visible; begin += kSpan) {
-    attend_span(p, tile, begin, std::min(begin + kSpan, visible), work, spans);
+  for (int64_t s = keys.first(); s < keys.last(); ++s) {
+    attend_span(p, tile, keys.begin(s), keys.end(s), work, spans);
     for (int64_t r = 0; r < rows; ++r) merge(totals[r], spans[r], p.D);
   }
   write_out(p, tile, totals);
@@ -282,8 +299,9 @@ void attend_tile(const Problem<C>& p, const Tile& tile) {
 template <class C>
 void attend_spans(Pool& pool, const Problem<C>& p, const std::vector<Tile>& tiles) {
   std::vector<int64_t> first_span(tiles.size() + 1);
+  const auto keys_of_tile = [&](size_t i) { return spans_of(p, tiles[i]); };
   for (size_t i = 0; i < tiles.size(); ++i)
-    first_span[i + 1] = first_span[i] + (num_visible(p, tiles[i]) + kSpan - 1) / kSpan;
+    first_span[i + 1] = first_span[i] + keys_of_tile(i).last() - keys_of_tile(i).first();
   const int64_t num_spans = first_span.back(), row_size = p.D;
   float* values = pool.scratch<float>(0, num_spans * kMaxRows * row_size);
   Partial* partials = pool.scratch<Partial>(1, num_spans * kMaxRows);
@@ -293,9 +311,9 @@ void attend_spans(Pool& pool, const Problem<C>& p, const std::vector<Tile>& tile
     thread_local Workspace work;
     const size_t i = std::upper_bound(first_span.begin(), first_span.end(), task) -
                      first_span.begin() - 1;
-    const int64_t begin = (task - first_span[i]) * kSpan;
-    const int64_t end = std::min(begin + kSpan, num_visible(p, tiles[i]));
-    attend_span(p, tiles[i], begin, end, work, partials + task * kMaxRows);
+    const Spans keys = keys_of_tile(i);
+    const int64_t s = keys.first() + task - first_span[i];
+    attend_span(p, tiles[i], keys.begin(s), keys.end(s), work, partials + task * kMaxRows);
   });
   pool.run(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     Partial* totals = partials + first_span[i] * kMaxRows;
@@ -330,20 +348,22 @@ extern "C" {
 // Shapes as in Problem; ancestors as in AttentionMeta.
 void aerie_attention_bf16(aerie::Pool* pool, const float* queries, const uint16_t* keys,
                           const uint16_t* values, const int32_t* cu_q, const int32_t* prefix_lens,
+                          const int32_t* first_keys,
                           int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,
                           int64_t max_blocks, int64_t block_size, int64_t num_heads,
                           int64_t num_kv_heads, int64_t D, float scale, float* out) {
-  aerie::attention<uint16_t>(*pool, {queries, keys, values, cu_q, prefix_lens, block_tables,
+  aerie::attention<uint16_t>(*pool, {queries, keys, values, cu_q, prefix_lens, first_keys, block_tables,
                                      ancestors, num_rows, max_blocks, block_size, num_heads,
                                      num_kv_heads, D, scale, out});
 }
 
 void aerie_attention_f32(aerie::Pool* pool, const float* queries, const float* keys,
                          const float* values, const int32_t* cu_q, const int32_t* prefix_lens,
+                          const int32_t* first_keys,
                          int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,
                          int64_t max_blocks, int64_t block_size, int64_t num_heads,
                          int64_t num_kv_heads, int64_t D, float scale, float* out) {
-  aerie::attention<float>(*pool, {queries, keys, values, cu_q, prefix_lens, block_tables,
+  aerie::attention<float>(*pool, {queries, keys, values, cu_q, prefix_lens, first_keys, block_tables,
                                   ancestors, num_rows, max_blocks, block_size, num_heads,
                                   num_kv_heads, D, scale, out});
 }

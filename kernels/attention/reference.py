@@ -17,30 +17,35 @@ def attention(
     """
     out = torch.empty_like(q)
     cu_q, prefix_lens = meta.cu_q.tolist(), meta.prefix_lens.tolist()
-    for row, prefix in enumerate(prefix_lens):
+    for row, (prefix, first_key) in enumerate(
+        zip(prefix_lens, meta.first_keys.tolist(), strict=True)
+    ):
         first, last = cu_q[row], cu_q[row + 1]
-        length = prefix + last - first
-        keys = gather(k_cache, meta.block_tables[row], length)
-        values = gather(v_cache, meta.block_tables[row], length)
-        visible = visibility(meta.ancestors[first:last], prefix)
+        if first == last:
+            continue
+        suffix = suffix_visibility(meta.ancestors[first:last])
+        end = prefix + suffix.shape[1]
+        keys = gather(k_cache, meta.block_tables[row], first_key, end)
+        values = gather(v_cache, meta.block_tables[row], first_key, end)
+        visible = torch.cat((suffix.new_ones(last - first, prefix - first_key), suffix), dim=1)
         out[first:last] = attend(q[first:last], keys, values, visible, scale)
     return out.flatten(1)
 
 
-def gather(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
-    """The first `length` cache positions of a row, [length, Hkv, D] float32."""
-    num_blocks = -(-length // cache.shape[1])
-    return cache[block_table[:num_blocks].long()].flatten(0, 1)[:length].float()
+def gather(cache: Tensor, block_table: Tensor, first: int, end: int) -> Tensor:
+    """Cache positions first .. end-1 of a row, [end - first, Hkv, D] float32."""
+    num_blocks = -(-end // cache.shape[1])
+    return cache[block_table[:num_blocks].long()].flatten(0, 1)[first:end].float()
 
 
-def visibility(ancestors: Tensor, prefix: int) -> Tensor:
-    """Which cache positions each of n suffix queries sees, [n, prefix + n] bool."""
+def suffix_visibility(ancestors: Tensor) -> Tensor:
+    """Which suffix entries each of n queries sees, [n, m] bool; m covers all that any one sees."""
     n = len(ancestors)
-    order = torch.arange(n, device=ancestors.device)
-    causal = order[None, :] <= order[:, None]
-    bits = (ancestors[:, None] >> order.clamp(max=63)[None, :]) & 1
-    suffix = torch.where(ancestors[:, None] == 0, causal, bits.bool())
-    return torch.cat((suffix.new_ones(n, prefix), suffix), dim=1)
+    order = torch.arange(max(n, 64), device=ancestors.device)
+    causal = order[None, :] <= torch.arange(n, device=ancestors.device)[:, None]
+    bits = (ancestors[:, None] >> order.clamp(max=63)[None, :]) & (order < 64)
+    visible = torch.where(ancestors[:, None] == 0, causal, bits.bool())
+    return visible[:, : int(visible.any(dim=0).nonzero().max()) + 1]
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -28,6 +28,7 @@ SOURCES = (
     "norm/native_kernel.cpp",
     "rope/native_kernel.cpp",
     "attention/native_kernel.cpp",
+    "kv/native_kernel.cpp",
     "activation/native_kernel.cpp",
     "sampling/native_kernel.cpp",
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,7 @@ class NativeOps:
         self._rms_norm = library.call("aerie_rms_norm")
         self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
         self._attention = library.call(f"aerie_attention_{suffix}")
+        self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
         self._argmax = library.call("aerie_argmax")
@@ -131,6 +135,7 @@ class NativeOps:
             v_cache.data_ptr(),
             meta.cu_q.data_ptr(),
             meta.prefix_lens.data_ptr(),
+            meta.first_keys.data_ptr(),
             len(meta.prefix_lens),
             meta.block_tables.data_ptr(),
             meta.ancestors.data_ptr(),
@@ -143,6 +148,19 @@ class NativeOps:
             out.data_ptr(),
         )
         return out
+
+    def kv_move(self, pages: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
+        slot_bytes = pages[0].stride(1) * pages[0].element_size()
+        addresses = (ctypes.c_void_p * len(pages))(*[page.data_ptr() for page in pages])
+        self._kv_move(
+            self._pool,
+            addresses,
+            len(pages),
+            slot_bytes,
+            sources.data_ptr(),
+            targets.data_ptr(),
+            len(sources),
+        )
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         T, width = gate_up.shape

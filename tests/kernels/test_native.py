@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
+from kernels.kv import reference as kv
 from kernels.linear import reference as linear
 from kernels.norm import reference as norm
 from kernels.ops import AttentionMeta, LinearWeight, Ops
@@ -133,6 +134,7 @@ def paged(
     meta = AttentionMeta(
         cu_q=counts.cumsum(0).int(),
         prefix_lens=torch.tensor([prefix for prefix, _ in rows], dtype=torch.int32),
+        first_keys=torch.zeros(len(rows), dtype=torch.int32),
         block_tables=tables,
         ancestors=torch.zeros(int(counts.sum()), dtype=torch.int64),
         max_q=max(queries for _, queries in rows),
@@ -236,3 +238,47 @@ def test_large_attention_heads_are_refused(native: Ops, dtype: torch.dtype) -> N
     keys, values, meta = paged([(0, 1)], 1, 512, dtype)
     with pytest.raises(ValueError, match=r"heads of at most 256 .* not 512"):
         native.attention(numbers(1, 1, 512), keys, values, meta, 1.0)
+
+
+def test_keys_before_the_first_are_not_read(native: Ops, dtype: torch.dtype) -> None:
+    rows = [(300, 5), (40, 1), (1, 1), (700, 3)]
+    keys, values, meta = paged(rows, 3, 64, dtype)
+    first_keys = torch.tensor([270, 1, 1, 10], dtype=torch.int32)
+    for row, first in enumerate(first_keys.tolist()):
+        for position in range(first):
+            block = int(meta.block_tables[row, position // 16])
+            keys[block, position % 16] = values[block, position % 16] = torch.nan
+    meta = replace(meta, first_keys=first_keys)
+    q = numbers(len(meta.ancestors), 9, 64)
+    got = native.attention(q, keys, values, meta, 0.125)
+    assert got.isfinite().all()
+    expected = attention.attention(q, keys, values, meta, 0.125)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE["attention"], rtol=1e-5)
+
+
+def test_a_level_of_a_tree_sees_entries_of_earlier_levels(native: Ops, dtype: torch.dtype) -> None:
+    """Nodes 3 .. 5 ask; the KV of nodes 0 .. 2 was written by forwards before."""
+    keys, values, whole = paged([(20, 6)], 3, 64, dtype)
+    masks = [0b1, 0b11, 0b101, 0b1011, 0b10101, 0b100101]
+    q = numbers(6, 9, 64)
+    whole = replace(whole, ancestors=torch.tensor(masks))
+    expected = native.attention(q, keys, values, whole, 0.125)
+    level = replace(
+        whole,
+        cu_q=torch.tensor([0, 3], dtype=torch.int32),
+        ancestors=torch.tensor(masks[3:]),
+        max_q=3,
+    )
+    for ops in (native.attention, attention.attention):
+        got = ops(q[3:].contiguous(), keys, values, level, 0.125)
+        torch.testing.assert_close(got, expected[3:], atol=TOLERANCE["attention"], rtol=1e-5)
+
+
+def test_kv_move_equals_the_reference(native: Ops, dtype: torch.dtype) -> None:
+    pages = [numbers(4, 16, 3, 64, seed=seed, dtype=dtype) for seed in range(6)]
+    expected = [page.clone() for page in pages]
+    sources, targets = torch.tensor([5, 9, 12, 40]), torch.tensor([5, 6, 7, 33])
+    kv.kv_move(expected, sources, targets)
+    native.kv_move(pages, sources, targets)
+    for got, wanted in zip(pages, expected, strict=True):
+        assert torch.equal(got, wanted)
