@@ -7,6 +7,7 @@ from typing import Protocol
 from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Finished, Submit
 from engine.scheduler.plan import StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler
+from engine.spec.planner import FixedPlanner, Planner
 
 
 class PlanExecutor(Protocol):
@@ -18,8 +19,15 @@ class PlanExecutor(Protocol):
 class EngineCore:
     """Messages in, events out. Not thread-safe: one thread adds and steps."""
 
-    def __init__(self, scheduler: Scheduler, executor: PlanExecutor, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: PlanExecutor,
+        info: EngineInfo,
+        planner: Planner | None = None,
+    ) -> None:
         self._scheduler = scheduler
+        self._planner = planner or FixedPlanner()
         self._executor = executor
         self.info = info
 
@@ -36,7 +44,8 @@ class EngineCore:
 
     def step(self) -> list[EngineMessage]:
         """Run one step and return what clients must hear, stats last."""
-        plan = self._scheduler.schedule()
+        shape = self._planner.choose(self._scheduler.num_decoding)
+        plan = self._scheduler.schedule(shape)
         outcome = self._executor.execute(plan)
         events: list[EngineMessage] = [*self._scheduler.update(plan, outcome)]
         events.append(self._scheduler.stats())

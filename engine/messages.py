@@ -49,6 +49,8 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     num_output: int
     num_cached: int = 0
     num_preemptions: int = 0
+    num_drafted: int = 0  # draft nodes that were verified
+    num_accepted: int = 0  # of them, tokens that entered the output
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     error: str | None = None
@@ -77,6 +79,11 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_preemptions: int
     num_steps: int
     last_step_tokens: int
+    num_drafts: int = 0  # trees with more than a root
+    num_draft_tokens: int = 0  # their nodes besides the roots
+    num_accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()  # at [d]: trees whose path reached depth d + 1
+    steps_by_tree: dict[str, int] = {}  # name of the shape -> steps
 
 
 ClientMessage = Submit | Abort | Shutdown

@@ -39,6 +39,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first
+    max_draft_nodes: int | None = None  # in a draft tree of this request; None: no own limit
     arrival_time: float = 0.0  # seconds, time.time()
 
 
@@ -75,6 +76,8 @@ class Sequence:
     status: Status = Status.WAITING
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
+    num_drafted: int = 0  # draft nodes that were verified
+    num_accepted: int = 0  # of them, tokens that entered the output
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
 

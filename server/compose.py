@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,7 +24,8 @@ from engine.runner.input_builder import InputBuilder
 from engine.runner.model_runner import ModelRunner, RunnerParts
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.proposer import RootProposer
+from engine.spec.planner import FixedPlanner, Planner
+from engine.spec.proposer import Proposer, RootProposer
 from kernels.native.build import NativeUnavailableError, build_library
 from kernels.ops import Ops
 from kernels.registry import build_ops
@@ -37,6 +38,14 @@ class Target:
     model: Llama
     arch: LlamaArch
     eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """Who proposes trees, and who chooses their shape."""
+
+    proposer: Proposer = field(default_factory=RootProposer)
+    planner: Planner = field(default_factory=FixedPlanner)
 
 
 def build_engine(config: Config) -> EngineCore:
@@ -96,8 +105,15 @@ def _model_facts(config: Config, arch: LlamaArch, device: torch.device) -> Model
     )
 
 
-def assemble(config: Config, target: Target, ops: Ops, device: torch.device) -> EngineCore:
+def assemble(
+    config: Config,
+    target: Target,
+    ops: Ops,
+    device: torch.device,
+    drafting: Drafting | None = None,
+) -> EngineCore:
     """Put an engine together. `config` must be resolved: no size left open."""
+    drafting = drafting or Drafting()
     num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
     assert num_blocks is not None
     assert max_model_len is not None
@@ -105,10 +121,12 @@ def assemble(config: Config, target: Target, ops: Ops, device: torch.device) -> 
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_model_len=max_model_len,
+        lookahead=drafting.proposer.lookahead,
+        lookback=drafting.proposer.lookahead,
     )
     kv = KVManager(num_blocks, config.cache.block_size, config.cache.prefix_caching)
     scheduler = Scheduler(limits, kv, target.eos_token_ids, vocab_size=target.arch.vocab_size)
-    runner = ModelRunner(_runner_parts(config, target, ops, device, num_blocks, max_model_len))
+    runner = ModelRunner(_runner_parts(config, target, ops, device, drafting.proposer))
     info = EngineInfo(
         vocab_size=target.arch.vocab_size,
         max_model_len=max_model_len,
@@ -118,17 +136,15 @@ def assemble(config: Config, target: Target, ops: Ops, device: torch.device) -> 
         ops=ops.backends,
         device=str(device),
     )
-    return EngineCore(scheduler, runner, info)
+    return EngineCore(scheduler, runner, info, drafting.planner)
 
 
 def _runner_parts(
-    config: Config,
-    target: Target,
-    ops: Ops,
-    device: torch.device,
-    num_blocks: int,
-    max_model_len: int,
+    config: Config, target: Target, ops: Ops, device: torch.device, proposer: Proposer
 ) -> RunnerParts:
+    num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
+    assert num_blocks is not None
+    assert max_model_len is not None
     arch, block_size = target.arch, config.cache.block_size
     storage = KVStorage.allocate(
         arch.num_layers,
@@ -142,10 +158,10 @@ def _runner_parts(
     blocks_per_seq = -(-max_model_len // block_size)
     return RunnerParts(
         model=target.model,
-        context=ForwardContext(ops, storage, TPGroup()),
+        context=ForwardContext(ops, storage, TPGroup(), proposer.tap),
         inputs=InputBuilder(config.scheduler.max_num_seqs, blocks_per_seq, block_size, device),
         sampler=Sampler(ops),
-        proposer=RootProposer(),
+        proposer=proposer,
         vocab_size=arch.vocab_size,
         eos_token_ids=target.eos_token_ids,
     )

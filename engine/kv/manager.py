@@ -51,15 +51,21 @@ class KVManager:
     def blocks_for(self, num_slots: int) -> int:
         return -(-num_slots // self._block_size)
 
-    def start(self, seq: Sequence, num_slots: int, *, match: bool, spare: int = 0) -> int | None:
+    def start(
+        self, seq: Sequence, num_slots: int, *, match: bool, spare: int = 0, lookahead: int = 0
+    ) -> int | None:
         """Give a sequence its first blocks: cached ones for its prefix, new ones up to `num_slots`
-        beyond the hit. Returns the tokens found in the cache, or None (nothing changed) when fewer
-        than `spare` free blocks would be left. At least one token is always left to compute."""
+        beyond the hit, and for `lookahead` slots behind those.
+
+        Returns the tokens found in the cache, or None (nothing changed) when fewer than `spare`
+        free blocks would be left. At least one token is always left to compute.
+        """
         assert not seq.block_ids
         held = _Held()
         hits = self._matching_blocks(seq, held) if match and self._prefix_caching else 0
         cached = hits * self._block_size
-        needed = self.blocks_for(min(cached + num_slots, len(seq.token_ids))) - hits
+        end = min(cached + num_slots, len(seq.token_ids)) + lookahead
+        needed = self.blocks_for(end) - hits
         revived = sum(self._pool.is_free(content) for content in held.chain[:hits])
         if needed + revived + spare > self._pool.num_free:
             return None

@@ -20,7 +20,9 @@ class ForwardBatch:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64, where each token's KV goes
     attention: AttentionMeta
-    sampled: Tensor  # [R] int64, indices into T whose logits are needed
+    sampled: Tensor  # [R] int64, indices into T of all tree nodes: where logits are needed
+    tree_of_node: Tensor  # [R] int64, which tree (row that draws) each belongs to
+    node_of_node: Tensor  # [R] int64, which node of that tree it is
 
 
 @dataclass(frozen=True, slots=True)

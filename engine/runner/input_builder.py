@@ -1,9 +1,9 @@
-"""From a step plan (host integers) to packed tensors."""
+"""From a step plan (host integers) and its draft trees to packed tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from engine.runner.forward import ForwardBatch
 from engine.scheduler.plan import RowPlan, StepPlan
+from engine.spec.tree import DraftTree
 from kernels.ops import AttentionMeta
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -32,58 +35,119 @@ class InputBuilder:
         self._tables = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._rows: dict[str, TableRow] = {}
-        self._block_size = block_size
+        self.block_size = block_size
         self._device = device
 
-    def admit(self, request_id: str) -> None:
-        """Give a sequence a line of the table; it starts empty."""
+    def admit(self, request_id: str) -> int:
+        """Give a sequence a line of the table, which starts empty; returns its number."""
         self._rows[request_id] = TableRow(self._free.pop())
+        return self._rows[request_id].index
 
     def release(self, request_id: str) -> None:
         self._free.append(self._rows.pop(request_id).index)
 
-    def build(self, plan: StepPlan) -> ForwardBatch:
-        """Pack the plan's rows. The plan must have at least one."""
-        lens = np.array([len(row.token_ids) for row in plan.rows], dtype=np.int64)
-        starts = np.array([row.start for row in plan.rows], dtype=np.int64)
-        cu_q = np.zeros(len(lens) + 1, dtype=np.int64)
-        np.cumsum(lens, out=cu_q[1:])
-        num_tokens = int(cu_q[-1])
-        row_of = np.repeat(np.arange(len(lens)), lens)  # [T]
-        positions = np.arange(num_tokens) - cu_q[row_of] + starts[row_of]
-        tables = self._block_tables(plan.rows)  # [B, max_blocks]
-        block, offset = np.divmod(positions, self._block_size)
-        token_ids = chain.from_iterable(row.token_ids for row in plan.rows)
-        samples = np.array([row.samples for row in plan.rows])
-        return ForwardBatch(
-            token_ids=self._to_device(np.fromiter(token_ids, dtype=np.int64, count=num_tokens)),
-            positions=self._to_device(positions),
-            slots=self._to_device(
-                tables[row_of, block].astype(np.int64) * self._block_size + offset
-            ),
-            attention=AttentionMeta(
-                cu_q=self._to_device(cu_q.astype(np.int32)),
-                prefix_lens=self._to_device(starts.astype(np.int32)),
-                first_keys=torch.zeros(len(lens), dtype=torch.int32, device=self._device),
-                block_tables=self._to_device(tables),
-                ancestors=torch.zeros(num_tokens, dtype=torch.int64, device=self._device),
-                max_q=int(lens.max()),
-                max_context=int((starts + lens).max()),
-            ),
-            sampled=self._to_device((cu_q[1:] - 1)[samples]),
-        )
+    def lines(self, rows: Sequence[RowPlan]) -> Ints:
+        """The line of each row, [B]."""
+        return np.array([self._rows[row.request_id].index for row in rows], dtype=np.int64)
 
-    def _block_tables(self, rows: tuple[RowPlan, ...]) -> NDArray[np.int32]:
-        lines = []
+    def tables(self, rows: Sequence[RowPlan]) -> NDArray[np.int32]:
+        """Block tables of the rows, [B, widest]; takes note of blocks that are new in the plan."""
         for row in rows:
             line, num_blocks = self._rows[row.request_id], len(row.block_ids)
             if num_blocks > line.num_blocks:
                 new = row.block_ids[line.num_blocks :]
                 self._tables[line.index, line.num_blocks : num_blocks] = new
                 line.num_blocks = num_blocks
-            lines.append(line.index)
         widest = max(len(row.block_ids) for row in rows)
-        return self._tables[lines, :widest]
+        return self._tables[self.lines(rows), :widest]
 
-    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
+    def slots(self, tables: NDArray[np.int32], row_of: Ints, positions: Ints) -> Ints:
+        """Slots of cache positions [T] of the rows `row_of` [T]."""
+        block, offset = np.divmod(positions, self.block_size)
+        return tables[row_of, block].astype(np.int64) * self.block_size + offset
+
+    def build(self, plan: StepPlan, tree: DraftTree) -> ForwardBatch:
+        """Pack the plan's rows, with the nodes of `tree` behind the rows that draw (in order).
+        The plan must have at least one row."""
+        layout = _Layout.of(plan.rows, tree.sizes.numpy())
+        token_ids = np.empty(layout.num_tokens, dtype=np.int64)
+        for row, first in zip(plan.rows, layout.cu_q, strict=False):
+            token_ids[first : first + len(row.token_ids)] = row.token_ids
+        positions = layout.starts[layout.row_of] + layout.local
+        ancestors = np.zeros(layout.num_tokens, dtype=np.int64)
+        tables = self.tables(plan.rows)
+        slots = self.slots(tables, layout.row_of, positions)
+        if tree.max_depth:
+            trees, nodes = layout.tree_of_node, layout.node_of_node
+            at = layout.sampled
+            token_ids[at] = tree.tokens.numpy()[trees, nodes]
+            positions[at] += tree.depths.numpy()[trees, nodes] - nodes
+            grown = tree.sizes.numpy()[trees] > 1
+            ancestors[at[grown]] = tree.ancestors.numpy()[trees, nodes][grown]
+        return ForwardBatch(
+            token_ids=self.to_device(token_ids),
+            positions=self.to_device(positions),
+            slots=self.to_device(slots),
+            attention=AttentionMeta(
+                cu_q=self.to_device(layout.cu_q.astype(np.int32)),
+                prefix_lens=self.to_device(layout.starts.astype(np.int32)),
+                first_keys=torch.zeros(len(plan.rows), dtype=torch.int32, device=self._device),
+                block_tables=self.to_device(tables),
+                ancestors=self.to_device(ancestors),
+                max_q=int(layout.lens.max()),
+                max_context=int((layout.starts + layout.lens).max()),
+            ),
+            sampled=self.to_device(layout.sampled),
+            tree_of_node=self.to_device(layout.tree_of_node),
+            node_of_node=self.to_device(layout.node_of_node),
+        )
+
+    def to_device(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where everything lies among the T packed tokens: each row's own tokens, then the nodes below
+    its last one, which is the root."""
+
+    starts: Ints  # [B] cache position of each row's first token
+    lens: Ints  # [B] tokens and nodes
+    cu_q: Ints  # [B + 1]
+    row_of: Ints  # [T]
+    local: Ints  # [T] place within the row
+    sampled: Ints  # [R] index among T of every node that draws, roots included
+    tree_of_node: Ints  # [R] which tree
+    node_of_node: Ints  # [R] which node of it
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.cu_q[-1])
+
+    @classmethod
+    def of(cls, rows: Sequence[RowPlan], sizes: Ints) -> _Layout:
+        samples = np.array([row.samples for row in rows])
+        lens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+        roots = lens[samples] - 1  # within the row
+        lens[samples] += sizes - 1
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        cu_q = _offsets(lens)
+        row_of = np.repeat(np.arange(len(rows)), lens)
+        tree_of_node = np.repeat(np.arange(len(sizes)), sizes)
+        node_of_node = np.arange(len(tree_of_node)) - _offsets(sizes)[tree_of_node]
+        first_nodes = cu_q[:-1][samples] + roots
+        return cls(
+            starts=starts,
+            lens=lens,
+            cu_q=cu_q,
+            row_of=row_of,
+            local=np.arange(int(cu_q[-1])) - cu_q[row_of],
+            sampled=first_nodes[tree_of_node] + node_of_node,
+            tree_of_node=tree_of_node,
+            node_of_node=node_of_node,
+        )
+
+
+def _offsets(lens: Ints) -> Ints:
+    """[n + 1] running sums from 0."""
+    return np.concatenate(([0], np.cumsum(lens))).astype(np.int64)

@@ -16,24 +16,36 @@ from engine.scheduler.plan import RowPlan
 
 
 def emitted_logprobs(
-    sampler: Sampler, logits: Tensor, tokens: Tensor, counts: Sequence[int | None]
-) -> list[TokenLogprob | None]:
-    """One entry per node; None where `counts` is None.
+    sampler: Sampler,
+    logits: Tensor,
+    at: Tensor,
+    emitted: Sequence[Sequence[int]],
+    counts: Sequence[int | None],
+) -> list[tuple[TokenLogprob, ...] | None]:
+    """The logprobs of every emitted token; None for rows whose `counts` is None.
 
     Args:
-        logits: [R, V] raw logits.
-        tokens: [R] what each node emitted.
-        counts: R numbers of alternatives.
+        logits: [R, V] raw logits of all nodes.
+        at: [B, max_depth + 1] where in R the node lies that emitted token i of a row.
+        emitted: B lists of tokens.
+        counts: B numbers of alternatives.
     """
-    entries: list[TokenLogprob | None] = [None] * len(counts)
-    wanted = [(node, count) for node, count in enumerate(counts) if count is not None]
+    entries: list[tuple[TokenLogprob, ...] | None] = [None] * len(counts)
+    wanted = [(row, count) for row, count in enumerate(counts) if count is not None]
     if not wanted:
         return entries
-    nodes = torch.tensor([node for node, _ in wanted], device=logits.device)
     widest = max(count for _, count in wanted)
-    scored = sampler.logprobs(logits[nodes], tokens.to(logits.device)[nodes], widest)
-    for (node, count), entry in zip(wanted, scored, strict=True):
-        entries[node] = TokenLogprob(entry.token_id, entry.logprob, entry.top[:count])
+    flat = [node for row, _ in wanted for node in at[row].tolist()[: len(emitted[row])]]
+    tokens = [token for row, _ in wanted for token in emitted[row]]
+    device = logits.device
+    scored = sampler.logprobs(
+        logits[torch.tensor(flat, device=device)], torch.tensor(tokens, device=device), widest
+    )
+    first = 0
+    for row, count in wanted:
+        part = scored[first : first + len(emitted[row])]
+        entries[row] = tuple(TokenLogprob(e.token_id, e.logprob, e.top[:count]) for e in part)
+        first += len(part)
     return entries
 
 

@@ -1,23 +1,27 @@
-"""Runs step plans on a device: build inputs, forward, verify, extend, report."""
+"""Runs step plans on a device: propose, forward, verify, commit, extend, report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.messages import TokenLogprob
 from engine.models.interface import TargetModel
-from engine.runner.forward import ForwardContext
+from engine.runner.committed import collect_committed
+from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
 from engine.sampling.batch import RowState, build_sampling_batch
 from engine.sampling.sampler import Sampler
-from engine.scheduler.plan import RowOutcome, StepOutcome, StepPlan
-from engine.spec.proposer import Proposer
-from engine.spec.tree import VerifyResult
+from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.spec.commit import commit
+from engine.spec.proposer import Proposer, Roots
+from engine.spec.shape import TreeShape
+from engine.spec.tree import DraftTree, VerifyResult
 from engine.spec.verify import walk
 
 
@@ -47,20 +51,26 @@ class ModelRunner:
         if not plan.rows:
             return StepOutcome()
         parts = self._parts
-        batch = parts.inputs.build(plan)
-        tree = parts.proposer.propose(batch.token_ids[batch.sampled])
+        drawing = [row for row in plan.rows if row.samples]
+        states = [self._rows[row.request_id] for row in drawing]
+        tree = self._propose(drawing, states, plan.shape)
+        batch = parts.inputs.build(plan, tree)
         hidden = parts.model.forward(batch, parts.context)  # [T, H]
         emitted: list[RowOutcome] = []
-        result = None
-        if len(batch.sampled):
+        path = None
+        if drawing:
             logits = parts.model.logits(hidden[batch.sampled], parts.context)  # [R, V]
-            states = [self._rows[row.request_id] for row in plan.rows if row.samples]
-            sampling = build_sampling_batch(states, parts.eos_token_ids, parts.vocab_size)
-            drawn = parts.sampler.draw(logits, sampling)  # [R], R = B * N
-            result = walk(tree, drawn.view(tree.tokens.shape))
-            emitted = self._emit(states, logits, result)
-        parts.proposer.extend(batch, hidden, result)
-        return self._report(plan, emitted, hidden)
+            result = self._verify(states, tree, batch, logits)
+            commit(
+                result,
+                nodes(batch.slots[batch.sampled], batch, tree),
+                parts.context.kv,
+                parts.context.ops,
+            )
+            emitted = self._emit(states, tree, batch, logits, result)
+            path = result.path
+        self._extend(plan, emitted, batch, hidden, path)
+        return self._report(plan, emitted, batch, hidden)
 
     def _turn_over(self, plan: StepPlan) -> None:
         """Forget rows that left the running set and take in those that entered it."""
@@ -70,35 +80,96 @@ class ModelRunner:
         for admission in plan.admitted:
             request = admission.request
             self._rows[request.request_id] = RowState.admit(request, admission.output_ids)
-            self._parts.inputs.admit(request.request_id)
+            self._parts.proposer.admit(self._parts.inputs.admit(request.request_id))
+
+    def _propose(
+        self, drawing: Sequence[RowPlan], states: Sequence[RowState], shape: TreeShape
+    ) -> DraftTree:
+        """A tree for every row that draws."""
+        inputs = self._parts.inputs
+        if not drawing:
+            return DraftTree.roots(torch.empty(0, dtype=torch.int64))
+        params = [state.request.params for state in states]
+        seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
+        ends = [row.start + len(row.token_ids) - 1 for row in drawing]
+        roots = Roots(
+            lines=inputs.to_device(inputs.lines(drawing)),
+            tokens=torch.tensor([row.token_ids[-1] for row in drawing]),
+            positions=torch.tensor(ends),
+            max_nodes=torch.tensor([1 + row.num_draft for row in drawing]),
+            block_tables=inputs.to_device(inputs.tables(drawing)),
+            temperatures=torch.tensor([p.temperature for p in params]),
+            seeds=inputs.to_device(seeds),
+        )
+        return self._parts.proposer.propose(roots, shape)
+
+    def _verify(
+        self, states: Sequence[RowState], tree: DraftTree, batch: ForwardBatch, logits: Tensor
+    ) -> VerifyResult:
+        """Draw the target's token at every node, then walk."""
+        parts = self._parts
+        sampling = build_sampling_batch(states, tree, parts.eos_token_ids, parts.vocab_size)
+        drawn = parts.sampler.draw(logits, sampling)  # [R]
+        return walk(tree, nodes(drawn, batch, tree))
 
     def _emit(
-        self, states: Sequence[RowState], logits: Tensor, result: VerifyResult
+        self,
+        states: Sequence[RowState],
+        tree: DraftTree,
+        batch: ForwardBatch,
+        logits: Tensor,
+        result: VerifyResult,
     ) -> list[RowOutcome]:
         """Commit the emitted tokens to the sampler's rows and attach their logprobs."""
-        counts = [state.request.params.logprobs for state in states]
-        entries = emitted_logprobs(self._parts.sampler, logits, result.emitted[:, 0], counts)
-        outcomes = []
-        for state, row, entry in zip(states, result.emitted.tolist(), entries, strict=True):
-            tokens = tuple(token for token in row if token >= 0)
+        emitted = [[t for t in row if t >= 0] for row in result.emitted.tolist()]
+        scores: list[tuple[TokenLogprob, ...] | None] = [None] * len(states)
+        if any(state.request.params.logprobs is not None for state in states):
+            order = nodes(torch.arange(len(logits)), batch, tree)  # [B, N]
+            at = order.gather(1, result.path.clamp(min=0))
+            counts = [state.request.params.logprobs for state in states]
+            scores = emitted_logprobs(self._parts.sampler, logits, at, emitted, counts)
+        for state, tokens in zip(states, emitted, strict=True):
             state.extend(tokens)
-            outcomes.append(RowOutcome(tokens, None if entry is None else (entry,)))
-        return outcomes
+        drafted = (tree.sizes - 1).tolist()
+        return [
+            RowOutcome(tuple(tokens), num_draft, score)
+            for tokens, num_draft, score in zip(emitted, drafted, scores, strict=True)
+        ]
 
-    def _report(self, plan: StepPlan, emitted: Sequence[RowOutcome], hidden: Tensor) -> StepOutcome:
+    def _extend(
+        self,
+        plan: StepPlan,
+        emitted: Sequence[RowOutcome],
+        batch: ForwardBatch,
+        hidden: Tensor,
+        path: Tensor | None,
+    ) -> None:
+        """Hand every committed token to the proposer."""
+        committed = collect_committed(plan.rows, emitted, batch, path, self._parts.inputs)
+        self._parts.proposer.extend(committed, hidden)
+
+    def _report(
+        self, plan: StepPlan, emitted: Sequence[RowOutcome], batch: ForwardBatch, hidden: Tensor
+    ) -> StepOutcome:
         """One outcome per plan row: `emitted` holds those that sampled, in order."""
         outcomes = iter(emitted)
         rows = []
-        first = 0
-        for row in plan.rows:
+        firsts = batch.attention.cu_q.tolist()
+        for row, first in zip(plan.rows, firsts, strict=False):
             outcome = next(outcomes) if row.samples else RowOutcome()
             request = self._rows[row.request_id].request
             if request.params.prompt_logprobs is not None:
                 chunk = hidden[first : first + len(row.token_ids)]
-                scores: tuple[TokenLogprob, ...] = prompt_logprobs(
+                scores = prompt_logprobs(
                     row, request, chunk, self._parts.model, self._parts.sampler, self._parts.context
                 )
-                outcome = RowOutcome(outcome.emitted, outcome.logprobs, scores)
+                outcome = replace(outcome, prompt_logprobs=scores)
             rows.append(outcome)
-            first += len(row.token_ids)
         return StepOutcome(tuple(rows))
+
+
+def nodes(values: Tensor, batch: ForwardBatch, tree: DraftTree) -> Tensor:
+    """Values [R] of the packed nodes as [B, N]; -1 behind a tree's size."""
+    spread = torch.full_like(tree.tokens, -1)
+    spread[batch.tree_of_node, batch.node_of_node] = values
+    return spread

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.request import Request, SamplingParams
 from engine.sampling.history import TokenHistory
+from engine.spec.tree import DraftTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,76 +83,125 @@ def is_penalised(params: SamplingParams) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The tree nodes that draw a token, R of them, as host arrays."""
+
+    tree_of: NDArray[np.int64]  # [R] which row
+    depth: NDArray[np.int64]  # [R]
+    path: Callable[[int], tuple[int, ...]]  # of node r: the tokens from below the root down to it
+
+    @classmethod
+    def of(cls, tree: DraftTree) -> Nodes:
+        sizes = tree.sizes.numpy()
+        tree_of = np.repeat(np.arange(len(sizes)), sizes)
+        firsts = np.cumsum(sizes) - sizes
+        node_of = np.arange(len(tree_of)) - firsts[tree_of]
+        tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
+
+        def path(r: int) -> tuple[int, ...]:
+            row, node = int(tree_of[r]), int(node_of[r])
+            found: list[int] = []
+            while node > 0:
+                found.append(int(tokens[row, node]))
+                node = int(parents[row, node])
+            return tuple(reversed(found))
+
+        return cls(tree_of, tree.depths.numpy()[tree_of, node_of], path)
+
+
 def build_sampling_batch(
-    rows: Sequence[RowState], eos_token_ids: Iterable[int], vocab_size: int
+    rows: Sequence[RowState], tree: DraftTree, eos_token_ids: Iterable[int], vocab_size: int
 ) -> SamplingBatch:
-    """Gather the parameters of the rows that draw a token in this step, in batch order."""
+    """The parameters of every node that draws a token, row by row, each with the history of its
+    own path: the row's tokens and those of the nodes above."""
+    nodes = Nodes.of(tree)
     params = [row.request.params for row in rows]
     temperature = np.array([p.temperature for p in params], dtype=np.float32)
     top_k = np.array([p.top_k or vocab_size for p in params], dtype=np.int64)
     top_p = np.array([p.top_p for p in params], dtype=np.float32)
     min_p = np.array([p.min_p for p in params], dtype=np.float32)
-    positions = [len(row.request.prompt_ids) + row.num_output for row in rows]
+    seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
+    lengths = np.array([len(row.request.prompt_ids) + row.num_output for row in rows])
     sampled = temperature > 0
     filtered = sampled & ((top_k < vocab_size) | (top_p < 1) | (min_p > 0))
+
+    def spread(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values[nodes.tree_of])
+
     return SamplingBatch(
-        temperature=torch.from_numpy(temperature),
-        top_k=torch.from_numpy(np.minimum(top_k, vocab_size)),
-        top_p=torch.from_numpy(top_p),
-        min_p=torch.from_numpy(min_p),
-        seeds=torch.from_numpy(np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)),
-        positions=torch.tensor(positions, dtype=torch.int64),
+        temperature=spread(temperature),
+        top_k=spread(np.minimum(top_k, vocab_size)),
+        top_p=spread(top_p),
+        min_p=spread(min_p),
+        seeds=spread(seeds),
+        positions=torch.from_numpy(lengths[nodes.tree_of] + nodes.depth),
         any_sampled=bool(sampled.any()),
         any_greedy=not sampled.all(),
         any_filtered=bool(filtered.any()),
-        penalties=_penalties(rows),
-        bias=_bias(params),
-        forbidden=_forbidden(rows, tuple(eos_token_ids)),
-        num_logprobs=tuple(p.logprobs for p in params),
+        penalties=_penalties(rows, nodes),
+        bias=_bias(params, nodes),
+        forbidden=_forbidden(rows, nodes, tuple(eos_token_ids)),
+        num_logprobs=tuple(params[row].logprobs for row in nodes.tree_of.tolist()),
     )
 
 
-def _penalties(rows: Sequence[RowState]) -> Penalties | None:
-    penalised = [
-        (at, row.request.params, row.history) for at, row in enumerate(rows) if row.history
-    ]
+def _nodes_of(rows: Iterable[int], nodes: Nodes) -> list[int]:
+    """The nodes that belong to the rows."""
+    return np.isin(nodes.tree_of, list(rows)).nonzero()[0].tolist()
+
+
+def _penalties(rows: Sequence[RowState], nodes: Nodes) -> Penalties | None:
+    penalised = {at: row.history for at, row in enumerate(rows) if row.history is not None}
     if not penalised:
         return None
-    sizes = [len(history.ids) for _, _, history in penalised]
+    at = _nodes_of(penalised, nodes)
+    owners = [int(nodes.tree_of[r]) for r in at]
+    seen = [penalised[row].along(nodes.path(r)) for r, row in zip(at, owners, strict=True)]
+    sizes = [len(ids) for ids, _ in seen]
+    params = [rows[row].request.params for row in owners]
 
     def spread(values: list[float]) -> Tensor:
         return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), sizes))
 
-    nodes = np.repeat(np.array([at for at, _, _ in penalised], dtype=np.int64), sizes)
-    ids = np.concatenate([history.ids for _, _, history in penalised])
-    counts = np.concatenate([history.counts for _, _, history in penalised])
+    ids = np.concatenate([ids for ids, _ in seen])
+    counts = np.concatenate([counts for _, counts in seen])
     return Penalties(
-        at=Edits(torch.from_numpy(nodes), torch.from_numpy(ids)),
+        at=Edits(
+            torch.from_numpy(np.repeat(np.array(at, dtype=np.int64), sizes)), torch.from_numpy(ids)
+        ),
         counts=torch.from_numpy(counts.astype(np.float32)),
-        repetition=spread([p.repetition_penalty for _, p, _ in penalised]),
-        frequency=spread([p.frequency_penalty for _, p, _ in penalised]),
-        presence=spread([p.presence_penalty for _, p, _ in penalised]),
+        repetition=spread([p.repetition_penalty for p in params]),
+        frequency=spread([p.frequency_penalty for p in params]),
+        presence=spread([p.presence_penalty for p in params]),
     )
 
 
-def _bias(params: Sequence[SamplingParams]) -> tuple[Edits, Tensor] | None:
+def _bias(params: Sequence[SamplingParams], nodes: Nodes) -> tuple[Edits, Tensor] | None:
+    biased = [row for row, p in enumerate(params) if p.logit_bias]
     entries = [
-        (at, token, value) for at, p in enumerate(params) for token, value in p.logit_bias.items()
+        (at, token, value)
+        for at in (_nodes_of(biased, nodes) if biased else ())
+        for token, value in params[int(nodes.tree_of[at])].logit_bias.items()
     ]
     if not entries:
         return None
-    nodes, ids, values = zip(*entries, strict=True)
-    return Edits(torch.tensor(nodes), torch.tensor(ids)), torch.tensor(values, dtype=torch.float32)
+    at, ids, values = zip(*entries, strict=True)
+    return Edits(torch.tensor(at), torch.tensor(ids)), torch.tensor(values, dtype=torch.float32)
 
 
-def _forbidden(rows: Sequence[RowState], eos_token_ids: tuple[int, ...]) -> Edits | None:
-    entries = [
-        (at, token)
-        for at, row in enumerate(rows)
-        if row.num_output < row.request.params.min_tokens
-        for token in (*row.request.params.stop_token_ids, *eos_token_ids)
-    ]
+def _forbidden(
+    rows: Sequence[RowState], nodes: Nodes, eos_token_ids: tuple[int, ...]
+) -> Edits | None:
+    """Tokens that would end a text which has not `min_tokens` yet."""
+    held = [at for at, row in enumerate(rows) if row.num_output < row.request.params.min_tokens]
+    entries = []
+    for at in _nodes_of(held, nodes) if held else ():
+        row = rows[int(nodes.tree_of[at])]
+        params = row.request.params
+        if row.num_output + int(nodes.depth[at]) < params.min_tokens:
+            entries += [(at, token) for token in (*params.stop_token_ids, *eos_token_ids)]
     if not entries:
         return None
-    nodes, ids = zip(*entries, strict=True)
-    return Edits(torch.tensor(nodes), torch.tensor(ids))
+    at_nodes, ids = zip(*entries, strict=True)
+    return Edits(torch.tensor(at_nodes), torch.tensor(ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,21 @@ class TokenHistory:
     def counts(self) -> NDArray[np.int64]:
         """[U] how often each occurs in the output; 0 for tokens of the prompt only."""
         return self._counts[: len(self._index)]
+
+    def along(self, path: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`ids` and `counts` as they would be after the tokens of `path`."""
+        if not path:
+            return self.ids, self.counts
+        counts = self.counts.copy()
+        new: dict[int, int] = {}
+        for token in path:
+            place = self._index.get(token)
+            if place is None:
+                new[token] = new.get(token, 0) + 1
+            else:
+                counts[place] += 1
+        ids = np.concatenate((self.ids, np.array(list(new), dtype=np.int64)))
+        return ids, np.concatenate((counts, np.array(list(new.values()), dtype=np.int64)))
 
     def _grow(self) -> None:
         room = max(64, len(self._ids))

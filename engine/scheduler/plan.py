@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from engine.messages import TokenLogprob
 from engine.request import Request
+from engine.spec.shape import ROOT, TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class RowPlan:
 
     Tokens `token_ids` sit at positions `start .. start + len(token_ids) - 1`; their KV goes to
     the slots of the same index in `block_ids`. When `samples`, the last of them is the newest
-    token of the sequence (the root of its draft tree) and a token is drawn behind it.
+    token of the sequence (the root of its draft tree) and a token is drawn behind it. Up to
+    `num_draft` nodes may hang below the root; slots for them follow the root's.
     """
 
     request_id: str
@@ -36,6 +38,8 @@ class RowPlan:
     token_ids: list[int]
     block_ids: list[int]
     samples: bool
+    num_draft: int = 0
+    next_token: int | None = None  # the token behind, when it is known already (not samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,12 @@ class StepPlan:
     rows: tuple[RowPlan, ...] = ()
     admitted: tuple[Admission, ...] = ()
     released: tuple[str, ...] = ()
+    shape: TreeShape = ROOT  # of the trees of this step; a row may cut its own
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.token_ids) for row in self.rows)
+        """Tokens and draft nodes."""
+        return sum(len(row.token_ids) + row.num_draft for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class RowOutcome:
     """
 
     emitted: tuple[int, ...] = ()
+    num_draft: int = 0  # nodes that were verified besides the root
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request, Sequence, Status
+from engine.scheduler.draft_counts import DraftCounts
 from engine.scheduler.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.queue import Rank, WaitingQueue
 from engine.scheduler.stopping import cut_emitted
+from engine.spec.shape import ROOT, TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,10 @@ class SchedulerLimits:
     max_num_seqs: int  # running sequences
     max_num_batched_tokens: int  # tokens in one step
     max_model_len: int  # prompt + output tokens of one sequence
+    # What a proposer with state of its own needs: slots behind the last token of a row, and cached
+    # tokens that are computed once more to see their hidden states.
+    lookahead: int = 0
+    lookback: int = 0
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -39,27 +45,33 @@ class SchedulerLimits:
 class _Draft:
     """A plan in the making: rows can be taken out again when their sequence is preempted."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, num_decoding: int) -> None:
         self.budget = budget
+        self.spare = budget - num_decoding  # for draft nodes: every root has its token first
         self.rows: dict[str, RowPlan] = {}
         self.admitted: dict[str, Admission] = {}
         self.preempted_any = False
 
-    def add(self, seq: Sequence, num_tokens: int) -> None:
+    def add(self, seq: Sequence, num_tokens: int, num_draft: int = 0) -> None:
         start, end = seq.num_computed, seq.num_computed + num_tokens
+        samples = end == len(seq.token_ids)
         self.rows[seq.request_id] = RowPlan(
             request_id=seq.request_id,
             start=start,
             token_ids=seq.token_ids[start:end],
             block_ids=seq.block_ids,
-            samples=end == len(seq.token_ids),
+            samples=samples,
+            num_draft=num_draft,
+            next_token=None if samples else seq.token_ids[end],
         )
-        self.budget -= num_tokens
+        self.budget -= num_tokens + num_draft
+        self.spare -= num_draft
 
     def take_out(self, request_id: str) -> None:
         row = self.rows.pop(request_id, None)
         if row is not None:
-            self.budget += len(row.token_ids)
+            self.budget += len(row.token_ids) + row.num_draft
+            self.spare += row.num_draft
 
 
 class Scheduler:
@@ -87,6 +99,7 @@ class Scheduler:
         self._released: list[str] = []  # left the running set since the last plan
         self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
+        self._counts = DraftCounts()
         self._num_submitted = self._num_preemptions = self._num_steps = self._last_tokens = 0
 
     def submit(self, request: Request) -> None:
@@ -125,19 +138,25 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self._live or self._events or self._released)
 
-    def schedule(self) -> StepPlan:
-        """Choose the tokens of the next step and reserve their slots."""
-        draft = _Draft(self._limits.max_num_batched_tokens)
+    @property
+    def num_decoding(self) -> int:
+        """Running sequences that miss only their newest token."""
+        return sum(len(seq.token_ids) - seq.num_computed == 1 for seq in self._running)
+
+    def schedule(self, shape: TreeShape = ROOT) -> StepPlan:
+        """Choose the tokens of the next step and reserve their slots, also for draft trees of
+        `shape` where there is room."""
+        draft = _Draft(self._limits.max_num_batched_tokens, self.num_decoding)
         missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
         for decoding in (True, False):
             for seq in list(self._running):
                 if (missing[seq.request_id] == 1) == decoding and seq.status is Status.RUNNING:
-                    self._plan_row(draft, seq, missing[seq.request_id])
+                    self._plan_row(draft, seq, missing[seq.request_id], shape)
         if not draft.preempted_any:
             self._admit(draft)
         released, self._released = self._released, []
         admitted = tuple(a for name, a in draft.admitted.items() if name in draft.rows)
-        return StepPlan(tuple(draft.rows.values()), admitted, tuple(released))
+        return StepPlan(tuple(draft.rows.values()), admitted, tuple(released), shape)
 
     def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
         """Take in what the step produced; returns what clients must hear, in order."""
@@ -145,6 +164,7 @@ class Scheduler:
             self._advance(self._live[row.request_id], row, result)
         if plan.rows:
             self._num_steps += 1
+            self._counts.steps_by_tree[plan.shape.name] += 1
         self._last_tokens = plan.num_tokens
         events, self._events = self._events, []
         return events
@@ -159,6 +179,11 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             last_step_tokens=self._last_tokens,
+            num_drafts=self._counts.num_drafts,
+            num_draft_tokens=self._counts.num_draft_tokens,
+            num_accepted_tokens=self._counts.num_accepted_tokens,
+            accepted_per_position=tuple(self._counts.accepted_per_position),
+            steps_by_tree=dict(self._counts.steps_by_tree),
         )
 
     def audit(self) -> None:
@@ -198,17 +223,34 @@ class Scheduler:
                     return f"{name} has token id {token_id}; ids end at {self._vocab_size - 1}"
         return None
 
-    def _plan_row(self, draft: _Draft, seq: Sequence, missing: int) -> None:
-        """Plan as much of a running sequence as the budget allows, preempting for its slots."""
+    def _plan_row(self, draft: _Draft, seq: Sequence, missing: int, shape: TreeShape) -> None:
+        """Plan as much of a running sequence as the budget allows, preempting for its slots. Draft
+        nodes take what is left over and preempt nobody."""
         num_tokens = min(missing, draft.budget)
         if num_tokens == 0:
             return
-        while not self._kv.reserve(seq, seq.num_computed + num_tokens):
+        num_draft = self._room_for_draft(draft, seq, shape) if missing == 1 else 0
+        while not self._reserve(seq, num_tokens + num_draft):
+            if num_draft:
+                num_draft = 0
+                continue
             victim = self._running[-1]
             self._preempt(draft, victim)
             if victim is seq:
                 return
-        draft.add(seq, num_tokens)
+        draft.add(seq, num_tokens, num_draft)
+
+    def _room_for_draft(self, draft: _Draft, seq: Sequence, shape: TreeShape) -> int:
+        """How many nodes may hang below this sequence's root."""
+        limit = seq.request.max_draft_nodes
+        wanted = shape.num_nodes - 1 if limit is None else min(shape.num_nodes - 1, limit)
+        if seq.request.params.max_tokens - seq.num_output <= 1:
+            return 0  # the bonus token is all that is missing
+        return max(0, min(wanted, draft.spare, self._max_len - len(seq.token_ids)))
+
+    def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        slots = seq.num_computed + num_tokens + self._limits.lookahead
+        return self._kv.reserve(seq, min(slots, self._max_len))
 
     def _admit(self, draft: _Draft) -> None:
         """Start waiting sequences in order, while there are rows, budget and blocks. The first
@@ -219,9 +261,16 @@ class Scheduler:
                 return
             match = seq.request.params.prompt_logprobs is None
             # one block to grow for each running row, so that an admission is not undone at once
-            cached = self._kv.start(seq, draft.budget, match=match, spare=len(self._running))
+            cached = self._kv.start(
+                seq,
+                draft.budget,
+                match=match,
+                spare=len(self._running),
+                lookahead=self._limits.lookahead,
+            )
             if cached is None:
                 return
+            cached = max(0, cached - self._limits.lookback)
             self._waiting.pop()
             self._start(seq, cached)
             draft.admitted[seq.request_id] = Admission(
@@ -266,6 +315,7 @@ class Scheduler:
         kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
         seq.token_ids += kept
         seq.num_computed += max(len(kept) - 1, 0)  # accepted draft tokens have their KV already
+        self._count_draft(seq, result, len(kept))
         if kept and seq.first_token_time is None:
             seq.first_token_time = self._clock()
         self._kv.publish(seq)
@@ -274,6 +324,12 @@ class Scheduler:
         self._events.append(Tokens(seq.request_id, kept, logprobs, scores))
         if reason is not None:
             self._finish(seq, reason)
+
+    def _count_draft(self, seq: Sequence, result: RowOutcome, num_kept: int) -> None:
+        num_accepted = min(num_kept, max(len(result.emitted) - 1, 0))
+        self._counts.add_tree(result.num_draft, num_accepted)
+        seq.num_drafted += result.num_draft
+        seq.num_accepted += num_accepted
 
     def _finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
         if seq.status is Status.RUNNING:
@@ -290,6 +346,8 @@ class Scheduler:
                 num_output=seq.num_output,
                 num_cached=seq.num_cached,
                 num_preemptions=seq.num_preemptions,
+                num_drafted=seq.num_drafted,
+                num_accepted=seq.num_accepted,
                 first_scheduled_time=seq.first_scheduled_time,
                 first_token_time=seq.first_token_time,
                 error=error,

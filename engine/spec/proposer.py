@@ -2,36 +2,92 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from engine.runner.forward import ForwardBatch
-from engine.spec.tree import DraftTree, VerifyResult
+from engine.spec.shape import TreeShape
+from engine.spec.tree import DraftTree
+from engine.taps import FeatureTap
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """The rows that draw a token in this step, and the newest token of each."""
+
+    lines: Tensor  # [B] int64, the row's line: its place in any state that a proposer keeps
+    tokens: Tensor  # [B] int64
+    positions: Tensor  # [B] int64, of the root; its slot is that of the same position
+    max_nodes: Tensor  # [B] int64, root included; 1: no draft for this row
+    block_tables: Tensor  # [B, max_blocks] int32
+    temperatures: Tensor  # [B] float32, 0 is greedy
+    seeds: Tensor  # [B] int64, the bits of the unsigned seed
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Tokens that the step committed, each with the hidden state of the token before it.
+
+    Entry c is the token at `positions[c]`; the target has seen the token at `positions[c] - 1`, and
+    `features[c]` is where among the T computed tokens its hidden state lies. Entries of row b are
+    cu[b] .. cu[b+1]-1, at consecutive positions. The last entry of a row may be the root of its
+    next tree, whose own KV the target has yet to compute.
+    """
+
+    lines: Tensor  # [B] int64
+    cu: Tensor  # [B + 1] int32
+    features: Tensor  # [C] int64
+    tokens: Tensor  # [C] int64
+    positions: Tensor  # [C] int64
+    slots: Tensor  # [C] int64
+    block_tables: Tensor  # [B, max_blocks] int32
 
 
 class Proposer(Protocol):
-    """Proposes trees and learns what became of them.
+    """Proposes trees and learns what was committed.
 
     Nothing is assumed about how a tree is made (one forward per level, one for all levels, no
     model at all). Every committed token passes through `extend`, also when trees are cut down to
     the root, so that drafting can resume at any step.
     """
 
-    def extend(self, batch: ForwardBatch, hidden: Tensor, result: VerifyResult | None) -> None:
-        """Take in what the target computed: `hidden` [T, H] and, where drawn, the walk."""
+    @property
+    def lookahead(self) -> int:
+        """Slots it needs behind a row's last token: 1 if it keeps an entry for the next root."""
         ...
 
-    def propose(self, roots: Tensor) -> DraftTree:
-        """Trees for the rows whose newest tokens are `roots` [B]."""
+    @property
+    def tap(self) -> FeatureTap | None:
+        """What reads the target's hidden states for this proposer, if anything has to."""
+        ...
+
+    def admit(self, line: int) -> None:
+        """A new sequence takes this line; whatever was known about it is stale."""
+        ...
+
+    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
+        """One tree per row, of at most `max_nodes` nodes. A row it knows nothing about gets its
+        root only."""
+        ...
+
+    def extend(self, committed: Committed, hidden: Tensor) -> None:
+        """Take in committed tokens. `hidden` [T, H] is the target's output after its final norm;
+        the tap has seen the same T tokens."""
         ...
 
 
 class RootProposer:
     """Plain decoding: the tree is its root."""
 
-    def extend(self, batch: ForwardBatch, hidden: Tensor, result: VerifyResult | None) -> None:
-        """Nothing to learn: a root needs no draft state."""
+    lookahead = 0
+    tap: FeatureTap | None = None
 
-    def propose(self, roots: Tensor) -> DraftTree:
-        return DraftTree.roots(roots)
+    def admit(self, line: int) -> None:
+        """No state, nothing stale."""
+
+    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:  # noqa: ARG002  (no choice)
+        return DraftTree.roots(roots.tokens)
+
+    def extend(self, committed: Committed, hidden: Tensor) -> None:
+        """Nothing to learn: a root needs no draft state."""

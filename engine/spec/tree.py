@@ -1,19 +1,20 @@
-"""Draft trees and what verifying them yields. Plain decoding is a tree of one node."""
+"""Draft trees as tensors, and what verifying them yields. Plain decoding is a tree of one node."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-MAX_NODES = 64  # one 64-bit ancestor mask per node
+from engine.spec.shape import StaticShape, signed
 
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """One tree per row, parents before children. Node 0 is the root: the newest committed token,
-    whose KV is not in the cache yet. Unused nodes of a smaller tree have parent -1 and token -1."""
+    whose KV is not in the cache yet. Nodes behind a row's size have parent -1 and token -1."""
 
     tokens: Tensor  # [B, N] int64
     parents: Tensor  # [B, N] int64, -1 for the root
@@ -33,6 +34,34 @@ class DraftTree:
             ancestors=torch.ones_like(column),
             sizes=torch.ones_like(tokens),
             max_depth=0,
+        )
+
+    @classmethod
+    def of_shape(cls, shape: StaticShape, tokens: Tensor, sizes: Tensor) -> DraftTree:
+        """The same shape for all rows, filled with `tokens` [B, N]. Row b keeps its first
+        `sizes[b]` nodes, which are a tree again."""
+        masks = [signed(mask) for mask in shape.ancestors]
+
+        def spread(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, device=tokens.device).expand_as(tokens)
+
+        return cls(
+            tokens, spread(shape.parents), spread(shape.depths), spread(masks), sizes, 0
+        ).cut(sizes)
+
+    def cut(self, sizes: Tensor) -> DraftTree:
+        """Keep the first `sizes` [B] nodes of each row."""
+        nodes = torch.arange(self.tokens.shape[1], device=sizes.device)
+        behind = nodes >= sizes[:, None]  # [B, N]
+        depths = self.depths.masked_fill(behind, 0)
+        width = int(sizes.max())
+        return DraftTree(
+            tokens=self.tokens.masked_fill(behind, -1)[:, :width],
+            parents=self.parents.masked_fill(behind, -1)[:, :width],
+            depths=depths[:, :width],
+            ancestors=self.ancestors[:, :width],
+            sizes=sizes,
+            max_depth=int(depths.max()),
         )
 
 

@@ -14,6 +14,7 @@ from engine.parallel.group import TPGroup
 from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.scheduler.plan import RowPlan, StepPlan
+from engine.spec.tree import DraftTree
 from kernels.ops import Ops
 
 BLOCK = 16
@@ -50,7 +51,8 @@ class PackedModel:
     @torch.inference_mode()
     def run(self, *rows: RowPlan) -> list[Tensor]:
         """Logits [len, V] of every row's tokens."""
-        batch = self.inputs.build(StepPlan(rows=rows))
+        roots = torch.tensor([row.token_ids[-1] for row in rows if row.samples])
+        batch = self.inputs.build(StepPlan(rows=rows), DraftTree.roots(roots))
         logits = self.model.logits(self.model.forward(batch, self.context), self.context)
         return list(logits.split([len(row.token_ids) for row in rows]))
 

@@ -12,7 +12,7 @@ from engine.core import EngineCore
 from engine.models.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from kernels.ops import Ops
-from server.compose import Target, assemble
+from server.compose import Drafting, Target, assemble
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -53,6 +53,7 @@ class TinyEngine:
     max_num_batched_tokens: int = 64
     max_model_len: int = 256
     eos_token_ids: frozenset[int] = frozenset({EOS})
+    drafting: Drafting | None = None
 
     def build(self) -> EngineCore:
         arch = LlamaArch.from_hf_config(self.oracle.config.to_dict())
@@ -65,4 +66,6 @@ class TinyEngine:
                 max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
             ),
         )
-        return assemble(config, Target(loader.load(), arch, self.eos_token_ids), self.ops, CPU)
+        return assemble(
+            config, Target(loader.load(), arch, self.eos_token_ids), self.ops, CPU, self.drafting
+        )

@@ -19,6 +19,7 @@ from engine.sampling.batch import RowState, build_sampling_batch, is_penalised
 from engine.sampling.history import TokenHistory
 from engine.sampling.sampler import Sampler
 from kernels.ops import Ops
+from tests.support.trees import roots
 
 LOGITS = [2.0, 1.5, 1.0, 0.7, 0.3, 0.0, -0.4, -1.0, -1.6, -2.5]
 VOCAB = len(LOGITS)
@@ -57,7 +58,7 @@ def sampling(**params: object) -> SamplingParams:
 
 
 def draw(ops: Ops, states: list[RowState], logits: list[float] = LOGITS) -> list[int]:
-    batch = build_sampling_batch(states, [EOS], VOCAB)
+    batch = build_sampling_batch(states, roots(len(states)), [EOS], VOCAB)
     drawn = Sampler(ops).draw(torch.tensor(logits).repeat(len(states), 1), batch)
     return drawn.tolist()  # type: ignore[no-any-return]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.request import Request, SamplingParams
 from engine.sampling.batch import RowState, SamplingBatch, build_sampling_batch
 from engine.sampling.logits import edit_logits, filter_logits
+from tests.support.trees import roots
 
 VOCAB = 1000
 OFF = {"top_k": VOCAB, "top_p": 1.0, "min_p": 0.0}
@@ -88,7 +89,7 @@ def row_state(prompt: list[int], output: list[int], **params: object) -> RowStat
 
 
 def batch_of(*rows: RowState) -> SamplingBatch:
-    return build_sampling_batch(rows, eos_token_ids=[2], vocab_size=VOCAB)
+    return build_sampling_batch(rows, roots(len(rows)), [2], VOCAB)
 
 
 def test_no_edit_returns_the_very_same_tensor() -> None:

@@ -1,0 +1,58 @@
+"""What a drafter needs from a draft head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.kv.storage import KVStorage
+from kernels.ops import AttentionMeta, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """Packed entries of one draft forward. Entry c is made from the token at `positions[c]` and the
+    feature of the token before it, and lies in the slot of `positions[c]`."""
+
+    token_ids: Tensor  # [C] int64, ids of the target's vocabulary
+    positions: Tensor  # [C] int64
+    slots: Tensor  # [C] int64
+    attention: AttentionMeta
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a draft forward needs besides its batch."""
+
+    ops: Ops
+    kv: KVStorage  # the head's own pages, one tensor pair per head layer
+
+
+class DraftHead(Protocol):
+    """A loaded draft head. Stateless."""
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        """Target layers whose input is fed to `fuse`, in order; the number of target layers stands
+        for the output of the final norm."""
+        ...
+
+    @property
+    def target_ids(self) -> Tensor | None:
+        """[Vd] int64, the target's token id of each draft id; None when they are the same."""
+        ...
+
+    def fuse(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Target features, one [C, H target] per tap layer -> [C, H] as `forward` takes them."""
+        ...
+
+    def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
+        """[C, H] features -> [C, H] states: what `logits` takes, and the feature of the next
+        drafted token. Writes the entries' keys and values to their slots."""
+        ...
+
+    def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
+        """[C, H] -> [C, Vd] float32 over the draft vocabulary, for the token behind each entry."""
+        ...

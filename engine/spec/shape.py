@@ -1,0 +1,99 @@
+"""Which tree to grow: host integers, so that a plan can carry it. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_NODES = 64  # one 64-bit ancestor mask per node
+
+
+@dataclass(frozen=True, slots=True)
+class StaticShape:
+    """A fixed tree: `parents[i]` is the parent of node i, -1 for the root (node 0), and comes
+    before it. The children of a node are the best, second best, ... candidate behind it."""
+
+    name: str
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.parents) <= MAX_NODES:
+            raise ValueError(
+                f"tree {self.name!r} has {len(self.parents)} nodes; 1 to {MAX_NODES} are possible"
+            )
+        for node, parent in enumerate(self.parents):
+            if node == 0 and parent != -1:
+                raise ValueError(f"tree {self.name!r}: node 0 is the root, its parent is -1")
+            if node and not 0 <= parent < node:
+                raise ValueError(
+                    f"tree {self.name!r}: node {node} has parent {parent}; a parent comes before "
+                    "its children"
+                )
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.parents)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Of every node; the root's is 0."""
+        return depths_of(self.parents)
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.depths)
+
+    @property
+    def ancestors(self) -> tuple[int, ...]:
+        """Of every node, a bit mask over nodes with the node itself (unsigned)."""
+        return ancestors_of(self.parents)
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicShape:
+    """EAGLE-2 (arXiv:2406.16858): at every level the `top_k` likeliest nodes of the level get
+    `top_k` children each; of all nodes the likeliest `num_nodes - 1` are kept, besides the root."""
+
+    name: str
+    num_nodes: int  # root included
+    max_depth: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_nodes <= MAX_NODES:
+            raise ValueError(
+                f"tree {self.name!r}: num_nodes is {self.num_nodes}, not in 2 .. {MAX_NODES}"
+            )
+        if not 1 <= self.max_depth < MAX_NODES or not 1 <= self.top_k < MAX_NODES:
+            raise ValueError(
+                f"tree {self.name!r}: max_depth {self.max_depth} and top_k {self.top_k} must lie "
+                f"in 1 .. {MAX_NODES - 1}"
+            )
+
+
+TreeShape = StaticShape | DynamicShape
+ROOT = StaticShape("root", (-1,))
+
+
+def chain(length: int) -> StaticShape:
+    """The root and `length` nodes, each the child of the one before."""
+    return StaticShape(f"chain{length}", tuple(range(-1, length)))
+
+
+def depths_of(parents: Sequence[int]) -> tuple[int, ...]:
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return tuple(depths)
+
+
+def ancestors_of(parents: Sequence[int]) -> tuple[int, ...]:
+    masks: list[int] = []
+    for node, parent in enumerate(parents):
+        masks.append(1 << node | (masks[parent] if parent >= 0 else 0))
+    return tuple(masks)
+
+
+def signed(mask: int) -> int:
+    """The same 64 bits as a signed integer, as tensors hold it."""
+    return mask - (1 << 64) if mask >> 63 else mask

@@ -1,0 +1,12 @@
+"""Draft trees for tests."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.spec.tree import DraftTree
+
+
+def roots(count: int) -> DraftTree:
+    """Plain decoding of `count` rows."""
+    return DraftTree.roots(torch.zeros(count, dtype=torch.int64))
