@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def measure(times: Sequence[RequestTimes]) -> Measured:
     gaps = sorted(
         (later - earlier) * 1000
         for request in times
-        for earlier, later in zip(request.tokens, request.tokens[1:], strict=False)
+        for earlier, later in itertools.pairwise(request.tokens)
     )
     wall = max(request.tokens[-1] for request in times) - min(request.sent for request in times)
     return Measured(

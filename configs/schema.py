@@ -60,6 +60,25 @@ class SchedulerConfig(Section):
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
 
 
+class SpeculationConfig(Section):
+    """Drafting ahead of the target. Changes speed only, never the text."""
+
+    draft: str | None = Field(None, description="directory of a draft head; null: no drafting")
+    tree: str = Field(
+        "auto", description="auto, root, or a tree to use always: a name or file of configs/tree"
+    )
+    candidates: tuple[str, ...] = Field(
+        ("chain1", "chain2", "chain3", "chain5", "tree8", "tree16"),
+        description="trees that auto chooses from, the cheapest first",
+    )
+    shared_noise: bool = Field(
+        True, description="rank drafts of sampled requests with the noise the target draws with"
+    )
+    window: Positive | None = Field(
+        None, description="draft entries further back are not looked at; default: all are"
+    )
+
+
 class KernelsConfig(Section):
     """Which implementation serves each operation."""
 
@@ -105,6 +124,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     kernels: KernelsConfig = KernelsConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = LogConfig()

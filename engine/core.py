@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Finished, Submit
-from engine.scheduler.plan import StepOutcome, StepPlan
+from engine.runner.warmup import PlanExecutor
 from engine.scheduler.scheduler import Scheduler
 from engine.spec.planner import FixedPlanner, Planner
-
-
-class PlanExecutor(Protocol):
-    """Carries out a plan on every rank; implemented by `ModelRunner`."""
-
-    def execute(self, plan: StepPlan) -> StepOutcome: ...
 
 
 class EngineCore:
@@ -28,7 +20,7 @@ class EngineCore:
     ) -> None:
         self._scheduler = scheduler
         self._planner = planner or FixedPlanner()
-        self._executor = executor
+        self.executor = executor
         self.info = info
 
     def add(self, message: Submit | Abort) -> None:
@@ -46,10 +38,15 @@ class EngineCore:
         """Run one step and return what clients must hear, stats last."""
         shape = self._planner.choose(self._scheduler.num_decoding)
         plan = self._scheduler.schedule(shape)
-        outcome = self._executor.execute(plan)
+        outcome = self.executor.execute(plan)
+        self._planner.observe(plan, outcome)
         events: list[EngineMessage] = [*self._scheduler.update(plan, outcome)]
         events.append(self._scheduler.stats())
         return events
+
+    def plan_with(self, planner: Planner) -> None:
+        """Choose trees in another way from the next step on."""
+        self._planner = planner
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()

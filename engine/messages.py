@@ -49,6 +49,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     num_output: int
     num_cached: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0  # its trees with more than a root
     num_drafted: int = 0  # draft nodes that were verified
     num_accepted: int = 0  # of them, tokens that entered the output
     first_scheduled_time: float | None = None

@@ -76,6 +76,7 @@ class Sequence:
     status: Status = Status.WAITING
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
+    num_drafts: int = 0  # its trees with more than a root
     num_drafted: int = 0  # draft nodes that were verified
     num_accepted: int = 0  # of them, tokens that entered the output
     first_scheduled_time: float | None = None

@@ -95,7 +95,7 @@ def native_ops(native: NativeOps) -> Ops:
         argmax=native.argmax,
         logsumexp=native.logsumexp,
         activation_dtype=torch.float32,
-        backends=dict.fromkeys(OPERATIONS, "native") | {"linear": native.linear_backend},
+        backends=dict.fromkeys(OPERATIONS, "native") | native.backends,
     )
 
 

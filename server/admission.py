@@ -37,10 +37,14 @@ class Admission:
     def closed(self) -> ApiError | None:
         """Why the server takes no requests now, as a 503; None when it does."""
         if self._state.draining:
-            return self._unavailable("The server is shutting down", DRAINING)
+            return self.draining()
         if self._client.info is None:
             return self.engine_not_ready()
         return None
+
+    def draining(self) -> ApiError:
+        """503: the server is about to end."""
+        return self._unavailable("The server is shutting down", DRAINING)
 
     def engine_not_ready(self) -> ApiError:
         """503: there is no engine, not yet or not any more."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from configs.resolve import ModelFacts, context_length, resolve_model
 from configs.schema import Config
+from configs.trees import load_tree
+from drafter.checkpoint import load_head
+from drafter.heads.interface import DraftContext, DraftHead
+from drafter.proposer import DraftProposer
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.kv.sizing import free_bytes
@@ -22,10 +27,12 @@ from engine.parallel.group import TPGroup
 from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.model_runner import ModelRunner, RunnerParts
+from engine.runner.warmup import WarmUp
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.planner import FixedPlanner, Planner
+from engine.spec.planner import AdaptivePlanner, FixedPlanner, Planner
 from engine.spec.proposer import Proposer, RootProposer
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape
 from kernels.native.build import NativeUnavailableError, build_library
 from kernels.ops import Ops
 from kernels.registry import build_ops
@@ -69,8 +76,92 @@ def build_engine(config: Config) -> EngineCore:
     # Native operations have their own threads; two pools would fight for the cores.
     torch.set_num_threads(1 if "native" in ops.backends["linear"] else threads)
     model = LlamaLoader(arch, checkpoint.tensor, ops, dtype, device, max_len).load()
-    config = resolve_model(config, _model_facts(config, arch, device))
-    return assemble(config, Target(model, arch, eos_token_ids), ops, device)
+    target = Target(model, arch, eos_token_ids)
+    head = _load_head(config, target, ops, device, max_len)
+    archs = [arch] if head is None else [arch, head.arch]
+    config = resolve_model(config, _model_facts(config, archs, device))
+    if head is None:
+        return assemble(config, target, ops, device)
+    drafting = _drafting(config, head, ops, device)
+    return _choose_trees(config, assemble(config, target, ops, device, drafting))
+
+
+def _load_head(
+    config: Config, target: Target, ops: Ops, device: torch.device, max_len: int
+) -> DraftHead | None:
+    """The configured draft head, with the target's embedding and LM head where it has none."""
+    if config.speculation.draft is None:
+        return None
+    return load_head(
+        Path(config.speculation.draft).expanduser(),
+        target.arch,
+        target.model.embedding.weight,
+        target.model.head.weight,
+        ops,
+        torch_dtype(config.model.dtype),
+        device,
+        max_len,
+    )
+
+
+def _drafting(config: Config, head: DraftHead, ops: Ops, device: torch.device) -> Drafting:
+    """A proposer with pages of its own; trees as configured, or none yet for `auto`."""
+    num_blocks = config.cache.num_blocks
+    assert num_blocks is not None
+    pages = _allocate(head.arch, num_blocks, config, device)
+    proposer = DraftProposer(
+        head,
+        DraftContext(ops, pages),
+        config.scheduler.max_num_seqs,
+        head.arch.hidden_size,
+        config.speculation.window,
+        config.speculation.shared_noise,
+    )
+    name = config.speculation.tree
+    return Drafting(proposer, FixedPlanner(ROOT if name == "auto" else tree_shape(name)))
+
+
+def _choose_trees(config: Config, core: EngineCore) -> EngineCore:
+    """For `auto`, measure what the candidates cost here and let that decide."""
+    if config.speculation.tree != "auto":
+        return core
+    assert config.cache.num_blocks is not None
+    shapes = [tree_shape(name) for name in config.speculation.candidates]
+    warm_up = WarmUp(
+        core.executor,
+        config.cache.num_blocks,
+        config.cache.block_size,
+        config.scheduler.max_num_seqs,
+        config.scheduler.max_num_batched_tokens,
+    )
+    core.plan_with(AdaptivePlanner(shapes, warm_up.measure([ROOT, *shapes])))
+    return core
+
+
+def tree_shape(name: str) -> TreeShape:
+    """The shape that the configuration names. ValueError for a bad one."""
+    if name == ROOT.name:
+        return ROOT
+    tree = load_tree(name)
+    if tree.parents is not None:
+        return StaticShape(name, tree.parents)
+    assert tree.num_nodes is not None
+    assert tree.max_depth is not None
+    assert tree.top_k is not None
+    return DynamicShape(name, tree.num_nodes, tree.max_depth, tree.top_k)
+
+
+def _allocate(arch: LlamaArch, num_blocks: int, config: Config, device: torch.device) -> KVStorage:
+    """Pages for every layer of a model."""
+    return KVStorage.allocate(
+        arch.num_layers,
+        num_blocks,
+        config.cache.block_size,
+        arch.num_kv_heads,
+        arch.head_dim,
+        torch_dtype(config.model.dtype),
+        device,
+    )
 
 
 def prepare_kernels(config: Config) -> str:
@@ -91,15 +182,14 @@ def _known_ids(eos_token_ids: Collection[int], arch: LlamaArch) -> frozenset[int
     return frozenset(eos_token_ids)
 
 
-def _model_facts(config: Config, arch: LlamaArch, device: torch.device) -> ModelFacts:
+def _model_facts(config: Config, archs: Sequence[LlamaArch], device: torch.device) -> ModelFacts:
+    """Facts of the target (first) and of what shares its block tables."""
+    dtype, block_size = torch_dtype(config.model.dtype), config.cache.block_size
     return ModelFacts(
-        context_length=arch.max_position_embeddings,
-        bytes_per_block=bytes_per_block(
-            arch.num_layers,
-            config.cache.block_size,
-            arch.num_kv_heads,
-            arch.head_dim,
-            torch_dtype(config.model.dtype),
+        context_length=archs[0].max_position_embeddings,
+        bytes_per_block=sum(
+            bytes_per_block(arch.num_layers, block_size, arch.num_kv_heads, arch.head_dim, dtype)
+            for arch in archs
         ),
         free_bytes=free_bytes(device),
     )
@@ -146,20 +236,11 @@ def _runner_parts(
     assert num_blocks is not None
     assert max_model_len is not None
     arch, block_size = target.arch, config.cache.block_size
-    storage = KVStorage.allocate(
-        arch.num_layers,
-        num_blocks,
-        block_size,
-        arch.num_kv_heads,
-        arch.head_dim,
-        torch_dtype(config.model.dtype),
-        device,
-    )
-    blocks_per_seq = -(-max_model_len // block_size)
+    storage = _allocate(arch, num_blocks, config, device)
     return RunnerParts(
         model=target.model,
         context=ForwardContext(ops, storage, TPGroup(), proposer.tap),
-        inputs=InputBuilder(config.scheduler.max_num_seqs, blocks_per_seq, block_size, device),
+        inputs=InputBuilder(config.scheduler.max_num_seqs, max_model_len, block_size, device),
         sampler=Sampler(ops),
         proposer=proposer,
         vocab_size=arch.vocab_size,

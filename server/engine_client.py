@@ -19,7 +19,8 @@ class EngineClient(Protocol):
 
     @property
     def stats(self) -> EngineStats | None:
-        """The newest statistics, None before the first step."""
+        """The newest statistics, None before the first step. Those of an engine that is gone keep
+        its counts, and nothing in them runs or waits."""
         ...
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:

@@ -10,28 +10,31 @@ import os
 import signal
 import socket
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import uvicorn
 import uvloop
 import yaml
+import zmq
 from fastapi import FastAPI
 
 from configs.schema import Config
+from engine.messages import EngineInfo
 from engine.models.source import resolve_source
 from server.app import create_app
 from server.context import ServerContext, ServerInfo, with_engine_facts
-from server.engine_process import EXIT_BAD_SETUP
+from server.engine_process import EXIT_BAD_SETUP, STOPPING
+from server.http_protocol import HttpProtocol
 from server.logs import set_up_logging
 from server.ops_routes import redacted
+from server.socket_folder import private_endpoint, remove_stale_folders
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_files import load_tokenizer
 from server.zmq_client import ENGINE_LOST, ZmqEngineClient
 
 LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
+FALLBACK = "reference ("  # begins the name of a backend that stands in for another
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ def serve(config: Config) -> int:
         OSError, ValueError: the port, the model's files or the API keys are at fault.
     """
     set_up_logging(config.log)
+    remove_stale_folders()
     listener = open_port(config.server.host, config.server.port)
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     with contextlib.closing(listener), runner:
@@ -96,7 +100,7 @@ async def _run(
     stop: asyncio.Event,
 ) -> None:
     """Answer requests until a signal comes or the engine is gone for good."""
-    web = _WebServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    web = _WebServer(web_config(app))
     running = asyncio.create_task(web.serve(sockets=[listener]))
     announcing = asyncio.create_task(_announce(config, client, listener))
     await _first(stop.wait(), engine.failed(), running)
@@ -105,10 +109,17 @@ async def _run(
         await _drain(app.state.context, config.server.drain_timeout, stop)
     await engine.stop()
     web.should_exit = True
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.shield(running), LAST_WORDS)
-    web.force_exit = True
+    for last_resort in (web.drop_connections, web.stop_waiting):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(running), LAST_WORDS)
+        last_resort()
     await running
+
+
+def web_config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, http=HttpProtocol, ws="none", log_config=None, access_log=False, lifespan="on"
+    )
 
 
 def load_text(config: Config) -> tuple[Tokenizer, ChatTemplate]:
@@ -128,6 +139,7 @@ def load_text(config: Config) -> tuple[Tokenizer, ChatTemplate]:
 async def _announce(config: Config, client: ZmqEngineClient, listener: socket.socket) -> None:
     """Print the resolved configuration, then where the server can be reached."""
     info = await client.wait_ready()
+    warn_of_fallback(info)
     resolved = redacted(with_engine_facts(config, info))
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
@@ -135,6 +147,14 @@ async def _announce(config: Config, client: ZmqEngineClient, listener: socket.so
     sys.stdout.write(yaml.safe_dump({"config": resolved, "ops": info.ops}, sort_keys=False))
     sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
     sys.stdout.flush()
+
+
+def warn_of_fallback(info: EngineInfo) -> None:
+    """Log why native kernels, which were to be used where possible, could not be had."""
+    reasons = {name for name in info.ops.values() if name.startswith(FALLBACK)}
+    for reason in sorted(reasons):
+        operations = ", ".join(name for name, backend in info.ops.items() if backend == reason)
+        logger.warning("slow kernels are used for %s: %s", operations, reason)
 
 
 async def _drain(context: ServerContext, timeout: float, stop: asyncio.Event) -> None:
@@ -170,6 +190,14 @@ class _WebServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def drop_connections(self) -> None:
+        """Clients that do not read hold up their responses: these now end as if they had left."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def stop_waiting(self) -> None:
+        self.force_exit = True
 
 
 class EngineKeeper:
@@ -212,7 +240,12 @@ class EngineKeeper:
     async def _keep(self) -> None:
         backoff = FIRST_BACKOFF
         while not self._stopping.is_set():
-            code, was_ready = await self._run_once()
+            try:
+                code, was_ready = await self._run_once()
+            except (OSError, zmq.ZMQError) as error:
+                logger.error("the engine process cannot be started: %s", error)
+                self.exit_code = 1
+                return
             if self._stopping.is_set():
                 return
             logger.error("the engine process ended with exit code %d", code)
@@ -225,32 +258,39 @@ class EngineKeeper:
                 await asyncio.wait_for(self._stopping.wait(), backoff)
 
     async def _run_once(self) -> tuple[int, bool]:
-        """One engine's life; its exit code, and whether it ever took requests."""
-        async with _private_endpoint() as endpoint:
+        """One engine's life; its exit code, and whether it ever took requests.
+
+        Raises:
+            OSError, zmq.ZMQError: no process or no socket for it can be had.
+        """
+        with private_endpoint() as endpoint:
             self._client.attach(endpoint)
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "server.engine_process", endpoint),
-                stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C is the business of this process
-            )
+            self._process = await _spawn(endpoint)
             if self._stopping.is_set():
                 self._kill()
             assert self._process.stdin is not None
             self._process.stdin.write(_without_secrets(self._config).encode() + b"\n")
             code = await self._process.wait()
             was_ready = self._client.info is not None
-            self._client.detach(ENGINE_LOST)
+            self._client.detach(STOPPING if self._stopping.is_set() else ENGINE_LOST)
             return code, was_ready
+
+
+async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
+    """Start an engine process. OSError that names the program when it cannot be had."""
+    program = sys.executable
+    try:
+        return await asyncio.create_subprocess_exec(
+            *(program, "-P", "-m", "server.engine_process", endpoint),
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C is the business of this process
+        )
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"{program}: {reason}") from error
 
 
 def _without_secrets(config: Config) -> str:
     """What the engine is told: everything but the API keys."""
     server = config.server.model_copy(update={"api_keys": (), "api_key_file": None})
     return config.model_copy(update={"server": server}).model_dump_json()
-
-
-@contextlib.asynccontextmanager
-async def _private_endpoint() -> AsyncIterator[str]:
-    """A socket path that only this user can reach."""
-    with tempfile.TemporaryDirectory(prefix="aerie-") as folder:
-        yield f"ipc://{Path(folder) / 'engine'}"

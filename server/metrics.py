@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from engine.messages import Finished
+from engine.messages import EngineStats, Finished
 from engine.request import FinishReason
 from server.engine_client import EngineClient
 
@@ -31,6 +31,14 @@ COUNTERS = {
     "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache"),
     "num_preemptions": ("num_preemptions", "Sequences that lost their place in the cache"),
     "iterations": ("num_steps", "Engine steps"),
+    "spec_decode_num_drafts": ("num_drafts", "Draft trees that were verified"),
+    "spec_decode_num_draft_tokens": ("num_draft_tokens", "Draft tokens that were verified"),
+    "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens that were accepted"),
+}
+PER_POSITION, STEPS = "spec_decode_num_accepted_tokens_per_pos", "steps"
+LABELLED = {  # metric -> (label, help); the counts are those of `_labelled`
+    PER_POSITION: ("position", "Draft tokens that were accepted, by depth; 0 is below the root"),
+    STEPS: ("tree", "Engine steps, by the shape of the draft trees; root is without drafts"),
 }
 
 
@@ -41,20 +49,56 @@ class EngineCollector(Collector):
         self._client = client
         self._model_name = model_name
         self._totals = {name: _Monotone() for name in COUNTERS}
+        self._labelled = {name: _MonotoneByLabel() for name in LABELLED}
 
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
+        yield from self._gauges(stats)
+        yield from self._counters(stats)
+        yield from self._labelled_counters(stats)
+        yield self._acceptance_length()
+
+    def _gauges(self, stats: EngineStats | None) -> Iterator[Metric]:
         ready = self._client.info is not None
         for name, (attribute, text) in GAUGES.items():
             gauge = GaugeMetricFamily(f"aerie:{name}", text, labels=[LABEL])
             value = getattr(stats, attribute) if stats is not None and ready else 0
             gauge.add_metric([self._model_name], value)
             yield gauge
+
+    def _counters(self, stats: EngineStats | None) -> Iterator[Metric]:
         for name, (attribute, text) in COUNTERS.items():
             counter = CounterMetricFamily(f"aerie:{name}", text, labels=[LABEL])
             found = None if stats is None else getattr(stats, attribute)
             counter.add_metric([self._model_name], self._totals[name].read(found))
             yield counter
+
+    def _labelled_counters(self, stats: EngineStats | None) -> Iterator[Metric]:
+        found = None if stats is None else _labelled(stats)
+        for name, (label, text) in LABELLED.items():
+            counter = CounterMetricFamily(f"aerie:{name}", text, labels=[LABEL, label])
+            totals = self._labelled[name].read(None if found is None else found[name])
+            for value, total in totals.items():
+                counter.add_metric([self._model_name, value], total)
+            yield counter
+
+    def _acceptance_length(self) -> Metric:
+        """Of the counters as they were read last. Without drafts it is one token per step."""
+        text = "Mean tokens that a step with a draft emits, its own one counted, since the start"
+        gauge = GaugeMetricFamily("aerie:spec_decode_acceptance_length", text, labels=[LABEL])
+        num_drafts = self._totals["spec_decode_num_drafts"].total
+        num_accepted = self._totals["spec_decode_num_accepted_tokens"].total
+        gauge.add_metric([self._model_name], 1 + num_accepted / max(num_drafts, 1))
+        return gauge
+
+
+def _labelled(stats: EngineStats) -> dict[str, dict[str, int]]:
+    """Of every metric of LABELLED, its counts by the label's value."""
+    positions = enumerate(stats.accepted_per_position)
+    return {
+        PER_POSITION: {str(position): count for position, count in positions},
+        STEPS: stats.steps_by_tree,
+    }
 
 
 class _Monotone:
@@ -64,12 +108,31 @@ class _Monotone:
         self._before = 0  # counted by engines that are gone
         self._newest = 0
 
+    @property
+    def total(self) -> int:
+        return self._before + self._newest
+
     def read(self, value: int | None) -> int:
         if value is not None:
             if value < self._newest:
                 self._before += self._newest
             self._newest = value
-        return self._before + self._newest
+        return self.total
+
+
+class _MonotoneByLabel:
+    """One such counter per value of a label. Those that an engine does not name are zero to it."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, _Monotone] = {}
+
+    def read(self, values: Mapping[str, int] | None) -> dict[str, int]:
+        for label in values or ():
+            self._totals.setdefault(label, _Monotone())
+        return {
+            label: total.read(None if values is None else values.get(label, 0))
+            for label, total in self._totals.items()
+        }
 
 
 class Metrics:

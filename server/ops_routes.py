@@ -30,12 +30,14 @@ PACKAGES = (
 REDACTED = "***"
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> dict[str, str]:
     """200 as long as the process answers at all."""
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"description": "Not ready; the error says why"}})
 async def ready(http: HttpRequest) -> dict[str, str]:
     """200 when generations are accepted, else 503 with the reason."""

@@ -107,11 +107,17 @@ def request_id(headers: list[tuple[bytes, bytes]]) -> str:
 
 async def send_error(error: ApiError, send: Send) -> None:
     """Send an error as a whole response, from code outside the routes."""
+    headers, body = error_response(error)
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def error_response(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an error."""
     body = error.body()
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     raw = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+    return raw, body
 
 
 def _write(record: RequestRecord, scope: Scope) -> None:

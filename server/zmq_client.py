@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -67,7 +68,9 @@ class ZmqEngineClient:
 
     def detach(self, reason: str = ENGINE_LOST) -> None:
         """The engine is gone: every open stream ends with an error."""
-        self._info = self._stats = None
+        self._info = None
+        if self._stats is not None:
+            self._stats = _at_rest(self._stats)
         self._ready.clear()
         self._outbox.clear()
         if self._reader is not None:
@@ -138,6 +141,13 @@ class ZmqEngineClient:
         if isinstance(event, Finished):
             del self._streams[event.request_id]
         stream.queue.put_nowait(event)
+
+
+def _at_rest(stats: EngineStats) -> EngineStats:
+    """What an engine that is gone has counted; nothing runs in it any more."""
+    return msgspec.structs.replace(
+        stats, num_running=0, num_waiting=0, kv_usage=0.0, last_step_tokens=0
+    )
 
 
 class _Stream:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.kv.storage import KVStorage
+from engine.models.arch import LlamaArch
 from kernels.ops import AttentionMeta, Ops
 
 
@@ -32,6 +33,11 @@ class DraftContext:
 
 class DraftHead(Protocol):
     """A loaded draft head. Stateless."""
+
+    @property
+    def arch(self) -> LlamaArch:
+        """Shape of its layers."""
+        ...
 
     @property
     def tap_layers(self) -> tuple[int, ...]:

@@ -48,6 +48,11 @@ class KVManager:
         """Share of blocks held by running sequences, 0..1."""
         return 1 - self._pool.num_free / self._pool.num_blocks
 
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return self._pool.num_free
+
     def blocks_for(self, num_slots: int) -> int:
         return -(-num_slots // self._block_size)
 
@@ -89,6 +94,11 @@ class KVManager:
         for _ in range(needed):
             seq.block_ids.append(self._pool.take())
         return True
+
+    def trim(self, seq: Sequence, num_slots: int) -> None:
+        """Give back the blocks behind the first `num_slots` slots: nothing in them is needed."""
+        while len(seq.block_ids) > self.blocks_for(num_slots):
+            self._pool.give_back(seq.block_ids.pop())
 
     def publish(self, seq: Sequence) -> None:
         """Make blocks that lie fully below `num_computed` findable for other prompts."""

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
-from engine.runner.forward import ForwardBatch, ForwardContext
+from engine.runner.forward import ForwardContext
+from kernels.ops import AttentionMeta
+
+
+class AttentionInputs(Protocol):
+    """What attention reads of a batch: the target's `ForwardBatch`, or a drafter's own."""
+
+    @property
+    def positions(self) -> Tensor: ...  # [T] int64
+
+    @property
+    def slots(self) -> Tensor: ...  # [T] int64, where each entry's KV goes
+
+    @property
+    def attention(self) -> AttentionMeta: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +35,7 @@ class Attention:
     cos_sin: Tensor  # [max_len, D] float32
     scale: float
 
-    def __call__(self, x: Tensor, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
+    def __call__(self, x: Tensor, batch: AttentionInputs, ctx: ForwardContext) -> Tensor:
         keys, values = ctx.kv.keys[self.layer], ctx.kv.values[self.layer]
         queries = ctx.ops.rope_kv_write(
             self.qkv(x, ctx), self.cos_sin, batch.positions, batch.slots, keys, values

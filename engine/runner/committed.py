@@ -23,8 +23,8 @@ def collect_committed(
     """All tokens that follow a computed and accepted one.
 
     For a chunk of a prompt these are the tokens behind each of its own; for a row that drew, the
-    accepted ones and the bonus token too. A token whose slot is not reserved (the last one of a
-    sequence at its length limit) is left out: nothing will ever follow it.
+    accepted ones and the bonus token too. A token beyond the length limit or without a slot is left
+    out: nothing will ever follow it.
 
     Args:
         emitted: of the rows that drew, in order.
@@ -36,7 +36,7 @@ def collect_committed(
     tokens: list[int] = []
     positions: list[int] = []
     counts: list[int] = []
-    for row, first in zip(rows, batch.attention.cu_q.tolist(), strict=False):
+    for row, first in zip(rows, batch.attention.cu_q.tolist()[:-1], strict=True):
         known = row.token_ids[1:]
         seen = list(range(first, first + len(row.token_ids)))
         if row.samples:
@@ -45,7 +45,7 @@ def collect_committed(
             known = [*known, *next(outcomes).emitted]
         elif row.next_token is not None:
             known = [*known, row.next_token]
-        room = len(row.block_ids) * inputs.block_size - row.start - 1
+        room = min(len(row.block_ids) * inputs.block_size, inputs.max_len) - row.start - 1
         count = min(len(known), room)
         features += seen[:count]
         tokens += known[:count]

@@ -30,12 +30,14 @@ class InputBuilder:
     """Keeps the block tables of running sequences, so that a step writes only new blocks."""
 
     def __init__(
-        self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int, device: torch.device
+        self, max_num_seqs: int, max_len: int, block_size: int, device: torch.device
     ) -> None:
-        self._tables = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
+        """`max_len`: positions of one sequence."""
+        self._tables = np.zeros((max_num_seqs, -(-max_len // block_size)), dtype=np.int32)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._rows: dict[str, TableRow] = {}
         self.block_size = block_size
+        self.max_len = max_len
         self._device = device
 
     def admit(self, request_id: str) -> int:
@@ -51,13 +53,13 @@ class InputBuilder:
         return np.array([self._rows[row.request_id].index for row in rows], dtype=np.int64)
 
     def tables(self, rows: Sequence[RowPlan]) -> NDArray[np.int32]:
-        """Block tables of the rows, [B, widest]; takes note of blocks that are new in the plan."""
+        """Block tables of the rows, [B, widest]; takes note of blocks that are new in the plan.
+        Blocks behind the computed tokens may have been replaced since the last plan."""
         for row in rows:
             line, num_blocks = self._rows[row.request_id], len(row.block_ids)
-            if num_blocks > line.num_blocks:
-                new = row.block_ids[line.num_blocks :]
-                self._tables[line.index, line.num_blocks : num_blocks] = new
-                line.num_blocks = num_blocks
+            first = min(line.num_blocks, row.start // self.block_size)
+            self._tables[line.index, first:num_blocks] = row.block_ids[first:]
+            line.num_blocks = num_blocks
         widest = max(len(row.block_ids) for row in rows)
         return self._tables[self.lines(rows), :widest]
 
@@ -71,7 +73,7 @@ class InputBuilder:
         The plan must have at least one row."""
         layout = _Layout.of(plan.rows, tree.sizes.numpy())
         token_ids = np.empty(layout.num_tokens, dtype=np.int64)
-        for row, first in zip(plan.rows, layout.cu_q, strict=False):
+        for row, first in zip(plan.rows, layout.cu_q[:-1], strict=True):
             token_ids[first : first + len(row.token_ids)] = row.token_ids
         positions = layout.starts[layout.row_of] + layout.local
         ancestors = np.zeros(layout.num_tokens, dtype=np.int64)

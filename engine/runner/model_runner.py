@@ -15,7 +15,7 @@ from engine.runner.committed import collect_committed
 from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
-from engine.sampling.batch import RowState, build_sampling_batch
+from engine.sampling.batch import RowState, build_sampling_batch, effective_temperature
 from engine.sampling.sampler import Sampler
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.spec.commit import commit
@@ -98,10 +98,12 @@ class ModelRunner:
             positions=torch.tensor(ends),
             max_nodes=torch.tensor([1 + row.num_draft for row in drawing]),
             block_tables=inputs.to_device(inputs.tables(drawing)),
-            temperatures=torch.tensor([p.temperature for p in params]),
+            temperatures=torch.tensor([effective_temperature(p) for p in params]),
             seeds=inputs.to_device(seeds),
         )
-        return self._parts.proposer.propose(roots, shape)
+        tree = self._parts.proposer.propose(roots, shape)
+        assert bool((tree.sizes <= roots.max_nodes).all()), "a tree without slots"
+        return tree
 
     def _verify(
         self, states: Sequence[RowState], tree: DraftTree, batch: ForwardBatch, logits: Tensor
@@ -131,9 +133,10 @@ class ModelRunner:
         for state, tokens in zip(states, emitted, strict=True):
             state.extend(tokens)
         drafted = (tree.sizes - 1).tolist()
+        paths = [tuple(n for n in row if n > 0) for row in result.path.tolist()]
         return [
-            RowOutcome(tuple(tokens), num_draft, score)
-            for tokens, num_draft, score in zip(emitted, drafted, scores, strict=True)
+            RowOutcome(*row)
+            for row in zip(map(tuple, emitted), drafted, paths, scores, strict=True)
         ]
 
     def _extend(
@@ -154,8 +157,8 @@ class ModelRunner:
         """One outcome per plan row: `emitted` holds those that sampled, in order."""
         outcomes = iter(emitted)
         rows = []
-        firsts = batch.attention.cu_q.tolist()
-        for row, first in zip(plan.rows, firsts, strict=False):
+        firsts = batch.attention.cu_q.tolist()[:-1]
+        for row, first in zip(plan.rows, firsts, strict=True):
             outcome = next(outcomes) if row.samples else RowOutcome()
             request = self._rows[row.request_id].request
             if request.params.prompt_logprobs is not None:

@@ -15,6 +15,8 @@ from engine.request import Request, SamplingParams
 from engine.sampling.history import TokenHistory
 from engine.spec.tree import DraftTree
 
+COLDEST = 1e-5  # the lowest temperature that is told from greedy
+
 
 @dataclass(frozen=True, slots=True)
 class Edits:
@@ -75,6 +77,11 @@ class RowState:
             self.history.extend(token_ids)
 
 
+def effective_temperature(params: SamplingParams) -> float:
+    """0 (greedy) below COLDEST: dividing by less would overflow float32."""
+    return params.temperature if params.temperature >= COLDEST else 0.0
+
+
 def is_penalised(params: SamplingParams) -> bool:
     return (
         params.repetition_penalty != 1.0
@@ -117,7 +124,7 @@ def build_sampling_batch(
     own path: the row's tokens and those of the nodes above."""
     nodes = Nodes.of(tree)
     params = [row.request.params for row in rows]
-    temperature = np.array([p.temperature for p in params], dtype=np.float32)
+    temperature = np.array([effective_temperature(p) for p in params], dtype=np.float32)
     top_k = np.array([p.top_k or vocab_size for p in params], dtype=np.int64)
     top_p = np.array([p.top_p for p in params], dtype=np.float32)
     min_p = np.array([p.min_p for p in params], dtype=np.float32)
@@ -200,7 +207,8 @@ def _forbidden(
         row = rows[int(nodes.tree_of[at])]
         params = row.request.params
         if row.num_output + int(nodes.depth[at]) < params.min_tokens:
-            entries += [(at, token) for token in (*params.stop_token_ids, *eos_token_ids)]
+            ends = () if params.ignore_eos else eos_token_ids
+            entries += [(at, token) for token in (*params.stop_token_ids, *ends)]
     if not entries:
         return None
     at_nodes, ids = zip(*entries, strict=True)

@@ -67,6 +67,7 @@ class RowOutcome:
 
     emitted: tuple[int, ...] = ()
     num_draft: int = 0  # nodes that were verified besides the root
+    path: tuple[int, ...] = ()  # those of them that were accepted, from the root down
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 

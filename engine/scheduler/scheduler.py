@@ -17,6 +17,7 @@ from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request, Sequence, Status
 from engine.scheduler.draft_counts import DraftCounts
 from engine.scheduler.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.scheduler.plan_draft import PlanDraft
 from engine.scheduler.queue import Rank, WaitingQueue
 from engine.scheduler.stopping import cut_emitted
 from engine.spec.shape import ROOT, TreeShape
@@ -40,38 +41,6 @@ class SchedulerLimits:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, max_num_seqs is "
                 f"{self.max_num_seqs}: a step must have room for one token of every sequence"
             )
-
-
-class _Draft:
-    """A plan in the making: rows can be taken out again when their sequence is preempted."""
-
-    def __init__(self, budget: int, num_decoding: int) -> None:
-        self.budget = budget
-        self.spare = budget - num_decoding  # for draft nodes: every root has its token first
-        self.rows: dict[str, RowPlan] = {}
-        self.admitted: dict[str, Admission] = {}
-        self.preempted_any = False
-
-    def add(self, seq: Sequence, num_tokens: int, num_draft: int = 0) -> None:
-        start, end = seq.num_computed, seq.num_computed + num_tokens
-        samples = end == len(seq.token_ids)
-        self.rows[seq.request_id] = RowPlan(
-            request_id=seq.request_id,
-            start=start,
-            token_ids=seq.token_ids[start:end],
-            block_ids=seq.block_ids,
-            samples=samples,
-            num_draft=num_draft,
-            next_token=None if samples else seq.token_ids[end],
-        )
-        self.budget -= num_tokens + num_draft
-        self.spare -= num_draft
-
-    def take_out(self, request_id: str) -> None:
-        row = self.rows.pop(request_id, None)
-        if row is not None:
-            self.budget += len(row.token_ids) + row.num_draft
-            self.spare += row.num_draft
 
 
 class Scheduler:
@@ -146,14 +115,19 @@ class Scheduler:
     def schedule(self, shape: TreeShape = ROOT) -> StepPlan:
         """Choose the tokens of the next step and reserve their slots, also for draft trees of
         `shape` where there is room."""
-        draft = _Draft(self._limits.max_num_batched_tokens, self.num_decoding)
+        draft = PlanDraft(self._limits.max_num_batched_tokens, self.num_decoding)
         missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
+        if self._prompts_to_compute(missing):
+            draft.spare //= 2  # trees must not keep a prompt from being computed
         for decoding in (True, False):
             for seq in list(self._running):
                 if (missing[seq.request_id] == 1) == decoding and seq.status is Status.RUNNING:
-                    self._plan_row(draft, seq, missing[seq.request_id], shape)
+                    self._plan_row(draft, seq, missing[seq.request_id])
+            if decoding:
+                self._set_aside_drafts(draft, shape)
         if not draft.preempted_any:
             self._admit(draft)
+            self._grow_drafts(draft, shape)
         released, self._released = self._released, []
         admitted = tuple(a for name, a in draft.admitted.items() if name in draft.rows)
         return StepPlan(tuple(draft.rows.values()), admitted, tuple(released), shape)
@@ -223,52 +197,73 @@ class Scheduler:
                     return f"{name} has token id {token_id}; ids end at {self._vocab_size - 1}"
         return None
 
-    def _plan_row(self, draft: _Draft, seq: Sequence, missing: int, shape: TreeShape) -> None:
-        """Plan as much of a running sequence as the budget allows, preempting for its slots. Draft
-        nodes take what is left over and preempt nobody."""
+    def _prompts_to_compute(self, missing: dict[str, int]) -> bool:
+        """Whether a running or a waiting prompt could use budget in this step."""
+        may_start = bool(self._waiting) and len(self._running) < self._limits.max_num_seqs
+        return may_start or any(count > 1 for count in missing.values())
+
+    def _plan_row(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
+        """Plan as much of a running sequence as the budget allows, preempting for its slots."""
         num_tokens = min(missing, draft.budget)
         if num_tokens == 0:
             return
-        num_draft = self._room_for_draft(draft, seq, shape) if missing == 1 else 0
-        while not self._reserve(seq, num_tokens + num_draft):
-            if num_draft:
-                num_draft = 0
+        while not self._kv.reserve(seq, self._slots(seq, num_tokens)):
+            if self._reclaim(draft):
                 continue
             victim = self._running[-1]
             self._preempt(draft, victim)
             if victim is seq:
                 return
-        draft.add(seq, num_tokens, num_draft)
+        draft.add(seq, num_tokens)
 
-    def _room_for_draft(self, draft: _Draft, seq: Sequence, shape: TreeShape) -> int:
+    def _set_aside_drafts(self, draft: PlanDraft, shape: TreeShape) -> None:
+        """Share what budget there is for draft nodes among the rows planned so far."""
+        for seq in self._running:
+            if seq.request_id in draft.rows:
+                draft.set_aside(seq.request_id, self._room_for_draft(draft, seq, shape))
+
+    def _grow_drafts(self, draft: PlanDraft, shape: TreeShape) -> None:
+        """Reserve slots for draft nodes once everybody else has theirs: they preempt nobody and
+        keep nobody out."""
+        for seq in self._running:
+            num_draft = draft.num_draft.get(seq.request_id, 0)
+            slots = self._slots(seq, shape.slots_for(1 + num_draft))
+            if num_draft and self._kv.reserve(seq, slots):
+                draft.grow(seq.request_id)
+
+    def _room_for_draft(self, draft: PlanDraft, seq: Sequence, shape: TreeShape) -> int:
         """How many nodes may hang below this sequence's root."""
         limit = seq.request.max_draft_nodes
         wanted = shape.num_nodes - 1 if limit is None else min(shape.num_nodes - 1, limit)
         if seq.request.params.max_tokens - seq.num_output <= 1:
             return 0  # the bonus token is all that is missing
-        return max(0, min(wanted, draft.spare, self._max_len - len(seq.token_ids)))
+        room = self._max_len - len(seq.token_ids)
+        num_draft = max(0, min(wanted, draft.spare, room - 1))  # the bonus token needs a place too
+        return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
 
-    def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
-        slots = seq.num_computed + num_tokens + self._limits.lookahead
-        return self._kv.reserve(seq, min(slots, self._max_len))
+    def _slots(self, seq: Sequence, num_tokens: int) -> int:
+        """Slots a sequence needs for its next `num_tokens` tokens and nodes."""
+        return min(seq.num_computed + num_tokens + self._limits.lookahead, self._max_len)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _reclaim(self, draft: PlanDraft) -> bool:
+        """Take back blocks that sequences hold for nodes of earlier steps only."""
+        num_free = self._kv.num_free
+        for seq in self._running:
+            row = draft.rows.get(seq.request_id)
+            self._kv.trim(seq, self._slots(seq, 0 if row is None else len(row.token_ids)))
+        return self._kv.num_free > num_free
+
+    def _admit(self, draft: PlanDraft) -> None:
         """Start waiting sequences in order, while there are rows, budget and blocks. The first
         that does not fit keeps its place, and nobody passes it."""
         while draft.budget and len(self._running) < self._limits.max_num_seqs:
             seq = self._waiting.peek()
             if seq is None:
                 return
-            match = seq.request.params.prompt_logprobs is None
-            # one block to grow for each running row, so that an admission is not undone at once
-            cached = self._kv.start(
-                seq,
-                draft.budget,
-                match=match,
-                spare=len(self._running),
-                lookahead=self._limits.lookahead,
-            )
+            cached = self._give_first_blocks(draft, seq)
             if cached is None:
+                if self._reclaim(draft):
+                    continue
                 return
             cached = max(0, cached - self._limits.lookback)
             self._waiting.pop()
@@ -278,6 +273,17 @@ class Scheduler:
             )
             draft.add(seq, min(len(seq.token_ids) - cached, draft.budget))
 
+    def _give_first_blocks(self, draft: PlanDraft, seq: Sequence) -> int | None:
+        """The tokens found in the prefix cache; None when there are too few blocks."""
+        return self._kv.start(
+            seq,
+            draft.budget,
+            match=seq.request.params.prompt_logprobs is None,
+            # one block to grow for each running row, so that an admission is not undone at once
+            spare=len(self._running),
+            lookahead=min(self._limits.lookahead, self._max_len - len(seq.token_ids)),
+        )
+
     def _start(self, seq: Sequence, cached: int) -> None:
         seq.status = Status.RUNNING
         seq.num_computed = cached
@@ -286,7 +292,7 @@ class Scheduler:
             seq.num_cached = cached
         bisect.insort(self._running, seq, key=self._rank)
 
-    def _preempt(self, draft: _Draft, seq: Sequence) -> None:
+    def _preempt(self, draft: PlanDraft, seq: Sequence) -> None:
         """Take a sequence's blocks away; it starts over from the prefix that is still cached."""
         draft.preempted_any = True
         draft.take_out(seq.request_id)
@@ -328,6 +334,7 @@ class Scheduler:
     def _count_draft(self, seq: Sequence, result: RowOutcome, num_kept: int) -> None:
         num_accepted = min(num_kept, max(len(result.emitted) - 1, 0))
         self._counts.add_tree(result.num_draft, num_accepted)
+        seq.num_drafts += result.num_draft > 0
         seq.num_drafted += result.num_draft
         seq.num_accepted += num_accepted
 
@@ -346,6 +353,7 @@ class Scheduler:
                 num_output=seq.num_output,
                 num_cached=seq.num_cached,
                 num_preemptions=seq.num_preemptions,
+                num_drafts=seq.num_drafts,
                 num_drafted=seq.num_drafted,
                 num_accepted=seq.num_accepted,
                 first_scheduled_time=seq.first_scheduled_time,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.spec.shape import ROOT, TreeShape
+from engine.scheduler.plan import StepOutcome, StepPlan
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape
 
 
 class Planner(Protocol):
@@ -13,6 +16,10 @@ class Planner(Protocol):
 
     def choose(self, num_decoding: int) -> TreeShape:
         """The shape for a step with `num_decoding` rows that could carry a tree."""
+        ...
+
+    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Learn from what a step accepted."""
         ...
 
 
@@ -24,3 +31,143 @@ class FixedPlanner:
 
     def choose(self, num_decoding: int) -> TreeShape:
         return self.shape if num_decoding else ROOT
+
+    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """The choice does not depend on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Measured seconds of one step, by shape name and number of rows; linear in between."""
+
+    seconds: Mapping[str, Sequence[tuple[int, float]]]  # ascending rows
+
+    def of(self, shape: TreeShape, num_rows: int) -> float:
+        points = self.seconds[shape.name]
+        at = bisect_left(points, (num_rows, 0.0))
+        if at == 0:
+            return points[0][1]
+        if at == len(points):  # beyond what was measured: in proportion
+            return points[-1][1] * num_rows / points[-1][0]
+        (low, before), (high, after) = points[at - 1], points[at]
+        return before + (after - before) * (num_rows - low) / (high - low)
+
+
+DECAY = 0.98  # weight of the past per observed tree
+PRIOR = (
+    0.55,
+    0.15,
+    0.08,
+    0.05,
+    0.04,
+    0.03,
+    0.02,
+    0.02,
+)  # chance of the r-th child, before any tree
+PRIOR_TREES = 8.0  # how many observations the prior stands for
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """Running estimate of how likely the r-th child of an accepted node is the token drawn."""
+
+    seen: float = PRIOR_TREES  # accepted nodes that had children
+    hits: list[float] = field(default_factory=lambda: [p * PRIOR_TREES for p in PRIOR])
+
+    def observe(self, shape: StaticShape, num_nodes: int, path: Sequence[int]) -> None:
+        """`path`: accepted nodes from below the root, of the first `num_nodes` of the shape."""
+        node = 0
+        for child in (*path, None):
+            children = [n for n in range(num_nodes) if shape.parents[n] == node]
+            if not children:
+                return
+            self._age()
+            self.seen += 1
+            if child is None:
+                return
+            rank = children.index(child)
+            if rank < len(self.hits):
+                self.hits[rank] += 1
+            node = child
+
+    def expected_emitted(self, shape: TreeShape) -> float:
+        """Mean tokens per verified tree, the bonus counted."""
+        if isinstance(shape, DynamicShape):
+            return self._expected_dynamic(shape)
+        reach: list[float] = []
+        ranks: dict[int, int] = {}
+        for parent in shape.parents:
+            if parent < 0:
+                reach.append(1.0)
+                continue
+            rank = ranks.get(parent, 0)
+            ranks[parent] = rank + 1
+            reach.append(reach[parent] * self.chance(rank))
+        return sum(reach)
+
+    def chance(self, rank: int) -> float:
+        return min(1.0, self.hits[rank] / self.seen) if rank < len(self.hits) else 0.0
+
+    def _expected_dynamic(self, shape: DynamicShape) -> float:
+        """As if the best nodes were known beforehand: the likeliest paths by rank."""
+        chances = [self.chance(rank) for rank in range(min(shape.top_k, len(self.hits)))]
+        level, kept = [1.0], [1.0]
+        for _ in range(shape.max_depth):
+            level = sorted((p * c for p in level for c in chances), reverse=True)[: shape.num_nodes]
+            kept += level
+        return sum(sorted(kept, reverse=True)[: shape.num_nodes])
+
+    def _age(self) -> None:
+        self.seen *= DECAY
+        self.hits = [hit * DECAY for hit in self.hits]
+
+
+HYSTERESIS = 1.03  # how much better another shape must look before it is taken
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 30)
+
+
+class AdaptivePlanner:
+    """Takes the shape with the most expected tokens per second, from measured step times and the
+    running acceptance. While no tree pays, one step in `probe_every` still carries the cheapest, so
+    that a change of the traffic is noticed."""
+
+    def __init__(
+        self, shapes: Sequence[TreeShape], costs: StepCosts, probe_every: int = 64
+    ) -> None:
+        """`shapes`: the candidates besides the root alone, the cheapest first."""
+        self._shapes = (ROOT, *shapes)
+        self._costs = costs
+        self._acceptance = Acceptance()
+        self._current: dict[int, TreeShape] = {}
+        self._probe_every = probe_every
+        self._roots_in_a_row = 0
+
+    def choose(self, num_decoding: int) -> TreeShape:
+        if num_decoding == 0:
+            return ROOT
+        bucket = BUCKETS[bisect_left(BUCKETS, num_decoding)]
+        current = self._current.get(bucket, ROOT)
+        best = max(self._shapes, key=lambda shape: self._rate(shape, num_decoding))
+        if self._rate(best, num_decoding) > HYSTERESIS * self._rate(current, num_decoding):
+            self._current[bucket] = current = best
+        return self._probing(current)
+
+    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        shape = plan.shape
+        if not isinstance(shape, StaticShape):
+            return
+        for row in outcome.rows:
+            if row.num_draft:
+                self._acceptance.observe(shape, 1 + row.num_draft, row.path)
+
+    def _rate(self, shape: TreeShape, num_rows: int) -> float:
+        """Expected tokens of all rows per second."""
+        emitted = self._acceptance.expected_emitted(shape)
+        return num_rows * emitted / self._costs.of(shape, num_rows)
+
+    def _probing(self, chosen: TreeShape) -> TreeShape:
+        self._roots_in_a_row = self._roots_in_a_row + 1 if chosen is ROOT else 0
+        if self._roots_in_a_row < self._probe_every or len(self._shapes) == 1:
+            return chosen
+        self._roots_in_a_row = 0
+        return self._shapes[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +23,10 @@ class Roots:
     block_tables: Tensor  # [B, max_blocks] int32
     temperatures: Tensor  # [B] float32, 0 is greedy
     seeds: Tensor  # [B] int64, the bits of the unsigned seed
+
+    def rows(self, which: Tensor) -> Roots:
+        """A selection of the rows."""
+        return Roots(*(getattr(self, part.name)[which] for part in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,14 @@ class StaticShape:
     def num_nodes(self) -> int:
         return len(self.parents)
 
+    def slots_for(self, num_nodes: int) -> int:
+        """Slots a row needs to draft and verify `num_nodes` of the nodes, the root's included."""
+        return num_nodes
+
+    def first(self, num_nodes: int) -> StaticShape:
+        """The first nodes, which are a tree again."""
+        return StaticShape(self.name, self.parents[:num_nodes])
+
     @property
     def depths(self) -> tuple[int, ...]:
         """Of every node; the root's is 0."""
@@ -69,6 +77,21 @@ class DynamicShape:
                 f"tree {self.name!r}: max_depth {self.max_depth} and top_k {self.top_k} must lie "
                 f"in 1 .. {MAX_NODES - 1}"
             )
+        if self.num_drafted > MAX_NODES:
+            raise ValueError(
+                f"tree {self.name!r} drafts 1 + top_k * (max_depth - 1) = {self.num_drafted} "
+                f"nodes; at most {MAX_NODES} are possible"
+            )
+
+    @property
+    def num_drafted(self) -> int:
+        """Nodes that go through the draft head: the root and the frontiers of all levels but the
+        last."""
+        return 1 + self.top_k * (self.max_depth - 1)
+
+    def slots_for(self, num_nodes: int) -> int:
+        """Slots a row needs: frontiers are drafted whole, however few nodes are kept."""
+        return max(num_nodes, self.num_drafted)
 
 
 TreeShape = StaticShape | DynamicShape

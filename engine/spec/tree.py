@@ -49,6 +49,26 @@ class DraftTree:
             tokens, spread(shape.parents), spread(shape.depths), spread(masks), sizes, 0
         ).cut(sizes)
 
+    def with_rows(self, rows: Tensor, trees: DraftTree) -> DraftTree:
+        """These trees, with those of `rows` [B'] replaced."""
+        width = max(self.tokens.shape[1], trees.tokens.shape[1])
+
+        def put(own: Tensor, new: Tensor, unused: int) -> Tensor:
+            out = own.new_full((len(own), width), unused)
+            out[:, : own.shape[1]] = own
+            out[rows] = unused
+            out[rows, : new.shape[1]] = new
+            return out
+
+        return DraftTree(
+            tokens=put(self.tokens, trees.tokens, -1),
+            parents=put(self.parents, trees.parents, -1),
+            depths=put(self.depths, trees.depths, 0),
+            ancestors=put(self.ancestors, trees.ancestors, 0),
+            sizes=self.sizes.index_put((rows,), trees.sizes),
+            max_depth=max(self.max_depth, trees.max_depth),
+        )
+
     def cut(self, sizes: Tensor) -> DraftTree:
         """Keep the first `sizes` [B] nodes of each row."""
         nodes = torch.arange(self.tokens.shape[1], device=sizes.device)

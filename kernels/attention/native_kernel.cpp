@@ -8,17 +8,19 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../native/pool.h"
 #include "../native/vector.h"
+#include "amx_kernel.h"
 
 namespace aerie {
 namespace {
 
 constexpr int64_t kSpan = 256;       // keys per partial result
 constexpr int kGroup = 16;           // keys whose scores are summed together
-constexpr int64_t kMaxRows = 32;     // query rows (query x head) of one tile
+constexpr int64_t kMaxRows = 64;     // query rows (query x head) of one tile
 constexpr int64_t kMaxHeadDim = 256;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -35,6 +37,7 @@ struct Problem {
   int64_t num_rows, max_blocks, block_size, num_heads, num_kv_heads, D;
   float scale;
   float* out;                    // [T, Hq, D]
+  bool on_tiles;                 // use AMX
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t queries_per_tile() const { return std::max<int64_t>(1, kMaxRows / group()); }
@@ -89,13 +92,24 @@ template <class C>
 uint32_t visible_bits(const Problem<C>& p, int64_t row, int64_t query, int64_t position) {
   const int64_t prefix = p.prefix_lens[row], offset = position - prefix;
   const uint64_t mask = static_cast<uint64_t>(p.ancestors[p.cu_q[row] + query]);
-  uint32_t bits = 0;
-  for (int k = 0; k < kGroup; ++k) {
-    const int64_t i = offset + k;
-    const bool visible = i < 0 || (mask == 0 ? i <= query : i < 64 && (mask >> i & 1));
-    bits |= uint32_t{visible} << k;
+  if (mask == 0) {  // causal: entries up to the query itself
+    const int64_t count = std::clamp<int64_t>(query - offset + 1, 0, kGroup);
+    return (1u << count) - 1;
   }
-  return bits;
+  if (offset >= 0) return offset < 64 ? (mask >> offset) & 0xffff : 0;
+  const int64_t in_prefix = std::min<int64_t>(-offset, kGroup);
+  return ((mask << in_prefix) | ((1u << in_prefix) - 1)) & 0xffff;
+}
+
+// Scale the scores of sixteen keys and hide those that a query does not see.
+template <class C>
+AERIE_INLINE F16 visible_scores(const Problem<C>& p, const Tile& tile, int64_t r,
+                                int64_t position, int64_t count, F16 scores) {
+  scores = scores * broadcast(p.scale);
+  if (count >= kGroup && position + kGroup <= p.prefix_lens[tile.row]) return scores;
+  uint32_t bits = visible_bits(p, tile.row, tile.first_query + r / p.group(), position);
+  if (count < kGroup) bits &= (1u << count) - 1;
+  return masked_lanes(scores, bits, broadcast(kMinusInfinity));
 }
 
 // Slots of the cache positions begin .. end-1.
@@ -158,22 +172,15 @@ template <class C>
 void score_span(const Problem<C>& p, const Tile& tile, int64_t begin, int64_t end,
                 Workspace& work) {
   const int64_t rows = tile.num_queries * p.group();
-  const F16 scale = broadcast(p.scale), hidden = broadcast(kMinusInfinity);
   for (int64_t position = begin; position < end; position += kGroup) {
     const int64_t count = std::min<int64_t>(kGroup, end - position);
     gather_keys(p, tile.kv_head, work.slots + (position - begin), count, work.keys);
-    const bool all_visible =
-        count == kGroup && position + kGroup <= p.prefix_lens[tile.row];
     for (int64_t r = 0; r < rows; ++r) {
       const float* query = query_row(p, tile, r);
-      F16 scores = (p.D % 16 == 0 ? scores_of(query, work.keys, p.D)
-                                  : scores_of_odd(query, work.keys, p.D)) * scale;
-      if (!all_visible) {
-        uint32_t bits = visible_bits(p, tile.row, tile.first_query + r / p.group(), position);
-        if (count < kGroup) bits &= (1u << count) - 1;
-        scores = masked_lanes(scores, bits, hidden);
-      }
-      store(work.scores[r] + (position - begin), scores);
+      const F16 scores = p.D % 16 == 0 ? scores_of(query, work.keys, p.D)
+                                       : scores_of_odd(query, work.keys, p.D);
+      store(work.scores[r] + (position - begin),
+            visible_scores(p, tile, r, position, count, scores));
     }
   }
 }
@@ -202,6 +209,10 @@ AERIE_INLINE void mix(const Problem<C>& p, int64_t kv_head, int64_t num_keys, in
   AERIE_UNROLL for (int r = 0; r < Rows; ++r)
     AERIE_UNROLL for (int c = 0; c < Columns; ++c) sums[r][c] = F16{};
   for (int64_t k = 0; k < num_keys; ++k) {
+    // A key that no row sees may hold anything, NaN too.
+    bool seen = false;
+    AERIE_UNROLL for (int r = 0; r < Rows; ++r) seen |= work.scores[first_row + r][k] != 0;
+    if (!seen) continue;
     const C* value = p.values + (work.slots[k] * p.num_kv_heads + kv_head) * p.D + d;
     F16 columns[Columns];
     AERIE_UNROLL for (int c = 0; c < Columns; ++c) columns[c] = load(value + c * 16);
@@ -227,24 +238,140 @@ void mix_columns(const Problem<C>& p, int64_t kv_head, int64_t num_keys, int64_t
     for (int64_t r = row; r < row + Rows; ++r) {
       float sum = 0;
       for (int64_t k = 0; k < num_keys; ++k)
-        sum += work.scores[r][k] *
-               widen(p.values[(work.slots[k] * p.num_kv_heads + kv_head) * p.D + d]);
+        if (work.scores[r][k] != 0)
+          sum += work.scores[r][k] *
+                 widen(p.values[(work.slots[k] * p.num_kv_heads + kv_head) * p.D + d]);
       partials[r].values[d] = sum;
     }
   }
 }
 
+// Weights of one row for one span; all zero when it sees none of the keys.
+void weigh_row(float* scores, int64_t count, Partial& partial) {
+  weigh(scores, count, partial);
+  if (partial.sum == 0) std::fill_n(scores, round_up(count, kGroup), 0.0f);
+}
+
+#if AERIE_HAS_AMX
+
+// Operands of one span in the order of tiles.
+struct TileWorkspace {
+  alignas(64) uint16_t queries[kMaxRows * kMaxHeadDim];
+  alignas(64) uint16_t keys[kSpan * kMaxHeadDim];
+  alignas(64) uint16_t values[kSpan * kMaxHeadDim];
+  alignas(64) uint16_t weights[kMaxRows * kSpan];
+  alignas(64) float mixed[kTileRows * 32];
+  const uint16_t* key_at[kSpan];  // null where no query of the tile looks
+  const uint16_t* value_at[kSpan];
+};
+
+// Keys of the suffix that some query of a tile sees.
+struct SeenSuffix {
+  int64_t causal = 0;  // entries 0 .. causal-1
+  uint64_t mask = 0;   // and these
+
+  bool contains(int64_t i) const { return i < causal || (i < 64 && (mask >> i & 1)); }
+};
+
+SeenSuffix seen_suffix(const Problem<uint16_t>& p, const Tile& tile) {
+  SeenSuffix seen;
+  for (int64_t q = tile.first_query; q < tile.first_query + tile.num_queries; ++q) {
+    const auto mask = static_cast<uint64_t>(p.ancestors[p.cu_q[tile.row] + q]);
+    if (mask) seen.mask |= mask;
+    else seen.causal = std::max(seen.causal, q + 1);
+  }
+  return seen;
+}
+
+void locate(const Problem<uint16_t>& p, const Tile& tile, int64_t begin, int64_t end,
+            const Workspace& work, TileWorkspace& tiles) {
+  const SeenSuffix seen = seen_suffix(p, tile);
+  const int64_t prefix = p.prefix_lens[tile.row];
+  for (int64_t k = 0; k < kSpan; ++k) {
+    const int64_t position = begin + k;
+    const bool used = position < end && (position < prefix || seen.contains(position - prefix));
+    const int64_t at = used ? (work.slots[k] * p.num_kv_heads + tile.kv_head) * p.D : 0;
+    tiles.key_at[k] = used ? p.keys + at : nullptr;
+    tiles.value_at[k] = used ? p.values + at : nullptr;
+  }
+}
+
+void pack_operands(const Problem<uint16_t>& p, const Tile& tile, int64_t rows, int64_t count,
+                   TileWorkspace& tiles) {
+  const int64_t chunks = p.D / kTileK;
+  for (int64_t r = 0; r < round_up(rows, kTileRows); ++r)
+    for (int64_t d = 0; d < p.D; d += 16) {
+      uint16_t* to = tiles.queries + (r / kTileRows * chunks + d / kTileK) * kTileElements +
+                     r % kTileRows * kTileK + d % kTileK;
+      if (r < rows) store_rounded(to, query_row(p, tile, r) + d);
+      else std::fill_n(to, 16, uint16_t{0});
+    }
+  for (int64_t k = 0; k < count; k += kGroup)
+    for (int64_t c = 0; c < chunks; ++c)
+      pack_keys(reinterpret_cast<const uint16_t* const(&)[16]>(tiles.key_at[k]), c * kTileK,
+                tiles.keys + (k / kGroup * chunks + c) * kTileElements);
+  for (int64_t k = 0; k < count; k += kTileK)
+    for (int64_t d = 0; d < p.D; d += 16)
+      pack_values(tiles.value_at + k, d,
+                  tiles.values + (k / kTileK * (p.D / 16) + d / 16) * kTileElements);
+}
+
+// Mask, weigh and round the scores of rows first .. last-1.
+void round_weights(const Problem<uint16_t>& p, const Tile& tile, int64_t first, int64_t last,
+                   int64_t begin, int64_t end, Workspace& work, TileWorkspace& tiles,
+                   Partial* partials) {
+  const int64_t count = end - begin;
+  for (int64_t r = first; r < last; ++r) {
+    for (int64_t k = 0; k < count; k += kGroup) {
+      float* at = work.scores[r] + k;
+      store(at, visible_scores(p, tile, r, begin + k, count - k, load(at)));
+    }
+    weigh_row(work.scores[r], count, partials[r]);
+    uint16_t* to = tiles.weights + r * kSpan;
+    for (int64_t k = 0; k < count; k += kGroup) store_rounded(to + k, work.scores[r] + k);
+    for (int64_t k = round_up(count, kGroup); k < round_up(count, kTileK); ++k) to[k] = 0;
+  }
+}
+
+void attend_span_amx(const Problem<uint16_t>& p, const Tile& tile, int64_t begin, int64_t end,
+                     Workspace& work, Partial* partials) {
+  thread_local TileWorkspace tiles;
+  const int64_t rows = tile.num_queries * p.group(), count = end - begin;
+  const int64_t chunks = p.D / kTileK, blocks = round_up(count, kTileK) / kTileK;
+  find_slots(p, tile.row, begin, end, work.slots);
+  locate(p, tile, begin, end, work, tiles);
+  pack_operands(p, tile, rows, count, tiles);
+  configure_full_tiles();
+  for (int64_t r = 0; r < rows; r += kTileRows) {  // sixteen rows of scores fit the L1 cache
+    const int64_t last = std::min(r + kTileRows, rows);
+    multiply_keys(tiles.queries + r * p.D, tiles.keys, round_up(count, kGroup) / kGroup, chunks,
+                  work.scores[r], kSpan);
+    round_weights(p, tile, r, last, begin, end, work, tiles, partials);
+    for (int64_t d = 0; d < p.D; d += 32) {
+      multiply_values(tiles.weights + r * kSpan, kSpan, tiles.values + d / 16 * kTileElements,
+                      blocks, p.D / 16, tiles.mixed);
+      for (int64_t i = r; i < last; ++i)
+        std::copy_n(tiles.mixed + (i - r) * 32, 32, partials[i].values + d);
+    }
+  }
+  _tile_release();
+}
+
+#endif
+
 // One span of keys for all rows of a tile.
 template <class C>
 void attend_span(const Problem<C>& p, const Tile& tile, int64_t begin, int64_t end,
                  Workspace& work, Partial* partials) {
+#if AERIE_HAS_AMX
+  if constexpr (std::is_same_v<C, uint16_t>)
+    if (p.on_tiles && p.D % kTileK == 0)
+      return attend_span_amx(p, tile, begin, end, work, partials);
+#endif
   const int64_t rows = tile.num_queries * p.group();
   find_slots(p, tile.row, begin, end, work.slots);
   score_span(p, tile, begin, end, work);
-  for (int64_t r = 0; r < rows; ++r) {
-    weigh(work.scores[r], end - begin, partials[r]);
-    if (partials[r].sum == 0) std::fill_n(work.scores[r], end - begin, 0.0f);
-  }
+  for (int64_t r = 0; r < rows; ++r) weigh_row(work.scores[r], end - begin, partials[r]);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) mix_columns<4>(p, tile.kv_head, end - begin, r, work, partials);
   if (rows - r == 3) mix_columns<3>(p, tile.kv_head, end - begin, r, work, partials);
@@ -346,26 +473,21 @@ void attention(Pool& pool, const Problem<C>& p) {
 extern "C" {
 
 // Shapes as in Problem; ancestors as in AttentionMeta.
-void aerie_attention_bf16(aerie::Pool* pool, const float* queries, const uint16_t* keys,
-                          const uint16_t* values, const int32_t* cu_q, const int32_t* prefix_lens,
-                          const int32_t* first_keys,
-                          int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,
-                          int64_t max_blocks, int64_t block_size, int64_t num_heads,
-                          int64_t num_kv_heads, int64_t D, float scale, float* out) {
-  aerie::attention<uint16_t>(*pool, {queries, keys, values, cu_q, prefix_lens, first_keys, block_tables,
-                                     ancestors, num_rows, max_blocks, block_size, num_heads,
-                                     num_kv_heads, D, scale, out});
-}
+#define AERIE_ATTENTION(NAME, CACHE, ON_TILES)                                                   \
+  void NAME(aerie::Pool* pool, const float* queries, const CACHE* keys, const CACHE* values,     \
+            const int32_t* cu_q, const int32_t* prefix_lens, const int32_t* first_keys,          \
+            int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,             \
+            int64_t max_blocks, int64_t block_size, int64_t num_heads, int64_t num_kv_heads,     \
+            int64_t D, float scale, float* out) {                                                \
+    aerie::attention<CACHE>(*pool, {queries, keys, values, cu_q, prefix_lens, first_keys,        \
+                                    block_tables, ancestors, num_rows, max_blocks, block_size,   \
+                                    num_heads, num_kv_heads, D, scale, out, ON_TILES});          \
+  }
 
-void aerie_attention_f32(aerie::Pool* pool, const float* queries, const float* keys,
-                         const float* values, const int32_t* cu_q, const int32_t* prefix_lens,
-                          const int32_t* first_keys,
-                         int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,
-                         int64_t max_blocks, int64_t block_size, int64_t num_heads,
-                         int64_t num_kv_heads, int64_t D, float scale, float* out) {
-  aerie::attention<float>(*pool, {queries, keys, values, cu_q, prefix_lens, first_keys, block_tables,
-                                  ancestors, num_rows, max_blocks, block_size, num_heads,
-                                  num_kv_heads, D, scale, out});
-}
+AERIE_ATTENTION(aerie_attention_f32, float, false)
+AERIE_ATTENTION(aerie_attention_bf16, uint16_t, false)
+#if AERIE_HAS_AMX
+AERIE_ATTENTION(aerie_attention_bf16_amx, uint16_t, true)
+#endif
 
 }  // extern "C"

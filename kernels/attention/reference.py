@@ -52,6 +52,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: floa
     """softmax(q k^T * scale) v for one row: q [n, Hq, D], keys and values [m, Hkv, D]."""
     group = q.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    values = values.masked_fill(~visible.any(dim=0)[:, None, None], 0.0)  # may hold NaN
     scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
     weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)

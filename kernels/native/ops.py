@@ -22,16 +22,18 @@ class NativeOps:
     def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype) -> None:
         suffix = SUFFIXES[storage_dtype]
         amx = storage_dtype is torch.bfloat16 and library.has_amx
+        tiles = "_amx" if amx else ""
         self.library = library  # keeps the thread pool alive
-        self.linear_backend = "native (amx)" if amx else "native"
+        # What runs on matrix tiles, with inputs rounded to bfloat16.
+        self.backends = dict.fromkeys(("linear", "attention"), "native (amx)" if amx else "native")
         self._pool = library.pool
         self._dtype, self._suffix = storage_dtype, suffix
         self._pack = library.call(f"aerie_pack_{suffix}")
-        self._linear = library.call(f"aerie_linear_{suffix}{'_amx' if amx else ''}")
+        self._linear = library.call(f"aerie_linear_{suffix}{tiles}")
         self._embedding = library.call(f"aerie_embedding_{suffix}")
         self._rms_norm = library.call("aerie_rms_norm")
         self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
-        self._attention = library.call(f"aerie_attention_{suffix}")
+        self._attention = library.call(f"aerie_attention_{suffix}{tiles}")
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")

@@ -179,22 +179,35 @@ AERIE_INLINE F16 masked_lanes(F16 x, uint32_t mask, F16 other) {
   return x;
 }
 
-// Sum and maximum over lanes, in a fixed order.
+// Lane k of the result is lane k + Shift of x, cyclically.
+template <int Shift, size_t... Lane>
+AERIE_INLINE Vec rotated(Vec x, std::index_sequence<Lane...>) {
+  return __builtin_shufflevector(x, x, (int(Lane + Shift) % kLanes)...);
+}
+
+// Combine all lanes in halves: lane k with lane k + 8, then k + 4, and so on.
+template <int Width, class Combine>
+AERIE_INLINE Vec halve(Vec x, Combine combine) {
+  if constexpr (Width == 0) return x;
+  else
+    return halve<Width / 2>(combine(x, rotated<Width>(x, std::make_index_sequence<kLanes>{})),
+                            combine);
+}
+
+template <class Combine>
+AERIE_INLINE float combine_lanes(F16 x, Combine combine) {
+  AERIE_UNROLL for (int parts = kParts / 2; parts > 0; parts /= 2)
+    AERIE_UNROLL for (int i = 0; i < parts; ++i)
+      x.part[i] = combine(x.part[i], x.part[i + parts]);
+  return halve<kLanes / 2>(x.part[0], combine)[0];
+}
+
 AERIE_INLINE float sum_lanes(F16 x) {
-  float lanes[16];
-  store(lanes, x);
-  AERIE_UNROLL for (int width = 8; width > 0; width /= 2)
-    AERIE_UNROLL for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  return lanes[0];
+  return combine_lanes(x, [](Vec a, Vec b) { return a + b; });
 }
 
 AERIE_INLINE float maximum_of_lanes(F16 x) {
-  float lanes[16];
-  store(lanes, x);
-  for (int width = 8; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k)
-      lanes[k] = lanes[k] > lanes[k + width] ? lanes[k] : lanes[k + width];
-  return lanes[0];
+  return combine_lanes(x, [](Vec a, Vec b) { return a > b ? a : b; });
 }
 
 // e^x, about 1 ulp; 0 below -87 (so also for -inf), finite above 88.

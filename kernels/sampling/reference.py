@@ -45,11 +45,10 @@ def fmix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def noise_bits(keys: Tensor, vocab_size: int) -> Tensor:
-    """Uniform 32-bit integers of every (key, token id), [R, V] int64."""
-    tokens = torch.arange(vocab_size, dtype=torch.int64, device=keys.device)
+def noise_bits(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Uniform 32-bit integers of every (key [R], token id [V] or [R, V]), [R, V] int64."""
     low, high = keys & MASK32, _shift_right(keys, 32)
-    mixed = fmix32((tokens * GOLDEN32 + low[:, None]) & MASK32)
+    mixed = fmix32((tokens * GOLDEN32 + low[:, None]) & MASK32)  # [R, V]
     return fmix32(mixed ^ high[:, None])
 
 
@@ -64,7 +63,8 @@ def gumbel(bits: Tensor) -> Tensor:
 
 def gumbel_argmax(logits: Tensor, keys: Tensor) -> Tensor:
     """A draw from softmax(logits) per row, [R] int64 (the Gumbel-max trick)."""
-    return (logits + gumbel(noise_bits(keys, logits.shape[1]))).argmax(dim=1)
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    return (logits + gumbel(noise_bits(keys, tokens))).argmax(dim=1)
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 
+import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET
 from starlette.requests import Request as HttpRequest
@@ -25,7 +26,6 @@ from server.openai.responses import (
     ChatDelta,
     ChatLogprobs,
     ChatReply,
-    Usage,
 )
 from server.openai.schema import ChatRequest
 from server.openai.sse import EventStream, WholeJson, event
@@ -64,10 +64,11 @@ class ChatWriter:
         self._generation = generation
         self._scored = body.num_logprobs is not None
         self._with_usage = body.include_usage
+        self._with_drafts = body.include_draft_stats
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream: a chunk with the role for each choice, then chunks with content, one
-        without content at the end of each choice, and the usage if it was asked for."""
+        without content at the end of each choice, and the totals that were asked for."""
         opened = False
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
@@ -76,8 +77,8 @@ class ChatWriter:
                 data = head + self._delta_events(delta)
                 if data:
                     yield data
-        if self._with_usage:
-            yield event(self._chunk([], self._generation.usage()))
+        if self._with_usage or self._with_drafts:
+            yield event(self._totals())
 
     async def whole(self) -> ChatCompletion:
         """The reply in one piece."""
@@ -102,6 +103,7 @@ class ChatWriter:
                 for choice in generation.choices
             ],
             usage=generation.usage(),
+            speculation=generation.draft_stats() if self._with_drafts else UNSET,
         )
 
     def _openings(self) -> bytes:
@@ -127,7 +129,15 @@ class ChatWriter:
             data += event(self._chunk([end]))
         return data
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
+    def _totals(self) -> ChatChunk:
+        """The last chunk of a stream."""
+        return msgspec.structs.replace(
+            self._chunk([]),
+            usage=self._generation.usage() if self._with_usage else UNSET,
+            speculation=self._generation.draft_stats() if self._with_drafts else UNSET,
+        )
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         generation = self._generation
         return ChatChunk(
             id=generation.id,
@@ -135,7 +145,7 @@ class ChatWriter:
             model=generation.model,
             system_fingerprint=generation.fingerprint,
             choices=choices,
-            usage=usage if self._with_usage else UNSET,
+            usage=None if self._with_usage else UNSET,
         )
 
     def _logprobs(self, scored: Sequence[ScoredToken]) -> ChatLogprobs | None:

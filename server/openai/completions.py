@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 
+import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HttpRequest
@@ -18,7 +19,7 @@ from server.openai.convert import completion_params, completion_prompts
 from server.openai.docs import operation
 from server.openai.generation import Generation, start_generation
 from server.openai.logprobs import CompletionLogprobsWriter, Echo, echo_of
-from server.openai.responses import Completion, CompletionChoice, Usage
+from server.openai.responses import Completion, CompletionChoice
 from server.openai.schema import CompletionRequest
 from server.openai.sse import EventStream, WholeJson, event
 from server.request_log import record_of
@@ -53,11 +54,12 @@ class CompletionWriter:
     def __init__(self, generation: Generation, body: CompletionRequest) -> None:
         self._generation = generation
         self._with_usage = body.include_usage
+        self._with_drafts = body.include_draft_stats
         self._choices = [_ChoiceWriter(generation, choice, body) for choice in generation.choices]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream: chunks with text, the last of each choice with its finish reason, and the
-        usage if it was asked for."""
+        totals that were asked for."""
         usage = None if self._with_usage else UNSET
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
@@ -65,19 +67,24 @@ class CompletionWriter:
                 writer.add(delta)
                 if writer.has_news:
                     yield event(self._object([writer.take()], usage))
-        if self._with_usage:
-            yield event(self._object([], self._generation.usage()))
+        if self._with_usage or self._with_drafts:
+            yield event(self._with_totals([], self._with_usage))
 
     async def whole(self) -> Completion:
         """The reply in one piece."""
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
                 self._choices[delta.index].add(delta)
-        return self._object([writer.take() for writer in self._choices], self._generation.usage())
+        return self._with_totals([writer.take() for writer in self._choices], True)
 
-    def _object(
-        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None
-    ) -> Completion:
+    def _with_totals(self, choices: list[CompletionChoice], with_usage: bool) -> Completion:
+        return msgspec.structs.replace(
+            self._object(choices, UNSET),
+            usage=self._generation.usage() if with_usage else UNSET,
+            speculation=self._generation.draft_stats() if self._with_drafts else UNSET,
+        )
+
+    def _object(self, choices: list[CompletionChoice], usage: UnsetType | None) -> Completion:
         generation = self._generation
         return Completion(
             id=generation.id,

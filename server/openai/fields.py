@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.json_schema import WithJsonSchema
 
+from engine.spec.shape import MAX_NODES
+
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
 
@@ -41,6 +43,15 @@ def _only_none(value: Any) -> Any:
     return value
 
 
+def _of_one_kind(value: Any) -> Any:
+    """Without this, the error for a mixed list would be about one branch of the union."""
+    if isinstance(value, list) and len({type(element) for element in value}) > 1:
+        raise ValueError(
+            "all elements must be of one kind: strings, token ids, or lists of token ids"
+        )
+    return value
+
+
 class TextFormat(Fields):
     type: Literal["text"]
 
@@ -66,7 +77,17 @@ ResponseFormat = Annotated[
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Temperature = Annotated[float | None, Field(ge=0, le=2, description="0 is greedy. Default 1.")]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+Prompts = Annotated[
+    str
+    | TokenIds
+    | Annotated[list[str], Field(fail_fast=True, min_length=1)]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)],
+    BeforeValidator(_of_one_kind),
+]
+Temperature = Annotated[
+    float | None, Field(ge=0, le=2, description="Below 1e-5 it is greedy. Default 1.")
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float | None, Field(gt=0, le=1, description="Default 1: off.")]
 Penalty = Annotated[float | None, Field(ge=-2, le=2, description="Default 0: off.")]
@@ -98,4 +119,22 @@ class StreamRequestOptions(Fields):
     )
     include_obfuscation: Literal[False] | None = Field(
         None, description="Only false: chunks are never padded."
+    )
+
+
+class SpeculationOptions(Fields):
+    """How tokens may be drafted ahead. Changes speed only, never the text."""
+
+    enabled: bool = Field(True, description="False: nothing is drafted for this request.")
+    max_nodes: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_NODES - 1,
+        description="Draft tokens that one step may verify for each choice; 0 is none. Default: as "
+        "many as the server finds worth it.",
+    )
+    stats: bool = Field(
+        False,
+        description="Report what became of the drafts as `speculation` in the reply; of a stream, "
+        "in its last chunk, which has no choices.",
     )

@@ -12,11 +12,13 @@ from engine.messages import EngineInfo, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
 from server.admission import Ticket
 from server.context import ServerContext
+from server.engine_process import STOPPING
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, stream_options, with_seed_of_choice
 from server.openai.errors import ApiError, invalid, server_error
-from server.openai.responses import PromptTokensDetails, Usage
+from server.openai.responses import SpeculationStats, Usage
 from server.openai.schema import SamplingFields
+from server.openai.usage import count_drafts, count_tokens
 from server.request_log import RequestRecord
 
 Event = Tokens | Finished
@@ -43,6 +45,7 @@ class Generation:
         self.prompts = prompts
         self.choices = choices
         self._client = context.client
+        self._admission = context.admission
         self._record = record
         self._ticket = ticket
         self._keeps_text = context.config.log.prompts
@@ -73,21 +76,12 @@ class Generation:
                     yield delta
 
     def usage(self) -> Usage:
-        """Tokens of all choices; each prompt counts once, however many choices it has."""
-        per_prompt = len(self.choices) // len(self.prompts)
-        cached = [choice.finished.num_cached if choice.finished else 0 for choice in self.choices]
-        # Choices of one prompt find each other's prompt in the cache; the first one did not.
-        firsts = [
-            min(cached[begin : begin + per_prompt]) for begin in range(0, len(cached), per_prompt)
-        ]
-        num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
-        num_output = sum(choice.num_output for choice in self.choices)
-        return Usage(
-            prompt_tokens=num_prompt,
-            completion_tokens=num_output,
-            total_tokens=num_prompt + num_output,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(firsts)),
-        )
+        """Tokens of all choices; all of them must have ended."""
+        return count_tokens(self.prompts, self.choices)
+
+    def draft_stats(self) -> SpeculationStats:
+        """What became of the drafts of all choices; all of them must have ended."""
+        return count_drafts(self.choices)
 
     def close(self) -> None:
         """Abort what still runs, leave the queue, complete the log record. Again is no error."""
@@ -123,10 +117,19 @@ class Generation:
         failed = event.reason in (FinishReason.ERROR, FinishReason.ABORT)
         if failed and choice.finish_reason is None:
             choice.fail(event)
-            error = _failure(event)
+            error = self._failure(event)
             self._record.error = event.error or "aborted by the engine"
             raise error
         return choice.take_finished(event)
+
+    def _failure(self, event: Finished) -> ApiError:
+        """What the client hears of an engine's error: its words only where they are about the
+        request."""
+        if event.error == STOPPING:
+            return self._admission.draining()
+        if event.error is not None and CONTEXT_PHRASE in event.error:
+            return invalid(event.error, code="context_length_exceeded")
+        return server_error("The engine failed to finish this request; it can be sent again")
 
     def _abort(self, choice: Choice) -> None:
         choice.aborted = True
@@ -161,6 +164,7 @@ def start_generation(
                 prompt_ids=prompt.token_ids,
                 params=with_seed_of_choice(shared, number),
                 priority=body.priority or 0,
+                max_draft_nodes=body.max_draft_nodes,
                 arrival_time=now,
             )
             choices.append(Choice(index, request, context.tokenizer, options, context.metrics))
@@ -168,14 +172,6 @@ def start_generation(
     if context.config.log.prompts:
         record.prompt = "\n".join(prompt.text or str(prompt.token_ids) for prompt in prompts)
     return Generation(context, record, ticket, id, prompts, choices)
-
-
-def _failure(event: Finished) -> ApiError:
-    """What the client hears of an engine's error: its words only where they are about the
-    request."""
-    if event.error is not None and CONTEXT_PHRASE in event.error:
-        return invalid(event.error, code="context_length_exceeded")
-    return server_error("The engine failed to finish this request; it can be sent again")
 
 
 async def _merge(

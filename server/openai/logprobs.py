@@ -56,7 +56,7 @@ class CompletionLogprobsWriter:
     def add(self, token_id: int, offset: int, entry: TokenLogprob | None) -> None:
         """One token whose text begins at `offset`; the first of a prompt has no `entry`."""
         content = self._content
-        content.tokens.append(self._tokenizer.token_text(token_id))
+        content.tokens.append(self._text(token_id))
         content.text_offset.append(offset)
         content.token_logprobs.append(None if entry is None else finite(entry.logprob))
         content.top_logprobs.append(None if entry is None else self._top(entry))
@@ -70,11 +70,22 @@ class CompletionLogprobsWriter:
         return content
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """The alternatives and the token itself; of those that look alike, the likeliest."""
+        """The alternatives and the token itself. Of those that look alike, the likeliest; the
+        token itself always has its own value."""
         top: dict[str, float] = {}
-        for token_id, logprob in [*entry.top, (entry.token_id, entry.logprob)]:
-            top.setdefault(self._tokenizer.token_text(token_id), finite(logprob))
+        for token_id, logprob in entry.top:
+            top.setdefault(self._text(token_id), finite(logprob))
+        top[self._text(entry.token_id)] = finite(entry.logprob)
         return top
+
+    def _text(self, token_id: int) -> str:
+        r"""There are no bytes beside the text here, so that a part of a character is written as
+        OpenAI does: `bytes:\xe4\xbd`."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + data.decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,30 @@ class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that were predicted and verified. Those rejected are not among the completion's
+    tokens; those accepted may go past a stop string that the engine heard of late."""
+
+    reasoning_tokens: int = 0
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class SpeculationStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the drafts of all choices."""
+
+    drafted: int  # tokens
+    accepted: int
+    # Mean tokens that a step with a draft emits, its own one counted; null when no step had one.
+    acceptance_length: float | None
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +78,9 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: Literal["default"] = "default"
     system_fingerprint: str
+    speculation: SpeculationStats | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +102,9 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    service_tier: Literal["default"] = "default"
     system_fingerprint: str
+    speculation: SpeculationStats | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +135,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str
+    speculation: SpeculationStats | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

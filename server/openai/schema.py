@@ -16,8 +16,10 @@ from server.openai.fields import (
     LogitBias,
     OnlyNone,
     Penalty,
+    Prompts,
     ResponseFormat,
     Seed,
+    SpeculationOptions,
     Stop,
     StreamRequestOptions,
     Temperature,
@@ -76,7 +78,7 @@ class SamplingFields(Fields):
     min_p: Fraction | None = Field(None, description="Default 0: off.")
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
-    repetition_penalty: float | None = Field(None, gt=0, le=2, description="Default 1: off.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2, description="Default 1: off.")
     logit_bias: LogitBias = None
     seed: Seed = None
     stop: Stop = None
@@ -87,7 +89,11 @@ class SamplingFields(Fields):
         None, description="Keep the stop string at the end of the text. Default false."
     )
     min_tokens: int | None = Field(
-        None, ge=0, le=MAX_INT, description="No end token or stop string counts before. Default 0."
+        None,
+        ge=0,
+        le=MAX_INT,
+        description="Only tokens behind the first `min_tokens` may end the text, be it as an end "
+        "token or by completing a stop string. Default 0.",
     )
     ignore_eos: bool | None = Field(None, description="Go on behind the model's end token.")
     skip_special_tokens: bool | None = Field(
@@ -95,6 +101,9 @@ class SamplingFields(Fields):
     )
     priority: int | None = Field(
         None, ge=-(2**31), le=2**31 - 1, description="Lower runs first. Default 0."
+    )
+    speculation: SpeculationOptions | None = Field(
+        None, description="Of tokens drafted ahead. Changes speed only, never the text."
     )
     stream: bool | None = Field(None, description="Send the text as it comes. Default false.")
     stream_options: StreamRequestOptions | None = Field(None, description="Needs `stream`.")
@@ -115,6 +124,17 @@ class SamplingFields(Fields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def max_draft_nodes(self) -> int | None:
+        """Per choice and step; None: no limit of the client's."""
+        if self.speculation is None:
+            return None
+        return self.speculation.max_nodes if self.speculation.enabled else 0
+
+    @property
+    def include_draft_stats(self) -> bool:
+        return self.speculation is not None and self.speculation.stats
 
 
 class ChatRequest(SamplingFields):
@@ -194,18 +214,12 @@ class ChatRequest(SamplingFields):
         return self.max_tokens
 
 
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
-
-
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(fail_fast=True, min_length=1)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
-    ) = Field(description="A text, several texts, token ids, or several lists of token ids.")
+    prompt: Prompts = Field(
+        description="A text, several texts, token ids, or several lists of token ids."
+    )
     max_tokens: int | None = Field(
         None, ge=0, le=MAX_INT, description="Default 16. 0 with `echo` scores a prompt."
     )

@@ -29,17 +29,18 @@ class StopStringMatcher:
         self._include = include_in_output
         self._held = ""
 
-    def feed(self, text: str) -> StopScan:
-        """Take the next piece of text; return what can be emitted of all so far."""
+    def feed(self, text: str, armed: bool = True) -> StopScan:
+        """Take the next piece of text; return what can be emitted of all so far. Strings that a
+        piece completes count only when it is `armed`; a later one may complete what began here."""
         if not self._automata:
             return StopScan(text)
         begin = len(self._held)
         self._held += text
         for end in range(begin, len(self._held)):
             hit = self._advance(self._held[end])
-            if hit is not None:
+            if hit is not None and armed:
                 return StopScan(self._cut(end + 1, hit), hit)
-        return StopScan(self._release(max(automaton.matched for automaton in self._automata)))
+        return StopScan(self._release(max(automaton.open for automaton in self._automata)))
 
     def flush(self) -> str:
         """What was held back, now that no more text will come."""
@@ -69,8 +70,14 @@ class _Automaton:
         self.matched = 0
         self._fallback = _borders(stop)
 
+    @property
+    def open(self) -> int:
+        """How much of the end of the text more text may complete."""
+        return self._fallback[-1] if self.matched == len(self.stop) else self.matched
+
     def advance(self, letter: str) -> bool:
         """Take one letter; True when it completes the stop string."""
+        self.matched = self.open  # of a hit that did not count, what may begin the next
         while self.matched and self.stop[self.matched] != letter:
             self.matched = self._fallback[self.matched - 1]
         self.matched += self.stop[self.matched] == letter

@@ -18,7 +18,7 @@ class StreamOptions:
     stop_token_ids: frozenset[int] = frozenset()  # EOS included, unless it is to be ignored
     skip_special_tokens: bool = True
     include_stop: bool = False  # keep the stop string, or a stop token that is not skipped
-    min_tokens: int = 0  # stop strings count only from here on
+    min_tokens: int = 0  # only tokens behind so many may end the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +65,23 @@ class TextStream:
         """The rest of the text when the choice ends without a stop; nothing after a stop."""
         if self.stop is not None:
             return ""
-        scan = self._matcher.feed(self._detokenizer.flush())
-        self.stop = scan.stop
-        return scan.text + self._matcher.flush()
+        text = self._scan(self._detokenizer.flush())
+        return text + self._matcher.flush()
+
+    @property
+    def _may_stop(self) -> bool:
+        """Whether the newest token may end the text. The engine has the same rule."""
+        return self._num_tokens > self._options.min_tokens
 
     def _take(self, token_id: int) -> str:
         self._num_tokens += 1
-        if token_id in self._options.stop_token_ids:
+        if self._may_stop and token_id in self._options.stop_token_ids:
             return self._end(token_id)
         return self._scan(self._detokenizer.add((token_id,)))
 
     def _scan(self, text: str) -> str:
         self._length += len(text)
-        if self._num_tokens < self._options.min_tokens:
-            return text
-        scan = self._matcher.feed(text)
+        scan = self._matcher.feed(text, self._may_stop)
         self.stop = scan.stop
         return scan.text
 

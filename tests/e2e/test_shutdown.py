@@ -91,6 +91,7 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_end(make_server: MakeSer
             found = server.wait_metrics(lambda now: now["iterations_total"] >= 2000 and idle(now))
             assert found["generation_tokens_total"] < 6000, "it must be stuck in sending"
             assert server.stop() == 0
+        assert "Traceback" not in server.log.text()
 
 
 def test_ctrl_c_while_the_model_loads_ends_both_processes_quietly(make_server: MakeServer) -> None:

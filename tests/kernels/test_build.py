@@ -77,14 +77,21 @@ def test_whatever_goes_into_a_library_gives_it_another_name(
 ) -> None:
     use(monkeypatch, python(WRITE))
     paths = [build_library(tmp_path)]
-    use(monkeypatch, python(f"{WRITE}  # another compiler"))
-    paths.append(build_library(tmp_path))
     monkeypatch.setattr(build, "_cpu", lambda: "another CPU")
     paths.append(build_library(tmp_path))
     monkeypatch.setattr(build, "_sources_key", lambda: "other sources")
     paths.append(build_library(tmp_path))
-    assert len(set(paths)) == 4
+    assert len(set(paths)) == 3
     assert all(path.is_file() for path in paths)
+
+
+def test_what_was_compiled_is_found_where_no_compiler_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, python(WRITE))
+    path = build_library(tmp_path)
+    use(monkeypatch, None)
+    assert build_library(tmp_path, tmp_path / "nothing-prebuilt") == path
 
 
 @pytest.mark.parametrize("name", ["norm/kernel.cpp", "native/vector.h"])

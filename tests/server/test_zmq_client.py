@@ -153,7 +153,7 @@ def test_a_lost_engine_ends_every_stream_with_one_error(play: Callable[[Play], N
         a, b = request("a"), request("b")
         of_a, of_b = pair.client.submit(a), pair.client.submit(b)
         await peer.hear(2)
-        await peer.say(tokens(a, [1]))
+        await peer.say(STATS, tokens(a, [1]))
         assert await anext(of_a) == tokens(a, [1])
         pair.client.detach()
         for name, stream in (("a", of_a), ("b", of_b)):
@@ -166,7 +166,8 @@ def test_a_lost_engine_ends_every_stream_with_one_error(play: Callable[[Play], N
             )
             assert end.num_prompt == 3
         assert pair.client.info is None
-        assert pair.client.stats is None
+        at_rest = {"num_running": 0, "num_waiting": 0, "kv_usage": 0.0, "last_step_tokens": 0}
+        assert pair.client.stats == msgspec.structs.replace(STATS, **at_rest)
 
     play(scene)
 

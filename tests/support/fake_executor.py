@@ -1,12 +1,14 @@
 """An executor without a model: keeps a pretended KV cache and checks every plan against it.
 
 The next token is a hash of all tokens before it, so `expected_text` says without any engine what
-each request must produce.
+each request must produce. Draft nodes spoil their slots; some of them are accepted. A pretended
+draft head keeps entries of its own in the slots, as its own KV would be kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,6 +19,7 @@ from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.spec.shape import ROOT, TreeShape
 from tests.support.engines import ask
 
 EOS = 0
@@ -75,11 +78,27 @@ class FakeRow:
     num_computed: int = 0
 
 
+@dataclass
+class DraftTotals:
+    """What was verified and accepted, by the executor's own count."""
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_emitted: int = 0
+
+
 class FakeExecutor:
     """Executes plans like `ModelRunner`; asserts that each row could be computed from its slots."""
 
-    def __init__(self, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, block_size: int, vocab_size: int, max_len: int = 10**9, *, drafts: bool = False
+    ) -> None:
         self.rows: dict[str, FakeRow] = {}
+        self.totals = DraftTotals()
+        self._max_len = max_len
+        self._drafts = drafts
+        self._luck = random.Random(0)
+        self._entries: dict[int, tuple[int, int]] = {}  # the draft head's: like _stored
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._stored: dict[int, tuple[int, int]] = {}  # slot -> (position, fingerprint)
@@ -95,10 +114,15 @@ class FakeExecutor:
         names = [row.request_id for row in plan.rows]
         assert len(names) == len(set(names)), "a sequence has two rows"
         for row in plan.rows:
+            self._check_nodes(row, plan.shape)
             self._write(row)
+        self._check_tails(plan.rows)
         for row in plan.rows:  # after all writes, as attention reads after them
             self._check_reads(row)
-        return StepOutcome(tuple(self._outcome(row) for row in plan.rows))
+        outcomes = tuple(self._outcome(row) for row in plan.rows)
+        for row, outcome in zip(plan.rows, outcomes, strict=True):
+            self._extend(row, len(outcome.emitted))
+        return StepOutcome(outcomes)
 
     def decoding(self) -> set[str]:
         """The running sequences that miss only their newest token."""
@@ -113,6 +137,52 @@ class FakeExecutor:
         for position in range(plan.start, end):
             self._stored[self._slot(plan, position)] = (position, marks[position])
         row.num_computed = end
+
+    def _check_nodes(self, plan: RowPlan, shape: TreeShape) -> None:
+        """Nodes hang below the only token of a row, within its limits, with slots of their own;
+        what the draft head reads for them is there."""
+        if plan.num_draft == 0:
+            return
+        request, root = self.rows[plan.request_id].request, plan.start
+        num_output = root + 1 - len(request.prompt_ids)
+        assert plan.samples
+        assert len(plan.token_ids) == 1
+        assert plan.num_draft < shape.num_nodes
+        assert request.max_draft_nodes is None or plan.num_draft <= request.max_draft_nodes
+        assert num_output + 1 < request.params.max_tokens, "only the bonus token is missing"
+        last = root + shape.slots_for(1 + plan.num_draft) - 1
+        assert last < self._max_len
+        assert root + 1 + plan.num_draft < self._max_len, "the bonus token has no place"
+        for position in range(root + 1, last + 1):
+            self._stored[self._slot(plan, position)] = (-1, position)  # a node, until accepted
+        if self._drafts:
+            marks = fingerprints(self.rows[plan.request_id].history)
+            for position in range(1, root + 1):
+                found = self._entries.get(self._slot(plan, position))
+                assert found == (position, marks[position]), f"no entry for position {position}"
+
+    def _check_tails(self, plans: Sequence[RowPlan]) -> None:
+        """No block from a row's first token on is in another row."""
+        tails = [plan.block_ids[plan.start // self._block_size :] for plan in plans]
+        for plan, tail in zip(plans, tails, strict=True):
+            for other in plans:
+                shared = set(tail[self._shared_block(plan) :]) & set(other.block_ids)
+                assert other is plan or not shared, f"{plan.request_id} writes to foreign blocks"
+
+    def _shared_block(self, plan: RowPlan) -> int:
+        """1 if the row begins with a cached token that is computed once more for the draft head:
+        that changes nothing in its block."""
+        again = (plan.start + 1) % self._block_size == 0
+        return int(self._drafts and again)
+
+    def _extend(self, plan: RowPlan, num_emitted: int) -> None:
+        """The draft head's entries of all tokens that follow a computed one."""
+        if not self._drafts:
+            return
+        marks = fingerprints(self.rows[plan.request_id].history)
+        end = plan.start + len(plan.token_ids) + max(1, num_emitted)
+        for position in range(plan.start + 1, min(end, self._max_len)):
+            self._entries[self._slot(plan, position)] = (position, marks[position])
 
     def _check_reads(self, plan: RowPlan) -> None:
         history = self.rows[plan.request_id].history[: plan.start + len(plan.token_ids)]
@@ -133,9 +203,19 @@ class FakeExecutor:
             scores = tuple(TokenLogprob(token, -1.0, []) for token in targets)
         if not plan.samples:
             return RowOutcome(prompt_logprobs=scores)
-        token = next_token(row.history, self._vocab_size)
-        row.history.append(token)
-        return RowOutcome((token,), prompt_logprobs=scores)
+        num_draft = self._luck.randint(min(plan.num_draft, 1), plan.num_draft)
+        num_accepted = self._luck.randint(0, num_draft)
+        for _ in range(num_accepted + 1):
+            row.history.append(next_token(row.history, self._vocab_size))
+        emitted = tuple(row.history[-num_accepted - 1 :])
+        marks = fingerprints(row.history)
+        for position in range(row.num_computed, row.num_computed + num_accepted):
+            self._stored[self._slot(plan, position)] = (position, marks[position])
+        row.num_computed += num_accepted
+        self.totals.num_drafts += num_draft > 0
+        self.totals.num_draft_tokens += num_draft
+        self.totals.num_emitted += len(emitted)
+        return RowOutcome(emitted, num_draft, prompt_logprobs=scores)
 
 
 @dataclass
@@ -149,19 +229,30 @@ class FakeEngine:
     max_num_batched_tokens: int = 64
     max_model_len: int = 64
     vocab_size: int = 97
+    lookahead: int = 0  # 1: with a draft head
+    shapes: tuple[TreeShape, ...] = (ROOT,)  # one after the other, step by step
     scheduler: Scheduler = field(init=False)
     executor: FakeExecutor = field(init=False)
     heard: dict[str, Completion] = field(default_factory=dict)
     submitted: dict[str, Request] = field(default_factory=dict)
     now: float = 0.0  # what the scheduler's clock says
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
-        limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len)
+        limits = SchedulerLimits(
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.max_model_len,
+            lookahead=self.lookahead,
+            lookback=self.lookahead,
+        )
         kv = KVManager(self.num_blocks, self.block_size, self.prefix_caching)
         self.scheduler = Scheduler(
             limits, kv, frozenset({EOS}), vocab_size=PROMPT_VOCAB, clock=lambda: self.now
         )
-        self.executor = FakeExecutor(self.block_size, self.vocab_size)
+        self.executor = FakeExecutor(
+            self.block_size, self.vocab_size, self.max_len, drafts=self.lookahead > 0
+        )
 
     @property
     def max_len(self) -> int:
@@ -177,9 +268,11 @@ class FakeEngine:
         """One step; what clients hear is collected in `heard`."""
         decoding = self.executor.decoding()
         num_preemptions = self.scheduler.stats().num_preemptions
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.shapes[self.num_steps % len(self.shapes)])
+        self.num_steps += 1
         if self.scheduler.stats().num_preemptions > num_preemptions:
             assert plan.admitted == (), "admitted where blocks have just run out"
+            assert all(row.num_draft == 0 for row in plan.rows), "nodes where blocks have run out"
         assert plan.num_tokens <= self.max_num_batched_tokens
         planned = {row.request_id for row in plan.rows}
         assert decoding <= planned | set(plan.released), "a decoding sequence stood still"

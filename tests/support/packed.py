@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from engine.kv.storage import KVStorage
+from engine.layers.loading import ReadTensor
 from engine.models.arch import LlamaArch
-from engine.models.llama import Llama, LlamaLoader, ReadTensor
+from engine.models.llama import Llama, LlamaLoader
 from engine.parallel.group import TPGroup
 from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
@@ -46,7 +47,7 @@ class PackedModel:
         for pages in (*kv.keys, *kv.values):
             pages.fill_(torch.nan)
         self.context = ForwardContext(self.ops, kv, TPGroup())
-        self.inputs = InputBuilder(16, self.num_blocks, BLOCK, CPU)
+        self.inputs = InputBuilder(16, self.num_blocks * BLOCK, BLOCK, CPU)
 
     @torch.inference_mode()
     def run(self, *rows: RowPlan) -> list[Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
+import msgspec
+
 from engine.messages import EngineInfo, EngineStats, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 
@@ -122,6 +124,23 @@ def say(token_ids: Sequence[int], step: int = 1, ends: bool = True) -> Script:
         return events
 
     return script
+
+
+def drafting(script: Script, *counts: tuple[int, int, int]) -> Script:
+    """`script` as if it had been sped up: `num_drafts`, `num_drafted` and `num_accepted` of each
+    choice of the HTTP request, in order."""
+
+    def drafted(request: Request) -> list[Event]:
+        index = int(request.request_id.rpartition("-")[2])
+        values = dict(
+            zip(("num_drafts", "num_drafted", "num_accepted"), counts[index], strict=True)
+        )
+        return [
+            msgspec.structs.replace(event, **values) if isinstance(event, Finished) else event
+            for event in script(request)
+        ]
+
+    return drafted
 
 
 def fail(token_ids: Sequence[int], error: str) -> Script:

@@ -1,0 +1,50 @@
+"""Draft trees that can be named in the configuration: files under configs/tree."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from configs.load import ConfigError
+from configs.schema import Section
+
+
+class TreeConfig(Section):
+    """A static tree (`parents`), or a dynamic one (`num_nodes`, `max_depth`, `top_k`)."""
+
+    parents: tuple[int, ...] | None = Field(
+        None, description="parent of every node; -1 for the root, which is node 0"
+    )
+    num_nodes: int | None = Field(None, description="nodes to keep, the root included")
+    max_depth: int | None = None
+    top_k: int | None = Field(None, description="children per node, and width of a level")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TreeConfig:
+        dynamic = (self.num_nodes, self.max_depth, self.top_k)
+        if (self.parents is None) == (None in dynamic) or (
+            self.parents is not None and dynamic != (None, None, None)
+        ):
+            raise ValueError("give either parents, or num_nodes, max_depth and top_k")
+        return self
+
+
+def shipped_trees() -> dict[str, Path]:
+    """Names and paths of the files under configs/tree."""
+    folder = Path(str(files("configs") / "tree"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_tree(name: str) -> TreeConfig:
+    """The tree of a shipped file, or of a path. ConfigError when there is none, or a bad one."""
+    path = shipped_trees().get(name, Path(name))
+    try:
+        return TreeConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        known = ", ".join(shipped_trees())
+        raise ConfigError(f"no tree {name!r}; shipped ones: {known}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"tree {path}: {error}") from error

@@ -1,0 +1,120 @@
+"""Published draft heads, from disk to loaded and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from drafter import manifest, vocab
+from drafter.head_files import check_tensors, open_tensors, read_config
+from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
+from drafter.heads.config import HeadConfig
+from drafter.heads.published import eagle3_json
+from engine.layers.loading import LayerLoader
+from engine.layers.rotary import cos_sin_table
+from engine.models.arch import LlamaArch
+from kernels.ops import LinearWeight, Ops
+
+logger = logging.getLogger(__name__)
+
+
+def load_head(
+    path: Path,
+    target: LlamaArch,
+    target_embedding: LinearWeight,
+    target_lm_head: LinearWeight,
+    ops: Ops,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+) -> LoadedHead:
+    """Load the head in the directory `path` for `target`, whose embedding and LM head it shares
+    where it has none of its own, or the same.
+
+    `max_len` positions can be drafted at; weights are packed from `dtype`. Raises ValueError that
+    names the file, and the tensor or the key at fault.
+    """
+    config = read_head_config(path, target)
+    found = open_tensors(path)
+    check_tensors(manifest.head_tensors(config, target, found), found, path)
+    if max_len > config.arch.max_position_embeddings:
+        logger.warning(
+            "%s was trained for %d positions and will draft at up to %d: expect fewer accepted "
+            "tokens behind them",
+            *(path, config.arch.max_position_embeddings, max_len),
+        )
+    arch = config.arch
+    table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling).to(device)
+    blocks = LayerLoader(arch, lambda name: found[name].read(), ops, dtype, device, table)
+    shared = TargetWeights(target, target_embedding, target_lm_head)
+    try:
+        return HeadBuilder(config, shared, found.keys(), blocks).build()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_head_config(path: Path, target: LlamaArch) -> HeadConfig:
+    """The checked configuration of the head in the directory `path`; ValueError unless it fits
+    `target`. Reads no weight."""
+    content = read_config(path)
+    try:
+        config = HeadConfig.from_json(content)
+        _check_fits(config, target)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from error
+    return config
+
+
+def _check_fits(config: HeadConfig, target: LlamaArch) -> None:
+    for name, own, wanted in (
+        ("hidden_size", config.target_hidden_size, target.hidden_size),
+        ("vocab_size", config.arch.vocab_size, target.vocab_size),
+    ):
+        if own != wanted:
+            raise ValueError(f"the head is for a target of {name} {own}, this one has {wanted}")
+    config.tap_layers(target)
+
+
+def save_eagle3(
+    path: Path,
+    config: HeadConfig,
+    target: LlamaArch,
+    tensors: Mapping[str, Tensor],
+    target_ids: Tensor | None,
+) -> None:
+    """Write an EAGLE-3 head that this package and other engines load: config.json and
+    model.safetensors under the published names.
+
+    Args:
+        path: A directory that does not exist yet; it appears complete or not at all.
+        tensors: By common name (`manifest.common_name`), without d2t and t2d.
+        target_ids: [Vd] int64, target id of each draft id; None when they are the same.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; heads are not overwritten")
+    _check_fits(config, target)
+    ids = torch.arange(config.draft_vocab_size) if target_ids is None else target_ids.cpu()
+    offsets = vocab.offsets_of(ids)
+    vocab.target_ids_of(offsets, target.vocab_size)  # refuses what could not be loaded
+    mapping = {manifest.D2T: offsets, manifest.T2D: vocab.mask_of(ids, target.vocab_size)}
+    stored = {
+        manifest.published_name(name): tensor.detach().cpu().contiguous()
+        for name, tensor in (*tensors.items(), *mapping.items())
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        folder = Path(scratch) / "head"
+        folder.mkdir()
+        text = json.dumps(eagle3_json(config, target), indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        found = open_tensors(folder)
+        check_tensors(manifest.head_tensors(config, target, found), found, folder)
+        folder.rename(path)

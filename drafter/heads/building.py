@@ -1,0 +1,127 @@
+"""From checked tensors to a head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafter import manifest, vocab
+from drafter.heads.config import HeadConfig
+from drafter.heads.eagle import EagleHead
+from drafter.heads.eagle3 import Eagle3Head
+from drafter.heads.layer import DraftLayer
+from engine.layers.embedding import LMHead, VocabParallelEmbedding
+from engine.layers.linear import ColumnParallelLinear
+from engine.layers.loading import LayerLoader
+from engine.models.arch import LlamaArch
+from kernels.ops import LinearWeight, Ops
+
+COMPARED_ROWS = 4096  # of a vocabulary at a time
+
+LoadedHead = EagleHead | Eagle3Head
+
+
+@dataclass(frozen=True, slots=True)
+class TargetWeights:
+    """What a head may share: embedding and LM head, each packed [V, H]."""
+
+    arch: LlamaArch
+    embedding: LinearWeight
+    lm_head: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBuilder:
+    """Builds a head of `config` from the tensors `names`, which `blocks` reads."""
+
+    config: HeadConfig
+    target: TargetWeights
+    names: Collection[str]
+    blocks: LayerLoader
+
+    def build(self) -> LoadedHead:
+        """ValueError, without the file's name, where the vocabularies do not fit together."""
+        return self._eagle() if self.config.kind == "eagle" else self._eagle3()
+
+    def _eagle(self) -> EagleHead:
+        has_norm = manifest.FINAL_NORM in self.names
+        return EagleHead(
+            arch=self.config.arch,
+            tap_layers=self.config.tap_layers(self.target.arch),
+            embedding=self._embedding(),
+            fc=ColumnParallelLinear(self._fc()),
+            layers=self._layers(first_has_norm=manifest.FIRST_NORM in self.names),
+            norm=self.blocks.norm("norm") if has_norm else None,
+            lm_head=LMHead(self._own_or_shared("lm_head", self.target.lm_head)),
+        )
+
+    def _eagle3(self) -> Eagle3Head:
+        return Eagle3Head(
+            arch=self.config.arch,
+            tap_layers=self.config.tap_layers(self.target.arch),
+            target_ids=self._target_ids(),
+            embedding=self._embedding(),
+            embedding_norm=self.blocks.norm("layers.0.input_layernorm"),
+            fc=self._fc(),
+            ops=self.blocks.ops,
+            feature_norm=self.blocks.norm("layers.0.hidden_norm"),
+            norm_before_residual=self.config.norm_before_residual,
+            layers=self._layers(first_has_norm=False),
+            norm=self.blocks.norm("norm"),
+            lm_head=LMHead(self._own_or_shared("lm_head", self.target.lm_head)),
+        )
+
+    def _fc(self) -> LinearWeight:
+        return self.blocks.pack("fc", bias=manifest.FC_BIAS in self.names)
+
+    def _embedding(self) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(self._own_or_shared("embed_tokens", self.target.embedding))
+
+    def _layers(self, first_has_norm: bool) -> tuple[DraftLayer, ...]:
+        return tuple(
+            self._layer(index, index > 0 or first_has_norm)
+            for index in range(self.config.arch.num_layers)
+        )
+
+    def _layer(self, index: int, has_norm: bool) -> DraftLayer:
+        prefix, blocks = f"layers.{index}", self.blocks
+        return DraftLayer(
+            input_norm=blocks.norm(f"{prefix}.input_layernorm") if has_norm else None,
+            attention=blocks.attention(index, f"{prefix}.self_attn"),
+            post_attention_norm=blocks.norm(f"{prefix}.post_attention_layernorm"),
+            mlp=blocks.mlp(f"{prefix}.mlp"),
+        )
+
+    def _own_or_shared(self, name: str, shared: LinearWeight) -> LinearWeight:
+        """The file's weight, unless it has none or repeats the target's."""
+        if f"{name}.weight" not in self.names:
+            return shared
+        own = self.blocks.read(f"{name}.weight").to(self.blocks.device, self.blocks.dtype)
+        if same_rows(own, shared, self.blocks.ops):
+            return shared
+        return self.blocks.ops.pack_linear(own, None)
+
+    def _target_ids(self) -> Tensor | None:
+        size = self.config.arch.vocab_size
+        if manifest.D2T in self.names:
+            ids = vocab.target_ids_of(self.blocks.read(manifest.D2T), size)
+        else:
+            ids = torch.arange(size)
+        if manifest.T2D in self.names:
+            vocab.check_mask(self.blocks.read(manifest.T2D), ids)
+        return None if vocab.is_identity(ids, size) else ids.to(self.blocks.device)
+
+
+def same_rows(own: Tensor, packed: LinearWeight, ops: Ops) -> bool:
+    """Whether `packed`, read row by row, is `own` [V, H]."""
+    if own.shape != (packed.out_features, packed.in_features):
+        return False
+    for first in range(0, len(own), COMPARED_ROWS):
+        rows = own[first : first + COMPARED_ROWS].to(ops.activation_dtype)
+        ids = torch.arange(first, first + len(rows), device=own.device)
+        if not torch.equal(ops.embedding(ids, packed), rows):
+            return False
+    return True

@@ -1,0 +1,195 @@
+"""The shape of a draft head, read strictly from the config.json of the published layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from engine.models.arch import ARCHITECTURE, LlamaArch
+
+Json = Mapping[str, Any]
+Kind = Literal["eagle", "eagle3"]
+T = TypeVar("T", int, bool)
+
+# Names given by the reference, SGLang, SpecForge, NVIDIA, vLLM and speculators. Files of the
+# reference call both kinds LlamaForCausalLM, and only those of EAGLE-3 have the keys below.
+EAGLE_ARCHITECTURES = frozenset(
+    {ARCHITECTURE, "LlamaForCausalLMEagle", "EagleLlamaForCausalLM", "EagleSpeculator"}
+)
+EAGLE3_ARCHITECTURES = frozenset(
+    {"LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"}
+)
+EAGLE3_KEYS = ("draft_vocab_size", "eagle_config")
+FC_BIAS_KEYS = ("fusion_bias", "eagle_fc_bias", "bias")
+AUX_IDS = "eagle_aux_hidden_state_layer_ids"
+
+# Options of some heads, with the one value whose arithmetic is built here.
+ONLY = {
+    "layernorms": False,
+    "add_para_norm": False,
+    "skip_prenorm": True,
+    "skip_output_norm": True,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+    "use_qk_norm": False,
+    "parallel_drafting": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """Everything about a head but its weights and its target.
+
+    `arch` is the shape of its decoder layers, as if they were a small Llama; its `vocab_size` is
+    the target's, its `rope_theta` the file's own (10000 where the file names none, as in the
+    reference), whatever the target uses.
+    """
+
+    kind: Kind
+    arch: LlamaArch
+    draft_vocab_size: int  # rows of the LM head
+    target_hidden_size: int
+    fc_bias: bool | None = None  # None: the file says by holding `fc.bias` or not
+    norm_before_residual: bool = False  # EAGLE-3: the residual starts after `hidden_norm`
+    aux_layers: tuple[int, ...] | None = None  # EAGLE-3: target layers whose input is read
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.draft_vocab_size <= self.arch.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size {self.draft_vocab_size} must be 1 to vocab_size "
+                f"{self.arch.vocab_size}"
+            )
+        if self.target_hidden_size < 1:
+            raise ValueError(
+                f"target_hidden_size must be at least 1, not {self.target_hidden_size}"
+            )
+        if self.aux_layers is not None and not self.aux_layers:
+            raise ValueError(f"{AUX_IDS} must name at least one layer")
+
+    @classmethod
+    def from_json(cls, config: Json) -> HeadConfig:
+        """Read a config.json. Anything that would need other arithmetic raises ValueError."""
+        kind = _kind(config)
+        _refuse_unsupported(config)
+        layers = _layers(config)
+        _refuse_unsupported(layers)
+        arch = LlamaArch.from_hf_config({**layers, "architectures": [ARCHITECTURE]})
+        if kind == "eagle":
+            return cls(kind, arch, arch.vocab_size, arch.hidden_size, fc_bias=_fc_bias(config))
+        return cls(
+            kind,
+            arch,
+            draft_vocab_size=_typed(config, "draft_vocab_size", arch.vocab_size),
+            target_hidden_size=_typed(config, "target_hidden_size", arch.hidden_size),
+            norm_before_residual=_typed(config, "norm_before_residual", False),
+            aux_layers=_aux_layers(config),
+        )
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what `fc` reads of the target, [C, feature_size]."""
+        if self.kind == "eagle":
+            return self.target_hidden_size
+        return self.target_hidden_size * (3 if self.aux_layers is None else len(self.aux_layers))
+
+    def tap_layers(self, target: LlamaArch) -> tuple[int, ...]:
+        """Target layers whose input the head reads; `num_layers` is behind the final norm."""
+        if self.kind == "eagle":
+            return (target.num_layers,)
+        layers = self.aux_layers
+        if layers is None:
+            layers = (2, target.num_layers // 2, target.num_layers - 3)
+        for layer in layers:
+            if not 0 <= layer < target.num_layers:
+                raise ValueError(
+                    f"the head reads the input of target layers {list(layers)}; "
+                    f"this target has layers 0 to {target.num_layers - 1}"
+                )
+        return layers
+
+
+def _kind(config: Json) -> Kind:
+    declared = config.get("speculators_model_type")
+    if declared == "eagle" or declared == "eagle3":
+        return "eagle" if declared == "eagle" else "eagle3"
+    names = config.get("architectures") or []
+    if declared is None and len(names) == 1:
+        if names[0] in EAGLE3_ARCHITECTURES:
+            return "eagle3"
+        if names[0] in EAGLE_ARCHITECTURES:
+            has_keys = any(config.get(key) is not None for key in EAGLE3_KEYS)
+            return "eagle3" if has_keys and names[0] == ARCHITECTURE else "eagle"
+    raise ValueError(
+        f"draft head {declared or list(names) or config.get('model_type')} is not supported; "
+        f"{', '.join(sorted(EAGLE_ARCHITECTURES | EAGLE3_ARCHITECTURES))} are"
+    )
+
+
+def _layers(config: Json) -> Json:
+    """The part that describes decoder layers; speculators nests it."""
+    if config.get("speculators_model_type") is None:
+        return config
+    if config.get("transformer_layer_config") is None:
+        raise ValueError("transformer_layer_config is missing")
+    return _table(config, "transformer_layer_config")
+
+
+def _refuse_unsupported(config: Json) -> None:
+    if config.get("model_type", "llama") not in ("llama", "eagle", "eagle3", "speculator_model"):
+        raise ValueError(f"model_type {config['model_type']!r} is not supported; 'llama' is")
+    for key, value in ONLY.items():
+        if config.get(key, value) not in (None, value):
+            raise ValueError(f"{key} {config[key]!r} is not supported; {value} is")
+    if not _typed(_table(config, "eagle_config"), "use_aux_hidden_state", True):
+        raise ValueError("use_aux_hidden_state false is not supported; true is")
+
+
+def _fc_bias(config: Json) -> bool | None:
+    for key in FC_BIAS_KEYS:
+        if config.get(key) is not None:
+            return _typed(config, key, False)
+    return None
+
+
+def _aux_layers(config: Json) -> tuple[int, ...] | None:
+    """vLLM and speculators name, at the top, layers whose input is read; NVIDIA and SGLang name,
+    in `eagle_config`, layers whose output is read."""
+    inputs = _ids(config.get(AUX_IDS))
+    outputs = _ids(_table(config, "eagle_config").get(AUX_IDS))
+    if outputs is None:
+        return inputs
+    behind = tuple(layer + 1 for layer in outputs)
+    if inputs not in (None, behind):
+        raise ValueError(
+            f"{AUX_IDS} names inputs of layers {list(inputs or ())}, eagle_config names outputs of "
+            f"{list(outputs)}; they must name the same tensors"
+        )
+    return behind
+
+
+def _ids(value: object) -> tuple[int, ...] | None:
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValueError(f"{AUX_IDS} must be a list of layer numbers, not {value!r}")
+    return tuple(value)
+
+
+def _table(config: Json, key: str) -> Json:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be a table, not {value!r}")
+    return value
+
+
+def _typed(config: Json, key: str, default: T) -> T:
+    value = config.get(key)
+    if value is None:
+        return default
+    if type(value) is not type(default):
+        raise ValueError(f"{key} must be {type(default).__name__}, not {value!r}")
+    return value

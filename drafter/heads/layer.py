@@ -1,0 +1,52 @@
+"""The decoder layer of draft heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from drafter.heads.interface import DraftBatch, DraftContext
+from engine.layers.attention import Attention
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.parallel.group import TPGroup
+from engine.runner.forward import ForwardContext
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLayer:
+    """Attention and feed-forward over a residual stream. What normalises the layer's input
+    depends on the head and on the place of the layer, so it lies outside `__call__`."""
+
+    input_norm: RMSNorm | None  # None: the layer takes the stream as it is
+    attention: Attention
+    post_attention_norm: RMSNorm
+    mlp: GatedMLP
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, batch: DraftBatch, ctx: ForwardContext
+    ) -> Tensor:
+        """Take the prepared input [C, H or 2H] and the residual stream [C, H], which it updates in
+        place; return this layer's output, not yet added."""
+        x = self.attention(x, batch, ctx)
+        return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)
+
+
+def follow(
+    layers: tuple[DraftLayer, ...],
+    x: Tensor,
+    residual: Tensor,
+    batch: DraftBatch,
+    ctx: ForwardContext,
+) -> Tensor:
+    """Run ordinary layers behind the output `x` of the one before them."""
+    for layer in layers:
+        assert layer.input_norm is not None, "only the first layer of a head may lack this norm"
+        x = layer(layer.input_norm.add(x, residual, ctx), residual, batch, ctx)
+    return x
+
+
+def whole(ctx: DraftContext) -> ForwardContext:
+    """The context of blocks that are not split over ranks: a head is whole on each."""
+    return ForwardContext(ctx.ops, ctx.kv, TPGroup())

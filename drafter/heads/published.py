@@ -1,0 +1,57 @@
+"""The config.json of an EAGLE-3 head, for the reference, vLLM and SGLang alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from drafter.heads.config import AUX_IDS, HeadConfig
+from engine.models.arch import Llama3RopeScaling, LlamaArch
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+
+def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
+    """What `HeadConfig.from_json` reads back. ValueError for a head of another kind, or whose
+    layers `target` does not have."""
+    if config.kind != "eagle3":
+        raise ValueError(f"a head of kind {config.kind!r} cannot be written as 'eagle3'")
+    inputs = config.tap_layers(target)
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        **_layers_json(config.arch),
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "norm_before_residual": config.norm_before_residual,
+        # The same tensors twice: as the layers they enter, and as the layers they leave.
+        AUX_IDS: list(inputs),
+        "eagle_config": {
+            AUX_IDS: [layer - 1 for layer in inputs],
+            "use_aux_hidden_state": True,
+        },
+    }
+
+
+def _layers_json(arch: LlamaArch) -> dict[str, Any]:
+    return {
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_heads,
+        "num_key_value_heads": arch.num_kv_heads,
+        "head_dim": arch.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": arch.rms_norm_eps,
+        "rope_theta": arch.rope_theta,
+        "rope_scaling": _rope_json(arch.rope_scaling),
+        "max_position_embeddings": arch.max_position_embeddings,
+        "attention_bias": arch.attention_bias,
+        "mlp_bias": arch.mlp_bias,
+        "tie_word_embeddings": False,
+    }
+
+
+def _rope_json(scaling: Llama3RopeScaling | None) -> dict[str, Any] | None:
+    return None if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)}

@@ -1,0 +1,107 @@
+"""Which tensors a head's file must and may hold, under one set of names for all layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from drafter.heads.config import HeadConfig
+from engine.models.arch import LlamaArch
+from engine.models.manifest import Shape, expected_tensors
+
+EMBEDDING = "embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+FC = "fc.weight"
+FC_BIAS = "fc.bias"
+FINAL_NORM = "norm.weight"
+FIRST_NORM = "layers.0.input_layernorm.weight"
+HIDDEN_NORM = "layers.0.hidden_norm.weight"
+D2T, T2D = "d2t", "t2d"
+
+FLOATS = ("F32", "F16", "BF16")
+DTYPES = {D2T: ("I64", "I32"), T2D: ("BOOL", "U8")}  # of the others: FLOATS
+
+# As written by the EAGLE trainer, SpecForge and NVIDIA (midlayer), speculators (transformer,
+# fusion_fc), Meta (feed_forward) and vLLM (model, draft_id_to_target_id).
+PREFIXES = (
+    ("model.", ""),
+    ("midlayer.", "layers.0."),
+    ("transformer.", "layers.0."),
+    ("fusion_fc.", "fc."),
+)
+WHOLE_NAMES = {"draft_id_to_target_id": D2T}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTensors:
+    """Name -> shape. What is optional and absent, the target or the configuration stands in for."""
+
+    required: dict[str, Shape]
+    optional: dict[str, Shape]
+
+
+def common_name(name: str) -> str:
+    """The name that this package uses for the tensor `name` of any layout: `fc`, `layers.0`, ...,
+    `norm`, `lm_head`, `embed_tokens`, `d2t`, `t2d`."""
+    for prefix, replacement in PREFIXES:
+        if name.startswith(prefix):
+            name = replacement + name.removeprefix(prefix)
+    return WHOLE_NAMES.get(name, name.replace(".feed_forward.", ".mlp."))
+
+
+def published_name(name: str) -> str:
+    """The name in files of EAGLE-3 heads for a `common_name`."""
+    first = "layers.0."
+    return "midlayer." + name.removeprefix(first) if name.startswith(first) else name
+
+
+def is_harmless(name: str) -> bool:
+    """Rotary tables are recomputed."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def head_tensors(config: HeadConfig, target: LlamaArch, found: Collection[str]) -> HeadTensors:
+    """What a file must hold. `found`, the names in it, decides where no configuration does: whether
+    an EAGLE head is the dense kind with all norms, and whether `fc` has a bias."""
+    arch, hidden = config.arch, config.arch.hidden_size
+    required = _layers(arch)
+    inputs = config.feature_size + (hidden if config.kind == "eagle" else 0)
+    required[FC] = (hidden, inputs)
+    if FC_BIAS in found if config.fc_bias is None else config.fc_bias:
+        required[FC_BIAS] = (hidden,)
+    optional: dict[str, Shape] = {
+        EMBEDDING: (arch.vocab_size, hidden),
+        LM_HEAD: (config.draft_vocab_size, hidden),
+    }
+    if config.kind == "eagle3":
+        _add_eagle3(config, target, required, optional)
+    elif not {FINAL_NORM, FIRST_NORM} & set(found):
+        del required[FINAL_NORM], required[FIRST_NORM]
+    return HeadTensors(required, optional)
+
+
+def _add_eagle3(
+    config: HeadConfig,
+    target: LlamaArch,
+    required: dict[str, Shape],
+    optional: dict[str, Shape],
+) -> None:
+    arch, hidden = config.arch, config.arch.hidden_size
+    for part in "qkv":
+        name = f"layers.0.self_attn.{part}_proj.weight"
+        required[name] = (required[name][0], 2 * hidden)
+    required[HIDDEN_NORM] = (hidden,)
+    optional |= {D2T: (config.draft_vocab_size,), T2D: (arch.vocab_size,)}
+    whole_vocab = config.draft_vocab_size == arch.vocab_size
+    if not whole_vocab:
+        required[D2T] = optional.pop(D2T)
+    if hidden != target.hidden_size:  # the target's rows are of another width
+        required[EMBEDDING] = optional.pop(EMBEDDING)
+    if hidden != target.hidden_size or not whole_vocab:
+        required[LM_HEAD] = optional.pop(LM_HEAD)
+
+
+def _layers(arch: LlamaArch) -> dict[str, Shape]:
+    """The tensors of ordinary layers and of the final norm."""
+    names = {name.removeprefix("model."): shape for name, shape in expected_tensors(arch).items()}
+    return {n: shape for n, shape in names.items() if n.startswith("layers.") or n == FINAL_NORM}

@@ -1,0 +1,22 @@
+"""Collects the target's hidden states for a draft head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class FeatureCollector:
+    """Implements `FeatureTap`: keeps what passed by in the current forward, by reference (the model
+    makes a new tensor for every tap)."""
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self._order = layers
+        self.layers = frozenset(layers)
+        self._seen: dict[int, Tensor] = {}
+
+    def record(self, layer: int, hidden: Tensor) -> None:
+        self._seen[layer] = hidden
+
+    def take(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The features of the tokens `rows` [C], one [C, H] per tapped layer, in order."""
+        return tuple(self._seen[layer][rows] for layer in self._order)

@@ -1,0 +1,94 @@
+"""Measures steps before the first request: what each tree costs on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from engine.request import Request, SamplingParams
+from engine.scheduler.plan import Admission, RowPlan, StepOutcome, StepPlan
+from engine.spec.planner import StepCosts
+from engine.spec.shape import TreeShape
+
+PROMPT = 32  # tokens in the cache while measuring
+REPEATS = 3
+ROW_COUNTS = (1, 4, 16, 64)
+
+
+class PlanExecutor(Protocol):
+    """Carries out a plan on every rank; implemented by `ModelRunner`."""
+
+    def execute(self, plan: StepPlan) -> StepOutcome: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Runs made-up rows through an executor whose blocks are all free."""
+
+    executor: PlanExecutor
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def measure(self, shapes: Sequence[TreeShape]) -> StepCosts:
+        """Seconds of a decode step with each shape, for several numbers of rows."""
+        seconds: dict[str, list[tuple[int, float]]] = {shape.name: [] for shape in shapes}
+        for num_rows in self._row_counts(shapes):
+            rows = self._start(num_rows)
+            for shape in shapes:
+                cost = self._time(rows, shape)
+                seconds[shape.name].append((num_rows, cost))
+            self.executor.execute(StepPlan(released=tuple(row.request_id for row in rows)))
+        return StepCosts(seconds)
+
+    def _row_counts(self, shapes: Sequence[TreeShape]) -> list[int]:
+        """As many as fit; one row always does."""
+        widest = max(shape.num_nodes for shape in shapes)
+        most = min(
+            self.max_num_seqs,
+            self.num_blocks // self._blocks_per_row(),
+            self.max_num_batched_tokens // widest,
+        )
+        return [count for count in ROW_COUNTS if count <= max(most, 1)]
+
+    def _blocks_per_row(self) -> int:
+        return -(-(PROMPT + 2 * 64) // self.block_size)
+
+    def _start(self, num_rows: int) -> list[RowPlan]:
+        """Fill the cache with prompts; returns the rows as they stand before a decode step."""
+        params = SamplingParams(max_tokens=1 << 20, temperature=0.0)
+        size = self._blocks_per_row()
+        rows = []
+        for number in range(num_rows):
+            prompt = [(7 * number + 3 * i) % 97 + 3 for i in range(PROMPT)]
+            request = Request(request_id=f"warm-up-{number}", prompt_ids=prompt, params=params)
+            blocks = list(range(number * size, (number + 1) * size))
+            row = RowPlan(request.request_id, 0, prompt, blocks, samples=True)
+            self.executor.execute(StepPlan((row,), (Admission(request, ()),)))
+            rows.append(row)
+        return rows
+
+    def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> float:
+        """Median seconds of a step. Every step repeats the same position: its first run leaves the
+        drafter without a state for it, so the state is renewed in between."""
+        times = []
+        for _ in range(REPEATS):
+            prefill = tuple(replace(row, num_draft=0) for row in rows)
+            outcome = self.executor.execute(StepPlan(prefill))
+            decode = tuple(
+                replace(
+                    row,
+                    start=PROMPT,
+                    token_ids=list(result.emitted[-1:]),
+                    num_draft=shape.num_nodes - 1,
+                )
+                for row, result in zip(rows, outcome.rows, strict=True)
+            )
+            started = time.perf_counter()
+            self.executor.execute(StepPlan(decode, shape=shape))
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)

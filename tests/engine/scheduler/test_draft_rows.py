@@ -1,0 +1,252 @@
+"""Rows with draft trees: who gets nodes, what they may take, and what is left when they go.
+
+`FakeExecutor` asserts that nodes have slots of their own within every limit, that a draft head
+finds its entries, and that no slot of a rejected node is ever read as text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from engine.kv.manager import KVManager
+from engine.scheduler.plan import RowOutcome, StepOutcome, StepPlan
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from tests.engine.scheduler.test_traces import TRACES, Abort, Arrival, Step, engines, play
+from tests.support.fake_executor import (
+    EOS,
+    PROMPT_VOCAB,
+    FakeEngine,
+    prompt_of,
+    request,
+    shape,
+)
+
+BUSH = StaticShape("bush", (-1, 0, 0, 0, 1, 1, 2))
+SHAPES: tuple[TreeShape, ...] = (
+    chain(1),
+    chain(3),
+    ROOT,
+    BUSH,
+    chain(7),
+    DynamicShape("dynamic", 5, 3, 2),
+)
+LIMITS = (None, None, 0, 1, 3)
+
+
+def num_draft(plan: StepPlan) -> dict[str, int]:
+    return {row.request_id: row.num_draft for row in plan.rows}
+
+
+@st.composite
+def drafting_engines(draw: st.DrawFn) -> FakeEngine:
+    plain = draw(engines())
+    shapes = tuple(draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4)))
+    return replace(plain, lookahead=draw(st.sampled_from([1, 1, 0])), shapes=shapes)
+
+
+def limited(trace: list[Arrival | Abort | Step], engine: FakeEngine) -> None:
+    """Play a trace whose requests limit their trees in turn."""
+    submit = engine.scheduler.submit
+
+    def submit_limited(asked: object) -> None:
+        at = len(engine.submitted)
+        submit(msgspec.structs.replace(asked, max_draft_nodes=LIMITS[at % len(LIMITS)]))
+
+    engine.scheduler.submit = submit_limited  # type: ignore[method-assign]
+    play(engine, trace)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(drafting_engines(), TRACES)
+def test_every_trace_with_trees_keeps_the_rules_and_gives_every_request_its_own_text(
+    engine: FakeEngine, trace: list[Arrival | Abort | Step]
+) -> None:
+    limited(trace, engine)
+    engine.run()
+    stats, totals = engine.scheduler.stats(), engine.executor.totals
+    ends = [record.finished for record in engine.heard.values() if record.finished]
+    assert stats.num_drafts == totals.num_drafts == sum(end.num_drafts for end in ends)
+    assert stats.num_draft_tokens == totals.num_draft_tokens
+    assert stats.num_draft_tokens == sum(end.num_drafted for end in ends)
+    assert stats.num_accepted_tokens == sum(end.num_accepted for end in ends)
+    assert stats.num_accepted_tokens == sum(stats.accepted_per_position)
+    assert list(stats.accepted_per_position) == sorted(stats.accepted_per_position, reverse=True)
+    assert sum(stats.steps_by_tree.values()) == stats.num_steps
+    event(f"preempted: {stats.num_preemptions > 0}, accepted: {stats.num_accepted_tokens > 0}")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(engines(), TRACES, st.sampled_from(SHAPES))
+def test_nodes_preempt_nobody(
+    plain: FakeEngine, trace: list[Arrival | Abort | Step], tree: TreeShape
+) -> None:
+    """While every root can have a block, all roots get on."""
+    engine = replace(plain, shapes=(tree,))
+    for act in trace:
+        play(engine, [act])
+        decoding = engine.executor.decoding()
+        if engine.scheduler.stats().num_running and len(decoding) == len(engine.executor.rows):
+            before = engine.scheduler.stats().num_preemptions
+            free = round((1 - engine.scheduler.stats().kv_usage) * engine.num_blocks)
+            engine.step()
+            if free >= len(decoding):  # a block for every root
+                assert engine.scheduler.stats().num_preemptions == before
+    engine.run()
+
+
+def test_a_chain_of_slots_follows_the_root() -> None:
+    engine = FakeEngine(shapes=(chain(5),))
+    engine.submit(request("a", prompt_of(6), max_tokens=20))
+    assert num_draft(engine.step()) == {"a": 0}
+    plan = engine.step()
+    assert shape(plan) == [("a", 6, 1, True)]
+    assert num_draft(plan) == {"a": 5}
+    assert plan.num_tokens == 6
+    assert len(plan.rows[0].block_ids) == 3
+    engine.run()
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(None, 6), (0, 0), (1, 1), (3, 3), (6, 6), (100, 6)]
+)
+def test_a_request_may_limit_its_own_tree(limit: int | None, expected: int) -> None:
+    engine = FakeEngine(shapes=(BUSH,))
+    asked = request("a", prompt_of(6), max_tokens=20)
+    engine.submit(msgspec.structs.replace(asked, max_draft_nodes=limit))
+    engine.step()
+    assert num_draft(engine.step()) == {"a": expected}
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(1, None), (2, 0), (3, 5), (4, 5)])
+def test_no_draft_when_one_token_is_missing(max_tokens: int, expected: int | None) -> None:
+    engine = FakeEngine(shapes=(chain(5),))
+    engine.submit(request("a", prompt_of(6), max_tokens=max_tokens))
+    engine.step()
+    assert num_draft(engine.step()).get("a") == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(20, 5), (56, 5), (57, 5), (58, 4), (61, 1), (62, 0)]
+)
+def test_nodes_and_the_bonus_token_stay_within_the_context(length: int, expected: int) -> None:
+    engine = FakeEngine(shapes=(chain(5),), lookahead=1)
+    engine.submit(request("a", prompt_of(length), max_tokens=100))
+    engine.step()
+    assert num_draft(engine.step()) == {"a": expected}
+    engine.run()
+
+
+def test_every_root_comes_before_the_first_node() -> None:
+    engine = FakeEngine(max_num_batched_tokens=8, max_num_seqs=4, shapes=(chain(5),))
+    for name in "abcd":
+        engine.submit(request(name, prompt_of(2, ord(name) * 100), max_tokens=30))
+    engine.step()
+    assert num_draft(engine.step()) == {"a": 4, "b": 0, "c": 0, "d": 0}
+    engine.run()
+
+
+def test_trees_leave_half_of_the_budget_to_prompts() -> None:
+    engine = FakeEngine(max_num_batched_tokens=16, shapes=(chain(15),))
+    engine.submit(request("old", prompt_of(3), max_tokens=40))
+    engine.step()
+    assert num_draft(engine.step()) == {"old": 15}
+    engine.submit(request("new", prompt_of(20, first=2000), max_tokens=2))
+    plan = engine.step()
+    assert num_draft(plan) == {"old": 7, "new": 0}
+    assert shape(plan)[1] == ("new", 0, 8, False)
+    engine.run()
+
+
+def test_trees_may_take_all_while_no_row_is_free_for_the_waiting() -> None:
+    engine = FakeEngine(max_num_batched_tokens=16, max_num_seqs=1, shapes=(chain(15),))
+    engine.submit(request("old", prompt_of(3), max_tokens=40))
+    engine.step()
+    engine.submit(request("new", prompt_of(20, first=2000), max_tokens=2))
+    assert num_draft(engine.step()) == {"old": 15}
+
+
+def test_nodes_get_no_block_that_another_root_needs() -> None:
+    engine = FakeEngine(num_blocks=4, shapes=(chain(3),))
+    engine.submit(request("a", prompt_of(4), max_tokens=3, arrival=0.0))
+    engine.submit(request("b", prompt_of(4, 2000), max_tokens=3, arrival=1.0))
+    engine.step()
+    plan = engine.step()
+    assert shape(plan) == [("a", 4, 1, True), ("b", 4, 1, True)]
+    assert [len(row.block_ids) for row in plan.rows] == [2, 2]
+    engine.run()
+    assert engine.scheduler.stats().num_preemptions == 0
+
+
+class Rejecting:
+    """Executes plans on a `FakeEngine`'s executor without ever accepting a node."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        engine.executor._luck.randint = lambda low, high: low  # type: ignore[method-assign]
+
+
+def test_blocks_of_rejected_nodes_go_to_whoever_needs_them() -> None:
+    engine = FakeEngine(num_blocks=7, max_model_len=28, shapes=(chain(15), ROOT, ROOT))
+    Rejecting(engine)
+    engine.submit(request("a", prompt_of(4), max_tokens=8))
+    engine.step()
+    engine.shapes = (chain(15),)
+    assert len(engine.step().rows[0].block_ids) == 5
+    engine.submit(request("b", prompt_of(11, 2000), max_tokens=3))
+    plan = engine.step()
+    assert shape(plan) == [("a", 5, 1, True), ("b", 0, 11, True)]
+    engine.run()
+    assert engine.scheduler.stats().num_preemptions == 0
+
+
+def test_what_follows_the_end_of_a_text_is_not_cached() -> None:
+    kv = KVManager(32, 4, prefix_caching=True)
+    scheduler = Scheduler(SchedulerLimits(4, 64, 64), kv, frozenset({EOS}), vocab_size=PROMPT_VOCAB)
+    scheduler.submit(request("a", prompt_of(7), max_tokens=30, ignore_eos=False))
+    scheduler.update(scheduler.schedule(), StepOutcome((RowOutcome((5,)),)))
+    plan = scheduler.schedule(chain(7))
+    events = scheduler.update(plan, StepOutcome((RowOutcome((6, EOS, 8, 9, 10, 11, 12, 13), 7),)))
+    assert [event.token_ids for event in events[:1]] == [[6, EOS]]  # type: ignore[union-attr]
+    scheduler.submit(request("b", [*prompt_of(7), 5, 6, EOS, 8, 9, 10, 11, 12], max_tokens=1))
+    assert scheduler.schedule().rows[0].start == 8  # 7 + 1 accepted token whose KV is there
+    scheduler.audit()
+    stats = scheduler.stats()
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (1, 7, 2)
+    assert stats.accepted_per_position == (1, 1)
+
+
+def test_accepted_tokens_are_cached_for_the_next_turn() -> None:
+    engine = FakeEngine(shapes=(chain(7),), lookahead=1)
+    engine.submit(request("turn 1", prompt_of(6), max_tokens=17))
+    engine.run()
+    history = prompt_of(6) + engine.heard["turn 1"].token_ids
+    engine.submit(request("turn 2", [*history, 1, 2, 3], max_tokens=1))
+    assert shape(engine.run()[0]) == [("turn 2", 19, 7, True)]
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 13, 30])
+def test_a_draft_head_costs_one_token_of_a_prefix_hit(length: int) -> None:
+    cached = []
+    for lookahead in (0, 1):
+        engine = FakeEngine(lookahead=lookahead, shapes=(chain(3),))
+        for name in ("first", "second"):
+            engine.submit(request(name, prompt_of(length), max_tokens=6))
+            engine.run()
+        end = engine.heard["second"].finished
+        assert end is not None
+        cached.append(end.num_cached)
+        assert engine.scheduler.stats().prefix_hits == (length - 1) // 4 * 4
+    assert cached[1] == max(0, cached[0] - 1)
+
+
+@pytest.mark.parametrize("length", [63, 64])
+def test_a_prompt_that_fills_everything_is_scored(length: int) -> None:
+    engine = FakeEngine(num_blocks=16, lookahead=1, shapes=(chain(3),))
+    engine.submit(request("a", prompt_of(length), max_tokens=0, prompt_logprobs=0))
+    assert len(engine.run()) == 1
+    assert len(engine.heard["a"].prompt_logprobs) == length

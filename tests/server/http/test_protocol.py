@@ -1,0 +1,282 @@
+"""Connections as sockets see them: heads that are too long, too slow, or not HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from uvicorn.server import ServerState
+
+from server.http_protocol import MAX_HEAD, HttpProtocol
+from server.launch import web_config
+from tests.server.http.server import CHAT, CHAT_PATH, Server
+
+MakeServer = Callable[..., Server]
+DEADLINE = 30.0  # seconds; only what hangs ever takes so long
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST " + CHAT_PATH.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+class Hasty(HttpProtocol):
+    """Waits for nothing."""
+
+    head_timeout = body_timeout = 0.01
+
+
+class Line:
+    """A client's connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, *pieces: bytes) -> None:
+        """Write pieces one by one; what comes behind a close is dropped."""
+        for piece in pieces:
+            self._writer.write(piece)
+            try:
+                await self._writer.drain()
+            except ConnectionError:
+                return
+
+    async def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """One whole answer: status, headers, body. ConnectionError when there is none."""
+        try:
+            head = await self._reader.readuntil(b"\r\n\r\n")
+            first, *lines = head.decode().strip().split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in lines)
+            body = await self._reader.readexactly(int(headers["content-length"]))
+        except asyncio.IncompleteReadError as error:
+            raise ConnectionError from error
+        return int(first.split()[1]), headers, body
+
+    async def rest(self) -> bytes:
+        """All that comes until the server closes."""
+        try:
+            return await self._reader.read()
+        except ConnectionError:
+            return b""
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def talk(
+    server: Server,
+    scene: Callable[[Line], Awaitable[None]],
+    protocol: type[HttpProtocol] = HttpProtocol,
+) -> None:
+    """Run `scene` on a connection to the application."""
+
+    async def main() -> None:
+        config = web_config(server.app)
+        config.load()
+        state = ServerState()
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(
+            lambda: protocol(config, state, app_state={}), "127.0.0.1", 0
+        )
+        line = Line(*await asyncio.open_connection(*listener.sockets[0].getsockname()))
+        try:
+            await asyncio.wait_for(scene(line), DEADLINE)
+        finally:
+            line.close()
+            for connection in list(state.connections):
+                connection.transport.abort()
+            listener.close()
+            await listener.wait_closed()
+            await asyncio.gather(*state.tasks)
+
+    asyncio.run(main())
+
+
+async def refused(line: Line, status: int, code: str) -> dict[str, str]:
+    """The next answer is this error, and it is the last; its headers."""
+    found, headers, body = await line.answer()
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert (found, error["code"], error["type"]) == (status, code, "invalid_request_error")
+    assert headers["content-type"] == "application/json"
+    assert headers["connection"] == "close"
+    assert await line.rest() == b""
+    return headers
+
+
+ENDLESS = {  # beginnings that any number of letters may follow
+    "header": b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ",
+    "name": b"GET /health HTTP/1.1\r\nHost: x\r\nX",
+    "path": b"GET /",
+    "trailer": CHUNKED + b"0\r\nX-A: ",
+    "extension": CHUNKED + b"1;a=",
+}
+
+
+@pytest.mark.parametrize("start", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_what_never_ends_is_refused_and_costs_little(
+    server: Server, start: bytes, earlier: int
+) -> None:
+    async def scene(line: Line) -> None:
+        for _ in range(earlier):
+            await line.send(GET)
+            assert (await line.answer())[0] == 200
+        await line.send(start)
+        await line.send(*[b"a" * 1024] * (MAX_HEAD // 1024 + 1))
+        await refused(line, 431, "headers_too_large")
+
+    talk(server, scene)
+
+
+@pytest.mark.parametrize("num_headers", [1, 1000])
+def test_a_long_head_in_one_piece_is_refused(server: Server, num_headers: int) -> None:
+    one = b"X-A: " + b"a" * (MAX_HEAD // num_headers) + b"\r\n"
+
+    async def scene(line: Line) -> None:
+        await line.send(GET[:-2] + one * num_headers + b"\r\n")
+        await refused(line, 431, "headers_too_large")
+
+    talk(server, scene)
+
+
+def test_heads_below_the_limit_are_read_on_every_request_of_a_connection(server: Server) -> None:
+    long = GET[:-2] + b"X-A: " + b"a" * (MAX_HEAD - 100) + b"\r\n\r\n"
+
+    async def scene(line: Line) -> None:
+        for _ in range(3):
+            await line.send(long[: MAX_HEAD // 2], long[MAX_HEAD // 2 :])
+            assert (await line.answer())[0] == 200
+
+    talk(server, scene)
+
+
+def test_a_long_body_is_no_long_head(server: Server) -> None:
+    body = json.dumps(CHAT).encode() + b" " * (4 * MAX_HEAD)
+    head = POST + b"Content-Length: %d\r\n\r\n" % len(body)
+    pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)]
+
+    async def scene(line: Line) -> None:
+        await line.send(head, *pieces)
+        assert (await line.answer())[0] == 200
+        await line.send(GET)
+        assert (await line.answer())[0] == 200
+
+    talk(server, scene)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 a TLS handshake",
+        b"NONSENSE / HTTP/1.1\r\n\r\n",
+        GET[:-2] + b"Content-Length: -1\r\n\r\n",
+        GET[:-2] + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        CHUNKED + b"no length\r\n",
+    ],
+)
+def test_what_is_not_http_is_a_json_error(
+    server: Server, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scene(line: Line) -> None:
+        await line.send(data)
+        headers = await refused(line, 400, "invalid_http")
+        assert headers["x-request-id"].startswith("req_")
+        assert headers["x-request-id"] in caplog.text
+
+    talk(server, scene)
+
+
+def test_a_refusal_carries_the_id_that_was_read_before(server: Server) -> None:
+    async def scene(line: Line) -> None:
+        await line.send(GET[:-2] + b"X-Request-ID: mine\r\nContent-Length: nine\r\n\r\n")
+        assert (await refused(line, 400, "invalid_http"))["x-request-id"] == "mine"
+
+    talk(server, scene)
+
+
+def test_nonsense_behind_a_request_does_not_get_into_its_answer(make_server: MakeServer) -> None:
+    server = make_server(lambda _: [])
+    body = json.dumps(CHAT).encode()
+
+    async def scene(line: Line) -> None:
+        await line.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while not server.engine.submitted:
+            await asyncio.sleep(0)
+        await line.send(b"\x00\x00\r\n\r\n")
+        assert await line.rest() == b""
+
+    talk(server, scene)
+    assert server.engine.open_ids == []
+
+
+@pytest.mark.parametrize("start", [GET[:10], GET[:-1], GET + GET[:10]])
+def test_a_head_that_stops_coming_is_408(server: Server, start: bytes) -> None:
+    async def scene(line: Line) -> None:
+        await line.send(start)
+        for _ in range(start.count(b"\r\n\r\n")):
+            assert (await line.answer())[0] == 200
+        await refused(line, 408, "request_timeout")
+
+    talk(server, scene, Hasty)
+
+
+@pytest.mark.parametrize("part", [b"", b"{"])
+def test_a_body_that_stops_coming_is_408(server: Server, part: bytes) -> None:
+    async def scene(line: Line) -> None:
+        await line.send(POST + b"Content-Length: 10\r\n\r\n" + part)
+        await refused(line, 408, "request_timeout")
+
+    talk(server, scene, Hasty)
+    assert server.context.state.num_open == 0
+
+
+@pytest.mark.parametrize("start", [b"", b"\r\n", GET + b"\r\n"])
+def test_a_silent_connection_is_closed_without_an_answer(server: Server, start: bytes) -> None:
+    async def scene(line: Line) -> None:
+        await line.send(start)
+        for _ in range(start.count(b"GET")):
+            assert (await line.answer())[0] == 200
+        assert await line.rest() == b""
+
+    talk(server, scene, Hasty)
+
+
+def test_an_answer_may_take_longer_than_a_request(make_server: MakeServer) -> None:
+    server = make_server(lambda _: [])
+    body = json.dumps(CHAT).encode()
+
+    async def scene(line: Line) -> None:
+        await line.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while not server.engine.submitted:
+            await asyncio.sleep(0)
+        await asyncio.sleep(5 * Hasty.head_timeout)
+        server.engine.abort(server.engine.submitted[0].request_id)
+        assert (await line.answer())[0] == 500
+
+    talk(server, scene, Hasty)
+
+
+@pytest.mark.parametrize("path", [b"/health", b"/ready"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_head_answers_as_get_does_without_a_body(server: Server, path: bytes, ready: bool) -> None:
+    if not ready:
+        server.engine.info = None
+
+    async def scene(line: Line) -> None:
+        await line.send(GET.replace(b"/health", path))
+        status, headers, body = await line.answer()
+        assert status == (200 if ready or path == b"/health" else 503)
+        assert len(body) > 0
+        await line.send(GET.replace(b"/health", path).replace(b"GET", b"HEAD"))
+        head = await line._reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        assert f"content-length: {headers['content-length']}\r\n".encode() in head
+        await line.send(GET)  # had there been a body, this answer would not be found
+        assert (await line.answer())[0] == 200
+
+    talk(server, scene)
