@@ -207,7 +207,7 @@ class _Drafted:
             sizes=torch.full_like(roots.tokens, count + 1),
             max_depth=0,
         )
-        return tree.cut(roots.max_nodes.clamp(max=count + 1))
+        return tree.cut(tree.sizes)
 
 
 def _ancestors(parents: Tensor) -> Tensor:

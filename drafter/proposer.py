@@ -102,7 +102,7 @@ class DraftProposer:
         states = self._states[roots.lines]
         if isinstance(shape, StaticShape):
             return grow_static(grower, shape.first(limit), states)
-        return grow_dynamic(grower, shape, states)
+        return grow_dynamic(grower, replace(shape, num_nodes=min(limit, shape.num_nodes)), states)
 
     def _ready(self, roots: Roots) -> Tensor:
         """Rows that may draft and whose root's state is known and sound, [B] bool."""

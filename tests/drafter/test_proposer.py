@@ -1,0 +1,243 @@
+"""A real draft head behind the real engine: never in the text, always in step with the target."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafter.checkpoint import load_head, save_eagle3
+from drafter.heads.interface import DraftContext, DraftHead
+from drafter.heads.untrained import eagle3_config, random_eagle3
+from drafter.proposer import DraftProposer
+from engine.core import EngineCore
+from engine.kv.storage import KVStorage
+from engine.layers.loading import LayerLoader
+from engine.layers.rotary import cos_sin_table
+from engine.models.arch import LlamaArch
+from engine.request import Request
+from engine.spec.planner import FixedPlanner
+from engine.spec.proposer import Committed, Roots
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.spec.tree import DraftTree
+from kernels.ops import Ops
+from server.compose import Drafting
+from tests.support.engines import ask, generate
+from tests.support.tiny_engine import TinyEngine, random_llama
+
+CPU = torch.device("cpu")
+DRAFT_IDS = torch.arange(1, 131, 2)  # every second token can be drafted
+SHAPES: dict[str, TreeShape] = {
+    "chain1": chain(1),
+    "chain3": chain(3),
+    "chain7": chain(7),
+    "tree": StaticShape("tree", (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
+    "dynamic": DynamicShape("dynamic", 12, 4, 5),
+}
+
+
+@pytest.fixture(scope="module")
+def head(native_ops: Ops, tmp_path_factory: pytest.TempPathFactory) -> DraftHead:
+    """Untrained, with weights wide enough to disagree with itself, over half of the vocabulary."""
+    oracle = random_llama()
+    target = LlamaArch.from_hf_config(oracle.config.to_dict())
+    config = dataclasses.replace(eagle3_config(target, len(DRAFT_IDS)), aux_layers=(0, 1))
+    folder = tmp_path_factory.mktemp("head") / "eagle3"
+    tensors = random_eagle3(config, target, seed=1, std=0.3)
+    save_eagle3(folder, config, target, tensors, DRAFT_IDS)
+    table = cos_sin_table(target.head_dim, 256, target.rope_theta, None)
+    read = oracle.state_dict().__getitem__
+    blocks = LayerLoader(target, read, native_ops, torch.float32, CPU, table)
+    embedding, lm_head = blocks.pack("model.embed_tokens"), blocks.pack("lm_head")
+    return load_head(
+        folder, target, embedding, lm_head, native_ops, torch.float32, CPU, max_len=256
+    )
+
+
+@dataclass
+class Watched:
+    """A proposer that notes what it proposed, by seed and position of the root."""
+
+    inner: DraftProposer
+    seen: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    lookahead = 1
+
+    @property
+    def tap(self) -> object:
+        return self.inner.tap
+
+    def admit(self, line: int) -> None:
+        self.inner.admit(line)
+
+    def extend(self, committed: Committed, hidden: Tensor) -> None:
+        self.inner.extend(committed, hidden)
+
+    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
+        tree = self.inner.propose(roots, shape)
+        for row, size in enumerate(tree.sizes.tolist()):
+            if size > 1:
+                key = (int(roots.seeds[row]), int(roots.positions[row]))
+                nodes = tree.tokens[row, :size].tolist()
+                assert self.seen.setdefault(key, nodes) == nodes, "one position, two drafts"
+        return tree
+
+
+def watched(head: DraftHead, ops: Ops, num_blocks: int, num_lines: int = 16) -> Watched:
+    """Pages full of NaN: reading an entry that was never written shows."""
+    arch = head.arch
+    pages = KVStorage.allocate(
+        arch.num_layers, num_blocks, 16, arch.num_kv_heads, arch.head_dim, torch.float32, CPU
+    )
+    for page in (*pages.keys, *pages.values):
+        page.fill_(torch.nan)
+    return Watched(DraftProposer(head, DraftContext(ops, pages), num_lines, arch.hidden_size))
+
+
+def requests(tag: str = "") -> list[Request]:
+    shared = [(7 * i) % 120 + 3 for i in range(40)]
+    return [
+        ask(f"greedy{tag}", shared[:9], max_tokens=30, seed=1, ignore_eos=True),
+        ask(f"hot{tag}", shared, max_tokens=30, seed=2, temperature=1.0, ignore_eos=True),
+        ask(f"long{tag}", [*shared, 5, 6, 7], max_tokens=30, seed=3, ignore_eos=True),
+        ask(f"one{tag}", [11], max_tokens=30, seed=4, temperature=0.7, ignore_eos=True),
+    ]
+
+
+def run(
+    engine: TinyEngine, watch: Watched, shape: TreeShape, **changes: int
+) -> tuple[EngineCore, dict[str, list[int]]]:
+    core = replace(engine, **changes, drafting=Drafting(watch, FixedPlanner(shape))).build()  # type: ignore[arg-type]
+    heard = generate(core, requests(), per_step=2)
+    return core, {name: record.token_ids for name, record in heard.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_engine: TinyEngine) -> dict[str, list[int]]:
+    heard = generate(tiny_engine.build(), requests())
+    return {name: record.token_ids for name, record in heard.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_text_is_that_of_plain_decoding(
+    tiny_engine: TinyEngine,
+    native_ops: Ops,
+    head: DraftHead,
+    plain: dict[str, list[int]],
+    shape: TreeShape,
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core, texts = run(tiny_engine, watch, shape)
+    assert texts == plain
+    assert core.stats().num_drafts > 20
+    assert watch.inner.num_faults == 0
+    drafted = {token for nodes in watch.seen.values() for token in nodes[1:]}
+    assert drafted <= set(DRAFT_IDS.tolist())
+
+
+@pytest.mark.parametrize("shape", [SHAPES["tree"], SHAPES["dynamic"]], ids=["tree", "dynamic"])
+def test_drafts_do_not_depend_on_how_the_head_got_there(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, shape: TreeShape
+) -> None:
+    """Chunked prompts, prefix hits, preemption: the same position gets the same draft, so the
+    head's cache holds what it would hold after one undisturbed run."""
+    undisturbed = watched(head, native_ops, tiny_engine.num_blocks)
+    run(tiny_engine, undisturbed, shape)
+    for changes in (
+        {"max_num_batched_tokens": 17, "max_num_seqs": 4},
+        {"prefix_caching": False},
+        {"num_blocks": 11},
+    ):
+        watch = watched(head, native_ops, changes.get("num_blocks", tiny_engine.num_blocks))
+        core, _ = run(tiny_engine, watch, shape, **changes)
+        common = undisturbed.seen.keys() & watch.seen.keys()
+        assert len(common) > 20, changes
+        for key in common:
+            short = min(len(watch.seen[key]), len(undisturbed.seen[key]))
+            if isinstance(shape, StaticShape):
+                assert watch.seen[key][:short] == undisturbed.seen[key][:short], (changes, key)
+            else:
+                assert watch.seen[key] == undisturbed.seen[key], (changes, key)
+        if "num_blocks" in changes:
+            assert core.stats().num_preemptions > 0
+
+
+class Switching:
+    """Root only for a while, then a tree, and so on."""
+
+    def __init__(self, shape: TreeShape) -> None:
+        self._shape = shape
+        self._steps = 0
+
+    def choose(self, num_decoding: int) -> TreeShape:
+        self._steps += 1
+        return self._shape if self._steps // 5 % 2 else ROOT
+
+    def observe(self, plan: object, outcome: object) -> None:
+        """The switches are forced."""
+
+
+def test_after_a_pause_drafts_are_what_they_would_have_been(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, plain: dict[str, list[int]]
+) -> None:
+    always = watched(head, native_ops, tiny_engine.num_blocks)
+    run(tiny_engine, always, SHAPES["chain3"])
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    drafting = Drafting(watch, Switching(SHAPES["chain3"]))  # type: ignore[arg-type]
+    core = replace(tiny_engine, drafting=drafting).build()
+    heard = generate(core, requests(), per_step=2)
+    assert {name: record.token_ids for name, record in heard.items()} == plain
+    common = always.seen.keys() & watch.seen.keys()
+    assert len(common) > 10
+    assert all(always.seen[key] == watch.seen[key] for key in common)
+
+
+def test_a_warm_prefix_cache_costs_at_most_one_token_per_request(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    cached = []
+    for drafting in (
+        None,
+        Drafting(watched(head, native_ops, tiny_engine.num_blocks), FixedPlanner(chain(3))),  # type: ignore[arg-type]
+    ):
+        core = replace(tiny_engine, drafting=drafting).build()
+        generate(core, requests())
+        heard = generate(core, requests("2"))
+        cached.append({name: record.finished.num_cached for name, record in heard.items()})  # type: ignore[union-attr]
+    for name, plain_hits in cached[0].items():
+        assert plain_hits - 1 <= cached[1][name] <= plain_hits
+
+
+def test_a_head_that_returns_nan_costs_speed_only(
+    tiny_engine: TinyEngine,
+    native_ops: Ops,
+    head: DraftHead,
+    plain: dict[str, list[int]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    forward = type(head).forward
+
+    def broken(self: DraftHead, *args: object) -> Tensor:
+        return torch.full_like(forward(self, *args), torch.nan)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(head), "forward", broken)
+    with caplog.at_level(logging.WARNING):
+        core, texts = run(tiny_engine, watch, SHAPES["chain3"])
+    assert texts == plain
+    assert core.stats().num_drafts == 0
+    assert watch.inner.num_faults > 0
+    assert len([r for r in caplog.records if "not finite" in r.message]) == 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
