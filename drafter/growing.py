@@ -160,7 +160,7 @@ class _Drafted:
             tokens=tokens,
             parents=torch.full_like(tokens, -1),
             depths=torch.ones_like(tokens),
-            scores=scores,
+            scores=scores.nan_to_num(nan=-torch.inf).clamp(max=0.0),
             frontier=torch.arange(k, device=tokens.device).expand_as(tokens),
             features=root_states[:, None].expand(-1, k, -1),
             masks=torch.ones_like(tokens),  # the root
@@ -172,6 +172,8 @@ class _Drafted:
         tokens = self.tokens.gather(1, self.frontier)
         states = grower.forward(tokens, self.features, numbers, masks, depth)  # [B, k, H]
         found, local = grower.children(states, depth, k)  # [B, k, k]
+        # A head gone wrong must not make a tree with children before their parents.
+        local = local.nan_to_num(nan=-torch.inf).clamp(max=0.0)
         scores = (self.scores.gather(1, self.frontier)[:, :, None] + local).flatten(1)  # [B, k * k]
         first = self.tokens.shape[1]
         parents = self.frontier.repeat_interleave(k, dim=1)

@@ -51,10 +51,13 @@ def _remove_if_stale(folder: Path) -> bool:
             if status.st_uid != os.getuid() or time.time() - status.st_mtime < FRESH:
                 return False
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISSOCK(os.stat(SOCKET, dir_fd=handle, follow_symlinks=False).st_mode):
+            names = os.listdir(handle)
+            if names not in ([], [SOCKET]):
+                return False
+            for name in names:
+                if not stat.S_ISSOCK(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
                     return False
-                os.unlink(SOCKET, dir_fd=handle)
+                os.unlink(name, dir_fd=handle)
             folder.rmdir()
     except OSError:  # it is in use, not empty, or somebody else's: it stays
         return False

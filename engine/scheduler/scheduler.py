@@ -3,6 +3,9 @@
 Each step spends a budget of tokens in this order: sequences that miss only their newest token (so
 that a long prompt never stops decoding), then running prompts, then new admissions. Within each
 group, and for preemption, importance counts: priority, then arrival, then submission.
+
+Draft nodes get what the roots leave of the budget, half of it while a prompt is to be computed,
+and blocks that nobody else wants in this step.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ MAX_GROUP = 32  # query heads per KV head
 
 
 class NativeOps:
-    """Bound C functions. Every tensor must be contiguous, which the model's own tensors are."""
+    """Bound C functions. They read raw memory: inputs that are not contiguous are copied first,
+    and what is changed in place (residual, pages) has to be contiguous."""
 
     def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype) -> None:
         suffix = SUFFIXES[storage_dtype]
@@ -50,6 +51,7 @@ class NativeOps:
         return LinearWeight(packed, bias, N, K)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        x = x.contiguous()
         M, K = x.shape
         out = torch.empty(M, weight.out_features)
         self._linear(
@@ -65,6 +67,7 @@ class NativeOps:
         return out
 
     def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
+        token_ids = token_ids.contiguous()
         out = torch.empty(len(token_ids), weight.in_features)
         self._embedding(
             self._pool,
@@ -80,9 +83,11 @@ class NativeOps:
         return self._norm(x, None, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert residual.is_contiguous()
         return self._norm(x, residual.data_ptr(), weight, eps)
 
     def _norm(self, x: Tensor, residual: int | None, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
         out = torch.empty_like(x)
         T, H = x.shape
         self._rms_norm(
@@ -99,6 +104,9 @@ class NativeOps:
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor:
+        assert k_cache.is_contiguous()
+        assert v_cache.is_contiguous()
+        qkv, positions, slots = qkv.contiguous(), positions.contiguous(), slots.contiguous()
         num_kv_heads, head_dim = k_cache.shape[2:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         queries = torch.empty(len(qkv), num_heads, head_dim)
@@ -130,6 +138,8 @@ class NativeOps:
                 "kernels.backend=reference"
             )
         out = torch.empty(T, num_heads * head_dim)
+        q, block_tables = q.contiguous(), meta.block_tables.contiguous()
+        ancestors = meta.ancestors.contiguous()
         self._attention(
             self._pool,
             q.data_ptr(),
@@ -139,9 +149,9 @@ class NativeOps:
             meta.prefix_lens.data_ptr(),
             meta.first_keys.data_ptr(),
             len(meta.prefix_lens),
-            meta.block_tables.data_ptr(),
-            meta.ancestors.data_ptr(),
-            meta.block_tables.shape[1],
+            block_tables.data_ptr(),
+            ancestors.data_ptr(),
+            block_tables.shape[1],
             block_size,
             num_heads,
             num_kv_heads,
@@ -152,6 +162,8 @@ class NativeOps:
         return out
 
     def kv_move(self, pages: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
+        assert all(page.is_contiguous() for page in pages)
+        sources, targets = sources.contiguous(), targets.contiguous()
         slot_bytes = pages[0].stride(1) * pages[0].element_size()
         addresses = (ctypes.c_void_p * len(pages))(*[page.data_ptr() for page in pages])
         self._kv_move(
@@ -165,12 +177,14 @@ class NativeOps:
         )
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
         T, width = gate_up.shape
         out = torch.empty(T, width // 2)
         self._silu_and_mul(self._pool, gate_up.data_ptr(), T, width // 2, out.data_ptr())
         return out
 
     def gumbel_argmax(self, logits: Tensor, keys: Tensor) -> Tensor:
+        logits, keys = logits.contiguous(), keys.contiguous()
         tokens = torch.empty(len(logits), dtype=torch.int64)
         self._gumbel_argmax(
             self._pool, logits.data_ptr(), keys.data_ptr(), *logits.shape, tokens.data_ptr()
@@ -178,11 +192,13 @@ class NativeOps:
         return tokens
 
     def argmax(self, logits: Tensor) -> Tensor:
+        logits = logits.contiguous()
         tokens = torch.empty(len(logits), dtype=torch.int64)
         self._argmax(self._pool, logits.data_ptr(), *logits.shape, tokens.data_ptr())
         return tokens
 
     def logsumexp(self, logits: Tensor) -> Tensor:
+        logits = logits.contiguous()
         out = torch.empty(len(logits))
         self._logsumexp(self._pool, logits.data_ptr(), *logits.shape, out.data_ptr())
         return out

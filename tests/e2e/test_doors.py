@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
 
 from tests.e2e.conftest import MAX_LEN, MODEL, NUM_BLOCKS
-from tests.support.live_server import LiveServer, idle
+from tests.support.live_server import DEADLINE, LiveServer, idle
 
 KEY, FILE_KEY = "sk-first-secret", "sk-second-secret"
 MAX_BODY = 20_000
@@ -137,6 +139,25 @@ def test_the_plain_log_tells_no_text_either(server: LiveServer) -> None:
     assert "status=200" in match[0]
     for secret in ("private words", text):
         assert secret not in server.log.text()
+
+
+def test_headers_without_an_end_cost_one_connection_and_no_more(guarded: LiveServer) -> None:
+    address = urlsplit(guarded.url)
+    with socket.create_connection((address.hostname, address.port), DEADLINE) as flood:
+        flood.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ")
+        with pytest.raises(ConnectionError):
+            flood.sendall(b"a" * 2**28)
+    assert guarded.get("/health").status_code == 200
+
+
+def test_what_is_not_http_is_answered_in_json(guarded: LiveServer) -> None:
+    address = urlsplit(guarded.url)
+    with socket.create_connection((address.hostname, address.port), DEADLINE) as line:
+        line.sendall(b"NONSENSE / HTTP/1.1\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: line.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: req_" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
 def test_secrets_are_not_on_the_command_line_of_the_engine(guarded: LiveServer) -> None:

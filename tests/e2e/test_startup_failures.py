@@ -18,9 +18,12 @@ from tests.support.live_server import run_aerie
 Q5_0 = gguf.GGMLQuantizationType.Q5_0
 
 
-def fails(*arguments: str, saying: str, extra: dict[str, str] | None = None) -> None:
-    """The command must end by itself, with one line that matches `saying` and no traceback."""
-    done = run_aerie("serve", *arguments, extra=extra)
+def fails(
+    *arguments: str, saying: str, extra: dict[str, str] | None = None, prelude: str = ""
+) -> None:
+    """The command must end by itself, with one line that matches `saying` and no traceback.
+    `prelude` is Python that runs before it."""
+    done = run_aerie("serve", *arguments, extra=extra, prelude=prelude)
     lines = done.stderr.splitlines()
     assert done.returncode in (1, 2), done.stderr
     assert "Traceback" not in done.stderr
@@ -60,6 +63,17 @@ def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
 
 def test_a_bad_environment_variable() -> None:
     fails(saying="unknown key 'server.prot'", extra={"AERIE_SERVER__PROT": "1"})
+
+
+def test_an_engine_process_that_cannot_be_spawned(tmp_path: Path, tiny_folder: Path) -> None:
+    """The interpreter may be replaced, or lose its rights, while the server runs."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\n")
+    fails(
+        *("--port", "0", f"model.source={tiny_folder}"),
+        saying=rf"the engine process cannot be started: {program}: Permission denied",
+        prelude=f"import sys; sys.executable = {str(program)!r}",
+    )
 
 
 def truncated_weights(folder: Path, tiny_folder: Path) -> Path:

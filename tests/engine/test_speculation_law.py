@@ -27,7 +27,7 @@ from tests.support.tiny_engine import TinyEngine, random_llama
 
 VOCAB = 11
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-NUM_SEEDS = 3000
+NUM_SEEDS = 2000
 LENGTH = 3  # tokens of a text that are counted
 TREE = wide_shape(4, 3, 1)
 

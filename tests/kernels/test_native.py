@@ -287,3 +287,20 @@ def test_kv_move_equals_the_reference(native: Ops, dtype: torch.dtype) -> None:
     native.kv_move(pages, sources, targets)
     for got, wanted in zip(pages, expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_inputs_need_not_be_contiguous(native: Ops, dtype: torch.dtype) -> None:
+    """Kernels read raw memory; a broadcast row or a transposed matrix is copied first."""
+    weight = native.pack_linear(numbers(20, 33, seed=1, dtype=dtype), None)
+    row = numbers(1, 33)
+    spread = row.expand(5, 33)
+    assert torch.equal(native.linear(spread, weight), native.linear(row, weight).expand(5, 20))
+    ones = torch.ones(33)
+    assert torch.equal(
+        native.rms_norm(spread, ones, 1e-5), native.rms_norm(row, ones, 1e-5).expand(5, 33)
+    )
+    turned = numbers(40, 6).T
+    assert torch.equal(native.silu_and_mul(turned), native.silu_and_mul(turned.contiguous()))
+    assert torch.equal(native.argmax(turned), turned.argmax(dim=1))
+    ids = torch.tensor([[3, 5], [7, 1]]).T.flatten()[::2]
+    assert torch.equal(native.embedding(ids, weight), native.embedding(ids.clone(), weight))

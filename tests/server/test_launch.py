@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
+import uvloop
 
 from configs.schema import Config, ModelConfig, ServerConfig
+from engine.messages import Finished
 from server import launch
 from server.app import create_app
 from server.context import ServerInfo
-from server.engine_process import EXIT_BAD_SETUP
-from server.launch import EngineKeeper, open_port
+from server.engine_process import EXIT_BAD_SETUP, STOPPING
+from server.launch import EngineKeeper, open_port, warn_of_fallback
 from server.text.chat_template import ChatTemplate
 from server.zmq_client import ZmqEngineClient
 from tests.server.http.server import tiny_tokenizer
+from tests.support.engines import ask
 from tests.support.scripted_engine import INFO
 
 WAIT = 30
@@ -62,7 +67,11 @@ def stub_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
     return install
 
 
-def keep(config: Config, work: Callable[[EngineKeeper], Awaitable[None]]) -> int:
+def keep(
+    config: Config,
+    work: Callable[[EngineKeeper], Awaitable[None]],
+    loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+) -> int:
     """Run `work` beside a keeper; the keeper's exit code."""
 
     async def main() -> int:
@@ -76,7 +85,8 @@ def keep(config: Config, work: Callable[[EngineKeeper], Awaitable[None]]) -> int
             client.close()
         return keeper.exit_code
 
-    return asyncio.run(main())
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(main())
 
 
 def test_a_bad_setup_is_not_tried_again(stub_engine: Callable[[str], Path]) -> None:
@@ -109,6 +119,79 @@ def test_the_engine_is_not_told_the_keys(
     keep(Config(server=server), EngineKeeper.failed)
     told = Config.model_validate_json(trace.read_text())
     assert (told.server.api_keys, told.server.api_key_file, told.server.port) == ((), None, 1234)
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize(
+    ("mode", "reason"), [(None, "No such file or directory"), (0o644, "Permission denied")]
+)
+def test_an_engine_that_cannot_be_spawned_is_the_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    loop: Callable[[], asyncio.AbstractEventLoop],
+    mode: int | None,
+    reason: str,
+) -> None:
+    program = tmp_path / "python"
+    if mode is not None:
+        program.write_text("#!/bin/sh\n")
+        program.chmod(mode)
+    monkeypatch.setattr(launch.sys, "executable", str(program))
+    assert keep(Config(), EngineKeeper.failed, loop) == 1
+    (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert record.getMessage() == f"the engine process cannot be started: {program}: {reason}"
+
+
+def test_a_place_for_the_socket_that_cannot_be_had_is_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = tmp_path / ("x" * 100)  # addresses of sockets have at most 107 letters
+    long.mkdir()
+    for folder in (tmp_path / "none", long):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        assert keep(Config(), EngineKeeper.failed) == 1
+    assert caplog.text.count("the engine process cannot be started") == 2
+
+
+@pytest.mark.parametrize(
+    ("ops", "warnings"),
+    [
+        ({"linear": "native", "sample": "reference"}, []),
+        (
+            {"linear": "reference (no C++ compiler)", "sample": "reference (no C++ compiler)"},
+            ["slow kernels are used for linear, sample: reference (no C++ compiler)"],
+        ),
+    ],
+)
+def test_kernels_that_stand_in_for_others_are_warned_of(
+    caplog: pytest.LogCaptureFixture, ops: dict[str, str], warnings: list[str]
+) -> None:
+    warn_of_fallback(msgspec.structs.replace(INFO, ops=ops))
+    assert [r.getMessage() for r in caplog.records] == warnings
+
+
+def test_requests_that_a_killed_engine_held_at_the_end_are_told_of_the_end(
+    stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_engine("exec sleep 1000000")
+    monkeypatch.setattr(launch, "LAST_WORDS", 0.0)
+
+    async def main() -> str | None:
+        client = ZmqEngineClient()
+        keeper = EngineKeeper(Config(), client)
+        keeper.start()
+        while keeper._process is None:
+            await asyncio.sleep(0)
+        client._take(INFO)
+        stream = client.submit(ask("a", [5]))
+        await keeper.stop()
+        client.close()
+        (end,) = [event async for event in stream]
+        assert isinstance(end, Finished)
+        return end.error
+
+    assert asyncio.run(main()) == STOPPING
 
 
 class Said(logging.Handler):

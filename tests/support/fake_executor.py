@@ -97,6 +97,7 @@ class FakeExecutor:
         self.totals = DraftTotals()
         self._max_len = max_len
         self._drafts = drafts
+        self.always_reject = False
         self._luck = random.Random(0)
         self._entries: dict[int, tuple[int, int]] = {}  # the draft head's: like _stored
         self._block_size = block_size
@@ -204,7 +205,7 @@ class FakeExecutor:
         if not plan.samples:
             return RowOutcome(prompt_logprobs=scores)
         num_draft = self._luck.randint(min(plan.num_draft, 1), plan.num_draft)
-        num_accepted = self._luck.randint(0, num_draft)
+        num_accepted = 0 if self.always_reject else self._luck.randint(0, num_draft)
         for _ in range(num_accepted + 1):
             row.history.append(next_token(row.history, self._vocab_size))
         emitted = tuple(row.history[-num_accepted - 1 :])

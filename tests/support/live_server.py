@@ -42,11 +42,15 @@ def aerie_command(*arguments: str) -> list[str]:
 
 
 def run_aerie(
-    *arguments: str, extra: Mapping[str, str] | None = None
+    *arguments: str, extra: Mapping[str, str] | None = None, prelude: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that ends by itself."""
+    """Run a command that ends by itself; `prelude` is Python that runs before it."""
+    command = aerie_command(*arguments)
+    if prelude:
+        program = f"{prelude}; from server.cli import main; main()"
+        command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
-        aerie_command(*arguments),
+        command,
         capture_output=True,
         text=True,
         timeout=DEADLINE,

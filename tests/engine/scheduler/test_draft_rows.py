@@ -183,19 +183,11 @@ def test_nodes_get_no_block_that_another_root_needs() -> None:
     assert engine.scheduler.stats().num_preemptions == 0
 
 
-class Rejecting:
-    """Executes plans on a `FakeEngine`'s executor without ever accepting a node."""
-
-    def __init__(self, engine: FakeEngine) -> None:
-        engine.executor._luck.randint = lambda low, high: low  # type: ignore[method-assign]
-
-
 def test_blocks_of_rejected_nodes_go_to_whoever_needs_them() -> None:
-    engine = FakeEngine(num_blocks=7, max_model_len=28, shapes=(chain(15), ROOT, ROOT))
-    Rejecting(engine)
+    engine = FakeEngine(num_blocks=7, max_model_len=28, shapes=(chain(15),))
+    engine.executor.always_reject = True
     engine.submit(request("a", prompt_of(4), max_tokens=8))
     engine.step()
-    engine.shapes = (chain(15),)
     assert len(engine.step().rows[0].block_ids) == 5
     engine.submit(request("b", prompt_of(11, 2000), max_tokens=3))
     plan = engine.step()

@@ -29,9 +29,7 @@ def same(tree: DraftTree, other: DraftTree) -> None:
 def test_a_shape_is_filled_and_cut_row_by_row(sizes: list[int]) -> None:
     tokens = torch.arange(12).view(2, 6) + 50
     tree = DraftTree.of_shape(HAND, tokens, torch.tensor(sizes))
-    rows = [
-        (HAND.parents[:size], tokens[row, :size].tolist()) for row, size in enumerate(sizes)
-    ]
+    rows = [(HAND.parents[:size], tokens[row, :size].tolist()) for row, size in enumerate(sizes)]
     same(tree, tree_of(rows))
 
 

@@ -26,6 +26,7 @@ def test_reply_has_the_published_shape(server: Server) -> None:
     assert reply == {
         "object": "chat.completion",
         "model": "tiny",
+        "service_tier": "default",
         "choices": [
             {
                 "index": 0,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from openai.types import Completion
 
+from engine.messages import TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from server.openai.logprobs import SMALLEST, echo_of
 from server.text.tokenizer import Tokenizer
@@ -132,6 +133,69 @@ def test_top_logprobs_always_hold_the_token_itself(make_server: MakeServer) -> N
 
     reply = make_server(script).complete(logprobs=1).json()
     assert reply["choices"][0]["logprobs"]["top_logprobs"] == [{"i": -0.5, "j": SMALLEST}]
+
+
+def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """The token of each byte."""
+    known = {tokenizer.token_bytes(token_id): token_id for token_id in range(384)}
+    return [known[bytes([value])] for value in data]
+
+
+def scored(*steps: tuple[int, float, list[tuple[int, float]]]) -> Callable[[Request], list[Event]]:
+    """Says tokens with these logprobs and alternatives."""
+
+    def script(request: Request) -> list[Event]:
+        ids = [token_id for token_id, _, _ in steps]
+        entries = [TokenLogprob(*step) for step in steps]
+        end = finished(request, FinishReason.LENGTH, len(ids))
+        return [Tokens(request.request_id, ids, entries, None), end]
+
+    return script
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_parts_of_characters_are_told_apart_in_logprobs(
+    make_server: MakeServer, tokenizer: Tokenizer, stream: bool
+) -> None:
+    first, second, third, other, letter = byte_ids(tokenizer, "你".encode() + b"\xe5a")
+    server = make_server(
+        scored(
+            (first, -0.5, [(first, -0.5), (other, -1.0), (letter, -2.0)]),
+            (second, -3.0, [(third, -0.1), (first, -1.5), (letter, -2.0)]),
+            (third, -0.2, [(third, -0.2), (second, -1.5), (other, -2.5)]),
+        )
+    )
+    response = server.complete(logprobs=3, stream=stream)
+    objects = events_of(response)[:-1] if stream else [response.json()]
+    found: dict[str, list[Any]] = {}
+    for item in objects:
+        for name, values in (item["choices"][0]["logprobs"] or {}).items():
+            found.setdefault(name, []).extend(values)
+    assert found["tokens"] == ["bytes:\\xe4", "bytes:\\xbd", "bytes:\\xa0"]
+    assert found["top_logprobs"] == [
+        {"bytes:\\xe4": -0.5, "bytes:\\xe5": -1.0, "a": -2.0},
+        {"bytes:\\xa0": -0.1, "bytes:\\xe4": -1.5, "a": -2.0, "bytes:\\xbd": -3.0},
+        {"bytes:\\xa0": -0.2, "bytes:\\xbd": -1.5, "bytes:\\xe5": -2.5},
+    ]
+    own = [top[token] for token, top in zip(found["tokens"], found["top_logprobs"], strict=True)]
+    assert own == found["token_logprobs"]
+
+
+def test_of_tokens_that_look_alike_the_better_one_is_shown_and_the_chosen_one_always(
+    make_server: MakeServer, tokenizer: Tokenizer
+) -> None:
+    alike = [token_id for token_id in range(1000) if tokenizer.token_bytes(token_id) == b""][:3]
+    (letter,) = byte_ids(tokenizer, b"a")
+    best, middle, worst = alike
+    server = make_server(
+        scored(
+            (letter, -0.5, [(best, -1.0), (middle, -2.0)]),
+            (worst, -3.0, [(best, -1.0), (middle, -2.0)]),
+            (letter, -0.5, []),
+        )
+    )
+    found = server.complete(logprobs=2).json()["choices"][0]["logprobs"]
+    assert found["top_logprobs"] == [{"": -1.0, "a": -0.5}, {"": -3.0}, {"a": -0.5}]
 
 
 def test_stop_string_cuts_each_choice_for_itself(make_server: MakeServer, server: Server) -> None:

@@ -15,8 +15,10 @@ import pytest
 
 from configs.schema import LogConfig, ServerConfig
 from engine.messages import EngineStats
+from server.metrics import Metrics
 from server.middleware import load_api_keys
 from server.request_log import log_formatter
+from server.zmq_client import ZmqEngineClient
 from tests.server.http.server import CHAT, CHAT_PATH, Server
 from tests.server.http.test_refusals import error_of
 from tests.support.scripted_engine import INFO
@@ -214,6 +216,24 @@ def test_counters_go_on_when_the_engine_starts_again(server: Server) -> None:
     server.engine.info = None
     assert metric(server, "aerie:num_requests_running") == 0
     assert metric(server, "aerie:prefix_cache_hits_total") == 21
+
+
+def test_counters_stay_while_the_next_engine_has_said_nothing(server: Server) -> None:
+    """Nobody looked while the first one lived."""
+    client = ZmqEngineClient()
+    metrics = Metrics(client, "tiny")
+    client._take(INFO)
+    client._take(stats(10))
+    client.detach()
+    found = []
+    for message in (None, INFO, stats(0, running=5)):
+        if message is not None:
+            client._take(message)
+        lines = metrics.render().decode().splitlines()
+        counts = [line for line in lines if line.startswith(("aerie:prefix", "aerie:num_requests"))]
+        found.append([float(line.rpartition(" ")[2]) for line in counts])
+    client.close()
+    assert found == [[0, 0, 20, 10], [0, 0, 20, 10], [5, 2, 20, 10]]
 
 
 def test_requests_are_counted_and_timed(server: Server) -> None:

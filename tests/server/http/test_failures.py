@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from engine.request import FinishReason, Request
+from server.engine_process import STOPPING
 from tests.server.http.server import CHAT, CHAT_PATH, COMPLETION_PATH, OpenCall, Server, events_of
 from tests.server.http.test_refusals import error_of
 from tests.support.scripted_engine import INFO, Event, fail, finished, say, tokens
@@ -55,6 +56,26 @@ def test_engine_refusal_of_the_length_is_400(make_server: MakeServer, stream: bo
     text = "This model's maximum context length is 32 tokens, but the prompt has 40"
     error = error_of(make_server(fail([], text)).chat(stream=stream), 400)
     assert (error["code"], error["message"]) == ("context_length_exceeded", text)
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_requests_cut_by_the_end_of_the_server_are_told_so(
+    make_server: MakeServer, path: str, stream: bool, num_tokens: int
+) -> None:
+    content = CHAT if path == CHAT_PATH else {"model": "tiny", "prompt": "hi"}
+    server = make_server(fail([75] * num_tokens, STOPPING))
+    response = server.post(path, content | {"stream": stream})
+    if stream and num_tokens:
+        assert response.status_code == 200
+        error = events_of(response)[-1]["error"]
+        assert "[DONE]" not in response.text
+    else:
+        error = error_of(response, 503)
+        assert response.headers["retry-after"] == "1"
+    assert (error["type"], error["code"]) == ("unavailable_error", "draining")
+    assert error["message"] == "The server is shutting down"
 
 
 def test_abort_by_the_engine_is_an_error(make_server: MakeServer) -> None:

@@ -32,7 +32,7 @@ class Line:
     """A client's connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
+        self.reader = reader
         self._writer = writer
 
     async def send(self, *pieces: bytes) -> None:
@@ -47,10 +47,10 @@ class Line:
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
         """One whole answer: status, headers, body. ConnectionError when there is none."""
         try:
-            head = await self._reader.readuntil(b"\r\n\r\n")
+            head = await self.reader.readuntil(b"\r\n\r\n")
             first, *lines = head.decode().strip().split("\r\n")
             headers = dict(line.lower().split(": ", 1) for line in lines)
-            body = await self._reader.readexactly(int(headers["content-length"]))
+            body = await self.reader.readexactly(int(headers["content-length"]))
         except asyncio.IncompleteReadError as error:
             raise ConnectionError from error
         return int(first.split()[1]), headers, body
@@ -58,7 +58,7 @@ class Line:
     async def rest(self) -> bytes:
         """All that comes until the server closes."""
         try:
-            return await self._reader.read()
+            return await self.reader.read()
         except ConnectionError:
             return b""
 
@@ -106,40 +106,72 @@ async def refused(line: Line, status: int, code: str) -> dict[str, str]:
     return headers
 
 
-ENDLESS = {  # beginnings that any number of letters may follow
-    "header": b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ",
-    "name": b"GET /health HTTP/1.1\r\nHost: x\r\nX",
-    "path": b"GET /",
-    "trailer": CHUNKED + b"0\r\nX-A: ",
-    "extension": CHUNKED + b"1;a=",
-}
+def letters(count: int) -> list[bytes]:
+    """Any header can go on with these."""
+    return [b"a" * 1024] * (count // 1024) + [b"a" * (count % 1024)]
 
 
-@pytest.mark.parametrize("start", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("start", [b"GET /", GET[:-2] + b"X-A", GET[:-2] + b"X-A: "])
 @pytest.mark.parametrize("earlier", [0, 1])
-def test_what_never_ends_is_refused_and_costs_little(
-    server: Server, start: bytes, earlier: int
-) -> None:
+def test_a_head_without_an_end_is_refused(server: Server, start: bytes, earlier: int) -> None:
     async def scene(line: Line) -> None:
         for _ in range(earlier):
             await line.send(GET)
             assert (await line.answer())[0] == 200
-        await line.send(start)
-        await line.send(*[b"a" * 1024] * (MAX_HEAD // 1024 + 1))
+        await line.send(start, *letters(MAX_HEAD + 1 - len(start)))
         await refused(line, 431, "headers_too_large")
 
     talk(server, scene)
+
+
+@pytest.mark.parametrize("start", [b"0\r\nX-A: ", b"1;a="], ids=["trailer", "extension"])
+def test_a_body_of_nothing_but_its_encoding_is_refused(server: Server, start: bytes) -> None:
+    async def scene(line: Line) -> None:
+        await line.send(CHUNKED)
+        while not server.context.state.num_open:
+            await asyncio.sleep(0)
+        await line.send(start, *letters(MAX_HEAD + 1 - len(start)))
+        await refused(line, 431, "headers_too_large")
+
+    talk(server, scene)
+    assert server.context.state.num_open == 0
+
+
+class Wire(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
 
 
 @pytest.mark.parametrize("num_headers", [1, 1000])
-def test_a_long_head_in_one_piece_is_refused(server: Server, num_headers: int) -> None:
+def test_a_long_head_that_comes_whole_is_refused(server: Server, num_headers: int) -> None:
     one = b"X-A: " + b"a" * (MAX_HEAD // num_headers) + b"\r\n"
+    wire = Wire()
 
-    async def scene(line: Line) -> None:
-        await line.send(GET[:-2] + one * num_headers + b"\r\n")
-        await refused(line, 431, "headers_too_large")
+    async def main() -> None:
+        config = web_config(server.app)
+        protocol = HttpProtocol(config, ServerState(), app_state={})
+        protocol.connection_made(wire)
+        protocol.data_received(GET[:-2] + one * num_headers + b"\r\n")
+        protocol.data_received(GET)
+        protocol.connection_lost(None)
 
-    talk(server, scene)
+    asyncio.run(main())
+    assert wire.written.startswith(b"HTTP/1.1 431 ")
+    assert wire.written.count(b"HTTP/1.1") == 1
+    assert wire.closed
 
 
 def test_heads_below_the_limit_are_read_on_every_request_of_a_connection(server: Server) -> None:
@@ -235,30 +267,38 @@ def test_a_body_that_stops_coming_is_408(server: Server, part: bytes) -> None:
     assert server.context.state.num_open == 0
 
 
-@pytest.mark.parametrize("start", [b"", b"\r\n", GET + b"\r\n"])
-def test_a_silent_connection_is_closed_without_an_answer(server: Server, start: bytes) -> None:
+@pytest.mark.parametrize(("earlier", "start"), [(0, b""), (0, b"\r\n"), (1, b"\r\n")])
+def test_a_silent_connection_is_closed_without_an_answer(
+    server: Server, start: bytes, earlier: int
+) -> None:
     async def scene(line: Line) -> None:
-        await line.send(start)
-        for _ in range(start.count(b"GET")):
+        for _ in range(earlier):
+            await line.send(GET)
             assert (await line.answer())[0] == 200
+        await line.send(start)
         assert await line.rest() == b""
 
     talk(server, scene, Hasty)
 
 
-def test_an_answer_may_take_longer_than_a_request(make_server: MakeServer) -> None:
+def test_no_time_runs_while_a_request_is_answered(make_server: MakeServer) -> None:
     server = make_server(lambda _: [])
     body = json.dumps(CHAT).encode()
+    connections = []
+
+    class Known(HttpProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(self)
+            assert self._timer is not None
 
     async def scene(line: Line) -> None:
         await line.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         while not server.engine.submitted:
             await asyncio.sleep(0)
-        await asyncio.sleep(5 * Hasty.head_timeout)
-        server.engine.abort(server.engine.submitted[0].request_id)
-        assert (await line.answer())[0] == 500
+        assert [connection._timer for connection in connections] == [None]
 
-    talk(server, scene, Hasty)
+    talk(server, scene, Known)
 
 
 @pytest.mark.parametrize("path", [b"/health", b"/ready"])
@@ -273,7 +313,7 @@ def test_head_answers_as_get_does_without_a_body(server: Server, path: bytes, re
         assert status == (200 if ready or path == b"/health" else 503)
         assert len(body) > 0
         await line.send(GET.replace(b"/health", path).replace(b"GET", b"HEAD"))
-        head = await line._reader.readuntil(b"\r\n\r\n")
+        head = await line.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 %d " % status)
         assert f"content-length: {headers['content-length']}\r\n".encode() in head
         await line.send(GET)  # had there been a body, this answer would not be found

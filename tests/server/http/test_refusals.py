@@ -58,6 +58,7 @@ BAD_SAMPLING: list[tuple[str, Any]] = [
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
     ("repetition_penalty", 0),
+    ("repetition_penalty", 0.009),
     ("repetition_penalty", 2.1),
     ("logit_bias", {"384": 1}),
     ("logit_bias", {"5": 101}),
@@ -188,6 +189,16 @@ def test_bad_completion_fields_are_400_naming_the_field(
     error = refused(server, COMPLETION_PATH, {"model": MODEL, "prompt": "hi"} | {param: value})
     assert error["param"].startswith(param)
     assert param in error["message"]
+
+
+@pytest.mark.parametrize("prompt", [["a", 1], [1, "a"], [[1], 2], [1, [2]], ["a", [1]], [1, None]])
+def test_mixed_prompts_are_refused_in_words_that_help(server: Server, prompt: list[Any]) -> None:
+    error = refused(server, COMPLETION_PATH, {"model": MODEL, "prompt": prompt})
+    assert error["param"] == "prompt"
+    assert error["message"] == (
+        "prompt is an array of 2: all elements must be of one kind: strings, token ids, or lists "
+        "of token ids"
+    )
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH, "/tokenize", "/detokenize"])

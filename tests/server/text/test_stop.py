@@ -89,6 +89,28 @@ def test_any_text_in_any_split_equals_brute_force(
     assert feed(text, stops, include, cuts) == by_brute_force(text, stops, include)
 
 
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(LETTERS, STOPS, st.booleans(), st.integers(0, 24))
+def test_strings_completed_by_unarmed_text_do_not_count(
+    text: str, stops: tuple[str, ...], include: bool, armed_from: int
+) -> None:
+    matcher, emitted, found = StopStringMatcher(stops, include), "", None
+    for at, letter in enumerate(text):
+        scan = matcher.feed(letter, armed=at >= armed_from)
+        emitted, found = emitted + scan.text, scan.stop
+        if found is not None:
+            break
+    hits = {
+        end: [stop for stop in stops if text[:end].endswith(stop)] for end in range(len(text) + 1)
+    }
+    end = next((end for end in hits if end > armed_from and hits[end]), None)
+    if end is None:
+        assert (emitted + matcher.flush(), found) == (text, None)
+    else:
+        stop = max(hits[end], key=len)
+        assert (emitted, found) == (text[: end if include else end - len(stop)], stop)
+
+
 def test_only_what_could_begin_a_stop_is_held_back() -> None:
     matcher = StopStringMatcher(("<end>", "enough"))
     pieces = ["well ", "<", "en", "d", "less> ", "en", "d"]

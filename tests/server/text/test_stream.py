@@ -77,13 +77,34 @@ def test_a_stop_string_is_not_looked_for_in_the_prompt(tiny: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("min_tokens", "expected"), [(0, "a"), (2, "a"), (3, "a.b"), (4, "a.b"), (5, "a.b.c")]
+    ("min_tokens", "expected"),
+    [(0, "a"), (1, "a"), (2, "a.b"), (3, "a.b"), (4, "a.b.c"), (5, "a.b.c")],
 )
-def test_stop_strings_count_from_min_tokens_on(
-    tiny: Tokenizer, min_tokens: int, expected: str
+@pytest.mark.parametrize("token", [True, False])
+def test_stop_strings_and_tokens_count_alike_behind_min_tokens(
+    tiny: Tokenizer, min_tokens: int, expected: str, token: bool
 ) -> None:
-    options = StreamOptions(stop=(".",), min_tokens=min_tokens)
-    assert run(TextStream(tiny, (), options), letters(tiny, "a.b.c"))[0] == expected
+    ids = letters(tiny, "a.b.c")
+    stops = {"stop_token_ids": frozenset({ids[1]})} if token else {"stop": (".",)}
+    options = StreamOptions(min_tokens=min_tokens, **stops)
+    text, num_tokens, _ = run(TextStream(tiny, (), options), ids)
+    assert text == expected
+    assert num_tokens == min(len(expected) + 1, len(ids))
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_may_begin_before_min_tokens(tiny: Tokenizer, include: bool) -> None:
+    options = StreamOptions(stop=("end",), min_tokens=4, include_stop=include)
+    stream = TextStream(tiny, (), options)
+    text, num_tokens, _ = run(stream, letters(tiny, "a end end"), (4,))
+    assert (text, num_tokens) == ("a end" if include else "a ", 5)
+
+
+def test_the_end_of_a_cut_off_character_is_no_stop_before_min_tokens(tiny: Tokenizer) -> None:
+    options = StreamOptions(stop=("\ufffd",), min_tokens=3)
+    stream = TextStream(tiny, (), options)
+    assert run(stream, letters(tiny, "a€")[:-1])[0] == "a\ufffd"
+    assert stream.stop is None
 
 
 @pytest.mark.parametrize("skip", [True, False])
