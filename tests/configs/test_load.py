@@ -145,7 +145,7 @@ def test_an_unknown_key_names_its_neighbours() -> None:
 
 
 def test_an_unknown_section_names_the_sections() -> None:
-    expected = "unknown key 'modle'; known here: model, cache, scheduler, kernels, server, log"
+    expected = "unknown key 'modle'; known here: model, cache, scheduler, speculation"
     assert expected in refusal(["modle.dtype=float32"])
     assert expected in refusal([], None, {"AERIE_MODLE__DTYPE": "float32"})
 
