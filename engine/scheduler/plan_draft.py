@@ -13,6 +13,7 @@ class PlanDraft:
 
     def __init__(self, budget: int, num_decoding: int) -> None:
         self.budget = budget
+        self.num_decoding = num_decoding
         self.spare = budget - num_decoding  # for draft nodes: every root has its token first
         self.rows: dict[str, RowPlan] = {}
         self.num_draft: dict[str, int] = {}  # nodes with a share of the budget, without slots yet

@@ -25,6 +25,8 @@ from engine.scheduler.queue import Rank, WaitingQueue
 from engine.scheduler.stopping import cut_emitted
 from engine.spec.shape import ROOT, TreeShape
 
+LONG_CONTEXT = 2048  # tokens behind which attention begins to rule the time of a step
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -207,7 +209,7 @@ class Scheduler:
 
     def _plan_row(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
         """Plan as much of a running sequence as the budget allows, preempting for its slots."""
-        num_tokens = min(missing, draft.budget)
+        num_tokens = min(missing, self._chunk(draft, seq))
         if num_tokens == 0:
             return
         while not self._kv.reserve(seq, self._slots(seq, num_tokens)):
@@ -218,6 +220,13 @@ class Scheduler:
             if victim is seq:
                 return
         draft.add(seq, num_tokens)
+
+    def _chunk(self, draft: PlanDraft, seq: Sequence) -> int:
+        """How many tokens of this sequence the step may compute. Attention makes a token dearer
+        with what lies before it; while others decode, long contexts are taken in smaller bites."""
+        if draft.num_decoding == 0 or seq.num_computed <= LONG_CONTEXT:
+            return draft.budget
+        return min(draft.budget, max(1, draft.budget * LONG_CONTEXT // seq.num_computed))
 
     def _set_aside_drafts(self, draft: PlanDraft, shape: TreeShape) -> None:
         """Share what budget there is for draft nodes among the rows planned so far."""

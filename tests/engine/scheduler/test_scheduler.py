@@ -50,6 +50,23 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
     ]
 
 
+def test_behind_a_long_context_chunks_shrink_while_others_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.scheduler.scheduler.LONG_CONTEXT", 16)
+    engine = FakeEngine(max_num_batched_tokens=9)
+    engine.submit(request("old", prompt_of(3), max_tokens=8))
+    engine.step()
+    engine.submit(request("new", prompt_of(60, first=2000), max_tokens=1))
+    chunks = [dict(zip(["old", "new"], shape(engine.step()), strict=True)) for _ in range(7)]
+    assert [plan["old"][2] for plan in chunks] == [1] * 7
+    assert [plan["new"][1:3] for plan in chunks] == [
+        (0, 8), (8, 8), (16, 8), (24, 5), (29, 4), (33, 3), (36, 3),
+    ]  # fmt: skip
+    alone = [shape(plan) for plan in engine.run()]
+    assert alone[0] == [("new", 39, 9, False)]
+
+
 def test_decoding_comes_before_a_more_important_prompt() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     engine.submit(request("mild", prompt_of(3), priority=5, max_tokens=4))
