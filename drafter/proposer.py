@@ -54,12 +54,35 @@ class DraftProposer:
         )
         self._positions = torch.full((num_lines,), -1, dtype=torch.int64, device=device)
         self._warned = False
+        self._broken = False
         self.num_faults = 0  # rows whose head gave numbers that are not finite
 
     def admit(self, line: int) -> None:
         self._positions[line] = -1
 
     def extend(self, committed: Committed, hidden: Tensor) -> None:  # noqa: ARG002  (tap saw it)
+        if self._broken:
+            return
+        try:
+            self._extend(committed)
+        except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
+            self._give_up()
+
+    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
+        if self._broken:
+            return DraftTree.roots(roots.tokens)
+        try:
+            return self._propose(roots, shape)
+        except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
+            self._give_up()
+            return DraftTree.roots(roots.tokens)
+
+    def _give_up(self) -> None:
+        """Draft nothing any more: what the head has in its cache can no longer be trusted."""
+        self._broken = True
+        logger.exception("the draft head failed; decoding goes on without it")
+
+    def _extend(self, committed: Committed) -> None:
         counts = committed.cu.diff()
         filled = counts > 0
         if not bool(filled.any()):
@@ -86,7 +109,7 @@ class DraftProposer:
         self._states[lines] = states[last]
         self._positions[lines] = committed.positions[last]
 
-    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
+    def _propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
         tree = DraftTree.roots(roots.tokens)
         limits = torch.where(self._ready(roots), roots.max_nodes, 1)
         for limit in torch.unique(limits).tolist():

@@ -235,6 +235,48 @@ def test_a_head_that_returns_nan_costs_speed_only(
     assert len([r for r in caplog.records if "not finite" in r.message]) == 1
 
 
+@pytest.mark.parametrize("calls", [0, 1, 7])
+def test_a_head_that_raises_is_left_alone_and_the_text_goes_on(
+    tiny_engine: TinyEngine,
+    native_ops: Ops,
+    head: DraftHead,
+    plain: dict[str, list[int]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: int,
+) -> None:
+    """From its first call, in the middle of a tree, or later."""
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    forward, seen = type(head).forward, []
+
+    def failing(self: DraftHead, *args: object) -> Tensor:
+        seen.append(1)
+        if len(seen) > calls:
+            raise RuntimeError("out of memory")
+        return forward(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(head), "forward", failing)
+    with caplog.at_level(logging.ERROR):
+        _, texts = run(tiny_engine, watch, SHAPES["tree"])
+    assert texts == plain
+    assert len(seen) == calls + 1
+    assert len([r for r in caplog.records if "draft head failed" in r.message]) == 1
+
+
+def test_a_window_keeps_the_text_and_goes_on_drafting(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, plain: dict[str, list[int]]
+) -> None:
+    whole = watched(head, native_ops, tiny_engine.num_blocks)
+    run(tiny_engine, whole, SHAPES["chain3"])
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    watch.inner._window = 8
+    core, texts = run(tiny_engine, watch, SHAPES["chain3"])
+    assert texts == plain
+    assert core.stats().num_drafts > 20
+    far = [key for key in whole.seen.keys() & watch.seen.keys() if key[1] > 20]
+    assert any(whole.seen[key] != watch.seen[key] for key in far)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
