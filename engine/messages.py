@@ -85,6 +85,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()  # at [d]: trees whose path reached depth d + 1
     steps_by_tree: dict[str, int] = {}  # name of the shape -> steps
+    seconds_by_part: dict[str, float] = {}  # draft, verify, commit -> seconds of all steps
 
 
 ClientMessage = Submit | Abort | Shutdown

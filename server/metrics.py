@@ -35,10 +35,11 @@ COUNTERS = {
     "spec_decode_num_draft_tokens": ("num_draft_tokens", "Draft tokens that were verified"),
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens that were accepted"),
 }
-PER_POSITION, STEPS = "spec_decode_num_accepted_tokens_per_pos", "steps"
+PER_POSITION, STEPS, PARTS = "spec_decode_num_accepted_tokens_per_pos", "steps", "step_seconds"
 LABELLED = {  # metric -> (label, help); the counts are those of `_labelled`
     PER_POSITION: ("position", "Draft tokens that were accepted, by depth; 0 is below the root"),
     STEPS: ("tree", "Engine steps, by the shape of the draft trees; root is without drafts"),
+    PARTS: ("part", "Time of engine steps spent to draft, to verify and to commit"),
 }
 
 
@@ -92,12 +93,13 @@ class EngineCollector(Collector):
         return gauge
 
 
-def _labelled(stats: EngineStats) -> dict[str, dict[str, int]]:
+def _labelled(stats: EngineStats) -> dict[str, Mapping[str, float]]:
     """Of every metric of LABELLED, its counts by the label's value."""
     positions = enumerate(stats.accepted_per_position)
     return {
         PER_POSITION: {str(position): count for position, count in positions},
         STEPS: stats.steps_by_tree,
+        PARTS: stats.seconds_by_part,
     }
 
 
@@ -105,14 +107,14 @@ class _Monotone:
     """Goes on counting where an engine, which counts from zero again when restarted, left off."""
 
     def __init__(self) -> None:
-        self._before = 0  # counted by engines that are gone
-        self._newest = 0
+        self._before = 0.0  # counted by engines that are gone
+        self._newest = 0.0
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return self._before + self._newest
 
-    def read(self, value: int | None) -> int:
+    def read(self, value: float | None) -> float:
         if value is not None:
             if value < self._newest:
                 self._before += self._newest
@@ -126,7 +128,7 @@ class _MonotoneByLabel:
     def __init__(self) -> None:
         self._totals: dict[str, _Monotone] = {}
 
-    def read(self, values: Mapping[str, int] | None) -> dict[str, int]:
+    def read(self, values: Mapping[str, float] | None) -> dict[str, float]:
         for label in values or ():
             self._totals.setdefault(label, _Monotone())
         return {

@@ -14,6 +14,7 @@ from engine.models.interface import TargetModel
 from engine.runner.committed import collect_committed
 from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
+from engine.runner.laps import COMMIT, DRAFT, VERIFY, Laps
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
 from engine.sampling.batch import RowState, build_sampling_batch, effective_temperature
 from engine.sampling.sampler import Sampler
@@ -50,27 +51,28 @@ class ModelRunner:
         self._turn_over(plan)
         if not plan.rows:
             return StepOutcome()
-        parts = self._parts
+        parts, laps = self._parts, Laps()
         drawing = [row for row in plan.rows if row.samples]
         states = [self._rows[row.request_id] for row in drawing]
-        tree = self._propose(drawing, states, plan.shape)
-        batch = parts.inputs.build(plan, tree)
-        hidden = parts.model.forward(batch, parts.context)  # [T, H]
+        with laps.time(DRAFT):
+            tree = self._propose(drawing, states, plan.shape)
+        with laps.time(VERIFY):
+            batch = parts.inputs.build(plan, tree)
+            hidden = parts.model.forward(batch, parts.context)  # [T, H]
         emitted: list[RowOutcome] = []
         path = None
         if drawing:
-            logits = parts.model.logits(hidden[batch.sampled], parts.context)  # [R, V]
-            result = self._verify(states, tree, batch, logits)
-            commit(
-                result,
-                nodes(batch.slots[batch.sampled], batch, tree),
-                parts.context.kv,
-                parts.context.ops,
-            )
-            emitted = self._emit(states, tree, batch, logits, result)
+            with laps.time(VERIFY):
+                logits = parts.model.logits(hidden[batch.sampled], parts.context)  # [R, V]
+                result = self._verify(states, tree, batch, logits)
+            with laps.time(COMMIT):
+                slots = nodes(batch.slots[batch.sampled], batch, tree)
+                commit(result, slots, parts.context.kv, parts.context.ops)
+                emitted = self._emit(states, tree, batch, logits, result)
             path = result.path
-        self._extend(plan, emitted, batch, hidden, path)
-        return self._report(plan, emitted, batch, hidden)
+        with laps.time(DRAFT):
+            self._extend(plan, emitted, batch, hidden, path)
+        return replace(self._report(plan, emitted, batch, hidden), seconds=laps.seconds)
 
     def _turn_over(self, plan: StepPlan) -> None:
         """Forget rows that left the running set and take in those that entered it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -15,6 +16,13 @@ class DraftCounts:
     num_accepted_tokens: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
     steps_by_tree: Counter[str] = field(default_factory=Counter)
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
+
+    def add_step(self, tree: str, seconds: Mapping[str, float]) -> None:
+        """A step that verified trees of this shape, and how long its parts took."""
+        self.steps_by_tree[tree] += 1
+        for part, spent in seconds.items():
+            self.seconds_by_part[part] = self.seconds_by_part.get(part, 0.0) + spent
 
     def add_tree(self, num_draft: int, num_accepted: int) -> None:
         """A tree with `num_draft` nodes besides the root, of which a path was accepted."""

@@ -77,3 +77,4 @@ class StepOutcome:
     """One `RowOutcome` per row of the plan, in the same order."""
 
     rows: tuple[RowOutcome, ...] = field(default_factory=tuple)
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the round, see `Laps`

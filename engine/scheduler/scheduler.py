@@ -143,7 +143,7 @@ class Scheduler:
             self._advance(self._live[row.request_id], row, result)
         if plan.rows:
             self._num_steps += 1
-            self._counts.steps_by_tree[plan.shape.name] += 1
+            self._counts.add_step(plan.shape.name, outcome.seconds)
         self._last_tokens = plan.num_tokens
         events, self._events = self._events, []
         return events
@@ -163,6 +163,7 @@ class Scheduler:
             num_accepted_tokens=self._counts.num_accepted_tokens,
             accepted_per_position=tuple(self._counts.accepted_per_position),
             steps_by_tree=dict(self._counts.steps_by_tree),
+            seconds_by_part=dict(self._counts.seconds_by_part),
         )
 
     def audit(self) -> None:

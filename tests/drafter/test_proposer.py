@@ -135,6 +135,8 @@ def test_the_text_is_that_of_plain_decoding(
     assert texts == plain
     assert core.stats().num_drafts > 20
     assert watch.inner.num_faults == 0
+    assert set(core.stats().seconds_by_part) == {"draft", "verify", "commit"}
+    assert min(core.stats().seconds_by_part.values()) > 0
     drafted = {token for nodes in watch.seen.values() for token in nodes[1:]}
     assert drafted <= set(DRAFT_IDS.tolist())
 

@@ -281,3 +281,11 @@ def test_speculation_counts_go_on_when_the_engine_starts_again(server: Server) -
     server.engine.stats = drafted(9, 60, (9, 8, 1), root=5, chain7=3)
     assert spec_metrics(server)[steps("chain7")] == 15
     assert spec_metrics(server)[per_pos(2)] == 3
+
+
+def test_the_time_of_steps_is_exported_by_part(server: Server) -> None:
+    seconds = {"draft": 0.25, "verify": 2.5, "commit": 0.125}
+    server.engine.stats = msgspec.structs.replace(QUIET, seconds_by_part=seconds)
+    text = server.get("/metrics").text
+    for part, spent in seconds.items():
+        assert f'aerie:step_seconds_total{{model_name="tiny",part="{part}"}} {spent}' in text

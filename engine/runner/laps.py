@@ -1,0 +1,24 @@
+"""How long the parts of a step take, as the host sees it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DRAFT, VERIFY, COMMIT = "draft", "verify", "commit"
+
+
+class Laps:
+    """Seconds by part. On a device that works asynchronously they are those of the launches, and
+    of whatever waits for results."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Add the time spent inside this block."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
