@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drafter.manifest import DTYPES, FLOATS, HeadTensors, common_name, is_harmless
+from engine.models.checkpoint import read_json
 from engine.models.manifest import Shape
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,7 @@ class StoredTensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
+    return read_json(folder / "config.json")
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -56,9 +56,9 @@ class SafetensorsCheckpoint:
     """A Hugging Face directory: config.json plus one .safetensors file or an index of shards."""
 
     def __init__(self, folder: Path) -> None:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         generation = folder / "generation_config.json"
-        generation_config = _read_json(generation) if generation.is_file() else None
+        generation_config = read_json(generation) if generation.is_file() else None
         try:
             self.arch = LlamaArch.from_hf_config(config)
             self.eos_token_ids = eos_token_ids(config, generation_config)
@@ -122,7 +122,7 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 def _indexed_shards(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
@@ -132,7 +132,8 @@ def _indexed_shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError that names the file when it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
