@@ -110,6 +110,8 @@ def measure(
     """One line per tree, the root alone first."""
     lines: list[Line] = []
     plain = 0.0
+    engine.core.plan_with(FixedPlanner())
+    _run(engine, requests, batch, "warm-up")  # and every prompt is in the prefix cache for all
     for name in track(("root", *trees), description=f"temperature {temperature}"):
         engine.core.plan_with(FixedPlanner(tree_shape(name)))
         before = engine.core.stats()
