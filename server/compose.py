@@ -91,6 +91,11 @@ def _load_head(
 ) -> DraftHead | None:
     """The configured draft head, with the target's embedding and LM head where it has none."""
     if config.speculation.draft is None:
+        if config.speculation.tree not in ("auto", ROOT.name):
+            raise ValueError(
+                f"speculation.tree is {config.speculation.tree!r}, but there is no draft head: set "
+                "speculation.draft"
+            )
         return None
     return load_head(
         Path(config.speculation.draft).expanduser(),
@@ -126,15 +131,25 @@ def _choose_trees(config: Config, core: EngineCore) -> EngineCore:
     if config.speculation.tree != "auto":
         return core
     assert config.cache.num_blocks is not None
+    assert config.model.max_model_len is not None
     shapes = [tree_shape(name) for name in config.speculation.candidates]
+    for shape in shapes:
+        if isinstance(shape, DynamicShape):
+            raise ValueError(
+                f"speculation.candidates names {shape.name!r}: auto chooses among static trees; a "
+                "dynamic one can be set as speculation.tree"
+            )
     warm_up = WarmUp(
         core.executor,
         config.cache.num_blocks,
         config.cache.block_size,
         config.scheduler.max_num_seqs,
         config.scheduler.max_num_batched_tokens,
+        config.model.max_model_len,
     )
-    core.plan_with(AdaptivePlanner(shapes, warm_up.measure([ROOT, *shapes])))
+    fitting = [shape for shape in shapes if warm_up.fits(shape)]
+    if fitting:
+        core.plan_with(AdaptivePlanner(fitting, warm_up.measure([ROOT, *fitting])))
     return core
 
 

@@ -33,9 +33,21 @@ class WarmUp:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_model_len: int
+
+    def fits(self, shape: TreeShape) -> bool:
+        """Whether one row can carry such a tree behind the made-up prompt."""
+        slots = self._num_prompt + shape.slots_for(shape.num_nodes) + 1
+        blocks = self._blocks_per_row
+        return (
+            slots <= min(self.max_model_len, blocks * self.block_size)
+            and blocks <= self.num_blocks
+            and max(self._num_prompt, shape.num_nodes) <= self.max_num_batched_tokens
+        )
 
     def measure(self, shapes: Sequence[TreeShape]) -> StepCosts:
-        """Seconds of a decode step with each shape, for several numbers of rows."""
+        """Seconds of a decode step with each shape, for several numbers of rows. All shapes must
+        fit."""
         seconds: dict[str, list[tuple[int, float]]] = {shape.name: [] for shape in shapes}
         for num_rows in self._row_counts(shapes):
             rows = self._start(num_rows)
@@ -50,21 +62,26 @@ class WarmUp:
         widest = max(shape.num_nodes for shape in shapes)
         most = min(
             self.max_num_seqs,
-            self.num_blocks // self._blocks_per_row(),
+            self.num_blocks // self._blocks_per_row,
             self.max_num_batched_tokens // widest,
         )
         return [count for count in ROW_COUNTS if count <= max(most, 1)]
 
+    @property
+    def _num_prompt(self) -> int:
+        return min(PROMPT, max(1, self.max_model_len // 4))
+
+    @property
     def _blocks_per_row(self) -> int:
-        return -(-(PROMPT + 2 * 64) // self.block_size)
+        return -(-min(PROMPT + 2 * 64, self.max_model_len) // self.block_size)
 
     def _start(self, num_rows: int) -> list[RowPlan]:
         """Fill the cache with prompts; returns the rows as they stand before a decode step."""
         params = SamplingParams(max_tokens=1 << 20, temperature=0.0)
-        size = self._blocks_per_row()
+        size = self._blocks_per_row
         rows = []
         for number in range(num_rows):
-            prompt = [(7 * number + 3 * i) % 97 + 3 for i in range(PROMPT)]
+            prompt = [(7 * number + 3 * i) % 97 + 3 for i in range(self._num_prompt)]
             request = Request(request_id=f"warm-up-{number}", prompt_ids=prompt, params=params)
             blocks = list(range(number * size, (number + 1) * size))
             row = RowPlan(request.request_id, 0, prompt, blocks, samples=True)
@@ -82,7 +99,7 @@ class WarmUp:
             decode = tuple(
                 replace(
                     row,
-                    start=PROMPT,
+                    start=self._num_prompt,
                     token_ids=list(result.emitted[-1:]),
                     num_draft=shape.num_nodes - 1,
                 )

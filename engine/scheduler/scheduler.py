@@ -143,7 +143,8 @@ class Scheduler:
             self._advance(self._live[row.request_id], row, result)
         if plan.rows:
             self._num_steps += 1
-            self._counts.add_step(plan.shape.name, outcome.seconds)
+            drafted = any(row.num_draft for row in plan.rows)
+            self._counts.add_step(plan.shape.name if drafted else ROOT.name, outcome.seconds)
         self._last_tokens = plan.num_tokens
         events, self._events = self._events, []
         return events

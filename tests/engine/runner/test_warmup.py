@@ -1,0 +1,58 @@
+"""Steps that are measured before the first request, on caches of any size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engine.runner.warmup import WarmUp
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from tests.support.engines import ask, generate
+from tests.support.tiny_engine import TinyEngine
+
+
+def warm_up(engine: TinyEngine) -> WarmUp:
+    return WarmUp(
+        engine.build().executor,
+        engine.num_blocks,
+        16,
+        engine.max_num_seqs,
+        engine.max_num_batched_tokens,
+        engine.max_model_len,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "shortest"),
+    [(ROOT, 3), (chain(3), 6), (StaticShape("star", (-1, *[0] * 15)), 22)],
+    ids=["root", "chain3", "star"],
+)
+def test_a_tree_fits_from_some_context_length_on(
+    tiny_engine: TinyEngine, shape: TreeShape, shortest: int
+) -> None:
+    fitting = [
+        n for n in range(2, 60) if warm_up(replace(tiny_engine, max_model_len=n)).fits(shape)
+    ]
+    assert fitting == list(range(shortest, 60))
+
+
+def test_a_dynamic_tree_needs_room_for_all_it_drafts(tiny_engine: TinyEngine) -> None:
+    shape = DynamicShape("dynamic", 8, 5, 10)  # 41 nodes go through the head
+    assert not warm_up(replace(tiny_engine, max_model_len=48)).fits(shape)
+    assert warm_up(replace(tiny_engine, max_model_len=64)).fits(shape)
+
+
+@pytest.mark.parametrize(("max_model_len", "num_blocks"), [(256, 128), (256, 10), (20, 2), (8, 1)])
+def test_any_cache_can_be_measured_and_is_clean_afterwards(
+    tiny_engine: TinyEngine, max_model_len: int, num_blocks: int
+) -> None:
+    engine = replace(tiny_engine, max_model_len=max_model_len, num_blocks=num_blocks)
+    core = engine.build()
+    measuring = WarmUp(core.executor, num_blocks, 16, 16, 64, max_model_len)
+    costs = measuring.measure([ROOT])
+    assert costs.seconds["root"][0][0] == 1
+    assert min(seconds for _, seconds in costs.seconds["root"]) > 0
+    heard = generate(core, [ask("after", [5, 6, 7], max_tokens=4, ignore_eos=True)])
+    plain = generate(engine.build(), [ask("after", [5, 6, 7], max_tokens=4, ignore_eos=True)])
+    assert heard["after"].token_ids == plain["after"].token_ids
