@@ -25,9 +25,7 @@ from benchmarks.floor import read_seconds, weight_bytes
 from benchmarks.peers.aerie import AerieTarget
 from benchmarks.peers.openai_url import UrlTarget
 from benchmarks.timing import Measured, Spread, Target, measure
-from configs.env import default_cache_dir, environment, num_cpus
-from configs.load import load_config
-from configs.resolve import HostFacts, resolve_host
+from configs.host import host_config
 from configs.schema import Config
 from engine.models.checkpoint import open_checkpoint
 from engine.models.source import resolve_source
@@ -84,10 +82,7 @@ def main(
 ) -> None:
     """Measure decode latency: time to first token, time per output token, tokens per second."""
     console = Console(width=max(120, Console().width))
-    settings = resolve_host(
-        load_config(config, overrides or (), environment()),
-        HostFacts(num_cpus(), default_cache_dir()),
-    )
+    settings = host_config(config, overrides or ())
     console.print("loading ...")
     targets, vocab_size = build_targets(settings, url or (), in_process, transformers)
     sizes = tuple(batch or (1, 8, 32))

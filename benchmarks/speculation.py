@@ -20,9 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import machine
-from configs.env import default_cache_dir, environment, num_cpus
-from configs.load import load_config
-from configs.resolve import HostFacts, resolve_host
+from configs.host import host_config
 from configs.schema import Config
 from engine.models.source import resolve_source
 from engine.request import Request, SamplingParams
@@ -71,10 +69,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/out/speculation.json"),
 ) -> None:
     """Show acceptance length and speed of the configured draft head (speculation.draft)."""
-    settings = resolve_host(
-        load_config(config, overrides or (), environment()),
-        HostFacts(num_cpus(), default_cache_dir()),
-    )
+    settings = host_config(config, overrides or ())
     trees = tree or ["chain1", "chain3", "chain5", "tree8", "tree16", "dynamic16"]
     texts = list(questions(prompts, limit))
     lines: list[Line] = []

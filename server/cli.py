@@ -10,9 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from configs.env import default_cache_dir, environment, num_cpus
-from configs.load import load_config, shipped_configs
-from configs.resolve import HostFacts, resolve_host
+from configs.host import host_config
+from configs.load import shipped_configs
 from configs.schema import Config
 
 app = typer.Typer(
@@ -89,7 +88,7 @@ def serve(
     options = {"server.host": host, "server.port": port, "server.api_keys": api_key}
     extra = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     try:
-        resolved = _resolved(config, [*(overrides or ()), *extra])
+        resolved = host_config(config, [*(overrides or ()), *extra])
         raise typer.Exit(run(resolved))
     except (ValueError, OSError) as error:
         raise _failed(error) from None
@@ -99,7 +98,7 @@ def serve(
 def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
     """Check a configuration and print it whole, with the meaning of every key."""
     try:
-        resolved = _resolved(config, overrides or ())
+        resolved = host_config(config, overrides or ())
     except (ValueError, OSError) as error:
         raise _failed(error) from None
     for name in Config.model_fields:
@@ -120,7 +119,7 @@ def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
     from server.launch import load_text
 
     try:
-        resolved = _resolved(config, overrides or ())
+        resolved = host_config(config, overrides or ())
         typer.echo(f"native kernels: {prepare_kernels(resolved)}")
         load_text(resolved)
     except (ValueError, OSError) as error:
@@ -133,11 +132,6 @@ def version() -> None:
     from importlib.metadata import version as installed
 
     typer.echo(installed("aerie"))
-
-
-def _resolved(path: Path | None, overrides: list[str] | tuple[str, ...]) -> Config:
-    config = load_config(path, overrides, environment())
-    return resolve_host(config, HostFacts(num_cpus(), default_cache_dir()))
 
 
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:

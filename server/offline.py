@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from configs.env import default_cache_dir, num_cpus
-from configs.resolve import HostFacts, resolve_host
+from configs.host import this_host
+from configs.resolve import resolve_host
 from configs.schema import Config
 from engine.completion import Completion
 from engine.core import EngineCore
@@ -22,8 +22,7 @@ class OfflineEngine:
 
     @classmethod
     def from_config(cls, config: Config) -> OfflineEngine:
-        host = HostFacts(num_cpus(), default_cache_dir())
-        return cls(build_engine(resolve_host(config, host)))
+        return cls(build_engine(resolve_host(config, this_host())))
 
     @property
     def info(self) -> EngineInfo:
