@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,7 @@ def grow_static(grower: Grower, shape: StaticShape, root_states: Tensor) -> Draf
     device = root_states.device
     tokens = grower.roots.tokens[:, None].repeat(1, shape.num_nodes)  # [B, N]
     states = root_states[:, None].repeat(1, shape.num_nodes, 1)  # [B, N, H]
-    plan = _Levels(shape)
+    plan = _levels(shape)
     masks = torch.tensor([signed(mask) for mask in shape.ancestors], device=device)
     for depth in range(shape.max_depth):
         parents = torch.tensor(plan.with_children[depth], device=device)
@@ -126,6 +127,11 @@ class _Levels:
         ]
         self.children_of = [[children[n] for n in level] for level in self.with_children]
         self.most_children = [max(map(len, level)) for level in self.children_of]
+
+
+@functools.cache
+def _levels(shape: StaticShape) -> _Levels:
+    return _Levels(shape)
 
 
 def grow_dynamic(grower: Grower, shape: DynamicShape, root_states: Tensor) -> DraftTree:

@@ -89,14 +89,15 @@ class ModelRunner:
     ) -> DraftTree:
         """A tree for every row that draws."""
         inputs = self._parts.inputs
-        if not drawing:
-            return DraftTree.roots(torch.empty(0, dtype=torch.int64))
+        tokens = torch.tensor([row.token_ids[-1] for row in drawing], dtype=torch.int64)
+        if not any(row.num_draft for row in drawing):
+            return DraftTree.roots(tokens)
         params = [state.request.params for state in states]
         seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
         ends = [row.start + len(row.token_ids) - 1 for row in drawing]
         roots = Roots(
             lines=inputs.to_device(inputs.lines(drawing)),
-            tokens=torch.tensor([row.token_ids[-1] for row in drawing]),
+            tokens=tokens,
             positions=torch.tensor(ends),
             max_nodes=torch.tensor([1 + row.num_draft for row in drawing]),
             block_tables=inputs.to_device(inputs.tables(drawing)),
@@ -149,7 +150,9 @@ class ModelRunner:
         hidden: Tensor,
         path: Tensor | None,
     ) -> None:
-        """Hand every committed token to the proposer."""
+        """Hand every committed token to a proposer that keeps entries of them."""
+        if self._parts.proposer.lookahead == 0:
+            return
         committed = collect_committed(plan.rows, emitted, batch, path, self._parts.inputs)
         self._parts.proposer.extend(committed, hidden)
 

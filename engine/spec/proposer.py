@@ -58,7 +58,8 @@ class Proposer(Protocol):
 
     @property
     def lookahead(self) -> int:
-        """Slots it needs behind a row's last token: 1 if it keeps an entry for the next root."""
+        """Slots it needs behind a row's last token: 1 if it keeps an entry for the next root; 0 if
+        it keeps no entries at all, and then `extend` is not called."""
         ...
 
     @property
