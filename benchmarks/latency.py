@@ -29,7 +29,8 @@ from configs.host import host_config
 from configs.schema import Config
 from engine.models.checkpoint import open_checkpoint
 from engine.models.source import resolve_source
-from server.compose import build_engine, torch_dtype
+from server.compose import build_engine
+from server.drafting import torch_dtype
 from server.offline import OfflineEngine
 
 METRICS = ("ttft", "ttit_p50", "ttit_p99", "tokens_per_second")

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from configs.env import default_cache_dir, environment, num_cpus
-from configs.load import load_config
+from configs.load import load_config, load_schema
 from configs.resolve import HostFacts, resolve_host
 from configs.schema import Config
+from configs.training import TRAIN, TrainingConfig
 
 
 def this_host() -> HostFacts:
@@ -23,3 +24,17 @@ def host_config(path: Path | None, overrides: Iterable[str]) -> Config:
         ConfigError: as `load_config`.
     """
     return resolve_host(load_config(path, overrides, environment()), this_host())
+
+
+def host_training_config(path: Path | None, overrides: Iterable[str]) -> TrainingConfig:
+    """What `aerie train-draft` is told: file and overrides merged, resolved for this machine. The
+    environment is the server's.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config = load_schema(TrainingConfig, TRAIN, path, overrides)
+    host = resolve_host(
+        Config(model=config.model, kernels=config.kernels, files=config.files), this_host()
+    )
+    return config.model_copy(update={"kernels": host.kernels, "files": host.files})

@@ -9,20 +9,23 @@ import re
 from collections.abc import Hashable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from configs.schema import Config
+from configs.schema import Config, Section
 
+Schema = TypeVar("Schema", bound=Section)
+
+SERVE = "serve"  # folder of configs/ with the files that `aerie serve` takes
 ENV_PREFIX = "AERIE_"
 ENV_SEPARATOR = "__"  # AERIE_MODEL__DTYPE=float32 is model.dtype
 RESERVED_ENV = frozenset({"AERIE_CONFIG"})  # read by the command line: the file's path
 # Kubernetes sets these in every container beside a Service whose name begins with "aerie".
 SERVICE_ENV = re.compile(r"AERIE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-SECRETS = ("server.api_keys",)  # never shown in messages
+SECRETS = ("server.api_keys", "server.admin_keys")  # never shown in messages
 
 
 class ConfigError(ValueError):
@@ -44,7 +47,18 @@ def load_config(
     Raises:
         ConfigError: unreadable file, unknown key, bad value.
     """
-    tree: dict[str, Any] = {} if path is None else _read_yaml(path)
+    return load_schema(Config, SERVE, path, overrides, environment)
+
+
+def load_schema(
+    schema: type[Schema],
+    kind: str,
+    path: Path | None,
+    overrides: Iterable[str],
+    environment: Mapping[str, str] | None = None,
+) -> Schema:
+    """`load_config` for any schema of sections; `kind` is the folder of its shipped files."""
+    tree: dict[str, Any] = {} if path is None else _read_yaml(path, kind)
     for name, value in (environment or {}).items():
         if _is_ours(name, value):
             keys = name.removeprefix(ENV_PREFIX).lower().split(ENV_SEPARATOR)
@@ -55,9 +69,16 @@ def load_config(
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         _put(tree, key.strip().split("."), _parse(value, key), key)
     try:
-        return Config.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from error
+        raise ConfigError(_explain(error, path, schema)) from error
+
+
+def as_yaml(config: Section, exclude: set[str]) -> str:
+    """The text of a file that `load_schema` reads as `config` again, less some sections."""
+    tree = config.model_dump(mode="json", exclude=exclude)
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _is_ours(name: str, value: str) -> bool:
@@ -66,18 +87,18 @@ def _is_ours(name: str, value: str) -> bool:
     return not SERVICE_ENV.fullmatch(name) and not SERVICE_ADDRESS.match(value)
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Names and paths of the files under configs/serve."""
-    folder = Path(str(files("configs") / "serve"))
+def shipped_configs(kind: str = SERVE) -> dict[str, Path]:
+    """Names and paths of the files under configs/serve, or under another folder of configs."""
+    folder = Path(str(files("configs") / kind))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    path = shipped_configs().get(str(path), path)
+def _read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    path = shipped_configs(kind).get(str(path), path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except FileNotFoundError as error:
-        known = ", ".join(shipped_configs())
+        known = ", ".join(shipped_configs(kind))
         raise ConfigError(f"no configuration file {str(path)!r}; shipped ones: {known}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, no such date
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
@@ -119,22 +140,28 @@ def _put(tree: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
     tree[section][key] = value
 
 
-def _explain(error: ValidationError, path: Path | None) -> str:
+def _explain(error: ValidationError, path: Path | None, schema: type[Section]) -> str:
     problems = []
     for detail in error.errors():
         key = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
-            allowed = ", ".join(_siblings(detail["loc"]))
+            allowed = ", ".join(_siblings(detail["loc"], schema))
             problems.append(f"unknown key {key!r}; known here: {allowed}")
         else:
-            value = "***" if key.startswith(SECRETS) else repr(detail["input"])
-            problems.append(f"{key} = {value}: {detail['msg']}")
+            problems.append(_problem(key, detail["type"], detail["msg"], detail["input"]))
     return f"configuration{f' {path}' if path else ''}: " + "; ".join(problems)
 
 
-def _siblings(location: tuple[int | str, ...]) -> list[str]:
+def _problem(key: str, kind: str, message: str, value: object) -> str:
+    if kind == "value_error" and isinstance(value, Mapping):
+        return message.removeprefix("Value error, ")  # of a whole section; it names its keys
+    shown = "***" if key.startswith(SECRETS) else repr(value)
+    return f"{key} = {shown}: {message}"
+
+
+def _siblings(location: tuple[int | str, ...], schema: type[Section]) -> list[str]:
     """The keys that are known where `location` points to."""
     if len(location) == 1:
-        return list(Config.model_fields)
-    section = Config.model_fields[str(location[0])].annotation
+        return list(schema.model_fields)
+    section = schema.model_fields[str(location[0])].annotation
     return list(getattr(section, "model_fields", {}))

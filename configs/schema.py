@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 
 def _refuse_truth(value: object) -> object:
@@ -95,6 +95,10 @@ class ServerConfig(Section):
     port: Integer = Field(8000, ge=0, le=65535, description="0 picks a free port")
     api_keys: tuple[str, ...] = Field((), description="accepted bearer tokens; empty: no check")
     api_key_file: Path | None = Field(None, description="one key per line, # for comments")
+    admin_keys: tuple[str, ...] = Field(
+        (), description="bearer tokens of POST /admin/...; empty: no admin routes"
+    )
+    admin_key_file: Path | None = Field(None, description="one key per line, # for comments")
     max_queued_requests: Positive = 256
     max_waiting_tokens: Positive = Field(262_144, description="prompt tokens not yet started")
     max_body_bytes: Positive = 4_194_304
@@ -102,6 +106,28 @@ class ServerConfig(Section):
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
     restart_engine: StrictBool = Field(True, description="start the engine again when it dies")
+
+
+class CaptureConfig(Section):
+    """Live sequences as token ids, to train draft heads on; ids can be turned back into text."""
+
+    dir: Path | None = Field(None, description="where shards go; null: nothing is captured")
+    consent: StrictBool = Field(
+        False, description="you may store what clients send; required when dir is set"
+    )
+    sample_rate: Number = Field(0.1, ge=0, le=1, description="share of the sequences")
+    max_bytes: Positive = Field(268_435_456, description="of all shards in dir; then it stops")
+    shard_tokens: Positive = Field(1_000_000, description="tokens after which a shard is complete")
+
+    @model_validator(mode="after")
+    def _needs_consent(self) -> CaptureConfig:
+        if self.dir is not None and not self.consent:
+            raise ValueError(
+                f"capture.dir is {str(self.dir)!r}, but capture.consent is not true: captured "
+                "token ids can be turned back into what clients sent and got; set "
+                "capture.consent=true (--capture-consent) if you may store that"
+            )
+        return self
 
 
 class LogConfig(Section):
@@ -127,5 +153,6 @@ class Config(Section):
     speculation: SpeculationConfig = SpeculationConfig()
     kernels: KernelsConfig = KernelsConfig()
     server: ServerConfig = ServerConfig()
+    capture: CaptureConfig = CaptureConfig()
     log: LogConfig = LogConfig()
     files: CacheDirConfig = CacheDirConfig()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from drafter import manifest, vocab
 from drafter.head_files import check_tensors, open_tensors, read_config
+from drafter.head_shards import write_json, write_tensors
 from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
 from drafter.heads.config import HeadConfig
-from drafter.heads.published import eagle3_json
+from drafter.heads.published import eagle3_json, eagle_json
 from engine.layers.loading import LayerLoader
 from engine.layers.rotary import cos_sin_table
 from engine.models.arch import LlamaArch
@@ -88,33 +89,57 @@ def save_eagle3(
     target: LlamaArch,
     tensors: Mapping[str, Tensor],
     target_ids: Tensor | None,
+    max_shard_bytes: int | None = None,
 ) -> None:
-    """Write an EAGLE-3 head that this package and other engines load: config.json and
-    model.safetensors under the published names.
+    """Write an EAGLE-3 head that this package and other engines load: config.json and weights
+    under the published names.
 
     Args:
         path: A directory that does not exist yet; it appears complete or not at all.
         tensors: By common name (`manifest.common_name`), without d2t and t2d.
         target_ids: [Vd] int64, target id of each draft id; None when they are the same.
+        max_shard_bytes: The largest file of weights; None: all weights in model.safetensors.
     """
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; heads are not overwritten")
-    _check_fits(config, target)
+    content = eagle3_json(config, target)
     ids = torch.arange(config.draft_vocab_size) if target_ids is None else target_ids.cpu()
     offsets = vocab.offsets_of(ids)
     vocab.target_ids_of(offsets, target.vocab_size)  # refuses what could not be loaded
     mapping = {manifest.D2T: offsets, manifest.T2D: vocab.mask_of(ids, target.vocab_size)}
-    stored = {
-        manifest.published_name(name): tensor.detach().cpu().contiguous()
-        for name, tensor in (*tensors.items(), *mapping.items())
-    }
+    stored = {manifest.published_name(name): each for name, each in {**tensors, **mapping}.items()}
+    _save(path, config, target, content, stored, max_shard_bytes)
+
+
+def save_eagle(
+    path: Path,
+    config: HeadConfig,
+    target: LlamaArch,
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write an EAGLE head, or a dense one (with all norms), as `save_eagle3` does."""
+    config = dataclasses.replace(config, fc_bias=manifest.FC_BIAS in tensors)
+    _save(path, config, target, eagle_json(config, target), tensors, max_shard_bytes)
+
+
+def _save(
+    path: Path,
+    config: HeadConfig,
+    target: LlamaArch,
+    content: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int | None,
+) -> None:
+    """`content` becomes config.json; `tensors` are named as in the files."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; heads are not overwritten")
+    _check_fits(config, target)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         folder = Path(scratch) / "head"
         folder.mkdir()
-        text = json.dumps(eagle3_json(config, target), indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", content)
+        write_tensors(folder, stored, max_shard_bytes)
         found = open_tensors(folder)
         check_tensors(manifest.head_tensors(config, target, found), found, folder)
         folder.rename(path)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drafter.growing import Grower, grow_dynamic, grow_static
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
+from drafter.pending import Pending
 from drafter.taps import FeatureCollector
 from engine.spec.proposer import Committed, Roots
 from engine.spec.shape import StaticShape, TreeShape
@@ -17,6 +18,7 @@ from engine.spec.tree import DraftTree
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # there is no entry for position 0: no token before it, so no feature
+MAX_PENDING = 64  # tokens; linear layers do not get cheaper per token with more of them
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,11 @@ class DraftProposer:
     its own under the target's block tables: prefix hits, preemption and release follow by
     themselves. After each step the newest token of a row (its next root) has its entry already, and
     its state is kept per line until `propose` grows a tree from it.
+
+    While nothing is drafted, plain decode steps only collect features, and the head takes them in
+    together: once there are `max_pending` tokens, before the next tree, prompt or drafted token,
+    and before rows come or go. So nobody finds a block of the prefix cache without its entries,
+    and no entry is written to a block that has passed to another row.
     """
 
     lookahead = 1
@@ -40,9 +47,11 @@ class DraftProposer:
         hidden_size: int,
         window: int | None = None,
         shared_noise: bool = True,
+        max_pending: int = MAX_PENDING,
     ) -> None:
         """`window`: entries further back are not looked at; None for all. Without `shared_noise`
-        drafts are ranked by likelihood alone, as if all requests were greedy."""
+        drafts are ranked by likelihood alone, as if all requests were greedy. `max_pending`: 1 puts
+        nothing off."""
         self.tap = FeatureCollector(head.tap_layers)
         self._head = head
         self._ctx = ctx
@@ -54,14 +63,25 @@ class DraftProposer:
         )
         self._positions = torch.full((num_lines,), -1, dtype=torch.int64, device=device)
         self._warned = False
-        self._broken = False
+        self._max_pending = max_pending
+        self._pending = Pending()
+        self._drafted = False  # whether trees were asked for in this step
+        self.failed = False
         self.num_faults = 0  # rows whose head gave numbers that are not finite
+
+    def settle(self) -> None:
+        if self.failed:
+            return
+        try:
+            self._settle()
+        except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
+            self._give_up()
 
     def admit(self, line: int) -> None:
         self._positions[line] = -1
 
     def extend(self, committed: Committed, hidden: Tensor) -> None:  # noqa: ARG002  (tap saw it)
-        if self._broken:
+        if self.failed:
             return
         try:
             self._extend(committed)
@@ -69,7 +89,7 @@ class DraftProposer:
             self._give_up()
 
     def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
-        if self._broken:
+        if self.failed:
             return DraftTree.roots(roots.tokens)
         try:
             return self._propose(roots, shape)
@@ -79,37 +99,49 @@ class DraftProposer:
 
     def _give_up(self) -> None:
         """Draft nothing any more: what the head has in its cache can no longer be trusted."""
-        self._broken = True
+        self.failed = True
+        self._pending = Pending()
         logger.exception("the draft head failed; decoding goes on without it")
 
     def _extend(self, committed: Committed) -> None:
-        counts = committed.cu.diff()
-        filled = counts > 0
-        if not bool(filled.any()):
+        if not self._pending.followed_by(committed):  # a step done once more, to measure it
+            self._settle()
+        self._pending.add(committed, self.tap.take(committed.features))
+        drafted, self._drafted = self._drafted, False
+        plain = len(committed.tokens) <= len(committed.lines)
+        if drafted or not plain or self._pending.num_tokens >= self._max_pending:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the head take in what is pending."""
+        if self._pending.num_tokens == 0:
             return
-        last = committed.cu[1:][filled].long() - 1
-        prefix_lens = (committed.positions[last] + 1 - counts[filled]).int()
+        committed, features = self._pending.merge()
+        self._pending = Pending()
+        counts = committed.cu.diff()
+        last = committed.cu[1:].long() - 1
+        prefix_lens = (committed.positions[last] + 1 - counts).int()
         batch = DraftBatch(
             token_ids=committed.tokens,
             positions=committed.positions,
             slots=committed.slots,
             attention=AttentionMeta(
-                cu_q=torch.cat((committed.cu[:1], committed.cu[1:][filled])),
+                cu_q=committed.cu,
                 prefix_lens=prefix_lens,
                 first_keys=self._first_keys(prefix_lens),
-                block_tables=committed.block_tables[filled].contiguous(),
+                block_tables=committed.block_tables,
                 ancestors=torch.zeros_like(committed.tokens),
                 max_q=int(counts.max()),
                 max_context=int(committed.positions.max()) + 1,
             ),
         )
-        features = self._head.fuse(self.tap.take(committed.features))
-        states = self._head.forward(features, batch, self._ctx)
-        lines = committed.lines[filled]
-        self._states[lines] = states[last]
-        self._positions[lines] = committed.positions[last]
+        states = self._head.forward(self._head.fuse(features), batch, self._ctx)
+        self._states[committed.lines] = states[last]
+        self._positions[committed.lines] = committed.positions[last]
 
     def _propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
+        self._drafted = True
+        self._settle()
         tree = DraftTree.roots(roots.tokens)
         limits = torch.where(self._ready(roots), roots.max_nodes, 1)
         for limit in torch.unique(limits).tolist():

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+import msgspec
+
 from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Finished, Submit
+from engine.request import FinishReason, Sequence
 from engine.runner.warmup import PlanExecutor
 from engine.scheduler.scheduler import Scheduler
 from engine.spec.planner import FixedPlanner, Planner
+
+
+class SequenceSink(Protocol):
+    """Takes note of ended sequences. Must not hold up the step."""
+
+    @property
+    def num_captured(self) -> int: ...
+
+    @property
+    def num_dropped(self) -> int: ...
+
+    def take(self, seq: Sequence, reason: FinishReason) -> None: ...
 
 
 class EngineCore:
@@ -22,6 +39,7 @@ class EngineCore:
         self._planner = planner or FixedPlanner()
         self.executor = executor
         self.info = info
+        self._sink: SequenceSink | None = None
 
     def add(self, message: Submit | Abort) -> None:
         """Take a message; its consequences come out of the next `step`."""
@@ -36,20 +54,37 @@ class EngineCore:
 
     def step(self) -> list[EngineMessage]:
         """Run one step and return what clients must hear, stats last."""
-        shape = self._planner.choose(self._scheduler.num_decoding)
+        shape = self._planner.choose(self._scheduler.num_drafting)
         plan = self._scheduler.schedule(shape)
         outcome = self.executor.execute(plan)
         self._planner.observe(plan, outcome)
         events: list[EngineMessage] = [*self._scheduler.update(plan, outcome)]
-        events.append(self._scheduler.stats())
+        events.append(self.stats())
         return events
 
     def plan_with(self, planner: Planner) -> None:
         """Choose trees in another way from the next step on."""
         self._planner = planner
 
+    def draft_with(self, planner: Planner, lookahead: int) -> None:
+        """The executor has another proposer: plan for it, from the next step on."""
+        self._planner = planner
+        self._scheduler.draft_with(lookahead)
+
+    def capture_with(self, sink: SequenceSink) -> None:
+        """Show every sequence that ends from now on to `sink`."""
+        self._sink = sink
+        self._scheduler.on_finish = sink.take
+
     def stats(self) -> EngineStats:
-        return self._scheduler.stats()
+        stats = self._scheduler.stats()
+        if self._sink is None:
+            return stats
+        return msgspec.structs.replace(
+            stats,
+            num_captured=self._sink.num_captured,
+            num_capture_dropped=self._sink.num_dropped,
+        )
 
     def abort_all(self, reason: str) -> list[Finished]:
         """End every open request with ERROR and `reason`."""

@@ -26,6 +26,14 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
 
 
+class SwapDraft(msgspec.Struct, frozen=True, tag="swap_draft"):
+    """Load the draft head in the directory `path`, None: go on without one, and use it from some
+    later step on. Answered by one `DraftSwapped`."""
+
+    request_id: str
+    path: str | None
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave the loop after the current step; every open request ends with ABORT."""
 
@@ -57,6 +65,24 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     error: str | None = None
 
 
+class DraftFacts(msgspec.Struct, frozen=True):
+    """A draft head in use."""
+
+    path: str
+    kind: str
+    num_layers: int
+    draft_vocab_size: int
+    num_parameters: int  # in its files; what it shares with the target is not counted
+
+
+class DraftSwapped(msgspec.Struct, frozen=True, tag="draft_swapped"):
+    """The answer to `SwapDraft`: the head in use from now on, or why it is still the old one."""
+
+    request_id: str
+    draft: DraftFacts | None = None
+    error: str | None = None
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Sent once, when the engine can take requests."""
 
@@ -67,6 +93,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     eos_token_ids: list[int]
     ops: dict[str, str]  # operation -> backend
     device: str
+    draft: DraftFacts | None = None  # None: no draft head
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
@@ -76,7 +103,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_waiting: int
     kv_usage: float  # 0..1
     prefix_queries: int  # tokens looked up
-    prefix_hits: int  # tokens found
+    prefix_hits: int  # tokens found and not computed again
     num_preemptions: int
     num_steps: int
     last_step_tokens: int
@@ -86,7 +113,11 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     accepted_per_position: tuple[int, ...] = ()  # at [d]: trees whose path reached depth d + 1
     steps_by_tree: dict[str, int] = {}  # name of the shape -> steps
     seconds_by_part: dict[str, float] = {}  # draft, verify, commit -> seconds of all steps
+    num_captured: int = 0  # sequences handed over to be written down
+    num_capture_dropped: int = 0  # sequences that could not be
+    num_draft_faults: int = 0  # trees not grown because the head's numbers are not finite
+    draft_failed: bool = False  # whether the head broke down and is left alone
 
 
-ClientMessage = Submit | Abort | Shutdown
-EngineMessage = Tokens | Finished | EngineInfo | EngineStats
+ClientMessage = Submit | Abort | SwapDraft | Shutdown
+EngineMessage = Tokens | Finished | EngineInfo | EngineStats | DraftSwapped

@@ -14,12 +14,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from configs.schema import Config
-from server import ops_routes
+from server import admin_routes, ops_routes
 from server.admission import Admission
 from server.context import ServerContext, ServerInfo, context_of
 from server.engine_client import EngineClient
 from server.metrics import Metrics
-from server.middleware import ApiKeys, BodyLimit, load_api_keys
+from server.middleware import ApiKeys, BodyLimit, KeyRing, load_admin_keys, load_api_keys
 from server.openai import chat, completions, docs, models, tokenize
 from server.openai.errors import ApiError
 from server.request_log import RequestLog, record_of
@@ -40,7 +40,7 @@ def create_app(
     """The application around one engine. What its routes share is `app.state.context`.
 
     Raises:
-        ValueError: the API keys of the configuration cannot be used.
+        ValueError: the keys of the configuration cannot be used.
     """
     context = _context(config, client, tokenizer, chat_template, info)
     version = importlib.metadata.version("aerie")
@@ -52,6 +52,7 @@ def create_app(
         models.router,
         tokenize.router,
         ops_routes.router,
+        admin_routes.router,
     ):
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
@@ -86,6 +87,7 @@ def _context(
         metrics=metrics,
         pool=ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="text"),
         longest_token=functools.cache(functools.partial(_longest_token, tokenizer)),
+        admin_keys=KeyRing(load_admin_keys(config.server)),
     )
 
 

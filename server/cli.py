@@ -11,8 +11,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from configs.host import host_config
-from configs.load import shipped_configs
 from configs.schema import Config
+from server import draft_commands
+from server.command_options import ConfigFile, Overrides, failed
 
 app = typer.Typer(
     help="Aerie serves Llama models over the OpenAI HTTP API.",
@@ -22,21 +23,20 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-ConfigFile = Annotated[
+CaptureFolder = Annotated[
     Path | None,
     typer.Option(
-        "--config",
-        "-c",
-        envvar="AERIE_CONFIG",
-        metavar="FILE",
-        help=f"YAML file, or a shipped one: {', '.join(shipped_configs())}.",
+        metavar="DIR",
+        help="Write sampled sequences there as token ids, to train draft heads on (capture.dir); "
+        "needs --capture-consent.",
+        show_default=False,
     ),
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...",
-        help="Overrides, as `model.dtype=float32 cache.num_blocks=512`; values are YAML.",
+CaptureConsent = Annotated[
+    bool,
+    typer.Option(
+        "--capture-consent",
+        help="You may store what clients send and get (capture.consent).",
         show_default=False,
     ),
 ]
@@ -66,6 +66,8 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    capture: CaptureFolder = None,
+    capture_consent: CaptureConsent = False,
 ) -> None:
     """Start the server. Prints the resolved configuration, then one line `READY <url>`.
 
@@ -85,13 +87,19 @@ def serve(
     signal.signal(signal.SIGTERM, _leave)
     from server.launch import serve as run
 
-    options = {"server.host": host, "server.port": port, "server.api_keys": api_key}
+    options = {
+        "server.host": host,
+        "server.port": port,
+        "server.api_keys": api_key,
+        "capture.dir": None if capture is None else str(capture),
+        "capture.consent": capture_consent or None,
+    }
     extra = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     try:
         resolved = host_config(config, [*(overrides or ()), *extra])
         raise typer.Exit(run(resolved))
     except (ValueError, OSError) as error:
-        raise _failed(error) from None
+        raise failed(error) from None
 
 
 @app.command(name="config")
@@ -100,13 +108,13 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
     try:
         resolved = host_config(config, overrides or ())
     except (ValueError, OSError) as error:
-        raise _failed(error) from None
+        raise failed(error) from None
     for name in Config.model_fields:
         section = getattr(resolved, name)
         typer.echo(f"{name}:  # {type(section).__doc__}")
         for key, about in type(section).model_fields.items():
             value = section.model_dump(mode="json")[key]
-            if key == "api_keys" and value:
+            if key in ("api_keys", "admin_keys"):
                 value = ["***"] * len(value)
             text = f"{key}: {json.dumps(value)}"
             typer.echo(f"  {text}" + (f"  # {about.description}" if about.description else ""))
@@ -116,14 +124,14 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
 def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
     """Do now what the first start would do: compile the CPU kernels, convert the tokenizer."""
     from server.compose import prepare_kernels
-    from server.launch import load_text
+    from server.text.chat_codec import load_codec
 
     try:
         resolved = host_config(config, overrides or ())
         typer.echo(f"native kernels: {prepare_kernels(resolved)}")
-        load_text(resolved)
+        load_codec(resolved)
     except (ValueError, OSError) as error:
-        raise _failed(error) from None
+        raise failed(error) from None
 
 
 @app.command()
@@ -134,13 +142,11 @@ def version() -> None:
     typer.echo(installed("aerie"))
 
 
+draft_commands.register(app)
+
+
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)
-
-
-def _failed(error: Exception) -> typer.Exit:
-    typer.echo(f"aerie: {error}", err=True)
-    return typer.Exit(2)
 
 
 def main() -> None:

@@ -1,61 +1,67 @@
-"""Joins the parts into an engine: the one module that knows kernels, models and drafters."""
+"""Joins the parts into an engine: kernels, a model, and what `server.drafting` knows of heads."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from configs.resolve import ModelFacts, context_length, resolve_model
 from configs.schema import Config
-from configs.trees import load_tree
-from drafter.checkpoint import load_head
-from drafter.heads.interface import DraftContext, DraftHead
-from drafter.proposer import DraftProposer
+from drafter.source import resolve_draft
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.kv.sizing import free_bytes
-from engine.kv.storage import KVStorage, bytes_per_block
+from engine.kv.storage import bytes_per_block
 from engine.messages import EngineInfo
 from engine.models.arch import LlamaArch
 from engine.models.checkpoint import open_checkpoint
-from engine.models.llama import Llama, LlamaLoader
+from engine.models.llama import LlamaLoader
 from engine.models.source import resolve_source
 from engine.parallel.group import TPGroup
 from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.model_runner import ModelRunner, RunnerParts
-from engine.runner.warmup import WarmUp
+from engine.runner.warmup import WarmUp, blocks_per_row
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.planner import AdaptivePlanner, FixedPlanner, Planner
-from engine.spec.proposer import Proposer, RootProposer
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape
+from engine.spec.proposer import Proposer
+from engine.spec.shape import ROOT
 from kernels.native.build import NativeUnavailableError, build_library
 from kernels.ops import Ops
 from kernels.registry import build_ops
+from server.draft_swaps import DraftSwapper
+from server.drafting import (
+    AUTO,
+    Drafting,
+    HeadLoader,
+    LoadedDraft,
+    Target,
+    TreeChooser,
+    allocate,
+    drafting_with,
+    torch_dtype,
+)
+
+SCRATCH_ROWS = 16  # sequences that are measured together beside an engine that serves
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A loaded target model and the facts of it that the engine needs."""
+class Engine:
+    """An engine, and what replaces its draft head while it runs."""
 
-    model: Llama
-    arch: LlamaArch
-    eos_token_ids: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Drafting:
-    """Who proposes trees, and who chooses their shape."""
-
-    proposer: Proposer = field(default_factory=RootProposer)
-    planner: Planner = field(default_factory=FixedPlanner)
+    core: EngineCore
+    swapper: DraftSwapper
 
 
 def build_engine(config: Config) -> EngineCore:
+    """An engine that keeps its draft head; see `build_swappable_engine`."""
+    return build_swappable_engine(config).core
+
+
+def build_swappable_engine(config: Config) -> Engine:
     """Load the model that `config` (resolved for its host) names and put an engine around it.
 
     Raises:
@@ -77,106 +83,76 @@ def build_engine(config: Config) -> EngineCore:
     torch.set_num_threads(1 if "native" in ops.backends["linear"] else threads)
     model = LlamaLoader(arch, checkpoint.tensor, ops, dtype, device, max_len).load()
     target = Target(model, arch, eos_token_ids)
-    head = _load_head(config, target, ops, device, max_len)
-    archs = [arch] if head is None else [arch, head.arch]
+    loader = HeadLoader(target, ops, dtype, device, max_len)
+    trees = TreeChooser(config)
+    draft = _load_draft(config, loader, trees)
+    archs = [arch] if draft is None else [arch, draft.head.arch]
     config = resolve_model(config, _model_facts(config, archs, device))
-    if head is None:
-        return assemble(config, target, ops, device)
-    drafting = _drafting(config, head, ops, device)
-    return _choose_trees(config, assemble(config, target, ops, device, drafting))
+    drafting = None if draft is None else drafting_with(config, draft, ops, device)
+    core, runner = _assemble(config, target, ops, device, drafting or Drafting())
+    if draft is not None:
+        core.plan_with(trees.planner(draft, lambda: warm_up(config, runner), at_once=True))
+    swapper = DraftSwapper(
+        config,
+        core,
+        runner,
+        loader.beside_the_engine(config),
+        trees,
+        around=functools.partial(_drafting_late, config, ops, device),
+        scratch=functools.partial(_scratch, config, target, ops, device),
+    )
+    return Engine(core, swapper)
 
 
-def _load_head(
-    config: Config, target: Target, ops: Ops, device: torch.device, max_len: int
-) -> DraftHead | None:
-    """The configured draft head, with the target's embedding and LM head where it has none."""
-    if config.speculation.draft is None:
-        if config.speculation.tree not in ("auto", ROOT.name):
+def _load_draft(config: Config, loader: HeadLoader, trees: TreeChooser) -> LoadedDraft | None:
+    """The configured draft head, once it is sure that it can fill the configured trees."""
+    path = resolve_draft(config.speculation.draft, config.model.source)
+    if path is None:
+        if config.speculation.tree not in (AUTO, ROOT.name):
             raise ValueError(
                 f"speculation.tree is {config.speculation.tree!r}, but there is no draft head: set "
                 "speculation.draft"
             )
         return None
-    return load_head(
-        Path(config.speculation.draft).expanduser(),
-        target.arch,
-        target.model.embedding.weight,
-        target.model.head.weight,
-        ops,
-        torch_dtype(config.model.dtype),
-        device,
-        max_len,
-    )
+    trees.shapes(loader.facts(path))
+    return loader.load(path)
 
 
-def _drafting(config: Config, head: DraftHead, ops: Ops, device: torch.device) -> Drafting:
-    """A proposer with pages of its own; trees as configured, or none yet for `auto`."""
-    num_blocks = config.cache.num_blocks
-    assert num_blocks is not None
-    pages = _allocate(head.arch, num_blocks, config, device)
-    proposer = DraftProposer(
-        head,
-        DraftContext(ops, pages),
-        config.scheduler.max_num_seqs,
-        head.arch.hidden_size,
-        config.speculation.window,
-        config.speculation.shared_noise,
-    )
-    name = config.speculation.tree
-    return Drafting(proposer, FixedPlanner(ROOT if name == "auto" else tree_shape(name)))
+def _drafting_late(config: Config, ops: Ops, device: torch.device, draft: LoadedDraft) -> Drafting:
+    return drafting_with(config, draft, ops, device, late=True)
 
 
-def _choose_trees(config: Config, core: EngineCore) -> EngineCore:
-    """For `auto`, measure what the candidates cost here and let that decide."""
-    if config.speculation.tree != "auto":
-        return core
+def warm_up(config: Config, runner: ModelRunner) -> WarmUp:
+    """Measures steps of `runner`, whose blocks must be free. `config` must be resolved."""
     assert config.cache.num_blocks is not None
     assert config.model.max_model_len is not None
-    shapes = [tree_shape(name) for name in config.speculation.candidates]
-    for shape in shapes:
-        if isinstance(shape, DynamicShape):
-            raise ValueError(
-                f"speculation.candidates names {shape.name!r}: auto chooses among static trees; a "
-                "dynamic one can be set as speculation.tree"
-            )
-    warm_up = WarmUp(
-        core.executor,
+    return WarmUp(
+        runner,
         config.cache.num_blocks,
         config.cache.block_size,
         config.scheduler.max_num_seqs,
         config.scheduler.max_num_batched_tokens,
         config.model.max_model_len,
     )
-    fitting = [shape for shape in shapes if warm_up.fits(shape)]
-    if fitting:
-        core.plan_with(AdaptivePlanner(fitting, warm_up.measure([ROOT, *fitting])))
-    return core
 
 
-def tree_shape(name: str) -> TreeShape:
-    """The shape that the configuration names. ValueError for a bad one."""
-    if name == ROOT.name:
-        return ROOT
-    tree = load_tree(name)
-    if tree.parents is not None:
-        return StaticShape(name, tree.parents)
-    assert tree.num_nodes is not None
-    assert tree.max_depth is not None
-    assert tree.top_k is not None
-    return DynamicShape(name, tree.num_nodes, tree.max_depth, tree.top_k)
-
-
-def _allocate(arch: LlamaArch, num_blocks: int, config: Config, device: torch.device) -> KVStorage:
-    """Pages for every layer of a model."""
-    return KVStorage.allocate(
-        arch.num_layers,
-        num_blocks,
-        config.cache.block_size,
-        arch.num_kv_heads,
-        arch.head_dim,
-        torch_dtype(config.model.dtype),
-        device,
+def _scratch(
+    config: Config, target: Target, ops: Ops, device: torch.device, draft: LoadedDraft
+) -> WarmUp:
+    """Measures steps in a few pages of their own, beside an engine that serves."""
+    max_num_seqs = min(config.scheduler.max_num_seqs, SCRATCH_ROWS)
+    assert config.cache.num_blocks is not None
+    assert config.model.max_model_len is not None
+    per_row = blocks_per_row(config.model.max_model_len, config.cache.block_size)
+    num_blocks = min(config.cache.num_blocks, max_num_seqs * per_row)
+    config = config.model_copy(
+        update={
+            "cache": config.cache.model_copy(update={"num_blocks": num_blocks}),
+            "scheduler": config.scheduler.model_copy(update={"max_num_seqs": max_num_seqs}),
+        }
     )
+    proposer = drafting_with(config, draft, ops, device).proposer
+    return warm_up(config, ModelRunner(_runner_parts(config, target, ops, device, proposer)))
 
 
 def prepare_kernels(config: Config) -> str:
@@ -218,7 +194,13 @@ def assemble(
     drafting: Drafting | None = None,
 ) -> EngineCore:
     """Put an engine together. `config` must be resolved: no size left open."""
-    drafting = drafting or Drafting()
+    core, _ = _assemble(config, target, ops, device, drafting or Drafting())
+    return core
+
+
+def _assemble(
+    config: Config, target: Target, ops: Ops, device: torch.device, drafting: Drafting
+) -> tuple[EngineCore, ModelRunner]:
     num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
     assert num_blocks is not None
     assert max_model_len is not None
@@ -240,8 +222,9 @@ def assemble(
         eos_token_ids=sorted(target.eos_token_ids),
         ops=ops.backends,
         device=str(device),
+        draft=drafting.facts,
     )
-    return EngineCore(scheduler, runner, info, drafting.planner)
+    return EngineCore(scheduler, runner, info, drafting.planner), runner
 
 
 def _runner_parts(
@@ -251,7 +234,7 @@ def _runner_parts(
     assert num_blocks is not None
     assert max_model_len is not None
     arch, block_size = target.arch, config.cache.block_size
-    storage = _allocate(arch, num_blocks, config, device)
+    storage = allocate(arch, num_blocks, config, device)
     return RunnerParts(
         model=target.model,
         context=ForwardContext(ops, storage, TPGroup(), proposer.tap),
@@ -261,8 +244,3 @@ def _runner_parts(
         vocab_size=arch.vocab_size,
         eos_token_ids=target.eos_token_ids,
     )
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype that the configuration names."""
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

@@ -18,6 +18,7 @@ from engine.messages import EngineInfo
 from server.admission import Admission
 from server.engine_client import EngineClient
 from server.metrics import Metrics
+from server.middleware import KeyRing
 from server.openai.errors import model_not_found
 from server.state import ServerState
 from server.text.chat_template import ChatTemplate
@@ -58,6 +59,7 @@ class ServerContext:
     metrics: Metrics
     pool: ThreadPoolExecutor  # for what would block the event loop: JSON, templates, tokenising
     longest_token: Callable[[], int]  # bytes
+    admin_keys: KeyRing
 
     async def in_pool(
         self,

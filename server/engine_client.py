@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from engine.messages import EngineInfo, EngineStats, Finished, Tokens
+from engine.messages import DraftSwapped, EngineInfo, EngineStats, Finished, Tokens
 from engine.request import Request
 
 
@@ -32,4 +32,9 @@ class EngineClient(Protocol):
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream still gets its `Finished`. Unknown ids are no error."""
+        ...
+
+    async def swap_draft(self, path: str | None) -> DraftSwapped:
+        """Draft with the head in the directory `path`, or without one; its error says why the old
+        head stays. ConnectionError when the engine dies meanwhile, or is not there."""
         ...

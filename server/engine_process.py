@@ -11,17 +11,20 @@ import signal
 import sys
 import threading
 from io import FileIO
+from typing import Protocol
 
 import zmq
 
-from configs.schema import Config
+from configs.schema import CaptureConfig, Config
+from engine.capture import CaptureWriter
 from engine.core import EngineCore
-from engine.messages import ClientMessage, Shutdown
+from engine.messages import ClientMessage, DraftSwapped, Shutdown, SwapDraft
 from server.logs import set_up_logging
 from server.wire import decode_client, encode, unbounded
 
 EXIT_BAD_SETUP = 3  # the configuration or the model is at fault: starting again would not help
 STDIN = 0
+LOADING_POLL = 0.02  # seconds between looks at a draft head that is being loaded, when idle
 STOPPING = "the server is shutting down"
 
 logger = logging.getLogger(__name__)
@@ -36,9 +39,12 @@ class EngineChannel:
         unbounded(self._socket)
         self._socket.connect(endpoint)
 
-    def receive(self, *, wait: bool) -> list[ClientMessage]:
-        """All messages that have come; with `wait`, at least one batch."""
+    def receive(self, *, wait: bool, at_most: float | None = None) -> list[ClientMessage]:
+        """All messages that have come; with `wait`, at least one batch, or none when `at_most`
+        seconds have gone by."""
         messages: list[ClientMessage] = []
+        if wait and at_most is not None and not self._socket.poll(int(at_most * 1000)):
+            return messages
         flags = 0 if wait else zmq.NOBLOCK
         try:
             while True:
@@ -56,17 +62,34 @@ class EngineChannel:
         self._context.term()
 
 
-def run(core: EngineCore, channel: EngineChannel) -> None:
+class Swaps(Protocol):
+    """Draft heads that were asked for; see `DraftSwaps`."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def ask(self, message: SwapDraft) -> None: ...
+
+    def settle(self) -> list[DraftSwapped]: ...
+
+
+def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
     """Serve until a `Shutdown` comes. Whatever a step raises ends all requests and the process:
     its state can no longer be trusted, and the launcher starts a new one."""
     channel.send(encode([core.info]))
     try:
         while True:
-            for message in channel.receive(wait=not core.has_work()):
+            at_most = LOADING_POLL if swaps.busy else None
+            for message in channel.receive(wait=not core.has_work(), at_most=at_most):
                 if isinstance(message, Shutdown):
                     channel.send(encode(core.abort_all(STOPPING)))
                     return
-                core.add(message)
+                if isinstance(message, SwapDraft):
+                    swaps.ask(message)
+                else:
+                    core.add(message)
+            if answers := swaps.settle():
+                channel.send(encode(answers))
             if core.has_work():
                 channel.send(encode(core.step()))
     except Exception as error:
@@ -83,18 +106,31 @@ def main() -> None:
     set_up_logging(config.log)
     threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
     try:
-        from server.compose import build_engine
+        from server.compose import build_swappable_engine
+        from server.draft_swaps import DraftSwaps
 
-        core = build_engine(config)
+        capture = open_capture(config.capture)
+        engine = build_swappable_engine(config)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         logger.error("the engine cannot start: %s", error)
         logger.debug("", exc_info=True)
         raise SystemExit(EXIT_BAD_SETUP) from None
+    if capture is not None:
+        engine.core.capture_with(capture)
+        capture.start()
     channel = EngineChannel(endpoint)
     try:
-        run(core, channel)
+        run(engine.core, channel, DraftSwaps(engine.core, engine.swapper))
     finally:
+        if capture is not None:
+            capture.close()
         channel.close()
+
+
+def open_capture(config: CaptureConfig) -> CaptureWriter | None:
+    """What writes sequences down, None unless the operator wants it. ValueError when the directory
+    cannot be used."""
+    return None if config.dir is None else CaptureWriter(config)
 
 
 def _die_with_parent(pipe: FileIO) -> None:

@@ -20,7 +20,6 @@ from fastapi import FastAPI
 
 from configs.schema import Config
 from engine.messages import EngineInfo
-from engine.models.source import resolve_source
 from server.app import create_app
 from server.context import ServerContext, ServerInfo, with_engine_facts
 from server.engine_process import EXIT_BAD_SETUP, STOPPING
@@ -28,9 +27,7 @@ from server.http_protocol import HttpProtocol
 from server.logs import set_up_logging
 from server.ops_routes import redacted
 from server.socket_folder import private_endpoint, remove_stale_folders
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer
-from server.text.tokenizer_files import load_tokenizer
+from server.text.chat_codec import load_codec
 from server.zmq_client import ENGINE_LOST, ZmqEngineClient
 
 LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
@@ -80,10 +77,12 @@ async def _serve(config: Config, listener: socket.socket) -> int:
     engine = EngineKeeper(config, client)
     engine.start()  # loads the model while this process loads the tokenizer
     try:
-        text = asyncio.create_task(asyncio.to_thread(load_text, config))
+        text = asyncio.create_task(asyncio.to_thread(load_codec, config))
         await _first(stop.wait(), text)
         if not stop.is_set():
-            app = create_app(config, client, *await text, ServerInfo.from_config(config))
+            codec = await text
+            info = ServerInfo.from_config(config)
+            app = create_app(config, client, codec.tokenizer, codec.template, info)
             await _run(config, app, client, engine, listener, stop)
     finally:
         await engine.stop()
@@ -120,20 +119,6 @@ def web_config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=HttpProtocol, ws="none", log_config=None, access_log=False, lifespan="on"
     )
-
-
-def load_text(config: Config) -> tuple[Tokenizer, ChatTemplate]:
-    """Tokenizer and chat template of the configured model.
-
-    Raises:
-        OSError, ValueError: the model's files are at fault.
-    """
-    assert config.files.dir is not None
-    template = config.model.chat_template
-    source = None if template is None else template.read_text(encoding="utf-8")
-    files = resolve_source(config.model.source, config.model.revision)
-    tokenizer = load_tokenizer(files, config.files.dir, source)
-    return tokenizer, ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
 
 
 async def _announce(config: Config, client: ZmqEngineClient, listener: socket.socket) -> None:
@@ -291,6 +276,7 @@ async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
 
 
 def _without_secrets(config: Config) -> str:
-    """What the engine is told: everything but the API keys."""
-    server = config.server.model_copy(update={"api_keys": (), "api_key_file": None})
+    """What the engine is told: everything but the keys."""
+    no_keys = {"api_keys": (), "api_key_file": None, "admin_keys": (), "admin_key_file": None}
+    server = config.server.model_copy(update=no_keys)
     return config.model_copy(update={"server": server}).model_dump_json()

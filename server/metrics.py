@@ -25,15 +25,19 @@ GAUGES = {  # metric -> (attribute of EngineStats, help)
     "num_requests_waiting": ("num_waiting", "Sequences waiting in the engine"),
     "kv_cache_usage_perc": ("kv_usage", "Share of the KV cache in use; 1 is full"),
     "iteration_tokens": ("last_step_tokens", "Tokens computed in the newest engine step"),
+    "draft_head_failed": ("draft_failed", "1: the draft head broke down and is left alone"),
 }
 COUNTERS = {
     "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache"),
-    "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache"),
+    "prefix_cache_hits": ("prefix_hits", "Prompt tokens taken from the prefix cache"),
     "num_preemptions": ("num_preemptions", "Sequences that lost their place in the cache"),
     "iterations": ("num_steps", "Engine steps"),
     "spec_decode_num_drafts": ("num_drafts", "Draft trees that were verified"),
     "spec_decode_num_draft_tokens": ("num_draft_tokens", "Draft tokens that were verified"),
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens that were accepted"),
+    "captured_sequences": ("num_captured", "Sequences handed over to be written to capture.dir"),
+    "capture_dropped": ("num_capture_dropped", "Sampled sequences that could not be written"),
+    "draft_head_faults": ("num_draft_faults", "Trees not grown: the head gave no finite numbers"),
 }
 PER_POSITION, STEPS, PARTS = "spec_decode_num_accepted_tokens_per_pos", "steps", "step_seconds"
 LABELLED = {  # metric -> (label, help); the counts are those of `_labelled`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,26 +14,41 @@ from server.openai.errors import ApiError, invalid
 from server.request_log import send_error
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
+ADMIN_PREFIX = "/admin/"  # these routes check keys of their own
 REALM = {"www-authenticate": "Bearer"}
 
 
 class ApiKeys:
     """Middleware: 401 unless `Authorization: Bearer <key>` names one of the keys. Paths that
-    probes and the documentation need are open."""
+    probes and the documentation need are open; those of administrators have other keys."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._keys = KeyRing(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and _needs_key(scope["path"]):
             token = bearer_token(scope["headers"])
-            if token is None or not self._accepts(token):
-                await send_error(_unauthorized(token), send)
+            if token is None or not self._keys.accept(token):
+                await send_error(unauthorized(token, "API key"), send)
                 return
         await self._app(scope, receive, send)
 
-    def _accepts(self, token: bytes) -> bool:
+
+def _needs_key(path: str) -> bool:
+    return path not in OPEN_PATHS and not path.startswith(ADMIN_PREFIX)
+
+
+class KeyRing:
+    """Known keys, held as digests."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accept(self, token: bytes) -> bool:
         """Looks at every key whatever the outcome, so that time tells nothing about them."""
         digest = _digest(token)
         found = False
@@ -54,8 +70,9 @@ def bearer_token(headers: list[tuple[bytes, bytes]]) -> bytes | None:
     return None
 
 
-def _unauthorized(token: bytes | None) -> ApiError:
-    message = "Incorrect API key" if token is not None else "Missing API key"
+def unauthorized(token: bytes | None, kind: str) -> ApiError:
+    """401 for a wrong token, or for none, where a key of this `kind` is needed."""
+    message = f"Incorrect {kind}" if token is not None else f"Missing {kind}"
     message += "; send it as: Authorization: Bearer <key>"
     return ApiError(
         401, message, "authentication_error", code="invalid_api_key", headers=dict(REALM)
@@ -68,20 +85,34 @@ def load_api_keys(config: ServerConfig) -> tuple[str, ...]:
     Raises:
         ValueError: the file cannot be read or holds no key: a server without keys would be open.
     """
-    keys = list(config.api_keys)
-    if config.api_key_file is not None:
+    return _load_keys("api_key", config.api_keys, config.api_key_file)
+
+
+def load_admin_keys(config: ServerConfig) -> tuple[str, ...]:
+    """Keys of `admin_keys` and `admin_key_file` together; none means no administration.
+
+    Raises:
+        ValueError: as `load_api_keys`; or an API key is among them, and would open both doors.
+    """
+    keys = _load_keys("admin_key", config.admin_keys, config.admin_key_file)
+    if not set(keys).isdisjoint(load_api_keys(config)):
+        raise ValueError("server.admin_keys holds an API key: they must differ")
+    return keys
+
+
+def _load_keys(name: str, settings: tuple[str, ...], path: Path | None) -> tuple[str, ...]:
+    keys = list(settings)
+    if path is not None:
         try:
-            lines = config.api_key_file.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"server.api_key_file {config.api_key_file} cannot be read: {error}"
-            ) from error
+            raise ValueError(f"server.{name}_file {path} cannot be read: {error}") from error
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
-            raise ValueError(f"server.api_key_file {config.api_key_file} holds no key")
+            raise ValueError(f"server.{name}_file {path} holds no key")
         keys += found
     if any(not key.strip() for key in keys):
-        raise ValueError("server.api_keys holds an empty key")
+        raise ValueError(f"server.{name}s holds an empty key")
     return tuple(dict.fromkeys(keys))
 
 

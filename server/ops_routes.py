@@ -71,9 +71,10 @@ async def info(http: HttpRequest) -> Response:
 
 
 def redacted(config: Config) -> dict[str, Any]:
-    """The configuration with every API key replaced."""
+    """The configuration with every key replaced."""
     content = config.model_dump(mode="json")
-    content["server"]["api_keys"] = [REDACTED] * len(config.server.api_keys)
+    for name in ("api_keys", "admin_keys"):
+        content["server"][name] = [REDACTED] * len(content["server"][name])
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 
@@ -13,12 +14,14 @@ import zmq.asyncio
 from engine.messages import (
     Abort,
     ClientMessage,
+    DraftSwapped,
     EngineInfo,
     EngineMessage,
     EngineStats,
     Finished,
     Shutdown,
     Submit,
+    SwapDraft,
     Tokens,
 )
 from engine.request import FinishReason, Request
@@ -40,6 +43,8 @@ class ZmqEngineClient:
         self._reader: asyncio.Task[None] | None = None
         self._outbox: list[ClientMessage] = []
         self._streams: dict[str, _Stream] = {}
+        self._swaps: dict[str, asyncio.Future[DraftSwapped]] = {}
+        self._swap_ids = itertools.count()
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
         self._ready = asyncio.Event()
@@ -80,6 +85,10 @@ class ZmqEngineClient:
         self._socket = self._reader = None
         for stream in list(self._streams.values()):
             self._deliver(stream.failed(reason))
+        swaps, self._swaps = self._swaps, {}
+        for answer in swaps.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError(reason))
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         assert request.request_id not in self._streams, "request ids are used once"
@@ -94,6 +103,15 @@ class ZmqEngineClient:
     def abort(self, request_id: str) -> None:
         if request_id in self._streams and self._info is not None:
             self._send(Abort(request_id))
+
+    async def swap_draft(self, path: str | None) -> DraftSwapped:
+        if self._info is None:
+            raise ConnectionError(NO_ENGINE)
+        request_id = f"swap-{next(self._swap_ids)}"
+        answer: asyncio.Future[DraftSwapped] = asyncio.get_running_loop().create_future()
+        self._swaps[request_id] = answer
+        self._send(SwapDraft(request_id, path))
+        return await answer
 
     def shut_down(self) -> None:
         """Ask the engine to end; open requests end with ABORT."""
@@ -132,8 +150,17 @@ class ZmqEngineClient:
             self._ready.set()
         elif isinstance(message, EngineStats):
             self._stats = message
+        elif isinstance(message, DraftSwapped):
+            self._answer(message)
         else:
             self._deliver(message)
+
+    def _answer(self, message: DraftSwapped) -> None:
+        assert self._info is not None
+        self._info = msgspec.structs.replace(self._info, draft=message.draft)
+        answer = self._swaps.pop(message.request_id)
+        if not answer.done():  # its client may have left
+            answer.set_result(message)
 
     def _deliver(self, event: Tokens | Finished) -> None:
         stream = self._streams.get(event.request_id)

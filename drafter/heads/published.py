@@ -1,4 +1,4 @@
-"""The config.json of an EAGLE-3 head, for the reference, vLLM and SGLang alike."""
+"""The config.json of draft heads as others read it too."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import dataclasses
 from typing import Any
 
 from drafter.heads.config import AUX_IDS, HeadConfig
-from engine.models.arch import Llama3RopeScaling, LlamaArch
+from engine.models.arch import ARCHITECTURE, Llama3RopeScaling, LlamaArch
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
+EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 
 
 def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
-    """What `HeadConfig.from_json` reads back. ValueError for a head of another kind, or whose
-    layers `target` does not have."""
+    """For the reference, vLLM and SGLang alike; what `HeadConfig.from_json` reads back. ValueError
+    for a head of another kind, or whose layers `target` does not have."""
     if config.kind != "eagle3":
         raise ValueError(f"a head of kind {config.kind!r} cannot be written as 'eagle3'")
     inputs = config.tap_layers(target)
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [EAGLE3_ARCHITECTURE],
         "model_type": "llama",
         **_layers_json(config.arch),
         "draft_vocab_size": config.draft_vocab_size,
@@ -30,6 +30,25 @@ def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
             AUX_IDS: [layer - 1 for layer in inputs],
             "use_aux_hidden_state": True,
         },
+    }
+
+
+def eagle_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
+    """For the reference and vLLM, whose EAGLE heads are called Llamas; what `HeadConfig.from_json`
+    reads back. ValueError for a head of another kind, or with parts that this kind has not."""
+    if config.kind != "eagle":
+        raise ValueError(f"a head of kind {config.kind!r} cannot be written as 'eagle'")
+    for name, own, only in (
+        ("hidden_size", config.arch.hidden_size, target.hidden_size),
+        ("draft_vocab_size", config.draft_vocab_size, target.vocab_size),
+    ):
+        if own != only:
+            raise ValueError(f"an 'eagle' head has the target's {name} {only}, not {own}")
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        **_layers_json(config.arch),
+        "bias": bool(config.fc_bias),  # of `fc`
     }
 
 

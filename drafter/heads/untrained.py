@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,13 +43,21 @@ def random_eagle3(
     shapes = {name: shape for name, shape in shapes.items() if name not in (D2T, T2D)}
     if EMBEDDING in expected.optional:
         del shapes[EMBEDDING]
+    return random_tensors(shapes, seed, std)
+
+
+def random_tensors(
+    shapes: Mapping[str, Sequence[int]], seed: int, std: float = INIT_STD
+) -> dict[str, Tensor]:
+    """Float32 tensors of the given shapes, by common name: norms of ones, biases of zeros, the rest
+    drawn from N(0, std), in order."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if name.endswith("norm.weight"):
-            tensors[name] = torch.ones(shape)
+            tensors[name] = torch.ones(*shape)
         elif name.endswith(".bias"):
-            tensors[name] = torch.zeros(shape)
+            tensors[name] = torch.zeros(*shape)
         else:
-            tensors[name] = torch.randn(shape, generator=generator) * std
+            tensors[name] = torch.randn(*shape, generator=generator) * std
     return tensors

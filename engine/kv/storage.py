@@ -25,12 +25,15 @@ class KVStorage:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        zeroed: bool = False,
     ) -> KVStorage:
+        """Pages whose slots are written before they are read; `zeroed` where that is not sure."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        make = torch.zeros if zeroed else torch.empty  # on a CPU, untouched pages cost nothing
 
-        # Not initialised: a slot is written before it is read, and untouched pages cost nothing.
         def pages() -> tuple[Tensor, ...]:
-            return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
+            return tuple(make(shape, dtype=dtype, device=device) for _ in range(num_layers))
 
         return cls(keys=pages(), values=pages())
 

@@ -47,7 +47,7 @@ def resolve_source(source: str, revision: str | None = None) -> ModelFiles:
     if path.is_file():
         return _checked_file(path)
     if is_hub_id and not source.endswith(".gguf"):
-        return _checked_directory(_fetch(source, revision), source)
+        return _checked_directory(fetch_from_hub(source, revision), source)
     raise FileNotFoundError(f"no model at {source!r}; a model is {ACCEPTED}")
 
 
@@ -92,7 +92,9 @@ def _no_safetensors(path: Path) -> Exception:
     )
 
 
-def _fetch(hub_id: str, revision: str | None) -> Path:
+def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
+    """The directory of a downloaded snapshot, without pickled weights. FileNotFoundError says why
+    there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -108,7 +110,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 def _unreachable(hub_id: str, revision: str | None, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"no such path, and the hub gave no model {hub_id!r} (revision {revision or 'main'}): "
+        f"no such path, and the hub gave no {hub_id!r} (revision {revision or 'main'}): "
         f"{reason}. Without a network, download it elsewhere and pass the directory (set "
         "HF_HUB_OFFLINE=1 to use only what was downloaded before)"
     )

@@ -45,6 +45,10 @@ class InputBuilder:
         self._rows[request_id] = TableRow(self._free.pop())
         return self._rows[request_id].index
 
+    def line(self, request_id: str) -> int:
+        """The line that the sequence was given."""
+        return self._rows[request_id].index
+
     def release(self, request_id: str) -> None:
         self._free.append(self._rows.pop(request_id).index)
 

@@ -46,12 +46,23 @@ class ModelRunner:
         self._parts = parts
         self._rows: dict[str, RowState] = {}
 
+    def draft_with(self, proposer: Proposer) -> None:
+        """Take trees from another proposer from the next step on. It knows nothing about running
+        rows but what they commit from then on."""
+        context = replace(self._parts.context, tap=proposer.tap)
+        self._parts = replace(self._parts, proposer=proposer, context=context)
+        for request_id in self._rows:
+            proposer.admit(self._parts.inputs.line(request_id))
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutcome:
+        parts, laps = self._parts, Laps()
+        with laps.time(DRAFT):
+            if plan.released or plan.admitted:
+                parts.proposer.settle()
         self._turn_over(plan)
         if not plan.rows:
             return StepOutcome()
-        parts, laps = self._parts, Laps()
         drawing = [row for row in plan.rows if row.samples]
         states = [self._rows[row.request_id] for row in drawing]
         with laps.time(DRAFT):
@@ -72,7 +83,12 @@ class ModelRunner:
             path = result.path
         with laps.time(DRAFT):
             self._extend(plan, emitted, batch, hidden, path)
-        return replace(self._report(plan, emitted, batch, hidden), seconds=laps.seconds)
+        return replace(
+            self._report(plan, emitted, batch, hidden),
+            seconds=laps.seconds,
+            draft_faults=parts.proposer.num_faults,
+            draft_failed=parts.proposer.failed,
+        )
 
     def _turn_over(self, plan: StepPlan) -> None:
         """Forget rows that left the running set and take in those that entered it."""

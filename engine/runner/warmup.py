@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.request import Request, SamplingParams
 from engine.scheduler.plan import Admission, RowPlan, StepOutcome, StepPlan
 from engine.spec.planner import StepCosts
-from engine.spec.shape import TreeShape
+from engine.spec.shape import MAX_NODES, TreeShape
 
 PROMPT = 32  # tokens in the cache while measuring
 REPEATS = 3
@@ -48,11 +48,21 @@ class WarmUp:
     def measure(self, shapes: Sequence[TreeShape]) -> StepCosts:
         """Seconds of a decode step with each shape, for several numbers of rows. All shapes must
         fit."""
+        steps = self.steps(shapes)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                costs: StepCosts = end.value
+                return costs
+
+    def steps(self, shapes: Sequence[TreeShape]) -> Generator[None, None, StepCosts]:
+        """The same, one made-up step at a time, so that real ones can run in between."""
         seconds: dict[str, list[tuple[int, float]]] = {shape.name: [] for shape in shapes}
         for num_rows in self._row_counts(shapes):
-            rows = self._start(num_rows)
+            rows = yield from self._start(num_rows)
             for shape in shapes:
-                cost = self._time(rows, shape)
+                cost = yield from self._time(rows, shape)
                 seconds[shape.name].append((num_rows, cost))
             self.executor.execute(StepPlan(released=tuple(row.request_id for row in rows)))
         return StepCosts(seconds)
@@ -73,9 +83,9 @@ class WarmUp:
 
     @property
     def _blocks_per_row(self) -> int:
-        return -(-min(PROMPT + 2 * 64, self.max_model_len) // self.block_size)
+        return blocks_per_row(self.max_model_len, self.block_size)
 
-    def _start(self, num_rows: int) -> list[RowPlan]:
+    def _start(self, num_rows: int) -> Generator[None, None, list[RowPlan]]:
         """Fill the cache with prompts; returns the rows as they stand before a decode step."""
         params = SamplingParams(max_tokens=1 << 20, temperature=0.0)
         size = self._blocks_per_row
@@ -87,15 +97,17 @@ class WarmUp:
             row = RowPlan(request.request_id, 0, prompt, blocks, samples=True)
             self.executor.execute(StepPlan((row,), (Admission(request, ()),)))
             rows.append(row)
+            yield
         return rows
 
-    def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> float:
+    def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> Generator[None, None, float]:
         """Median seconds of a step. Every step repeats the same position: its first run leaves the
         drafter without a state for it, so the state is renewed in between."""
         times = []
         for _ in range(REPEATS):
             prefill = tuple(replace(row, num_draft=0) for row in rows)
             outcome = self.executor.execute(StepPlan(prefill))
+            yield
             decode = tuple(
                 replace(
                     row,
@@ -108,4 +120,10 @@ class WarmUp:
             started = time.perf_counter()
             self.executor.execute(StepPlan(decode, shape=shape))
             times.append(time.perf_counter() - started)
+            yield
         return statistics.median(times)
+
+
+def blocks_per_row(max_model_len: int, block_size: int) -> int:
+    """Blocks of one made-up row, trees included."""
+    return -(-min(PROMPT + 2 * MAX_NODES, max_model_len) // block_size)

@@ -17,6 +17,8 @@ class DraftCounts:
     accepted_per_position: list[int] = field(default_factory=list)
     steps_by_tree: Counter[str] = field(default_factory=Counter)
     seconds_by_part: dict[str, float] = field(default_factory=dict)
+    num_faults: int = 0  # as the proposer counts them
+    failed: bool = False
 
     def add_step(self, tree: str, seconds: Mapping[str, float]) -> None:
         """A step that verified trees of this shape, and how long its parts took."""

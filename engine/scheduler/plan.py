@@ -78,3 +78,5 @@ class StepOutcome:
 
     rows: tuple[RowOutcome, ...] = field(default_factory=tuple)
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the round, see `Laps`
+    draft_faults: int = 0  # of the proposer, since its start
+    draft_failed: bool = False

@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
@@ -74,7 +74,9 @@ class Scheduler:
         self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
         self._counts = DraftCounts()
+        self.on_finish: Callable[[Sequence, FinishReason], None] | None = None
         self._num_submitted = self._num_preemptions = self._num_steps = self._last_tokens = 0
+        self._num_looked_back = 0  # cached tokens that were computed once more
 
     def submit(self, request: Request) -> None:
         """Queue a request. One that can never run gets its `Finished` at once.
@@ -112,15 +114,19 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self._live or self._events or self._released)
 
+    def draft_with(self, lookahead: int) -> None:
+        """Plan for another proposer, also for rows that run already."""
+        self._limits = replace(self._limits, lookahead=lookahead, lookback=lookahead)
+
     @property
-    def num_decoding(self) -> int:
-        """Running sequences that miss only their newest token."""
-        return sum(len(seq.token_ids) - seq.num_computed == 1 for seq in self._running)
+    def num_drafting(self) -> int:
+        """Sequences that could carry a draft tree in the next step, if there is room."""
+        return sum(self._most_draft_nodes(seq) > 0 for seq in self._decoding())
 
     def schedule(self, shape: TreeShape = ROOT) -> StepPlan:
         """Choose the tokens of the next step and reserve their slots, also for draft trees of
         `shape` where there is room."""
-        draft = PlanDraft(self._limits.max_num_batched_tokens, self.num_decoding)
+        draft = PlanDraft(self._limits.max_num_batched_tokens, len(self._decoding()))
         missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
         if self._prompts_to_compute(missing):
             draft.spare //= 2  # trees must not keep a prompt from being computed
@@ -145,6 +151,8 @@ class Scheduler:
             self._num_steps += 1
             drafted = any(row.num_draft for row in plan.rows)
             self._counts.add_step(plan.shape.name if drafted else ROOT.name, outcome.seconds)
+            self._counts.num_faults = outcome.draft_faults
+            self._counts.failed = outcome.draft_failed
         self._last_tokens = plan.num_tokens
         events, self._events = self._events, []
         return events
@@ -155,7 +163,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             kv_usage=self._kv.usage,
             prefix_queries=self._kv.prefix_queries,
-            prefix_hits=self._kv.prefix_hits,
+            prefix_hits=self._kv.prefix_hits - self._num_looked_back,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             last_step_tokens=self._last_tokens,
@@ -165,6 +173,8 @@ class Scheduler:
             accepted_per_position=tuple(self._counts.accepted_per_position),
             steps_by_tree=dict(self._counts.steps_by_tree),
             seconds_by_part=dict(self._counts.seconds_by_part),
+            num_draft_faults=self._counts.num_faults,
+            draft_failed=self._counts.failed,
         )
 
     def audit(self) -> None:
@@ -203,6 +213,10 @@ class Scheduler:
                 if not 0 <= token_id < self._vocab_size:
                     return f"{name} has token id {token_id}; ids end at {self._vocab_size - 1}"
         return None
+
+    def _decoding(self) -> list[Sequence]:
+        """Running sequences that miss only their newest token."""
+        return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed == 1]
 
     def _prompts_to_compute(self, missing: dict[str, int]) -> bool:
         """Whether a running or a waiting prompt could use budget in this step."""
@@ -246,14 +260,18 @@ class Scheduler:
                 draft.grow(seq.request_id)
 
     def _room_for_draft(self, draft: PlanDraft, seq: Sequence, shape: TreeShape) -> int:
-        """How many nodes may hang below this sequence's root."""
-        limit = seq.request.max_draft_nodes
-        wanted = shape.num_nodes - 1 if limit is None else min(shape.num_nodes - 1, limit)
+        """How many nodes may hang below this sequence's root in this step."""
+        num_draft = max(0, min(shape.num_nodes - 1, draft.spare, self._most_draft_nodes(seq)))
+        room = self._max_len - len(seq.token_ids)
+        return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
+
+    def _most_draft_nodes(self, seq: Sequence) -> int:
+        """What the request and the context length allow, whatever the shape."""
         if seq.request.params.max_tokens - seq.num_output <= 1:
             return 0  # the bonus token is all that is missing
-        room = self._max_len - len(seq.token_ids)
-        num_draft = max(0, min(wanted, draft.spare, room - 1))  # the bonus token needs a place too
-        return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
+        room = self._max_len - len(seq.token_ids) - 1  # the bonus token needs a place too
+        limit = seq.request.max_draft_nodes
+        return room if limit is None else min(room, limit)
 
     def _slots(self, seq: Sequence, num_tokens: int) -> int:
         """Slots a sequence needs for its next `num_tokens` tokens and nodes."""
@@ -279,7 +297,9 @@ class Scheduler:
                 if self._reclaim(draft):
                     continue
                 return
-            cached = max(0, cached - self._limits.lookback)
+            looked_back = min(cached, self._limits.lookback)
+            self._num_looked_back += looked_back
+            cached -= looked_back
             self._waiting.pop()
             self._start(seq, cached)
             draft.admitted[seq.request_id] = Admission(
@@ -359,6 +379,8 @@ class Scheduler:
             self._waiting.remove(seq)
         seq.status = Status.FINISHED
         del self._live[seq.request_id], self._ranks[seq.request_id]
+        if self.on_finish is not None:
+            self.on_finish(seq, reason)
         self._events.append(
             Finished(
                 request_id=seq.request_id,

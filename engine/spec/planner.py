@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.scheduler.plan import StepOutcome, StepPlan
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape
+from engine.spec.shape import ROOT, StaticShape, TreeShape
 
 
 class Planner(Protocol):
     """Chooses a shape per step. Only speed depends on it."""
 
-    def choose(self, num_decoding: int) -> TreeShape:
-        """The shape for a step with `num_decoding` rows that could carry a tree."""
+    def choose(self, num_drafting: int) -> TreeShape:
+        """The shape for a step with `num_drafting` rows that could carry a tree."""
         ...
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
@@ -29,8 +29,8 @@ class FixedPlanner:
 
     shape: TreeShape = ROOT
 
-    def choose(self, num_decoding: int) -> TreeShape:
-        return self.shape if num_decoding else ROOT
+    def choose(self, num_drafting: int) -> TreeShape:
+        return self.shape if num_drafting else ROOT
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """The choice does not depend on it."""
@@ -90,10 +90,8 @@ class Acceptance:
                 self.hits[rank] += 1
             node = child
 
-    def expected_emitted(self, shape: TreeShape) -> float:
+    def expected_emitted(self, shape: StaticShape) -> float:
         """Mean tokens per verified tree, the bonus counted."""
-        if isinstance(shape, DynamicShape):
-            return self._expected_dynamic(shape)
         reach: list[float] = []
         ranks: dict[int, int] = {}
         for parent in shape.parents:
@@ -108,15 +106,6 @@ class Acceptance:
     def chance(self, rank: int) -> float:
         return min(1.0, self.hits[rank] / self.seen) if rank < len(self.hits) else 0.0
 
-    def _expected_dynamic(self, shape: DynamicShape) -> float:
-        """As if the best nodes were known beforehand: the likeliest paths by rank."""
-        chances = [self.chance(rank) for rank in range(min(shape.top_k, len(self.hits)))]
-        level, kept = [1.0], [1.0]
-        for _ in range(shape.max_depth):
-            level = sorted((p * c for p in level for c in chances), reverse=True)[: shape.num_nodes]
-            kept += level
-        return sum(sorted(kept, reverse=True)[: shape.num_nodes])
-
     def _age(self) -> None:
         self.seen *= DECAY
         self.hits = [hit * DECAY for hit in self.hits]
@@ -129,30 +118,35 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 30)
 class AdaptivePlanner:
     """Takes the shape with the most expected tokens per second, from measured step times and the
     running acceptance. While no tree pays, one step in `probe_every` still carries the cheapest, so
-    that a change of the traffic is noticed."""
+    that a change of the traffic is noticed; a probe for which there was no room stays due."""
 
     def __init__(
         self, shapes: Sequence[TreeShape], costs: StepCosts, probe_every: int = 64
     ) -> None:
-        """`shapes`: the candidates besides the root alone, the cheapest first."""
-        self._shapes = (ROOT, *shapes)
+        """`shapes`: the candidates besides the root alone, the cheapest first. Static ones: of a
+        dynamic shape, the acceptance by rank does not tell how many tokens to expect."""
+        static = [shape for shape in shapes if isinstance(shape, StaticShape)]
+        assert len(static) == len(shapes), "dynamic trees are refused before"
+        self._shapes = (ROOT, *static)
         self._costs = costs
         self._acceptance = Acceptance()
-        self._current: dict[int, TreeShape] = {}
+        self._current: dict[int, StaticShape] = {}
         self._probe_every = probe_every
-        self._roots_in_a_row = 0
+        self._since_drafts = 0  # steps that could have carried trees, but did not
 
-    def choose(self, num_decoding: int) -> TreeShape:
-        if num_decoding == 0:
+    def choose(self, num_drafting: int) -> TreeShape:
+        if num_drafting == 0:
             return ROOT
-        bucket = BUCKETS[bisect_left(BUCKETS, num_decoding)]
+        bucket = BUCKETS[bisect_left(BUCKETS, num_drafting)]
         current = self._current.get(bucket, ROOT)
-        best = max(self._shapes, key=lambda shape: self._rate(shape, num_decoding))
-        if self._rate(best, num_decoding) > HYSTERESIS * self._rate(current, num_decoding):
+        best = max(self._shapes, key=lambda shape: self._rate(shape, num_drafting))
+        if self._rate(best, num_drafting) > HYSTERESIS * self._rate(current, num_drafting):
             self._current[bucket] = current = best
         return self._probing(current)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        if any(row.num_draft for row in plan.rows):
+            self._since_drafts = 0
         shape = plan.shape
         if not isinstance(shape, StaticShape):
             return
@@ -160,14 +154,12 @@ class AdaptivePlanner:
             if row.num_draft:
                 self._acceptance.observe(shape, 1 + row.num_draft, row.path)
 
-    def _rate(self, shape: TreeShape, num_rows: int) -> float:
+    def _rate(self, shape: StaticShape, num_rows: int) -> float:
         """Expected tokens of all rows per second."""
         emitted = self._acceptance.expected_emitted(shape)
         return num_rows * emitted / self._costs.of(shape, num_rows)
 
-    def _probing(self, chosen: TreeShape) -> TreeShape:
-        self._roots_in_a_row = self._roots_in_a_row + 1 if chosen is ROOT else 0
-        if self._roots_in_a_row < self._probe_every or len(self._shapes) == 1:
-            return chosen
-        self._roots_in_a_row = 0
-        return self._shapes[1]
+    def _probing(self, chosen: StaticShape) -> StaticShape:
+        self._since_drafts += 1
+        due = self._since_drafts >= self._probe_every and len(self._shapes) > 1
+        return self._shapes[1] if chosen is ROOT and due else chosen

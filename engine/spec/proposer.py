@@ -67,6 +67,21 @@ class Proposer(Protocol):
         """What reads the target's hidden states for this proposer, if anything has to."""
         ...
 
+    @property
+    def num_faults(self) -> int:
+        """Trees that were not grown because of numbers that are not finite, since the start."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """Whether it broke down and has drafted nothing since."""
+        ...
+
+    def settle(self) -> None:
+        """Rows are about to leave or to enter: finish what was put off. Until now every block is
+        still its row's as far as `extend` was told; afterwards others may read and write it."""
+        ...
+
     def admit(self, line: int) -> None:
         """A new sequence takes this line; whatever was known about it is stale."""
         ...
@@ -87,6 +102,11 @@ class RootProposer:
 
     lookahead = 0
     tap: FeatureTap | None = None
+    num_faults = 0
+    failed = False
+
+    def settle(self) -> None:
+        """Nothing is put off."""
 
     def admit(self, line: int) -> None:
         """No state, nothing stale."""

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from server.admin_schema import DraftInUse, SwapDraftRequest
 from server.openai import responses
 from server.openai.errors import ErrorBody
 from server.openai.fields import Fields
@@ -25,6 +26,7 @@ REQUESTS: tuple[type[Fields], ...] = (
     CompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    SwapDraftRequest,
 )
 STRUCTS: tuple[type[msgspec.Struct], ...] = (
     responses.ChatCompletion,
@@ -33,11 +35,12 @@ STRUCTS: tuple[type[msgspec.Struct], ...] = (
     responses.ModelList,
     responses.Tokenized,
     responses.Detokenized,
+    DraftInUse,
     ErrorBody,
 )
 ERRORS = {
     400: "The request is at fault",
-    401: "The API key is missing or wrong",
+    401: "The key is missing or wrong",
     404: "No such model",
     413: "The body is too large",
     429: "Too many requests are waiting; see Retry-After",

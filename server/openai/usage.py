@@ -21,14 +21,16 @@ def count_tokens(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:
     num_output = sum(choice.num_output for choice in choices)
     per_prompt = len(choices) // len(prompts)
     ends = _ends(choices)
+    num_drafted = sum(end.num_drafted for end in ends)
+    num_accepted = sum(_accepted(choice) for choice in choices)
     return Usage(
         prompt_tokens=num_prompt,
         completion_tokens=num_output,
         total_tokens=num_prompt + num_output,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached(ends, per_prompt)),
         completion_tokens_details=CompletionTokensDetails(
-            accepted_prediction_tokens=sum(end.num_accepted for end in ends),
-            rejected_prediction_tokens=sum(end.num_drafted - end.num_accepted for end in ends),
+            accepted_prediction_tokens=num_accepted,
+            rejected_prediction_tokens=num_drafted - num_accepted,
         ),
     )
 
@@ -43,6 +45,17 @@ def count_drafts(choices: Sequence[Choice]) -> SpeculationStats:
         accepted=num_accepted,
         acceptance_length=1 + num_accepted / num_drafts if num_drafts else None,
     )
+
+
+def _accepted(choice: Choice) -> int:
+    """Drafted tokens that are in the completion. Where a stop string ended it, the engine has
+    accepted more: of the tokens behind the end all but one, the last of its block, which the target
+    drew itself. (Of blocks that came later still, too few are counted as drawn, so that the result
+    may be too small, but no token counts that is not in the completion.)"""
+    end = choice.finished
+    assert end is not None
+    num_behind = end.num_output - choice.num_output
+    return max(0, min(end.num_accepted - max(0, num_behind - 1), choice.num_output))
 
 
 def _cached(ends: Sequence[Finished], per_prompt: int) -> int:

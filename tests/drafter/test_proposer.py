@@ -15,10 +15,12 @@ from drafter.checkpoint import load_head, save_eagle3
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.proposer import DraftProposer
+from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.storage import KVStorage
 from engine.layers.loading import LayerLoader
 from engine.layers.rotary import cos_sin_table
+from engine.messages import Abort, Finished, Submit, Tokens
 from engine.models.arch import LlamaArch
 from engine.request import Request
 from engine.spec.planner import FixedPlanner
@@ -26,7 +28,7 @@ from engine.spec.proposer import Committed, Roots
 from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from engine.spec.tree import DraftTree
 from kernels.ops import Ops
-from server.compose import Drafting
+from server.drafting import Drafting
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine, random_llama
 
@@ -70,6 +72,17 @@ class Watched:
     @property
     def tap(self) -> object:
         return self.inner.tap
+
+    @property
+    def num_faults(self) -> int:
+        return self.inner.num_faults
+
+    @property
+    def failed(self) -> bool:
+        return self.inner.failed
+
+    def settle(self) -> None:
+        self.inner.settle()
 
     def admit(self, line: int) -> None:
         self.inner.admit(line)
@@ -175,7 +188,7 @@ class Switching:
         self._shape = shape
         self._steps = 0
 
-    def choose(self, num_decoding: int) -> TreeShape:
+    def choose(self, num_drafting: int) -> TreeShape:
         self._steps += 1
         return self._shape if self._steps // 5 % 2 else ROOT
 
@@ -234,6 +247,8 @@ def test_a_head_that_returns_nan_costs_speed_only(
     assert texts == plain
     assert core.stats().num_drafts == 0
     assert watch.inner.num_faults > 0
+    assert core.stats().num_draft_faults == watch.inner.num_faults
+    assert not core.stats().draft_failed
     assert len([r for r in caplog.records if "not finite" in r.message]) == 1
 
 
@@ -259,8 +274,9 @@ def test_a_head_that_raises_is_left_alone_and_the_text_goes_on(
 
     monkeypatch.setattr(type(head), "forward", failing)
     with caplog.at_level(logging.ERROR):
-        _, texts = run(tiny_engine, watch, SHAPES["tree"])
+        core, texts = run(tiny_engine, watch, SHAPES["tree"])
     assert texts == plain
+    assert core.stats().draft_failed
     assert len(seen) == calls + 1
     assert len([r for r in caplog.records if "draft head failed" in r.message]) == 1
 
@@ -277,6 +293,97 @@ def test_a_window_keeps_the_text_and_goes_on_drafting(
     assert core.stats().num_drafts > 20
     far = [key for key in whole.seen.keys() & watch.seen.keys() if key[1] > 20]
     assert any(whole.seen[key] != watch.seen[key] for key in far)
+
+
+def pages_of(watch: Watched) -> Tensor:
+    kv = watch.inner._ctx.kv
+    return torch.stack((*kv.keys, *kv.values))
+
+
+@pytest.mark.parametrize("shape", [ROOT, SHAPES["chain3"], SHAPES["tree"]], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_num_batched_tokens": 17, "max_num_seqs": 4}, {"num_blocks": 11}],
+    ids=["easy", "chunked", "preempted"],
+)
+def test_entries_made_late_are_those_made_at_once(
+    tiny_engine: TinyEngine,
+    native_ops: Ops,
+    head: DraftHead,
+    shape: TreeShape,
+    changes: dict[str, int],
+) -> None:
+    """Bit for bit, everywhere: pages begin as NaN and end the same. Nobody misses an entry."""
+    ends = []
+    for max_pending in (1, 5, 64):
+        watch = watched(head, native_ops, changes.get("num_blocks", tiny_engine.num_blocks))
+        watch.inner._max_pending = max_pending
+        drafting = Drafting(watch.inner, Switching(shape))
+        core = replace(tiny_engine, **changes, drafting=drafting).build()  # type: ignore[arg-type]
+        generate(core, [*requests(), *requests("2")], per_step=1)
+        core.step()  # the last rows leave
+        assert watch.inner.num_faults == 0
+        assert watch.inner._pending.num_tokens == 0
+        ends.append(pages_of(watch).nan_to_num(nan=1e9))
+    assert (ends[0] < 1e9).any()
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["running", "aborted"])
+def test_a_prefix_that_was_decoded_without_drafts_has_its_entries(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, leaves: bool
+) -> None:
+    """The second request finds blocks whose entries were still pending a step before."""
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(ROOT))).build()  # type: ignore[arg-type]
+    core.add(Submit(ask("first", [9, 8, 7], max_tokens=100, ignore_eos=True)))
+    text = [9, 8, 7]
+    while len(text) < 45:
+        text += [t for event in core.step() if isinstance(event, Tokens) for t in event.token_ids]
+    assert 32 < watch.inner._pending.num_tokens < 64
+    if leaves:
+        core.add(Abort("first"))
+    core.plan_with(FixedPlanner(chain(3)))
+    asked = ask("second", [*text, 5], max_tokens=20, ignore_eos=True, seed=5)
+    heard = generate_beside(core, asked)
+    fresh = watched(head, native_ops, tiny_engine.num_blocks)
+    alone = replace(tiny_engine, drafting=Drafting(fresh, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    plain = generate(alone, [asked])["second"]
+    assert heard.token_ids == plain.token_ids
+    assert heard.finished is not None
+    assert heard.finished.num_cached == 31
+    assert watch.inner.num_faults == 0
+    common = {key for key in watch.seen.keys() & fresh.seen.keys() if key[0] == 5}
+    assert len(common) > 5
+    assert all(watch.seen[key] == fresh.seen[key] for key in common)
+
+
+def generate_beside(core: EngineCore, asked: Request) -> Completion:
+    """Run until `asked` has ended, with whatever else is running."""
+    core.add(Submit(asked))
+    heard = Completion()
+    while heard.finished is None:
+        for event in core.step():
+            if isinstance(event, Tokens | Finished) and event.request_id == asked.request_id:
+                heard.take(event)
+    return heard
+
+
+def test_plain_steps_leave_the_head_alone_for_a_while(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    forward, taken = type(head).forward, []
+
+    def counting(self: DraftHead, features: Tensor, *args: object) -> Tensor:
+        taken.append(len(features))
+        return forward(self, features, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(head), "forward", counting)
+    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(ROOT))).build()  # type: ignore[arg-type]
+    generate(core, [ask("a", [3, 4, 5, 6], max_tokens=100, ignore_eos=True)])
+    assert taken == [4, 64, 35]
 
 
 @pytest.fixture(autouse=True)

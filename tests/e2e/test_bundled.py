@@ -11,8 +11,8 @@ import pytest
 
 from configs.load import load_config, shipped_configs
 from engine.models.source import BUNDLED_ALIAS
-from server.launch import load_text
 from server.offline import OfflineEngine
+from server.text.chat_codec import load_codec
 from tests.support.engines import ask
 from tests.support.live_server import LiveServer
 from tests.support.threads import own_torch_threads
@@ -69,8 +69,8 @@ def test_the_server_says_what_the_engine_says_without_it(
 ) -> None:
     overrides = [NUM_BLOCKS, f"files.dir={native_cache}"]
     config = load_config(shipped_configs()["smollm2"], overrides)
-    tokenizer, template = load_text(config)
-    prompt = tokenizer.encode(template.render(QUESTION, True), add_special_tokens=False)
+    codec = load_codec(config)
+    prompt = codec.encode(QUESTION, True)
     requests = [
         ask("greedy", prompt, max_tokens=24),
         ask("drawn", prompt, max_tokens=24, temperature=1.0, seed=11),
@@ -79,7 +79,7 @@ def test_the_server_says_what_the_engine_says_without_it(
         completions = OfflineEngine.from_config(config).generate(requests)
     for name, fields in (("greedy", GREEDY), ("drawn", DRAWN)):
         reply, ids = answer(bundled, **fields), completions[name].token_ids
-        assert reply.choices[0].message.content == tokenizer.decode(ids), name
+        assert reply.choices[0].message.content == codec.decode(ids), name
         assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (
             len(prompt),
             len(ids),

@@ -23,7 +23,7 @@ from engine.request import FinishReason, Request
 from engine.spec.planner import FixedPlanner, Planner
 from engine.spec.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
-from server.compose import Drafting
+from server.drafting import Drafting
 from tests.support.engines import ask, generate
 from tests.support.scripted_proposer import (
     CHAINS,

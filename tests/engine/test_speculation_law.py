@@ -19,7 +19,7 @@ from engine.spec.shape import chain
 from engine.spec.tree import DraftTree, VerifyResult
 from engine.spec.verify import walk
 from kernels.ops import Ops
-from server.compose import Drafting
+from server.drafting import Drafting
 from tests.engine.sampling.test_law import chi_square, critical
 from tests.support.engines import ask, generate
 from tests.support.scripted_proposer import ScriptedProposer, wide_shape

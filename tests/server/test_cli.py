@@ -61,9 +61,10 @@ def test_config_prints_every_key_as_yaml() -> None:
 
 
 def test_config_hides_keys() -> None:
-    done = run_aerie("config", "server.api_keys=[sk-secret, other]")
-    assert yaml.safe_load(done.stdout)["server"]["api_keys"] == ["***", "***"]
-    assert "sk-secret" not in done.stdout
+    done = run_aerie("config", "server.api_keys=[sk-secret, other]", "server.admin_keys=[sk-root]")
+    found = yaml.safe_load(done.stdout)["server"]
+    assert (found["api_keys"], found["admin_keys"]) == (["***", "***"], ["***"])
+    assert "sk-" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -90,8 +91,9 @@ def test_bad_settings_are_one_line_and_exit_code_2(
     assert message in line
 
 
-def test_keys_are_not_shown_in_messages() -> None:
-    done = run_aerie("config", "server.api_keys={secret: x}")
+@pytest.mark.parametrize("key", ["api_keys", "admin_keys"])
+def test_keys_are_not_shown_in_messages(key: str) -> None:
+    done = run_aerie("config", f"server.{key}={{secret: x}}")
     assert done.returncode == 2
     assert "secret" not in done.stderr
 

@@ -12,7 +12,17 @@ import zmq
 from configs.load import load_config
 from configs.schema import Config
 from engine.core import EngineCore
-from engine.messages import Abort, ClientMessage, EngineMessage, Finished, Shutdown, Submit, Tokens
+from engine.messages import (
+    Abort,
+    ClientMessage,
+    DraftSwapped,
+    EngineMessage,
+    Finished,
+    Shutdown,
+    Submit,
+    SwapDraft,
+    Tokens,
+)
 from engine.request import FinishReason
 from server.engine_process import STOPPING, EngineChannel, run
 from server.wire import decode_engine, encode, unbounded
@@ -56,6 +66,27 @@ class Front:
         self._context.term()
 
 
+class SlowSwaps:
+    """Pretends that loading takes until `settle` has been called often enough."""
+
+    def __init__(self, patience: int = 3) -> None:
+        self._asked: list[SwapDraft] = []
+        self._patience = patience
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._asked)
+
+    def ask(self, message: SwapDraft) -> None:
+        self._asked.append(message)
+
+    def settle(self) -> list[DraftSwapped]:
+        self._patience -= self.busy
+        if self._patience or not self.busy:
+            return []
+        return [DraftSwapped(self._asked.pop().request_id)]
+
+
 class Engine(threading.Thread):
     """`run` on a thread of its own; what it raised is kept."""
 
@@ -68,7 +99,7 @@ class Engine(threading.Thread):
     def run(self) -> None:
         channel = EngineChannel(self._endpoint)
         try:
-            run(self._core, channel)
+            run(self._core, channel, SlowSwaps())
         except RuntimeError as error:
             self.error = error
         finally:
@@ -119,6 +150,34 @@ def test_shutdown_ends_open_requests_with_an_error(front: Front, endpoint: str) 
     assert engine.ended()
     assert {end.request_id for end in ends} == {"a", "b"}
     assert {(end.reason, end.error) for end in ends} == {(FinishReason.ERROR, STOPPING)}
+
+
+def test_a_swap_is_answered_while_nothing_runs(front: Front, endpoint: str) -> None:
+    engine = Engine(core_of(FakeEngine()), endpoint)
+    engine.start()
+    assert front.hear() == INFO
+    front.say(SwapDraft("swap", "/heads/new"))
+    assert front.hear() == DraftSwapped("swap")
+    front.say(Shutdown())
+    assert engine.ended()
+
+
+def test_requests_go_on_while_a_head_is_loaded(front: Front, endpoint: str) -> None:
+    fake = FakeEngine()
+    engine = Engine(core_of(fake), endpoint)
+    engine.start()
+    a = ask("a", [1, 2, 3], max_tokens=9, ignore_eos=True)
+    front.say(Submit(a), SwapDraft("swap", None))
+    heard = []
+    while not any(isinstance(event, Finished) for event in heard):
+        heard.append(front.hear())
+    text = [i for event in heard if isinstance(event, Tokens) for i in event.token_ids]
+    assert text == expected_text(a, fake.max_len, fake.vocab_size)
+    swapped = heard.index(DraftSwapped("swap"))
+    assert any(isinstance(event, Tokens) for event in heard[:swapped])
+    assert any(isinstance(event, Tokens) for event in heard[swapped:])
+    front.say(Shutdown())
+    assert engine.ended()
 
 
 def test_an_abort_ends_a_request(front: Front, endpoint: str) -> None:

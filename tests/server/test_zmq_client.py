@@ -14,11 +14,14 @@ import zmq.asyncio
 from engine.messages import (
     Abort,
     ClientMessage,
+    DraftFacts,
+    DraftSwapped,
     EngineMessage,
     EngineStats,
     Finished,
     Shutdown,
     Submit,
+    SwapDraft,
     Tokens,
 )
 from engine.request import FinishReason, Request
@@ -224,5 +227,58 @@ def test_messages_of_one_turn_travel_together(play: Callable[[Play], None]) -> N
             pair.client.submit(request(name))
         frame = await peer._socket.recv()
         assert decode_client(frame) == [Submit(request(name)) for name in ("a", "b", "c")]
+
+    play(scene)
+
+
+FACTS = DraftFacts("/heads/new", "eagle3", 1, 32, 1000)
+
+
+def test_swaps_get_their_own_answers_and_show_in_the_facts(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        asked = [asyncio.create_task(pair.client.swap_draft(path)) for path in ("a", "b", None)]
+        said = await peer.hear(3)
+        assert all(isinstance(message, SwapDraft) for message in said)
+        first, second, third = (message.request_id for message in said)  # type: ignore[union-attr]
+        assert len({first, second, third}) == 3
+        await peer.say(DraftSwapped(first, FACTS), DraftSwapped(second, FACTS, "no such head"))
+        assert await asked[0] == DraftSwapped(first, FACTS)
+        assert (await asked[1]).error == "no such head"
+        assert pair.client.info is not None
+        assert pair.client.info.draft == FACTS
+        await peer.say(DraftSwapped(third))
+        assert (await asked[2]).draft is None
+        assert pair.client.info.draft is None
+
+    play(scene)
+
+
+def test_a_swap_of_an_engine_that_dies_fails(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        with pytest.raises(ConnectionError, match=NO_ENGINE):
+            await pair.client.swap_draft("a")
+        peer = await pair.engine()
+        asked = asyncio.create_task(pair.client.swap_draft("a"))
+        await peer.hear(1)
+        pair.client.detach()
+        with pytest.raises(ConnectionError, match=ENGINE_LOST):
+            await asked
+
+    play(scene)
+
+
+def test_an_answer_that_nobody_waits_for_is_harmless(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        asked = asyncio.create_task(pair.client.swap_draft("a"))
+        (message,) = await peer.hear(1)
+        assert isinstance(message, SwapDraft)
+        asked.cancel()
+        again = asyncio.create_task(pair.client.swap_draft("b"))
+        (second,) = await peer.hear(1)
+        assert isinstance(second, SwapDraft)
+        await peer.say(DraftSwapped(message.request_id, FACTS), DraftSwapped(second.request_id))
+        assert (await again).request_id == second.request_id
 
     play(scene)

@@ -7,7 +7,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
-from engine.messages import EngineInfo, EngineStats, Finished, TokenLogprob, Tokens
+from engine.messages import (
+    DraftFacts,
+    DraftSwapped,
+    EngineInfo,
+    EngineStats,
+    Finished,
+    TokenLogprob,
+    Tokens,
+)
 from engine.request import FinishReason, Request
 
 Event = Tokens | Finished
@@ -33,6 +41,9 @@ class ScriptedEngine:
         self.stats: EngineStats | None = None
         self.submitted: list[Request] = []
         self.aborted: list[str] = []
+        self.swapped: list[str | None] = []  # paths
+        self.swap_error: str | None = None
+        self.dies_at_swap = False
         self._open: dict[str, asyncio.Queue[Event]] = {}
 
     @property
@@ -60,6 +71,14 @@ class ScriptedEngine:
         if request_id in self._open:
             request = next(r for r in self.submitted if r.request_id == request_id)
             self.feed(finished(request, FinishReason.ABORT))
+
+    async def swap_draft(self, path: str | None) -> DraftSwapped:
+        self.swapped.append(path)
+        if self.dies_at_swap:
+            self.info = None
+            raise ConnectionError("gone")
+        facts = None if path is None else DraftFacts(path, "eagle3", 1, 32, 1000)
+        return DraftSwapped("swap", facts, self.swap_error)
 
 
 async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:

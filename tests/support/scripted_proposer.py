@@ -101,6 +101,11 @@ class ScriptedProposer:
     tap: FeatureTap | None = None
     lines: dict[int, Line] = field(default_factory=dict)
     num_entries: int = 0
+    num_faults: int = 0
+    failed: bool = False
+
+    def settle(self) -> None:
+        """Nothing is put off."""
 
     def admit(self, line: int) -> None:
         self.lines[line] = Line()
@@ -220,7 +225,7 @@ class CyclingPlanner:
     shapes: Sequence[TreeShape]
     num_steps: int = 0
 
-    def choose(self, num_decoding: int) -> TreeShape:
+    def choose(self, num_drafting: int) -> TreeShape:
         self.num_steps += 1
         return self.shapes[self.num_steps % len(self.shapes)]
 

@@ -12,7 +12,8 @@ from engine.core import EngineCore
 from engine.models.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from kernels.ops import Ops
-from server.compose import Drafting, Target, assemble
+from server.compose import assemble
+from server.drafting import Drafting, Target
 
 CPU = torch.device("cpu")
 EOS = 2

@@ -123,6 +123,31 @@ def test_a_request_may_limit_its_own_tree(limit: int | None, expected: int) -> N
     assert num_draft(engine.step()) == {"a": expected}
 
 
+@pytest.mark.parametrize(
+    ("limits", "max_tokens", "expected"),
+    [((None, 3), 20, 2), ((None, 0), 20, 1), ((0, 0), 20, 0), ((None, 0), 2, 0)],
+)
+def test_only_rows_that_could_carry_a_tree_count_for_the_planner(
+    limits: tuple[int | None, ...], max_tokens: int, expected: int
+) -> None:
+    engine = FakeEngine(shapes=(chain(5),))
+    for at, limit in enumerate(limits):
+        asked = request(f"{at}", prompt_of(6, at * 100 + 1000), max_tokens=max_tokens)
+        engine.submit(msgspec.structs.replace(asked, max_draft_nodes=limit))
+    engine.step()
+    assert engine.scheduler.num_drafting == expected
+    assert sum(count > 0 for count in num_draft(engine.step()).values()) == expected
+
+
+def test_rows_at_the_end_of_the_context_do_not_count_for_the_planner() -> None:
+    engine = FakeEngine(shapes=(chain(5),))
+    engine.submit(request("a", prompt_of(62), max_tokens=20))
+    engine.submit(request("b", prompt_of(2, 2000), max_tokens=20))
+    engine.step()
+    assert engine.scheduler.num_drafting == 1
+    engine.run()
+
+
 @pytest.mark.parametrize(("max_tokens", "expected"), [(1, None), (2, 0), (3, 5), (4, 5)])
 def test_no_draft_when_one_token_is_missing(max_tokens: int, expected: int | None) -> None:
     engine = FakeEngine(shapes=(chain(5),))
@@ -232,7 +257,7 @@ def test_a_draft_head_costs_one_token_of_a_prefix_hit(length: int) -> None:
         end = engine.heard["second"].finished
         assert end is not None
         cached.append(end.num_cached)
-        assert engine.scheduler.stats().prefix_hits == (length - 1) // 4 * 4
+        assert engine.scheduler.stats().prefix_hits == end.num_cached
     assert cached[1] == max(0, cached[0] - 1)
 
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from engine.scheduler.plan import RowOutcome, StepOutcome, StepPlan
+from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.spec.planner import PRIOR, Acceptance, AdaptivePlanner, FixedPlanner, StepCosts
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, chain
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 
 WIDE = StaticShape("wide", (-1, 0, 0, 0))
 
@@ -29,6 +29,15 @@ def observed(shape: StaticShape, chance: float, trees: int, seed: int = 0) -> St
             path.append(node)
         rows.append(RowOutcome((0,) * (len(path) + 1), shape.num_nodes - 1, tuple(path)))
     return StepOutcome(tuple(rows))
+
+
+def step(planner: AdaptivePlanner, num_draft: int) -> TreeShape:
+    """Choose, and report a step in which the row got room for `num_draft` nodes; none is right."""
+    shape = planner.choose(1)
+    given = min(num_draft, shape.num_nodes - 1)
+    row = RowPlan("a", 5, [1], [0], samples=True, num_draft=given)
+    planner.observe(StepPlan((row,), shape=shape), StepOutcome((RowOutcome((1,), given),)))
+    return shape
 
 
 def teach(planner: AdaptivePlanner, chance: float, trees: int = 400) -> None:
@@ -65,8 +74,11 @@ def test_ranks_are_told_apart() -> None:
 
 def test_before_any_tree_the_prior_speaks() -> None:
     assert Acceptance().expected_emitted(chain(1)) == pytest.approx(1 + PRIOR[0])
-    dynamic = DynamicShape("dynamic", 8, 3, 4)
-    assert Acceptance().expected_emitted(dynamic) > Acceptance().expected_emitted(chain(3))
+
+
+def test_shapes_of_which_nothing_can_be_learned_are_no_candidates() -> None:
+    with pytest.raises(AssertionError, match="dynamic"):
+        AdaptivePlanner([DynamicShape("dynamic", 8, 3, 4)], costs(**CHEAP))
 
 
 CHEAP = {"root": [(1, 1.0), (64, 10.0)], "chain3": [(1, 1.3), (64, 60.0)]}
@@ -82,9 +94,16 @@ def test_a_head_that_accepts_is_used_where_it_pays() -> None:
 def test_a_head_that_never_accepts_is_left_alone_but_probed() -> None:
     planner = AdaptivePlanner([chain(3)], costs(**CHEAP), probe_every=10)
     teach(planner, 0.0)
-    chosen = [planner.choose(1) for _ in range(100)]
-    assert chosen.count(chain(3)) == 10
+    chosen = [step(planner, 3) for _ in range(100)]
+    assert [at for at, shape in enumerate(chosen) if shape == chain(3)] == list(range(9, 100, 10))
     assert set(chosen) == {ROOT, chain(3)}
+
+
+def test_a_probe_without_room_for_nodes_stays_due() -> None:
+    planner = AdaptivePlanner([chain(3)], costs(**CHEAP), probe_every=10)
+    teach(planner, 0.0)
+    chosen = [step(planner, 0 if at < 12 else 3) for at in range(23)]
+    assert [at for at, shape in enumerate(chosen) if shape == chain(3)] == [9, 10, 11, 12, 22]
 
 
 def test_a_probe_notices_that_the_traffic_changed() -> None:

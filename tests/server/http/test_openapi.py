@@ -21,6 +21,7 @@ OPERATIONS = [
     ("/v1/models", "GET"),
     ("/v1/models/{model_id}", "GET"),
     ("/info", "GET"),
+    ("/admin/draft", "POST"),
 ]
 NAMES = [
     "not_a_server_error",
@@ -45,7 +46,7 @@ EXAMPLES = settings(
 def test_made_up_requests_get_documented_answers(
     tokenizer: Tokenizer, path: str, method: str, mode: GenerationMode
 ) -> None:
-    server = Server(tokenizer)
+    server = Server(tokenizer, admin_keys=("root",))
     schema = schemathesis.openapi.from_asgi("/openapi.json", server.app)
     operation = schema[path][method]
     checks = CHECKS.get_by_names(NAMES)
@@ -55,6 +56,7 @@ def test_made_up_requests_get_documented_answers(
     def send(case: Case) -> None:
         if isinstance(case.body, dict) and "model" in case.body:
             case.body["model"] = MODEL  # else nothing but 404 would be seen
+        case.headers["authorization"] = "Bearer root"
         case.call_and_validate(checks=checks)
 
     send()
@@ -75,6 +77,7 @@ def test_document_describes_every_route(server: Server) -> None:
         "/ready",
         "/metrics",
         "/info",
+        "/admin/draft",
     }
 
 

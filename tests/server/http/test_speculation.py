@@ -189,6 +189,32 @@ def test_counts_of_a_choice_that_a_stop_string_ended_are_those_of_the_engine(
     assert reply["speculation"] == {"drafted": 9, "accepted": 6, "acceptance_length": 7.0}
 
 
+@pytest.mark.parametrize(("path", "body"), PATHS)
+@pytest.mark.parametrize(
+    ("num_drafted", "num_accepted", "expected"),
+    [(9, 6, 4), (9, 2, 0), (40, 40, 4), (3, 0, 0)],
+)
+def test_usage_counts_no_accepted_token_behind_a_stop_string(
+    make_server: MakeServer,
+    server: Server,
+    path: str,
+    body: dict[str, Any],
+    num_drafted: int,
+    num_accepted: int,
+    expected: int,
+) -> None:
+    ids = [*server.ids("a stop"), 2]
+    said = drafting(say(ids, step=100), (1, num_drafted, num_accepted))
+    usage = make_server(said).post(path, body | {"stop": "st"}).json()["usage"]
+    assert usage["completion_tokens"] == 4
+    assert len(ids) == 7
+    assert usage["completion_tokens_details"] == {
+        "reasoning_tokens": 0,
+        "accepted_prediction_tokens": expected,
+        "rejected_prediction_tokens": num_drafted - expected,
+    }
+
+
 QUIET = EngineStats(
     num_running=0,
     num_waiting=0,
@@ -289,3 +315,19 @@ def test_the_time_of_steps_is_exported_by_part(server: Server) -> None:
     text = server.get("/metrics").text
     for part, spent in seconds.items():
         assert f'aerie:step_seconds_total{{model_name="tiny",part="{part}"}} {spent}' in text
+
+
+def test_a_head_in_trouble_is_seen(server: Server) -> None:
+    def seen() -> tuple[bool, bool]:
+        lines = server.get("/metrics").text.splitlines()
+        faults = 'aerie:draft_head_faults_total{model_name="tiny"}'
+        failed = 'aerie:draft_head_failed{model_name="tiny"}'
+        return f"{faults} 3.0" in lines, f"{failed} 1.0" in lines
+
+    assert seen() == (False, False)
+    server.engine.stats = msgspec.structs.replace(QUIET, num_draft_faults=3)
+    assert seen() == (True, False)
+    server.engine.stats = msgspec.structs.replace(QUIET, num_draft_faults=3, draft_failed=True)
+    assert seen() == (True, True)
+    server.engine.stats = QUIET  # a new engine
+    assert seen() == (True, False)

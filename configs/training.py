@@ -1,0 +1,181 @@
+"""The configuration of `aerie train-draft`: frozen, every key checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema import (
+    CacheDirConfig,
+    KernelsConfig,
+    ModelConfig,
+    Number,
+    Positive,
+    Section,
+)
+
+TRAIN = "train"  # folder of configs/ with the files that `aerie train-draft` takes
+SAMPLE = "sample"  # in place of a file: the conversations that ship with Aerie
+FEATURE_KINDS = ("eagle", "dense")  # learn the target's features, as in EAGLE-1 and 2508.08192
+FEATURE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "head": {"init": "random"},
+    "loss": {"tokens": 0.1, "features": 1.0, "feature_noise": 0.1},
+}
+
+
+class DataConfig(Section):
+    """What the head learns from."""
+
+    conversations: tuple[Path, ...] = Field(
+        (),
+        description="JSONL files of conversations with answers, or captured token ids; the word "
+        f"{SAMPLE}: those that ship with Aerie",
+    )
+    prompts: tuple[Path, ...] = Field(
+        (), description="JSONL files of prompts, to be answered by the target before training"
+    )
+    limit: Positive | None = Field(None, description="prompts to answer; default: all")
+    max_new_tokens: Positive = Field(256, description="of a generated answer")
+    max_tokens: Positive = Field(1024, description="of one example; the rest is cut off")
+    held_out: Positive = Field(64, description="examples that are never trained on, for measuring")
+    cache_dir: Path | None = Field(
+        None, description="keep the target's features here after the first epoch; null: recompute"
+    )
+    cache_bytes: Positive = Field(
+        8_000_000_000, description="limit of the feature cache; what does not fit is recomputed"
+    )
+
+
+class HeadConfig(Section):
+    """Shape of the head."""
+
+    kind: Literal["eagle3", "eagle", "dense"] = Field(
+        "eagle3", description="eagle: EAGLE-1/2; dense: several ordinary layers, arXiv:2508.08192"
+    )
+    num_layers: Positive = 1
+    draft_vocab_size: Positive | None = Field(
+        None, description="eagle3: the target's most used tokens; default: its whole vocabulary"
+    )
+    intermediate_size: Positive | None = Field(None, description="default: the target's")
+    aux_layers: tuple[int, ...] | None = Field(
+        None, description="eagle3: target layers whose input is read; default: low, middle, high"
+    )
+    init: str = Field(
+        "target",
+        description="target: from the target's last layers (eagle3); random (default of the other "
+        "kinds); or the directory of a published head to go on from",
+    )
+
+
+class LossConfig(Section):
+    """What is minimised."""
+
+    unroll_steps: Positive = Field(5, description="drafts ahead, on the head's own states")
+    decay: Number = Field(0.8, gt=0, le=1, description="weight of each step against the last")
+    tokens: Number = Field(
+        1.0, ge=0, description="cross-entropy with the target's distribution; eagle, dense: 0.1"
+    )
+    features: Number = Field(0.0, ge=0, description="smooth L1 to its features; eagle, dense: 1.0")
+    feature_noise: Number = Field(
+        0.0, ge=0, description="uniform noise +-x on input features; eagle, dense: 0.1"
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW with a linear warm-up and a cosine."""
+
+    learning_rate: Number = Field(1e-3, gt=0)
+    final_share: Number = Field(0.05, ge=0, le=1, description="of the rate, at the end")
+    warmup_steps: int = Field(100, ge=0)
+    weight_decay: Number = Field(0.01, ge=0)
+    beta1: Number = Field(0.9, ge=0, lt=1)
+    beta2: Number = Field(0.95, ge=0, lt=1)
+    max_norm: Number = Field(0.5, gt=0, description="gradients are clipped to this norm")
+
+
+class RunConfig(Section):
+    """How long, how large, and what is kept."""
+
+    output: Path = Field(Path("draft-head"), description="folder of the run")
+    steps: Positive = Field(1000, description="optimizer steps")
+    batch_tokens: Positive = Field(4096, description="tokens of one batch, with padding")
+    accumulation: Positive = Field(1, description="batches per optimizer step and process")
+    precision: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="of matrix products; weights and sums are float32"
+    )
+    seed: int = Field(0, ge=0)
+    log_every: Positive = 10
+    evaluate_every: Positive = 200
+    checkpoint_every: Positive = 100
+    keep_checkpoints: Positive = 2
+    max_seconds: Positive | None = Field(
+        None, description="stop, resumable, after this time; the schedule stays that of `steps`"
+    )
+
+
+class SourceConfig(Section):
+    """Where training text comes from."""
+
+    name: str
+    url: str
+    licence: str
+    use: str = Field(description="what was taken of it, and how much")
+
+
+class CardConfig(Section):
+    """What the model card of the published head says."""
+
+    name: str = Field("draft head", description="of the head")
+    target: str | None = Field(None, description="hub id of the target; default: model.source")
+    summary: str = "An EAGLE draft head for speculative decoding, trained with `aerie train-draft`."
+    licence: str = Field("unknown", description="SPDX name, of the weights")
+    sources: tuple[SourceConfig, ...] = ()
+
+
+class TrainingConfig(Section):
+    """Everything `aerie train-draft` can be told."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    head: HeadConfig = HeadConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+    card: CardConfig = CardConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    files: CacheDirConfig = CacheDirConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_by_kind(cls, tree: Any) -> Any:
+        head = tree.get("head") if isinstance(tree, Mapping) else None
+        kind = head.get("kind") if isinstance(head, Mapping) else getattr(head, "kind", None)
+        if kind not in FEATURE_KINDS:
+            return tree
+        filled = dict(tree)
+        for section, defaults in FEATURE_DEFAULTS.items():
+            given = filled.get(section, {})
+            if isinstance(given, Mapping):
+                filled[section] = {**defaults, **given}
+        return filled
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        if not self.data.conversations and not self.data.prompts:
+            raise ValueError("data.conversations or data.prompts must name at least one file")
+        if not self.loss.tokens and not self.loss.features:
+            raise ValueError("loss.tokens and loss.features are both 0: nothing would be learnt")
+        if self.head.kind != "eagle3":
+            self._check_no_eagle3_keys()
+        return self
+
+    def _check_no_eagle3_keys(self) -> None:
+        kind = self.head.kind
+        for key in ("draft_vocab_size", "aux_layers"):
+            if getattr(self.head, key) is not None:
+                raise ValueError(f"head.{key} is for eagle3 heads; head.kind is {kind!r}")
+        if self.head.init == "target":
+            raise ValueError(f"head.init 'target' is for eagle3 heads; head.kind is {kind!r}")

@@ -1,0 +1,56 @@
+"""Weights of a draft head on their way to disk, cut into files of a bounded size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+HEADER_PER_FILE, HEADER_PER_TENSOR = 256, 128  # bytes, besides the names; more than is ever needed
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int | None = None
+) -> None:
+    """Write model.safetensors, or, where that would be larger than `max_shard_bytes`, numbered
+    files and their index, as Hugging Face lays them out. Tensors are contiguous and on the CPU.
+
+    ValueError for a tensor that does not fit into one file: the layout cannot cut it.
+    """
+    tensors = dict(tensors)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    room = total if max_shard_bytes is None else max_shard_bytes - _header_bytes(tensors)
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room:
+            raise ValueError(
+                f"tensor {name} has {tensor.nbytes} bytes and would not fit into a file of "
+                f"max_shard_bytes {max_shard_bytes}"
+            )
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=room)
+    for file, names in split.filename_to_tensors.items():
+        _write_file(folder / file, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors leaves a file that its owner alone can read
+
+
+def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """At most, of any file with some of the tensors."""
+    return HEADER_PER_FILE + sum(HEADER_PER_TENSOR + len(name) for name in tensors)

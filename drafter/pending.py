@@ -1,0 +1,74 @@
+"""Committed tokens that a draft head has yet to take in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.spec.proposer import Committed
+
+Features = tuple[Tensor, ...]  # one [C, H target] per tapped layer
+
+
+@dataclass(slots=True)
+class Pending:
+    """Tokens of the running rows, step after step, each with the target's features."""
+
+    num_tokens: int = 0
+    _parts: list[Committed] = field(default_factory=list)
+    _features: list[Features] = field(default_factory=list)
+    _ends: dict[int, int] = field(default_factory=dict)  # line -> position behind its newest token
+
+    def add(self, committed: Committed, features: Features) -> None:
+        """Keep tokens, which must follow those before, and their features [C, H]."""
+        assert self.followed_by(committed)
+        self._parts.append(committed)
+        self._features.append(features)
+        self.num_tokens += len(committed.tokens)
+        self._ends |= {line: end for line, _, end in _spans(committed)}
+
+    def followed_by(self, committed: Committed) -> bool:
+        """Whether every row goes on where its tokens in here end."""
+        return all(self._ends.get(line, start) == start for line, start, _ in _spans(committed))
+
+    def merge(self) -> tuple[Committed, Features]:
+        """All of them, one span per row that has any, with features [C, H] in the same order."""
+        merged = _merge(self._parts)
+        by_layer = zip(*self._features, strict=True)
+        return merged, tuple(torch.cat(seen)[merged.features] for seen in by_layer)
+
+
+def _spans(committed: Committed) -> list[tuple[int, int, int]]:
+    """Line, first position and position behind the last one of every row that has tokens."""
+    cu, positions = committed.cu.tolist(), committed.positions.tolist()
+    spans = zip(committed.lines.tolist(), cu[:-1], cu[1:], strict=True)
+    return [(line, positions[a], positions[b - 1] + 1) for line, a, b in spans if b > a]
+
+
+def _merge(parts: Sequence[Committed]) -> Committed:
+    """Rows without tokens left out. `features` counts the tokens of all parts in order."""
+    line_of = torch.cat([part.lines.repeat_interleave(part.cu.diff()) for part in parts])
+    order = line_of.argsort(stable=True)
+    counts = line_of.bincount()
+    lines = counts.nonzero()[:, 0]
+    return Committed(
+        lines=lines,
+        cu=torch.cat((counts.new_zeros(1), counts[lines].cumsum(0))).int(),
+        features=order,
+        tokens=torch.cat([part.tokens for part in parts])[order],
+        positions=torch.cat([part.positions for part in parts])[order],
+        slots=torch.cat([part.slots for part in parts])[order],
+        block_tables=_newest_tables(parts, lines),
+    )
+
+
+def _newest_tables(parts: Sequence[Committed], lines: Tensor) -> Tensor:
+    """Block tables of `lines` [B] as they were given last."""
+    width = max(part.block_tables.shape[1] for part in parts)
+    known = parts[0].block_tables.new_zeros(max(int(part.lines.max()) for part in parts) + 1, width)
+    for part in parts:
+        known[part.lines, : part.block_tables.shape[1]] = part.block_tables
+    return known[lines]

@@ -1,0 +1,39 @@
+"""Turn what the user calls a draft head into a directory on this machine. Imports no torch."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from engine.models.source import BUNDLED_ALIAS, HUB_ID, fetch_from_hub
+
+AUTO = "auto"
+# The model that each shipped head drafts for.
+SHIPPED = {"smollm2-135m-instruct-eagle3": BUNDLED_ALIAS}
+ACCEPTED = (
+    f"{AUTO!r} (the head that ships for the model, if there is one), "
+    f"{', '.join(map(repr, SHIPPED))}, a directory (config.json and *.safetensors), or a hub id "
+    "such as 'org/name'"
+)
+
+
+def resolve_draft(draft: str | None, model: str) -> Path | None:
+    """The directory of the head `draft` (see `ACCEPTED`) for `model`, a source of the target; None
+    for no head. FileNotFoundError says what is accepted, or why the hub gave nothing."""
+    if draft == AUTO:
+        draft = next((head for head, target in SHIPPED.items() if target == model), None)
+    if draft is None:
+        return None
+    path = Path(draft).expanduser()
+    if draft in SHIPPED:
+        return shipped_head(draft)
+    if path.is_dir():
+        return path
+    if not path.exists() and HUB_ID.fullmatch(draft):
+        return fetch_from_hub(draft)
+    raise FileNotFoundError(f"no draft head at {draft!r}; a draft head is {ACCEPTED}")
+
+
+def shipped_head(name: str) -> Path:
+    """The directory of a head that comes with the package."""
+    return Path(str(files("drafter") / "pretrained" / name))

@@ -1,0 +1,74 @@
+"""Which examples make which batch: a function of the seed alone, so that a run can resume."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from drafter.train.encoding import Example
+from drafter.train.target import TargetFeatures
+from drafter.train.unroll import TrainBatch
+
+POOL = 2048  # examples that are sorted by length together, so that batches need little padding
+
+
+def batch_stream(lengths: Sequence[int], max_tokens: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of example numbers, each of at most `max_tokens` with padding (or of one
+    example); every example comes once per epoch."""
+    for epoch in itertools.count():
+        yield from epoch_batches(lengths, max_tokens, seed, epoch)
+
+
+def epoch_batches(
+    lengths: Sequence[int], max_tokens: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """The batches of one epoch, in order."""
+    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches: list[list[int]] = []
+    for first in range(0, len(order), POOL):
+        pool = sorted(order[first : first + POOL], key=lambda number: lengths[number])
+        batches += cut(pool, lengths, max_tokens)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def cut(numbers: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut examples, in order of length, into batches of at most `max_tokens` with padding."""
+    batches: list[list[int]] = []
+    for number in numbers:
+        if not batches or lengths[number] * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+def collate(
+    examples: Sequence[Example], features: Sequence[TargetFeatures], device: torch.device
+) -> TrainBatch:
+    """Pad examples and what the target says about them."""
+    lengths = torch.tensor([len(example.token_ids) for example in examples])
+    longest = int(lengths.max())
+    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    is_answer = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : lengths[row]] = torch.as_tensor(example.token_ids)
+        is_answer[row, : lengths[row]] = torch.as_tensor(example.is_answer, dtype=torch.bool)
+    return TrainBatch(
+        token_ids=ids.to(device),
+        lengths=lengths.to(device),
+        is_answer=is_answer.to(device),
+        taps=_padded([f.taps for f in features], longest).to(device),
+        hidden=_padded([f.hidden for f in features], longest).to(device),
+        best=_padded([f.best for f in features], longest).to(device).long(),
+    )
+
+
+def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
+    """[B, length, ...], zeros behind each part."""
+    result = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+    for row, part in enumerate(parts):
+        result[row, : len(part)] = part
+    return result

@@ -1,0 +1,154 @@
+"""From a training configuration to a network with its first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.training import HeadConfig as HeadSettings
+from drafter import manifest, vocab
+from drafter.checkpoint import read_head_config
+from drafter.head_files import check_tensors, open_tensors
+from drafter.heads.config import HeadConfig, Kind
+from drafter.heads.untrained import eagle3_config, random_tensors
+from drafter.train.initial import weights_from_target
+from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
+from engine.models.arch import LlamaArch
+
+ReadTensor = Callable[[str], Tensor]  # of the target, under its Hugging Face names
+FROM_TARGET, RANDOM = "target", "random"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TargetTensors:
+    """The target's shape and weights, unpacked."""
+
+    arch: LlamaArch
+    read: ReadTensor
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H]"""
+        return self.read("model.embed_tokens.weight")
+
+    @property
+    def lm_head(self) -> Tensor:
+        """[V, H]"""
+        return self.embedding if self.arch.tie_word_embeddings else self.read("lm_head.weight")
+
+
+def head_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
+    """The head that `settings` describe, or the published one that they say to go on from.
+    ValueError where the target cannot have it, or the published one is not what they describe."""
+    if settings.init not in (FROM_TARGET, RANDOM):
+        return published_config(settings, target)
+    size = settings.draft_vocab_size
+    if size is not None and size > target.vocab_size:
+        raise ValueError(
+            f"head.draft_vocab_size {size} must be at most {target.vocab_size}, the target's"
+        )
+    config = eagle3_config(target, size, settings.num_layers)
+    width = settings.intermediate_size or target.intermediate_size
+    arch = dataclasses.replace(config.arch, intermediate_size=width)
+    kind: Kind = "eagle3" if settings.kind == "eagle3" else "eagle"
+    config = dataclasses.replace(
+        config, kind=kind, arch=arch, fc_bias=False, aux_layers=settings.aux_layers
+    )
+    config.tap_layers(target)
+    return config
+
+
+def build_network(
+    settings: HeadSettings,
+    config: HeadConfig,
+    target: TargetTensors,
+    target_ids: Tensor | None,
+    max_len: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> DraftNetwork:
+    """A network with its first weights. `dtype`: in which the target's frozen rows are held;
+    `max_len`: positions that are trained.
+
+    Raises:
+        ValueError: head.init does not fit the head.
+    """
+    embedding = target.embedding.to(dtype)
+    network: DraftNetwork
+    if config.kind == "eagle3":
+        network = Eagle3Network(config, embedding, max_len)
+    else:
+        head, dense = target.lm_head.to(dtype), settings.kind == "dense"
+        network = EagleNetwork(config, embedding, head, max_len, dense)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    weights = random_tensors(shapes, seed)
+    if settings.init == FROM_TARGET:
+        weights = weights_from_target(weights, config, target.arch, target.read, target_ids)
+    elif settings.init != RANDOM:
+        weights = published_weights(_published(settings), config, target)
+    network.load_state_dict(weights)
+    return network
+
+
+def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
+    """The configuration of the head in the directory that `settings.init` names. ValueError where
+    the head is not what the other settings describe, or cannot be trained."""
+    path = _published(settings)
+    found, config = open_tensors(path), read_head_config(path, target)
+    check_tensors(manifest.head_tensors(config, target, found), found, path)
+    dense = config.kind == "eagle" and manifest.FINAL_NORM in found
+    arch, vocab_size = config.arch, settings.draft_vocab_size or target.vocab_size
+    for name, own, wanted in (
+        ("kind", "dense" if dense else config.kind, settings.kind),
+        ("num_layers", arch.num_layers, settings.num_layers),
+        ("draft_vocab_size", config.draft_vocab_size, vocab_size),
+        ("intermediate_size", arch.intermediate_size, settings.intermediate_size),
+        ("aux_layers", config.tap_layers(target), settings.aux_layers),
+    ):
+        if wanted not in (None, own):
+            raise ValueError(f"head.init {path} has {name} {own!r}; head.{name} is {wanted!r}")
+    if arch.hidden_size != target.hidden_size:
+        raise ValueError(
+            f"head.init {path} has hidden_size {arch.hidden_size}; only heads of the target's "
+            f"{target.hidden_size} can be trained"
+        )
+    return dataclasses.replace(config, fc_bias=manifest.FC_BIAS in found)
+
+
+def published_weights(path: Path, config: HeadConfig, target: TargetTensors) -> dict[str, Tensor]:
+    """Float32 weights of the head in the directory `path`, whose configuration `config` is.
+    ValueError where it has its own of what training shares with the target."""
+    found = open_tensors(path)
+    shared = {manifest.EMBEDDING: target.embedding}
+    if config.kind == "eagle":
+        shared[manifest.LM_HEAD] = target.lm_head
+    for name, rows in shared.items():
+        if name in found:
+            own = found[name].read()
+            if not torch.equal(rows.to(own.dtype), own):
+                raise ValueError(f"{found[name]} is not the target's; it cannot be trained")
+    dropped = (manifest.D2T, manifest.T2D, *shared)
+    weights = {
+        name: stored.read().float()
+        for name, stored in found.items()
+        if name not in dropped and not manifest.is_harmless(name)
+    }
+    if config.kind == "eagle3":
+        weights.setdefault(manifest.LM_HEAD, target.lm_head.float())
+    return weights
+
+
+def published_vocabulary(path: Path, target: LlamaArch) -> Tensor | None:
+    """The draft vocabulary [Vd] of the head in the directory `path`; None if it is the target's."""
+    found = open_tensors(path)
+    if manifest.D2T not in found:
+        return None
+    return vocab.target_ids_of(found[manifest.D2T].read(), target.vocab_size)
+
+
+def _published(settings: HeadSettings) -> Path:
+    return Path(settings.init).expanduser()

@@ -1,0 +1,75 @@
+"""The weights that training begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from drafter.heads.config import HeadConfig
+from engine.models.arch import LlamaArch
+
+ReadTensor = Callable[[str], Tensor]  # of the target, under its Hugging Face names
+SMALL = 0.1  # of the usual spread
+
+
+def weights_from_target(
+    weights: dict[str, Tensor],
+    config: HeadConfig,
+    target: LlamaArch,
+    read: ReadTensor,
+    target_ids: Tensor | None,
+) -> dict[str, Tensor]:
+    """An EAGLE-3 head that begins by reading the highest tap with the target's final norm and LM
+    head, and whose layers are the target's last ones: it starts near "the target, a few layers
+    early" instead of at noise. What the target has no counterpart for stays as in `weights`, which
+    are random. Needs the target's own widths; ValueError otherwise.
+    """
+    _check_widths(config, target)
+    hidden, weights = target.hidden_size, dict(weights)
+    weights["norm.weight"] = read("model.norm.weight").float()
+    name = "model.embed_tokens" if target.tie_word_embeddings else "lm_head"
+    rows = read(f"{name}.weight").float()
+    weights["lm_head.weight"] = rows if target_ids is None else rows[target_ids]
+    fc = weights["fc.weight"] * SMALL
+    fc[:, -hidden:] += torch.eye(hidden)
+    weights["fc.weight"] = fc
+    for index in range(config.arch.num_layers):
+        _copy_layer(weights, index, target.num_layers - config.arch.num_layers + index, read)
+    return weights
+
+
+def _copy_layer(weights: dict[str, Tensor], index: int, source: int, read: ReadTensor) -> None:
+    """Layer `source` of the target becomes layer `index`. The first reads [embedding; feature]:
+    what the target's reads of its stream, this one reads of the feature."""
+    ours, theirs = f"layers.{index}.", f"model.layers.{source}."
+    for name in [name for name in weights if name.startswith(ours)]:
+        part = name.removeprefix(ours)
+        if part == "hidden_norm.weight":
+            weights[name] = read(f"{theirs}input_layernorm.weight").float()
+        elif part == "input_layernorm.weight" and index == 0:
+            continue  # of the embedding, which the target's layer never saw
+        elif index == 0 and part.startswith("self_attn.") and weights[name].dim() == 2:
+            copied = read(theirs + part).float()
+            fresh = weights[name].clone()
+            fresh[:, -copied.shape[1] :] = copied
+            weights[name] = fresh
+        else:
+            weights[name] = read(theirs + part).float()
+
+
+def _check_widths(config: HeadConfig, target: LlamaArch) -> None:
+    if config.kind != "eagle3":
+        raise ValueError(f"head.init 'target' is for eagle3 heads, not {config.kind!r}")
+    if config.arch.num_layers > target.num_layers:
+        raise ValueError(
+            f"head.init 'target' needs at most the target's {target.num_layers} layers, not "
+            f"head.num_layers {config.arch.num_layers}; use 'random'"
+        )
+    for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+        own, wanted = getattr(config.arch, name), getattr(target, name)
+        if own != wanted:
+            raise ValueError(
+                f"head.init 'target' needs the target's {name} {wanted}, not {own}; use 'random'"
+            )

@@ -1,0 +1,125 @@
+"""From a batch to the loss of all unrolled steps, and to what it says about acceptance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafter.train.losses import feature_distance, soft_cross_entropy, teacher_probabilities
+from drafter.train.network import DraftNetwork
+from drafter.train.unroll import TrainBatch, UnrolledStep, unroll
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """What counts how much."""
+
+    num_steps: int  # unrolled
+    decay: float = 0.8  # step j counts decay ** j (EAGLE-3)
+    tokens: float = 1.0  # cross-entropy against the target's distribution
+    features: float = 0.0  # smooth L1 against the target's features (EAGLE-1)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over answer tokens, by step [L] float64; they add up over batches and processes."""
+
+    loss: Tensor  # cross-entropy
+    num: Tensor  # tokens to predict
+    correct: Tensor  # drafts that are the target's likeliest token
+    chained: Tensor  # of them, those with all drafts before them correct too
+    distance: Tensor  # to the target's features
+    chains: Tensor  # tokens to predict that only answer tokens are drafted before
+
+    @classmethod
+    def zeros(cls, num_steps: int, device: torch.device) -> Tally:
+        return cls(*(torch.zeros(num_steps, dtype=torch.float64, device=device) for _ in range(6)))
+
+    def add(self, other: Tally) -> None:
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine += theirs
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.loss, self.num, self.correct, self.chained, self.distance, self.chains
+
+    @property
+    def accuracy(self) -> list[float]:
+        """Share of correct drafts of each step."""
+        return [round(float(x), 4) for x in self.correct / self.num.clamp(min=1)]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per greedy verify step that a chain of L drafts would emit, the bonus counted."""
+        return 1 + float((self.chained / self.chains.clamp(min=1)).sum())
+
+
+class Objective:
+    """The loss of a network against its target."""
+
+    def __init__(
+        self,
+        network: DraftNetwork,
+        target_head: Tensor,
+        target_ids: Tensor | None,
+        weights: LossWeights,
+        dtype: torch.dtype,
+    ) -> None:
+        """`target_head` [V, H]: the target's LM head. `target_ids` [Vd]: the draft vocabulary.
+        `dtype`: of matrix products."""
+        self.network = network
+        self.weights = weights
+        self._dtype = dtype
+        size = len(target_head)
+        ids = torch.arange(size, device=target_head.device) if target_ids is None else target_ids
+        self._target_ids = ids
+        self._teacher_head = (target_head if target_ids is None else target_head[ids]).to(dtype)
+        self._is_draft = torch.zeros(size, dtype=torch.bool, device=ids.device)
+        self._is_draft[ids] = True
+
+    def __call__(self, batch: TrainBatch) -> tuple[Tensor, Tally]:
+        """The loss summed over answer tokens (not divided by their number), and the sums."""
+        device = batch.token_ids.device
+        tally = Tally.zeros(self.weights.num_steps, device)
+        total = torch.zeros((), device=device)
+        teacher = teacher_probabilities(batch.hidden.flatten(0, 1), self._teacher_head, self._dtype)
+        chain: Tensor | None = None
+        inside: Tensor | None = None  # rows that have drafted nothing but answer tokens
+        with torch.autocast(device.type, torch.bfloat16, self._dtype == torch.bfloat16):
+            for index, step in enumerate(unroll(self.network, batch, self.weights.num_steps)):
+                loss, right = self._step(index, step, batch, teacher, tally)
+                chain = right if chain is None else chain & right
+                inside = step.counts if inside is None else inside & step.counts
+                tally.chained[index] = chain.sum()
+                tally.chains[index] = inside.sum()
+                total = total + self.weights.decay**index * loss
+        return total, tally
+
+    def _step(
+        self, index: int, step: UnrolledStep, batch: TrainBatch, teacher: Tensor, tally: Tally
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of one step, and which rows [B, R] drafted the target's likeliest token."""
+        length = batch.token_ids.shape[1]
+        sequence = torch.arange(len(step.places), device=step.places.device).unsqueeze(1)
+        flat = (sequence * length + step.places)[step.counts]  # [N] of B * S
+        wanted = batch.best.flatten()[flat]
+        known = self._is_draft[wanted]  # elsewhere the restricted distribution says nothing
+        inputs, rows = step.head_inputs[step.counts], flat
+        loss, best = soft_cross_entropy(
+            inputs[known], self.network.head_weight, teacher, rows[known], self._dtype
+        )
+        right = torch.zeros_like(step.counts)
+        hits = torch.zeros_like(known)
+        hits[known] = self._target_ids[best] == wanted[known]
+        right[step.counts] = hits
+        tally.num[index] = len(flat)
+        tally.correct[index] = hits.sum()
+        tally.loss[index] = loss.detach()
+        loss = loss * self.weights.tokens
+        if self.weights.features:
+            features = batch.hidden.flatten(0, 1)[flat].float()
+            distance = feature_distance(step.states[step.counts].float(), features)
+            tally.distance[index] = distance.detach()
+            loss = loss + self.weights.features * distance
+        return loss, right

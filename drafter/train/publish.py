@@ -1,0 +1,82 @@
+"""From trained tensors to a directory that others can load, with its model card."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from drafter.checkpoint import save_eagle, save_eagle3
+from drafter.heads.config import HeadConfig
+from drafter.train.model_card import ModelCard
+from engine.models.arch import LlamaArch
+
+MAX_SHARD_BYTES = 16_000_000
+
+
+def publish(
+    path: Path,
+    config: HeadConfig,
+    target: LlamaArch,
+    tensors: Mapping[str, Tensor],
+    target_ids: Tensor | None,
+    card: ModelCard,
+    *,
+    replace: bool = False,
+    max_shard_bytes: int | None = MAX_SHARD_BYTES,
+) -> None:
+    """Write the head in bfloat16, and README.md beside it.
+
+    Whatever fails, `path` holds what it held before. With `replace`, a directory that is there
+    already gives way by two renames: at every moment `path` is a complete head, or is not there.
+
+    Args:
+        tensors: By common name, of any floating dtype, without d2t and t2d.
+        target_ids: [Vd] int64, target id of each draft id; None when they are the same.
+        max_shard_bytes: The largest file of weights; None: all weights in one file.
+
+    Raises:
+        FileExistsError: `path` exists, and `replace` is not set.
+        ValueError: weights that are not finite, do not fit `config` and `target`, or do not fit
+            into files of `max_shard_bytes`.
+        OSError: it cannot be written; nothing half-written remains.
+    """
+    if path.exists() and not replace:
+        raise FileExistsError(f"{path} exists already; say replace to put the new head there")
+    stored = {name: _rounded(name, tensor) for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        folder = Path(scratch) / "new"
+        if config.kind == "eagle3":
+            save_eagle3(folder, config, target, stored, target_ids, max_shard_bytes)
+        elif target_ids is None:
+            save_eagle(folder, config, target, stored, max_shard_bytes)
+        else:
+            raise ValueError("target_ids is set, but an 'eagle' head has the target's vocabulary")
+        (folder / "README.md").write_text(card.render(), encoding="utf-8")
+        _put(folder, path, Path(scratch) / "old")
+
+
+def _rounded(name: str, tensor: Tensor) -> Tensor:
+    """In bfloat16. A value that only overflows by rounding is refused too."""
+    rounded = tensor.detach().to("cpu", torch.bfloat16)
+    if not bool(rounded.isfinite().all()):
+        bad = int((~rounded.isfinite()).sum())
+        raise ValueError(f"tensor {name}: {bad} of {tensor.numel()} values are not finite")
+    return rounded
+
+
+def _put(new: Path, path: Path, old: Path) -> None:
+    """Rename `new` to `path`; what is there goes to `old`, and comes back if that fails."""
+    if not path.exists():
+        new.rename(path)
+        return
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise

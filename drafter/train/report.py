@@ -1,0 +1,57 @@
+"""What an evaluation of a draft head found, as it is kept on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One tree at one temperature.
+
+    `acceptance_length` is the mean number of tokens that a verified tree emits, the bonus token
+    counted; steps without a draft do not enter. Tokens behind the end of a text do not count.
+    """
+
+    tree: str
+    temperature: float
+    shared_noise: bool
+    num_drafts: int  # trees that were verified
+    acceptance_length: float
+    reached: tuple[float, ...]  # [d]: share of trees whose accepted path has depth d + 1 or more
+    conditional: tuple[float, ...]  # [d]: share of those that reached depth d; up to where any did
+    num_tokens: int
+    tokens_per_second: float
+    speedup: float  # against the root alone, same questions, same run
+    num_changed: int  # answers unlike those of plain decoding: ties in the last bits of logits
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was measured, and on what. The JSON that `aerie eval-draft` writes."""
+
+    target: str
+    draft: str
+    dtype: str
+    device: str
+    prompts: str
+    num_prompts: int
+    num_turns: int
+    output_tokens: int
+    batch: int
+    measurements: list[Measurement]
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """ValueError that names the file unless it holds a report."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"{path} is not a report of eval-draft: {error}") from error

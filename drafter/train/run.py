@@ -1,0 +1,176 @@
+"""A training run put together: from a configuration, a loaded target and examples to a trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.training import TrainingConfig
+from drafter.heads.config import HeadConfig
+from drafter.train import building
+from drafter.train.checkpoints import CheckpointFolder
+from drafter.train.draft_vocabulary import DraftVocabulary, choose, count_answers
+from drafter.train.encoding import Example
+from drafter.train.feature_cache import CachedFeatures, LiveFeatures
+from drafter.train.history import History
+from drafter.train.objective import LossWeights, Objective
+from drafter.train.optimizer import HeadOptimizer
+from drafter.train.run_record import RunRecord
+from drafter.train.target import FrozenTarget
+from drafter.train.trainer import Corpus, Trainer, Worker
+from engine.models.llama import Llama
+from kernels.ops import Ops
+
+CHECKPOINTS, HISTORY = "checkpoints", "history.jsonl"
+# What a run may change between sittings: none of it touches what is learnt.
+FREE_KEYS: dict[str, set[str] | bool] = {
+    "run": {
+        "output",
+        "log_every",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_seconds",
+    },
+    "data": {"conversations", "prompts", "cache_dir", "cache_bytes"},  # examples are hashed
+    "card": True,
+    "kernels": True,
+    "files": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTarget:
+    """The frozen target: runnable, and its tensors as they are stored."""
+
+    model: Llama
+    ops: Ops
+    tensors: building.TargetTensors
+    dtype: torch.dtype  # of weights, pages and handed-out features
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What trains, and what publishing needs besides the weights."""
+
+    trainer: Trainer
+    record: RunRecord
+
+
+def prepare(
+    config: TrainingConfig,
+    target: LoadedTarget,
+    examples: Sequence[Example],
+    worker: Worker,
+) -> Run:
+    """Everything is ready to train; nothing is resumed yet.
+
+    Raises:
+        ValueError: the configuration does not fit the target or the examples.
+        OSError: the feature cache cannot be made.
+    """
+    training, held_out = split(examples, config.data.held_out, config.run.seed)
+    arch = target.tensors.arch
+    head = building.head_config(config.head, arch)
+    vocabulary = _vocabulary(config, training, target)
+    ids = None if vocabulary is None else vocabulary.target_ids
+    longest = max(len(example.token_ids) for example in examples)
+    network = building.build_network(
+        config.head,
+        head,
+        target.tensors,
+        ids,
+        longest + config.loss.unroll_steps,
+        target.dtype,
+        config.run.seed,
+    ).to(target.device)
+    loss = config.loss
+    objective = Objective(
+        network,
+        target.tensors.lm_head.to(target.device),
+        None if ids is None else ids.to(target.device),
+        LossWeights(loss.unroll_steps, loss.decay, loss.tokens, loss.features),
+        torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32,
+    )
+    main = worker.rank == 0
+    trainer = Trainer(
+        objective=objective,
+        optimizer=HeadOptimizer(network, config.optimizer, config.run.steps),
+        corpus=_corpus(config, target, head, training),
+        held_out=_corpus(config, target, head, held_out),
+        config=config.run,
+        checkpoints=CheckpointFolder(config.run.output / CHECKPOINTS, config.run.keep_checkpoints),
+        history=History(config.run.output / HISTORY if main else None),
+        fingerprint=_fingerprint(config, examples, worker),
+        feature_noise=loss.feature_noise,
+        worker=worker,
+    )
+    record = RunRecord(
+        fingerprint=trainer.fingerprint,
+        num_processes=worker.count,
+        target=arch,
+        head=head,
+        target_ids=None if ids is None else ids.tolist(),
+        coverage=None if vocabulary is None else vocabulary.coverage,
+    )
+    return Run(trainer, record)
+
+
+def split(
+    examples: Sequence[Example], num_held_out: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and those held out, drawn at random."""
+    if len(examples) <= num_held_out:
+        raise ValueError(
+            f"there are {len(examples)} examples; data.held_out {num_held_out} would leave none "
+            "to train on"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [examples[number] for number in order]
+    return shuffled[num_held_out:], shuffled[:num_held_out]
+
+
+def _vocabulary(
+    config: TrainingConfig, training: Sequence[Example], target: LoadedTarget
+) -> DraftVocabulary | None:
+    """The draft vocabulary: counted, or that of the head which is trained further."""
+    size, arch = config.head.draft_vocab_size, target.tensors.arch
+    if size is None or size == arch.vocab_size:
+        return None
+    counts = count_answers(training, arch.vocab_size)
+    if config.head.init in (building.FROM_TARGET, building.RANDOM):
+        return choose(counts, size)
+    ids = building.published_vocabulary(Path(config.head.init).expanduser(), arch)
+    return None if ids is None else DraftVocabulary(ids, int(counts[ids].sum()) / int(counts.sum()))
+
+
+def _corpus(
+    config: TrainingConfig, target: LoadedTarget, head: HeadConfig, examples: list[Example]
+) -> Corpus:
+    arch, data = target.tensors.arch, config.data
+    frozen = FrozenTarget(target.model, target.ops, head.tap_layers(arch), target.dtype)
+    live = LiveFeatures(frozen, examples)
+    if data.cache_dir is None:
+        return Corpus(examples, live)
+    identity = f"{config.model.source} {config.model.revision} {head.tap_layers(arch)}"
+    width = head.target_hidden_size * len(head.tap_layers(arch))
+    cached = CachedFeatures(
+        live, data.cache_dir, data.cache_bytes, width, arch.hidden_size, target.dtype, identity
+    )
+    return Corpus(examples, cached)
+
+
+def _fingerprint(config: TrainingConfig, examples: Sequence[Example], worker: Worker) -> str:
+    """Of all that decides what is learnt."""
+    digest = hashlib.sha256(config.model_dump_json(exclude=FREE_KEYS).encode())
+    digest.update(str(worker.count).encode())
+    for example in examples:
+        digest.update(np.asarray(example.token_ids, dtype=np.int32).tobytes())
+        digest.update(np.asarray(example.is_answer, dtype=np.int8).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,126 @@
+"""The frozen target in the training loop: our own engine's model, without cache and scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafter.taps import FeatureCollector
+from engine.kv.storage import KVStorage
+from engine.models.llama import Llama
+from engine.parallel.group import TPGroup
+from engine.runner.forward import ForwardBatch, ForwardContext
+from kernels.ops import AttentionMeta, Ops
+
+BLOCK_SIZE = 16
+LOGIT_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFeatures:
+    """What the target says about one text of S tokens."""
+
+    taps: Tensor  # [S, feature_size] storage dtype: the tapped layers side by side
+    hidden: Tensor  # [S, H] storage dtype, behind the final norm
+    best: Tensor  # [S] int32, the likeliest next token
+
+
+class FrozenTarget:
+    """Runs whole texts through the target, several at once."""
+
+    def __init__(
+        self, model: Llama, ops: Ops, tap_layers: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        """`dtype`: of the pages, and of what is handed out."""
+        self._model = model
+        self._ops = ops
+        self._order = tap_layers
+        self._dtype = dtype
+        self._device = model.norm.weight.device
+        self._storage: KVStorage | None = None
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[Sequence[int]]) -> list[TargetFeatures]:
+        """One entry per text, in order. Texts must not be empty."""
+        lengths = [len(text) for text in texts]
+        batch = self._batch(texts, lengths)
+        tap = FeatureCollector(self._order)
+        ctx = ForwardContext(self._ops, self._pages(lengths), TPGroup(), tap)
+        hidden = self._model.forward(batch, ctx)
+        best = self._best(hidden, ctx)
+        everyone = torch.arange(len(hidden), device=self._device)
+        taps = torch.cat(tap.take(everyone), dim=-1).to(self._dtype)
+        hidden = hidden.to(self._dtype)
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        return [TargetFeatures(taps[part], hidden[part], best[part]) for part in parts]
+
+    def _best(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """[T] int32, the likeliest next token; the logits of all T never exist at once."""
+        found = [
+            self._ops.argmax(self._model.logits(hidden[first : first + LOGIT_ROWS], ctx))
+            for first in range(0, len(hidden), LOGIT_ROWS)
+        ]
+        return torch.cat(found).to(torch.int32)
+
+    def _batch(self, texts: Sequence[Sequence[int]], lengths: list[int]) -> ForwardBatch:
+        """All texts as prefill chunks from position 0."""
+        tables = _tables(lengths)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        row_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        block, offset = positions // BLOCK_SIZE, positions % BLOCK_SIZE
+        zeros = torch.zeros(len(lengths), dtype=torch.int32)
+        cu_q = torch.cat((torch.zeros(1), torch.tensor(lengths).cumsum(0))).to(torch.int32)
+        none = torch.empty(0, dtype=torch.int64, device=self._device)
+        place = self._device
+        return ForwardBatch(
+            token_ids=torch.tensor([t for text in texts for t in text], device=place),
+            positions=positions.to(place),
+            slots=(tables[row_of, block].long() * BLOCK_SIZE + offset).to(place),
+            attention=AttentionMeta(
+                cu_q=cu_q.to(place),
+                prefix_lens=zeros.to(place),
+                first_keys=zeros.to(place),
+                block_tables=tables.to(place),
+                ancestors=torch.zeros(len(positions), dtype=torch.int64, device=place),
+                max_q=max(lengths),
+                max_context=max(lengths),
+            ),
+            sampled=none,
+            tree_of_node=none,
+            node_of_node=none,
+        )
+
+    def _pages(self, lengths: list[int]) -> KVStorage:
+        """Pages for texts of these lengths; kept for the next batch."""
+        needed = sum(_num_blocks(length) for length in lengths)
+        arch = self._model.arch
+        if self._storage is None or len(self._storage.keys[0]) < needed:
+            self._storage = KVStorage.allocate(
+                arch.num_layers,
+                needed,
+                BLOCK_SIZE,
+                arch.num_kv_heads,
+                arch.head_dim,
+                self._dtype,
+                self._device,
+            )
+        return self._storage
+
+
+def _num_blocks(length: int) -> int:
+    return -(-length // BLOCK_SIZE)
+
+
+def _tables(lengths: list[int]) -> Tensor:
+    """[B, max_blocks] int32: each text has blocks of its own, in order."""
+    tables = torch.zeros(len(lengths), _num_blocks(max(lengths)), dtype=torch.int32)
+    first = 0
+    for row, length in enumerate(lengths):
+        count = _num_blocks(length)
+        tables[row, :count] = torch.arange(first, first + count, dtype=torch.int32)
+        first += count
+    return tables

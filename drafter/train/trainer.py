@@ -1,0 +1,217 @@
+"""The training loop: batches in, a better head out, resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.training import RunConfig
+from drafter.train.batches import batch_stream, collate, cut
+from drafter.train.checkpoints import CheckpointFolder, Progress, load_checkpoint
+from drafter.train.encoding import Example
+from drafter.train.feature_cache import FeatureSource
+from drafter.train.history import Entry, History
+from drafter.train.objective import Objective, Tally
+from drafter.train.optimizer import HeadOptimizer, sum_over_processes
+from drafter.train.unroll import TrainBatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """This process among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Examples, and what the target says about them."""
+
+    examples: Sequence[Example]
+    source: FeatureSource
+
+    def batch(self, numbers: Sequence[int], device: torch.device) -> TrainBatch:
+        return collate(
+            [self.examples[number] for number in numbers], self.source.features(numbers), device
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(example.token_ids) for example in self.examples]
+
+
+@dataclass(slots=True)
+class Trainer:
+    """One process of a run. What is learnt depends on configuration, data and number of processes
+    alone, not on interruptions."""
+
+    objective: Objective
+    optimizer: HeadOptimizer
+    corpus: Corpus
+    held_out: Corpus
+    config: RunConfig
+    checkpoints: CheckpointFolder
+    history: History
+    fingerprint: str
+    feature_noise: float = 0.0
+    worker: Worker = Worker()
+    step: int = 0
+    num_answer_tokens: int = 0
+    num_skipped: int = 0
+    seconds: float = 0.0
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint, if there is one. ValueError if it is of another run."""
+        path = self.checkpoints.latest()
+        if path is None:
+            self.history.cut(-1)  # of a run that ended before its first checkpoint
+            return False
+        progress, weights, state = load_checkpoint(path)
+        if progress.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{path} was made with another configuration or other data; set run.output to "
+                "another folder, or go on from its weights with head.init"
+            )
+        try:
+            self.objective.network.load_state_dict(weights)
+        except RuntimeError as error:  # torch lists every tensor that does not fit
+            raise ValueError(f"{path} does not fit this head or its target") from error
+        self.optimizer.load_state(state)
+        self.step, self.seconds = progress.step, progress.seconds
+        self.num_answer_tokens = progress.num_answer_tokens
+        self.num_skipped = progress.num_skipped
+        self.history.cut(self.step)
+        return True
+
+    def run(self, on_step: Callable[[Entry], None] | None = None) -> bool:
+        """Train until `config.steps` or `config.max_seconds`; True if the former. OSError where the
+        log or a checkpoint cannot be written: what was written before stays."""
+        deadline = time.monotonic() + (self.config.max_seconds or float("inf"))
+        stream = self._own_batches()
+        if self.step == 0:
+            self._measure()
+        last = self.step == self.config.steps
+        while not last:
+            entry = self._step(stream)
+            if on_step is not None:
+                on_step(entry)
+            done = self.step == self.config.steps
+            last = done or self._is_late(deadline)
+            if done or self.step % self.config.evaluate_every == 0:
+                self._measure()
+            if last or self.step % self.config.checkpoint_every == 0:
+                self._save()
+        return self.step == self.config.steps
+
+    def evaluate(self) -> Tally:
+        """Sums over the held-out examples, all of them in this process."""
+        tally = Tally.zeros(self.objective.weights.num_steps, self._device)
+        lengths = self.held_out.lengths
+        order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+        with torch.no_grad():
+            for numbers in cut(order, lengths, self.config.batch_tokens):
+                tally.add(self.objective(self.held_out.batch(numbers, self._device))[1])
+        return tally
+
+    def _is_late(self, deadline: float) -> bool:
+        """Whether any process is: all of them must stop behind the same step."""
+        if self.config.max_seconds is None:
+            return False
+        late = torch.tensor([float(time.monotonic() >= deadline)], device=self._device)
+        sum_over_processes([late])
+        return bool(late)
+
+    def _step(self, stream: Iterator[tuple[int, list[int]]]) -> Entry:
+        """One optimizer step over `accumulation` batches of each process."""
+        started = time.monotonic()
+        tally = Tally.zeros(self.objective.weights.num_steps, self._device)
+        for number, examples in itertools.islice(stream, self.config.accumulation):
+            batch = self._noisy(self.corpus.batch(examples, self._device), number)
+            loss, found = self.objective(batch)
+            torch.autograd.backward(loss)
+            tally.add(found)
+        sum_over_processes([*self._gradients(), *tally.tensors()])
+        num_tokens = float(tally.num[0])
+        norm = self.optimizer.step(self.step, max(num_tokens, 1.0))
+        if not math.isfinite(norm):
+            self.num_skipped += 1
+            logger.warning("step %d has a gradient of norm %s: no weight changes", self.step, norm)
+        self.step += 1
+        self.num_answer_tokens += int(num_tokens)
+        self.seconds += time.monotonic() - started
+        entry = self._entry("train", tally, norm, num_tokens / (time.monotonic() - started))
+        if self.step % self.config.log_every == 0:
+            self.history.add(entry)
+        return entry
+
+    def _own_batches(self) -> Iterator[tuple[int, list[int]]]:
+        """This process's batches from the current step on, each with its number in the whole."""
+        done = self.step * self.config.accumulation * self.worker.count
+        stream = batch_stream(self.corpus.lengths, self.config.batch_tokens, self.config.seed)
+        return itertools.islice(enumerate(stream), done + self.worker.rank, None, self.worker.count)
+
+    def _noisy(self, batch: TrainBatch, number: int) -> TrainBatch:
+        """Uniform noise on what the head reads of the target, the same whenever batch `number` is
+        drawn (EAGLE-1)."""
+        if not self.feature_noise:
+            return batch
+        generator = torch.Generator(self._device).manual_seed(self.config.seed + number)
+        noise = torch.rand(batch.taps.shape, generator=generator, device=self._device) * 2 - 1
+        taps = (batch.taps.float() + noise * self.feature_noise).to(batch.taps.dtype)
+        return TrainBatch(
+            batch.token_ids, batch.lengths, batch.is_answer, taps, batch.hidden, batch.best
+        )
+
+    def _gradients(self) -> list[Tensor]:
+        """Of every parameter, so that processes exchange the same list."""
+        gradients = []
+        for parameter in self.objective.network.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        return gradients
+
+    def _measure(self) -> None:
+        if self.worker.rank == 0:
+            self.history.add(self._entry("held out", self.evaluate(), 0.0, 0.0))
+
+    def _entry(self, kind: str, tally: Tally, norm: float, rate: float) -> Entry:
+        num = max(1.0, float(tally.num.sum()))
+        return Entry(
+            kind=kind,
+            step=self.step,
+            num_answer_tokens=self.num_answer_tokens,
+            seconds=round(self.seconds, 1),
+            loss=round(float(tally.loss.sum()) / num, 4),
+            accuracy=tally.accuracy,
+            acceptance_length=round(tally.acceptance_length, 3),
+            gradient_norm=round(norm, 3),
+            tokens_per_second=round(rate, 1),
+            num_skipped=self.num_skipped,
+        )
+
+    def _save(self) -> None:
+        if self.worker.rank == 0:
+            progress = Progress(
+                self.step,
+                self.num_answer_tokens,
+                self.seconds,
+                self.fingerprint,
+                self.num_skipped,
+            )
+            weights = self.objective.network.state_dict()
+            self.checkpoints.save(progress, weights, self.optimizer.state())
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.objective.network.parameters()).device

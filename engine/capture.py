@@ -1,0 +1,193 @@
+"""Writes ended sequences to disk as token ids, beside the engine's steps: never in their way.
+
+Shards are JSONL files `captured-00000.jsonl`, ... with one object per sequence. A shard is written
+as `*.part` and renamed when it is complete, so a file without that suffix is whole. One process
+at a time may write to a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from configs.schema import CaptureConfig
+from engine.request import FinishReason, Sequence
+
+QUEUE_SIZE = 256  # sequences that wait for the disk
+CLOSING = 1.5  # seconds to write down what waits
+PART = ".part"
+
+logger = logging.getLogger(__name__)
+
+
+class CapturedSequence(msgspec.Struct, frozen=True):
+    """One line of a shard. The first `num_prompt` token ids are the prompt."""
+
+    token_ids: list[int]
+    num_prompt: int
+    temperature: float
+
+
+class CaptureWriter:
+    """Implements `SequenceSink`. `take` and `close` belong to the thread that steps the engine."""
+
+    def __init__(self, config: CaptureConfig, queue_size: int = QUEUE_SIZE) -> None:
+        """Raises OSError or ValueError unless files can be made in `config.dir`."""
+        assert config.dir is not None
+        self._shards = ShardWriter(config.dir, config.max_bytes, config.shard_tokens)
+        self._sample_rate = config.sample_rate
+        self._queue: queue.Queue[CapturedSequence | None] = queue.Queue(queue_size)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="capture", daemon=True)
+        self._lost = 0  # taken, but not written: counted by the thread
+        self._num_refused = 0  # the queue was full
+        self.num_captured = 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Sampled sequences that were not written: the queue was full, or capturing stopped."""
+        return self._num_refused + self._lost
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def take(self, seq: Sequence, reason: FinishReason) -> None:
+        """Hand over a sequence that has ended, if it is sampled and says something."""
+        if self._stopped.is_set() or reason is FinishReason.ERROR or seq.num_output == 0:
+            return
+        if not is_sampled(seq.request_id, self._sample_rate):
+            return
+        temperature = seq.request.params.temperature
+        try:
+            self._queue.put_nowait(CapturedSequence(seq.token_ids, seq.num_prompt, temperature))
+        except queue.Full:
+            self._num_refused += 1
+        else:
+            self.num_captured += 1
+
+    def close(self) -> None:
+        """Write down what waits, as far as CLOSING allows, and complete the last shard."""
+        if not self._thread.is_alive():
+            return
+        try:
+            self._queue.put(None, timeout=CLOSING)
+        except queue.Full:
+            logger.error("captured sequences are lost: the disk is too slow")
+            return
+        self._thread.join(CLOSING)
+
+    def _write(self) -> None:
+        while (captured := self._queue.get()) is not None:
+            if self._stopped.is_set():
+                self._lost += 1
+                continue
+            self._write_one(captured)
+        self._guarded(self._shards.finish)
+
+    def _write_one(self, captured: CapturedSequence) -> None:
+        line = msgspec.json.encode(captured) + b"\n"
+        if not self._shards.has_room(len(line)):
+            self._guarded(self._shards.finish)
+            self._stop(1)
+            logger.warning("capturing stops: %s is full (capture.max_bytes)", self._shards.folder)
+            return
+        self._guarded(lambda: self._shards.write(line, len(captured.token_ids)))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Whatever is wrong with the disk ends capturing, and nothing else."""
+        try:
+            work()
+        except OSError as error:
+            self._stop(self._shards.discard())
+            logger.error("capturing stops, serving goes on: %s", error)
+
+    def _stop(self, num_lost: int) -> None:
+        self._lost += num_lost
+        self._stopped.set()
+
+
+class ShardWriter:
+    """Shards of one directory. Not thread-safe."""
+
+    def __init__(self, folder: Path, max_bytes: int, shard_tokens: int) -> None:
+        """`max_bytes` bounds all shards in the folder, those of earlier runs too."""
+        self.folder = folder
+        self._shard_tokens = shard_tokens
+        self._file: BinaryIO | None = None
+        self._path = folder
+        self._num_lines = self._num_tokens = 0
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            known = list(folder.glob("captured-*.jsonl*"))
+            self._left = max_bytes - sum(path.stat().st_size for path in known)
+        except OSError as error:
+            raise ValueError(f"capture.dir {folder} cannot be used: {error}") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"capture.dir {folder} cannot be written to")
+        self._next = 1 + max((_number(path) for path in known), default=-1)
+
+    def has_room(self, num_bytes: int) -> bool:
+        return num_bytes <= self._left
+
+    def write(self, line: bytes, num_tokens: int) -> None:
+        """Add a line, and complete the shard if it has its tokens. OSError when that fails."""
+        if self._file is None:
+            self._open()
+        assert self._file is not None
+        self._num_lines += 1
+        self._num_tokens += num_tokens
+        self._left -= len(line)
+        self._file.write(line)
+        if self._num_tokens >= self._shard_tokens:
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the open shard, if there is one. OSError when that fails."""
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._path.with_name(self._path.name + PART).rename(self._path)
+        self._file.close()
+        self._file = None
+
+    def discard(self) -> int:
+        """Give up the open shard, which frees its space; returns how many lines it had."""
+        if self._file is None:
+            return 0
+        part, self._file = self._file, None
+        with contextlib.suppress(OSError):  # what was buffered may not fit either
+            part.close()
+        with contextlib.suppress(OSError):
+            self._path.with_name(self._path.name + PART).unlink()
+        return self._num_lines
+
+    def _open(self) -> None:
+        """A new shard; numbers go on behind all others, complete or not."""
+        self._path = self.folder / f"captured-{self._next:05}.jsonl"
+        part = f"{self._path}{PART}"
+        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = os.fdopen(number, "wb")
+        self._next += 1
+        self._num_lines = self._num_tokens = 0
+
+
+def is_sampled(request_id: str, rate: float) -> bool:
+    """Whether a request belongs to the share `rate` of all: always the same for the same id."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < rate * 2**64
+
+
+def _number(path: Path) -> int:
+    """Of a shard's file, -1 for other files."""
+    digits = path.name.removesuffix(PART).removeprefix("captured-").removesuffix(".jsonl")
+    return int(digits) if digits.isdecimal() else -1

@@ -1,0 +1,162 @@
+"""`aerie eval-draft`: joins the measuring of draft heads with the engine and the tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.schema import Config
+from drafter.source import ACCEPTED, resolve_draft
+from drafter.train.conversations import Prompt, read_prompts
+from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
+from drafter.train.report import Measurement, Report
+from engine.spec.shape import ROOT, TreeShape
+from kernels.native.build import NativeUnavailableError
+from server.compose import build_engine
+from server.drafting import tree_shape
+from server.offline import OfflineEngine
+from server.text.chat_codec import load_codec
+
+MAX_TEMPERATURE = 2  # as of the HTTP API
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What to ask, and which trees to measure."""
+
+    prompts: Path | None  # None: the sample that comes with the package
+    limit: int | None  # prompts
+    num_turns: int
+    trees: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    output_tokens: int
+    batch: int
+    compare_ranking: bool  # without shared noise too
+
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            if not 0 <= temperature <= MAX_TEMPERATURE:
+                raise ValueError(f"temperature is {temperature}; it must be 0 to {MAX_TEMPERATURE}")
+
+
+def sample_prompts() -> Path:
+    """The prompts that come with the package."""
+    return Path(str(files("drafter") / "train" / "sample" / "prompts.jsonl"))
+
+
+def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
+    """Measure the head that `config` (resolved for its host) names; tells its progress on stderr.
+
+    Raises:
+        OSError, ValueError: configuration, model, head, trees or prompts are at fault.
+    """
+    if evaluation.batch > config.scheduler.max_num_seqs:
+        raise ValueError(
+            f"batch is {evaluation.batch}; it must be 1 to scheduler.max_num_seqs = "
+            f"{config.scheduler.max_num_seqs}"
+        )
+    shapes = [tree_shape(name) for name in evaluation.trees]
+    path = evaluation.prompts or sample_prompts()
+    prompts = list(islice(read_prompts(path), evaluation.limit))
+    head = resolve_draft(config.speculation.draft, config.model.source)
+    if head is None:
+        raise ValueError(f"there is no draft head to measure: speculation.draft must be {ACCEPTED}")
+    engine = _engine(config, shared_noise=True)
+    device = engine.info.device
+    questions = list(_questions(config, engine, prompts, evaluation))
+    found = _told(_measurements(engine, questions, shapes, evaluation.batch, True))
+    if evaluation.compare_ranking and any(evaluation.temperatures):
+        del engine  # its pages make room for the other one's
+        engine = _engine(config, shared_noise=False)
+        sampled = [part for part in questions if part[0].params.temperature]
+        found += _told(_measurements(engine, sampled, shapes, evaluation.batch, False))
+    return Report(
+        target=config.model.source,
+        draft=head.name,
+        dtype=config.model.dtype,
+        device=device,
+        prompts=path.name,
+        num_prompts=len(prompts),
+        num_turns=evaluation.num_turns,
+        output_tokens=evaluation.output_tokens,
+        batch=evaluation.batch,
+        measurements=found,
+    )
+
+
+def show(report: Report) -> None:
+    """Print a report as a table."""
+    table = Table(title=f"{report.draft}: acceptance on {report.num_prompts} prompts")
+    for heading in ("T", "tree", "noise shared", "acceptance", "tokens/s", "x root", "changed"):
+        table.add_column(heading, justify="right")
+    for heading in ("trees that reach depth 1, 2, ...", "accepted at position 1, 2, ..."):
+        table.add_column(heading)
+    for line in report.measurements:
+        table.add_row(
+            f"{line.temperature:g}",
+            line.tree,
+            "yes" if line.shared_noise else "no",
+            f"{line.acceptance_length:.2f}" if line.num_drafts else "-",
+            f"{line.tokens_per_second:.1f}",
+            f"{line.speedup:.2f}",
+            str(line.num_changed),
+            " ".join(f"{share:.2f}" for share in line.reached),
+            " ".join(f"{share:.2f}" for share in line.conditional),
+        )
+    Console(width=150).print(table)
+
+
+def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
+    """Plain at first: what `auto` would measure at start is not needed."""
+    changes: dict[str, bool | str] = {"shared_noise": shared_noise, "tree": ROOT.name}
+    speculation = config.speculation.model_copy(update=changes)
+    try:
+        core = build_engine(config.model_copy(update={"speculation": speculation}))
+    except NativeUnavailableError as error:
+        raise ValueError(f"kernels.backend is {config.kernels.backend!r}: {error}") from error
+    return OfflineEngine(core)
+
+
+def _questions(
+    config: Config, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
+) -> Iterator[list[Question]]:
+    """By temperature."""
+    codec = load_codec(config)
+    for temperature in evaluation.temperatures:
+        _tell(f"temperature {temperature:g}: {len(prompts)} prompts are answered plainly")
+        sampling = Sampling(temperature, evaluation.output_tokens, evaluation.num_turns)
+        yield ask_plainly(engine, codec, prompts, sampling, evaluation.batch)
+
+
+def _measurements(
+    engine: OfflineEngine,
+    questions: Sequence[Sequence[Question]],
+    shapes: Sequence[TreeShape],
+    batch: int,
+    shared_noise: bool,
+) -> Iterator[Measurement]:
+    for same_temperature in questions:
+        yield from measure_trees(engine, same_temperature, shapes, batch, shared_noise)
+
+
+def _told(measurements: Iterator[Measurement]) -> list[Measurement]:
+    """All of them, each named as it comes: they take minutes."""
+    found = []
+    for one in measurements:
+        found.append(one)
+        _tell(
+            f"temperature {one.temperature:g}, {one.tree}: {one.acceptance_length:.2f} tokens per "
+            f"tree, {one.tokens_per_second:.1f} tokens/s"
+        )
+    return found
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""Chat template and tokenizer as one: messages to the ids that the model sees, ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from configs.schema import Config
+from engine.models.source import resolve_source
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+from server.text.tokenizer_files import load_tokenizer
+
+
+class ChatCodec:
+    """Encodes conversations exactly as the chat endpoint does. Threads may share it."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+
+    def encode(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+    ) -> list[int]:
+        """Ids of the rendered messages. ValueError when the template refuses them."""
+        text = self.template.render(messages, add_generation_prompt)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens. ValueError for ids that cannot be."""
+        return self.tokenizer.decode(token_ids)
+
+
+def load_codec(config: Config) -> ChatCodec:
+    """The codec of the model that `config` (resolved for its host) names.
+
+    Raises:
+        OSError, ValueError: the model's files are at fault.
+    """
+    assert config.files.dir is not None
+    path = config.model.chat_template
+    source = None if path is None else path.read_text(encoding="utf-8")
+    files = resolve_source(config.model.source, config.model.revision)
+    tokenizer = load_tokenizer(files, config.files.dir, source)
+    return ChatCodec(tokenizer, ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens))

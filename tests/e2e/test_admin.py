@@ -1,0 +1,150 @@
+"""Draft heads swapped below streams, on a real port; and captured sequences of a real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, Event
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import MAX_LEN, MODEL
+from tests.support.live_server import LiveServer, idle, run_aerie
+from tests.support.tiny_heads import write_tiny_head
+from tests.support.tiny_llama import TinyLlama
+
+MakeServer = Callable[..., LiveServer]
+PATH = "/admin/draft"
+ADMIN = {"authorization": "Bearer root"}
+SPEC = TinyLlama(max_position_embeddings=MAX_LEN)
+NUM_STREAMS = 20
+SHARED = "a server answers many clients at once and never loses a token " * 2
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two of different shapes."""
+    base = tmp_path_factory.mktemp("heads")
+    return [
+        write_tiny_head(base / "first", SPEC),
+        write_tiny_head(base / "second", SPEC, draft_vocab=97, num_layers=2, seed=2),
+    ]
+
+
+def asked(number: int) -> dict[str, Any]:
+    """Half of them greedy, half seeded; half with a common beginning."""
+    return {
+        "model": MODEL,
+        "prompt": (SHARED if number % 4 < 2 else "") + f"number {number}",
+        "max_tokens": 150,
+        "temperature": number % 2,
+        "seed": number,
+        "extra_body": {"ignore_eos": True, "stop": ["<nothing>"]},
+    }
+
+
+def texts(server: LiveServer, *, streaming: Event | None = None) -> list[str]:
+    """What all requests say, sent together; `streaming` is set once every one has its first
+    text."""
+    client = server.client()
+    started = Barrier(NUM_STREAMS, action=None if streaming is None else streaming.set)
+
+    def text(number: int) -> str:
+        stream = client.completions.create(**asked(number), stream=True)
+        parts = [next(iter(stream)).choices[0].text]
+        started.wait(60)
+        return "".join([*parts, *(chunk.choices[0].text for chunk in stream)])
+
+    with ThreadPoolExecutor(NUM_STREAMS) as threads:
+        return list(threads.map(text, range(NUM_STREAMS)))
+
+
+def swap(server: LiveServer, path: Path | None) -> httpx.Response:
+    return server.post(PATH, {"path": path and str(path)}, headers=ADMIN)
+
+
+def test_heads_are_swapped_below_twenty_streams_without_a_trace(
+    make_server: MakeServer, heads: list[Path], tmp_path: Path
+) -> None:
+    with make_server() as plain:
+        expected = texts(plain)
+        assert plain.metrics()["spec_decode_num_drafts_total"] == 0
+        assert plain.stop() == 0
+    first, second = heads
+    options = (f"speculation.draft={first}", "speculation.tree=tree8", "server.admin_keys=[root]")
+    with make_server(*options) as server:
+        streaming = Event()
+        with ThreadPoolExecutor(1) as thread:
+            heard = thread.submit(texts, server, streaming=streaming)
+            assert streaming.wait(60)
+            for path in (second, None, first, tmp_path / "none", second):
+                answer = swap(server, path)
+                assert answer.status_code == (400 if path == tmp_path / "none" else 200)
+            assert heard.result() == expected
+        assert answer.json()["draft"]["path"] == str(second)
+        engine = server.get("/info").json()["engine"]
+        assert engine["draft"] == answer.json()["draft"]
+        found = server.wait_metrics(idle)
+        assert found["spec_decode_num_drafts_total"] > 0
+        assert found["ended_length"] == NUM_STREAMS
+        assert texts(server) == expected, "prefixes are cached from earlier heads"
+        assert "draft head in use" in server.log.text()
+        assert server.stop() == 0
+
+
+def test_doors_and_bad_heads_of_a_server_that_began_without_one(
+    make_server: MakeServer, heads: list[Path], tmp_path: Path
+) -> None:
+    with make_server("server.admin_keys=[root]", "server.api_keys=[user]") as server:
+        assert server.resolved["config"]["server"]["admin_keys"] == ["***"]
+        for key in ("user", "wrong"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert server.post(PATH, {"path": None}, headers=headers).status_code == 401
+        assert server.post(PATH, {"path": None}).status_code == 401
+        other = write_tiny_head(tmp_path / "other", TinyLlama(hidden_size=96))
+        (tmp_path / "empty").mkdir()
+        for path, reason in (
+            (other, "hidden_size 96, this one has 64"),
+            (tmp_path / "none", "no draft head at"),
+            (tmp_path / "empty", "config.json"),
+        ):
+            error = swap(server, path).json()["error"]
+            assert error["param"] == "path"
+            assert reason in error["message"]
+        assert swap(server, heads[0]).json()["draft"]["num_layers"] == 1
+        assert swap(server, None).json() == {"draft": None}
+        assert server.stop() == 0
+
+
+def test_a_server_writes_down_what_it_said_if_it_may(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "captured"
+    options = ("--capture", str(folder), "--capture-consent", "capture.sample_rate=1")
+    with make_server(*options) as server:
+        client = server.client()
+        reply = client.completions.create(
+            model=MODEL, prompt=[5, 6, 7, 8], max_tokens=9, temperature=0
+        )
+        assert reply.usage is not None
+        found = server.wait_metrics(idle)
+        assert found["captured_sequences_total"] == 1
+        assert found["capture_dropped_total"] == 0
+        assert server.stop() == 0
+    (path,) = folder.iterdir()
+    assert path.name == "captured-00000.jsonl"
+    (line,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert line["token_ids"][:4] == [5, 6, 7, 8]
+    assert len(line["token_ids"]) == reply.usage.total_tokens
+    assert (line["num_prompt"], line["temperature"]) == (4, 0.0)
+
+
+def test_capture_without_consent_is_an_error_at_start(tmp_path: Path) -> None:
+    done = run_aerie("serve", "--capture", str(tmp_path))
+    assert done.returncode == 2
+    assert "capture.consent is not true" in done.stderr
+    assert "--capture-consent" in done.stderr
