@@ -85,8 +85,12 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with a linear warm-up and a cosine."""
+    """AdamW, or Muon for matrices, with a linear warm-up and a cosine."""
 
+    matrices: Literal["adamw", "muon"] = Field(
+        "adamw", description="what steps the matrices of `fc` and layers; AdamW has the rest"
+    )
+    muon_factor: Number = Field(2.0, gt=0, description="Muon's learning rate, in that of AdamW")
     learning_rate: Number = Field(1e-3, gt=0)
     final_share: Number = Field(0.05, ge=0, le=1, description="of the rate, at the end")
     warmup_steps: int = Field(100, ge=0)

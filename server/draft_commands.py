@@ -136,11 +136,7 @@ def train_draft(config: TrainingFile, overrides: Overrides = None) -> None:
     from server.draft_training import train_draft as run
 
     try:
-        settings = host_training_config(config, overrides or ())
-        done = run(settings)
-        typer.echo(
-            f"{settings.run.output / 'head'}{'' if done else ' (run.max_seconds came first)'}"
-        )
+        run(host_training_config(config, overrides or ()))
     except (ValueError, OSError) as error:
         raise failed(error) from None
 

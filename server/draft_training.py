@@ -47,15 +47,12 @@ ANSWERS, CURVE, HEAD = "answers.jsonl", "learning-curve.svg", "head"
 PATIENCE = timedelta(days=1)
 
 
-def train_draft(config: TrainingConfig) -> bool:
+def train_draft(config: TrainingConfig) -> None:
     """Train as `config` (resolved for its host) says; in each process of `torchrun`, or alone.
 
     Goes on from the newest checkpoint of run.output. Writes there history.jsonl, checkpoints,
     learning-curve.svg, what `publish_run` needs and, in the form that `speculation.draft` takes,
-    the head.
-
-    Returns:
-        Whether all steps are done (False: run.max_seconds came first).
+    the head, whose path it prints.
 
     Raises:
         OSError, ValueError: configuration, model or data are at fault, or the disk is full.
@@ -74,7 +71,7 @@ def train_draft(config: TrainingConfig) -> bool:
         if worker.rank == 0:
             write_curve(output / CURVE, trainer.history.entries)
             publish_run(output, output / HEAD, replace=True)
-        return done
+            print(f"{output / HEAD}{'' if done else ' (run.max_seconds came first)'}", flush=True)
 
 
 def _prepared(config: TrainingConfig, worker: Worker) -> Run:

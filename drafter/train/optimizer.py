@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, over gradients that may come from several processes."""
+"""AdamW or Muon with warm-up and cosine, over gradients that may come from several processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.training import OptimizerConfig
+from drafter.manifest import LM_HEAD
 
 
 def rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
@@ -24,22 +25,44 @@ def rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
 
 
 class HeadOptimizer:
-    """Steps the parameters of a head that take gradients."""
+    """Steps the parameters of a head that take gradients: all by AdamW, or the matrices of `fc` and
+    layers by Muon (Jordan et al. 2024), whose steps are scaled to have AdamW's size."""
 
     def __init__(self, network: nn.Module, config: OptimizerConfig, num_steps: int) -> None:
         self._config = config
         self._num_steps = num_steps
         self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        decayed = [p for p in self._named.values() if p.dim() > 1]
-        others = [p for p in self._named.values() if p.dim() <= 1]  # norms and biases
-        self._adam = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-        )
+        by_muon, decayed, others = self._shared_out()
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.AdamW(
+                    [
+                        {"params": decayed, "weight_decay": config.weight_decay},
+                        {"params": others, "weight_decay": 0.0},
+                    ],
+                    lr=config.learning_rate,
+                    betas=(config.beta1, config.beta2),
+                ),
+                1.0,
+            )
+        ]
+        if by_muon:
+            muon = torch.optim.Muon(
+                by_muon, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self._optimizers.append((muon, config.muon_factor))
+
+    def _shared_out(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters for Muon, for AdamW with decay, and for AdamW without: norms and biases."""
+        by_muon, decayed, others = [], [], []
+        for name, parameter in self._named.items():
+            if parameter.dim() <= 1:
+                others.append(parameter)
+            elif self._config.matrices == "muon" and name != LM_HEAD:
+                by_muon.append(parameter)
+            else:
+                decayed.append(parameter)
+        return by_muon, decayed, others
 
     def step(self, index: int, num_tokens: float) -> float:
         """Divide the summed gradients by `num_tokens`, clip, and take step `index`. Returns the
@@ -50,10 +73,12 @@ class HeadOptimizer:
         norm = float(nn.utils.clip_grad_norm_(self._named.values(), self._config.max_norm))
         if math.isfinite(norm):
             rate = rate_at(index, self._num_steps, self._config)
-            for group in self._adam.param_groups:
-                group["lr"] = rate
-            self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+            for optimizer, factor in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * factor
+                optimizer.step()
+        for optimizer, _ in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -61,7 +86,8 @@ class HeadOptimizer:
         return {
             f"{name}.{key}": value
             for name, parameter in self._named.items()
-            for key, value in self._adam.state[parameter].items()
+            for optimizer, _ in self._optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -78,7 +104,9 @@ class HeadOptimizer:
                 )
             place = "cpu" if key == "step" else self._named[owner].device
             state[self._named[owner]][key] = tensor.to(place)
-        self._adam.state.update(state)
+        for optimizer, _ in self._optimizers:
+            for group in optimizer.param_groups:
+                optimizer.state.update({p: state[p] for p in group["params"] if state[p]})
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:

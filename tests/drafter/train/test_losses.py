@@ -1,0 +1,120 @@
+"""Losses and their gradients equal those of plain torch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from drafter.train.losses import (
+    CHUNK,
+    feature_distance,
+    soft_cross_entropy,
+    teacher_probabilities,
+)
+
+HIDDEN, VOCAB, TEACHERS = 24, 53, 40
+SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
+
+
+def problem(num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, LM head, teacher and its rows, of which some occur several times."""
+    generator = torch.Generator().manual_seed(num)
+    inputs = torch.randn(num, HIDDEN, generator=generator)
+    head = torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    teacher = (torch.randn(TEACHERS, VOCAB, generator=generator) * 3).softmax(dim=-1)
+    return inputs, head, teacher, torch.randint(TEACHERS, (num,), generator=generator)
+
+
+def expected_loss(inputs: Tensor, head: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+    return -(teacher[rows] * functional.log_softmax(inputs @ head.T, dim=-1)).sum()
+
+
+@pytest.mark.parametrize("num", SIZES)
+def test_soft_cross_entropy_and_its_gradients_equal_plain_torch(num: int) -> None:
+    inputs, head, teacher, rows = problem(num)
+    exact = [inputs.double().requires_grad_(True), head.double().requires_grad_(True)]
+    expected = expected_loss(*exact, teacher.double(), rows)
+    torch.autograd.backward(expected * -2.5)
+    ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
+    loss, best = soft_cross_entropy(*ours, teacher, rows, torch.float32)
+    torch.autograd.backward(loss * -2.5)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+    assert torch.equal(best, (inputs @ head.T).argmax(dim=-1))
+    assert not best.requires_grad
+
+
+def test_gradients_equal_finite_differences() -> None:
+    inputs, head, teacher, rows = problem(3)
+    step, moved = 1e-3, torch.zeros_like(inputs)
+    moved[1, 4] = step
+
+    def at(x: Tensor) -> Tensor:
+        return expected_loss(x.double(), head.double(), teacher.double(), rows)
+
+    slope = (at(inputs + moved) - at(inputs - moved)) / (2 * step)
+    inputs.requires_grad_(True)
+    torch.autograd.backward(soft_cross_entropy(inputs, head, teacher, rows, torch.float32)[0])
+    assert inputs.grad is not None
+    torch.testing.assert_close(inputs.grad[1, 4].double(), slope, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_products_give_the_loss_and_gradients_nearly() -> None:
+    inputs, head, teacher, rows = problem(CHUNK + 5)
+    exact = [inputs.double().requires_grad_(True), head.double().requires_grad_(True)]
+    expected = expected_loss(*exact, teacher.double(), rows)
+    torch.autograd.backward(expected)
+    ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
+    loss, _ = soft_cross_entropy(*ours, teacher.bfloat16(), rows, torch.bfloat16)
+    torch.autograd.backward(loss)
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-3, atol=0)
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert mine.grad.dtype == torch.float32
+        wrong = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert wrong < 0.02
+
+
+def test_a_frozen_head_takes_no_gradient() -> None:
+    inputs, head, teacher, rows = problem(5)
+    loss, _ = soft_cross_entropy(inputs.requires_grad_(True), head, teacher, rows, torch.float32)
+    torch.autograd.backward(loss)
+    assert inputs.grad is not None
+    assert head.grad is None
+
+
+def test_measuring_without_gradients_gives_the_same_loss() -> None:
+    inputs, head, teacher, rows = problem(5)
+    inputs.requires_grad_(True)
+    loss, best = soft_cross_entropy(inputs, head, teacher, rows, torch.float32)
+    with torch.no_grad():
+        measured, found = soft_cross_entropy(inputs, head, teacher, rows, torch.float32)
+    assert not measured.requires_grad
+    assert torch.equal(measured, loss)
+    assert torch.equal(found, best)
+
+
+@pytest.mark.parametrize("num", SIZES)
+def test_teacher_probabilities_are_the_softmax_over_the_rows_of_the_head(num: int) -> None:
+    inputs, head, _, _ = problem(num)
+    expected = (inputs.double() @ head.double().T).softmax(dim=-1)
+    found = teacher_probabilities(inputs, head, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    narrow = teacher_probabilities(inputs, head, torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.double(), expected, rtol=0.05, atol=2e-3)
+
+
+def test_feature_distance_is_the_mean_over_the_width_summed_over_rows() -> None:
+    states = torch.tensor([[0.5, 3.0], [0.0, -1.0]], requires_grad=True)
+    features = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    loss = feature_distance(states, features)  # x^2 / 2 below 1, |x| - 1/2 above
+    assert float(loss.detach()) == pytest.approx((0.125 + 1.5) / 2 + (0.0 + 1.5) / 2)
+    torch.autograd.backward(loss)
+    assert states.grad is not None
+    assert states.grad.tolist() == [[0.25, 0.5], [0.0, -0.5]]

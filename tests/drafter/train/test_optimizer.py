@@ -1,0 +1,169 @@
+"""The schedule, clipping, decay and what is kept of AdamW."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.training import OptimizerConfig
+from drafter.train.optimizer import HeadOptimizer, rate_at
+
+PLAIN = OptimizerConfig(warmup_steps=0, learning_rate=0.1, weight_decay=0.0, max_norm=100.0)
+
+
+class Headed(nn.Module):
+    """Parameters under the names that decide who steps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3, bias=False)
+        self.norm = nn.Parameter(torch.ones(3))
+        self.lm_head = nn.Linear(3, 5, bias=False)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.norm = nn.Parameter(torch.ones(2))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        nn.init.constant_(self.linear.weight, 0.5)
+        nn.init.constant_(self.linear.bias, 0.5)
+
+
+def put_gradients(network: nn.Module, value: float) -> None:
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, value)
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_share=0.1)
+    rates = [rate_at(step, 12, config) for step in range(14)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half of the way
+    assert rates[6] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2))
+    assert rates[12:] == pytest.approx([0.2, 0.2])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (5, 5), (9, 3)])
+def test_short_runs_have_a_rate(warmup: int, steps: int) -> None:
+    config = OptimizerConfig(warmup_steps=warmup)
+    assert all(0 < rate_at(step, steps, config) <= 1e-3 for step in range(steps))
+
+
+def test_steps_are_those_of_adamw_at_the_scheduled_rate() -> None:
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, max_norm=1e9)
+    ours, theirs = Small(), Small()
+    optimizer = HeadOptimizer(ours, config, 5)
+    groups = [
+        {"params": [theirs.linear.weight], "weight_decay": 0.3},
+        {"params": [theirs.norm, theirs.linear.bias], "weight_decay": 0.0},
+    ]
+    judge = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
+    for step in range(5):
+        put_gradients(ours, 6.0 + step)
+        put_gradients(theirs, (6.0 + step) / 3)  # a mean over three tokens
+        optimizer.step(step, 3.0)
+        for group in judge.param_groups:
+            group["lr"] = rate_at(step, 5, config)
+        judge.step()
+    for name, tensor in weights(theirs).items():
+        assert torch.allclose(tensor, weights(ours)[name], atol=1e-6), name
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    network = Small()
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    put_gradients(network, 0.0)
+    HeadOptimizer(network, config, 10).step(0, 1.0)
+    assert torch.equal(network.norm, torch.ones(2))
+    assert torch.equal(network.linear.bias, torch.full((2,), 0.5))
+    assert torch.allclose(network.linear.weight, torch.full((2, 3), 0.5 * 0.95))
+
+
+def test_gradients_are_clipped_behind_the_division_by_tokens() -> None:
+    """Adam does not see a gradient's scale, so its moments tell."""
+    network = Small()
+    optimizer = HeadOptimizer(network, PLAIN.model_copy(update={"max_norm": 0.5}), 10)
+    put_gradients(network, 8.0)
+    norm = optimizer.step(0, 4.0)
+    assert norm == pytest.approx(2.0 * math.sqrt(10))  # of 10 parameters, the frozen ones left out
+    first = optimizer.state()["norm.exp_avg"] / (1 - PLAIN.beta1)
+    assert torch.allclose(first, torch.full((2,), 0.5 / math.sqrt(10)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(value: float) -> None:
+    network = Small()
+    optimizer = HeadOptimizer(network, PLAIN, 10)
+    put_gradients(network, 1.0)
+    optimizer.step(0, 1.0)
+    before, moments = weights(network), {n: t.clone() for n, t in optimizer.state().items()}
+    put_gradients(network, 1.0)
+    assert network.norm.grad is not None
+    network.norm.grad[1] = value
+    assert not math.isfinite(optimizer.step(1, 1.0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(network).items())
+    assert all(torch.equal(t, moments[name]) for name, t in optimizer.state().items())
+    assert network.norm.grad is None
+
+
+def test_the_state_goes_on_exactly() -> None:
+    whole = Small()
+    optimizer = HeadOptimizer(whole, PLAIN, 10)
+    assert optimizer.state() == {}
+    for step in range(2):
+        put_gradients(whole, 1.0 + step)
+        optimizer.step(step, 1.0)
+    other = Small()
+    other.load_state_dict(weights(whole))
+    again = HeadOptimizer(other, PLAIN, 10)
+    again.load_state({name: tensor.clone() for name, tensor in optimizer.state().items()})
+    for network, each in ((whole, optimizer), (other, again)):
+        put_gradients(network, 0.7)
+        each.step(2, 1.0)
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(whole).items())
+
+
+def test_the_state_of_another_network_is_refused() -> None:
+    optimizer = HeadOptimizer(Small(), PLAIN, 10)
+    with pytest.raises(ValueError, match="unknown parameter 'fc'"):
+        optimizer.load_state({"fc.exp_avg": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"'norm.exp_avg' has shape \[3\], not \[2\]"):
+        optimizer.load_state({"norm.exp_avg": torch.ones(3)})
+
+
+def test_muon_steps_matrices_but_not_the_lm_head_and_survives_a_round_trip() -> None:
+    config = PLAIN.model_copy(update={"matrices": "muon", "muon_factor": 3.0})
+    torch.manual_seed(0)
+    ours, again = Headed(), Headed()
+    again.load_state_dict(ours.state_dict())
+    judge = {name: nn.Parameter(tensor.clone()) for name, tensor in ours.named_parameters()}
+    muon = torch.optim.Muon([judge["fc.weight"]], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rest = [judge["norm"], judge["lm_head.weight"]]
+    adam = torch.optim.AdamW(rest, weight_decay=0.0, betas=(config.beta1, config.beta2))
+    optimizer = HeadOptimizer(ours, config, 4)
+    for step in range(4):
+        if step == 2:  # another process goes on from what was kept
+            resumed = HeadOptimizer(again, config, 4)
+            resumed.load_state({name: t.clone() for name, t in optimizer.state().items()})
+            again.load_state_dict(ours.state_dict())
+            ours, optimizer = again, resumed
+        for name, parameter in ours.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            judge[name].grad = parameter.grad.clone()
+        optimizer.step(step, 1.0)
+        for other, factor in ((muon, 3.0), (adam, 1.0)):
+            other.param_groups[0]["lr"] = factor * rate_at(step, 4, config)
+            other.step()
+    for name, tensor in ours.named_parameters():
+        assert torch.allclose(tensor, judge[name], atol=1e-6), name

@@ -1,0 +1,140 @@
+"""Step j from base position t is what serving computes when it drafts j tokens behind t."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafter.train.unroll import TrainBatch, UnrolledStep, base_rows, unroll
+from kernels.ops import Ops
+from tests.drafter.head_formulas import HeadFormulas
+from tests.drafter.published_heads import HIDDEN, TargetWeights
+from tests.drafter.train.networks import (
+    ONE_OF_EACH_KIND,
+    TRAINABLE,
+    network_of,
+    random_batch,
+)
+
+TOLERANCE = 1e-4  # of the largest value: streams without a norm grow with every step
+STEPS = 4
+LENGTHS = (14, 9, 2, 6)
+# Two answers in one text; one from the first token to the last; too short for a draft; one in the
+# middle, with its end before the text's.
+ANSWERS = ([range(4, 7), range(11, 14)], [range(9)], [range(1, 2)], [range(3, 5)])
+
+
+def mixed_batch(name: str) -> TrainBatch:
+    return random_batch(TRAINABLE[name], LENGTHS, ANSWERS)
+
+
+def chain_of(formulas: HeadFormulas, ids: Tensor, fused: Tensor, base: int, steps: int) -> Tensor:
+    """The state that drafts behind entries 1 to `base` of true features and `steps` entries whose
+    feature is the state before: entry by entry, as serving does it."""
+    features, last = fused[:base], base
+    while True:
+        entries = torch.arange(1, last + 1)
+        states = formulas.states(features, ids[1 : last + 1], entries)
+        if last == base + steps:
+            return states[-1]
+        features, last = torch.cat((features, states[-1:])), last + 1
+
+
+def counted(step: UnrolledStep, index: int) -> dict[tuple[int, int], tuple[int, int]]:
+    """(text, base) of what counts -> its text and row in the step."""
+    found = step.counts.nonzero().tolist()
+    return {(text, int(step.places[text, row]) - index): (text, row) for text, row in found}
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+@torch.no_grad()
+def test_every_step_equals_a_chain_drafted_entry_by_entry(name: str, reference_ops: Ops) -> None:
+    layout, target = TRAINABLE[name], TargetWeights.of(reference_ops)
+    formulas, batch = HeadFormulas(layout, target), mixed_batch(name)
+    network = network_of(layout, target.embedding, target.lm_head)
+    fused = [formulas.fuse(taps.split(HIDDEN, dim=-1)) for taps in batch.taps]
+    for index, step in enumerate(unroll(network, batch, STEPS)):
+        places = counted(step, index)
+        assert places  # something is compared in every step
+        for (text, base), at in places.items():
+            expected = chain_of(formulas, batch.token_ids[text], fused[text], base, index)
+            assert_close(step.states[at], expected)
+            assert_close(step.head_inputs[at] @ network.head_weight.T, formulas.logits(expected))
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    atol = TOLERANCE * float(expected.abs().max())
+    torch.testing.assert_close(got.double(), expected, atol=atol, rtol=0)
+
+
+def test_every_answer_token_in_reach_is_predicted_once_per_step(reference_ops: Ops) -> None:
+    target, name = TargetWeights.of(reference_ops), "reference-eagle3"
+    network = network_of(TRAINABLE[name], target.embedding, target.lm_head)
+    for index, step in enumerate(unroll(network, mixed_batch(name), STEPS)):
+        found = [(text, int(step.places[text, row]) + 1) for text, row in step.counts.nonzero()]
+        expected = [  # entry 1 is the first, so step j reaches token j + 2 and those behind
+            (text, place)
+            for text, spans in enumerate(ANSWERS)
+            for span in spans
+            for place in span
+            if place >= index + 2
+        ]
+        assert sorted(found) == sorted(expected)
+
+
+def test_base_rows_are_those_that_some_step_needs() -> None:
+    batch = mixed_batch("reference-eagle3")
+    rows = [[int(row) for row in text if row] for text in base_rows(batch, 2)]
+    assert rows == [[2, 3, 4, 5, 9, 10, 11, 12], [*range(1, 8)], [], [1, 2, 3]]
+    assert base_rows(random_batch(TRAINABLE["reference-eagle"], (3,), [[]]), 3).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+@torch.no_grad()
+def test_what_lies_behind_a_text_changes_nothing(name: str, reference_ops: Ops) -> None:
+    target = TargetWeights.of(reference_ops)
+    network = network_of(TRAINABLE[name], target.embedding, target.lm_head)
+    batch = mixed_batch(name)
+    behind = torch.arange(max(LENGTHS)) >= batch.lengths[:, None]
+    changed = dataclasses.replace(  # attention multiplies padding by 0, so it must be finite
+        batch,
+        token_ids=batch.token_ids.where(~behind, 7),
+        taps=batch.taps.where(~behind[..., None], 1e4),
+        hidden=batch.hidden.where(~behind[..., None], torch.nan),
+    )
+    pairs = zip(unroll(network, batch, STEPS), unroll(network, changed, STEPS), strict=True)
+    for clean, other in pairs:
+        assert torch.equal(clean.counts, other.counts)
+        assert torch.equal(clean.states[clean.counts], other.states[clean.counts])
+        assert other.states.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_gradients_reach_the_features_before_the_base_and_no_others(
+    name: str, reference_ops: Ops
+) -> None:
+    target = TargetWeights.of(reference_ops)
+    network = network_of(TRAINABLE[name], target.embedding, target.lm_head)
+    batch = mixed_batch(name)
+    batch.taps.requires_grad_(True)
+    last = list(unroll(network, batch, STEPS))[-1]
+    base = 6
+    torch.autograd.backward(last.states[counted(last, STEPS - 1)[1, 4]].sum(), retain_graph=True)
+    torch.autograd.backward(last.states[counted(last, STEPS - 1)[0, base + 2]].sum())
+    reached = batch.taps.grad.abs().sum(dim=-1) > 0  # type: ignore[union-attr]
+    expected = torch.zeros_like(reached)
+    expected[1, :4] = True
+    expected[0, : base + 2] = True
+    assert torch.equal(reached, expected)
+
+
+def test_gradients_stay_finite_where_nothing_can_be_drafted(reference_ops: Ops) -> None:
+    target, layout = TargetWeights.of(reference_ops), TRAINABLE["reference-eagle3"]
+    network = network_of(layout, target.embedding, target.lm_head)
+    for step in unroll(network, random_batch(layout, (2,), [[range(1, 2)]]), STEPS):
+        assert not step.counts.any()
+        torch.autograd.backward(step.states.sum(), retain_graph=True)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
