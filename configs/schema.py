@@ -82,8 +82,10 @@ class SpeculationConfig(Section):
 class KernelsConfig(Section):
     """Which implementation serves each operation."""
 
-    backend: Literal["auto", "reference", "native"] = Field(
-        "auto", description="native: C++ for CPUs; reference: plain torch; auto: the fastest here"
+    backend: Literal["auto", "reference", "native", "triton"] = Field(
+        "auto",
+        description="native: C++ for CPUs; triton: for CUDA devices; reference: plain torch; "
+        "auto: the fastest here",
     )
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
 

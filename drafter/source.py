@@ -27,7 +27,7 @@ def resolve_draft(draft: str | None, model: str) -> Path | None:
     path = Path(draft).expanduser()
     if draft in SHIPPED:
         return shipped_head(draft)
-    if path.is_dir():
+    if draft and path.is_dir():
         return path
     if not path.exists() and HUB_ID.fullmatch(draft):
         return fetch_from_hub(draft)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ OPERATIONS = (
     "argmax",
     "logsumexp",
 )
-BACKENDS = ("auto", "reference", "native")
+BACKENDS = ("auto", "reference", "native", "triton")
 
 
 def build_ops(
@@ -44,31 +45,59 @@ def build_ops(
     """Choose a backend for every operation.
 
     Args:
-        backend: "reference", "native" (C++, CPU only) or "auto": native where it can be had, else
-            reference; `Ops.backends` then says why.
+        backend: "reference", "native" (C++, CPU only), "triton" (CUDA only) or "auto": native or
+            Triton, whichever the device runs, where it can be had, else reference; `Ops.backends`
+            then says why.
         storage_dtype: of weights and KV cache.
         num_threads: CPU threads of the native operations.
         cache_dir: where the native library is compiled to and found again.
 
     Raises:
-        ValueError: no such backend, or "native" on a device other than a CPU.
+        ValueError: no such backend, "native" on a device other than a CPU, "triton" on one other
+            than a CUDA device or where Triton is not installed.
         NativeUnavailableError: "native" was asked for and cannot be built here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "reference":
         return reference_ops(device, storage_dtype)
-    if device.type != "cpu":
-        if backend == "native":
-            raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
-        return reference_ops(device, storage_dtype)
+    if backend == "native" and device.type != "cpu":
+        raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
+    if backend == "triton" or device.type != "cpu":
+        return _triton_or_reference(backend, device, storage_dtype)
+    return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
+
+
+def _native_or_reference(
+    backend: str, storage_dtype: torch.dtype, num_threads: int, cache_dir: Path
+) -> Ops:
     try:
         library = _open_library(cache_dir, num_threads)
     except NativeUnavailableError as error:
         if backend == "native":
             raise
-        return reference_ops(device, storage_dtype, name=f"reference ({error})")
+        return reference_ops(torch.device("cpu"), storage_dtype, name=f"reference ({error})")
     return native_ops(NativeOps(library, storage_dtype))
+
+
+def _triton_or_reference(backend: str, device: torch.device, storage_dtype: torch.dtype) -> Ops:
+    reason = _why_not_triton(device)
+    if reason is None:
+        return triton_ops(storage_dtype)
+    if backend == "triton":
+        raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
+    return reference_ops(device, storage_dtype, name=f"reference ({reason})")
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """None where Triton's kernels run: on CUDA devices, in its interpreter (for tests) anywhere."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    import triton  # not above: HTTP processes and machines without a GPU do without it
+
+    if device.type == "cuda" or triton.knobs.runtime.interpret:
+        return None
+    return f"Triton kernels are for CUDA devices, not for {device}"
 
 
 def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
@@ -96,6 +125,34 @@ def native_ops(native: NativeOps) -> Ops:
         logsumexp=native.logsumexp,
         activation_dtype=torch.float32,
         backends=dict.fromkeys(OPERATIONS, "native") | native.backends,
+    )
+
+
+def triton_ops(storage_dtype: torch.dtype) -> Ops:
+    """The Triton kernels for every operation, and cuBLAS for linear layers."""
+    from kernels.activation import triton_kernel as activation
+    from kernels.attention import triton_kernel as attention
+    from kernels.kv import triton_kernel as kv
+    from kernels.linear import triton_kernel as linear
+    from kernels.norm import triton_kernel as norm
+    from kernels.rope import triton_kernel as rope
+    from kernels.sampling import triton_kernel as sampling
+
+    return Ops(
+        pack_linear=linear.pack_linear,
+        linear=linear.linear,
+        embedding=linear.embedding,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rope_kv_write=rope.rope_kv_write,
+        attention=attention.attention,
+        kv_move=kv.KVMove(),
+        silu_and_mul=activation.silu_and_mul,
+        gumbel_argmax=sampling.gumbel_argmax,
+        argmax=sampling.argmax,
+        logsumexp=sampling.logsumexp,
+        activation_dtype=storage_dtype,
+        backends=dict.fromkeys(OPERATIONS, "triton") | {"linear": "cublas"},
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kernels.ops import Ops
 from kernels.registry import build_ops
+from tests.kernels.triton_env import poisoned_memory  # noqa: F401  chooses how Triton runs
 from tests.support.tiny_engine import TinyEngine, random_llama
 
 CPU = torch.device("cpu")

@@ -1,0 +1,102 @@
+"""How the work of one attention call is cut into tiles and splits.
+
+All of it follows from shapes and host integers, so that a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+SHORT_TILE = 64  # query rows (queries x heads of a group) of a tile of decoding or drafting
+LONG_TILE = 128  # of a prefill chunk
+MIN_SPLIT_KEYS = 128  # below that a split costs more than it saves
+MAX_SPLITS = 128
+MAX_PART_BYTES = 64 * 2**20  # of partial results of one launch
+ENOUGH = 0.9  # of the best fill that any number of splits gives
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """One launch of `attend_splits` over the batch rows of `fewest` .. `most` queries."""
+
+    block_m: int
+    fewest: int
+    most: int
+    num_tiles: int
+    tiles_per_row: int  # unless a tile searches its row
+    search: bool
+    num_splits: int
+
+    @property
+    def num_warps(self) -> int:
+        return 8 if self.block_m == LONG_TILE else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a plan depends on."""
+
+    num_tokens: int
+    num_rows: int
+    max_q: int
+    max_context: int
+    group: int  # query heads of one KV head
+    kv_heads: int
+    head_dim: int
+    num_processors: int  # streaming multiprocessors
+
+
+@functools.lru_cache(maxsize=256)  # every layer of a step asks for the same
+def plan_tiles(shape: Shape) -> tuple[TilePlan, ...]:
+    """One launch if all rows fit a short tile or all are alike, else one for each kind of row."""
+    rows = shape.max_q * shape.group
+    if rows <= SHORT_TILE:
+        block_m = max(16, 1 << (rows - 1).bit_length())
+        return (_plan(shape, block_m, 0, shape.max_q),)
+    if shape.num_tokens == shape.num_rows * shape.max_q:  # all alike
+        return (_plan(shape, LONG_TILE, 0, shape.max_q),)
+    short = SHORT_TILE // shape.group
+    return (
+        _plan(shape, SHORT_TILE, 0, short),
+        _plan(shape, LONG_TILE, short + 1, shape.max_q),
+    )
+
+
+def _plan(shape: Shape, block_m: int, fewest: int, most: int) -> TilePlan:
+    queries = block_m // shape.group  # of one tile
+    per_row = math.ceil(most / queries)
+    searched = shape.num_tokens // queries + shape.num_rows  # tiles, see find_tile
+    num_tiles = min(shape.num_rows * per_row, searched)
+    busy = min(num_tiles, math.ceil(shape.num_tokens / queries)) if fewest else num_tiles
+    part_bytes = max(4 * num_tiles * shape.kv_heads * block_m * shape.head_dim, 1)
+    splits = choose_splits(
+        num_programs=busy * shape.kv_heads,
+        places=shape.num_processors * (1 if block_m == LONG_TILE else 2),
+        max_splits=min(
+            MAX_SPLITS,
+            math.ceil(shape.max_context / MIN_SPLIT_KEYS),
+            MAX_PART_BYTES // part_bytes,
+        ),
+    )
+    search = num_tiles < shape.num_rows * per_row
+    return TilePlan(block_m, fewest, most, num_tiles, per_row, search, splits)
+
+
+def choose_splits(num_programs: int, places: int, max_splits: int) -> int:
+    """How many programs share the keys of one tile and KV head.
+
+    `num_programs * splits` programs run in waves of `places` at a time, and the last wave may be
+    nearly empty. The fewest splits are taken whose waves are at least 0.9 times as full as those
+    of the best number of splits, up to `max_splits` (and 1 at least).
+    """
+    candidates = range(1, max(max_splits, 1) + 1)
+    fills = [_fill(num_programs * splits, places) for splits in candidates]
+    return next(n for n, fill in zip(candidates, fills, strict=True) if fill >= ENOUGH * max(fills))
+
+
+def _fill(num_programs: int, places: int) -> float:
+    """Which part of the places of all waves is taken."""
+    waves = max(math.ceil(num_programs / places), 1)
+    return num_programs / (waves * places)

@@ -1,0 +1,1 @@
+"""Growing, choosing and walking draft trees."""

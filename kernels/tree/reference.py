@@ -1,0 +1,111 @@
+"""Draft trees on the device, in plain torch, with no wait for it: shapes follow from arguments.
+
+Legend: B rows, K frontier nodes, W candidate tokens of each, C scored candidates, N nodes.
+Ties are settled everywhere: the lower index wins, so a parent before its children, and the lower
+token id.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expand(frontier_scores: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best children of every frontier node, and the next frontier among them all.
+
+    Args:
+        frontier_scores: [B, K] float32 cumulative log-probabilities.
+        scores: [B, K, W] float32 log-probabilities of the tokens behind each node; NaN counts as
+            -inf, above 0 as 0: a child never scores above its parent.
+        count: children of a node, and nodes of the next frontier; at most W.
+
+    Returns:
+        tokens: [B, K, count] int64 places in W, the best first.
+        cumulative: [B, K, count] float32 their cumulative scores.
+        frontier: [B, count] int64 places among the K * count children, the best first.
+    """
+    local = torch.where(scores.isnan(), -torch.inf, scores).clamp(max=0.0)
+    cumulative, tokens = _best(frontier_scores[:, :, None] + local, count)
+    _, frontier = _best(cumulative.flatten(1), count)
+    return tokens, cumulative, frontier
+
+
+def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest of the last dimension, the lower index first among equals, and where they are."""
+    ordered, places = values.sort(dim=-1, descending=True, stable=True)
+    return ordered[..., :count], places[..., :count]
+
+
+def select(
+    tokens: Tensor, parents: Tensor, scores: Tensor, root_tokens: Tensor, num_nodes: int
+) -> tuple[Tensor, Tensor]:
+    """The tree of the root and the best `num_nodes - 1` candidates of each row.
+
+    Args:
+        tokens: [B, C] int64.
+        parents: [B, C] int64 candidate above each, -1 for the root; parents come first.
+        scores: [B, C] float32 cumulative, no child's above its parent's, no NaN.
+        root_tokens: [B] int64.
+        num_nodes: at most C + 1.
+
+    Returns:
+        tokens and parents [B, num_nodes] int64, the root first, parents before children.
+    """
+    count = num_nodes - 1
+    chosen = _best(scores, count)[1].sort(dim=1).values  # [B, count]
+    above = parents.gather(1, chosen)
+    # A parent's node is 1 + the number of chosen candidates in front of it.
+    nodes = 1 + (chosen[:, None, :] < above[:, :, None]).sum(dim=2)
+    nodes = torch.where(above < 0, 0, nodes)
+    root = torch.full_like(root_tokens, -1)[:, None]
+    drafted = tokens.gather(1, chosen)
+    return torch.cat((root_tokens[:, None], drafted), dim=1), torch.cat((root, nodes), dim=1)
+
+
+def ancestors(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Which nodes lie on the way to each node of trees of at most 64.
+
+    Args:
+        parents: [B, N] int64, -1 for the root and for unused nodes.
+
+    Returns:
+        masks: [B, N] int64, bit i for node i, the node's own included.
+        depths: [B, N] int64, 0 for the root and for unused nodes.
+    """
+    nodes = torch.arange(parents.shape[1], device=parents.device)
+    masks, depths = torch.ones_like(parents) << nodes, (parents >= 0).long()
+    above = torch.where(parents < 0, nodes, parents)
+    for _ in range((len(nodes) - 1).bit_length()):  # each turn doubles how far up a node sees
+        depths = depths + depths.gather(1, above)
+        masks = masks | masks.gather(1, above)
+        above = above.gather(1, above)
+    return masks, depths
+
+
+def walk(
+    tokens: Tensor, parents: Tensor, drawn: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the drawn tokens down each tree, from the root into the child that equals them.
+
+    Args:
+        tokens, parents: [B, N] int64 of the nodes; parent -1 for the root and unused nodes.
+        drawn: [B, N] int64 the target's token behind each node.
+        max_depth: of any node.
+
+    Returns:
+        path: [B, max_depth + 1] int64 nodes from the root, -1 behind the end.
+        num_accepted: [B] int64.
+        emitted: [B, max_depth + 1] int64 tokens drawn along the path, -1 behind the end.
+    """
+    node = torch.zeros_like(drawn[:, 0])
+    alive = torch.ones_like(node, dtype=torch.bool)
+    path, emitted = [node], [drawn[:, 0]]
+    for _ in range(max_depth):
+        is_next = (parents == node[:, None]) & (tokens == emitted[-1][:, None])  # [B, N]
+        alive = alive & is_next.any(dim=1)
+        node = torch.where(alive, is_next.int().argmax(dim=1), node)
+        path.append(torch.where(alive, node, -1))
+        emitted.append(torch.where(alive, drawn.gather(1, node[:, None])[:, 0], -1))
+    paths = torch.stack(path, dim=1)
+    return paths, (paths >= 0).sum(dim=1) - 1, torch.stack(emitted, dim=1)

@@ -1,0 +1,395 @@
+"""Draft trees in Triton: what `reference.py` computes, integers equal bit for bit.
+
+Choices are made on int64 keys that order by score, then by lower index. The best n of a tile are
+taken one after the other, which suits the few that a tree needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.sampling.triton_draw import NO_KEY, packed_id, packed_key, packed_value
+from kernels.triton_launch import Launch
+
+TILE = 2048  # tokens of one program
+MAX_NODES = 64  # one 64-bit ancestor mask per node
+MAX_CANDIDATES = 4096
+
+
+@triton.jit
+def _best_of_tile_kernel(
+    frontier_scores_ptr,  # [B, K] float32 contiguous
+    scores_ptr,  # [B, K, W] float32, W contiguous
+    keys_ptr,  # [B, K, tiles, count] int64 out: the best of each tile
+    row_stride,  # of scores
+    node_stride,
+    W,
+    count,
+    TILE: tl.constexpr,
+):
+    """The best children within one tile of tokens, grid (tiles, K, B)."""
+    tile, node, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tokens = tile * TILE + tl.arange(0, TILE)
+    inside = tokens < W
+    at = scores_ptr + row * row_stride + node * node_stride + tokens
+    local = tl.load(at, mask=inside, other=0.0)
+    local = tl.where(local == local, tl.minimum(local, 0.0), float("-inf"))
+    place = row * tl.num_programs(1) + node
+    keys = packed_key(tl.load(frontier_scores_ptr + place) + local, tokens)
+    keys = tl.where(inside, keys, NO_KEY)
+    out = keys_ptr + (place * tl.num_programs(0) + tile) * count
+    for child in range(count):
+        best = tl.max(keys, axis=0)
+        keys = tl.where(keys == best, NO_KEY, keys)
+        tl.store(out + child, best)
+
+
+@triton.jit
+def _best_of_node_kernel(
+    keys_ptr,  # [B * K, num_keys] int64
+    tokens_ptr,  # [B * K, count] int64 out
+    cumulative_ptr,  # [B * K, count] float32 out
+    num_keys,
+    count,
+    KEYS: tl.constexpr,  # a power of two, at least num_keys
+):
+    """The best children of one node from those of its tiles, grid (B * K,)."""
+    node = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, KEYS)
+    keys = tl.load(keys_ptr + node * num_keys + lanes, mask=lanes < num_keys, other=NO_KEY)
+    for child in range(count):
+        best = tl.max(keys, axis=0)
+        keys = tl.where(keys == best, NO_KEY, keys)
+        tl.store(tokens_ptr + node * count + child, packed_id(best).to(tl.int64))
+        tl.store(cumulative_ptr + node * count + child, packed_value(best))
+
+
+@triton.jit
+def _next_frontier_kernel(
+    cumulative_ptr,  # [B, num_children] float32
+    frontier_ptr,  # [B, count] int64 out
+    num_children,
+    count,
+    CHILDREN: tl.constexpr,  # a power of two, at least num_children
+):
+    """The best of all children of one row, grid (B,)."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, CHILDREN)
+    inside = lanes < num_children
+    scores = tl.load(cumulative_ptr + row * num_children + lanes, mask=inside, other=0.0)
+    keys = tl.where(inside, packed_key(scores, lanes), NO_KEY)
+    for place in range(count):
+        best = tl.max(keys, axis=0)
+        keys = tl.where(keys == best, NO_KEY, keys)
+        tl.store(frontier_ptr + row * count + place, packed_id(best).to(tl.int64))
+
+
+@triton.jit
+def _select_kernel(
+    tokens_ptr,  # [B, C] int64 contiguous, and so are the next two
+    parents_ptr,
+    scores_ptr,  # float32
+    root_tokens_ptr,  # [B] int64
+    out_tokens_ptr,  # [B, num_nodes] int64 out
+    out_parents_ptr,  # [B, num_nodes] int64 out
+    C,
+    num_nodes,
+    CANDIDATES: tl.constexpr,  # a power of two, at least C
+):
+    """The best candidates of one row as a tree, grid (B,)."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, CANDIDATES)
+    inside = lanes < C
+    scores = tl.load(scores_ptr + row * C + lanes, mask=inside, other=0.0)
+    keys = tl.where(inside, packed_key(scores, lanes), NO_KEY)
+    left = keys
+    for _ in range(1, num_nodes):
+        left = tl.where(left == tl.max(left, axis=0), NO_KEY, left)
+    chosen = inside & (left == NO_KEY)
+    nodes = tl.cumsum(chosen.to(tl.int32), axis=0)  # of the chosen, in their order, from 1
+    parents = tl.load(parents_ptr + row * C + lanes, mask=inside, other=-1).to(tl.int32)
+    above = tl.gather(nodes, tl.maximum(parents, 0), axis=0)
+    above = tl.where(parents < 0, 0, above)
+    tokens = tl.load(tokens_ptr + row * C + lanes, mask=inside, other=0)
+    first = row * num_nodes
+    tl.store(out_tokens_ptr + first, tl.load(root_tokens_ptr + row))
+    tl.store(out_parents_ptr + first, tl.full((), -1, tl.int64))
+    tl.store(out_tokens_ptr + first + nodes, tokens, mask=chosen)
+    tl.store(out_parents_ptr + first + nodes, above.to(tl.int64), mask=chosen)
+
+
+@triton.jit
+def _ancestors_kernel(
+    parents_ptr,  # [B, N] int64, rows parents_stride apart
+    masks_ptr,  # [B, N] int64 out
+    depths_ptr,  # [B, N] int64 out
+    parents_stride,
+    N,
+    NODES: tl.constexpr,  # a power of two, at least N
+    TURNS: tl.constexpr,  # 2 ** TURNS is at least N
+):
+    """Masks and depths of one tree, grid (B,). Each turn doubles how far up a node sees."""
+    row = tl.program_id(0).to(tl.int64)
+    nodes = tl.arange(0, NODES)
+    inside = nodes < N
+    parents = tl.load(parents_ptr + row * parents_stride + nodes, mask=inside, other=-1)
+    parents = parents.to(tl.int32)
+    above = tl.where(parents < 0, nodes, parents)
+    depths = (parents >= 0).to(tl.int32)
+    masks = tl.full((NODES,), 1, tl.int64) << nodes.to(tl.int64)
+    for _ in tl.static_range(TURNS):
+        depths += tl.gather(depths, above, axis=0)
+        masks |= tl.gather(masks, above, axis=0)
+        above = tl.gather(above, above, axis=0)
+    tl.store(masks_ptr + row * N + nodes, masks, mask=inside)
+    tl.store(depths_ptr + row * N + nodes, depths.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _walk_kernel(
+    tokens_ptr,  # [B, N] int64, rows tokens_stride apart
+    parents_ptr,  # [B, N] int64, rows parents_stride apart
+    drawn_ptr,  # [B, N] int64, rows drawn_stride apart
+    path_ptr,  # [B, max_depth + 1] int64 out
+    num_accepted_ptr,  # [B] int64 out
+    emitted_ptr,  # [B, max_depth + 1] int64 out
+    tokens_stride,
+    parents_stride,
+    drawn_stride,
+    N,
+    max_depth,
+    NODES: tl.constexpr,  # a power of two, at least N
+):
+    """The walk down one tree, grid (B,)."""
+    row = tl.program_id(0).to(tl.int64)
+    nodes = tl.arange(0, NODES)
+    inside = nodes < N
+    tokens = tl.load(tokens_ptr + row * tokens_stride + nodes, mask=inside, other=-1)
+    parents = tl.load(parents_ptr + row * parents_stride + nodes, mask=inside, other=-1)
+    node = tl.program_id(0) * 0
+    num_steps = node
+    token = tl.load(drawn_ptr + row * drawn_stride)
+    first = row * (max_depth + 1)
+    tl.store(path_ptr + first, node.to(tl.int64))
+    tl.store(emitted_ptr + first, token)
+    for depth in range(1, max_depth + 1):
+        is_next = inside & (parents == node) & (tokens == token)
+        found = tl.min(tl.where(is_next, nodes, NODES), axis=0)
+        alive = (found < NODES) & (num_steps == depth - 1)
+        node = tl.where(alive, found, node)
+        num_steps += alive.to(tl.int32)
+        token = tl.load(drawn_ptr + row * drawn_stride + node)
+        tl.store(path_ptr + first + depth, tl.where(alive, node, -1).to(tl.int64))
+        tl.store(emitted_ptr + first + depth, tl.where(alive, token, -1))
+    tl.store(num_accepted_ptr + row, num_steps.to(tl.int64))
+
+
+def expand(
+    frontier_scores: Tensor, scores: Tensor, count: int, tile: int = TILE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference: [B, K], [B, K, W] -> tokens and cumulative scores [B, K, count], next
+    frontier [B, count]."""
+    B, K, _ = scores.shape
+    tokens = _integers(scores, B, K, count)
+    cumulative = torch.empty(tokens.shape, dtype=torch.float32, device=scores.device)
+    frontier = _integers(scores, B, count)
+    for launch in _expand_launches(frontier_scores, scores, tokens, cumulative, frontier, tile):
+        launch.run()
+    return tokens, cumulative, frontier
+
+
+def select(
+    tokens: Tensor, parents: Tensor, scores: Tensor, root_tokens: Tensor, num_nodes: int
+) -> tuple[Tensor, Tensor]:
+    """As the reference: candidates [B, C] -> tokens and parents [B, num_nodes]."""
+    out = [_integers(tokens, len(tokens), num_nodes) for _ in range(2)]
+    _select_launch(tokens, parents, scores, root_tokens, *out).run()
+    return out[0], out[1]
+
+
+def ancestors(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference: parents [B, N] -> masks and depths [B, N]."""
+    masks, depths = (_integers(parents, *parents.shape) for _ in range(2))
+    _ancestors_launch(parents, masks, depths).run()
+    return masks, depths
+
+
+def walk(
+    tokens: Tensor, parents: Tensor, drawn: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference: trees and draws [B, N] -> path [B, max_depth + 1], number accepted [B],
+    emitted tokens [B, max_depth + 1]."""
+    path, emitted = (_integers(drawn, len(drawn), max_depth + 1) for _ in range(2))
+    num_accepted = _integers(drawn, len(drawn))
+    _walk_launch(tokens, parents, drawn, path, num_accepted, emitted).run()
+    return path, num_accepted, emitted
+
+
+def _integers(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device=like.device)
+
+
+def _expand_launches(
+    frontier_scores: Tensor,
+    scores: Tensor,
+    tokens: Tensor,
+    cumulative: Tensor,
+    frontier: Tensor,
+    tile: int,
+) -> list[Launch]:
+    B, K, W = scores.shape
+    count = frontier.shape[1]
+    assert count <= W
+    assert scores.stride(2) == 1
+    assert frontier_scores.is_contiguous()
+    num_tiles = triton.cdiv(W, tile)
+    keys = _integers(scores, B, K, num_tiles, count)
+    sizes: dict[str, Any] = {"num_keys": num_tiles * count, "count": count}
+    return [
+        Launch(
+            name=f"tree.best_of_tile[W={W}]",
+            kernel=_best_of_tile_kernel,
+            grid=(num_tiles, K, B),
+            arguments={
+                "frontier_scores_ptr": frontier_scores,
+                "scores_ptr": scores,
+                "keys_ptr": keys,
+                "row_stride": scores.stride(0),
+                "node_stride": scores.stride(1),
+                "W": W,
+                "count": count,
+                "TILE": tile,
+            },
+        ),
+        Launch(
+            name=f"tree.best_of_node[keys={num_tiles * count}]",
+            kernel=_best_of_node_kernel,
+            grid=(B * K,),
+            arguments={"keys_ptr": keys, "tokens_ptr": tokens, "cumulative_ptr": cumulative}
+            | sizes
+            | {"KEYS": triton.next_power_of_2(num_tiles * count)},
+        ),
+        Launch(
+            name=f"tree.next_frontier[children={K * count}]",
+            kernel=_next_frontier_kernel,
+            grid=(B,),
+            arguments={
+                "cumulative_ptr": cumulative,
+                "frontier_ptr": frontier,
+                "num_children": K * count,
+                "count": count,
+                "CHILDREN": triton.next_power_of_2(K * count),
+            },
+        ),
+    ]
+
+
+def _select_launch(
+    tokens: Tensor,
+    parents: Tensor,
+    scores: Tensor,
+    root_tokens: Tensor,
+    out_tokens: Tensor,
+    out_parents: Tensor,
+) -> Launch:
+    B, C = tokens.shape
+    num_nodes = out_tokens.shape[1]
+    assert num_nodes <= min(C + 1, MAX_NODES)
+    assert C <= MAX_CANDIDATES
+    assert all(part.is_contiguous() for part in (tokens, parents, scores, root_tokens))
+    return Launch(
+        name=f"tree.select[C={C}]",
+        kernel=_select_kernel,
+        grid=(B,),
+        arguments={
+            "tokens_ptr": tokens,
+            "parents_ptr": parents,
+            "scores_ptr": scores,
+            "root_tokens_ptr": root_tokens,
+            "out_tokens_ptr": out_tokens,
+            "out_parents_ptr": out_parents,
+            "C": C,
+            "num_nodes": num_nodes,
+            "CANDIDATES": triton.next_power_of_2(C),
+        },
+        num_warps=8 if C > TILE else 4,
+    )
+
+
+def _ancestors_launch(parents: Tensor, masks: Tensor, depths: Tensor) -> Launch:
+    B, N = parents.shape
+    assert N <= MAX_NODES
+    assert parents.stride(1) == 1
+    return Launch(
+        name=f"tree.ancestors[N={N}]",
+        kernel=_ancestors_kernel,
+        grid=(B,),
+        arguments={
+            "parents_ptr": parents,
+            "masks_ptr": masks,
+            "depths_ptr": depths,
+            "parents_stride": parents.stride(0),
+            "N": N,
+            "NODES": triton.next_power_of_2(N),
+            "TURNS": (N - 1).bit_length(),
+        },
+        num_warps=1,
+    )
+
+
+def _walk_launch(
+    tokens: Tensor,
+    parents: Tensor,
+    drawn: Tensor,
+    path: Tensor,
+    num_accepted: Tensor,
+    emitted: Tensor,
+) -> Launch:
+    B, N = drawn.shape
+    assert all(part.stride(1) == 1 for part in (tokens, parents, drawn))
+    return Launch(
+        name=f"tree.walk[N={N}]",
+        kernel=_walk_kernel,
+        grid=(B,),
+        arguments={
+            "tokens_ptr": tokens,
+            "parents_ptr": parents,
+            "drawn_ptr": drawn,
+            "path_ptr": path,
+            "num_accepted_ptr": num_accepted,
+            "emitted_ptr": emitted,
+            "tokens_stride": tokens.stride(0),
+            "parents_stride": parents.stride(0),
+            "drawn_stride": drawn.stride(0),
+            "N": N,
+            "max_depth": path.shape[1] - 1,
+            "NODES": triton.next_power_of_2(N),
+        },
+        num_warps=1,
+    )
+
+
+def launches() -> list[Launch]:
+    """A dynamic tree of EAGLE-2's size over a draft vocabulary of 32000, and the largest one."""
+    B, K, W, C, N = 16, 10, 32000, 510, MAX_NODES
+
+    def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    scores, nodes, row = new(B, K, W, dtype=torch.float32), new(B, N), new(B)
+    found = _expand_launches(
+        scores[:, 0, 0].contiguous(), scores, new(B, K, K), scores[:, :, :K], new(B, K), TILE
+    )
+    for candidates in (C, MAX_CANDIDATES):
+        ids, floats = new(B, candidates), new(B, candidates, dtype=torch.float32)
+        found.append(_select_launch(ids, ids, floats, row, nodes, nodes))
+    return [
+        *found,
+        _ancestors_launch(nodes, nodes, nodes),
+        _walk_launch(nodes, nodes, nodes, nodes, row, nodes),
+    ]

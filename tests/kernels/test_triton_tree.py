@@ -1,0 +1,79 @@
+"""Triton's tree operations equal the references, integers bit for bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.tree import reference
+from tests.kernels import triton_env
+from tests.support.scripted_proposer import random_parents
+
+kernel = triton_env.load("kernels.tree.triton_kernel")
+pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]
+DEVICE = triton_env.DEVICE
+
+
+def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize(("K", "W", "count"), [(1, 5, 5), (3, 300, 4), (2, 129, 1)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_expansion(K: int, W: int, count: int, ties: bool) -> None:
+    scores = triton_env.numbers(2, K, W, seed=W) - 2  # some above 0
+    frontier = -triton_env.numbers(2, K, seed=1).abs()
+    if ties:
+        scores, frontier = scores.round(), frontier.round()
+        scores[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    scores = triton_env.spaced(scores)
+    expected = reference.expand(frontier, scores, count)
+    same(kernel.expand(frontier, scores, count, tile=128), expected)
+
+
+@pytest.mark.parametrize(("C", "num_nodes"), [(1, 2), (7, 4), (40, 41), (300, 64), (5, 1)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_selection(C: int, num_nodes: int, ties: bool) -> None:
+    rng = random.Random(C)
+    parents = torch.tensor([random_parents(C + 1, rng)[1:] for _ in range(3)]) - 1  # -1: the root
+    local = -triton_env.numbers(3, C, seed=C).abs().cpu()
+    scores = local.round() if ties else local
+    for child in range(C):  # no child above its parent
+        above = parents[:, child]
+        total = scores.gather(1, above.clamp(min=0)[:, None])[:, 0]
+        scores[:, child] += torch.where(above < 0, 0.0, total)
+    tokens = torch.arange(3 * C).view(3, C)
+    args = [part.to(DEVICE) for part in (tokens, parents, scores, torch.tensor([7, 8, 9]))]
+    same(kernel.select(*args, num_nodes), reference.select(*args, num_nodes))
+
+
+@pytest.mark.parametrize("size", [1, 2, 13, 64])
+def test_ancestors(size: int) -> None:
+    rng = random.Random(size)
+    trees = [random_parents(size, rng), list(range(-1, size - 1)), [-1] * size]
+    parents = torch.tensor(trees, device=DEVICE)
+    wide = torch.full((3, size + 5), 99, device=DEVICE)
+    wide[:, :size] = parents
+    same(kernel.ancestors(wide[:, :size]), reference.ancestors(parents))
+
+
+@pytest.mark.parametrize("size", [1, 2, 13, 64])
+def test_walks(size: int) -> None:
+    rng = random.Random(size)
+    trees = [*(random_parents(size, rng) for _ in range(5)), list(range(-1, size - 1))]
+    parents = torch.tensor(trees, device=DEVICE)
+    max_depth = int(reference.ancestors(parents)[1].max())
+    generator = torch.Generator().manual_seed(size)
+    tokens, drawn = torch.randint(0, 2, (2, 6, size), generator=generator).to(DEVICE).unbind()
+    drawn[5] = tokens[5].roll(-1)  # down the whole chain
+    parents[1, size // 2 :] = -1  # unused nodes
+    tokens[1, size // 2 :] = -1
+    args = (tokens, parents, drawn, max_depth)
+    got = kernel.walk(*args)
+    same(got, reference.walk(*args))
+    assert got[1][5] == size - 1

@@ -1,0 +1,120 @@
+"""How tests run Triton kernels: in Triton's interpreter, or on a GPU with TRITON_INTERPRET=0.
+
+Triton decides while it is imported, so tests/conftest.py imports this file before anything can
+import Triton. A test file of kernels begins with
+
+    kernel = triton_env.load("kernels.norm.triton_kernel")  # skips the file where Triton is missing
+    pytestmark = triton_env.MARKS
+
+and makes its tensors on `triton_env.DEVICE`. What has to be compiled instead of interpreted runs
+in a process of its own: the variable is not passed on, see test_triton_sm90.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+MISSING = "Triton is not installed (it has wheels for Linux only)"
+VARIABLE = "TRITON_INTERPRET"
+# The interpreter computes with numpy, masked lanes too; numpy warns of what they hold.
+MARKS = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+# Kernel against the float32 reference on the same stored inputs, by dtype of the result. bfloat16:
+# one step, since the interpreter cuts off where a GPU rounds. float32: sums in another order.
+TOLERANCE: dict[torch.dtype, dict[str, float]] = {
+    torch.float32: {"atol": 2e-5, "rtol": 1e-5},
+    torch.bfloat16: {"atol": 1e-5, "rtol": 2**-7},
+}
+
+
+def start() -> bool:
+    """Import Triton, as interpreter unless the environment says otherwise; True: as interpreter.
+
+    Child processes do not inherit the choice, else a server on a GPU would interpret its kernels.
+    """
+    if not INSTALLED:
+        return False
+    assert "triton" not in sys.modules, "Triton was imported before its tests could choose"
+    given = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1" if given is None else given
+    triton = importlib.import_module("triton")
+    if given is None:
+        del os.environ[VARIABLE]
+        triton.knobs.propagate_env = False  # the next line would set the variable again
+        triton.knobs.runtime.interpret = True
+        triton.knobs.propagate_env = True
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        _read_scalars_with_new_numpy()
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _read_scalars_with_new_numpy() -> None:
+    """numpy 2.4 no longer takes an array of one element for a number, which is how the interpreter
+    of older Triton reads the bounds of a loop."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_more(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_more
+
+
+INTERPRETED = start()
+DEVICE = torch.device("cpu" if INTERPRETED or not INSTALLED else "cuda")
+
+
+def load(module: str) -> ModuleType:
+    """A module of kernels; skips the test file that asks for it where Triton is missing."""
+    if not INSTALLED:
+        pytest.skip(MISSING, allow_module_level=True)
+    return importlib.import_module(module)
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def spaced(tensor: Tensor) -> Tensor:
+    """The same values with rows that are not contiguous, NaN between them."""
+    rows = poison(*tensor.shape[:-1], tensor.shape[-1] + 24, dtype=tensor.dtype)
+    rows[..., : tensor.shape[-1]] = tensor
+    return rows[..., : tensor.shape[-1]]
+
+
+def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that must be written before it is read."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty`, `Tensor.new_empty` and `torch.empty_like` give NaN, as the outputs and the
+    scratch of a kernel may hold."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))
+
+
+def _filled(make: Any) -> Any:
+    def filled(*args: Any, **options: Any) -> Tensor:
+        made = make(*args, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(-1)
+
+    return filled
+
+
+def close(got: Tensor, expected: Tensor, **looser: float) -> None:
+    """`got` has the dtype that decides the tolerance; `expected` was computed in float32."""
+    tolerance = TOLERANCE[got.dtype] | looser
+    torch.testing.assert_close(got.float(), expected.float(), **tolerance)
