@@ -63,13 +63,18 @@ class SchedulerConfig(Section):
 class SpeculationConfig(Section):
     """Drafting ahead of the target. Changes speed only, never the text."""
 
-    draft: str | None = Field(None, description="directory of a draft head; null: no drafting")
+    draft: str | None = Field(
+        "auto",
+        description="draft head: auto (the one that ships for the model, if there is one), a "
+        "shipped name, a directory or a hub id; null: no drafting",
+    )
     tree: str = Field(
         "auto", description="auto, root, or a tree to use always: a name or file of configs/tree"
     )
     candidates: tuple[str, ...] = Field(
-        ("chain1", "chain2", "chain3", "chain5", "tree8", "tree16"),
-        description="trees that auto chooses from, the cheapest first",
+        ("chain1", "chain2", "chain3", "chain5"),
+        description="trees that auto chooses from, the cheapest first; chains leave every bit of "
+        "the logits as plain decoding has it on a CPU, trees of several branches only nearly so",
     )
     shared_noise: bool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"

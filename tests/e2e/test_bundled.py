@@ -24,6 +24,8 @@ GREEDY: dict[str, Any] = {
     "temperature": 0,
     "max_tokens": 24,
 }
+STORY = [{"role": "user", "content": "Count from one to thirty in words."}]
+SHIPPED_HEAD = "smollm2-135m-instruct-eagle3"
 NUM_BLOCKS = "cache.num_blocks=512"
 DRAWN = GREEDY | {"temperature": 1.0, "seed": 11}
 
@@ -48,6 +50,19 @@ def test_an_answer_is_right_and_ends_by_itself(bundled: LiveServer) -> None:
     (choice,) = answer(bundled, **GREEDY).choices
     assert "Paris" in choice.message.content
     assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
+
+
+def test_the_shipped_head_drafts_by_default_and_its_drafts_are_accepted(
+    bundled: LiveServer,
+) -> None:
+    head = bundled.get("/info").json()["engine"]["draft"]
+    assert Path(head["path"]).name == SHIPPED_HEAD
+    fields = GREEDY | {"messages": STORY, "max_tokens": 64}
+    plain = answer(bundled, **fields, extra_body={"speculation": {"enabled": False}})
+    drafted = answer(bundled, **fields)
+    assert drafted.choices == plain.choices
+    counted = drafted.usage.completion_tokens_details
+    assert counted.accepted_prediction_tokens > 8
 
 
 @pytest.mark.parametrize("fields", [GREEDY, DRAWN], ids=["greedy", "drawn"])

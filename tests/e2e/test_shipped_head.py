@@ -1,0 +1,60 @@
+"""The head that ships for the bundled model: what it drafts is accepted, and no bit of any text
+depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_config
+from drafter.train.conversations import read_prompts
+from engine.request import Request
+from engine.spec.planner import FixedPlanner
+from server.draft_evaluation import sample_prompts
+from server.drafting import tree_shape
+from server.offline import OfflineEngine
+from server.text.chat_codec import load_codec
+from tests.support.engines import ask
+from tests.support.threads import own_torch_threads
+
+NUM_PROMPTS, NUM_TOKENS = 8, 48
+
+
+@pytest.fixture(scope="module")
+def engine(native_cache: Path) -> Iterator[OfflineEngine]:
+    settings = ["speculation.tree=root", "cache.num_blocks=512", f"files.dir={native_cache}"]
+    with own_torch_threads():
+        yield OfflineEngine.from_config(load_config(None, settings))
+
+
+@pytest.fixture(scope="module")
+def prompts(native_cache: Path) -> list[list[int]]:
+    codec = load_codec(load_config(None, [f"files.dir={native_cache}"]))
+    found = list(read_prompts(sample_prompts()))[:NUM_PROMPTS]
+    return [codec.encode(list(prompt.messages), True) for prompt in found]
+
+
+def texts(engine: OfflineEngine, prompts: list[list[int]], tree: str, heat: float) -> list[object]:
+    """Token ids of all prompts, drafted in the shape `tree`."""
+    engine.core.plan_with(FixedPlanner(tree_shape(tree)))
+    requests: list[Request] = [
+        ask(f"{tree}-{heat}-{i}", ids, max_tokens=NUM_TOKENS, temperature=heat, seed=i)
+        for i, ids in enumerate(prompts)
+    ]
+    done = engine.generate(requests)
+    return [done[request.request_id].token_ids for request in requests]
+
+
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+def test_chains_of_accepted_drafts_leave_every_text_as_it_was(
+    engine: OfflineEngine, prompts: list[list[int]], heat: float
+) -> None:
+    plain = texts(engine, prompts, "root", heat)
+    before = engine.core.stats()
+    assert texts(engine, prompts, "chain3", heat) == plain
+    assert texts(engine, prompts, "chain5", heat) == plain
+    after = engine.core.stats()
+    drafts = after.num_drafts - before.num_drafts
+    assert (after.num_accepted_tokens - before.num_accepted_tokens) / drafts > 0.3
