@@ -89,24 +89,29 @@ class WarmUp:
         """Fill the cache with prompts; returns the rows as they stand before a decode step."""
         params = SamplingParams(max_tokens=1 << 20, temperature=0.0)
         size = self._blocks_per_row
-        rows = []
+        rows, admissions = [], []
         for number in range(num_rows):
             prompt = [(7 * number + 3 * i) % 97 + 3 for i in range(self._num_prompt)]
             request = Request(request_id=f"warm-up-{number}", prompt_ids=prompt, params=params)
             blocks = list(range(number * size, (number + 1) * size))
-            row = RowPlan(request.request_id, 0, prompt, blocks, samples=True)
-            self.executor.execute(StepPlan((row,), (Admission(request, ()),)))
-            rows.append(row)
+            rows.append(RowPlan(request.request_id, 0, prompt, blocks, samples=True))
+            admissions.append(Admission(request, ()))
+        together = max(1, self.max_num_batched_tokens // self._num_prompt)
+        for first in range(0, num_rows, together):
+            part = slice(first, first + together)
+            self.executor.execute(StepPlan(tuple(rows[part]), tuple(admissions[part])))
             yield
         return rows
 
     def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> Generator[None, None, float]:
         """Median seconds of a step. Every step repeats the same position: its first run leaves the
-        drafter without a state for it, so the state is renewed in between."""
+        drafter without a state for it, so the state is renewed in between, by the prompt's last
+        token once more."""
         times = []
+        before = self._num_prompt - 1
         for _ in range(REPEATS):
-            prefill = tuple(replace(row, num_draft=0) for row in rows)
-            outcome = self.executor.execute(StepPlan(prefill))
+            renew = tuple(replace(row, start=before, token_ids=row.token_ids[-1:]) for row in rows)
+            outcome = self.executor.execute(StepPlan(renew))
             yield
             decode = tuple(
                 replace(
