@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from configs.resolve import ModelFacts, context_length, resolve_model
-from configs.schema import Config
+from configs.schema import Config, KernelsConfig
 from drafter.source import resolve_draft
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
@@ -153,6 +154,15 @@ def _scratch(
     )
     proposer = drafting_with(config, draft, ops, device).proposer
     return warm_up(config, ModelRunner(_runner_parts(config, target, ops, device, proposer)))
+
+
+@contextmanager
+def backend_can_be_had(kernels: KernelsConfig) -> Iterator[None]:
+    """Kernels that were asked for and cannot be built are the configuration's fault: ValueError."""
+    try:
+        yield
+    except NativeUnavailableError as error:
+        raise ValueError(f"kernels.backend is {kernels.backend!r}: {error}") from error
 
 
 def prepare_kernels(config: Config) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from rich.table import Table
 
 from configs.schema import Config
 from drafter.source import ACCEPTED, resolve_draft
-from drafter.train.conversations import Prompt, read_prompts
+from drafter.train.conversations import Prompt, read_prompts, sample_file
 from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
 from drafter.train.report import Measurement, Report
 from engine.spec.shape import ROOT, TreeShape
-from kernels.native.build import NativeUnavailableError
-from server.compose import build_engine
+from server.compose import backend_can_be_had, build_engine
 from server.drafting import tree_shape
 from server.offline import OfflineEngine
 from server.text.chat_codec import load_codec
@@ -48,7 +46,7 @@ class Evaluation:
 
 def sample_prompts() -> Path:
     """The prompts that come with the package."""
-    return Path(str(files("drafter") / "train" / "sample" / "prompts.jsonl"))
+    return sample_file("prompts.jsonl")
 
 
 def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
@@ -117,10 +115,8 @@ def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
     """Plain at first: what `auto` would measure at start is not needed."""
     changes: dict[str, bool | str] = {"shared_noise": shared_noise, "tree": ROOT.name}
     speculation = config.speculation.model_copy(update=changes)
-    try:
+    with backend_can_be_had(config.kernels):
         core = build_engine(config.model_copy(update={"speculation": speculation}))
-    except NativeUnavailableError as error:
-        raise ValueError(f"kernels.backend is {config.kernels.backend!r}: {error}") from error
     return OfflineEngine(core)
 
 

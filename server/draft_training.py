@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from configs.schema import Config
 from configs.training import SAMPLE, TrainingConfig
 from drafter.train.building import TargetTensors
-from drafter.train.conversations import Prompt, read_conversations, read_prompts
+from drafter.train.conversations import Prompt, read_conversations, read_prompts, sample_file
 from drafter.train.curve import write_curve
 from drafter.train.encoding import Coverage, EncodingSettings, Example, encode_conversations
 from drafter.train.generate import (
@@ -35,9 +34,8 @@ from drafter.train.trainer import Worker
 from engine.models.checkpoint import open_checkpoint
 from engine.models.llama import LlamaLoader
 from engine.models.source import resolve_source
-from kernels.native.build import NativeUnavailableError
 from kernels.registry import build_ops
-from server.compose import build_engine
+from server.compose import backend_can_be_had, build_engine
 from server.drafting import torch_dtype
 from server.text.chat_codec import ChatCodec, load_codec
 
@@ -97,7 +95,7 @@ def _found(path: Path) -> Path:
     """A file of conversations, where the word `sample` stands for the one that ships."""
     if str(path) != SAMPLE:
         return path
-    return Path(str(files("drafter") / "train" / "sample" / "conversations.jsonl"))
+    return sample_file("conversations.jsonl")
 
 
 def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:
@@ -136,7 +134,7 @@ def _answered(config: TrainingConfig, serving: Config, codec: ChatCodec, worker:
         settings = GenerationSettings(
             max_tokens=config.data.max_new_tokens, seed=config.run.seed, limit=config.data.limit
         )
-        with progress_bar() as on_progress, _native_or_not(config):
+        with progress_bar() as on_progress, backend_can_be_had(config.kernels):
             core = build_engine(serving)
             report = generate_answers(core, codec, prompts, output, settings, on_progress)
         _tell(worker, _answer_facts(report))
@@ -153,15 +151,6 @@ def _answer_facts(report: GenerationReport) -> str:
     )
 
 
-@contextmanager
-def _native_or_not(config: TrainingConfig) -> Iterator[None]:
-    """Kernels that were asked for and cannot be built are the configuration's fault."""
-    try:
-        yield
-    except NativeUnavailableError as error:
-        raise ValueError(f"kernels.backend is {config.kernels.backend!r}: {error}") from error
-
-
 def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, frozenset[int]]:
     """The frozen target and its end-of-text ids."""
     assert config.files.dir is not None
@@ -171,7 +160,7 @@ def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, 
     device = _device(worker)
     dtype = torch_dtype(config.model.dtype)
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
-    with _native_or_not(config):
+    with backend_can_be_had(config.kernels):
         ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     torch.set_num_threads(threads)
     arch, read = checkpoint.arch, checkpoint.tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,9 +16,9 @@ from drafter.heads.config import HeadConfig, Kind
 from drafter.heads.untrained import eagle3_config, random_tensors
 from drafter.train.initial import weights_from_target
 from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
+from engine.layers.loading import ReadTensor
 from engine.models.arch import LlamaArch
 
-ReadTensor = Callable[[str], Tensor]  # of the target, under its Hugging Face names
 FROM_TARGET, RANDOM = "target", "random"
 
 

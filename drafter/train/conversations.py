@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +52,11 @@ class CapturedConversation:
 
 
 AnyConversation = Conversation | CapturedConversation
+
+
+def sample_file(name: str) -> Path:
+    """A file of the sample that comes with the package: prompts.jsonl or conversations.jsonl."""
+    return Path(str(files("drafter") / "train" / "sample" / name))
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from drafter.heads.config import HeadConfig
+from engine.layers.loading import ReadTensor
 from engine.models.arch import LlamaArch
 
-ReadTensor = Callable[[str], Tensor]  # of the target, under its Hugging Face names
 SMALL = 0.1  # of the usual spread
 
 

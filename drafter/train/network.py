@@ -1,11 +1,12 @@
 """Draft heads as differentiable modules: the arithmetic of drafter/heads, for training.
 
 Parameters carry the common names of drafter/manifest.py, so `state_dict` is what a head's file
-holds and `load_state_dict` takes what `random_eagle3` or a published file gives.
+holds and `load_state_dict` takes what `random_tensors` or a published file gives.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -128,7 +129,7 @@ class TrainableLayer(nn.Module):
         return out
 
 
-class DraftNetwork(nn.Module):
+class DraftNetwork(nn.Module, ABC):
     """What training needs of any head: `fuse`, `enter`, its layers, `leave`.
 
     A state goes back in as the feature of the next entry; `leave` gives it together with what the
@@ -148,22 +149,22 @@ class DraftNetwork(nn.Module):
         table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
         self.register_buffer("rotary", table, persistent=False)
 
+    @abstractmethod
     def fuse(self, taps: Tensor) -> Tensor:
         """[B, S, feature_size] of the target -> [B, S, H] features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def enter(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer's input and the residual stream [B, N, H]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave(self, stream: Tensor) -> tuple[Tensor, Tensor]:
         """The state, and what the LM head reads, each [B, N, H]."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def head_weight(self) -> Tensor:
         """[Vd, H] LM head, trained or the target's."""
-        raise NotImplementedError
 
     def layer_input(self, index: int, x: Tensor, stream: Tensor) -> Tensor:
         """What layer `index` takes: `x` from `enter` for the first."""

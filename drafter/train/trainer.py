@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -168,9 +168,7 @@ class Trainer:
         generator = torch.Generator(self._device).manual_seed(self.config.seed + number)
         noise = torch.rand(batch.taps.shape, generator=generator, device=self._device) * 2 - 1
         taps = (batch.taps.float() + noise * self.feature_noise).to(batch.taps.dtype)
-        return TrainBatch(
-            batch.token_ids, batch.lengths, batch.is_answer, taps, batch.hidden, batch.best
-        )
+        return replace(batch, taps=taps)
 
     def _gradients(self) -> list[Tensor]:
         """Of every parameter, so that processes exchange the same list."""

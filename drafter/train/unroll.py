@@ -86,17 +86,19 @@ def _true_entries(
     batch_size, length = batch.token_ids.shape
     everyone = torch.arange(length, device=rows.device).expand(batch_size, length)
     num_layers = len(network.layers)
+    rows_see, all_see = visible(rows, length), visible(everyone, length)
     seen: list[StepKeys] = []
     x, stream = network.enter(batch.token_ids, features)
     for index in range(num_layers):
         layer = network.layer(index)
         x = network.layer_input(index, x, stream)
-        own = rows if index == num_layers - 1 else everyone
+        last = index == num_layers - 1
+        own = rows if last else everyone
         keys, values = layer.self_attn.keys_values(x, network.rotary[everyone])
-        here = StepKeys(keys, values, visible(own, length))
+        here = StepKeys(keys, values, rows_see if last else all_see)
         x, stream = _pick(x, own), _pick(stream, own)
         stream = layer(x, stream, network.rotary[own], here)
-        seen.append(StepKeys(keys, values, visible(rows, length)))
+        seen.append(StepKeys(keys, values, rows_see))
     return *network.leave(stream), seen
 
 

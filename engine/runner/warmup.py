@@ -59,12 +59,13 @@ class WarmUp:
     def steps(self, shapes: Sequence[TreeShape]) -> Generator[None, None, StepCosts]:
         """The same, one made-up step at a time, so that real ones can run in between."""
         seconds: dict[str, list[tuple[int, float]]] = {shape.name: [] for shape in shapes}
-        for num_rows in self._row_counts(shapes):
-            rows = yield from self._start(num_rows)
+        counts = self._row_counts(shapes)
+        rows = yield from self._start(max(counts))
+        for num_rows in counts:
             for shape in shapes:
-                cost = yield from self._time(rows, shape)
+                cost = yield from self._time(rows[:num_rows], shape)
                 seconds[shape.name].append((num_rows, cost))
-            self.executor.execute(StepPlan(released=tuple(row.request_id for row in rows)))
+        self.executor.execute(StepPlan(released=tuple(row.request_id for row in rows)))
         return StepCosts(seconds)
 
     def _row_counts(self, shapes: Sequence[TreeShape]) -> list[int]:
