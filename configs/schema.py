@@ -76,6 +76,11 @@ class SpeculationConfig(Section):
         description="trees that auto chooses from, the cheapest first; each takes about half a "
         "second to measure at start",
     )
+    lookup: StrictBool = Field(
+        True,
+        description="draft what followed when the newest tokens stood in the text before, where "
+        "that promises more than the head; works without a head, too",
+    )
     shared_noise: bool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"
     )
