@@ -75,7 +75,9 @@ class HeadBuilder:
         )
 
     def _fc(self) -> LinearWeight:
-        return self.blocks.pack("fc", bias=manifest.FC_BIAS in self.names)
+        return self.blocks.pack_padded(
+            "fc", self.config.arch.hidden_size, bias=manifest.FC_BIAS in self.names
+        )
 
     def _embedding(self) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(self._own_or_shared("embed_tokens", self.target.embedding))
@@ -99,7 +101,7 @@ class HeadBuilder:
         """The file's weight, unless it has none or repeats the target's."""
         if f"{name}.weight" not in self.names:
             return shared
-        own = self.blocks.read(f"{name}.weight").to(self.blocks.device, self.blocks.dtype)
+        own = self.blocks.read(f"{name}.weight")[:].to(self.blocks.device, self.blocks.dtype)
         if same_rows(own, shared, self.blocks.ops):
             return shared
         return self.blocks.ops.pack_linear(own, None)
@@ -107,11 +109,11 @@ class HeadBuilder:
     def _target_ids(self) -> Tensor | None:
         size = self.config.arch.vocab_size
         if manifest.D2T in self.names:
-            ids = vocab.target_ids_of(self.blocks.read(manifest.D2T), size)
+            ids = vocab.target_ids_of(self.blocks.read(manifest.D2T)[:], size)
         else:
             ids = torch.arange(size)
         if manifest.T2D in self.names:
-            vocab.check_mask(self.blocks.read(manifest.T2D), ids)
+            vocab.check_mask(self.blocks.read(manifest.T2D)[:], ids)
         return None if vocab.is_identity(ids, size) else ids.to(self.blocks.device)
 
 

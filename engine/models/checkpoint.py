@@ -14,6 +14,7 @@ from engine.models.arch import LlamaArch, bos_token_id, eos_token_ids
 from engine.models.gguf_checkpoint import GGUFCheckpoint
 from engine.models.manifest import Shape, check_manifest, expected_tensors
 from engine.models.source import ModelFiles
+from engine.models.stored import Stored
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SINGLE_FILE = "model.safetensors"
@@ -35,6 +36,11 @@ class Checkpoint(Protocol):
     def tensor(self, name: str) -> Tensor:
         """One tensor on the CPU in its stored dtype (float32 if it was quantised). KeyError if
         the model has no such tensor."""
+        ...
+
+    def stored(self, name: str) -> Stored:
+        """One tensor, of which indexing reads what is asked for (of a .gguf file, all of it:
+        its rows are permuted and quantised)."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -99,6 +105,10 @@ class SafetensorsCheckpoint:
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._shards[name][1].get_tensor(name)
         return tensor
+
+    def stored(self, name: str) -> Stored:
+        view: Stored = self._shards[name][1].get_slice(name)
+        return view
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in expected_tensors(self.arch):

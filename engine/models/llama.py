@@ -9,11 +9,13 @@ from torch import Tensor
 
 from engine.layers.attention import Attention
 from engine.layers.embedding import LMHead, VocabParallelEmbedding
-from engine.layers.loading import LayerLoader, ReadTensor
+from engine.layers.loading import LayerLoader
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import cos_sin_table
 from engine.models.arch import LlamaArch
+from engine.models.stored import ReadStored
+from engine.parallel.shard import WHOLE, Shard, check_degree
 from engine.runner.forward import ForwardBatch, ForwardContext
 from kernels.ops import Ops
 
@@ -65,25 +67,29 @@ class Llama:
 
 
 class LlamaLoader:
-    """Builds a `Llama` from tensors in Hugging Face names, fusing and packing as it reads."""
+    """Builds a rank's part of a `Llama` from tensors in Hugging Face names, fusing and packing as
+    it reads. ValueError if the model cannot be cut into so many parts."""
 
     def __init__(
         self,
         arch: LlamaArch,
-        read: ReadTensor,
+        read: ReadStored,
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
         max_len: int,
+        shard: Shard = WHOLE,
     ) -> None:
+        check_degree(arch, shard.size)
         self._arch = arch
         cos_sin = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
-        self._blocks = LayerLoader(arch, read, ops, dtype, device, cos_sin.to(device))
+        self._blocks = LayerLoader(arch, read, ops, dtype, device, cos_sin.to(device), shard)
 
     def load(self) -> Llama:
         arch = self._arch
-        embedding = self._blocks.pack("model.embed_tokens")
-        head = embedding if arch.tie_word_embeddings else self._blocks.pack("lm_head")
+        embedding = self._blocks.pack_padded("model.embed_tokens", arch.vocab_size)
+        tied = arch.tie_word_embeddings
+        head = embedding if tied else self._blocks.pack_padded("lm_head", arch.vocab_size)
         return Llama(
             arch=arch,
             embedding=VocabParallelEmbedding(embedding),
