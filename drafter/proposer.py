@@ -135,7 +135,7 @@ class DraftProposer:
                 max_context=int(committed.positions.max()) + 1,
             ),
         )
-        states = self._head.forward(self._head.fuse(features), batch, self._ctx)
+        states = self._head.forward(self._head.fuse(features, self._ctx), batch, self._ctx)
         self._states[committed.lines] = states[last]
         self._positions[committed.lines] = committed.positions[last]
 

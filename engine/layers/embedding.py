@@ -28,7 +28,9 @@ class VocabParallelEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
-    weight: LinearWeight  # [V, H]
+    """Each rank makes the logits of its rows, those behind the end of the vocabulary included."""
+
+    weight: LinearWeight  # [V / ranks, H], filled up as the embedding's
 
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
-        return ctx.group.all_gather(ctx.ops.linear(hidden, self.weight).float())  # [R, V] float32
+        return ctx.ops.linear(hidden, self.weight).float()  # [R, V / ranks] float32

@@ -119,7 +119,7 @@ def run_chunks(paged: PagedHead, generator: torch.Generator) -> None:
         taps = tuple(
             torch.randn(sum(lens), HIDDEN, generator=generator) for _ in paged.head.tap_layers
         )
-        paged.forward(paged.head.fuse(taps), ids)
+        paged.forward(paged.head.fuse(taps, paged.ctx), ids)
     for _ in range(3):
         ids = [torch.randint(VOCAB, (1,), generator=generator) for _ in paged.rows]
         paged.forward(torch.cat([row.states[-1][-1:] for row in paged.rows]), ids)
@@ -150,11 +150,11 @@ def test_chunks_over_pages_equal_the_formulas_over_the_whole(
 @torch.inference_mode()
 def test_fuse_equals_the_formula(name: str, ops: Ops, tmp_path: Path) -> None:
     layout, target = LAYOUTS[name], TargetWeights.of(ops)
-    head = load(layout, tmp_path, target)
+    paged = PagedHead(load(layout, tmp_path, target), ops)
     generator = torch.Generator().manual_seed(7)
-    taps = tuple(torch.randn(9, HIDDEN, generator=generator) for _ in head.tap_layers)
+    taps = tuple(torch.randn(9, HIDDEN, generator=generator) for _ in paged.head.tap_layers)
     expected = HeadFormulas(layout, target).fuse(taps)
-    got = head.fuse(taps)
+    got = paged.head.fuse(taps, paged.ctx)
     assert got.shape == (9, layout.hidden)
     torch.testing.assert_close(got.double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
 
