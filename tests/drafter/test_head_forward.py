@@ -13,13 +13,12 @@ from drafter.checkpoint import load_head
 from drafter.heads.building import LoadedHead
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from engine.kv.storage import KVStorage
+from engine.parallel.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 from tests.drafter.head_formulas import HeadFormulas
 from tests.drafter.published_heads import (
     CPU,
-    HEAD_DIM,
     HIDDEN,
-    KV_HEADS,
     LAYOUTS,
     TARGET,
     VOCAB,
@@ -55,14 +54,15 @@ class Entry:
 class PagedHead:
     """A head with pages full of NaN, so that reading a slot that was never written shows."""
 
-    def __init__(self, head: LoadedHead, ops: Ops) -> None:
+    def __init__(self, head: LoadedHead, ops: Ops, group: TPGroup | None = None) -> None:
         self.head: DraftHead = head
-        kv = KVStorage.allocate(
-            head.arch.num_layers, NUM_BLOCKS, BLOCK, KV_HEADS, HEAD_DIM, torch.float32, CPU
-        )
+        arch = head.arch
+        heads = head.shard.num_kv_heads(arch.num_kv_heads)
+        pages = (NUM_BLOCKS, BLOCK, heads, arch.head_dim)
+        kv = KVStorage.allocate(arch.num_layers, *pages, torch.float32, CPU)
         for pages in (*kv.keys, *kv.values):
             pages.fill_(torch.nan)
-        self.ctx = DraftContext(ops, kv)
+        self.ctx = DraftContext(ops, kv, group or TPGroup())
         self.rows = [Entry([], [], []) for _ in TABLES]
 
     def forward(self, features: Tensor, ids: list[Tensor]) -> Tensor:
