@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from engine.parallel.fast_reduce import SmallAllReduce
 from engine.parallel.group import TPGroup
@@ -23,7 +25,7 @@ class DistributedGroup(TPGroup):
     When another rank dies, collectives in host memory raise RuntimeError; those on GPUs may hang.
     """
 
-    def __init__(self, host: dist.ProcessGroupGloo, device: dist.ProcessGroup | None) -> None:
+    def __init__(self, host: dist.ProcessGroup, device: dist.ProcessGroup | None) -> None:
         super().__init__(host.rank(), host.size())
         self._host = host
         self._device = device
@@ -35,11 +37,8 @@ class DistributedGroup(TPGroup):
     ) -> DistributedGroup:
         """Meet the other ranks at the file `store`, in a folder that only this user can enter.
         Blocks until all have come. `timeout`: seconds that gloo waits for the others, at most."""
-        meeting = dist.FileStore(str(store), size)
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(interface=LOOPBACK)]
-        options._timeout = timedelta(seconds=timeout)
-        host = dist.ProcessGroupGloo(dist.PrefixStore("host", meeting), rank, size, options)
+        meeting = FileStore(str(store), size)
+        host = _gloo(PrefixStore("host", meeting), rank, size, timeout)
         return cls(host, _nccl(meeting, rank, size, device) if device.type == "cuda" else None)
 
     @property
@@ -51,7 +50,8 @@ class DistributedGroup(TPGroup):
         if self._small is not None and self._small.fits(x):
             return self._small(x)
         x = x.contiguous()
-        self._of(x).allreduce([x]).wait()
+        if x.numel():
+            self._of(x).allreduce([x]).wait()
         return x
 
     def stack(self, x: Tensor) -> Tensor:
@@ -76,17 +76,27 @@ class DistributedGroup(TPGroup):
         if self._device is not None:
             dist.destroy_process_group()
 
-    def _of(self, x: Tensor) -> dist.ProcessGroupGloo | dist.ProcessGroup:
+    def _of(self, x: Tensor) -> dist.ProcessGroup:
         if not x.is_cuda:
             return self._host
         assert self._device is not None, "a tensor on a GPU, but the ranks share none"
         return self._device
 
 
-def _nccl(store: dist.Store, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
+def _gloo(store: Store, rank: int, size: int, timeout: float) -> dist.ProcessGroup:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface=LOOPBACK)]
+    options._timeout = timedelta(seconds=timeout)
+    # A backend by itself, which has the collectives of a group: engines of one process stay apart.
+    group: dist.ProcessGroup = gloo(store, rank, size, options)
+    return group
+
+
+def _nccl(store: Store, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
     dist.init_process_group(
         "nccl",
-        store=dist.PrefixStore("device", store),
+        store=PrefixStore("device", store),
         rank=rank,
         world_size=size,
         device_id=device,

@@ -52,6 +52,7 @@ class SmallAllReduce:
     def __call__(self, x: Tensor) -> Tensor:
         """The sum over ranks, as a new tensor of the shape of `x`, which must fit."""
         how, ops = self._how(x), torch.ops.symm_mem
+        total: Tensor
         shared = self._buffers[x.dtype][: x.numel()]
         if how == ONE_SHOT:
             total = ops.one_shot_all_reduce_copy(shared, x.flatten(), "sum", self._name)

@@ -18,8 +18,9 @@ def share_tree(tree: DraftTree, shape: TreeShape, group: TPGroup) -> DraftTree:
     parts = (tree.tokens, tree.parents, tree.depths, tree.ancestors)
     packed = torch.cat([tree.sizes[:, None], *(_widened(part, width) for part in parts)], dim=1)
     shared = group.from_first(packed)
-    tokens, parents, depths, ancestors = shared[:, 1:].split(width, dim=1)
-    return DraftTree(tokens, parents, depths, ancestors, shared[:, 0], 0).cut(shared[:, 0])
+    sizes = shared[:, 0]
+    nodes = shared[:, 1:].reshape(len(shared), len(parts), width)
+    return DraftTree(nodes[:, 0], nodes[:, 1], nodes[:, 2], nodes[:, 3], sizes, 0).cut(sizes)
 
 
 def _widened(part: Tensor, width: int) -> Tensor:

@@ -51,9 +51,7 @@ def _penalties(penalties: Penalties | None, first: int, end: int) -> Penalties |
     )
 
 
-def _bias(
-    bias: tuple[Edits, Tensor] | None, first: int, end: int
-) -> tuple[Edits, Tensor] | None:
+def _bias(bias: tuple[Edits, Tensor] | None, first: int, end: int) -> tuple[Edits, Tensor] | None:
     if bias is None:
         return None
     at, kept = _edits(bias[0], first, end)

@@ -24,6 +24,7 @@ JOIN_EVERYTHING = (
     "server/draft_evaluation.py",
     "server/draft_training.py",
     "server/draft_swaps.py",
+    "server/rank.py",
 )
 # The leaves use these and the standard library only.
 LEAVES = {
