@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.models.arch import LlamaArch, bos_token_id, eos_token_ids
 from engine.models.gguf_checkpoint import GGUFCheckpoint
 from engine.models.manifest import Shape, check_manifest, expected_tensors
-from engine.models.source import ModelFiles
+from engine.models.source import BUNDLED_ALIAS, ModelFiles, config_folder, resolve_source
 from engine.models.stored import Stored
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
@@ -56,6 +56,18 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     if files.kind == "gguf":
         return GGUFCheckpoint(files.path)
     return SafetensorsCheckpoint(files.path)
+
+
+def read_arch(source: str, revision: str | None = None) -> LlamaArch:
+    """The shape of a model (see `source.ACCEPTED`), of which no weights need to be here. Raises
+    FileNotFoundError or ValueError as opening it would."""
+    if source == BUNDLED_ALIAS or source.endswith(".gguf"):
+        return open_checkpoint(resolve_source(source, revision)).arch
+    path = config_folder(source, revision) / "config.json"
+    try:
+        return LlamaArch.from_hf_config(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class SafetensorsCheckpoint:
