@@ -39,10 +39,11 @@ class Engine:
     core: EngineCore
     swapper: DraftSwapper
     followers: Followers
+    group: TPGroup
 
     def close(self) -> None:
         """End the other ranks. No step may follow."""
-        self.followers.stop()
+        self.followers.stop(self.group)
 
 
 def build_engine(config: Config) -> EngineCore:
@@ -59,7 +60,7 @@ def build_swappable_engine(config: Config) -> Engine:
         NativeUnavailableError: native kernels were asked for and cannot be built.
         OSError: there is no process for a rank.
     """
-    device = device_of(0)
+    device = device_of(0, config)
     followers = Followers.start(config)
     try:
         with followers.progress.step():
@@ -86,7 +87,9 @@ def _engine(rank: Rank, followers: Followers) -> Engine:
         config, own = rank.scratch(draft)
         return warm_up(config, _on_all_ranks(own, config, followers, scratch=True))
 
-    return Engine(core, DraftSwapper(core, rank, followers.orders, scratch), followers)
+    return Engine(
+        core, DraftSwapper(core, rank, followers.orders, scratch), followers, rank.place.group
+    )
 
 
 def _on_all_ranks(

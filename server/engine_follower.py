@@ -7,6 +7,7 @@ in the first line of standard input. It ends when the pipe or the socket does.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from configs.schema import Config
+from engine.parallel.agreement import RefusedByAllError
 from engine.parallel.channel import Channel
 from engine.parallel.frames import (
     DraftLoaded,
@@ -32,7 +34,7 @@ from engine.runner.warmup import PlanExecutor
 from engine.spec.proposer import RootProposer
 from server.drafting import Drafting, LoadedDraft
 from server.engine_process import EXIT_BAD_SETUP
-from server.followers import device_of, join
+from server.followers import EXIT_LOST, device_of, join
 from server.logs import set_up_logging
 from server.parent import die_with_parent, open_pipe
 from server.rank import BAD_SETUP, Rank, build_rank
@@ -103,13 +105,23 @@ def main() -> None:
     config = Config.model_validate_json(pipe.readline())
     set_up_logging(config.log)
     die_with_parent(pipe)
+    channel = Channel(socket.socket(fileno=handle))
     try:
-        device = device_of(number)
+        device = device_of(number, config)
         rank = build_rank(config, join(config, store, number, device), device)
-    except BAD_SETUP as error:
-        logger.debug("rank %d cannot start: %s", number, error, exc_info=True)
+    except RefusedByAllError:
+        channel.receive()  # rank 0 says so, and then tells everybody to stop
         raise SystemExit(EXIT_BAD_SETUP) from None
-    Follower(rank, Channel(socket.socket(fileno=handle))).run()
+    except BAD_SETUP as error:
+        logger.error("rank %d cannot start: %s", number, error)
+        logger.debug("", exc_info=True)
+        raise SystemExit(EXIT_BAD_SETUP) from None
+    try:
+        Follower(rank, channel).run()
+    except Exception:
+        logger.exception("rank %d failed", number)
+        logging.shutdown()
+        os._exit(EXIT_LOST)  # at once: leaving properly might wait for the other ranks
     rank.place.group.close()
 
 

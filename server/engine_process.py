@@ -123,7 +123,7 @@ def main() -> None:
         if capture is not None:
             capture.close()
         channel.close()
-        engine.close()
+    engine.close()
 
 
 def open_capture(config: CaptureConfig) -> CaptureWriter | None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from engine.parallel.watchdog import Watchdog
 
 PREFIX = "aerie-ranks-"
 EXIT_LOST = 4  # a rank is lost, and with it the engine: the launcher starts a new one
-LAST_STEP = 5.0  # seconds for followers to end once they are told to
+LAST_STEP = 1.0  # seconds for followers to end once they are told to
 
 logger = logging.getLogger(__name__)
 Process = subprocess.Popen[bytes]
@@ -57,7 +58,8 @@ class Followers:
 
         def end(reason: str) -> None:
             logger.error("%s: the engine ends", reason)
-            _kill(processes)
+            for process in processes:
+                process.kill()  # one that hangs in a driver may never be gone: not waited for
             shutil.rmtree(folder, ignore_errors=True)
             logging.shutdown()
             os._exit(EXIT_LOST)
@@ -80,18 +82,21 @@ class Followers:
             shutil.rmtree(self.folder, ignore_errors=True)
         return group
 
-    def stop(self) -> None:
-        """End them, gently where that works."""
+    def stop(self, group: TPGroup | None = None) -> None:
+        """End them, gently where that works, and with them the `group`."""
         self.watchdog.stop()
         try:
             self.orders.stop()
         except OSError as error:
             logger.debug("a follower is gone already: %s", error)
-        for process in self.processes:
+        if group is not None:
+            group.close()
+        end = time.monotonic() + LAST_STEP
+        for rank, process in enumerate(self.processes, 1):
             try:
-                process.wait(LAST_STEP)
+                process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                logger.warning("rank %d does not end by itself", process.args[-1])  # type: ignore
+                logger.warning("rank %d does not end by itself", rank)
         _kill(self.processes)
         self.broadcast.close()
         if self.folder is not None:
@@ -104,13 +109,14 @@ def join(config: Config, store: Path, rank: int, device: torch.device) -> Distri
     return DistributedGroup.join(store, rank, size, device, timeout)
 
 
-def device_of(rank: int) -> torch.device:
-    """Where a rank computes. ValueError when there are not enough GPUs."""
+def device_of(rank: int, config: Config) -> torch.device:
+    """Where a rank computes. ValueError when there are not enough GPUs for all."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if rank >= torch.cuda.device_count():
+    if config.parallel.tensor > torch.cuda.device_count():
         raise ValueError(
-            f"parallel.tensor: rank {rank} has no GPU; there are {torch.cuda.device_count()}"
+            f"parallel.tensor = {config.parallel.tensor}: every rank needs a GPU, and there are "
+            f"{torch.cuda.device_count()}"
         )
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)

@@ -112,7 +112,7 @@ def build_rank(config: Config, group: TPGroup, device: torch.device) -> Rank:
         loaded = _load(config, group, device)
     except BAD_SETUP as error:
         if group.size > 1:
-            check_all(f"{error}", group)
+            check_all(str(error) or type(error).__name__, group)
         raise
     check_all(None, group)
     place, target, loader, trees, draft = loaded
@@ -136,7 +136,7 @@ def _load(
     max_len = context_length(config, arch.max_position_embeddings)
     place = _place(config, group, device, dtype)
     model = LlamaLoader(
-        arch, checkpoint.tensor, place.ops, dtype, device, max_len, place.shard
+        arch, checkpoint.stored, place.ops, dtype, device, max_len, place.shard
     ).load()
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
