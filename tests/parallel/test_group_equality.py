@@ -83,7 +83,12 @@ class Made:
 def make(base: Path, size: int) -> Made:
     heads, kv_heads = HEADS[size]
     spec = TinyLlama(
-        vocab_size=VOCAB, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=96, head_dim=32
+        vocab_size=VOCAB,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        intermediate_size=96,
+        head_dim=32,
+        hidden_size=96,
     )
     (base / "model").mkdir()
     oracle = write_tiny_llama(base / "model", spec)
@@ -169,7 +174,7 @@ def test_chunks_and_company_do_not_show(group: Group, limits: dict[str, int]) ->
 
 def test_preempted_rows_come_back_with_their_text(group: Group) -> None:
     group.swap("eagle")
-    with group.ranks.core(FixedPlanner(chain(3)), num_blocks=11) as core:
+    with group.ranks.core(FixedPlanner(chain(3)), num_blocks=9) as core:
         group.check(generate(core, table()))
         assert core.stats().num_preemptions > 0
         assert core.stats().num_accepted_tokens > 0
