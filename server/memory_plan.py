@@ -71,8 +71,9 @@ class MemoryPlan:
             "free": self.gpu - self.total,
         }
         copies = f", each KV head on {self.kv_copies}" if self.kv_copies > 1 else ""
+        gpus = "1 GPU" if self.num_gpus == 1 else f"each of {self.num_gpus} GPUs"
         return [
-            f"bytes on each of {self.num_gpus} GPUs of {self.gpu / GIB:.1f} GiB{copies}",
+            f"bytes on {gpus} of {self.gpu / GIB:.1f} GiB{copies}",
             *(f"  {name:<36}{size:>16,}  {size / GIB:7.2f} GiB" for name, size in entries.items()),
             f"{self.num_blocks} cache blocks of {self.block_size} tokens: "
             f"{self.num_sequences} sequences of {SEQUENCE} tokens at once",
