@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from engine.parallel.shard import WHOLE, Shard
 from kernels.ops import LinearWeight, Ops
 from tests.drafter.published_heads import CPU, HIDDEN, LAYOUTS, TARGET, VOCAB, TargetWeights
 from tests.drafter.test_head_forward import MAX_LEN, PagedHead, run_chunks
-from tests.support.thread_group import run_ranks
+from tests.support.thread_group import ThreadGroup, run_ranks
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
 
@@ -108,6 +109,34 @@ def test_only_what_is_cut_is_smaller_on_a_rank(reference_ops: Ops, tmp_path: Pat
     assert sizes(WHOLE, replicated=False) == (200, 72, 37)
     assert sizes(Shard(1, 2), replicated=False) == (100, 36, 19)
     assert sizes(Shard(1, 2), replicated=True) == (200, 72, 19)
+
+
+@pytest.mark.parametrize(
+    ("replicated", "expected"),
+    [
+        (False, [1, 3, 1]),  # fc; embedding, attention, feed-forward; LM head
+        (True, [0, 1, 1]),  # embedding; LM head
+    ],
+)
+def test_a_replicated_head_waits_for_others_at_the_vocabulary_only(
+    replicated: bool, expected: list[int], reference_ops: Ops, tmp_path: Path
+) -> None:
+    path, weights = LAYOUTS["reference-eagle3"].write(tmp_path), TargetWeights.of(reference_ops)
+    loading = Loading(path, TARGET, weights, replicated)
+
+    def count(group: ThreadGroup) -> list[int]:
+        paged = PagedHead(loading.load(Shard(group.rank, 2)), reference_ops, group)
+        with torch.inference_mode():
+            counts = [group.num_collectives]
+            features = paged.head.fuse((torch.zeros(2, HIDDEN),) * 3, paged.ctx)
+            counts.append(group.num_collectives)
+            states = paged.forward(features, [torch.tensor([3]), torch.tensor([5])])
+            counts.append(group.num_collectives)
+            paged.head.logits(states, paged.ctx)
+            counts.append(group.num_collectives)
+        return [after - before for before, after in pairwise(counts)]
+
+    assert run_ranks(2, count) == [expected, expected]
 
 
 def test_a_repeated_vocabulary_is_shared_on_every_rank(reference_ops: Ops, tmp_path: Path) -> None:

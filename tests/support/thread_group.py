@@ -31,6 +31,7 @@ class ThreadGroup(TPGroup):
     def __init__(self, meeting: Meeting, rank: int) -> None:
         super().__init__(rank, meeting.size)
         self._meeting = meeting
+        self.num_collectives = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.stack(x).sum(0)
@@ -50,6 +51,7 @@ class ThreadGroup(TPGroup):
 
     def _exchange(self, x: Tensor) -> list[Tensor]:
         meeting = self._meeting
+        self.num_collectives += 1
         meeting.table[self.rank] = x
         meeting.barrier.wait()
         found = [each.clone() for each in meeting.table if each is not None]
