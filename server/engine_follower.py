@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -111,18 +112,24 @@ def main() -> None:
         rank = build_rank(config, join(config, store, number, device), device)
     except RefusedByAllError:
         channel.receive()  # rank 0 says so, and then tells everybody to stop
-        raise SystemExit(EXIT_BAD_SETUP) from None
+        _leave(EXIT_BAD_SETUP)
     except BAD_SETUP as error:
         logger.error("rank %d cannot start: %s", number, error)
         logger.debug("", exc_info=True)
-        raise SystemExit(EXIT_BAD_SETUP) from None
+        _leave(EXIT_BAD_SETUP)
     try:
         Follower(rank, channel).run()
     except Exception:
         logger.exception("rank %d failed", number)
-        logging.shutdown()
-        os._exit(EXIT_LOST)  # at once: leaving properly might wait for the other ranks
+        _leave(EXIT_LOST)
     rank.place.group.close()
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: leaving properly takes long, and might wait for other ranks."""
+    logging.shutdown()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ class DistributedGroup(TPGroup):
         Blocks until all have come. `timeout`: seconds that gloo waits for the others, at most."""
         meeting = FileStore(str(store), size)
         host = _gloo(PrefixStore("host", meeting), rank, size, timeout)
-        return cls(host, _nccl(meeting, rank, size, device) if device.type == "cuda" else None)
+        nccl = _nccl(meeting, rank, size, device) if device.type == "cuda" else None
+        group = cls(host, nccl)
+        group.stack(torch.zeros(1))  # until here, others may still look into the store
+        return group
 
     @property
     def backend(self) -> str:

@@ -49,6 +49,14 @@ def table() -> list[Request]:
     return requests
 
 
+def growing() -> list[Request]:
+    """Requests that need few blocks at first and many in the end."""
+    return [
+        ask(f"long-{n}", prompt(10, n), max_tokens=50, temperature=1.0, seed=n, ignore_eos=True)
+        for n in range(4)
+    ]
+
+
 @dataclass(frozen=True)
 class Group:
     """Several ranks, and what one says."""
@@ -121,7 +129,7 @@ def group(
     size = request.param
     made = make(tmp_path_factory.mktemp(f"ranks-{size}"), size)
     with started(made.model, native_cache, "speculation.draft=null") as one, one.core() as core:
-        truth = generate(core, table())
+        truth = generate(core, table() + growing())
     replicated = "speculation.draft_parallel=" + ("replicated" if size == 3 else "sharded")
     head = f"speculation.draft={made.heads['eagle']}"
     with started(made.model, native_cache, head, replicated, f"parallel.tensor={size}") as ranks:
@@ -174,8 +182,8 @@ def test_chunks_and_company_do_not_show(group: Group, limits: dict[str, int]) ->
 
 def test_preempted_rows_come_back_with_their_text(group: Group) -> None:
     group.swap("eagle")
-    with group.ranks.core(FixedPlanner(chain(3)), num_blocks=9) as core:
-        group.check(generate(core, table()))
+    with group.ranks.core(FixedPlanner(chain(3)), num_blocks=11) as core:
+        group.check(generate(core, growing()))
         assert core.stats().num_preemptions > 0
         assert core.stats().num_accepted_tokens > 0
 
