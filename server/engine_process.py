@@ -116,14 +116,22 @@ def main() -> None:
     if capture is not None:
         engine.core.capture_with(capture)
         capture.start()
+    try:
+        _serve(endpoint, engine.core, DraftSwaps(engine.core, engine.swapper), capture)
+    except Exception as error:
+        engine.followers.abandon(f"rank 0 failed: {error!r}")
+        raise
+    engine.close()
+
+
+def _serve(endpoint: str, core: EngineCore, swaps: Swaps, capture: CaptureWriter | None) -> None:
     channel = EngineChannel(endpoint)
     try:
-        run(engine.core, channel, DraftSwaps(engine.core, engine.swapper))
+        run(core, channel, swaps)
     finally:
         if capture is not None:
             capture.close()
         channel.close()
-    engine.close()
 
 
 def open_capture(config: CaptureConfig) -> CaptureWriter | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -10,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -43,28 +45,17 @@ class Followers:
     folder: Path | None  # where ranks meet
 
     @classmethod
-    def start(cls, config: Config, on_loss: Callable[[str], None] | None = None) -> Followers:
-        """Start `parallel.tensor` - 1 processes, which load their part at once.
-
-        `on_loss` hears why the group is lost; unless told otherwise, this process ends with its
-        followers then. OSError when a process cannot be had.
-        """
+    def start(cls, config: Config) -> Followers:
+        """Start `parallel.tensor` - 1 processes, which load their part at once. When one of them is
+        lost, this process ends, too. OSError when a process cannot be had."""
         progress = Progress(config.parallel.start_timeout)
         if config.parallel.tensor == 1:
             return cls((), Broadcast(()), progress, Watchdog((), progress, _ignore), None)
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         pairs = [_spawn(config, rank, folder) for rank in range(1, config.parallel.tensor)]
         processes = [process for process, _ in pairs]
-
-        def end(reason: str) -> None:
-            logger.error("%s: the engine ends", reason)
-            for process in processes:
-                process.kill()  # one that hangs in a driver may never be gone: not waited for
-            shutil.rmtree(folder, ignore_errors=True)
-            logging.shutdown()
-            os._exit(EXIT_LOST)
-
-        watchdog = Watchdog([process.pid for process in processes], progress, on_loss or end)
+        end = functools.partial(_end_engine, processes, folder)
+        watchdog = Watchdog([process.pid for process in processes], progress, end)
         watchdog.start()
         broadcast = Broadcast([Channel(own) for _, own in pairs])
         return cls(processes, broadcast, progress, watchdog, folder)
@@ -81,6 +72,12 @@ class Followers:
         if device.type == "cpu":  # NCCL looks into the store again later
             shutil.rmtree(self.folder, ignore_errors=True)
         return group
+
+    def abandon(self, reason: str) -> None:
+        """If there are any, end them and this process at once: leaving properly might wait for a
+        collective that never ends."""
+        if self.folder is not None:
+            _end_engine(self.processes, self.folder, reason)
 
     def stop(self, group: TPGroup | None = None) -> None:
         """End them, gently where that works, and with them the `group`."""
@@ -136,6 +133,15 @@ def _spawn(config: Config, rank: int, folder: Path) -> tuple[Process, socket.soc
     process.stdin.write(config.model_dump_json().encode() + b"\n")
     process.stdin.flush()
     return process, own
+
+
+def _end_engine(processes: Sequence[Process], folder: Path, reason: str) -> NoReturn:
+    logger.error("%s: the engine ends", reason, exc_info=sys.exc_info()[0] is not None)
+    for process in processes:
+        process.kill()  # one that hangs in a driver may never be gone: not waited for
+    shutil.rmtree(folder, ignore_errors=True)
+    logging.shutdown()
+    os._exit(EXIT_LOST)
 
 
 def _kill(processes: Sequence[Process]) -> None:

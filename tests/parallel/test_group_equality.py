@@ -198,8 +198,8 @@ def test_what_is_found_in_the_prefix_cache_serves_all_ranks(group: Group) -> Non
 
 def test_aborted_neighbours_do_not_show(group: Group) -> None:
     group.swap("eagle")
-    kept = {name: Completion() for name in list(group.truth)[::2]}
-    gone = iter(list(group.truth)[1::2])
+    names = [request.request_id for request in table()]
+    kept, gone = {name: Completion() for name in names[::2]}, iter(names[1::2])
     with group.ranks.core(CyclingPlanner(MIXED)) as core:
         for request in table():
             core.add(Submit(request))

@@ -99,15 +99,18 @@ def test_a_killed_follower_fails_open_requests_and_service_resumes(server: LiveS
     assert "rank 2 has ended" in server.log.text() or "engine failed" in server.log.text()
 
 
+@pytest.mark.parallel
 def test_a_follower_that_hangs_is_noticed_within_the_timeout(server: LiveServer) -> None:
     check_lost(server, signal.SIGSTOP, 1)
     assert "a rank does not answer: a step has taken 3 s" in server.log.text()
 
 
+@pytest.mark.parallel
 def test_followers_end_with_rank_0(server: LiveServer) -> None:
     check_lost(server, signal.SIGKILL, 0)
 
 
+@pytest.mark.parallel
 def test_a_follower_killed_while_idle_is_noticed_too(server: LiveServer) -> None:
     before, lost, since = text_of(server), ranks(server), len(server.log.text())
     handle = os.pidfd_open(lost[0])
