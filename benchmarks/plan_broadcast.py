@@ -39,7 +39,9 @@ def plans(num_rows: int, num_steps: int) -> Iterator[StepPlan]:
         start = CONTEXT + step
         blocks = list(range((start + 4) // BLOCK + 1))
         yield StepPlan(
-            tuple(RowPlan(name, start, [7], list(blocks), True, 3) for name in names),
+            tuple(
+                RowPlan(name, start, [7], list(blocks), samples=True, num_draft=3) for name in names
+            ),
             shape=chain(3),
         )
 

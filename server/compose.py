@@ -22,6 +22,7 @@ from engine.parallel.shard import WHOLE
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warmup import PlanExecutor, WarmUp
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.spec.lookup import Lookup
 from kernels.native.build import NativeUnavailableError, build_library
 from kernels.ops import Ops
 from server.draft_swaps import DraftSwapper
@@ -176,7 +177,13 @@ def _core(
         lookback=drafting.proposer.lookahead,
     )
     kv = KVManager(num_blocks, config.cache.block_size, config.cache.prefix_caching)
-    scheduler = Scheduler(limits, kv, target.eos_token_ids, vocab_size=target.arch.vocab_size)
+    scheduler = Scheduler(
+        limits,
+        kv,
+        target.eos_token_ids,
+        vocab_size=target.arch.vocab_size,
+        lookup=Lookup() if config.speculation.lookup else None,
+    )
     info = EngineInfo(
         vocab_size=target.arch.vocab_size,
         max_model_len=max_model_len,

@@ -17,6 +17,7 @@ class RowFrame(msgspec.Struct, frozen=True, array_like=True):
     block_ids: list[int]
     samples: bool
     num_draft: int
+    draft: tuple[int, ...]
     next_token: int | None
 
 

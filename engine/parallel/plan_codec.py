@@ -71,6 +71,7 @@ class PlanEncoder:
             row.block_ids[first:],
             row.samples,
             row.num_draft,
+            row.draft,
             row.next_token,
         )
 
@@ -113,6 +114,7 @@ class PlanDecoder:
             known.block_ids,
             row.samples,
             row.num_draft,
+            row.draft,
             row.next_token,
         )
 

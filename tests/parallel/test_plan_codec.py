@@ -52,7 +52,7 @@ def test_plans_of_a_whole_run_arrive(num_blocks: int, prefix_caching: bool) -> N
     engine.executor.execute = relay.execute  # type: ignore[method-assign]
     for number in count():
         if number < 12:
-            engine.submit(ask(f"r{number}", [3 + i for i in range(4 + number)], max_tokens=12))
+            engine.submit(ask(f"r{number}", [3 + i for i in range(12 + number)], max_tokens=12))
         if number == 6:
             engine.scheduler.abort("r4")
         if not engine.scheduler.has_work():
@@ -62,6 +62,7 @@ def test_plans_of_a_whole_run_arrive(num_blocks: int, prefix_caching: bool) -> N
     assert (engine.scheduler.stats().num_preemptions > 0) == (num_blocks == 9)
     assert {row.line for frame in relay.frames for row in frame.rows} == {0, 1, 2}
     assert any(frame.rows and frame.shape is None for frame in relay.frames)
+    assert any(row.next_token is not None for frame in relay.frames for row in frame.rows)
 
 
 def test_of_a_table_only_new_blocks_are_sent() -> None:
@@ -86,6 +87,7 @@ def test_blocks_behind_the_computed_tokens_are_sent_again() -> None:
     first = plans[0]
     (row,) = first.rows
     moved = replace(row, start=4, token_ids=row.token_ids[4:], block_ids=[row.block_ids[0], 33])
+    moved = replace(moved, num_draft=2, draft=(5, 6))
     for plan in (first, StepPlan((moved,))):
         order = msgspec.msgpack.decode(encoder.encode(plan), type=Order)
         assert isinstance(order, PlanFrame)

@@ -77,7 +77,7 @@ def test_config_hides_keys() -> None:
         (["cache.num_blocks=many"], "cache.num_blocks = 'many'"),
         (["cache.num_blocks=[1"], "the value of cache.num_blocks is not YAML"),
         (["kernels.backend=cuda"], "kernels.backend = 'cuda'"),
-        (["--config", "nowhere"], "no configuration file 'nowhere'; shipped ones: llama31-8b-1xh100"),
+        (["--config", "nowhere"], "no configuration file 'nowhere'; shipped ones: llama31-8b"),
     ],
 )
 @pytest.mark.parametrize("command", ["config", "serve"])

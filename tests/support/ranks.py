@@ -12,6 +12,7 @@ from configs.resolve import HostFacts, resolve_host
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.spec.lookup import Lookup
 from engine.spec.planner import FixedPlanner, Planner
 from server.compose import Engine, build_swappable_engine
 from tests.support.threads import own_torch_threads
@@ -35,6 +36,7 @@ class Ranks:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 256,
         max_model_len: int = 256,
+        lookup: bool = False,
     ) -> Iterator[EngineCore]:
         """A scheduler of its own, with an empty cache, before the same ranks."""
         info = self.engine.core.info
@@ -44,7 +46,13 @@ class Ranks:
         )
         kv = KVManager(num_blocks, info.block_size, prefix_caching)
         ends = frozenset(info.eos_token_ids)
-        scheduler = Scheduler(limits, kv, ends, vocab_size=info.vocab_size)
+        scheduler = Scheduler(
+            limits,
+            kv,
+            ends,
+            vocab_size=info.vocab_size,
+            lookup=Lookup() if lookup else None,
+        )
         core = EngineCore(scheduler, self.engine.core.executor, info, planner or FixedPlanner())
         yield core
         core.abort_all("the case is over")

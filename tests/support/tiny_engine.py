@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs.schema import CacheConfig, Config, ModelConfig, SchedulerConfig
+from configs.schema import (
+    CacheConfig,
+    Config,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from engine.core import EngineCore
 from engine.models.arch import LlamaArch
 from engine.models.llama import LlamaLoader
@@ -55,6 +61,7 @@ class TinyEngine:
     max_model_len: int = 256
     eos_token_ids: frozenset[int] = frozenset({EOS})
     drafting: Drafting | None = None
+    lookup: bool = False
 
     def build(self) -> EngineCore:
         arch = LlamaArch.from_hf_config(self.oracle.config.to_dict())
@@ -66,6 +73,7 @@ class TinyEngine:
             scheduler=SchedulerConfig(
                 max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
             ),
+            speculation=SpeculationConfig(lookup=self.lookup),
         )
         return assemble(
             config, Target(loader.load(), arch, self.eos_token_ids), self.ops, CPU, self.drafting
