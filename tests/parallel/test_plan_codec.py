@@ -44,7 +44,7 @@ def test_plans_of_a_whole_run_arrive(num_blocks: int, prefix_caching: bool) -> N
         block_size=BLOCK,
         prefix_caching=prefix_caching,
         max_num_seqs=3,
-        max_num_batched_tokens=16,
+        max_num_batched_tokens=7,
         lookahead=1,
         shapes=SHAPES,
     )
@@ -52,7 +52,7 @@ def test_plans_of_a_whole_run_arrive(num_blocks: int, prefix_caching: bool) -> N
     engine.executor.execute = relay.execute  # type: ignore[method-assign]
     for number in count():
         if number < 12:
-            engine.submit(ask(f"r{number}", [3 + i for i in range(12 + number)], max_tokens=12))
+            engine.submit(ask(f"r{number}", [3 + i for i in range(4 + number)], max_tokens=12))
         if number == 6:
             engine.scheduler.abort("r4")
         if not engine.scheduler.has_work():
