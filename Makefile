@@ -1,5 +1,5 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
-# make install | test | lint | bench | clean
+# make install | test | test-parallel | lint | bench | clean
 #
 # TORCH is what pip installs as torch. On a GPU box that has its own build, put it in a virtual
 # environment first and say: make install TORCH= VENV=path/to/that/venv
@@ -17,7 +17,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test lint bench clean
+.PHONY: install serve test test-parallel lint bench clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -27,6 +27,10 @@ install: $(VENV)/.installed
 
 test: $(VENV)/.test-tools
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Several ranks, beyond what `make test` checks of them: three to five minutes.
+test-parallel: $(VENV)/.test-tools
+	$(BIN)/python -m pytest -m parallel $(TEST_ARGS)
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .

@@ -13,6 +13,11 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
+def engine_environment() -> dict[str, str]:
+    """What the engine process is given: ranks of one machine meet on its loopback interface."""
+    return {"NCCL_SOCKET_IFNAME": "lo"} | dict(os.environ)
+
+
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/aerie, or ~/.cache/aerie (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_CACHE_HOME")

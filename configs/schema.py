@@ -81,11 +81,35 @@ class SpeculationConfig(Section):
         description="draft what followed when the newest tokens stood in the text before, where "
         "that promises more than the head; works without a head, too",
     )
+    draft_parallel: Literal["sharded", "replicated"] = Field(
+        "sharded",
+        description="of several ranks, each runs a part of the head's layers (sharded), or all of "
+        "them (replicated); the vocabulary is cut either way, and the text is the same. Drafting "
+        "takes as long as reading the head's weights: a part of them is read faster",
+    )
     shared_noise: bool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"
     )
     window: Positive | None = Field(
         None, description="draft entries further back are not looked at; default: all are"
+    )
+
+
+class ParallelConfig(Section):
+    """Ranks that share the target, one process each; on GPUs, one device each."""
+
+    tensor: Integer = Field(1, ge=1, le=64, description="ranks")
+    timeout: Number = Field(
+        10.0,
+        gt=0,
+        description="seconds a step may take before its ranks count as lost and the engine starts "
+        "again; idle ranks are not asked",
+    )
+    start_timeout: Number = Field(
+        1800.0, gt=0, description="seconds to load the model and to measure trees, at most"
+    )
+    check_every: Integer = Field(
+        0, ge=0, description="steps between checks that all ranks did the same; 0: never"
     )
 
 
@@ -163,6 +187,7 @@ class Config(Section):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
     server: ServerConfig = ServerConfig()
     capture: CaptureConfig = CaptureConfig()

@@ -21,6 +21,7 @@ from drafter.heads.published import eagle3_json, eagle_json
 from engine.layers.loading import LayerLoader
 from engine.layers.rotary import cos_sin_table
 from engine.models.arch import LlamaArch
+from engine.parallel.shard import WHOLE, Shard, check_degree
 from kernels.ops import LinearWeight, Ops
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,17 @@ def load_head(
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
+    shard: Shard = WHOLE,
+    *,
+    replicated: bool = False,
 ) -> LoadedHead:
     """Load the head in the directory `path` for `target`, whose embedding and LM head it shares
     where it has none of its own, or the same.
 
-    `max_len` positions can be drafted at; weights are packed from `dtype`. Raises ValueError that
-    names the file, and the tensor or the key at fault.
+    `max_len` positions can be drafted at; weights are packed from `dtype`. Of several ranks, each
+    loads its `shard`; with `replicated` layers and `fc` are whole on each, and only the vocabulary
+    is cut, as the target's is. Raises ValueError that names the file, and the tensor or the key at
+    fault.
     """
     config = read_head_config(path, target)
     found = open_tensors(path)
@@ -53,9 +59,11 @@ def load_head(
         )
     arch = config.arch
     table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling).to(device)
-    blocks = LayerLoader(arch, lambda name: found[name].read(), ops, dtype, device, table)
-    shared = TargetWeights(target, target_embedding, target_lm_head)
+    own = WHOLE if replicated else shard
+    blocks = LayerLoader(arch, found.__getitem__, ops, dtype, device, table, own)
+    shared = TargetWeights(target, shard, target_embedding, target_lm_head)
     try:
+        check_degree(arch, own.size, "speculation.draft_parallel = sharded, parallel.tensor")
         return HeadBuilder(config, shared, found.keys(), blocks).build()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

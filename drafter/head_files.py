@@ -13,6 +13,7 @@ from torch import Tensor
 from drafter.manifest import DTYPES, FLOATS, HeadTensors, common_name, is_harmless
 from engine.models.checkpoint import read_json
 from engine.models.manifest import Shape
+from engine.models.stored import Index
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,10 @@ class StoredTensor:
     def read(self) -> Tensor:
         tensor: Tensor = self.handle.get_tensor(self.name)
         return tensor
+
+    def __getitem__(self, index: Index) -> Tensor:
+        part: Tensor = self.handle.get_slice(self.name)[index]
+        return part
 
     def __str__(self) -> str:
         return f"{self.path}: tensor {self.name}"

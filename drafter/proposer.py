@@ -98,7 +98,10 @@ class DraftProposer:
             return DraftTree.roots(roots.tokens)
 
     def _give_up(self) -> None:
-        """Draft nothing any more: what the head has in its cache can no longer be trusted."""
+        """Draft nothing any more: what the head has in its cache can no longer be trusted. Of
+        several ranks, others may wait for this one's part: then the exception goes on."""
+        if self._ctx.group.size > 1:
+            raise
         self.failed = True
         self._pending = Pending()
         logger.exception("the draft head failed; decoding goes on without it")
@@ -134,7 +137,7 @@ class DraftProposer:
                 max_context=int(committed.positions.max()) + 1,
             ),
         )
-        states = self._head.forward(self._head.fuse(features), batch, self._ctx)
+        states = self._head.forward(self._head.fuse(features, self._ctx), batch, self._ctx)
         self._states[committed.lines] = states[last]
         self._positions[committed.lines] = committed.positions[last]
 
@@ -172,7 +175,7 @@ class DraftProposer:
                 logger.warning(
                     "the draft head gives numbers that are not finite; not drafting there"
                 )
-        return wanted & sound
+        return self._ctx.group.from_first((wanted & sound).long()).bool()
 
     def _first_keys(self, prefix_lens: Tensor) -> Tensor:
         """The first entry that is looked at, [B] int32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from engine.models.source import BUNDLED_ALIAS, HUB_ID, fetch_from_hub
+from engine.models.source import BUNDLED_ALIAS, CONFIG, HUB_ID, fetch_from_hub
 
 AUTO = "auto"
 # The model that each shipped head drafts for.
@@ -17,9 +17,10 @@ ACCEPTED = (
 )
 
 
-def resolve_draft(draft: str | None, model: str) -> Path | None:
+def resolve_draft(draft: str | None, model: str, *, config_only: bool = False) -> Path | None:
     """The directory of the head `draft` (see `ACCEPTED`) for `model`, a source of the target; None
-    for no head. FileNotFoundError says what is accepted, or why the hub gave nothing."""
+    for no head. With `config_only` a hub is asked for the configuration alone. FileNotFoundError
+    says what is accepted, or why the hub gave nothing."""
     if draft == AUTO:
         draft = next((head for head, target in SHIPPED.items() if target == model), None)
     if draft is None:
@@ -30,7 +31,7 @@ def resolve_draft(draft: str | None, model: str) -> Path | None:
     if draft and path.is_dir():
         return path
     if not path.exists() and HUB_ID.fullmatch(draft):
-        return fetch_from_hub(draft)
+        return fetch_from_hub(draft, patterns=CONFIG) if config_only else fetch_from_hub(draft)
     raise FileNotFoundError(f"no draft head at {draft!r}; a draft head is {ACCEPTED}")
 
 

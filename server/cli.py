@@ -13,7 +13,7 @@ import typer
 from configs.host import host_config
 from configs.schema import Config
 from server import draft_commands
-from server.command_options import ConfigFile, Overrides, failed
+from server.command_options import ConfigFile, Overrides, failed, parse_bytes
 
 app = typer.Typer(
     help="Aerie serves Llama models over the OpenAI HTTP API.",
@@ -132,6 +132,33 @@ def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
         load_codec(resolved)
     except (ValueError, OSError) as error:
         raise failed(error) from None
+
+
+@app.command()
+def plan_memory(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    gpu_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory of one GPU, such as 80GiB or 79000MiB.")
+    ] = "80GiB",
+) -> None:
+    """Say what would lie on every GPU, and how many 8k-token sequences fit. Reads no weights.
+
+    Of the model and its draft head only config.json is needed (and fetched, for hub ids).
+
+    Example:
+
+        aerie plan-memory --config llama33-70b-8xh100 --gpu-memory 80GiB
+    """
+    from server.memory_plan import plan_memory as plan
+
+    try:
+        size = parse_bytes(gpu_memory, "--gpu-memory")
+        found = plan(host_config(config, overrides or ()), size)
+    except (ValueError, OSError) as error:
+        raise failed(error) from None
+    for line in found.lines():
+        typer.echo(line)
 
 
 @app.command()

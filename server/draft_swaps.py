@@ -7,16 +7,17 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 
 import msgspec
 
-from configs.schema import Config
 from drafter.source import resolve_draft
 from engine.core import EngineCore
 from engine.messages import DraftSwapped, SwapDraft
-from engine.runner.model_runner import ModelRunner
+from engine.parallel.orders import Orders
 from engine.runner.warmup import WarmUp
-from server.drafting import Drafting, HeadLoader, LoadedDraft, TreeChooser
+from server.drafting import Drafting, LoadedDraft
+from server.rank import Rank
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[LoadedDraft, Drafting]
@@ -28,27 +29,20 @@ class DraftSwapper:
 
     def __init__(
         self,
-        config: Config,
         core: EngineCore,
-        runner: ModelRunner,
-        loader: HeadLoader,
-        trees: TreeChooser,
-        around: Callable[[LoadedDraft], Drafting],
+        rank: Rank,
+        orders: Orders,
         scratch: Callable[[LoadedDraft], WarmUp],
     ) -> None:
         """
         Args:
-            config: resolved, no size left open.
-            loader: for another thread than the engine's.
-            around: puts a proposer with zeroed pages around a head.
-            scratch: measures a head in pages that belong to nobody.
+            rank: the one that decides.
+            orders: for the others.
+            scratch: measures the head that was loaded last, in pages that belong to nobody.
         """
-        self._config = config
         self._core = core
-        self._runner = runner
-        self._loader = loader
-        self._trees = trees
-        self._around = around
+        self._rank = rank
+        self._orders = orders
         self._scratch = scratch
 
     def load(self, path: str | None) -> Loaded | None:
@@ -56,15 +50,27 @@ class DraftSwapper:
 
         Raises:
             ValueError, OSError: there is no such head, or it fits not the target, the configured
-                trees or the free memory.
+                trees or the free memory of a rank.
         """
-        folder = resolve_draft(path, self._config.model.source)
+        folder = resolve_draft(path, self._rank.config.model.source)
         if folder is None:
             return None
-        self._trees.shapes(self._loader.facts(folder))
-        self._loader.check_room(folder, self._config)
-        draft = self._loader.load(folder)
-        return draft, self._around(draft)
+        self._rank.trees.shapes(self._rank.loader.facts(folder))
+        return self._load_everywhere(folder)
+
+    def _load_everywhere(self, folder: Path) -> Loaded:
+        """All ranks load at the same time; a head that one cannot have is nobody's."""
+        self._orders.load_draft(str(folder))
+        try:
+            loaded = self._rank.load_draft(folder)
+        except BaseException:
+            self._orders.failures()
+            self._orders.drop_draft()
+            raise
+        if failures := self._orders.failures():
+            self._orders.drop_draft()
+            raise ValueError("; ".join(failures))
+        return loaded
 
     def swap(self, loaded: Loaded | None) -> None:
         """Use what was loaded from the next step on. Between steps only."""
@@ -72,8 +78,9 @@ class DraftSwapper:
         planner = drafting.planner
         if loaded is not None:
             draft, drafting = loaded
-            planner = self._trees.planner(draft, lambda: self._scratch(draft), at_once=False)
-        self._runner.draft_with(drafting.proposer)
+            planner = self._rank.trees.planner(draft, lambda: self._scratch(draft), at_once=False)
+        self._orders.use_draft(loaded=loaded is not None)
+        self._rank.runner.draft_with(drafting.proposer)
         self._core.draft_with(planner, drafting.proposer.lookahead)
         self._core.info = msgspec.structs.replace(self._core.info, draft=drafting.facts)
         logger.info("draft head in use: %s", drafting.facts and drafting.facts.path)

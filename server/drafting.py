@@ -22,6 +22,8 @@ from engine.kv.storage import KVStorage, bytes_per_block
 from engine.messages import DraftFacts
 from engine.models.arch import LlamaArch
 from engine.models.llama import Llama
+from engine.parallel.group import TPGroup
+from engine.parallel.shard import WHOLE, Shard
 from engine.runner.warmup import WarmUp
 from engine.spec.measuring import MeasuringPlanner
 from engine.spec.planner import AdaptivePlanner, FixedPlanner, Planner, StepCosts
@@ -73,6 +75,8 @@ class HeadLoader:
     dtype: torch.dtype
     device: torch.device
     max_len: int  # positions that can be drafted at
+    shard: Shard = WHOLE  # of the target
+    replicated: bool = False  # whether every rank holds all of a head's layers
 
     def beside_the_engine(self, config: Config) -> HeadLoader:
         """A loader for another thread than the engine's. Native operations run one at a time, so
@@ -95,6 +99,8 @@ class HeadLoader:
             self.dtype,
             self.device,
             self.max_len,
+            self.shard,
+            replicated=self.replicated,
         )
         return LoadedDraft(head, facts)
 
@@ -114,10 +120,12 @@ class HeadLoader:
         """ValueError unless a head and its pages fit into the memory that is free now."""
         arch = read_head_config(path, self.target.arch).arch
         assert config.cache.num_blocks is not None
-        block = (config.cache.block_size, arch.num_kv_heads, arch.head_dim, self.dtype)
+        own = WHOLE if self.replicated else self.shard
+        num_kv_heads = own.num_kv_heads(arch.num_kv_heads)
+        block = (config.cache.block_size, num_kv_heads, arch.head_dim, self.dtype)
         pages = config.cache.num_blocks * bytes_per_block(arch.num_layers, *block)
-        weights = self.facts(path).num_parameters * self.dtype.itemsize
-        free = free_bytes(self.device)
+        weights = self.facts(path).num_parameters * self.dtype.itemsize // own.size
+        free = rank_free_bytes(self.device, self.shard)
         if weights + pages > free:
             raise ValueError(
                 f"the head needs {weights} bytes for its weights and {pages} for its entries in "
@@ -126,16 +134,21 @@ class HeadLoader:
 
 
 def drafting_with(
-    config: Config, draft: LoadedDraft, ops: Ops, device: torch.device, *, late: bool = False
+    config: Config,
+    draft: LoadedDraft,
+    ops: Ops,
+    device: torch.device,
+    group: TPGroup,
+    *,
+    late: bool = False,
 ) -> Drafting:
     """A proposer with pages of its own, and no trees yet. `late`: tokens are in the cache already
     of which this head never made entries; they read as zeros."""
-    assert config.cache.num_blocks is not None
     arch = draft.head.arch
-    pages = allocate(arch, config.cache.num_blocks, config, device, zeroed=late)
+    pages = allocate(arch, config, device, draft.head.shard, zeroed=late)
     proposer = DraftProposer(
         draft.head,
-        DraftContext(ops, pages),
+        DraftContext(ops, pages, group),
         config.scheduler.max_num_seqs,
         arch.hidden_size,
         config.speculation.window,
@@ -223,19 +236,25 @@ def tree_shape(name: str) -> TreeShape:
 
 
 def allocate(
-    arch: LlamaArch, num_blocks: int, config: Config, device: torch.device, *, zeroed: bool = False
+    arch: LlamaArch, config: Config, device: torch.device, shard: Shard, *, zeroed: bool = False
 ) -> KVStorage:
-    """Pages for every layer of a model."""
+    """Pages for a rank's part of every layer of a model. `config` must be resolved."""
+    assert config.cache.num_blocks is not None
     return KVStorage.allocate(
         arch.num_layers,
-        num_blocks,
+        config.cache.num_blocks,
         config.cache.block_size,
-        arch.num_kv_heads,
+        shard.num_kv_heads(arch.num_kv_heads),
         arch.head_dim,
         torch_dtype(config.model.dtype),
         device,
         zeroed=zeroed,
     )
+
+
+def rank_free_bytes(device: torch.device, shard: Shard) -> int:
+    """Memory that this rank may take: on a CPU, its share of what all of them have together."""
+    return free_bytes(device) // (shard.size if device.type == "cpu" else 1)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import threading
-from io import FileIO
 from typing import Protocol
 
 import zmq
@@ -20,10 +18,10 @@ from engine.capture import CaptureWriter
 from engine.core import EngineCore
 from engine.messages import ClientMessage, DraftSwapped, Shutdown, SwapDraft
 from server.logs import set_up_logging
+from server.parent import die_with_parent, open_pipe
 from server.wire import decode_client, encode, unbounded
 
 EXIT_BAD_SETUP = 3  # the configuration or the model is at fault: starting again would not help
-STDIN = 0
 LOADING_POLL = 0.02  # seconds between looks at a draft head that is being loaded, when idle
 STOPPING = "the server is shutting down"
 
@@ -101,10 +99,10 @@ def main() -> None:
     """Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
     endpoint = sys.argv[1]
-    pipe = open(STDIN, "rb", buffering=0, closefd=False)  # noqa: SIM115  (open until the end)
+    pipe = open_pipe()
     config = Config.model_validate_json(pipe.readline())
     set_up_logging(config.log)
-    threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
+    die_with_parent(pipe)
     try:
         from server.compose import build_swappable_engine
         from server.draft_swaps import DraftSwaps
@@ -118,9 +116,18 @@ def main() -> None:
     if capture is not None:
         engine.core.capture_with(capture)
         capture.start()
+    try:
+        _serve(endpoint, engine.core, DraftSwaps(engine.core, engine.swapper), capture)
+    except Exception as error:
+        engine.followers.abandon(f"rank 0 failed: {error!r}")
+        raise
+    engine.close()
+
+
+def _serve(endpoint: str, core: EngineCore, swaps: Swaps, capture: CaptureWriter | None) -> None:
     channel = EngineChannel(endpoint)
     try:
-        run(engine.core, channel, DraftSwaps(engine.core, engine.swapper))
+        run(core, channel, swaps)
     finally:
         if capture is not None:
             capture.close()
@@ -131,13 +138,6 @@ def open_capture(config: CaptureConfig) -> CaptureWriter | None:
     """What writes sequences down, None unless the operator wants it. ValueError when the directory
     cannot be used."""
     return None if config.dir is None else CaptureWriter(config)
-
-
-def _die_with_parent(pipe: FileIO) -> None:
-    """Block until the parent's end of the pipe closes, then leave at once."""
-    pipe.read(1)
-    logging.shutdown()
-    signal.raise_signal(signal.SIGKILL)
 
 
 if __name__ == "__main__":

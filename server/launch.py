@@ -18,6 +18,7 @@ import yaml
 import zmq
 from fastapi import FastAPI
 
+from configs.env import engine_environment
 from configs.schema import Config
 from engine.messages import EngineInfo
 from server.app import create_app
@@ -268,6 +269,7 @@ async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *(program, "-P", "-m", "server.engine_process", endpoint),
             stdin=asyncio.subprocess.PIPE,
+            env=engine_environment(),
             start_new_session=True,  # a terminal's Ctrl-C is the business of this process
         )
     except OSError as error:

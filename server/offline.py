@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from configs.host import this_host
 from configs.resolve import resolve_host
@@ -11,18 +11,26 @@ from engine.completion import Completion
 from engine.core import EngineCore
 from engine.messages import EngineInfo, EngineMessage, Finished, Submit, Tokens
 from engine.request import Request
-from server.compose import build_engine
+from server.compose import build_swappable_engine
 
 
 class OfflineEngine:
     """Runs batches of requests to their end."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, close: Callable[[], None] | None = None) -> None:
+        """`close`: ends the other ranks."""
         self.core = core
+        self._close = close
 
     @classmethod
     def from_config(cls, config: Config) -> OfflineEngine:
-        return cls(build_engine(resolve_host(config, this_host())))
+        engine = build_swappable_engine(resolve_host(config, this_host()))
+        return cls(engine.core, engine.close)
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        if self._close is not None:
+            self._close()
 
     @property
     def info(self) -> EngineInfo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
 from drafter.heads.layer import DraftLayer
-from engine.layers.embedding import LMHead, VocabParallelEmbedding
-from engine.layers.linear import ColumnParallelLinear
+from engine.layers.embedding import VocabParallelEmbedding
+from engine.layers.linear import GatheredLinear
 from engine.layers.loading import LayerLoader
 from engine.models.arch import LlamaArch
+from engine.parallel.shard import Shard
 from kernels.ops import LinearWeight, Ops
 
 COMPARED_ROWS = 4096  # of a vocabulary at a time
@@ -26,16 +27,18 @@ LoadedHead = EagleHead | Eagle3Head
 
 @dataclass(frozen=True, slots=True)
 class TargetWeights:
-    """What a head may share: embedding and LM head, each packed [V, H]."""
+    """What a head may share: embedding and LM head, of each this rank's rows, packed."""
 
     arch: LlamaArch
+    shard: Shard
     embedding: LinearWeight
     lm_head: LinearWeight
 
 
 @dataclass(frozen=True, slots=True)
 class HeadBuilder:
-    """Builds a head of `config` from the tensors `names`, which `blocks` reads."""
+    """Builds a head of `config` from the tensors `names`, which `blocks` reads: layers and `fc` cut
+    as `blocks` says, the vocabulary as the target's."""
 
     config: HeadConfig
     target: TargetWeights
@@ -50,35 +53,43 @@ class HeadBuilder:
         has_norm = manifest.FINAL_NORM in self.names
         return EagleHead(
             arch=self.config.arch,
+            shard=self.blocks.shard,
             tap_layers=self.config.tap_layers(self.target.arch),
             embedding=self._embedding(),
-            fc=ColumnParallelLinear(self._fc()),
+            fc=self._fc(),
             layers=self._layers(first_has_norm=manifest.FIRST_NORM in self.names),
             norm=self.blocks.norm("norm") if has_norm else None,
-            lm_head=LMHead(self._own_or_shared("lm_head", self.target.lm_head)),
+            lm_head=self._lm_head(),
         )
 
     def _eagle3(self) -> Eagle3Head:
         return Eagle3Head(
             arch=self.config.arch,
+            shard=self.blocks.shard,
             tap_layers=self.config.tap_layers(self.target.arch),
             target_ids=self._target_ids(),
             embedding=self._embedding(),
             embedding_norm=self.blocks.norm("layers.0.input_layernorm"),
             fc=self._fc(),
-            ops=self.blocks.ops,
             feature_norm=self.blocks.norm("layers.0.hidden_norm"),
             norm_before_residual=self.config.norm_before_residual,
             layers=self._layers(first_has_norm=False),
             norm=self.blocks.norm("norm"),
-            lm_head=LMHead(self._own_or_shared("lm_head", self.target.lm_head)),
+            lm_head=self._lm_head(),
         )
 
-    def _fc(self) -> LinearWeight:
-        return self.blocks.pack("fc", bias=manifest.FC_BIAS in self.names)
+    def _fc(self) -> GatheredLinear:
+        size = self.config.arch.hidden_size
+        weight = self.blocks.pack_padded("fc", size, bias=manifest.FC_BIAS in self.names)
+        return GatheredLinear(weight, size)
 
     def _embedding(self) -> VocabParallelEmbedding:
-        return VocabParallelEmbedding(self._own_or_shared("embed_tokens", self.target.embedding))
+        size, shared = self.config.arch.vocab_size, self.target.embedding
+        return VocabParallelEmbedding(self._own_or_shared("embed_tokens", size, shared))
+
+    def _lm_head(self) -> GatheredLinear:
+        size, shared = self.config.draft_vocab_size, self.target.lm_head
+        return GatheredLinear(self._own_or_shared("lm_head", size, shared), size)
 
     def _layers(self, first_has_norm: bool) -> tuple[DraftLayer, ...]:
         return tuple(
@@ -95,11 +106,12 @@ class HeadBuilder:
             mlp=blocks.mlp(f"{prefix}.mlp"),
         )
 
-    def _own_or_shared(self, name: str, shared: LinearWeight) -> LinearWeight:
-        """The file's weight, unless it has none or repeats the target's."""
+    def _own_or_shared(self, name: str, size: int, shared: LinearWeight) -> LinearWeight:
+        """This rank's rows of the file's weight, unless it has none or repeats the target's."""
         if f"{name}.weight" not in self.names:
             return shared
-        own = self.blocks.read(f"{name}.weight").to(self.blocks.device, self.blocks.dtype)
+        tables = replace(self.blocks, shard=self.target.shard)
+        own = tables.padded(f"{name}.weight", size, self.blocks.dtype)
         if same_rows(own, shared, self.blocks.ops):
             return shared
         return self.blocks.ops.pack_linear(own, None)
@@ -107,11 +119,11 @@ class HeadBuilder:
     def _target_ids(self) -> Tensor | None:
         size = self.config.arch.vocab_size
         if manifest.D2T in self.names:
-            ids = vocab.target_ids_of(self.blocks.read(manifest.D2T), size)
+            ids = vocab.target_ids_of(self.blocks.read(manifest.D2T)[:], size)
         else:
             ids = torch.arange(size)
         if manifest.T2D in self.names:
-            vocab.check_mask(self.blocks.read(manifest.T2D), ids)
+            vocab.check_mask(self.blocks.read(manifest.T2D)[:], ids)
         return None if vocab.is_identity(ids, size) else ids.to(self.blocks.device)
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from drafter.heads.interface import DraftBatch, DraftContext
-from drafter.heads.layer import DraftLayer, follow, whole
-from engine.layers.embedding import LMHead, VocabParallelEmbedding
-from engine.layers.linear import ColumnParallelLinear
+from drafter.heads.layer import DraftLayer, follow, inside, vocabulary
+from engine.layers.embedding import VocabParallelEmbedding
+from engine.layers.linear import GatheredLinear
 from engine.layers.norm import RMSNorm
 from engine.models.arch import LlamaArch
+from engine.parallel.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,30 +27,31 @@ class EagleHead:
     """
 
     arch: LlamaArch  # of the layers
+    shard: Shard  # of the layers and `fc`
     tap_layers: tuple[int, ...]
     embedding: VocabParallelEmbedding
-    fc: ColumnParallelLinear  # 2H -> H on [embedding; feature]
+    fc: GatheredLinear  # 2H -> H on [embedding; feature]
     layers: tuple[DraftLayer, ...]
     norm: RMSNorm | None
-    lm_head: LMHead
+    lm_head: GatheredLinear  # H -> V
 
     @property
     def target_ids(self) -> Tensor | None:
         return None
 
-    def fuse(self, features: tuple[Tensor, ...]) -> Tensor:
+    def fuse(self, features: tuple[Tensor, ...], ctx: DraftContext) -> Tensor:  # noqa: ARG002
         (feature,) = features
         return feature
 
     def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
-        inside = whole(ctx)
-        embedded = self.embedding(batch.token_ids, inside)
-        residual = self.fc(torch.cat((embedded, features), dim=-1), inside)  # [C, H]
+        own = inside(ctx, self.shard)
+        embedded = self.embedding(batch.token_ids, vocabulary(ctx))
+        residual = self.fc(torch.cat((embedded, features), dim=-1), own)  # [C, H]
         first = self.layers[0]
-        x = residual if first.input_norm is None else first.input_norm(residual, inside)
-        x = first(x, residual, batch, inside)
-        x = follow(self.layers[1:], x, residual, batch, inside)
-        return x + residual if self.norm is None else self.norm.add(x, residual, inside)
+        x = residual if first.input_norm is None else first.input_norm(residual, own)
+        x = first(x, residual, batch, own)
+        x = follow(self.layers[1:], x, residual, batch, own)
+        return x + residual if self.norm is None else self.norm.add(x, residual, own)
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
-        return self.lm_head(states, whole(ctx))
+        return self.lm_head(states, vocabulary(ctx)).float()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from drafter.heads.interface import DraftBatch, DraftContext
-from drafter.heads.layer import DraftLayer, follow, whole
-from engine.layers.embedding import LMHead, VocabParallelEmbedding
+from drafter.heads.layer import DraftLayer, follow, inside, vocabulary
+from engine.layers.embedding import VocabParallelEmbedding
+from engine.layers.linear import GatheredLinear
 from engine.layers.norm import RMSNorm
 from engine.models.arch import LlamaArch
-from engine.runner.forward import ForwardContext
-from kernels.ops import LinearWeight, Ops
+from engine.parallel.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,38 +22,39 @@ class Eagle3Head:
     target layers (implements `DraftHead`). The state is the stream before the final norm."""
 
     arch: LlamaArch  # of the layers
+    shard: Shard  # of the layers and `fc`
     tap_layers: tuple[int, ...]
     target_ids: Tensor | None  # [Vd] int64
     embedding: VocabParallelEmbedding
     embedding_norm: RMSNorm
-    fc: LinearWeight  # taps * H target -> H
-    ops: Ops  # of `fuse`, which has no context
+    fc: GatheredLinear  # taps * H target -> H
     feature_norm: RMSNorm
     norm_before_residual: bool
     layers: tuple[DraftLayer, ...]  # the first takes [embedding; feature], 2H
     norm: RMSNorm
-    lm_head: LMHead  # H -> Vd
+    lm_head: GatheredLinear  # H -> Vd
 
-    def fuse(self, features: tuple[Tensor, ...]) -> Tensor:
+    def fuse(self, features: tuple[Tensor, ...], ctx: DraftContext) -> Tensor:
         assert len(features) == len(self.tap_layers)
-        return self.ops.linear(torch.cat(features, dim=-1), self.fc)
+        return self.fc(torch.cat(features, dim=-1), inside(ctx, self.shard))
 
     def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
-        inside = whole(ctx)
-        x, residual = self._enter(features, batch, inside)
-        x = self.layers[0](x, residual, batch, inside)
-        return follow(self.layers[1:], x, residual, batch, inside) + residual
+        own = inside(ctx, self.shard)
+        x, residual = self._enter(features, batch, ctx)
+        x = self.layers[0](x, residual, batch, own)
+        return follow(self.layers[1:], x, residual, batch, own) + residual
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
-        inside = whole(ctx)
-        return self.lm_head(self.norm(states, inside), inside)
+        whole = vocabulary(ctx)
+        return self.lm_head(self.norm(states, whole), whole).float()
 
     def _enter(
-        self, features: Tensor, batch: DraftBatch, ctx: ForwardContext
+        self, features: Tensor, batch: DraftBatch, ctx: DraftContext
     ) -> tuple[Tensor, Tensor]:
         """The first layer's input [C, 2H] and the residual stream [C, H]."""
-        embedded = self.embedding_norm(self.embedding(batch.token_ids, ctx), ctx)
-        normed = self.feature_norm(features, ctx)
+        whole = vocabulary(ctx)
+        embedded = self.embedding_norm(self.embedding(batch.token_ids, whole), whole)
+        normed = self.feature_norm(features, whole)
         x = torch.cat((embedded, normed), dim=-1)
         # Layers add to the stream in place, and the features are the caller's.
         return x, normed if self.norm_before_residual else features.clone()

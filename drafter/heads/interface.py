@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.kv.storage import KVStorage
 from engine.models.arch import LlamaArch
+from engine.parallel.group import TPGroup
+from engine.parallel.shard import Shard
 from kernels.ops import AttentionMeta, Ops
 
 
@@ -29,14 +31,21 @@ class DraftContext:
 
     ops: Ops
     kv: KVStorage  # the head's own pages, one tensor pair per head layer
+    group: TPGroup = field(default_factory=TPGroup)  # the target's
 
 
 class DraftHead(Protocol):
-    """A loaded draft head. Stateless."""
+    """A loaded draft head. Stateless. Where several ranks share the target, each calls the same
+    methods with the same input and gets the same output, whole."""
 
     @property
     def arch(self) -> LlamaArch:
         """Shape of its layers."""
+        ...
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of its layers; pages hold `shard.num_kv_heads` of them."""
         ...
 
     @property
@@ -50,7 +59,7 @@ class DraftHead(Protocol):
         """[Vd] int64, the target's token id of each draft id; None when they are the same."""
         ...
 
-    def fuse(self, features: tuple[Tensor, ...]) -> Tensor:
+    def fuse(self, features: tuple[Tensor, ...], ctx: DraftContext) -> Tensor:
         """Target features, one [C, H target] per tap layer -> [C, H] as `forward` takes them."""
         ...
 

@@ -11,6 +11,7 @@ from engine.layers.attention import Attention
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.parallel.group import TPGroup
+from engine.parallel.shard import Shard
 from engine.runner.forward import ForwardContext
 
 
@@ -47,6 +48,11 @@ def follow(
     return x
 
 
-def whole(ctx: DraftContext) -> ForwardContext:
-    """The context of blocks that are not split over ranks: a head is whole on each."""
-    return ForwardContext(ctx.ops, ctx.kv, TPGroup())
+def vocabulary(ctx: DraftContext) -> ForwardContext:
+    """The context of embedding and LM head, which are cut over ranks as the target's are."""
+    return ForwardContext(ctx.ops, ctx.kv, ctx.group)
+
+
+def inside(ctx: DraftContext, shard: Shard) -> ForwardContext:
+    """The context of what is cut as `shard` says: over all ranks, or whole on each."""
+    return ForwardContext(ctx.ops, ctx.kv, TPGroup() if shard.size == 1 else ctx.group)

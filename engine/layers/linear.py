@@ -21,6 +21,19 @@ class ColumnParallelLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class GatheredLinear:
+    """Each rank computes equally many outputs (see `Shard.padded`), which are then put together:
+    input and output are whole on every rank."""
+
+    weight: LinearWeight
+    num_outputs: int  # N; ranks together compute a few more if it does not divide
+
+    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        outputs = ctx.group.all_gather(ctx.ops.linear(x, self.weight))
+        return outputs[..., : self.num_outputs].contiguous()  # [T, N]
+
+
+@dataclass(frozen=True, slots=True)
 class RowParallelLinear:
     """Each rank holds a slice of the inputs; partial outputs are summed over ranks."""
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from engine.models.arch import LlamaArch, bos_token_id, eos_token_ids
 from engine.models.gguf_checkpoint import GGUFCheckpoint
 from engine.models.manifest import Shape, check_manifest, expected_tensors
-from engine.models.source import ModelFiles
+from engine.models.source import BUNDLED_ALIAS, ModelFiles, config_folder, resolve_source
+from engine.models.stored import Stored
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SINGLE_FILE = "model.safetensors"
@@ -37,6 +38,11 @@ class Checkpoint(Protocol):
         the model has no such tensor."""
         ...
 
+    def stored(self, name: str) -> Stored:
+        """One tensor, of which indexing reads what is asked for (of a .gguf file, all of it:
+        its rows are permuted and quantised)."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the model, read one at a time."""
         ...
@@ -50,6 +56,18 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     if files.kind == "gguf":
         return GGUFCheckpoint(files.path)
     return SafetensorsCheckpoint(files.path)
+
+
+def read_arch(source: str, revision: str | None = None) -> LlamaArch:
+    """The shape of a model (see `source.ACCEPTED`), of which no weights need to be here. Raises
+    FileNotFoundError or ValueError as opening it would."""
+    if source == BUNDLED_ALIAS or source.endswith(".gguf"):
+        return open_checkpoint(resolve_source(source, revision)).arch
+    path = config_folder(source, revision) / "config.json"
+    try:
+        return LlamaArch.from_hf_config(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class SafetensorsCheckpoint:
@@ -99,6 +117,10 @@ class SafetensorsCheckpoint:
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._shards[name][1].get_tensor(name)
         return tensor
+
+    def stored(self, name: str) -> Stored:
+        view: Stored = self._shards[name][1].get_slice(name)
+        return view
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in expected_tensors(self.arch):

@@ -71,6 +71,9 @@ class GGUFCheckpoint:
             return undo_rotary_permutation(tensor, self.arch.num_kv_heads)
         return tensor
 
+    def stored(self, name: str) -> Tensor:
+        return self.tensor(name)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in expected_tensors(self.arch):
             yield name, self.tensor(name)

@@ -17,5 +17,5 @@ class TargetModel(Protocol):
         ...
 
     def logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
-        """[R, H] -> [R, V] float32."""
+        """[R, H] -> [R, V / ranks] float32: this rank's slice, see `SpreadLogits`."""
         ...

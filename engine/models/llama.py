@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +12,18 @@ from torch import Tensor
 
 from engine.layers.attention import Attention
 from engine.layers.embedding import LMHead, VocabParallelEmbedding
-from engine.layers.loading import LayerLoader, ReadTensor
+from engine.layers.loading import LayerLoader
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import cos_sin_table
 from engine.models.arch import LlamaArch
+from engine.models.footprint import GIB, held_bytes, layers_with_progress
+from engine.models.stored import ReadStored
+from engine.parallel.shard import WHOLE, Shard, check_degree
 from engine.runner.forward import ForwardBatch, ForwardContext
 from kernels.ops import Ops
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +73,53 @@ class Llama:
 
 
 class LlamaLoader:
-    """Builds a `Llama` from tensors in Hugging Face names, fusing and packing as it reads."""
+    """Builds a rank's part of a `Llama` from tensors in Hugging Face names, fusing and packing as
+    it reads. ValueError if the model cannot be cut into so many parts."""
 
     def __init__(
         self,
         arch: LlamaArch,
-        read: ReadTensor,
+        read: ReadStored,
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
         max_len: int,
+        shard: Shard = WHOLE,
     ) -> None:
+        check_degree(arch, shard.size)
         self._arch = arch
+        self._shard = shard
         cos_sin = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
-        self._blocks = LayerLoader(arch, read, ops, dtype, device, cos_sin.to(device))
+        self._blocks = LayerLoader(arch, read, ops, dtype, device, cos_sin.to(device), shard)
 
     def load(self) -> Llama:
+        started = time.monotonic()
+        model = self._load()
+        if self._shard.rank == 0 and self._blocks.device.type != "meta":
+            logger.info(
+                "loaded %.2f GiB of weights in %.1f s%s",
+                held_bytes(model) / GIB,
+                time.monotonic() - started,
+                "" if self._shard.size == 1 else f", on each of {self._shard.size} ranks",
+            )
+        return model
+
+    def _load(self) -> Llama:
         arch = self._arch
-        embedding = self._blocks.pack("model.embed_tokens")
-        head = embedding if arch.tie_word_embeddings else self._blocks.pack("lm_head")
+        embedding = self._blocks.pack_padded("model.embed_tokens", arch.vocab_size)
+        tied = arch.tie_word_embeddings
+        head = embedding if tied else self._blocks.pack_padded("lm_head", arch.vocab_size)
         return Llama(
             arch=arch,
             embedding=VocabParallelEmbedding(embedding),
-            layers=tuple(self._layer(index) for index in range(arch.num_layers)),
+            layers=tuple(self._layer(index) for index in self._indices()),
             norm=self._blocks.norm("model.norm"),
             head=LMHead(head),
         )
+
+    def _indices(self) -> Iterable[int]:
+        num_layers = self._arch.num_layers
+        return layers_with_progress(num_layers) if self._shard.rank == 0 else range(num_layers)
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix, blocks = f"model.layers.{index}", self._blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ ACCEPTED = (
 )
 # Weights in pickle form can run code when loaded, so they are never fetched nor read.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+CONFIG = ["config.json"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
 
@@ -98,7 +100,20 @@ def _no_safetensors(path: Path) -> Exception:
     )
 
 
-def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
+def config_folder(source: str, revision: str | None = None) -> Path:
+    """The directory with the config.json of `source`, a directory or a hub id, whose weights are
+    not asked for. FileNotFoundError as `resolve_source`."""
+    path = Path(source).expanduser()
+    if not path.exists() and HUB_ID.fullmatch(source):
+        return fetch_from_hub(source, revision, CONFIG)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json at {source!r}; a model is {ACCEPTED}")
+    return path
+
+
+def fetch_from_hub(
+    hub_id: str, revision: str | None = None, patterns: Sequence[str] = HUB_PATTERNS
+) -> Path:
     """The directory of a downloaded snapshot, without pickled weights. FileNotFoundError says why
     there is none."""
     from huggingface_hub import snapshot_download
@@ -106,7 +121,7 @@ def fetch_from_hub(hub_id: str, revision: str | None = None) -> Path:
 
     try:
         folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=HUB_PATTERNS, etag_timeout=HUB_TIMEOUT
+            hub_id, revision=revision, allow_patterns=list(patterns), etag_timeout=HUB_TIMEOUT
         )
     except (HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(_unreachable(hub_id, revision, error)) from error

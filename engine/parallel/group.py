@@ -1,25 +1,54 @@
-"""The ranks that share one target. Collectives appear in the layers' forward, nowhere else."""
+"""The ranks that share one target. Collectives appear where they are called, never in a hook."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class TPGroup:
-    """A tensor-parallel group. One rank today: its collectives are the identity."""
+    """A tensor-parallel group of one rank: its collectives are the identity, at no cost.
 
-    rank: int = 0
-    size: int = 1
+    Several ranks: `DistributedGroup`. All ranks call the same collectives in the same order with
+    tensors of the same shape and dtype, unless stated otherwise.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, same shape."""
-        assert self.size == 1, "groups of several ranks are built by the parallel launcher"
+        """Sum over ranks, same shape. `x` may be overwritten."""
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate the last dimension of all ranks."""
-        assert self.size == 1, "groups of several ranks are built by the parallel launcher"
+        if self.size == 1:
+            return x
+        return self.stack(x).movedim(0, -2).flatten(-2)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks, [ranks, *x.shape]."""
+        return x[None]
+
+    def to_owners(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Swap columns for rows: every rank has some columns of all rows, and gets all columns of
+        its own rows.
+
+        Args:
+            x: [R, W] this rank's columns.
+            counts: how many of the rows, in order, belong to each rank; adds up to R.
+
+        Returns:
+            [counts[rank], ranks * W].
+        """
+        assert list(counts) == [len(x)]
         return x
+
+    def from_first(self, x: Tensor) -> Tensor:
+        """What rank 0 has. `x` may be overwritten."""
+        return x
+
+    def close(self) -> None:
+        """No collective comes any more."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.messages import TokenLogprob
 from engine.models.interface import TargetModel
+from engine.parallel.spread import SpreadLogits
 from engine.request import Request
 from engine.runner.forward import ForwardContext
 from engine.sampling.sampler import Sampler
@@ -17,7 +18,7 @@ from engine.scheduler.plan import RowPlan
 
 def emitted_logprobs(
     sampler: Sampler,
-    logits: Tensor,
+    logits: SpreadLogits,
     at: Tensor,
     emitted: Sequence[Sequence[int]],
     counts: Sequence[int | None],
@@ -25,7 +26,7 @@ def emitted_logprobs(
     """The logprobs of every emitted token; None for rows whose `counts` is None.
 
     Args:
-        logits: [R, V] raw logits of all nodes.
+        logits: raw ones of all R nodes.
         at: [B, max_depth + 1] where in R the node lies that emitted token i of a row.
         emitted: B lists of tokens.
         counts: B numbers of alternatives.
@@ -37,9 +38,9 @@ def emitted_logprobs(
     widest = max(count for _, count in wanted)
     flat = [node for row, _ in wanted for node in at[row].tolist()[: len(emitted[row])]]
     tokens = [token for row, _ in wanted for token in emitted[row]]
-    device = logits.device
-    scored = sampler.logprobs(
-        logits[torch.tensor(flat, device=device)], torch.tensor(tokens, device=device), widest
+    device = logits.own.device
+    scored = logits.logprobs(
+        sampler, torch.tensor(flat, device=device), torch.tensor(tokens, device=device), widest
     )
     first = 0
     for row, count in wanted:
@@ -54,6 +55,7 @@ def prompt_logprobs(
     request: Request,
     hidden: Tensor,
     model: TargetModel,
+    vocab_size: int,
     sampler: Sampler,
     ctx: ForwardContext,
 ) -> tuple[TokenLogprob, ...]:
@@ -61,6 +63,8 @@ def prompt_logprobs(
     targets = request.prompt_ids[row.start + 1 : row.start + 1 + len(row.token_ids)]
     if not targets or request.params.prompt_logprobs is None:
         return ()
-    logits = model.logits(hidden[: len(targets)], ctx)
-    tokens = torch.tensor(targets, dtype=torch.int64, device=logits.device)
-    return tuple(sampler.logprobs(logits, tokens, request.params.prompt_logprobs))
+    local = model.logits(hidden[: len(targets)], ctx)
+    logits = SpreadLogits.of(local, vocab_size, ctx.group)
+    tokens = torch.tensor(targets, dtype=torch.int64, device=local.device)
+    at = torch.arange(len(targets), device=local.device)
+    return tuple(logits.logprobs(sampler, at, tokens, request.params.prompt_logprobs))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from engine.messages import TokenLogprob
 from engine.models.interface import TargetModel
+from engine.parallel.spread import SpreadLogits
+from engine.parallel.trees import share_tree
 from engine.runner.committed import collect_committed
 from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
@@ -74,7 +76,8 @@ class ModelRunner:
         path = None
         if drawing:
             with laps.time(VERIFY):
-                logits = parts.model.logits(hidden[batch.sampled], parts.context)  # [R, V]
+                local = parts.model.logits(hidden[batch.sampled], parts.context)
+                logits = SpreadLogits.of(local, parts.vocab_size, parts.context.group)  # [R, V]
                 result = self._verify(states, tree, batch, logits)
             with laps.time(COMMIT):
                 slots = nodes(batch.slots[batch.sampled], batch, tree)
@@ -137,16 +140,17 @@ class ModelRunner:
             seeds=inputs.to_device(seeds),
         )
         tree = self._parts.proposer.propose(roots, shape)
+        tree = share_tree(tree, shape, self._parts.context.group)
         assert bool((tree.sizes <= roots.max_nodes).all()), "a tree without slots"
         return tree
 
     def _verify(
-        self, states: Sequence[RowState], tree: DraftTree, batch: ForwardBatch, logits: Tensor
+        self, states: Sequence[RowState], tree: DraftTree, batch: ForwardBatch, logits: SpreadLogits
     ) -> VerifyResult:
         """Draw the target's token at every node, then walk."""
         parts = self._parts
         sampling = build_sampling_batch(states, tree, parts.eos_token_ids, parts.vocab_size)
-        drawn = parts.sampler.draw(logits, sampling)  # [R]
+        drawn = logits.draw(parts.sampler, sampling)  # [R]
         return walk(tree, nodes(drawn, batch, tree))
 
     def _emit(
@@ -154,14 +158,14 @@ class ModelRunner:
         states: Sequence[RowState],
         tree: DraftTree,
         batch: ForwardBatch,
-        logits: Tensor,
+        logits: SpreadLogits,
         result: VerifyResult,
     ) -> list[RowOutcome]:
         """Commit the emitted tokens to the sampler's rows and attach their logprobs."""
         emitted = [[t for t in row if t >= 0] for row in result.emitted.tolist()]
         scores: list[tuple[TokenLogprob, ...] | None] = [None] * len(states)
         if any(state.request.params.logprobs is not None for state in states):
-            order = nodes(torch.arange(len(logits)), batch, tree)  # [B, N]
+            order = nodes(torch.arange(logits.num_rows), batch, tree)  # [B, N]
             at = order.gather(1, result.path.clamp(min=0))
             counts = [state.request.params.logprobs for state in states]
             scores = emitted_logprobs(self._parts.sampler, logits, at, emitted, counts)
@@ -200,8 +204,9 @@ class ModelRunner:
             request = self._rows[row.request_id].request
             if request.params.prompt_logprobs is not None:
                 chunk = hidden[first : first + len(row.token_ids)]
+                model, size = self._parts.model, self._parts.vocab_size
                 scores = prompt_logprobs(
-                    row, request, chunk, self._parts.model, self._parts.sampler, self._parts.context
+                    row, request, chunk, model, size, self._parts.sampler, self._parts.context
                 )
                 outcome = replace(outcome, prompt_logprobs=scores)
             rows.append(outcome)

@@ -14,6 +14,24 @@ from kernels.sampling.reference import noise_keys
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probabilities of R tokens, and of the best alternatives to each."""
+
+    chosen: Tensor  # [R]
+    top_ids: Tensor  # [R, k] int64
+    top: Tensor  # [R, k]
+
+    def entries(self, tokens: Tensor) -> list[TokenLogprob]:
+        """As clients hear it, for `tokens` [R]."""
+        ids, chosen = tokens.tolist(), self.chosen.tolist()
+        tops = [
+            list(zip(*pair, strict=True))
+            for pair in zip(self.top_ids.tolist(), self.top.tolist(), strict=True)
+        ]
+        return [TokenLogprob(*entry) for entry in zip(ids, chosen, tops, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
 class Sampler:
     """Stateless: the same logits and parameters give the same tokens on every rank and step."""
 
@@ -41,15 +59,11 @@ class Sampler:
     def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> list[TokenLogprob]:
         """Log-probabilities of `tokens` [R] under the raw `logits` [R, V], with the best `num_top`
         alternatives of each: what the model believed, before penalties and temperature."""
+        return self.scores(logits, tokens, num_top).entries(tokens)
+
+    def scores(self, logits: Tensor, tokens: Tensor, num_top: int) -> TokenScores:
+        """The same as tensors."""
         normaliser = self.ops.logsumexp(logits)  # [R]
-        chosen = (logits.gather(1, tokens[:, None])[:, 0] - normaliser).tolist()
-        ids = tokens.tolist()
-        if num_top == 0:
-            return [TokenLogprob(*pair, []) for pair in zip(ids, chosen, strict=True)]
+        chosen = logits.gather(1, tokens[:, None])[:, 0] - normaliser
         best = logits.topk(num_top, dim=1)
-        values = (best.values - normaliser[:, None]).tolist()
-        tops = [
-            list(zip(top_ids, row, strict=True))
-            for top_ids, row in zip(best.indices.tolist(), values, strict=True)
-        ]
-        return [TokenLogprob(*entry) for entry in zip(ids, chosen, tops, strict=True)]
+        return TokenScores(chosen, best.indices, best.values - normaliser[:, None])

@@ -24,6 +24,8 @@ JOIN_EVERYTHING = (
     "server/draft_evaluation.py",
     "server/draft_training.py",
     "server/draft_swaps.py",
+    "server/rank.py",
+    "server/memory_plan.py",
 )
 # The leaves use these and the standard library only.
 LEAVES = {

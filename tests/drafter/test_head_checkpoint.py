@@ -18,7 +18,9 @@ from drafter.heads.building import LoadedHead
 from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
+from drafter.heads.interface import DraftContext
 from drafter.heads.untrained import eagle3_config, random_eagle3
+from engine.kv.storage import KVStorage
 from engine.models.arch import LlamaArch
 from kernels.ops import Ops
 from kernels.registry import build_ops
@@ -261,7 +263,8 @@ def test_saved_head_is_read_back_bit_by_bit(name: str, reference_ops: Ops, tmp_p
     again = load(path, reference_ops)
     assert (again.arch, again.tap_layers) == (first.arch, first.tap_layers)
     features = tuple(torch.randn(3, HIDDEN) for _ in first.tap_layers)
-    assert torch.equal(again.fuse(features), first.fuse(features))
+    ctx = DraftContext(reference_ops, KVStorage((), ()))
+    assert torch.equal(again.fuse(features, ctx), first.fuse(features, ctx))
     stored = load_file(path / "model.safetensors")
     for key, tensor in tensors.items():
         assert torch.equal(stored[key.replace("layers.0.", "midlayer.")], tensor), key

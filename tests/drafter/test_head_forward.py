@@ -13,13 +13,12 @@ from drafter.checkpoint import load_head
 from drafter.heads.building import LoadedHead
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from engine.kv.storage import KVStorage
+from engine.parallel.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 from tests.drafter.head_formulas import HeadFormulas
 from tests.drafter.published_heads import (
     CPU,
-    HEAD_DIM,
     HIDDEN,
-    KV_HEADS,
     LAYOUTS,
     TARGET,
     VOCAB,
@@ -55,14 +54,15 @@ class Entry:
 class PagedHead:
     """A head with pages full of NaN, so that reading a slot that was never written shows."""
 
-    def __init__(self, head: LoadedHead, ops: Ops) -> None:
+    def __init__(self, head: LoadedHead, ops: Ops, group: TPGroup | None = None) -> None:
         self.head: DraftHead = head
-        kv = KVStorage.allocate(
-            head.arch.num_layers, NUM_BLOCKS, BLOCK, KV_HEADS, HEAD_DIM, torch.float32, CPU
-        )
+        arch = head.arch
+        heads = head.shard.num_kv_heads(arch.num_kv_heads)
+        pages = (NUM_BLOCKS, BLOCK, heads, arch.head_dim)
+        kv = KVStorage.allocate(arch.num_layers, *pages, torch.float32, CPU)
         for pages in (*kv.keys, *kv.values):
             pages.fill_(torch.nan)
-        self.ctx = DraftContext(ops, kv)
+        self.ctx = DraftContext(ops, kv, group or TPGroup())
         self.rows = [Entry([], [], []) for _ in TABLES]
 
     def forward(self, features: Tensor, ids: list[Tensor]) -> Tensor:
@@ -119,7 +119,7 @@ def run_chunks(paged: PagedHead, generator: torch.Generator) -> None:
         taps = tuple(
             torch.randn(sum(lens), HIDDEN, generator=generator) for _ in paged.head.tap_layers
         )
-        paged.forward(paged.head.fuse(taps), ids)
+        paged.forward(paged.head.fuse(taps, paged.ctx), ids)
     for _ in range(3):
         ids = [torch.randint(VOCAB, (1,), generator=generator) for _ in paged.rows]
         paged.forward(torch.cat([row.states[-1][-1:] for row in paged.rows]), ids)
@@ -150,11 +150,11 @@ def test_chunks_over_pages_equal_the_formulas_over_the_whole(
 @torch.inference_mode()
 def test_fuse_equals_the_formula(name: str, ops: Ops, tmp_path: Path) -> None:
     layout, target = LAYOUTS[name], TargetWeights.of(ops)
-    head = load(layout, tmp_path, target)
+    paged = PagedHead(load(layout, tmp_path, target), ops)
     generator = torch.Generator().manual_seed(7)
-    taps = tuple(torch.randn(9, HIDDEN, generator=generator) for _ in head.tap_layers)
+    taps = tuple(torch.randn(9, HIDDEN, generator=generator) for _ in paged.head.tap_layers)
     expected = HeadFormulas(layout, target).fuse(taps)
-    got = head.fuse(taps)
+    got = paged.head.fuse(taps, paged.ctx)
     assert got.shape == (9, layout.hidden)
     torch.testing.assert_close(got.double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
 

@@ -55,7 +55,8 @@ def head(native_ops: Ops, tmp_path_factory: pytest.TempPathFactory) -> DraftHead
     table = cos_sin_table(target.head_dim, 256, target.rope_theta, None)
     read = oracle.state_dict().__getitem__
     blocks = LayerLoader(target, read, native_ops, torch.float32, CPU, table)
-    embedding, lm_head = blocks.pack("model.embed_tokens"), blocks.pack("lm_head")
+    embedding = blocks.pack_padded("model.embed_tokens", target.vocab_size)
+    lm_head = blocks.pack_padded("lm_head", target.vocab_size)
     return load_head(
         folder, target, embedding, lm_head, native_ops, torch.float32, CPU, max_len=256
     )

@@ -11,7 +11,7 @@ import yaml
 from configs.schema import Config
 from tests.support.live_server import child_environment, run_aerie
 
-COMMANDS = ("serve", "config", "prepare", "version")
+COMMANDS = ("serve", "config", "prepare", "plan-memory", "version")
 HEAVY = ("torch", "transformers", "kernels", "drafter", "zmq", "fastapi")
 
 
@@ -77,7 +77,7 @@ def test_config_hides_keys() -> None:
         (["cache.num_blocks=many"], "cache.num_blocks = 'many'"),
         (["cache.num_blocks=[1"], "the value of cache.num_blocks is not YAML"),
         (["kernels.backend=cuda"], "kernels.backend = 'cuda'"),
-        (["--config", "nowhere"], "no configuration file 'nowhere'; shipped ones: smollm2"),
+        (["--config", "nowhere"], "no configuration file 'nowhere'; shipped ones: llama31-8b"),
     ],
 )
 @pytest.mark.parametrize("command", ["config", "serve"])

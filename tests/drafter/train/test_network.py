@@ -107,7 +107,7 @@ def assert_served_as_trained(
     lens = [length - 2 for length in LENGTHS]
     taps = torch.cat([batch.taps[row, :n] for row, n in enumerate(lens)])
     ids = [batch.token_ids[row, 1 : 1 + n] for row, n in enumerate(lens)]
-    served = paged.forward(paged.head.fuse(taps.split(HIDDEN, dim=-1)), ids)
+    served = paged.forward(paged.head.fuse(taps.split(HIDDEN, dim=-1), paged.ctx), ids)
     expected = paged.head.logits(served, paged.ctx)
     torch.testing.assert_close(torch.cat(states), served, atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(torch.cat(logits), expected, atol=TOLERANCE, rtol=TOLERANCE)

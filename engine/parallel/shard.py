@@ -1,0 +1,87 @@
+"""Which part of each tensor a rank of a tensor-parallel group holds. Pure arithmetic, no torch.
+
+Heads and the feed-forward width are cut into equal parts. KV heads are cut too, or, where there are
+fewer of them than ranks, each is held by several neighbouring ranks. Vocabularies, and whatever
+else is cut with `padded`, may have any size: every rank holds the same number of rows, and what the
+last ranks hold behind the end is zeros. Concatenated over ranks, cut off at the true size, the
+parts are the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.models.arch import LlamaArch
+
+MAX_RANKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The share of rank `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, f"rank {self.rank} of {self.size}"
+
+    def even(self, total: int) -> slice:
+        """This rank's part of `total` things that divide by the number of ranks."""
+        assert total % self.size == 0, f"{total} does not divide by {self.size} ranks"
+        width = total // self.size
+        return slice(self.rank * width, (self.rank + 1) * width)
+
+    def kv_heads(self, total: int) -> slice:
+        """The KV heads of this rank: those that its query heads attend to."""
+        if total % self.size == 0:
+            return self.even(total)
+        assert self.size % total == 0, f"{total} KV heads over {self.size} ranks"
+        head = self.rank * total // self.size
+        return slice(head, head + 1)
+
+    def num_kv_heads(self, total: int) -> int:
+        """How many KV heads this rank's cache holds per slot."""
+        heads = self.kv_heads(total)
+        return int(heads.stop - heads.start)
+
+    def padded_width(self, total: int) -> int:
+        """Rows that each rank holds of a vocabulary of `total`, those behind the end counted."""
+        return -(-total // self.size)
+
+    def padded(self, total: int) -> slice:
+        """The true rows among them; an empty slice if all are behind the end."""
+        width = self.padded_width(total)
+        return slice(min(self.rank * width, total), min((self.rank + 1) * width, total))
+
+
+WHOLE = Shard()
+
+
+def kv_copies(num_kv_heads: int, size: int) -> int:
+    """How many ranks hold each KV head."""
+    return max(1, size // num_kv_heads)
+
+
+def degree_fault(arch: LlamaArch, size: int) -> str | None:
+    """Why `arch` cannot be cut into `size` parts, None if it can."""
+    if arch.num_heads % size:
+        return f"{arch.num_heads} attention heads do not divide by {size}"
+    if arch.num_kv_heads % size and size % arch.num_kv_heads:
+        return f"{arch.num_kv_heads} KV heads neither divide by {size} nor divide it"
+    if arch.intermediate_size % size:
+        return f"intermediate_size {arch.intermediate_size} does not divide by {size}"
+    return None
+
+
+def allowed_degrees(arch: LlamaArch) -> list[int]:
+    """Numbers of ranks that `arch` can be cut into."""
+    return [size for size in range(1, MAX_RANKS + 1) if degree_fault(arch, size) is None]
+
+
+def check_degree(arch: LlamaArch, size: int, setting: str = "parallel.tensor") -> None:
+    """ValueError that names the number in the way and the allowed ones, if there is one."""
+    fault = degree_fault(arch, size)
+    if fault is not None:
+        allowed = ", ".join(str(degree) for degree in allowed_degrees(arch))
+        raise ValueError(f"{setting} = {size}: {fault}; this model allows {allowed}")

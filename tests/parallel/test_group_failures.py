@@ -1,0 +1,119 @@
+"""What clients see when a rank is killed or hangs, and what becomes of the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from kernels.registry import build_ops
+from tests.support.live_server import LiveServer, children, wait_gone
+from tests.support.tiny_heads import write_tiny_head
+from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+
+MAX_LEN = 8192
+NUM_STREAMS = 20
+SHORT: dict[str, Any] = {"model": "tiny", "prompt": "the quick", "max_tokens": 8, "temperature": 0}
+ENDLESS = SHORT | {"max_tokens": MAX_LEN - 100, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, native_cache: Path) -> Iterator[LiveServer]:
+    """Three ranks behind a port; each test leaves them serving."""
+    base = tmp_path_factory.mktemp("failures")
+    build_ops("auto", torch.device("cpu"), torch.float32, 1, native_cache)  # compiled once, here
+    spec = TinyLlama(
+        num_heads=3,
+        num_kv_heads=3,
+        hidden_size=96,
+        intermediate_size=96,
+        max_position_embeddings=MAX_LEN,
+    )
+    (base / "model").mkdir()
+    write_tiny_llama(base / "model", spec)
+    with LiveServer(
+        f"model.source={base / 'model'}",
+        "model.served_name=tiny",
+        "model.dtype=float32",
+        f"speculation.draft={write_tiny_head(base / 'head', spec)}",
+        "speculation.tree=chain2",
+        "cache.num_blocks=2048",
+        "parallel.tensor=3",
+        "parallel.timeout=3",
+        f"files.dir={native_cache}",
+    ) as live:
+        yield live
+        handles = [os.pidfd_open(pid) for pid in ranks(live)]
+        assert live.stop() == 0
+        for handle in handles:
+            wait_gone(handle)
+
+
+def ranks(server: LiveServer) -> list[int]:
+    """Rank 0, which is the engine's process, and its followers."""
+    return [server.engine_pid, *sorted(children(server.engine_pid))]
+
+
+def text_of(server: LiveServer) -> str:
+    return str(server.client().completions.create(**SHORT).choices[0].text)
+
+
+def check_service(server: LiveServer, since: int, before: str, lost: list[int]) -> None:
+    """Other ranks say what the `lost` ones said; `since`: how long the log was before."""
+    server.log.wait_for("3 ranks over gloo", since)  # asking all the time would slow their start
+    server.wait_status("/ready", 200)
+    assert set(ranks(server)).isdisjoint(lost)
+    assert text_of(server) == before
+
+
+def check_lost(server: LiveServer, number: signal.Signals, which: int) -> None:
+    """Send a signal to a rank below many streams: all of them end with an error, no rank is left,
+    and service resumes with the same text."""
+    before, client, since = text_of(server), server.client(), len(server.log.text())
+    lost = ranks(server)
+    assert len(lost) == 3
+    handles = [os.pidfd_open(pid) for pid in lost]
+    with ThreadPoolExecutor(NUM_STREAMS) as threads:
+        streams = [client.completions.create(**ENDLESS, stream=True) for _ in range(NUM_STREAMS)]
+        for stream in streams:
+            next(iter(stream))
+        os.kill(lost[which], number)
+        ends = [threads.submit(list, stream) for stream in streams]
+        for end in ends:
+            with pytest.raises(openai.APIError, match="failed to finish"):
+                end.result()
+    for handle in handles:
+        wait_gone(handle)
+    check_service(server, since, before, lost)
+
+
+def test_a_killed_follower_fails_open_requests_and_service_resumes(server: LiveServer) -> None:
+    check_lost(server, signal.SIGKILL, 2)
+    assert "rank 2 has ended" in server.log.text() or "engine failed" in server.log.text()
+
+
+@pytest.mark.parallel
+def test_a_follower_that_hangs_is_noticed_within_the_timeout(server: LiveServer) -> None:
+    check_lost(server, signal.SIGSTOP, 1)
+    assert "a rank does not answer: a step has taken 3 s" in server.log.text()
+
+
+@pytest.mark.parallel
+def test_followers_end_with_rank_0(server: LiveServer) -> None:
+    check_lost(server, signal.SIGKILL, 0)
+
+
+@pytest.mark.parallel
+def test_a_follower_killed_while_idle_is_noticed_too(server: LiveServer) -> None:
+    before, lost, since = text_of(server), ranks(server), len(server.log.text())
+    handle = os.pidfd_open(lost[0])
+    os.kill(lost[1], signal.SIGKILL)
+    wait_gone(handle)
+    check_service(server, since, before, lost)

@@ -1,0 +1,145 @@
+"""A Llama cut over ranks computes what it computes on one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from engine.kv.storage import KVStorage
+from engine.models.arch import LlamaArch
+from engine.models.llama import Llama, LlamaLoader
+from engine.parallel.group import TPGroup
+from engine.parallel.shard import WHOLE, Shard
+from engine.runner.forward import ForwardContext
+from engine.runner.input_builder import InputBuilder
+from engine.scheduler.plan import RowPlan, StepPlan
+from engine.spec.tree import DraftTree
+from kernels.ops import Ops
+from kernels.registry import build_ops
+from tests.support.thread_group import run_ranks
+from tests.support.tiny_engine import random_llama
+
+CPU = torch.device("cpu")
+BLOCK, NUM_BLOCKS = 16, 8
+TOLERANCE = 1e-4  # float32 sums in another order
+VOCAB = 131  # prime
+SHAPE = {"num_attention_heads": 12, "head_dim": 16, "intermediate_size": 144, "hidden_size": 72}
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    num_kv_heads: int
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+BIASED = {"attention_bias": True, "mlp_bias": True}
+TIED = {"tie_word_embeddings": True}
+CASES = {
+    "two ranks": Case(2, 4),
+    "two ranks, tied, biases": Case(2, 12, TIED | BIASED),
+    "three ranks, tied": Case(3, 3, TIED),
+    "three ranks, biases": Case(3, 6, BIASED),
+    "three ranks, one KV head on all": Case(3, 1),
+    "four ranks": Case(4, 12),
+    "four ranks, each KV head on two": Case(4, 2, TIED | BIASED),
+    "four ranks, the last beyond the vocabulary": Case(4, 4, {"vocab_size": 9}),
+}
+
+
+class Runner:
+    """One rank's model over pages full of NaN, so that reading an unwritten slot shows."""
+
+    def __init__(self, model: Llama, ops: Ops, group: TPGroup, shard: Shard) -> None:
+        arch = model.arch
+        heads = shard.num_kv_heads(arch.num_kv_heads)
+        shape = (arch.num_layers, NUM_BLOCKS, BLOCK, heads, arch.head_dim)
+        self.kv = KVStorage.allocate(*shape, torch.float32, CPU)
+        for pages in (*self.kv.keys, *self.kv.values):
+            pages.fill_(torch.nan)
+        self.model = model
+        self.context = ForwardContext(ops, self.kv, group)
+        self.inputs = InputBuilder(4, NUM_BLOCKS * BLOCK, BLOCK, CPU)
+        for request_id in "ab":
+            self.inputs.admit(request_id)
+
+    @torch.inference_mode()
+    def logits(self, *rows: RowPlan) -> Tensor:
+        """[T, V]"""
+        roots = torch.tensor([row.token_ids[-1] for row in rows if row.samples])
+        batch = self.inputs.build(StepPlan(rows=rows), DraftTree.roots(roots))
+        hidden = self.model.forward(batch, self.context)
+        local = self.model.logits(hidden, self.context)
+        whole = self.context.group.all_gather(local)
+        return whole[:, : self.model.arch.vocab_size]
+
+
+def run(runner: Runner) -> list[Tensor]:
+    """Chunks of two prompts, in one batch with each other, then a token of both."""
+    vocab = runner.model.arch.vocab_size
+    one, two = ([at * step % vocab for at in range(1, 40)] for step in (7, 11))
+    steps = [
+        [RowPlan("a", 0, one[:20], [3, 5], samples=True)],
+        [
+            RowPlan("a", 20, one[20:33], [3, 5, 0], samples=True),
+            RowPlan("b", 0, two[:38], [1, 6, 2], samples=True),
+        ],
+        [
+            RowPlan("b", 38, two[38:], [1, 6, 2], samples=True),
+            RowPlan("a", 33, one[33:34], [3, 5, 0], samples=True),
+        ],
+    ]
+    return [runner.logits(*rows) for rows in steps]
+
+
+def load(oracle: LlamaForCausalLM, ops: Ops, shard: Shard) -> Llama:
+    arch = LlamaArch.from_hf_config(oracle.config.to_dict())
+    read = oracle.state_dict().__getitem__
+    return LlamaLoader(arch, read, ops, torch.float32, CPU, 64, shard).load()
+
+
+def heads_of(kv: KVStorage, heads: slice) -> list[Tensor]:
+    return [pages[:, :, heads] for pages in (*kv.keys, *kv.values)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_together_compute_what_one_computes(
+    name: str, backend: Literal["reference", "auto"], native_cache: Path
+) -> None:
+    case = CASES[name]
+    settings = SHAPE | {"vocab_size": VOCAB, "num_key_value_heads": case.num_kv_heads} | case.more
+    oracle = random_llama(**settings)
+
+    def ops() -> Ops:  # native operations of one table run one at a time
+        return build_ops(backend, CPU, torch.float32, 1, native_cache)
+
+    alone_ops = ops()
+    alone = Runner(load(oracle, alone_ops, WHOLE), alone_ops, TPGroup(), WHOLE)
+    expected = run(alone)
+
+    def work(group: TPGroup) -> tuple[list[Tensor], list[Tensor]]:
+        shard, own = Shard(group.rank, group.size), ops()
+        runner = Runner(load(oracle, own, shard), own, group, shard)
+        return run(runner), heads_of(runner.kv, slice(None))
+
+    for rank, (found, pages) in enumerate(run_ranks(case.size, work)):
+        for logits, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(logits, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+        held = Shard(rank, case.size).kv_heads(case.num_kv_heads)
+        close = {"atol": TOLERANCE, "rtol": TOLERANCE, "equal_nan": True}
+        torch.testing.assert_close(pages, heads_of(alone.kv, held), **close)
+
+
+def test_the_oracle_of_ranks_is_that_of_transformers(reference_ops: Ops) -> None:
+    oracle = random_llama(**SHAPE, vocab_size=VOCAB, **BIASED, num_key_value_heads=4)
+    runner = Runner(load(oracle, reference_ops, WHOLE), reference_ops, TPGroup(), WHOLE)
+    with torch.inference_mode():
+        wanted = oracle(torch.tensor([[at * 7 % VOCAB for at in range(1, 21)]])).logits[0]
+    torch.testing.assert_close(run(runner)[0], wanted, atol=TOLERANCE, rtol=TOLERANCE)

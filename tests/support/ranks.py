@@ -1,0 +1,83 @@
+"""Engines of several ranks, used over many cases: processes are started once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.load import load_config
+from configs.resolve import HostFacts, resolve_host
+from engine.core import EngineCore
+from engine.kv.manager import KVManager
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.spec.lookup import Lookup
+from engine.spec.planner import FixedPlanner, Planner
+from server.compose import Engine, build_swappable_engine
+from tests.support.threads import own_torch_threads
+
+NUM_BLOCKS = 256
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """An engine of several ranks, or of one; idle between cases."""
+
+    engine: Engine
+
+    @contextmanager
+    def core(
+        self,
+        planner: Planner | None = None,
+        *,
+        num_blocks: int = NUM_BLOCKS,
+        prefix_caching: bool = True,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 256,
+        max_model_len: int = 256,
+        lookup: bool = False,
+    ) -> Iterator[EngineCore]:
+        """A scheduler of its own, with an empty cache, before the same ranks."""
+        info = self.engine.core.info
+        lookahead = 0 if info.draft is None else 1
+        limits = SchedulerLimits(
+            max_num_seqs, max_num_batched_tokens, max_model_len, lookahead, lookback=lookahead
+        )
+        kv = KVManager(num_blocks, info.block_size, prefix_caching)
+        ends = frozenset(info.eos_token_ids)
+        scheduler = Scheduler(
+            limits,
+            kv,
+            ends,
+            vocab_size=info.vocab_size,
+            lookup=Lookup() if lookup else None,
+        )
+        core = EngineCore(scheduler, self.engine.core.executor, info, planner or FixedPlanner())
+        yield core
+        core.abort_all("the case is over")
+        core.step()  # ranks hear which rows have left
+
+
+@contextmanager
+def started(model: Path, cache: Path, *overrides: str) -> Iterator[Ranks]:
+    """Ranks for the model in the directory `model`, in float32, one thread each."""
+    settings = [
+        f"model.source={model}",
+        "model.dtype=float32",
+        f"cache.num_blocks={NUM_BLOCKS}",
+        "scheduler.max_num_batched_tokens=256",
+        "scheduler.max_num_seqs=16",
+        "speculation.tree=root",
+        "parallel.timeout=120",
+        "parallel.check_every=3",
+        *overrides,
+    ]
+    with own_torch_threads():
+        engine = build_swappable_engine(
+            resolve_host(load_config(None, settings), HostFacts(1, cache))
+        )
+        try:
+            yield Ranks(engine)
+        finally:
+            engine.close()
