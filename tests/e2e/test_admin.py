@@ -70,7 +70,7 @@ def swap(server: LiveServer, path: Path | None) -> httpx.Response:
 def test_heads_are_swapped_below_twenty_streams_without_a_trace(
     make_server: MakeServer, heads: list[Path], tmp_path: Path
 ) -> None:
-    with make_server() as plain:
+    with make_server("speculation.lookup=false") as plain:
         expected = texts(plain)
         assert plain.metrics()["spec_decode_num_drafts_total"] == 0
         assert plain.stop() == 0
