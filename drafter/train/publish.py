@@ -15,6 +15,7 @@ from drafter.train.model_card import ModelCard
 from engine.models.arch import LlamaArch
 
 MAX_SHARD_BYTES = 16_000_000
+HEAD_FILES = ("config.json", "README.md", "*.safetensors", "*.safetensors.index.json")
 
 
 def publish(
@@ -39,13 +40,13 @@ def publish(
         max_shard_bytes: The largest file of weights; None: all weights in one file.
 
     Raises:
-        FileExistsError: `path` exists, and `replace` is not set.
+        FileExistsError: `path` exists, and `replace` is not set or it is no head.
         ValueError: weights that are not finite, do not fit `config` and `target`, or do not fit
             into files of `max_shard_bytes`.
         OSError: it cannot be written; nothing half-written remains.
     """
-    if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists already; say replace to put the new head there")
+    if path.exists():
+        _check_can_go(path, replace=replace)
     stored = {name: _rounded(name, tensor) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
@@ -58,6 +59,20 @@ def publish(
             raise ValueError("target_ids is set, but an 'eagle' head has the target's vocabulary")
         (folder / "README.md").write_text(card.render(), encoding="utf-8")
         _put(folder, path, Path(scratch) / "old")
+
+
+def _check_can_go(path: Path, *, replace: bool) -> None:
+    """A path given by mistake must cost nobody a training run, or a home directory."""
+    if not replace:
+        raise FileExistsError(f"{path} exists already; --replace puts the new head there")
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is no directory, and only a head can be replaced")
+    for entry in path.iterdir():
+        if not entry.is_file() or not any(entry.match(pattern) for pattern in HEAD_FILES):
+            raise FileExistsError(
+                f"{path} holds {entry.name}, which is not of a head ({', '.join(HEAD_FILES)}), and "
+                "only a head can be replaced"
+            )
 
 
 def _rounded(name: str, tensor: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def publish_run(
         max_file_bytes: the largest file of weights; None: one file.
 
     Raises:
-        FileExistsError: `output` exists, and `replace` is not set.
+        FileExistsError: `output` exists, and `replace` is not set or it is no head.
         OSError, ValueError: `run` holds no checkpoint, or a damaged one; or the disk is full.
     """
     overrides = list(overrides)

@@ -121,6 +121,20 @@ def test_an_existing_head_stays_unless_replacing_is_asked_for(
     assert torch.equal(stored["fc.weight"], tensors(2)["fc.weight"].bfloat16())
 
 
+@pytest.mark.parametrize("other", ["notes.txt", "checkpoints/step-000003/weights.safetensors"])
+def test_only_a_head_can_be_replaced(other: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    put(path, tensors())
+    (path / other).parent.mkdir(parents=True, exist_ok=True)
+    (path / other).write_text("hours of work")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="only a head can be replaced"):
+        put(path, tensors(2), replace=True)
+    with pytest.raises(FileExistsError, match="only a head can be replaced"):
+        put(path / other, tensors(2), replace=True)
+    assert contents(tmp_path) == before
+
+
 def disk_is_full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
