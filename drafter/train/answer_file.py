@@ -13,7 +13,7 @@ START = b'{"id": '  # of every line
 
 
 class AnswerFile:
-    """Appends whole lines. `done` holds the ids that the file had when it was opened."""
+    """Appends whole lines. `done` has the messages of what was there when it was opened, by id."""
 
     def __init__(self, path: Path) -> None:
         """Open or create; a torn last line, left by a killed process, is cut off.
@@ -54,9 +54,9 @@ class AnswerFile:
         self._size += len(line)
 
 
-def _scan(path: Path) -> tuple[set[str], int]:
-    """Ids of all complete lines, and their bytes."""
-    done: set[str] = set()
+def _scan(path: Path) -> tuple[dict[str, list[Any]], int]:
+    """Messages of all complete lines by id, and the bytes of those lines."""
+    done: dict[str, list[Any]] = {}
     size = 0
     if not path.exists():
         return done, size
@@ -68,9 +68,12 @@ def _scan(path: Path) -> tuple[set[str], int]:
                     raise _foreign(where)
                 break
             entry = read_object(where, line)
+            messages = entry.get("messages")
             if not isinstance(entry.get("id"), str) or "finish_reason" not in entry:
                 raise _foreign(where)
-            done.add(entry["id"])
+            if not isinstance(messages, list):
+                raise _foreign(where)
+            done[entry["id"]] = messages
             size += len(line)
     return done, size
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -121,13 +121,13 @@ def generate_answers(
 
     Raises:
         OSError: `output` cannot be written; its complete lines stay.
-        ValueError: two prompts share an id, `output` is some other file, or the chat template
-            refuses a prompt.
+        ValueError: two prompts share an id, `output` is some other file or answers another prompt
+            under the id of one, or the chat template refuses a prompt.
     """
     chosen = prompts[: settings.limit]
     _check_distinct(chosen)
     with AnswerFile(output) as file:
-        waiting = [prompt for prompt in chosen if prompt.id not in file.done]
+        waiting = [prompt for prompt in chosen if not _is_answered(prompt, file.done, output)]
         report = GenerationReport(len(chosen), len(chosen) - len(waiting))
         run = _Run(core, codec, file, settings, report)
         run.answer_all(iter(waiting), on_progress)
@@ -284,6 +284,19 @@ class _Run:
             token_ids = token_ids[:-1]
         text = self._codec.decode(token_ids)
         return text.rstrip(INCOMPLETE) if reason is FinishReason.LENGTH else text
+
+
+def _is_answered(prompt: Prompt, done: Mapping[str, list[Any]], output: Path) -> bool:
+    """ValueError where `output` has an answer under this id, but to another prompt."""
+    messages = done.get(prompt.id)
+    if messages is None:
+        return False
+    if messages[: len(prompt.messages)] != list(prompt.messages):
+        raise ValueError(
+            f"{prompt.where}: {output} has an answer under its id, {prompt.id!r}, to another "
+            "prompt; give prompts ids of their own, or remove that file"
+        )
+    return True
 
 
 def _check_distinct(prompts: Sequence[Prompt]) -> None:

@@ -135,6 +135,19 @@ def test_what_is_written_reads_as_conversations(
     assert len(list(read_conversations(path))) == len(lines_of(path))
 
 
+def test_answers_to_other_prompts_are_not_taken_for_those_asked_now(
+    tiny: TinyEngine, codec: ChatCodec, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.jsonl"
+    first, second = PROMPTS[:2]
+    generate_answers(tiny.build(), codec, [first], path, SETTINGS)
+    before = path.read_bytes()
+    changed = replace(second, id=first.id)
+    with pytest.raises(ValueError, match=r"has an answer under its id, .* to another prompt"):
+        generate_answers(tiny.build(), codec, [changed], path, SETTINGS)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("concurrency", [1, 64])
 def test_neither_order_nor_concurrency_changes_an_answer(
     tiny: TinyEngine,
@@ -284,7 +297,11 @@ def test_a_full_disk_is_an_error_and_leaves_complete_lines(
         ('{"id": 3, "finish_reason": "stop"}\n', "out.jsonl:1: not a line of generated answers"),
         ("my notes", "out.jsonl:1: not a line of generated answers"),
         ("my notes\n", "out.jsonl:1: not valid JSON"),
-        ('{"id": "a", "finish_reason": "stop"}\n[]\n', "out.jsonl:2: the line is []"),
+        ('{"id": "a", "finish_reason": "stop"}\n', "out.jsonl:1: not a line of generated answers"),
+        (
+            '{"id": "a", "finish_reason": "stop", "messages": []}\n[]\n',
+            "out.jsonl:2: the line is []",
+        ),
     ],
 )
 def test_some_other_file_is_refused_and_left_alone(
