@@ -116,6 +116,12 @@ def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes:
     facts = ModelFacts(arch.max_position_embeddings, target_block + draft_block, free)
     num_blocks = resolve_model(config, facts).cache.num_blocks
     assert num_blocks is not None
+    if num_blocks * facts.bytes_per_block > free:
+        raise ValueError(
+            f"cache.num_blocks = {num_blocks}: its {num_blocks * facts.bytes_per_block / GIB:.1f} "
+            f"GiB do not fit into the {free / GIB:.1f} GiB that weights leave of "
+            f"{gpu_bytes / GIB:.1f} GiB"
+        )
     return MemoryPlan(
         num_gpus=config.parallel.tensor,
         gpu=gpu_bytes,

@@ -140,7 +140,7 @@ class Lookup:
             if row.draft and row.request_id in self._matches:
                 chance = self._chance(self._matches[row.request_id])
                 chance.observe(result.num_draft, len(result.path))
-            elif result.num_draft:
+            elif row.num_draft:  # none verified: the head has failed, or knows nothing of the row
                 accepted_of_head.append(len(result.path))
         if not all(row.samples and len(row.token_ids) == 1 for row in plan.rows):
             return  # prompts in between: neither time tells anything about decoding

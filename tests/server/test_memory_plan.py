@@ -108,6 +108,12 @@ def test_what_does_not_fit_or_divide_is_refused_with_its_numbers(tmp_path: Path)
         plan_memory(config.model_copy(update={"parallel": parallel}), H100)
 
 
+def test_more_cache_than_there_is_room_for_is_refused(tmp_path: Path) -> None:
+    asked = shipped(tmp_path, "8B", "cache.num_blocks=1000000")
+    with pytest.raises(ValueError, match=r"cache.num_blocks = 1000000: its .* GiB do not fit"):
+        plan_memory(asked, H100)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_plan_is_what_a_rank_holds(

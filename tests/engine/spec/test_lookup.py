@@ -78,6 +78,14 @@ def test_the_head_drafts_where_it_promises_more() -> None:
     assert lookup.draft(seq, 3, 1, has_rival=False) != []
 
 
+def test_a_head_that_ceases_to_draft_is_no_rival_for_long() -> None:
+    lookup, seq = Lookup(), sequence(REPEATING)
+    teach_head(lookup, num_accepted=3, draft_seconds=0.0)
+    for _ in range(100):
+        lookup.observe(decode((), 3, "other"), StepOutcome((RowOutcome((1,)),)))
+    assert lookup.draft(seq, 3, 2, has_rival=True) != []
+
+
 def test_a_row_alone_prefers_the_draft_that_costs_nothing() -> None:
     lookup = Lookup()
     teach_head(lookup, num_accepted=2, draft_seconds=1.0)  # 3 tokens in 2 seconds
