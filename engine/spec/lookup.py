@@ -23,6 +23,7 @@ DECAY = 0.98  # weight of the past per observation
 PRIOR = (0.5, 0.55, 0.6, 0.7, 0.8, 0.85)  # chance of a token, by length of the match
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
 PRIOR_COST = 0.05  # of a node, against that of a step without any
+PROBE_EVERY = 64  # matches of one kind without a draft, and a token is tried all the same
 DRAFTING = "draft"  # the part of a step that is not verification
 
 
@@ -32,6 +33,7 @@ class Chance:
 
     accepted: float
     seen: float = PRIOR_TOKENS
+    passed_over: int = 0  # matches since the last probe
 
     @property
     def value(self) -> float:
@@ -41,6 +43,12 @@ class Chance:
         keep = DECAY ** (num_accepted + 1)
         self.accepted = self.accepted * keep + num_accepted
         self.seen = self.seen * keep + num_accepted + (num_accepted < num_draft)
+
+    def probe(self) -> int:
+        """How many tokens to draft where they promise too little: mostly none, but what is never
+        tried would never be seen to have become better."""
+        self.passed_over = (self.passed_over + 1) % PROBE_EVERY
+        return int(self.passed_over == 0)
 
 
 @dataclass(slots=True)
@@ -120,10 +128,13 @@ class Lookup:
         if length == 0:
             return []
         match = (length, seq.request.params.temperature > 0)
-        chance = self._chance(match).value
+        known = self._chance(match)
+        chance = known.value
         count = min(most, MAX_DRAFT, _worth(chance, self._time.price(num_rows)))
         promise = sum(chance**depth for depth in range(1, count + 1))
         if count < 1 or (has_rival and promise <= self._head.rival(num_rows)):
+            count = known.probe()
+        if count < 1:
             return []
         self._matches[seq.request_id] = match
         return text.continued(place, count)

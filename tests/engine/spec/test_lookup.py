@@ -6,7 +6,7 @@ import pytest
 
 from engine.request import Sequence
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
-from engine.spec.lookup import MAX_DRAFT, Lookup, StepTime, tree_name
+from engine.spec.lookup import MAX_DRAFT, PROBE_EVERY, Lookup, StepTime, tree_name
 from engine.spec.shape import chain
 from tests.support.engines import ask
 
@@ -61,6 +61,16 @@ def test_drafts_that_are_accepted_get_longer_and_others_end() -> None:
     teach(doubted, seq, num_accepted=0)
     assert len(believed.draft(seq, MAX_DRAFT, 8, has_rival=False)) == MAX_DRAFT > len(first)
     assert doubted.draft(seq, MAX_DRAFT, 8, has_rival=False) == []
+
+
+def test_a_bad_spell_is_not_the_end() -> None:
+    seq, lookup = sequence([5, 6] * 20), Lookup()
+    teach(lookup, seq, num_accepted=0)
+    tried = [lookup.draft(seq, MAX_DRAFT, 8, has_rival=False) for _ in range(PROBE_EVERY)]
+    assert [len(draft) for draft in tried if draft] == [1]
+    for _ in range(20 * PROBE_EVERY):
+        teach(lookup, seq, num_accepted=MAX_DRAFT, times=1)
+    assert len(lookup.draft(seq, 4, 8, has_rival=False)) == 4
 
 
 def test_greedy_and_sampled_requests_are_told_apart() -> None:
