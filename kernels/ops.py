@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.sampling.pipeline_reference import DrawSettings
+
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
@@ -78,5 +80,18 @@ class Ops:
     argmax: Callable[[Tensor], Tensor]
     # (logits [R, V] float32) -> [R] float32: log(sum(exp(logits)))
     logsumexp: Callable[[Tensor], Tensor]
+    # (logits [R, V] float32, settings) -> [R] int64 tokens: from edits to noise, see
+    # kernels/sampling/pipeline_reference.py. The logits are left as they are
+    draw: Callable[[Tensor, DrawSettings], Tensor]
+    # (frontier scores [B, K], scores [B, K, W], n) -> tokens [B, K, n] int64 (places in W),
+    # cumulative scores [B, K, n], next frontier [B, n] int64; see kernels/tree/reference.py
+    tree_expand: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    # (candidates' tokens, parents, scores [B, C], root tokens [B], N) -> tokens, parents [B, N]
+    tree_select: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    # (parents [B, N] int64) -> ancestor masks and depths [B, N] int64
+    tree_ancestors: Callable[[Tensor], tuple[Tensor, Tensor]]
+    # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
+    # emitted [B, max_depth + 1]
+    tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     activation_dtype: torch.dtype
     backends: dict[str, str]  # operation -> "reference" | "native" | "triton"

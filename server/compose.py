@@ -248,7 +248,7 @@ def _runner_parts(
     return RunnerParts(
         model=target.model,
         context=ForwardContext(ops, storage, TPGroup(), proposer.tap),
-        inputs=InputBuilder(config.scheduler.max_num_seqs, max_model_len, block_size, device),
+        inputs=InputBuilder(config.scheduler.max_num_seqs, max_model_len, block_size),
         sampler=Sampler(ops),
         proposer=proposer,
         vocab_size=arch.vocab_size,

@@ -13,6 +13,7 @@ from engine.request import Request
 from engine.runner.forward import ForwardContext
 from engine.sampling.sampler import Sampler
 from engine.scheduler.plan import RowPlan
+from engine.transfer import upload
 
 
 def emitted_logprobs(
@@ -26,7 +27,7 @@ def emitted_logprobs(
 
     Args:
         logits: [R, V] raw logits of all nodes.
-        at: [B, max_depth + 1] where in R the node lies that emitted token i of a row.
+        at: [B, max_depth + 1] where in R the node lies that emitted token i of a row; on the host.
         emitted: B lists of tokens.
         counts: B numbers of alternatives.
     """
@@ -37,10 +38,8 @@ def emitted_logprobs(
     widest = max(count for _, count in wanted)
     flat = [node for row, _ in wanted for node in at[row].tolist()[: len(emitted[row])]]
     tokens = [token for row, _ in wanted for token in emitted[row]]
-    device = logits.device
-    scored = sampler.logprobs(
-        logits[torch.tensor(flat, device=device)], torch.tensor(tokens, device=device), widest
-    )
+    places, ids = upload((torch.tensor(flat), torch.tensor(tokens)), logits.device)
+    scored = sampler.logprobs(logits[places], ids, widest)
     first = 0
     for row, count in wanted:
         part = scored[first : first + len(emitted[row])]
@@ -62,5 +61,5 @@ def prompt_logprobs(
     if not targets or request.params.prompt_logprobs is None:
         return ()
     logits = model.logits(hidden[: len(targets)], ctx)
-    tokens = torch.tensor(targets, dtype=torch.int64, device=logits.device)
+    tokens = upload(torch.tensor(targets, dtype=torch.int64), logits.device)
     return tuple(sampler.logprobs(logits, tokens, request.params.prompt_logprobs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,8 @@ from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.laps import COMMIT, DRAFT, VERIFY, Laps
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
-from engine.sampling.batch import RowState, build_sampling_batch, effective_temperature
+from engine.sampling.batch import draw_settings
+from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
 from engine.sampling.sampler import Sampler
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.spec.commit import commit
@@ -24,6 +24,8 @@ from engine.spec.proposer import Proposer, Roots
 from engine.spec.shape import TreeShape
 from engine.spec.tree import DraftTree, VerifyResult
 from engine.spec.verify import walk
+from engine.transfer import download, upload
+from kernels.sampling.pipeline_reference import DrawSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +65,32 @@ class ModelRunner:
         self._turn_over(plan)
         if not plan.rows:
             return StepOutcome()
+        return self._mixed(plan, laps)
+
+    def _mixed(self, plan: StepPlan, laps: Laps) -> StepOutcome:
+        """Any plan: the host sees the trees before they are verified, and the walks after it."""
+        parts = self._parts
         drawing = [row for row in plan.rows if row.samples]
         states = [self._rows[row.request_id] for row in drawing]
         with laps.time(DRAFT):
             tree = self._propose(drawing, states, plan.shape)
         with laps.time(VERIFY):
-            batch = parts.inputs.build(plan, tree)
-            hidden = parts.model.forward(batch, parts.context)  # [T, H]
+            step = _Step.build(parts, plan, tree, states)
+            hidden = parts.model.forward(step.batch, parts.context)  # [T, H]
         emitted: list[RowOutcome] = []
         path = None
         if drawing:
             with laps.time(VERIFY):
-                logits = parts.model.logits(hidden[batch.sampled], parts.context)  # [R, V]
-                result = self._verify(states, tree, batch, logits)
+                logits = parts.model.logits(hidden[step.batch.sampled], parts.context)  # [R, V]
+                result = self._verify(step, logits)
             with laps.time(COMMIT):
-                slots = nodes(batch.slots[batch.sampled], batch, tree)
-                commit(result, slots, parts.context.kv, parts.context.ops)
-                emitted = self._emit(states, tree, batch, logits, result)
+                result = self._commit(step, result)
+                emitted = self._emit(states, step, logits, result)
             path = result.path
         with laps.time(DRAFT):
-            self._extend(plan, emitted, batch, hidden, path)
+            self._extend(plan, emitted, step.on_host, hidden, path)
         return replace(
-            self._report(plan, emitted, batch, hidden),
+            self._report(plan, emitted, step.on_host, hidden),
             seconds=laps.seconds,
             draft_faults=parts.proposer.num_faults,
             draft_failed=parts.proposer.failed,
@@ -109,43 +115,43 @@ class ModelRunner:
         if not any(row.num_draft for row in drawing):
             return DraftTree.roots(tokens)
         params = [state.request.params for state in states]
-        seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
         ends = [row.start + len(row.token_ids) - 1 for row in drawing]
         roots = Roots(
-            lines=inputs.to_device(inputs.lines(drawing)),
+            lines=torch.from_numpy(inputs.lines(drawing)),
             tokens=tokens,
             positions=torch.tensor(ends),
             max_nodes=torch.tensor([1 + row.num_draft for row in drawing]),
-            block_tables=inputs.to_device(inputs.tables(drawing)),
+            block_tables=torch.from_numpy(inputs.tables(drawing)),
             temperatures=torch.tensor([effective_temperature(p) for p in params]),
-            seeds=inputs.to_device(seeds),
+            seeds=torch.from_numpy(unsigned_bits([p.seed for p in params])),
         )
         tree = self._parts.proposer.propose(roots, shape)
         assert bool((tree.sizes <= roots.max_nodes).all()), "a tree without slots"
         return tree
 
-    def _verify(
-        self, states: Sequence[RowState], tree: DraftTree, batch: ForwardBatch, logits: Tensor
-    ) -> VerifyResult:
+    def _verify(self, step: _Step, logits: Tensor) -> VerifyResult:
         """Draw the target's token at every node, then walk."""
-        parts = self._parts
-        sampling = build_sampling_batch(states, tree, parts.eos_token_ids, parts.vocab_size)
-        drawn = parts.sampler.draw(logits, sampling)  # [R]
-        return walk(tree, nodes(drawn, batch, tree))
+        assert step.settings is not None
+        drawn = self._parts.sampler.draw(logits, step.settings)  # [R]
+        return walk(step.tree, nodes(drawn, step.batch, step.tree), self._parts.context.ops)
+
+    def _commit(self, step: _Step, result: VerifyResult) -> VerifyResult:
+        """Move the KV of accepted nodes; returns the result on the host."""
+        context, batch = self._parts.context, step.batch
+        slots = nodes(batch.slots[batch.sampled], batch, step.tree)
+        commit(result, slots, context.kv, context.ops)
+        return download(result)
 
     def _emit(
-        self,
-        states: Sequence[RowState],
-        tree: DraftTree,
-        batch: ForwardBatch,
-        logits: Tensor,
-        result: VerifyResult,
+        self, states: Sequence[RowState], step: _Step, logits: Tensor, result: VerifyResult
     ) -> list[RowOutcome]:
-        """Commit the emitted tokens to the sampler's rows and attach their logprobs."""
+        """Commit the emitted tokens to the sampler's rows and attach their logprobs. `result` is on
+        the host."""
         emitted = [[t for t in row if t >= 0] for row in result.emitted.tolist()]
         scores: list[tuple[TokenLogprob, ...] | None] = [None] * len(states)
+        tree = step.tree_on_host
         if any(state.request.params.logprobs is not None for state in states):
-            order = nodes(torch.arange(len(logits)), batch, tree)  # [B, N]
+            order = nodes(torch.arange(len(logits)), step.on_host, tree)  # [B, N]
             at = order.gather(1, result.path.clamp(min=0))
             counts = [state.request.params.logprobs for state in states]
             scores = emitted_logprobs(self._parts.sampler, logits, at, emitted, counts)
@@ -190,6 +196,29 @@ class ModelRunner:
                 outcome = replace(outcome, prompt_logprobs=scores)
             rows.append(outcome)
         return StepOutcome(tuple(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A plan and its trees, on the host and on the device."""
+
+    on_host: ForwardBatch
+    tree_on_host: DraftTree
+    batch: ForwardBatch
+    tree: DraftTree
+    settings: DrawSettings | None  # None: nothing is drawn
+
+    @classmethod
+    def build(
+        cls, parts: RunnerParts, plan: StepPlan, tree: DraftTree, states: Sequence[RowState]
+    ) -> _Step:
+        """One copy to the device for all of it."""
+        batch = parts.inputs.build(plan, tree)
+        settings = None
+        if states:
+            settings = draw_settings(states, tree, parts.eos_token_ids, parts.vocab_size)
+        there = upload((batch, tree, settings), parts.context.kv.device)
+        return cls(batch, tree, *there)
 
 
 def nodes(values: Tensor, batch: ForwardBatch, tree: DraftTree) -> Tensor:

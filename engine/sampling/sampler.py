@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.messages import TokenLogprob
-from engine.sampling.batch import SamplingBatch
-from engine.sampling.logits import edit_logits, filter_logits
+from engine.transfer import download
 from kernels.ops import Ops
-from kernels.sampling.reference import noise_keys
+from kernels.sampling.pipeline_reference import DrawSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,37 +18,21 @@ class Sampler:
 
     ops: Ops
 
-    def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    def draw(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         """[R, V] float32 logits -> [R] int64 tokens: argmax(log p + noise of seed and position)."""
-        logits = edit_logits(logits, batch)
-        if not batch.any_sampled:
-            return self.ops.argmax(logits)
-        if not batch.any_greedy:
-            return self._draw_sampled(logits, batch, slice(None))
-        drawn = self.ops.argmax(logits)
-        rows = (batch.temperature > 0).nonzero()[:, 0]
-        drawn[rows] = self._draw_sampled(logits[rows], batch, rows)
-        return drawn
-
-    def _draw_sampled(self, logits: Tensor, batch: SamplingBatch, rows: Tensor | slice) -> Tensor:
-        scaled = logits / batch.temperature[rows, None]
-        if batch.any_filtered:
-            scaled = filter_logits(scaled, batch.top_k[rows], batch.top_p[rows], batch.min_p[rows])
-        keys = noise_keys(batch.seeds[rows], batch.positions[rows])
-        return self.ops.gumbel_argmax(scaled, keys)
+        return self.ops.draw(logits, settings)
 
     def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> list[TokenLogprob]:
         """Log-probabilities of `tokens` [R] under the raw `logits` [R, V], with the best `num_top`
         alternatives of each: what the model believed, before penalties and temperature."""
         normaliser = self.ops.logsumexp(logits)  # [R]
-        chosen = (logits.gather(1, tokens[:, None])[:, 0] - normaliser).tolist()
-        ids = tokens.tolist()
+        chosen = logits.gather(1, tokens[:, None])[:, 0] - normaliser
         if num_top == 0:
-            return [TokenLogprob(*pair, []) for pair in zip(ids, chosen, strict=True)]
+            ids, values = (part.tolist() for part in download((tokens, chosen)))
+            return [TokenLogprob(*pair, []) for pair in zip(ids, values, strict=True)]
         best = logits.topk(num_top, dim=1)
-        values = (best.values - normaliser[:, None]).tolist()
-        tops = [
-            list(zip(top_ids, row, strict=True))
-            for top_ids, row in zip(best.indices.tolist(), values, strict=True)
-        ]
-        return [TokenLogprob(*entry) for entry in zip(ids, chosen, tops, strict=True)]
+        scores = best.values - normaliser[:, None]
+        found = download((tokens, chosen, best.indices, scores))
+        ids, values, top_ids, top_values = (part.tolist() for part in found)
+        tops = [list(zip(*row, strict=True)) for row in zip(top_ids, top_values, strict=True)]
+        return [TokenLogprob(*entry) for entry in zip(ids, values, tops, strict=True)]

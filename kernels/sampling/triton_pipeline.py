@@ -52,6 +52,11 @@ def draw(
     return drawn
 
 
+def draw_tokens(logits: Tensor, settings: DrawSettings) -> Tensor:
+    """The operation `draw`: [R] int64 tokens."""
+    return draw(logits, settings).tokens
+
+
 def _new_drawn(logits: Tensor, num_top: int | None) -> Drawn:
     R, device = logits.shape[0], logits.device
     tokens = torch.empty(R, dtype=torch.int64, device=device)
@@ -128,15 +133,10 @@ class _Work:
             },
         )
 
-    @property
-    def is_filtered(self) -> bool:
-        s = self.settings
-        return s.top_k is not None or s.top_p is not None or s.min_p is not None
-
     def launches(self) -> Iterator[Launch]:
         yield self._draw(first=True)
         yield self._decide(first=True)
-        if not self.is_filtered:
+        if not self.settings.is_filtered:
             return
         if self.settings.top_k is not None:
             yield from self._top_k_launches()
