@@ -93,6 +93,9 @@ class KernelsConfig(Section):
         "auto: the fastest here",
     )
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
+    graphs: Literal["auto", "off"] = Field(
+        "auto", description="auto: decode rounds are CUDA graphs on CUDA devices; off: eager"
+    )
 
 
 class ServerConfig(Section):

@@ -11,7 +11,7 @@ from torch import Tensor
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.ranking import Noise, best_children
 from drafter.static_levels import children_of, levels_of
-from engine.kv.slots import Scratch, slots_of
+from engine.kv.slots import Scratch, seen_of, slots_of
 from engine.spec.proposer import Roots
 from engine.spec.shape import DynamicShape, StaticShape, TreeShape
 from engine.spec.tree import DraftTree
@@ -80,7 +80,7 @@ class Grower:
                 prefix_lens=roots.positions.int(),
                 first_keys=self.first_keys,
                 block_tables=roots.block_tables,
-                ancestors=masks.flatten(),
+                ancestors=self._seen(nodes, masks).flatten(),
                 max_q=per_row,
                 max_context=self.max_context,
             ),
@@ -94,6 +94,11 @@ class Grower:
         if self.scratch is None:
             return slots
         return self.scratch.instead_of(slots, nodes < roots.max_nodes[:, None], nodes)
+
+    def _seen(self, nodes: Tensor, masks: Tensor) -> Tensor:
+        if self.scratch is None:
+            return masks
+        return seen_of(masks, nodes < self.roots.max_nodes[:, None])
 
 
 def grow(grower: Grower, shape: TreeShape, root_states: Tensor) -> DraftTree:

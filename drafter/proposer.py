@@ -207,7 +207,9 @@ class DraftProposer:
     ) -> tuple[DraftTree, Tensor]:
         states = self._states[roots.lines]
         sound = states.isfinite().all(dim=1)
-        tree = grow(self._grower(roots, max_context, any_sampled, scratch), shape, states)
+        reach = torch.where(roots.max_nodes > 1, shape.slots_for(1), roots.max_nodes)
+        room = replace(roots, max_nodes=torch.maximum(reach, roots.max_nodes))
+        tree = grow(self._grower(room, max_context, any_sampled, scratch), shape, states)
         sizes = torch.where(sound, roots.max_nodes, roots.max_nodes.clamp(max=1))
         behind = torch.arange(tree.tokens.shape[1], device=sizes.device) >= sizes[:, None]
         return replace(tree, parents=tree.parents.masked_fill(behind, -1), sizes=sizes), sound
@@ -225,7 +227,7 @@ class DraftProposer:
                 prefix_lens=prefix_lens,
                 first_keys=self._first_keys(prefix_lens),
                 block_tables=accepted.block_tables,
-                ancestors=torch.zeros_like(accepted.tokens).flatten(),
+                ancestors=accepted.seen.flatten(),
                 max_q=per_row,
                 max_context=max_context,
             ),

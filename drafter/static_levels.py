@@ -33,7 +33,7 @@ class Levels:
 @functools.lru_cache(maxsize=64)
 def levels_of(shape: StaticShape, device: torch.device) -> Levels:
     def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=torch.int64).to(device)
 
     levels = []
     for depth in range(shape.max_depth):
@@ -63,7 +63,7 @@ def children_of(
         for rank, child in enumerate(children[:width]):
             nodes.append(child)
             candidates.append(place * width + rank)
-    return torch.tensor(nodes, device=device), torch.tensor(candidates, device=device)
+    return torch.tensor(nodes).to(device), torch.tensor(candidates).to(device)
 
 
 def _with_children(shape: StaticShape, depth: int) -> list[int]:

@@ -53,7 +53,12 @@ def download(bundle: Bundle) -> Bundle:
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """The bytes of tensors of one device, one after the other, [bytes] uint8."""
-    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+    return torch.cat([_flat(tensor).view(torch.uint8) for tensor in tensors])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """In one dimension of stride 1, which a tensor of one element need not have."""
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,))
 
 
 def pack(tensors: Sequence[Tensor], *, pinned: bool) -> tuple[Tensor, list[int]]:

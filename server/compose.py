@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from engine.parallel.group import TPGroup
 from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.model_runner import ModelRunner, RunnerParts
+from engine.runner.rounds import RoundSettings
 from engine.runner.warmup import WarmUp, blocks_per_row
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -45,6 +47,8 @@ from server.drafting import (
     drafting_with,
     torch_dtype,
 )
+
+logger = logging.getLogger(__name__)
 
 SCRATCH_ROWS = 16  # sequences that are measured together beside an engine that serves
 
@@ -253,4 +257,15 @@ def _runner_parts(
         proposer=proposer,
         vocab_size=arch.vocab_size,
         eos_token_ids=target.eos_token_ids,
+        rounds=round_settings(config, device),
     )
+
+
+def round_settings(config: Config, device: torch.device) -> RoundSettings | None:
+    """How decode rounds run: on a CUDA device in one go, as CUDA graphs unless switched off; on a
+    CPU the host takes part, which computes less."""
+    if device.type == "cpu":
+        return None
+    graphs = config.kernels.graphs == "auto" and device.type == "cuda"
+    logger.info("decode rounds: %s", "CUDA graphs" if graphs else "eager")
+    return RoundSettings(config.scheduler.max_num_seqs, graphs)

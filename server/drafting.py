@@ -225,10 +225,10 @@ def tree_shape(name: str) -> TreeShape:
 def allocate(
     arch: LlamaArch, num_blocks: int, config: Config, device: torch.device, *, zeroed: bool = False
 ) -> KVStorage:
-    """Pages for every layer of a model."""
+    """Pages for every layer of a model, with one block more: the scratch block of rounds."""
     return KVStorage.allocate(
         arch.num_layers,
-        num_blocks,
+        num_blocks + 1,
         config.cache.block_size,
         arch.num_kv_heads,
         arch.head_dim,

@@ -14,6 +14,13 @@ def slots_of(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor
     return blocks * block_size + positions % block_size
 
 
+def seen_of(ancestors: Tensor, alive: Tensor) -> Tensor:
+    """Ancestor masks [B, n] in which nodes that are not `alive` see the root only. What they wrote
+    lies elsewhere, and their own places may hold anything: NaN there would spread, since zero times
+    NaN is NaN, to all queries that a kernel computes together."""
+    return torch.where(alive, ancestors, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Scratch:
     """A block that belongs to no row: what nobody reads is written there."""

@@ -19,10 +19,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(slots=True)
 class TableRow:
-    """A running sequence's line of the block table, and how much of it is filled."""
+    """A running sequence's line of the block table, and how many of its blocks are final: those in
+    front of the first token of its last plan."""
 
     index: int
-    num_blocks: int = 0
+    num_final: int = 0
 
 
 class InputBuilder:
@@ -56,10 +57,10 @@ class InputBuilder:
         """Block tables of the rows, [B, widest]; takes note of blocks that are new in the plan.
         Blocks behind the computed tokens may have been replaced since the last plan."""
         for row in rows:
-            line, num_blocks = self._rows[row.request_id], len(row.block_ids)
-            first = min(line.num_blocks, row.start // self.block_size)
-            self._tables[line.index, first:num_blocks] = row.block_ids[first:]
-            line.num_blocks = num_blocks
+            line, now = self._rows[row.request_id], row.start // self.block_size
+            first = min(line.num_final, now)
+            self._tables[line.index, first : len(row.block_ids)] = row.block_ids[first:]
+            line.num_final = now
         widest = max(len(row.block_ids) for row in rows)
         return self._tables[self.lines(rows), :widest]
 

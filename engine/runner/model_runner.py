@@ -13,14 +13,15 @@ from engine.models.interface import TargetModel
 from engine.runner.committed import collect_committed
 from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
-from engine.runner.laps import COMMIT, DRAFT, VERIFY, Laps
+from engine.runner.laps import COMMIT, DRAFT, ROUND, VERIFY, Laps
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
+from engine.runner.rounds import Rounds, RoundSettings
 from engine.sampling.batch import draw_settings
 from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
 from engine.sampling.sampler import Sampler
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.spec.commit import commit
-from engine.spec.proposer import Proposer, Roots
+from engine.spec.proposer import Proposer, Roots, RoundProposer
 from engine.spec.shape import TreeShape
 from engine.spec.tree import DraftTree, VerifyResult
 from engine.spec.verify import walk
@@ -39,6 +40,7 @@ class RunnerParts:
     proposer: Proposer
     vocab_size: int
     eos_token_ids: frozenset[int]
+    rounds: RoundSettings | None = None  # None: every step goes through the host, best on a CPU
 
 
 class ModelRunner:
@@ -47,12 +49,14 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
         self._rows: dict[str, RowState] = {}
+        self._rounds = _rounds(parts)
 
     def draft_with(self, proposer: Proposer) -> None:
         """Take trees from another proposer from the next step on. It knows nothing about running
         rows but what they commit from then on."""
         context = replace(self._parts.context, tap=proposer.tap)
         self._parts = replace(self._parts, proposer=proposer, context=context)
+        self._rounds = _rounds(self._parts)
         for request_id in self._rows:
             proposer.admit(self._parts.inputs.line(request_id))
 
@@ -65,6 +69,13 @@ class ModelRunner:
         self._turn_over(plan)
         if not plan.rows:
             return StepOutcome()
+        if self._rounds is not None:
+            states = [self._rows[row.request_id] for row in plan.rows]
+            form = self._rounds.form_of(plan, states)
+            if form is not None:
+                with laps.time(ROUND):
+                    outcomes = self._rounds.run(plan, states, form)
+                return self._finished(StepOutcome(outcomes), laps)
         return self._mixed(plan, laps)
 
     def _mixed(self, plan: StepPlan, laps: Laps) -> StepOutcome:
@@ -89,11 +100,15 @@ class ModelRunner:
             path = result.path
         with laps.time(DRAFT):
             self._extend(plan, emitted, step.on_host, hidden, path)
+        return self._finished(self._report(plan, emitted, step.on_host, hidden), laps)
+
+    def _finished(self, outcome: StepOutcome, laps: Laps) -> StepOutcome:
+        proposer = self._parts.proposer
         return replace(
-            self._report(plan, emitted, step.on_host, hidden),
+            outcome,
             seconds=laps.seconds,
-            draft_faults=parts.proposer.num_faults,
-            draft_failed=parts.proposer.failed,
+            draft_faults=proposer.num_faults,
+            draft_failed=proposer.failed,
         )
 
     def _turn_over(self, plan: StepPlan) -> None:
@@ -104,7 +119,10 @@ class ModelRunner:
         for admission in plan.admitted:
             request = admission.request
             self._rows[request.request_id] = RowState.admit(request, admission.output_ids)
-            self._parts.proposer.admit(self._parts.inputs.admit(request.request_id))
+            line = self._parts.inputs.admit(request.request_id)
+            self._parts.proposer.admit(line)
+            if self._rounds is not None:
+                self._rounds.admit(line)
 
     def _propose(
         self, drawing: Sequence[RowPlan], states: Sequence[RowState], shape: TreeShape
@@ -196,6 +214,20 @@ class ModelRunner:
                 outcome = replace(outcome, prompt_logprobs=scores)
             rows.append(outcome)
         return StepOutcome(tuple(rows))
+
+
+def _rounds(parts: RunnerParts) -> Rounds | None:
+    if parts.rounds is None or not isinstance(parts.proposer, RoundProposer):
+        return None
+    return Rounds(
+        parts.rounds,
+        parts.model,
+        parts.context,
+        parts.inputs,
+        parts.sampler,
+        parts.proposer,
+        parts.vocab_size,
+    )
 
 
 @dataclass(frozen=True, slots=True)

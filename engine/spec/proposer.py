@@ -112,6 +112,7 @@ class Accepted:
     tokens: Tensor  # [B, E] int64
     positions: Tensor  # [B, E] int64
     slots: Tensor  # [B, E] int64, scratch for entries that are none
+    seen: Tensor  # [B, E] int64 bit masks over the entries of the row
     block_tables: Tensor  # [B, max_blocks] int32
 
 

@@ -12,7 +12,7 @@ import torch
 from kernels.native import build
 from kernels.native.build import NativeUnavailableError
 from kernels.ops import Ops
-from kernels.registry import BACKENDS, OPERATIONS, build_ops
+from kernels.registry import BACKENDS, OPERATIONS, TREE_OPERATIONS, build_ops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NOT_A_LIBRARY = (  # a compiler whose result cannot be loaded

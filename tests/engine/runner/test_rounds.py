@@ -1,0 +1,272 @@
+"""Decode rounds in one go on the device give what steps through the host give."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drafter.checkpoint import load_head, save_eagle3
+from drafter.heads.interface import DraftContext, DraftHead
+from drafter.heads.untrained import eagle3_config, random_eagle3
+from drafter.proposer import DraftProposer
+from engine.core import EngineCore
+from engine.kv.storage import KVStorage
+from engine.layers.loading import LayerLoader
+from engine.layers.rotary import cos_sin_table
+from engine.models.arch import LlamaArch
+from engine.request import Request
+from engine.runner.rounds import Rounds, row_counts
+from engine.spec.planner import FixedPlanner
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from kernels.ops import Ops
+from server.drafting import Drafting
+from tests.support import pretend_device
+from tests.support.engines import ask, generate
+from tests.support.pretend_device import PretendDevice
+from tests.support.scripted_proposer import CyclingPlanner
+from tests.support.tiny_engine import TinyEngine, random_llama
+
+CPU = torch.device("cpu")
+DRAFT_IDS = torch.arange(1, 131, 2)
+SHAPES: dict[str, TreeShape] = {
+    "root": ROOT,
+    "chain3": chain(3),
+    "tree": StaticShape("tree", (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
+    "dynamic": DynamicShape("dynamic", 12, 4, 5),
+}
+MAX_LEN = 128
+
+
+@pytest.fixture(scope="module")
+def head_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = LlamaArch.from_hf_config(random_llama().config.to_dict())
+    config = dataclasses.replace(eagle3_config(target, len(DRAFT_IDS)), aux_layers=(0, 1))
+    folder = tmp_path_factory.mktemp("head") / "eagle3"
+    save_eagle3(folder, config, target, random_eagle3(config, target, seed=1, std=0.3), DRAFT_IDS)
+    return folder
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The tiny model with its head, on the CPU or on the pretended device."""
+
+    engine: TinyEngine
+    head_folder: Path
+
+    def load_head(self) -> DraftHead:
+        engine = self.engine
+        arch = LlamaArch.from_hf_config(engine.oracle.config.to_dict())
+        table = cos_sin_table(arch.head_dim, MAX_LEN, arch.rope_theta, None).to(engine.device)
+        read = engine.oracle.state_dict().__getitem__
+        blocks = LayerLoader(arch, read, engine.ops, torch.float32, engine.device, table)
+        shared = blocks.pack("model.embed_tokens"), blocks.pack("lm_head")
+        settings = (engine.ops, torch.float32, engine.device, MAX_LEN)
+        return load_head(self.head_folder, arch, *shared, *settings)
+
+    def build(self, planner: Any) -> tuple[EngineCore, DraftProposer]:
+        """Pages of the head begin as NaN: what was never written shows."""
+        head, engine = self.load_head(), self.engine
+        arch = head.arch
+        pages = KVStorage.allocate(
+            arch.num_layers,
+            engine.num_blocks + 1,
+            16,
+            arch.num_kv_heads,
+            arch.head_dim,
+            torch.float32,
+            engine.device,
+        )
+        for page in (*pages.keys, *pages.values):
+            page.fill_(torch.nan)
+        context = DraftContext(engine.ops, pages)
+        proposer = DraftProposer(head, context, engine.max_num_seqs, arch.hidden_size)
+        return replace(engine, drafting=Drafting(proposer, planner)).build(), proposer
+
+
+def requests() -> list[Request]:
+    """Rows of every kind that rounds take, and some that they leave to the host."""
+    shared = [(7 * i) % 120 + 3 for i in range(40)]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "max_tokens": 41},
+        {"temperature": 0.8, "top_k": 12, "top_p": 0.8, "min_p": 0.01},
+        {"temperature": 1.2, "max_tokens": 40, "min_tokens": 6},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"max_tokens": 3},
+        {"temperature": 0.9, "presence_penalty": 0.5, "max_tokens": 4},
+        {"logprobs": 2, "max_tokens": 5},
+    ]
+    return [
+        ask(f"{at}", shared[: 3 + 5 * at], **({"max_tokens": 33, "seed": at} | kind))
+        for at, kind in enumerate(kinds)
+    ] + [ask("long", shared * 3, max_tokens=50, seed=99, temperature=1.0)]  # to the last position
+
+
+def texts_of(core: EngineCore, only: slice = slice(None)) -> dict[str, list[int]]:
+    heard = generate(core, requests()[only], per_step=2)
+    return {name: record.token_ids for name, record in heard.items()}
+
+
+@pytest.fixture
+def rounds_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Forms of the rounds that were run."""
+    forms: list[Any] = []
+    run = Rounds.run
+
+    def noting(self: Rounds, plan: Any, states: Any, form: Any) -> Any:
+        forms.append(form)
+        return run(self, plan, states, form)
+
+    monkeypatch.setattr(Rounds, "run", noting)
+    return forms
+
+
+@pytest.fixture(scope="module")
+def lab(native_ops: Ops, head_folder: Path) -> Lab:
+    return Lab(TinyEngine(random_llama(), native_ops, max_model_len=MAX_LEN), head_folder)
+
+
+@pytest.fixture(scope="module")
+def plain(lab: Lab) -> dict[str, list[int]]:
+    return texts_of(lab.engine.build())
+
+
+def with_rounds(lab: Lab, **changes: Any) -> Lab:
+    return replace(lab, engine=replace(lab.engine, rounds=True, **changes))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_texts_and_drafts_are_those_of_steps_through_the_host(
+    lab: Lab, plain: dict[str, list[int]], shape: TreeShape, rounds_run: list[Any]
+) -> None:
+    usual, _ = lab.build(FixedPlanner(shape))
+    assert texts_of(usual) == plain
+    assert not rounds_run
+    core, proposer = with_rounds(lab).build(FixedPlanner(shape))
+    assert texts_of(core) == plain
+    assert proposer.num_faults == 0
+    assert not proposer.failed
+    assert {form.shape for form in rounds_run} >= {shape}
+    before, now = usual.stats(), core.stats()
+    for name in ("num_steps", "num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert getattr(now, name) == getattr(before, name), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_num_batched_tokens": 17, "max_num_seqs": 3},
+        {"num_blocks": 11},
+        {"prefix_caching": False, "max_num_seqs": 6},
+    ],
+    ids=["chunked", "preempted", "six-rows"],
+)
+def test_changing_shapes_company_and_memory_do_not_show(
+    lab: Lab, plain: dict[str, list[int]], changes: dict[str, Any], rounds_run: list[Any]
+) -> None:
+    shapes = (*SHAPES.values(), chain(1), ROOT)
+    core, _ = with_rounds(lab, **changes).build(CyclingPlanner(shapes))
+    assert texts_of(core) == plain
+    assert len(rounds_run) > 20
+    if "num_blocks" in changes:
+        assert core.stats().num_preemptions > 0
+
+
+def test_without_a_head_rounds_decode_too(
+    lab: Lab, plain: dict[str, list[int]], rounds_run: list[Any]
+) -> None:
+    assert texts_of(with_rounds(lab).engine.build()) == plain
+    assert {form.shape for form in rounds_run} == {ROOT}
+
+
+def test_a_head_that_gives_nan_costs_speed_only(
+    lab: Lab,
+    plain: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rounds_run: list[Any],
+) -> None:
+    core, proposer = with_rounds(lab).build(FixedPlanner(SHAPES["tree"]))
+    forward = type(proposer._head).forward
+    monkeypatch.setattr(
+        type(proposer._head), "forward", lambda *a: torch.full_like(forward(*a), torch.nan)
+    )
+    with caplog.at_level(logging.WARNING):
+        assert texts_of(core) == plain
+    assert core.stats().num_drafts == 0
+    assert SHAPES["tree"] in {form.shape for form in rounds_run}
+    assert proposer.num_faults == core.stats().num_draft_faults > 0
+    assert len([r for r in caplog.records if "not finite" in r.message]) == 1
+
+
+def on_pretended_device(lab: Lab) -> Lab:
+    ops = pretend_device.operations_of(lab.engine.ops)
+    return replace(lab, engine=replace(lab.engine, ops=ops, device=pretend_device.DEVICE))
+
+
+@pytest.mark.parametrize("shape", [SHAPES["tree"], SHAPES["dynamic"]], ids=lambda s: s.name)
+def test_an_engine_keeps_to_its_device(
+    lab: Lab, plain: dict[str, list[int]], shape: TreeShape, rounds_run: list[Any]
+) -> None:
+    with torch.inference_mode(), PretendDevice():
+        core, proposer = on_pretended_device(lab).build(FixedPlanner(shape))
+        texts = texts_of(core, slice(2, 8))  # the others hold nothing new
+    assert texts == {name: plain[name] for name in texts}
+    assert rounds_run
+    assert not proposer.failed
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_round_is_one_copy_each_way_and_no_wait(lab: Lab, shape: TreeShape) -> None:
+    """The second and later rounds of a form: the first makes its buffers."""
+    counts = []
+    run = Rounds.run
+    with torch.inference_mode(), PretendDevice() as device, pytest.MonkeyPatch.context() as patch:
+
+        def counting(self: Rounds, plan: Any, states: Any, form: Any) -> Any:
+            before = (device.uploads, device.downloads, len(device.waits))
+            outcome = run(self, plan, states, form)
+            after = (device.uploads, device.downloads, len(device.waits))
+            counts.append((form, tuple(b - a for a, b in zip(before, after, strict=True))))
+            return outcome
+
+        patch.setattr(Rounds, "run", counting)
+        core, _ = on_pretended_device(lab).build(FixedPlanner(shape))
+        generate(core, [ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)])
+    again = [count for at, (form, count) in enumerate(counts) if (form in dict(counts[:at]))]
+    assert len(again) > 3
+    assert set(again) == {(1, 1, 0)}
+
+
+def test_the_pretended_device_sees_what_must_not_be() -> None:
+    with PretendDevice() as device:
+        there, here = torch.ones(3).to(pretend_device.DEVICE), torch.ones(3)
+        with pytest.raises(RuntimeError, match="of the host and of the device"):
+            there + here
+        assert device.uploads == 1
+        assert device.downloads == 0
+        there[there > 0]
+        assert bool((there > 0).all())
+        assert there.cpu().tolist() == [1, 1, 1]
+        assert (device.uploads, device.downloads, len(device.waits)) == (1, 1, 2)
+
+
+def test_rows_are_padded_to_few_numbers() -> None:
+    assert row_counts(64) == (1, 2, 4, 8, 16, 32, 64)
+    assert row_counts(1) == (1,)
+    assert row_counts(5) == (1, 2, 4, 5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
