@@ -1,5 +1,5 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
-# make install | test | lint | bench | clean
+# make install | test | lint | bench | gpu-check | clean
 #
 # TORCH is what pip installs as torch. On a GPU box that has its own build, put it in a virtual
 # environment first and say: make install TORCH= VENV=path/to/that/venv
@@ -17,7 +17,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test lint bench clean
+.PHONY: install serve test lint bench gpu-check clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -36,6 +36,10 @@ lint: $(VENV)/.lint-tools
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
+
+# Needs a CUDA device; says so and succeeds without one.
+gpu-check: $(VENV)/.test-tools
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt

@@ -149,9 +149,11 @@ def grow_dynamic(grower: Grower, shape: DynamicShape, root_states: Tensor) -> Dr
     for depth in range(1, shape.max_depth):
         numbers = torch.arange(k, device=root_states.device) + 1 + (depth - 1) * k
         drafted.widen(grower, depth, numbers.expand(grower.num_rows, k), k)
-    candidates = [torch.cat(p, dim=1) for p in (drafted.tokens, drafted.parents, drafted.scores)]
-    num_nodes = min(shape.num_nodes, candidates[0].shape[1] + 1)
-    tokens, parents = ops.tree_select(*candidates, roots.tokens, num_nodes)
+    found, above, scores = (
+        torch.cat(levels, dim=1) for levels in (drafted.tokens, drafted.parents, drafted.scores)
+    )  # [B, C]
+    num_nodes = min(shape.num_nodes, found.shape[1] + 1)
+    tokens, parents = ops.tree_select(found, above, scores, roots.tokens, num_nodes)
     masks, depths = ops.tree_ancestors(parents)
     return DraftTree(
         tokens=tokens,

@@ -95,6 +95,7 @@ def build_swappable_engine(config: Config) -> Engine:
     config = resolve_model(config, _model_facts(config, archs, device))
     drafting = None if draft is None else drafting_with(config, draft, ops, device)
     core, runner = _assemble(config, target, ops, device, drafting or Drafting())
+    runner.prepare([] if draft is None else trees.shapes(draft.facts))
     if draft is not None:
         core.plan_with(trees.planner(draft, lambda: warm_up(config, runner), at_once=True))
     swapper = DraftSwapper(

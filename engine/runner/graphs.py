@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,11 @@ class StaticRound:
 class GraphedRound(StaticRound):
     """The same, captured once and replayed."""
 
-    def __init__(
-        self, body: DecodeRound, form: RoundForm, idle: RoundInputs, pool: tuple[int, int]
-    ) -> None:
-        """`pool`: memory that all graphs share; one runs at a time."""
+    def __init__(self, body: DecodeRound, form: RoundForm, idle: RoundInputs, pool: Any) -> None:
+        """`pool`: handle of the memory that all graphs share; one runs at a time."""
         super().__init__(body, form, idle)
         started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -85,6 +84,10 @@ class RoundCache:
         self._rounds: dict[RoundForm, StaticRound] = {}
         self.seconds = 0.0  # spent on capturing
         self.num_bytes = 0  # that graphs take
+
+    @property
+    def graphs(self) -> bool:
+        return self._pool is not None
 
     def get(self, form: RoundForm, idle: Callable[[], RoundInputs]) -> StaticRound:
         """`idle` makes inputs of the host, all of whose rows are none."""

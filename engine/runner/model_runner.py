@@ -61,6 +61,12 @@ class ModelRunner:
             proposer.admit(self._parts.inputs.line(request_id))
 
     @torch.inference_mode()
+    def prepare(self, shapes: Sequence[TreeShape]) -> None:
+        """Before the first plan: capture the rounds of trees that are likely to come."""
+        if self._rounds is not None:
+            self._rounds.prepare(shapes)
+
+    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutcome:
         parts, laps = self._parts, Laps()
         with laps.time(DRAFT):

@@ -97,9 +97,20 @@ class Rounds:
         return RoundForm(
             num_rows=next(n for n in self._row_counts if n >= len(plan.rows)),
             shape=shape,
-            any_sampled=bool(sampled),
+            any_sampled=bool(sampled) or self._cache.graphs,  # fewer graphs, and they cost no more
             is_filtered=any(p.top_k or p.top_p < 1 or p.min_p > 0 for p in sampled),
         )
+
+    def prepare(self, shapes: Sequence[TreeShape]) -> None:
+        """Capture the graphs of these trees, if there are graphs; the others come when asked for.
+        The largest come first, so that the smaller find memory to share."""
+        if not self._cache.graphs:
+            return
+        for num_rows in reversed(self._row_counts):
+            for shape in dict.fromkeys((ROOT, *shapes)):
+                for is_filtered in (False, True):
+                    form = RoundForm(num_rows, shape, any_sampled=True, is_filtered=is_filtered)
+                    self._cache.get(form, functools.partial(self._idle, form))
 
     def _shape(self, plan: StepPlan) -> TreeShape | None:
         """That of the plan if some row drafts, if the shape can be cut for those that may less."""
