@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from drafter.checkpoint import load_head, save_eagle3
-from drafter.heads.interface import DraftContext, DraftHead
-from drafter.heads.untrained import eagle3_config, random_eagle3
-from drafter.proposer import DraftProposer
 from engine.core import EngineCore
-from engine.kv.storage import KVStorage
-from engine.layers.loading import LayerLoader
-from engine.layers.rotary import cos_sin_table
-from engine.models.arch import LlamaArch
 from engine.request import Request
 from engine.runner.rounds import Rounds, row_counts
 from engine.spec.planner import FixedPlanner
 from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
-from server.drafting import Drafting
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
+from tests.support.head_lab import HeadLab, write_head
 from tests.support.pretend_device import PretendDevice
 from tests.support.scripted_proposer import CyclingPlanner
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-CPU = torch.device("cpu")
-DRAFT_IDS = torch.arange(1, 131, 2)
 SHAPES: dict[str, TreeShape] = {
     "root": ROOT,
     "chain3": chain(3),
@@ -42,52 +30,6 @@ SHAPES: dict[str, TreeShape] = {
     "dynamic": DynamicShape("dynamic", 12, 4, 5),
 }
 MAX_LEN = 128
-
-
-@pytest.fixture(scope="module")
-def head_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = LlamaArch.from_hf_config(random_llama().config.to_dict())
-    config = dataclasses.replace(eagle3_config(target, len(DRAFT_IDS)), aux_layers=(0, 1))
-    folder = tmp_path_factory.mktemp("head") / "eagle3"
-    save_eagle3(folder, config, target, random_eagle3(config, target, seed=1, std=0.3), DRAFT_IDS)
-    return folder
-
-
-@dataclass(frozen=True)
-class Lab:
-    """The tiny model with its head, on the CPU or on the pretended device."""
-
-    engine: TinyEngine
-    head_folder: Path
-
-    def load_head(self) -> DraftHead:
-        engine = self.engine
-        arch = LlamaArch.from_hf_config(engine.oracle.config.to_dict())
-        table = cos_sin_table(arch.head_dim, MAX_LEN, arch.rope_theta, None).to(engine.device)
-        read = engine.oracle.state_dict().__getitem__
-        blocks = LayerLoader(arch, read, engine.ops, torch.float32, engine.device, table)
-        shared = blocks.pack("model.embed_tokens"), blocks.pack("lm_head")
-        settings = (engine.ops, torch.float32, engine.device, MAX_LEN)
-        return load_head(self.head_folder, arch, *shared, *settings)
-
-    def build(self, planner: Any) -> tuple[EngineCore, DraftProposer]:
-        """Pages of the head begin as NaN: what was never written shows."""
-        head, engine = self.load_head(), self.engine
-        arch = head.arch
-        pages = KVStorage.allocate(
-            arch.num_layers,
-            engine.num_blocks + 1,
-            16,
-            arch.num_kv_heads,
-            arch.head_dim,
-            torch.float32,
-            engine.device,
-        )
-        for page in (*pages.keys, *pages.values):
-            page.fill_(torch.nan)
-        context = DraftContext(engine.ops, pages)
-        proposer = DraftProposer(head, context, engine.max_num_seqs, arch.hidden_size)
-        return replace(engine, drafting=Drafting(proposer, planner)).build(), proposer
 
 
 def requests() -> list[Request]:
@@ -129,22 +71,23 @@ def rounds_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def lab(native_ops: Ops, head_folder: Path) -> Lab:
-    return Lab(TinyEngine(random_llama(), native_ops, max_model_len=MAX_LEN), head_folder)
+def lab(native_ops: Ops, tmp_path_factory: pytest.TempPathFactory) -> HeadLab:
+    engine = TinyEngine(random_llama(), native_ops, max_model_len=MAX_LEN)
+    return HeadLab(engine, write_head(engine, tmp_path_factory.mktemp("head") / "eagle3"))
 
 
 @pytest.fixture(scope="module")
-def plain(lab: Lab) -> dict[str, list[int]]:
+def plain(lab: HeadLab) -> dict[str, list[int]]:
     return texts_of(lab.engine.build())
 
 
-def with_rounds(lab: Lab, **changes: Any) -> Lab:
+def with_rounds(lab: HeadLab, **changes: Any) -> HeadLab:
     return replace(lab, engine=replace(lab.engine, rounds=True, **changes))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_texts_and_drafts_are_those_of_steps_through_the_host(
-    lab: Lab, plain: dict[str, list[int]], shape: TreeShape, rounds_run: list[Any]
+    lab: HeadLab, plain: dict[str, list[int]], shape: TreeShape, rounds_run: list[Any]
 ) -> None:
     usual, _ = lab.build(FixedPlanner(shape))
     assert texts_of(usual) == plain
@@ -169,7 +112,7 @@ def test_texts_and_drafts_are_those_of_steps_through_the_host(
     ids=["chunked", "preempted", "six-rows"],
 )
 def test_changing_shapes_company_and_memory_do_not_show(
-    lab: Lab, plain: dict[str, list[int]], changes: dict[str, Any], rounds_run: list[Any]
+    lab: HeadLab, plain: dict[str, list[int]], changes: dict[str, Any], rounds_run: list[Any]
 ) -> None:
     shapes = (*SHAPES.values(), chain(1), ROOT)
     core, _ = with_rounds(lab, **changes).build(CyclingPlanner(shapes))
@@ -180,14 +123,14 @@ def test_changing_shapes_company_and_memory_do_not_show(
 
 
 def test_without_a_head_rounds_decode_too(
-    lab: Lab, plain: dict[str, list[int]], rounds_run: list[Any]
+    lab: HeadLab, plain: dict[str, list[int]], rounds_run: list[Any]
 ) -> None:
     assert texts_of(with_rounds(lab).engine.build()) == plain
     assert {form.shape for form in rounds_run} == {ROOT}
 
 
 def test_a_head_that_gives_nan_costs_speed_only(
-    lab: Lab,
+    lab: HeadLab,
     plain: dict[str, list[int]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -206,14 +149,14 @@ def test_a_head_that_gives_nan_costs_speed_only(
     assert len([r for r in caplog.records if "not finite" in r.message]) == 1
 
 
-def on_pretended_device(lab: Lab) -> Lab:
+def on_pretended_device(lab: HeadLab) -> HeadLab:
     ops = pretend_device.operations_of(lab.engine.ops)
     return replace(lab, engine=replace(lab.engine, ops=ops, device=pretend_device.DEVICE))
 
 
 @pytest.mark.parametrize("shape", [SHAPES["tree"], SHAPES["dynamic"]], ids=lambda s: s.name)
 def test_an_engine_keeps_to_its_device(
-    lab: Lab, plain: dict[str, list[int]], shape: TreeShape, rounds_run: list[Any]
+    lab: HeadLab, plain: dict[str, list[int]], shape: TreeShape, rounds_run: list[Any]
 ) -> None:
     with torch.inference_mode(), PretendDevice():
         core, proposer = on_pretended_device(lab).build(FixedPlanner(shape))
@@ -224,7 +167,7 @@ def test_an_engine_keeps_to_its_device(
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_round_is_one_copy_each_way_and_no_wait(lab: Lab, shape: TreeShape) -> None:
+def test_a_round_is_one_copy_each_way_and_no_wait(lab: HeadLab, shape: TreeShape) -> None:
     """The second and later rounds of a form: the first makes its buffers."""
     counts = []
     run = Rounds.run
