@@ -268,7 +268,8 @@ def _report_launch(
 
 
 def example_launches(logits: Tensor) -> list[Launch]:
-    """Those of a batch that uses everything, and of one with top-p alone, for compile checks."""
+    """Those of a batch that uses everything, of one with top-p alone, and of decode rounds with and
+    without filters, for compile checks."""
     R, V = logits.shape
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -282,5 +283,7 @@ def example_launches(logits: Tensor) -> list[Launch]:
     everything = DrawSettings(row, whole, whole, whole, row, row, edits, mask)
     top_p = DrawSettings(row, whole, whole, top_p=row)
     found = [*_launches(logits, everything, _new_drawn(logits, 20), TILE)]
-    found += _launches(logits, top_p, _new_drawn(logits, None), TILE)
+    rounds = DrawSettings(row, whole, whole), DrawSettings(row, whole, whole, whole, row, row)
+    for settings in (top_p, *rounds):
+        found += _launches(logits, settings, _new_drawn(logits, None), TILE)
     return list({launch.name: launch for launch in found}.values())
