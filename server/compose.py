@@ -258,15 +258,17 @@ def _runner_parts(
         proposer=proposer,
         vocab_size=arch.vocab_size,
         eos_token_ids=target.eos_token_ids,
-        rounds=round_settings(config, device),
+        rounds=round_settings(config, ops, device),
     )
 
 
-def round_settings(config: Config, device: torch.device) -> RoundSettings | None:
-    """How decode rounds run: on a CUDA device in one go, as CUDA graphs unless switched off; on a
-    CPU the host takes part, which computes less."""
+def round_settings(config: Config, ops: Ops, device: torch.device) -> RoundSettings | None:
+    """How decode rounds run: on a CUDA device in one go, as CUDA graphs unless switched off or the
+    kernels are references, which wait for the device; on a CPU the host takes part, which computes
+    less."""
     if device.type == "cpu":
         return None
-    graphs = config.kernels.graphs == "auto" and device.type == "cuda"
+    capturable = device.type == "cuda" and ops.backends["attention"] == "triton"
+    graphs = capturable and config.kernels.graphs == "auto"
     logger.info("decode rounds: %s", "CUDA graphs" if graphs else "eager")
     return RoundSettings(config.scheduler.max_num_seqs, graphs)

@@ -98,7 +98,11 @@ class RoundCache:
     def _make(self, form: RoundForm, idle: RoundInputs) -> StaticRound:
         if self._pool is None:
             return StaticRound(self._body, form, idle)
-        graphed = GraphedRound(self._body, form, idle, self._pool)
+        try:
+            graphed = GraphedRound(self._body, form, idle, self._pool)
+        except RuntimeError:  # out of memory, or something that cannot be captured
+            logger.exception("no CUDA graph for %s: such rounds run without one", form)
+            return StaticRound(self._body, form, idle)
         self.seconds += graphed.seconds
         self.num_bytes += graphed.num_bytes
         logger.info(

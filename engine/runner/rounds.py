@@ -127,6 +127,7 @@ class Rounds:
         limits = np.array([1 + row.num_draft for row in rows], dtype=np.int64)
         if not (limits > 1).any():
             return limits
+        self._proposer.settle()  # what was put off makes states known
         starts = torch.tensor([row.start for row in rows])
         known = self._proposer.knows(torch.from_numpy(self._inputs.lines(rows)), starts)
         return np.where(known.numpy(), limits, 1)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from configs.schema import Config, KernelsConfig
 from engine.core import EngineCore
 from engine.request import Request
-from engine.runner.rounds import Rounds, row_counts
+from engine.runner.rounds import Rounds, RoundSettings, row_counts
 from engine.spec.planner import FixedPlanner
 from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
+from server.compose import round_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
 from tests.support.head_lab import HeadLab, write_head
@@ -199,6 +201,16 @@ def test_the_pretended_device_sees_what_must_not_be() -> None:
         assert bool((there > 0).all())
         assert there.cpu().tolist() == [1, 1, 1]
         assert (device.uploads, device.downloads, len(device.waits)) == (1, 1, 2)
+
+
+def test_graphs_are_for_triton_kernels_on_cuda_devices(reference_ops: Ops) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    triton = replace(reference_ops, backends={"attention": "triton"})
+    off = Config(kernels=KernelsConfig(graphs="off"))
+    assert round_settings(Config(), triton, gpu) == RoundSettings(64, graphs=True)
+    assert round_settings(off, triton, gpu) == RoundSettings(64, graphs=False)
+    assert round_settings(Config(), reference_ops, gpu) == RoundSettings(64, graphs=False)
+    assert round_settings(Config(), triton, cpu) is None
 
 
 def test_rows_are_padded_to_few_numbers() -> None:
