@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from configs.schema import Config, KernelsConfig
 from engine.core import EngineCore
 from engine.request import Request
 from engine.runner.rounds import Rounds, RoundSettings, row_counts
+from engine.scheduler.plan import RowPlan
 from engine.spec.planner import FixedPlanner
 from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
@@ -201,6 +204,32 @@ def test_the_pretended_device_sees_what_must_not_be() -> None:
         assert bool((there > 0).all())
         assert there.cpu().tolist() == [1, 1, 1]
         assert (device.uploads, device.downloads, len(device.waits)) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_block_tables_on_the_device_follow_the_plans(lab: HeadLab, seed: int) -> None:
+    """Blocks from the root's on may be others in the next plan; more can be new than fit."""
+    rng = random.Random(seed)
+    rounds = with_rounds(lab).engine.build().executor._rounds  # type: ignore[attr-defined]
+    lines, starts = np.array([3, 0, 7]), [0, 0, 0]
+    tables, ids = rounds._tables, [[0] * 8, [0] * 8, [0] * 8]
+    for _ in range(20):
+        if rng.random() < 0.2:
+            rounds.admit(0)
+            starts[1] = 0
+        for row, start in enumerate(starts):
+            first = start // 16
+            ids[row][first:] = [rng.randrange(128) for _ in range(8 - first)]
+        rows = [
+            RowPlan("", start, [5], blocks[: start // 16 + rng.randint(1, 3)], samples=True)
+            for start, blocks in zip(starts, ids, strict=True)
+        ]
+        places, blocks = rounds._new_blocks(rows, lines, room=4)
+        tables.view(-1)[torch.from_numpy(places)] = torch.from_numpy(blocks)
+        for row, line in zip(rows, lines.tolist(), strict=True):
+            assert tables[line, : len(row.block_ids)].tolist() == row.block_ids
+        assert (tables[-1] == rounds._scratch.block).all()
+        starts = [min(start + rng.randint(0, 20), 127) for start in starts]
 
 
 def test_graphs_are_for_triton_kernels_on_cuda_devices(reference_ops: Ops) -> None:
