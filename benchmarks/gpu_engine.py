@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.kernels import copy_bandwidth
@@ -31,7 +33,7 @@ from engine.models.manifest import expected_tensors
 from engine.request import Request, SamplingParams
 from engine.runner.graphs import GraphedRound
 from engine.spec.planner import FixedPlanner
-from engine.spec.proposer import RootProposer, Roots
+from engine.spec.proposer import Ints, RootProposer, Roots
 from engine.spec.shape import ROOT, StaticShape, TreeShape, chain
 from engine.spec.tree import DraftTree
 from kernels.ops import Ops
@@ -133,8 +135,8 @@ class RepeatingProposer(RootProposer):
 
     lookahead = 0
 
-    def knows(self, lines: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
-        return torch.ones_like(lines, dtype=torch.bool)
+    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:  # noqa: ARG002
+        return np.ones(len(lines), dtype=np.bool_)
 
     def draft(
         self,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from drafter.growing import Grower, grow
@@ -13,7 +15,7 @@ from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.pending import Pending
 from drafter.taps import FeatureCollector
 from engine.kv.slots import Scratch
-from engine.spec.proposer import Accepted, Committed, Roots
+from engine.spec.proposer import Accepted, Committed, Ints, Roots
 from engine.spec.shape import StaticShape, TreeShape
 from engine.spec.tree import DraftTree
 from engine.transfer import download, upload
@@ -64,7 +66,7 @@ class DraftProposer:
         self._states = torch.zeros(
             num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=self._device
         )
-        self._positions = torch.full((num_lines + 1,), -1, dtype=torch.int64)  # of the states
+        self._positions = np.full(num_lines + 1, -1, dtype=np.int64)  # of the states
         self._warned = False
         self._max_pending = max_pending
         self._pending = Pending()
@@ -124,7 +126,7 @@ class DraftProposer:
         self._pending = Pending()
         counts = parts.cu.diff()
         last = parts.cu[1:].long() - 1
-        self._positions[parts.lines] = parts.positions[last]
+        self._positions[parts.lines.numpy()] = parts.positions[last].numpy()
         max_q, max_context = int(counts.max()), int(parts.positions.max()) + 1
         prefix_lens = (parts.positions[last] + 1 - counts).int()
         committed, last, prefix_lens = upload((parts, last, prefix_lens), self._device)
@@ -185,7 +187,8 @@ class DraftProposer:
 
     def _ready(self, roots: Roots) -> Tensor:
         """Rows that may draft and whose root's state is known and sound, [B] bool."""
-        wanted = (roots.max_nodes > 1) & self.knows(roots.lines, roots.positions)
+        known = self.knows(roots.lines.numpy(), roots.positions.numpy())
+        wanted = (roots.max_nodes > 1) & torch.from_numpy(known)
         if not bool(wanted.any()):
             return wanted
         lines = upload(roots.lines, self._device)
@@ -193,8 +196,9 @@ class DraftProposer:
         self.count_faults(int((wanted & ~sound).sum()))
         return wanted & sound
 
-    def knows(self, lines: Tensor, positions: Tensor) -> Tensor:
-        return self._positions[lines] == positions
+    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:
+        known: NDArray[np.bool_] = self._positions[lines] == positions
+        return known
 
     def count_faults(self, count: int) -> None:
         self.num_faults += count
@@ -235,7 +239,7 @@ class DraftProposer:
         features = self.tap.take(accepted.features.flatten())
         self._take_in(batch, features, accepted.lines, first_of_row[:-1] + accepted.last)
 
-    def absorbed(self, lines: Tensor, positions: Tensor) -> None:
+    def absorbed(self, lines: Ints, positions: Ints) -> None:
         self._positions[lines] = positions
 
     def _first_keys(self, prefix_lens: Tensor) -> Tensor:

@@ -77,10 +77,10 @@ class ModelRunner:
             return StepOutcome()
         if self._rounds is not None:
             states = [self._rows[row.request_id] for row in plan.rows]
-            form = self._rounds.form_of(plan, states)
-            if form is not None:
+            planned = self._rounds.plan(plan, states)
+            if planned is not None:
                 with laps.time(ROUND):
-                    outcomes = self._rounds.run(plan, states, form)
+                    outcomes = self._rounds.run(plan, states, planned)
                 return self._finished(StepOutcome(outcomes), laps)
         return self._mixed(plan, laps)
 

@@ -37,6 +37,15 @@ class RoundSettings:
     graphs: bool  # captured as CUDA graphs
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedRound:
+    """A plan that is a round."""
+
+    form: RoundForm
+    lines: Ints  # [rows]
+    limits: Ints  # [rows] nodes, the root included
+
+
 def row_counts(max_num_seqs: int) -> tuple[int, ...]:
     """Numbers of rows that rounds are made for; others are padded to the next."""
     return (*(n for n in FIRST_ROWS if n < max_num_seqs), max_num_seqs)
@@ -84,22 +93,25 @@ class Rounds:
         """Another sequence takes this line."""
         self._final[line] = 0
 
-    def form_of(self, plan: StepPlan, states: Sequence[RowState]) -> RoundForm | None:
+    def plan(self, plan: StepPlan, states: Sequence[RowState]) -> PlannedRound | None:
         """The round that carries out this plan; None if none does. `states`: of its rows."""
         plain = all(row.samples and len(row.token_ids) == 1 for row in plan.rows)
         if not plain or self._proposer.failed or any(map(_wants_more, states)):
             return None
-        params = [state.request.params for state in states]
-        sampled = [p for p in params if effective_temperature(p) > 0]
-        shape = self._shape(plan)
+        lines = self._inputs.lines(plan.rows)
+        limits = self._limits(plan.rows, lines)
+        shape = _shape(plan, limits)
         if shape is None:
             return None
-        return RoundForm(
+        params = [state.request.params for state in states]
+        sampled = [p for p in params if effective_temperature(p) > 0]
+        form = RoundForm(
             num_rows=next(n for n in self._row_counts if n >= len(plan.rows)),
             shape=shape,
             any_sampled=bool(sampled) or self._cache.graphs,  # fewer graphs, and they cost no more
             is_filtered=any(p.top_k or p.top_p < 1 or p.min_p > 0 for p in sampled),
         )
+        return PlannedRound(form, lines, np.minimum(limits, shape.num_nodes))
 
     def prepare(self, shapes: Sequence[TreeShape]) -> None:
         """Capture the graphs of these trees, if there are graphs; the others come when asked for.
@@ -112,36 +124,24 @@ class Rounds:
                     form = RoundForm(num_rows, shape, any_sampled=True, is_filtered=is_filtered)
                     self._cache.get(form, functools.partial(self._idle, form))
 
-    def _shape(self, plan: StepPlan) -> TreeShape | None:
-        """That of the plan if some row drafts, if the shape can be cut for those that may less."""
-        limits = self._limits(plan.rows)
-        if not (limits > 1).any():
-            return ROOT
-        drafting = limits[limits > 1]
-        if isinstance(plan.shape, DynamicShape) and (drafting < plan.shape.num_nodes).any():
-            return None
-        return plan.shape
-
-    def _limits(self, rows: Sequence[RowPlan]) -> Ints:
+    def _limits(self, rows: Sequence[RowPlan], lines: Ints) -> Ints:
         """Nodes of each row, the root included."""
         limits = np.array([1 + row.num_draft for row in rows], dtype=np.int64)
         if not (limits > 1).any():
             return limits
         self._proposer.settle()  # what was put off makes states known
-        starts = torch.tensor([row.start for row in rows])
-        known = self._proposer.knows(torch.from_numpy(self._inputs.lines(rows)), starts)
-        return np.where(known.numpy(), limits, 1)
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        return np.where(self._proposer.knows(lines, starts), limits, 1)
 
     def run(
-        self, plan: StepPlan, states: Sequence[RowState], form: RoundForm
+        self, plan: StepPlan, states: Sequence[RowState], planned: PlannedRound
     ) -> tuple[RowOutcome, ...]:
-        """Carry out a plan, whose form was asked for just before; tells the row states."""
+        """Carry out a plan, as was planned just before; tells the row states."""
         self._proposer.settle()
-        limits = np.minimum(self._limits(plan.rows), form.shape.num_nodes)
-        lines = self._inputs.lines(plan.rows)
-        inputs = self._padded(form, plan.rows, states, lines, limits)
+        form = planned.form
+        inputs = self._padded(form, plan.rows, states, planned.lines, planned.limits)
         outputs = self._cache.get(form, functools.partial(self._idle, form)).run(inputs)
-        return self._outcomes(plan.rows, states, lines, limits, outputs)
+        return self._outcomes(plan.rows, states, planned, outputs)
 
     def _idle(self, form: RoundForm) -> RoundInputs:
         return self._padded(form, [], [], np.empty(0, np.int64), np.empty(0, np.int64))
@@ -150,16 +150,14 @@ class Rounds:
         self,
         rows: Sequence[RowPlan],
         states: Sequence[RowState],
-        lines: Ints,
-        limits: Ints,
+        planned: PlannedRound,
         outputs: RoundOutputs,
     ) -> tuple[RowOutcome, ...]:
-        count = len(rows)
+        count, limits = len(rows), planned.limits
         sound = outputs.sound[:count].numpy()
         self._proposer.count_faults(int(((limits > 1) & ~sound).sum()))
         newest = np.array([row.start + 1 for row in rows]) + outputs.num_accepted[:count].numpy()
-        newest = np.minimum(newest, self._ends(rows) - 1)
-        self._proposer.absorbed(torch.from_numpy(lines), torch.from_numpy(newest))
+        self._proposer.absorbed(planned.lines, np.minimum(newest, self._ends(rows) - 1))
         outcomes = []
         drafted = np.where(sound, limits - 1, 0).tolist()
         found = (outputs.emitted[:count].tolist(), outputs.path[:count].tolist(), drafted)
@@ -236,6 +234,16 @@ class Rounds:
         device = self._tables.device
         at = torch.tensor(places).to(device)
         self._tables.view(-1)[at] = torch.tensor(blocks, dtype=torch.int32).to(device)
+
+
+def _shape(plan: StepPlan, limits: Ints) -> TreeShape | None:
+    """That of the plan if some row drafts, and if it can be cut for those that may less."""
+    drafting = limits[limits > 1]
+    if len(drafting) == 0:
+        return ROOT
+    if isinstance(plan.shape, DynamicShape) and (drafting < plan.shape.num_nodes).any():
+        return None
+    return plan.shape
 
 
 def _wants_more(state: RowState) -> bool:

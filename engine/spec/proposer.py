@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kv.slots import Scratch
 from engine.spec.shape import TreeShape
 from engine.spec.tree import DraftTree
 from engine.taps import FeatureTap
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ class RoundProposer(Proposer, Protocol):
     """A proposer that can be part of a round on the device, see `runner/decode_round.py`. `draft`
     and `absorb` never wait for the device: a CUDA graph can hold them."""
 
-    def knows(self, lines: Tensor, positions: Tensor) -> Tensor:
+    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:
         """On the host: whether the state of each line [B] is that of its root [B]; [B] bool."""
         ...
 
@@ -145,7 +149,7 @@ class RoundProposer(Proposer, Protocol):
         """Take in what the round committed; the tap has seen its forward."""
         ...
 
-    def absorbed(self, lines: Tensor, positions: Tensor) -> None:
+    def absorbed(self, lines: Ints, positions: Ints) -> None:
         """On the host, afterwards: the position of each line's newest entry."""
         ...
 
@@ -174,8 +178,8 @@ class RootProposer:
     def extend(self, committed: Committed, hidden: Tensor) -> None:
         """Nothing to learn: a root needs no draft state."""
 
-    def knows(self, lines: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002  (nothing to know)
-        return torch.zeros_like(lines, dtype=torch.bool)
+    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:  # noqa: ARG002
+        return np.zeros(len(lines), dtype=np.bool_)
 
     def draft(
         self,
@@ -190,7 +194,7 @@ class RootProposer:
     def absorb(self, accepted: Accepted, max_context: int) -> None:
         """Nothing to learn."""
 
-    def absorbed(self, lines: Tensor, positions: Tensor) -> None:
+    def absorbed(self, lines: Ints, positions: Ints) -> None:
         """Nothing was."""
 
     def count_faults(self, count: int) -> None:

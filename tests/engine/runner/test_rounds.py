@@ -67,9 +67,9 @@ def rounds_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     forms: list[Any] = []
     run = Rounds.run
 
-    def noting(self: Rounds, plan: Any, states: Any, form: Any) -> Any:
-        forms.append(form)
-        return run(self, plan, states, form)
+    def noting(self: Rounds, plan: Any, states: Any, planned: Any) -> Any:
+        forms.append(planned.form)
+        return run(self, plan, states, planned)
 
     monkeypatch.setattr(Rounds, "run", noting)
     return forms
@@ -178,11 +178,11 @@ def test_a_round_is_one_copy_each_way_and_no_wait(lab: HeadLab, shape: TreeShape
     run = Rounds.run
     with torch.inference_mode(), PretendDevice() as device, pytest.MonkeyPatch.context() as patch:
 
-        def counting(self: Rounds, plan: Any, states: Any, form: Any) -> Any:
+        def counting(self: Rounds, plan: Any, states: Any, planned: Any) -> Any:
             before = (device.uploads, device.downloads, len(device.waits))
-            outcome = run(self, plan, states, form)
+            outcome = run(self, plan, states, planned)
             after = (device.uploads, device.downloads, len(device.waits))
-            counts.append((form, tuple(b - a for a, b in zip(before, after, strict=True))))
+            counts.append((planned.form, tuple(b - a for a, b in zip(before, after, strict=True))))
             return outcome
 
         patch.setattr(Rounds, "run", counting)
