@@ -35,10 +35,10 @@ class DraftProposer:
     themselves. After each step the newest token of a row (its next root) has its entry already, and
     its state is kept per line until `propose` grows a tree from it.
 
-    While nothing is drafted, plain decode steps only collect features, and the head takes them in
-    together: once there are `max_pending` tokens, before the next tree, prompt or drafted token,
-    and before rows come or go. So nobody finds a block of the prefix cache without its entries,
-    and no entry is written to a block that has passed to another row.
+    While it drafts nothing, steps only collect features, and the head takes them in together: once
+    there are `max_pending` tokens, before its next tree, and before rows come or go. So nobody
+    finds a block of the prefix cache without its entries, and no entry is written to a block that
+    has passed to another row.
     """
 
     lookahead = 1
@@ -114,8 +114,7 @@ class DraftProposer:
         features = upload(committed.features, self._device)
         self._pending.add(committed, self.tap.take(features))
         drafted, self._drafted = self._drafted, False
-        plain = len(committed.tokens) <= len(committed.lines)
-        if drafted or not plain or self._pending.num_tokens >= self._max_pending:
+        if drafted or self._pending.num_tokens >= self._max_pending:
             self._settle()
 
     def _settle(self) -> None:

@@ -10,6 +10,7 @@ from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Finis
 from engine.request import FinishReason, Sequence
 from engine.runner.warmup import PlanExecutor
 from engine.scheduler.scheduler import Scheduler
+from engine.spec.lookup import Lookup
 from engine.spec.planner import FixedPlanner, Planner
 
 
@@ -65,6 +66,10 @@ class EngineCore:
     def plan_with(self, planner: Planner) -> None:
         """Choose trees in another way from the next step on."""
         self._planner = planner
+
+    def look_up(self, lookup: Lookup | None) -> None:
+        """Draft from a sequence's own text, too, where that is better; None: no more of it."""
+        self._scheduler.look_up(lookup)
 
     def draft_with(self, planner: Planner, lookahead: int) -> None:
         """The executor has another proposer: plan for it, from the next step on."""

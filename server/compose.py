@@ -30,6 +30,7 @@ from engine.runner.rounds import RoundSettings
 from engine.runner.warmup import WarmUp, blocks_per_row
 from engine.sampling.sampler import Sampler
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.spec.lookup import Lookup
 from engine.spec.proposer import Proposer
 from engine.spec.shape import ROOT
 from kernels.native.build import NativeUnavailableError, build_library
@@ -227,7 +228,13 @@ def _assemble(
         lookback=drafting.proposer.lookahead,
     )
     kv = KVManager(num_blocks, config.cache.block_size, config.cache.prefix_caching)
-    scheduler = Scheduler(limits, kv, target.eos_token_ids, vocab_size=target.arch.vocab_size)
+    scheduler = Scheduler(
+        limits,
+        kv,
+        target.eos_token_ids,
+        vocab_size=target.arch.vocab_size,
+        lookup=Lookup() if config.speculation.lookup else None,
+    )
     runner = ModelRunner(_runner_parts(config, target, ops, device, drafting.proposer))
     info = EngineInfo(
         vocab_size=target.arch.vocab_size,

@@ -53,6 +53,10 @@ CompareRanking = Annotated[
         "--compare-ranking", help="At temperatures above 0, rank without the target's noise too."
     ),
 ]
+WithLookup = Annotated[
+    bool,
+    typer.Option("--with-lookup", help="Every tree again, beside drafts from the text itself."),
+]
 Output = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write the numbers there as JSON.", show_default=False),
@@ -86,6 +90,7 @@ def eval_draft(
     output_tokens: OutputTokens = 128,
     batch: Batch = 1,
     compare_ranking: CompareRanking = False,
+    with_lookup: WithLookup = False,
     output: Output = None,
 ) -> None:
     """Measure how much of what a draft head (speculation.draft) proposes is accepted.
@@ -112,6 +117,7 @@ def eval_draft(
             output_tokens=output_tokens,
             batch=batch,
             compare_ranking=compare_ranking,
+            with_lookup=with_lookup,
         )
         report = evaluate_draft(host_config(config, overrides or ()), evaluation)
         show(report)

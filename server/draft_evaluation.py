@@ -37,6 +37,7 @@ class Evaluation:
     output_tokens: int
     batch: int
     compare_ranking: bool  # without shared noise too
+    with_lookup: bool  # every tree again, beside drafts from the text itself
 
     def __post_init__(self) -> None:
         for temperature in self.temperatures:
@@ -69,12 +70,12 @@ def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
     engine = _engine(config, shared_noise=True)
     device = engine.info.device
     questions = list(_questions(config, engine, prompts, evaluation))
-    found = _told(_measurements(engine, questions, shapes, evaluation.batch, True))
+    found = _told(_measurements(engine, questions, shapes, evaluation, shared_noise=True))
     if evaluation.compare_ranking and any(evaluation.temperatures):
         del engine  # its pages make room for the other one's
         engine = _engine(config, shared_noise=False)
         sampled = [part for part in questions if part[0].params.temperature]
-        found += _told(_measurements(engine, sampled, shapes, evaluation.batch, False))
+        found += _told(_measurements(engine, sampled, shapes, evaluation, shared_noise=False))
     return Report(
         target=config.model.source,
         draft=head.name,
@@ -99,7 +100,7 @@ def show(report: Report) -> None:
     for line in report.measurements:
         table.add_row(
             f"{line.temperature:g}",
-            line.tree,
+            _drafting(line),
             "yes" if line.shared_noise else "no",
             f"{line.acceptance_length:.2f}" if line.num_drafts else "-",
             f"{line.tokens_per_second:.1f}",
@@ -135,11 +136,19 @@ def _measurements(
     engine: OfflineEngine,
     questions: Sequence[Sequence[Question]],
     shapes: Sequence[TreeShape],
-    batch: int,
+    evaluation: Evaluation,
+    *,
     shared_noise: bool,
 ) -> Iterator[Measurement]:
     for same_temperature in questions:
-        yield from measure_trees(engine, same_temperature, shapes, batch, shared_noise)
+        yield from measure_trees(
+            engine,
+            same_temperature,
+            shapes,
+            evaluation.batch,
+            shared_noise,
+            with_lookup=evaluation.with_lookup,
+        )
 
 
 def _told(measurements: Iterator[Measurement]) -> list[Measurement]:
@@ -148,10 +157,14 @@ def _told(measurements: Iterator[Measurement]) -> list[Measurement]:
     for one in measurements:
         found.append(one)
         _tell(
-            f"temperature {one.temperature:g}, {one.tree}: {one.acceptance_length:.2f} tokens per "
-            f"tree, {one.tokens_per_second:.1f} tokens/s"
+            f"temperature {one.temperature:g}, {_drafting(one)}: {one.acceptance_length:.2f} "
+            f"tokens per tree, {one.tokens_per_second:.1f} tokens/s"
         )
     return found
+
+
+def _drafting(one: Measurement) -> str:
+    return f"{one.tree} + lookup" if one.lookup else one.tree
 
 
 def _tell(line: str) -> None:

@@ -159,13 +159,15 @@ def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, 
     threads = max(1, threads // worker.count)
     device = _device(worker)
     dtype = torch_dtype(config.model.dtype)
-    checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
+    files = resolve_source(config.model.source, config.model.revision)
+    checkpoint = open_checkpoint(files)
     with backend_can_be_had(config.kernels):
         ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     torch.set_num_threads(threads)
     arch, read = checkpoint.arch, checkpoint.tensor
     model = LlamaLoader(arch, read, ops, dtype, device, config.data.max_tokens).load()
-    target = LoadedTarget(model, ops, TargetTensors(arch, read), dtype, device)
+    tensors = TargetTensors(arch, read)
+    target = LoadedTarget(model, ops, tensors, dtype, device, files.version())
     return target, frozenset(checkpoint.eos_token_ids)
 
 

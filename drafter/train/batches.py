@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -26,7 +27,8 @@ def epoch_batches(
     lengths: Sequence[int], max_tokens: int, seed: int, epoch: int
 ) -> list[list[int]]:
     """The batches of one epoch, in order."""
-    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches: list[list[int]] = []
     for first in range(0, len(order), POOL):
@@ -49,16 +51,15 @@ def collate(
     examples: Sequence[Example], features: Sequence[TargetFeatures], device: torch.device
 ) -> TrainBatch:
     """Pad examples and what the target says about them."""
-    lengths = torch.tensor([len(example.token_ids) for example in examples])
-    longest = int(lengths.max())
+    longest = max(len(example.token_ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)
     is_answer = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = torch.as_tensor(example.token_ids)
-        is_answer[row, : lengths[row]] = torch.as_tensor(example.is_answer, dtype=torch.bool)
+        here = slice(len(example.token_ids))
+        ids[row, here] = torch.as_tensor(example.token_ids)
+        is_answer[row, here] = torch.as_tensor(example.is_answer, dtype=torch.bool)
     return TrainBatch(
         token_ids=ids.to(device),
-        lengths=lengths.to(device),
         is_answer=is_answer.to(device),
         taps=_padded([f.taps for f in features], longest).to(device),
         hidden=_padded([f.hidden for f in features], longest).to(device),

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import msgspec
@@ -19,6 +20,7 @@ from drafter.train.report import Measurement
 from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import FinishReason, Request, SamplingParams
+from engine.spec.lookup import Lookup
 from engine.spec.planner import FixedPlanner, Planner
 from engine.spec.shape import ROOT, TreeShape
 
@@ -27,6 +29,8 @@ class EvaluatedCore(Protocol):
     """The part of `EngineCore` that evaluation uses."""
 
     def plan_with(self, planner: Planner) -> None: ...
+
+    def look_up(self, lookup: Lookup | None) -> None: ...
 
     def stats(self) -> EngineStats: ...
 
@@ -76,6 +80,7 @@ def ask_plainly(
         ValueError: a prompt that the chat template or the engine refuses.
     """
     engine.core.plan_with(FixedPlanner())
+    engine.core.look_up(None)
     questions: list[Question] = []
     histories = [list(prompt.messages) for prompt in prompts]
     for turn in range(sampling.num_turns):
@@ -101,18 +106,30 @@ def measure_trees(
     shapes: Iterable[TreeShape],
     batch: int,
     shared_noise: bool,
+    *,
+    with_lookup: bool = False,
 ) -> Iterator[Measurement]:
-    """One measurement per tree as it is made, the root alone first. `batch` requests run at a time;
-    `shared_noise` says how the engine's head ranks its candidates."""
+    """One measurement per tree as it is made, the root alone first.
+
+    Args:
+        batch: requests that run at a time.
+        shared_noise: how the engine's head ranks its candidates.
+        with_lookup: all of them again, beside drafts from the text itself.
+    """
     engine.core.plan_with(FixedPlanner())
+    engine.core.look_up(None)
     _answer(engine, [_shortened(question) for question in questions], batch)  # fills the caches
     plain = _measure(engine, questions, ROOT, batch, shared_noise)
     yield plain
-    for shape in shapes:
-        if shape.name != ROOT.name:
-            found = _measure(engine, questions, shape, batch, shared_noise)
-            speedup = found.tokens_per_second / plain.tokens_per_second
-            yield dataclasses.replace(found, speedup=speedup)
+    drafting = [shape for shape in shapes if shape.name != ROOT.name]
+    runs = [(shape, False) for shape in drafting]
+    if with_lookup:
+        runs += [(shape, True) for shape in (ROOT, *drafting)]
+    for shape, lookup in runs:
+        engine.core.look_up(Lookup() if lookup else None)
+        found = _measure(engine, questions, shape, batch, shared_noise)
+        speedup = found.tokens_per_second / plain.tokens_per_second
+        yield dataclasses.replace(found, speedup=speedup, lookup=lookup)
 
 
 def _measure(
@@ -150,16 +167,14 @@ def _measure(
 def _reached(
     before: EngineStats, after: EngineStats, shape: TreeShape, num_drafts: int
 ) -> tuple[float, ...]:
-    """Shares of the trees verified in between; one entry per depth of the shape."""
-
-    def count(stats: EngineStats, index: int) -> int:
-        counts = stats.accepted_per_position
-        return counts[index] if index < len(counts) else 0
-
-    return tuple(
-        (count(after, index) - count(before, index)) / max(1, num_drafts)
-        for index in range(shape.max_depth)
-    )
+    """Shares of the trees verified in between; one entry per depth of the shape, and per depth
+    behind it that a lookup reached."""
+    counts = zip_longest(after.accepted_per_position, before.accepted_per_position, fillvalue=0)
+    shares = [(now - then) / max(1, num_drafts) for now, then in counts]
+    shares += [0.0] * (shape.max_depth - len(shares))
+    while len(shares) > shape.max_depth and not shares[-1]:
+        shares.pop()
+    return tuple(shares)
 
 
 def _conditional(reached: Sequence[float]) -> tuple[float, ...]:

@@ -72,7 +72,7 @@ def _measured(report: Report) -> list[str]:
         "accepted nodes of depth d - 1 behind which one of depth d was accepted too."
     )
     headings = ("temperature", "tree", "noise shared", "acceptance length", "per position")
-    rows = [_row(one) for one in report.measurements if one.num_drafts]
+    rows = [_row(one) for one in report.measurements if one.num_drafts and not one.lookup]
     return [about, _table(headings, rows)]
 
 

@@ -26,7 +26,8 @@ class Measurement:
     num_tokens: int
     tokens_per_second: float
     speedup: float  # against the root alone, same questions, same run
-    num_changed: int  # answers unlike those of plain decoding: ties in the last bits of logits
+    num_changed: int  # answers unlike those of plain decoding; native kernels: none
+    lookup: bool = False  # chains from the text itself, too, where they promise more
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ class LoadedTarget:
     tensors: building.TargetTensors
     dtype: torch.dtype  # of weights, pages and handed-out features
     device: torch.device
+    version: str  # of its weight files: what it said holds as long as this stays the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def _corpus(
     live = LiveFeatures(frozen, examples)
     if data.cache_dir is None:
         return Corpus(examples, live)
-    identity = f"{config.model.source} {config.model.revision} {head.tap_layers(arch)}"
+    identity = f"{target.version} {head.tap_layers(arch)}"
     width = head.target_hidden_size * len(head.tap_layers(arch))
     cached = CachedFeatures(
         live, data.cache_dir, data.cache_bytes, width, arch.hidden_size, target.dtype, identity

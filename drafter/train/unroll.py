@@ -24,7 +24,6 @@ class TrainBatch:
     """B texts, padded to S tokens, with what the target says about them."""
 
     token_ids: Tensor  # [B, S] int64
-    lengths: Tensor  # [B] int64
     is_answer: Tensor  # [B, S] bool, False behind a text's end: tokens that the target wrote
     taps: Tensor  # [B, S, feature_size]
     hidden: Tensor  # [B, S, H target], behind the final norm

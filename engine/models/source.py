@@ -29,6 +29,12 @@ class ModelFiles:
     path: Path
     name: str  # short, for people and logs
 
+    def version(self) -> str:
+        """Changes whenever a weight file is replaced or written: path, size and time of each."""
+        files = [self.path] if self.kind == "gguf" else sorted(self.path.glob("*.safetensors"))
+        facts = [(str(file.resolve()), file.stat()) for file in files]
+        return " ".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
+
 
 def resolve_source(source: str, revision: str | None = None) -> ModelFiles:
     """Find the files of `source` (see `ACCEPTED`), fetching them if it is a hub id.

@@ -134,17 +134,33 @@ class ModelRunner:
         self, drawing: Sequence[RowPlan], states: Sequence[RowState], shape: TreeShape
     ) -> DraftTree:
         """A tree for every row that draws."""
-        inputs = self._parts.inputs
         tokens = torch.tensor([row.token_ids[-1] for row in drawing], dtype=torch.int64)
-        if not any(row.num_draft for row in drawing):
-            return DraftTree.roots(tokens)
+        if any(row.num_draft and not row.draft for row in drawing):
+            tree = self._proposed(drawing, states, shape, tokens)
+        else:
+            tree = DraftTree.roots(tokens)
+        known = [number for number, row in enumerate(drawing) if row.draft]
+        if known:
+            chains = DraftTree.chains(tokens[known], [drawing[number].draft for number in known])
+            tree = tree.with_rows(torch.tensor(known), chains)
+        return tree
+
+    def _proposed(
+        self,
+        drawing: Sequence[RowPlan],
+        states: Sequence[RowState],
+        shape: TreeShape,
+        tokens: Tensor,
+    ) -> DraftTree:
+        """Trees of the proposer; the root alone where the plan knows the draft."""
+        inputs = self._parts.inputs
         params = [state.request.params for state in states]
         ends = [row.start + len(row.token_ids) - 1 for row in drawing]
         roots = Roots(
             lines=torch.from_numpy(inputs.lines(drawing)),
             tokens=tokens,
             positions=torch.tensor(ends),
-            max_nodes=torch.tensor([1 + row.num_draft for row in drawing]),
+            max_nodes=torch.tensor([1 if row.draft else 1 + row.num_draft for row in drawing]),
             block_tables=torch.from_numpy(inputs.tables(drawing)),
             temperatures=torch.tensor([effective_temperature(p) for p in params]),
             seeds=torch.from_numpy(unsigned_bits([p.seed for p in params])),

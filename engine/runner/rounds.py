@@ -95,7 +95,7 @@ class Rounds:
 
     def plan(self, plan: StepPlan, states: Sequence[RowState]) -> PlannedRound | None:
         """The round that carries out this plan; None if none does. `states`: of its rows."""
-        plain = all(row.samples and len(row.token_ids) == 1 for row in plan.rows)
+        plain = all(row.samples and len(row.token_ids) == 1 and not row.draft for row in plan.rows)
         if not plain or self._proposer.failed or any(map(_wants_more, states)):
             return None
         lines = self._inputs.lines(plan.rows)

@@ -30,7 +30,8 @@ class RowPlan:
     Tokens `token_ids` sit at positions `start .. start + len(token_ids) - 1`; their KV goes to
     the slots of the same index in `block_ids`. When `samples`, the last of them is the newest
     token of the sequence (the root of its draft tree) and a token is drawn behind it. Up to
-    `num_draft` nodes may hang below the root; slots for them follow the root's.
+    `num_draft` nodes may hang below the root; slots for them follow the root's. Those of `draft`
+    are known already: a chain that the scheduler found in the text.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class RowPlan:
     block_ids: list[int]
     samples: bool
     num_draft: int = 0
+    draft: tuple[int, ...] = ()  # tokens of the nodes; empty: the proposer's choice
     next_token: int | None = None  # the token behind, when it is known already (not samples)
 
 

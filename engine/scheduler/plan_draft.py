@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from engine.request import Sequence
@@ -17,6 +18,7 @@ class PlanDraft:
         self.spare = budget - num_decoding  # for draft nodes: every root has its token first
         self.rows: dict[str, RowPlan] = {}
         self.num_draft: dict[str, int] = {}  # nodes with a share of the budget, without slots yet
+        self.found: dict[str, tuple[int, ...]] = {}  # of them, chains found in the text
         self.admitted: dict[str, Admission] = {}
         self.preempted_any = False
 
@@ -33,16 +35,18 @@ class PlanDraft:
         )
         self.budget -= num_tokens
 
-    def set_aside(self, request_id: str, num_draft: int) -> None:
-        """Spend budget on draft nodes of a row."""
+    def set_aside(self, request_id: str, num_draft: int, found: Iterable[int] = ()) -> None:
+        """Spend budget on draft nodes of a row, whose tokens are `found` if they are known."""
         self.num_draft[request_id] = num_draft
+        self.found[request_id] = tuple(found)
         self.budget -= num_draft
         self.spare -= num_draft
 
     def grow(self, request_id: str) -> None:
         """Let the row have the nodes that were set aside for it."""
         row = self.rows[request_id]
-        self.rows[request_id] = replace(row, num_draft=self.num_draft[request_id])
+        num_draft, found = self.num_draft[request_id], self.found[request_id]
+        self.rows[request_id] = replace(row, num_draft=num_draft, draft=found)
 
     def take_out(self, request_id: str) -> None:
         row = self.rows.pop(request_id, None)

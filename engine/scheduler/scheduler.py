@@ -19,10 +19,12 @@ from engine.kv.manager import KVManager
 from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request, Sequence, Status
 from engine.scheduler.draft_counts import DraftCounts
+from engine.scheduler.draft_room import DraftRoom
 from engine.scheduler.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.plan_draft import PlanDraft
 from engine.scheduler.queue import Rank, WaitingQueue
 from engine.scheduler.stopping import cut_emitted
+from engine.spec.lookup import Lookup, tree_name
 from engine.spec.shape import ROOT, TreeShape
 
 LONG_CONTEXT = 2048  # tokens behind which attention begins to rule the time of a step
@@ -59,13 +61,17 @@ class Scheduler:
         *,
         vocab_size: int,
         clock: Callable[[], float] = time.time,
+        lookup: Lookup | None = None,
     ) -> None:
+        """`lookup`: drafts from a sequence's own text, where those are the better ones."""
         self._limits = limits
         self._kv = kv
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._clock = clock
         self._max_len = min(limits.max_model_len, kv.capacity)
+        self._drafts = DraftRoom(kv, self._max_len, limits.lookahead, lookup)
+        self._lookup = lookup
         self._live: dict[str, Sequence] = {}
         self._ranks: dict[str, Rank] = {}
         self._waiting = WaitingQueue()
@@ -117,11 +123,17 @@ class Scheduler:
     def draft_with(self, lookahead: int) -> None:
         """Plan for another proposer, also for rows that run already."""
         self._limits = replace(self._limits, lookahead=lookahead, lookback=lookahead)
+        self._drafts = replace(self._drafts, lookahead=lookahead)
+
+    def look_up(self, lookup: Lookup | None) -> None:
+        """Find drafts in the text with `lookup` from the next step on."""
+        self._lookup = lookup
+        self._drafts = replace(self._drafts, lookup=lookup)
 
     @property
     def num_drafting(self) -> int:
         """Sequences that could carry a draft tree in the next step, if there is room."""
-        return sum(self._most_draft_nodes(seq) > 0 for seq in self._decoding())
+        return sum(self._drafts.most_nodes(seq) > 0 for seq in self._decoding())
 
     def schedule(self, shape: TreeShape = ROOT) -> StepPlan:
         """Choose the tokens of the next step and reserve their slots, also for draft trees of
@@ -135,22 +147,23 @@ class Scheduler:
                 if (missing[seq.request_id] == 1) == decoding and seq.status is Status.RUNNING:
                     self._plan_row(draft, seq, missing[seq.request_id])
             if decoding:
-                self._set_aside_drafts(draft, shape)
+                self._drafts.set_aside(draft, self._running, shape)
         if not draft.preempted_any:
             self._admit(draft)
-            self._grow_drafts(draft, shape)
+            self._drafts.grow(draft, self._running, shape)
         released, self._released = self._released, []
         admitted = tuple(a for name, a in draft.admitted.items() if name in draft.rows)
         return StepPlan(tuple(draft.rows.values()), admitted, tuple(released), shape)
 
     def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
         """Take in what the step produced; returns what clients must hear, in order."""
+        if self._lookup is not None:
+            self._lookup.observe(plan, outcome)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
             self._advance(self._live[row.request_id], row, result)
         if plan.rows:
             self._num_steps += 1
-            drafted = any(row.num_draft for row in plan.rows)
-            self._counts.add_step(plan.shape.name if drafted else ROOT.name, outcome.seconds)
+            self._counts.add_step(tree_name(plan), outcome.seconds)
             self._counts.num_faults = outcome.draft_faults
             self._counts.failed = outcome.draft_failed
         self._last_tokens = plan.num_tokens
@@ -228,7 +241,7 @@ class Scheduler:
         num_tokens = min(missing, self._chunk(draft, seq))
         if num_tokens == 0:
             return
-        while not self._kv.reserve(seq, self._slots(seq, num_tokens)):
+        while not self._kv.reserve(seq, self._drafts.slots(seq, num_tokens)):
             if self._reclaim(draft):
                 continue
             victim = self._running[-1]
@@ -244,45 +257,12 @@ class Scheduler:
             return draft.budget
         return min(draft.budget, max(1, draft.budget * LONG_CONTEXT // seq.num_computed))
 
-    def _set_aside_drafts(self, draft: PlanDraft, shape: TreeShape) -> None:
-        """Share what budget there is for draft nodes among the rows planned so far."""
-        for seq in self._running:
-            if seq.request_id in draft.rows:
-                draft.set_aside(seq.request_id, self._room_for_draft(draft, seq, shape))
-
-    def _grow_drafts(self, draft: PlanDraft, shape: TreeShape) -> None:
-        """Reserve slots for draft nodes once everybody else has theirs: they preempt nobody and
-        keep nobody out."""
-        for seq in self._running:
-            num_draft = draft.num_draft.get(seq.request_id, 0)
-            slots = self._slots(seq, shape.slots_for(1 + num_draft))
-            if num_draft and self._kv.reserve(seq, slots):
-                draft.grow(seq.request_id)
-
-    def _room_for_draft(self, draft: PlanDraft, seq: Sequence, shape: TreeShape) -> int:
-        """How many nodes may hang below this sequence's root in this step."""
-        num_draft = max(0, min(shape.num_nodes - 1, draft.spare, self._most_draft_nodes(seq)))
-        room = self._max_len - len(seq.token_ids)
-        return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
-
-    def _most_draft_nodes(self, seq: Sequence) -> int:
-        """What the request and the context length allow, whatever the shape."""
-        if seq.request.params.max_tokens - seq.num_output <= 1:
-            return 0  # the bonus token is all that is missing
-        room = self._max_len - len(seq.token_ids) - 1  # the bonus token needs a place too
-        limit = seq.request.max_draft_nodes
-        return room if limit is None else min(room, limit)
-
-    def _slots(self, seq: Sequence, num_tokens: int) -> int:
-        """Slots a sequence needs for its next `num_tokens` tokens and nodes."""
-        return min(seq.num_computed + num_tokens + self._limits.lookahead, self._max_len)
-
     def _reclaim(self, draft: PlanDraft) -> bool:
         """Take back blocks that sequences hold for nodes of earlier steps only."""
         num_free = self._kv.num_free
         for seq in self._running:
             row = draft.rows.get(seq.request_id)
-            self._kv.trim(seq, self._slots(seq, 0 if row is None else len(row.token_ids)))
+            self._kv.trim(seq, self._drafts.slots(seq, 0 if row is None else len(row.token_ids)))
         return self._kv.num_free > num_free
 
     def _admit(self, draft: PlanDraft) -> None:
@@ -379,6 +359,8 @@ class Scheduler:
             self._waiting.remove(seq)
         seq.status = Status.FINISHED
         del self._live[seq.request_id], self._ranks[seq.request_id]
+        if self._lookup is not None:
+            self._lookup.forget(seq.request_id)
         if self.on_finish is not None:
             self.on_finish(seq, reason)
         self._events.append(

@@ -145,14 +145,14 @@ class AdaptivePlanner:
         return self._probing(current)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        if any(row.num_draft for row in plan.rows):
+        if any(row.num_draft and not row.draft for row in plan.rows):
             self._since_drafts = 0
         shape = plan.shape
         if not isinstance(shape, StaticShape):
             return
-        for row in outcome.rows:
-            if row.num_draft:
-                self._acceptance.observe(shape, 1 + row.num_draft, row.path)
+        for row, result in zip(plan.rows, outcome.rows, strict=True):
+            if result.num_draft and not row.draft:
+                self._acceptance.observe(shape, 1 + result.num_draft, result.path)
 
     def _rate(self, shape: StaticShape, num_rows: int) -> float:
         """Expected tokens of all rows per second."""

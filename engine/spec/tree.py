@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.spec.shape import StaticShape, signed
+from engine.spec.shape import StaticShape, chain, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,15 @@ class DraftTree:
             sizes=torch.ones_like(tokens),
             max_depth=0,
         )
+
+    @classmethod
+    def chains(cls, roots: Tensor, drafts: Sequence[Sequence[int]]) -> DraftTree:
+        """Below each root [B] a chain of the tokens in `drafts`."""
+        width = max(map(len, drafts))
+        padded = [[*draft, *[-1] * (width - len(draft))] for draft in drafts]
+        below = torch.tensor(padded, dtype=roots.dtype, device=roots.device)
+        sizes = torch.tensor([1 + len(draft) for draft in drafts], device=roots.device)
+        return cls.of_shape(chain(width), torch.cat((roots[:, None], below), dim=1), sizes)
 
     @classmethod
     def of_shape(cls, shape: StaticShape, tokens: Tensor, sizes: Tensor) -> DraftTree:

@@ -47,14 +47,35 @@ def texts(engine: OfflineEngine, prompts: list[list[int]], tree: str, heat: floa
     return [done[request.request_id].token_ids for request in requests]
 
 
+@pytest.fixture(scope="module")
+def plain(engine: OfflineEngine, prompts: list[list[int]]) -> dict[float, list[object]]:
+    """What plain decoding says, by temperature."""
+    return {heat: texts(engine, prompts, "root", heat) for heat in (0.0, 1.0)}
+
+
 @pytest.mark.parametrize("heat", [0.0, 1.0])
 def test_chains_of_accepted_drafts_leave_every_text_as_it_was(
-    engine: OfflineEngine, prompts: list[list[int]], heat: float
+    engine: OfflineEngine, prompts: list[list[int]], plain: dict[float, list[object]], heat: float
 ) -> None:
-    plain = texts(engine, prompts, "root", heat)
     before = engine.core.stats()
-    assert texts(engine, prompts, "chain3", heat) == plain
-    assert texts(engine, prompts, "chain5", heat) == plain
+    assert texts(engine, prompts, "chain3", heat) == plain[heat]
+    assert texts(engine, prompts, "chain5", heat) == plain[heat]
     after = engine.core.stats()
     drafts = after.num_drafts - before.num_drafts
     assert (after.num_accepted_tokens - before.num_accepted_tokens) / drafts > 0.3
+
+
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+@pytest.mark.parametrize("tree", ["tree4", "tree8", "tree16", "dynamic16"])
+def test_trees_with_branches_leave_every_text_as_it_was(
+    engine: OfflineEngine,
+    prompts: list[list[int]],
+    plain: dict[float, list[object]],
+    tree: str,
+    heat: float,
+) -> None:
+    before = engine.core.stats()
+    assert texts(engine, prompts, tree, heat) == plain[heat]
+    after = engine.core.stats()
+    drafts = after.num_drafts - before.num_drafts
+    assert (after.num_accepted_tokens - before.num_accepted_tokens) / drafts > 0.4

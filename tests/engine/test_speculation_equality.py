@@ -218,12 +218,12 @@ MIXED = (chain(3), ROOT, TREES[2], DYNAMIC[0], ROOT, TREES[-1], chain(1))
         "squeezed-no-prefix-cache",
     ],
 )
-@pytest.mark.parametrize("whims", [False, True])
+@pytest.mark.parametrize(("whims", "lookup"), [(False, False), (True, False), (False, True)])
 def test_company_memory_and_changing_shapes_do_not_show(
-    truth: Truth, changes: dict[str, object], whims: bool
+    truth: Truth, changes: dict[str, object], whims: bool, lookup: bool
 ) -> None:
     core = truth.with_features().speculating(
-        CyclingPlanner(MIXED), 0.8, whims=whims, changes=changes
+        CyclingPlanner(MIXED), 0.8, whims=whims, changes={**changes, "lookup": lookup}
     )
     truth.check(generate(core, truth.requests, per_step=2))
 
@@ -233,6 +233,33 @@ def test_a_squeezed_engine_preempts_while_it_speculates(truth: Truth) -> None:
     truth.check(generate(core, truth.requests))
     assert core.stats().num_preemptions > 0
     assert core.stats().num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("changes", [{}, {"num_blocks": 24, "max_num_batched_tokens": 40}])
+def test_lookups_without_a_head_give_the_same_text_in_fewer_steps(
+    tiny_engine: TinyEngine, temperature: float, changes: dict[str, object]
+) -> None:
+    requests = [
+        ask(name, prompt(9, seed) * 3, max_tokens=60, temperature=temperature, seed=seed)
+        for seed, name in enumerate("abc")
+    ]
+    for name, limit in (("circle", None), ("limited", 2), ("never", 0)):
+        asked = ask(name, [5, 6], max_tokens=60, logit_bias={7: 50.0}, seed=9)
+        requests.append(msgspec.structs.replace(asked, max_draft_nodes=limit))
+    plain = tiny_engine.build()
+    expected = generate(plain, requests)
+    core = replace(tiny_engine, lookup=True, **changes).build()  # type: ignore[arg-type]
+    heard = generate(core, requests)
+    for name, record in heard.items():
+        assert_same(name, record, expected[name])
+    ends = {name: record.finished for name, record in heard.items() if record.finished}
+    assert ends["never"].num_drafted == 0
+    assert 0 < ends["limited"].num_drafted <= 2 * ends["limited"].num_drafts
+    stats = core.stats()
+    assert stats.steps_by_tree["lookup"] > 0
+    assert ends["circle"].num_accepted > 40
+    assert ends["circle"].num_drafts < 20
 
 
 def test_aborted_neighbours_do_not_show(truth: Truth) -> None:

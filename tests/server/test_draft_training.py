@@ -179,7 +179,15 @@ def test_a_head_learns_to_draft_what_its_target_says(
         changes |= {"run__steps": steps, "optimizer__learning_rate": rate}
         assert train(folder, native_cache, output, **changes).exit_code == 0
         asking = Evaluation(
-            folder / "prompts.jsonl", 6, 1, ("chain3",), (0.0,), 24, 4, compare_ranking=False
+            folder / "prompts.jsonl",
+            None,
+            1,
+            ("chain3",),
+            (0.0,),
+            64,
+            4,
+            compare_ranking=False,
+            with_lookup=False,
         )
         report = evaluate_draft(engine(folder, native_cache, output / "head"), asking)
         measured = [e for e in History(output / "history.jsonl").entries if e.kind == "held out"]
@@ -187,7 +195,7 @@ def test_a_head_learns_to_draft_what_its_target_says(
         assert chain.num_changed == 0
         found.append((measured[-1].acceptance_length, chain.acceptance_length))
     assert found[1][0] > found[0][0] + 0.05
-    assert found[1][1] > found[0][1] + 0.05
+    assert found[1][1] > found[0][1] + 0.03
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.shape import ROOT, TreeShape
+from engine.spec.lookup import Lookup
+from engine.spec.shape import ROOT, TreeShape, chain
 from tests.support.engines import ask
 
 EOS = 0
@@ -148,6 +149,10 @@ class FakeExecutor:
         num_output = root + 1 - len(request.prompt_ids)
         assert plan.samples
         assert len(plan.token_ids) == 1
+        if plan.draft:
+            assert plan.num_draft == len(plan.draft)
+            assert num_output + plan.num_draft < request.params.max_tokens, "nodes for nothing"
+            shape = chain(plan.num_draft)
         assert plan.num_draft < shape.num_nodes
         assert request.max_draft_nodes is None or plan.num_draft <= request.max_draft_nodes
         assert num_output + 1 < request.params.max_tokens, "only the bonus token is missing"
@@ -204,8 +209,7 @@ class FakeExecutor:
             scores = tuple(TokenLogprob(token, -1.0, []) for token in targets)
         if not plan.samples:
             return RowOutcome(prompt_logprobs=scores)
-        num_draft = self._luck.randint(min(plan.num_draft, 1), plan.num_draft)
-        num_accepted = 0 if self.always_reject else self._luck.randint(0, num_draft)
+        num_draft, num_accepted = self._verified(plan, row.history)
         for _ in range(num_accepted + 1):
             row.history.append(next_token(row.history, self._vocab_size))
         emitted = tuple(row.history[-num_accepted - 1 :])
@@ -216,7 +220,21 @@ class FakeExecutor:
         self.totals.num_drafts += num_draft > 0
         self.totals.num_draft_tokens += num_draft
         self.totals.num_emitted += len(emitted)
-        return RowOutcome(emitted, num_draft, prompt_logprobs=scores)
+        path = tuple(range(1, num_accepted + 1))
+        return RowOutcome(emitted, num_draft, path, prompt_logprobs=scores)
+
+    def _verified(self, plan: RowPlan, history: Sequence[int]) -> tuple[int, int]:
+        """How many nodes there were, and how many of them are accepted: of a draft in the plan
+        those that the text goes on with, of a proposer's some."""
+        if not plan.draft:
+            num_draft = self._luck.randint(min(plan.num_draft, 1), plan.num_draft)
+            return num_draft, 0 if self.always_reject else self._luck.randint(0, num_draft)
+        text = list(history)
+        for token in plan.draft:
+            if token != next_token(text, self._vocab_size):
+                break
+            text.append(token)
+        return plan.num_draft, len(text) - len(history)
 
 
 @dataclass
@@ -232,6 +250,7 @@ class FakeEngine:
     vocab_size: int = 97
     lookahead: int = 0  # 1: with a draft head
     shapes: tuple[TreeShape, ...] = (ROOT,)  # one after the other, step by step
+    lookup: bool = False
     scheduler: Scheduler = field(init=False)
     executor: FakeExecutor = field(init=False)
     heard: dict[str, Completion] = field(default_factory=dict)
@@ -249,7 +268,12 @@ class FakeEngine:
         )
         kv = KVManager(self.num_blocks, self.block_size, self.prefix_caching)
         self.scheduler = Scheduler(
-            limits, kv, frozenset({EOS}), vocab_size=PROMPT_VOCAB, clock=lambda: self.now
+            limits,
+            kv,
+            frozenset({EOS}),
+            vocab_size=PROMPT_VOCAB,
+            clock=lambda: self.now,
+            lookup=Lookup() if self.lookup else None,
         )
         self.executor = FakeExecutor(
             self.block_size, self.vocab_size, self.max_len, drafts=self.lookahead > 0

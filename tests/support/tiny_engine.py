@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs.schema import CacheConfig, Config, ModelConfig, SchedulerConfig
+from configs.schema import (
+    CacheConfig,
+    Config,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from engine.core import EngineCore
 from engine.models.arch import LlamaArch
 from engine.models.llama import LlamaLoader
@@ -59,6 +65,7 @@ class TinyEngine:
     drafting: Drafting | None = None
     device: torch.device = CPU
     rounds: bool = False  # on a CPU too
+    lookup: bool = False
 
     def build(self) -> EngineCore:
         arch = LlamaArch.from_hf_config(self.oracle.config.to_dict())
@@ -70,6 +77,7 @@ class TinyEngine:
             scheduler=SchedulerConfig(
                 max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
             ),
+            speculation=SpeculationConfig(lookup=self.lookup),
         )
         target = Target(loader.load(), arch, self.eos_token_ids)
         core = assemble(config, target, self.ops, self.device, self.drafting)

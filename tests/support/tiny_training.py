@@ -27,7 +27,7 @@ def tiny_target(oracle: LlamaForCausalLM, ops: Ops) -> LoadedTarget:
     arch = LlamaArch.from_hf_config(oracle.config.to_dict())
     read = oracle.state_dict().__getitem__
     model = LlamaLoader(arch, read, ops, torch.float32, CPU, MAX_LEN).load()
-    return LoadedTarget(model, ops, TargetTensors(arch, read), torch.float32, CPU)
+    return LoadedTarget(model, ops, TargetTensors(arch, read), torch.float32, CPU, "tiny")
 
 
 def greedy_examples(

@@ -65,7 +65,6 @@ def random_batch(
     taps = torch.randn(*shape, width, generator=generator) * inside[..., None]
     return TrainBatch(
         token_ids=torch.randint(VOCAB, shape, generator=generator) * inside,
-        lengths=torch.tensor(lengths),
         is_answer=is_answer,
         taps=taps if layout.kind == "eagle3" else hidden.clone(),
         hidden=hidden,

@@ -15,6 +15,7 @@ from drafter.train.report import Measurement, Report
 from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import Request
+from engine.spec.lookup import Lookup
 from engine.spec.planner import Planner
 from engine.spec.shape import ROOT, TreeShape, chain, depths_of
 from server.compose import Drafting
@@ -102,6 +103,9 @@ class Told:
 
     def plan_with(self, planner: Planner) -> None:
         """Whatever it is, the counters are told."""
+
+    def look_up(self, lookup: Lookup | None) -> None:
+        """Neither this."""
 
 
 @dataclass
@@ -204,3 +208,16 @@ def test_a_report_is_read_as_it_was_written(evaluated: Evaluated, tmp_path: Path
     path.write_text('{"target": "t"}')
     with pytest.raises(ValueError, match=r"report\.json is not a report of eval-draft: .*draft"):
         Report.read(path)
+
+
+def test_lookups_are_measured_beside_every_tree_and_change_no_answer(evaluated: Evaluated) -> None:
+    questions = evaluated.learn(0.0, output_tokens=30)
+    found = list(
+        measure_trees(evaluated.engine, questions, SHAPES, 1, shared_noise=True, with_lookup=True)
+    )
+    with_lookup = [one for one in found if one.lookup]
+    assert [one.tree for one in with_lookup] == ["root", *[shape.name for shape in SHAPES]]
+    assert [one.tree for one in found if not one.lookup] == [one.tree for one in with_lookup]
+    assert all(one.num_changed == 0 for one in found)
+    assert with_lookup[0].num_drafts > 0
+    assert with_lookup[0].acceptance_length == 1 + sum(with_lookup[0].reached)

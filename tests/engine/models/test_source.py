@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -106,3 +107,19 @@ def test_unreachable_hub_says_what_was_tried_and_what_to_do(
         resolve_source("org/name", None)
     for part in ("'org/name'", "cannot reach the hub", "pass the directory", "HF_HUB_OFFLINE"):
         assert part in str(error.value)
+
+
+def test_the_version_changes_when_a_weight_file_is_written_again(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"12345678")
+    files = resolve_source(str(folder))
+    first = files.version()
+    assert files.version() == first
+    os.utime(weights, ns=(1, 1))
+    touched = files.version()
+    weights.write_bytes(b"123456789")
+    os.utime(weights, ns=(1, 1))
+    assert len({first, touched, files.version()}) == 3

@@ -47,7 +47,12 @@ def num_draft(plan: StepPlan) -> dict[str, int]:
 def drafting_engines(draw: st.DrawFn) -> FakeEngine:
     plain = draw(engines())
     shapes = tuple(draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4)))
-    return replace(plain, lookahead=draw(st.sampled_from([1, 1, 0])), shapes=shapes)
+    return replace(
+        plain,
+        lookahead=draw(st.sampled_from([1, 1, 0])),
+        shapes=shapes,
+        lookup=draw(st.booleans()),
+    )
 
 
 def limited(trace: list[Arrival | Abort | Step], engine: FakeEngine) -> None:

@@ -41,7 +41,8 @@ def step(planner: AdaptivePlanner, num_draft: int) -> TreeShape:
 
 
 def teach(planner: AdaptivePlanner, chance: float, trees: int = 400) -> None:
-    planner.observe(StepPlan(shape=chain(3)), observed(chain(3), chance, trees))
+    rows = tuple(RowPlan(f"{at}", 5, [1], [0], samples=True, num_draft=3) for at in range(trees))
+    planner.observe(StepPlan(rows, shape=chain(3)), observed(chain(3), chance, trees))
 
 
 @pytest.mark.parametrize(
