@@ -35,9 +35,9 @@ class AttentionMeta:
     Row b owns queries cu_q[b] .. cu_q[b+1]-1. They attend to cache positions
     first_keys[b] .. prefix_lens[b]-1 without a mask, and to the row's own suffix, whose KV was
     written to cache positions prefix_lens[b] + i. `ancestors[t]` is a bit mask over suffix entries
-    (bit i set: query t sees entry i; its own bit is always set; entries may come from an earlier
-    forward); 0 means causal, as in a prefill chunk, which may be longer than 64. A position p of
-    row b lies at slot block_tables[b, p // S] * S + p % S.
+    (bit i set: query t sees entry i; its own bit is set, unless nobody looks at its result; entries
+    may come from an earlier forward); 0 means causal, as in a prefill chunk, which may be longer
+    than 64. A position p of row b lies at slot block_tables[b, p // S] * S + p % S.
     """
 
     cu_q: Tensor  # [B + 1] int32
