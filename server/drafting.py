@@ -238,11 +238,12 @@ def tree_shape(name: str) -> TreeShape:
 def allocate(
     arch: LlamaArch, config: Config, device: torch.device, shard: Shard, *, zeroed: bool = False
 ) -> KVStorage:
-    """Pages for a rank's part of every layer of a model. `config` must be resolved."""
+    """Pages for a rank's part of every layer of a model, with one block more: the scratch block of
+    rounds. `config` must be resolved."""
     assert config.cache.num_blocks is not None
     return KVStorage.allocate(
         arch.num_layers,
-        config.cache.num_blocks,
+        config.cache.num_blocks + 1,
         config.cache.block_size,
         shard.num_kv_heads(arch.num_kv_heads),
         arch.head_dim,

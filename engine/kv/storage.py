@@ -15,6 +15,14 @@ class KVStorage:
     keys: tuple[Tensor, ...]  # per layer [num_blocks, block_size, Hkv, D]
     values: tuple[Tensor, ...]  # per layer, same shape
 
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
+    def block_size(self) -> int:
+        return self.keys[0].shape[1]
+
     @classmethod
     def allocate(
         cls,
