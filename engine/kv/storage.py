@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 
+SCRATCH_BLOCKS = 1  # behind those of sequences: where decode rounds write what nobody reads
+
+
 @dataclass(frozen=True, slots=True)
 class KVStorage:
     """Pages of one model. Block b, offset o is slot b * block_size + o."""
