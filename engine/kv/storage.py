@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 SCRATCH_BLOCKS = 1  # behind those of sequences: where decode rounds write what nobody reads
 
 
