@@ -246,7 +246,7 @@ class DraftProposer:
         self._positions[lines] = positions
 
     def _first_keys(self, prefix_lens: Tensor) -> Tensor:
-        """The first entry that is looked at, [B] int32."""
+        """The first entry that is looked at, [B] int32; rows that are none have no prefix."""
         if self._window is None:
-            return torch.full_like(prefix_lens, FIRST_ENTRY)
-        return (prefix_lens - self._window).clamp(min=FIRST_ENTRY)
+            return prefix_lens.clamp(max=FIRST_ENTRY)
+        return (prefix_lens - self._window).clamp(min=FIRST_ENTRY).minimum(prefix_lens)

@@ -245,11 +245,10 @@ def runner_parts(config: Config, target: Target, place: Place, proposer: Propose
 def round_settings(config: Config, place: Place) -> RoundSettings | None:
     """How decode rounds run: on a CUDA device in one go, as CUDA graphs unless switched off or the
     kernels are references, which wait for the device. On a CPU the host takes part, which computes
-    less; and with several ranks, whose collectives rounds do not have yet."""
-    device = place.device
-    if device.type == "cpu" or place.group.size > 1:
+    less."""
+    if place.device.type == "cpu":
         return None
-    capturable = device.type == "cuda" and place.ops.backends["attention"] == "triton"
+    capturable = place.device.type == "cuda" and place.ops.backends["attention"] == "triton"
     return RoundSettings(
         config.scheduler.max_num_seqs, capturable and config.kernels.graphs == "auto"
     )

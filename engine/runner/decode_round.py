@@ -15,6 +15,8 @@ from torch import Tensor
 
 from engine.kv.slots import Scratch, seen_of, slots_of
 from engine.models.interface import TargetModel
+from engine.parallel.spread import SpreadLogits
+from engine.parallel.trees import share_round_tree
 from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.sampling.sampler import Sampler
 from engine.spec.commit import commit
@@ -75,6 +77,7 @@ class DecodeRound:
     tables: Tensor  # [lines + 1, columns] int32 block tables of all lines; the last is all scratch
     scratch: Scratch
     max_len: int  # positions
+    vocab_size: int
 
     def run(self, inputs: RoundInputs, form: RoundForm) -> RoundOutputs:
         """`inputs` on the device; the outputs too."""
@@ -84,8 +87,9 @@ class DecodeRound:
         tree, sound = self._draft(inputs, tables, form)
         batch = self._batch(inputs, tables, tree)
         hidden = self.model.forward(batch, self.context)  # [B * N, H]
-        logits = self.model.logits(hidden, self.context)
-        drawn = self.sampler.draw(logits, self._settings(inputs, tree, form))
+        local = self.model.logits(hidden, self.context)
+        logits = SpreadLogits.of(local, self.vocab_size, self.context.group)
+        drawn = logits.draw(self.sampler, self._settings(inputs, tree, form))
         result = walk(tree, drawn.view(tree.tokens.shape), ops)
         commit(result, batch.slots.view(tree.tokens.shape), self.context.kv, ops)
         if self.proposer.lookahead:
@@ -113,7 +117,8 @@ class DecodeRound:
             seeds=inputs.seeds,
         )
         sampled = form.any_sampled
-        return self.proposer.draft(roots, form.shape, self._max_context, sampled, self.scratch)
+        found = self.proposer.draft(roots, form.shape, self._max_context, sampled, self.scratch)
+        return share_round_tree(*found, self.context.group)
 
     def _batch(self, inputs: RoundInputs, tables: Tensor, tree: DraftTree) -> ForwardBatch:
         """All nodes of all trees."""

@@ -85,6 +85,7 @@ class Rounds:
             tables=tables.to(page.device),
             scratch=self._scratch,
             max_len=inputs.max_len,
+            vocab_size=vocab_size,
         )
         self._tables = body.tables
         self._cache = RoundCache(body, graphs=settings.graphs)

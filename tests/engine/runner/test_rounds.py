@@ -15,7 +15,7 @@ import torch
 from configs.schema import Config, KernelsConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.parallel.group import TPGroup
-from engine.parallel.shard import WHOLE, Shard
+from engine.parallel.shard import WHOLE
 from engine.request import Request
 from engine.runner.rounds import Rounds, RoundSettings, row_counts
 from engine.scheduler.plan import RowPlan
@@ -245,7 +245,6 @@ def test_graphs_are_for_triton_kernels_on_cuda_devices(reference_ops: Ops) -> No
     assert round_settings(off, graphed) == eager
     assert round_settings(Config(), Place(one, WHOLE, gpu, reference_ops)) == eager
     assert round_settings(Config(), Place(one, WHOLE, cpu, triton)) is None
-    assert round_settings(Config(), Place(TPGroup(0, 2), Shard(0, 2), gpu, triton)) is None
     assert not looks_up(Config(), graphed)
     assert looks_up(off, graphed)
     assert looks_up(Config(speculation=SpeculationConfig(lookup=True)), graphed)
