@@ -1,5 +1,5 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
-# make install | test | test-parallel | lint | bench | clean
+# make install | test | test-parallel | test-triton | lint | bench | gpu-check | clean
 #
 # TORCH is what pip installs as torch. On a GPU box that has its own build, put it in a virtual
 # environment first and say: make install TORCH= VENV=path/to/that/venv
@@ -17,7 +17,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test test-parallel lint bench clean
+.PHONY: install serve test test-parallel test-triton lint bench gpu-check clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -40,6 +40,16 @@ lint: $(VENV)/.lint-tools
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
+
+# Needs a CUDA device; says so and succeeds without one.
+gpu-check: $(VENV)/.test-tools
+	$(BIN)/python -m benchmarks.gpu_check
+
+# The kernels' tests with another Triton than the installed one: make test-triton TRITON=3.6.0
+TRITON ?= 3.6.0
+test-triton: $(VENV)/.test-tools
+	test -d build/triton-$(TRITON) || $(PIP) --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest $(TEST_ARGS) $(wildcard tests/kernels/test_triton_*.py)
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt

@@ -47,3 +47,9 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def device_slug() -> str:
+    """The device's name as part of a file name."""
+    words = device_name().lower().replace("nvidia", "").split()
+    return "-".join("".join(c for c in word if c.isalnum()) for word in words) or "unknown"

@@ -76,10 +76,11 @@ class SpeculationConfig(Section):
         description="trees that auto chooses from, the cheapest first; each takes about half a "
         "second to measure at start",
     )
-    lookup: StrictBool = Field(
-        True,
+    lookup: StrictBool | None = Field(
+        None,
         description="draft what followed when the newest tokens stood in the text before, where "
-        "that promises more than the head; works without a head, too",
+        "that promises more than the head; works without a head, too; default: true, but false "
+        "where decode steps are CUDA graphs, which do not carry such drafts yet",
     )
     draft_parallel: Literal["sharded", "replicated"] = Field(
         "sharded",
@@ -122,6 +123,9 @@ class KernelsConfig(Section):
         "auto: the fastest here",
     )
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
+    graphs: Literal["auto", "off"] = Field(
+        "auto", description="auto: decode rounds are CUDA graphs on CUDA devices; off: eager"
+    )
 
 
 class ServerConfig(Section):

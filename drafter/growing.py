@@ -1,8 +1,8 @@
-"""Grow draft trees level by level with batched draft forwards."""
+"""Grow draft trees level by level with batched draft forwards. Nothing here waits for the device:
+shapes follow from the tree's shape and from what the host knows."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.ranking import Noise, best_children
+from drafter.static_levels import children_of, levels_of
+from engine.kv.slots import Scratch, seen_of, slots_of
 from engine.spec.proposer import Roots
-from engine.spec.shape import DynamicShape, StaticShape, signed
+from engine.spec.shape import DynamicShape, StaticShape, TreeShape
 from engine.spec.tree import DraftTree
 from kernels.ops import AttentionMeta
 
@@ -22,8 +24,11 @@ class Grower:
 
     head: DraftHead
     ctx: DraftContext
-    roots: Roots
+    roots: Roots  # on the head's device
     first_keys: Tensor  # [B] int32, cache position of the first entry that is looked at
+    max_context: int  # no entry lies as far back
+    any_sampled: bool  # False: all rows are greedy
+    scratch: Scratch | None = None  # for nodes behind a row's `max_nodes`; None: there are none
 
     @property
     def num_rows(self) -> int:
@@ -43,6 +48,7 @@ class Grower:
             self.roots.temperatures.repeat_interleave(per_row),
             self.roots.seeds.repeat_interleave(per_row),
             (self.roots.positions + depth + 1).repeat_interleave(per_row),
+            self.any_sampled,
         )
         logits = self.head.logits(states.flatten(0, 1), self.ctx)
         tokens, scores = best_children(logits, count, noise, self.head.target_ids)
@@ -64,26 +70,42 @@ class Grower:
             [B, n, H] states.
         """
         num_rows, per_row = tokens.shape
-        roots, page = self.roots, self.ctx.kv.keys[0]
-        at = roots.positions[:, None] + nodes  # cache positions
-        block_size = page.shape[1]
-        blocks = roots.block_tables.gather(1, at // block_size).long()
+        roots = self.roots
         batch = DraftBatch(
             token_ids=tokens.flatten(),
             positions=(roots.positions + depth).repeat_interleave(per_row),
-            slots=(blocks * block_size + at % block_size).flatten(),
+            slots=self._slots(nodes).flatten(),
             attention=AttentionMeta(
                 cu_q=torch.arange(num_rows + 1, dtype=torch.int32, device=tokens.device) * per_row,
                 prefix_lens=roots.positions.int(),
                 first_keys=self.first_keys,
                 block_tables=roots.block_tables,
-                ancestors=masks.flatten(),
+                ancestors=self._seen(nodes, masks).flatten(),
                 max_q=per_row,
-                max_context=int(at.max()) + 1,
+                max_context=self.max_context,
             ),
         )
         states = self.head.forward(features.flatten(0, 1), batch, self.ctx)
         return states.view(num_rows, per_row, -1)
+
+    def _slots(self, nodes: Tensor) -> Tensor:
+        roots, block_size = self.roots, self.ctx.kv.block_size
+        slots = slots_of(roots.block_tables, roots.positions[:, None] + nodes, block_size)
+        if self.scratch is None:
+            return slots
+        return self.scratch.instead_of(slots, nodes < roots.max_nodes[:, None], nodes)
+
+    def _seen(self, nodes: Tensor, masks: Tensor) -> Tensor:
+        if self.scratch is None:
+            return masks
+        return seen_of(masks, nodes < self.roots.max_nodes[:, None])
+
+
+def grow(grower: Grower, shape: TreeShape, root_states: Tensor) -> DraftTree:
+    """Trees of one shape, from the states [B, H] of their roots."""
+    if isinstance(shape, StaticShape):
+        return grow_static(grower, shape, root_states)
+    return grow_dynamic(grower, shape, root_states)
 
 
 def grow_static(grower: Grower, shape: StaticShape, root_states: Tensor) -> DraftTree:
@@ -92,46 +114,29 @@ def grow_static(grower: Grower, shape: StaticShape, root_states: Tensor) -> Draf
     Args:
         root_states: [B, H].
     """
-    device = root_states.device
+    plan = levels_of(shape, root_states.device)
     tokens = grower.roots.tokens[:, None].repeat(1, shape.num_nodes)  # [B, N]
     states = root_states[:, None].repeat(1, shape.num_nodes, 1)  # [B, N, H]
-    plan = _levels(shape)
-    masks = torch.tensor([signed(mask) for mask in shape.ancestors], device=device)
-    for depth in range(shape.max_depth):
-        parents = torch.tensor(plan.with_children[depth], device=device)
+    for depth, level in enumerate(plan.levels):
         if depth:
-            level = parents.expand(grower.num_rows, -1)
-            above = torch.tensor([shape.parents[node] for node in plan.with_children[depth]])
-            states[:, parents] = grower.forward(
-                tokens[:, parents], states[:, above], level, masks[level], depth
+            states[:, level.nodes] = grower.forward(
+                tokens[:, level.nodes],
+                states[:, level.above],
+                level.nodes.expand(grower.num_rows, -1),
+                plan.masks[level.nodes].expand(grower.num_rows, -1),
+                depth,
             )
-        best, _ = grower.children(states[:, parents], depth, plan.most_children[depth])
-        for place, children in enumerate(plan.children_of[depth]):
-            filled = min(len(children), best.shape[2])
-            tokens[:, children[:filled]] = best[:, place, :filled]
-    return DraftTree.of_shape(shape, tokens, torch.full_like(tokens[:, 0], shape.num_nodes))
-
-
-class _Levels:
-    """A static shape, level by level: only nodes with children go through the head."""
-
-    def __init__(self, shape: StaticShape) -> None:
-        children: list[list[int]] = [[] for _ in shape.parents]
-        for node, parent in enumerate(shape.parents):
-            if parent >= 0:
-                children[parent].append(node)
-        depths = range(shape.max_depth)
-        self.with_children = [
-            [n for n, d in enumerate(shape.depths) if d == depth and children[n]]
-            for depth in depths
-        ]
-        self.children_of = [[children[n] for n in level] for level in self.with_children]
-        self.most_children = [max(map(len, level)) for level in self.children_of]
-
-
-@functools.cache
-def _levels(shape: StaticShape) -> _Levels:
-    return _Levels(shape)
+        best, _ = grower.children(states[:, level.nodes], depth, level.most_children)
+        nodes, candidates = children_of(shape, depth, best.shape[2], tokens.device)
+        tokens[:, nodes] = best.flatten(1)[:, candidates]
+    return DraftTree(
+        tokens=tokens,
+        parents=plan.parents.expand_as(tokens),
+        depths=plan.depths.expand_as(tokens),
+        ancestors=plan.masks.expand_as(tokens),
+        sizes=torch.full_like(tokens[:, 0], shape.num_nodes),
+        max_depth=shape.max_depth,
+    )
 
 
 def grow_dynamic(grower: Grower, shape: DynamicShape, root_states: Tensor) -> DraftTree:
@@ -139,89 +144,64 @@ def grow_dynamic(grower: Grower, shape: DynamicShape, root_states: Tensor) -> Dr
 
     While drafting, frontier node j of level d has the number 1 + (d - 1) * top_k + j.
     """
-    k = shape.top_k
+    ops, roots, k = grower.ctx.ops, grower.roots, shape.top_k
     drafted = _Drafted.start(grower, root_states, k)
     for depth in range(1, shape.max_depth):
         numbers = torch.arange(k, device=root_states.device) + 1 + (depth - 1) * k
         drafted.widen(grower, depth, numbers.expand(grower.num_rows, k), k)
-    return drafted.best(grower.roots, shape.num_nodes)
+    found, above, scores = (
+        torch.cat(levels, dim=1) for levels in (drafted.tokens, drafted.parents, drafted.scores)
+    )  # [B, C]
+    num_nodes = min(shape.num_nodes, found.shape[1] + 1)
+    tokens, parents = ops.tree_select(found, above, scores, roots.tokens, num_nodes)
+    masks, depths = ops.tree_ancestors(parents)
+    return DraftTree(
+        tokens=tokens,
+        parents=parents,
+        depths=depths,
+        ancestors=masks,
+        sizes=torch.full_like(roots.tokens, num_nodes),
+        max_depth=min(shape.max_depth, num_nodes - 1),
+    )
 
 
 @dataclass(slots=True)
 class _Drafted:
-    """All candidates so far, C per row, parents before children; and the frontier among them."""
+    """All candidates so far, level by level, parents before children; and the frontier."""
 
-    tokens: Tensor  # [B, C] int64
-    parents: Tensor  # [B, C] int64 index of the parent candidate, -1 for the root
-    depths: Tensor  # [B, C] int64
-    scores: Tensor  # [B, C] float32 cumulative
-    frontier: Tensor  # [B, k] indices of candidates
+    tokens: list[Tensor]  # [B, C of the level] int64
+    parents: list[Tensor]  # index among all candidates, -1 for the root
+    scores: list[Tensor]  # float32 cumulative
+    frontier: Tensor  # [B, k] places within the newest level
     features: Tensor  # [B, k, H] states of the frontier's parents
     masks: Tensor  # [B, k] ancestor masks of the frontier's parents over node numbers
 
     @classmethod
     def start(cls, grower: Grower, root_states: Tensor, k: int) -> _Drafted:
-        tokens, scores = (x[:, 0] for x in grower.children(root_states[:, None], 0, k))  # [B, k]
+        found, local = grower.children(root_states[:, None], 0, k)  # [B, 1, k]
+        certain = torch.zeros_like(local[:, :, 0])
+        places, scores, frontier = grower.ctx.ops.tree_expand(certain, local, k)
         return cls(
-            tokens=tokens,
-            parents=torch.full_like(tokens, -1),
-            depths=torch.ones_like(tokens),
-            scores=scores.nan_to_num(nan=-torch.inf).clamp(max=0.0),
-            frontier=torch.arange(k, device=tokens.device).expand_as(tokens),
+            tokens=[found.gather(2, places).flatten(1)],
+            parents=[torch.full_like(frontier, -1)],
+            scores=[scores.flatten(1)],
+            frontier=frontier,
             features=root_states[:, None].expand(-1, k, -1),
-            masks=torch.ones_like(tokens),  # the root
+            masks=torch.ones_like(frontier),  # the root
         )
 
     def widen(self, grower: Grower, depth: int, numbers: Tensor, k: int) -> None:
         """Run the frontier through the head, add its children, choose the next frontier."""
-        masks = self.masks | (1 << numbers)
-        tokens = self.tokens.gather(1, self.frontier)
+        masks = self.masks | (torch.ones_like(numbers) << numbers)
+        tokens = self.tokens[-1].gather(1, self.frontier)
         states = grower.forward(tokens, self.features, numbers, masks, depth)  # [B, k, H]
         found, local = grower.children(states, depth, k)  # [B, k, k]
-        # A head gone wrong must not make a tree with children before their parents.
-        local = local.nan_to_num(nan=-torch.inf).clamp(max=0.0)
-        scores = (self.scores.gather(1, self.frontier)[:, :, None] + local).flatten(1)  # [B, k * k]
-        first = self.tokens.shape[1]
-        parents = self.frontier.repeat_interleave(k, dim=1)
-        self.tokens = torch.cat((self.tokens, found.flatten(1)), dim=1)
-        self.parents = torch.cat((self.parents, parents), dim=1)
-        self.depths = torch.cat((self.depths, torch.full_like(parents, depth + 1)), dim=1)
-        self.scores = torch.cat((self.scores, scores), dim=1)
-        best = scores.topk(k, dim=1).indices  # [B, k] among the new ones
-        owner = best // k  # which frontier node each belongs to
-        self.frontier = best + first
+        first = sum(level.shape[1] for level in self.tokens[:-1])
+        self.parents.append((self.frontier + first).repeat_interleave(k, dim=1))
+        above = self.scores[-1].gather(1, self.frontier)
+        places, scores, self.frontier = grower.ctx.ops.tree_expand(above, local, k)
+        self.tokens.append(found.gather(2, places).flatten(1))
+        self.scores.append(scores.flatten(1))
+        owner = self.frontier // k  # which frontier node each belongs to
         self.features = states.gather(1, owner[:, :, None].expand(-1, -1, states.shape[2]))
         self.masks = masks.gather(1, owner)
-
-    def best(self, roots: Roots, num_nodes: int) -> DraftTree:
-        """The likeliest `num_nodes - 1` candidates below the root. A child never scores above its
-        parent and comes after it, so a stable choice keeps whole paths."""
-        count = min(num_nodes - 1, self.tokens.shape[1])
-        order = self.scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-        chosen = order.sort(dim=1).values  # [B, count] parents first
-        number = torch.zeros_like(self.tokens)  # of each candidate in the tree
-        number.scatter_(
-            1, chosen, torch.arange(1, count + 1, device=chosen.device).expand_as(chosen)
-        )
-        parents = self.parents.gather(1, chosen)
-        parents = torch.where(parents < 0, 0, number.gather(1, parents.clamp(min=0)))
-        root = torch.zeros_like(parents[:, :1])
-        parents = torch.cat((root - 1, parents), dim=1)
-        tree = DraftTree(
-            tokens=torch.cat((roots.tokens[:, None], self.tokens.gather(1, chosen)), dim=1),
-            parents=parents,
-            depths=torch.cat((root, self.depths.gather(1, chosen)), dim=1),
-            ancestors=_ancestors(parents),
-            sizes=torch.full_like(roots.tokens, count + 1),
-            max_depth=0,
-        )
-        return tree.cut(tree.sizes)
-
-
-def _ancestors(parents: Tensor) -> Tensor:
-    """[B, N] masks of trees whose parents come before their children."""
-    masks = torch.ones_like(parents)
-    for node in range(1, parents.shape[1]):
-        above = masks.gather(1, parents[:, node : node + 1])[:, 0]
-        masks[:, node] = above | (1 << node)
-    return masks

@@ -35,10 +35,10 @@ class Pending:
         return all(self._ends.get(line, start) == start for line, start, _ in _spans(committed))
 
     def merge(self) -> tuple[Committed, Features]:
-        """All of them, one span per row that has any, with features [C, H] in the same order."""
-        merged = _merge(self._parts)
+        """All of them, one span per row that has any, and all features [C, H] as they came:
+        `features` of the tokens counts them."""
         by_layer = zip(*self._features, strict=True)
-        return merged, tuple(torch.cat(seen)[merged.features] for seen in by_layer)
+        return _merge(self._parts), tuple(torch.cat(seen) for seen in by_layer)
 
 
 def _spans(committed: Committed) -> list[tuple[int, int, int]]:

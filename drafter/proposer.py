@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from drafter.growing import Grower, grow_dynamic, grow_static
+from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.pending import Pending
 from drafter.taps import FeatureCollector
-from engine.spec.proposer import Committed, Roots
+from engine.kv.slots import Scratch
+from engine.spec.proposer import Accepted, Committed, Ints, Roots
 from engine.spec.shape import StaticShape, TreeShape
 from engine.spec.tree import DraftTree
+from engine.transfer import download, upload
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # there is no entry for position 0: no token before it, so no feature
@@ -24,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class DraftProposer:
-    """Implements `Proposer`.
+    """Implements `RoundProposer`.
 
     The entry made from token i and the target's feature of token i - 1 lies in slot i, in pages of
     its own under the target's block tables: prefix hits, preemption and release follow by
@@ -57,11 +61,12 @@ class DraftProposer:
         self._ctx = ctx
         self._window = window
         self._shared_noise = shared_noise
-        device = ctx.kv.keys[0].device
+        self._device = ctx.kv.keys[0].device
+        # The last line is that of rows that are none, see `draft`.
         self._states = torch.zeros(
-            num_lines, hidden_size, dtype=ctx.ops.activation_dtype, device=device
+            num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=self._device
         )
-        self._positions = torch.full((num_lines,), -1, dtype=torch.int64, device=device)
+        self._positions = np.full(num_lines + 1, -1, dtype=np.int64)  # of the states
         self._warned = False
         self._max_pending = max_pending
         self._pending = Pending()
@@ -109,7 +114,8 @@ class DraftProposer:
     def _extend(self, committed: Committed) -> None:
         if not self._pending.followed_by(committed):  # a step done once more, to measure it
             self._settle()
-        self._pending.add(committed, self.tap.take(committed.features))
+        features = upload(committed.features, self._device)
+        self._pending.add(committed, self.tap.take(features))
         drafted, self._drafted = self._drafted, False
         if drafted or self._pending.num_tokens >= self._max_pending:
             self._settle()
@@ -118,11 +124,14 @@ class DraftProposer:
         """Let the head take in what is pending."""
         if self._pending.num_tokens == 0:
             return
-        committed, features = self._pending.merge()
+        parts, by_layer = self._pending.merge()
         self._pending = Pending()
-        counts = committed.cu.diff()
-        last = committed.cu[1:].long() - 1
-        prefix_lens = (committed.positions[last] + 1 - counts).int()
+        counts = parts.cu.diff()
+        last = parts.cu[1:].long() - 1
+        self._positions[parts.lines.numpy()] = parts.positions[last].numpy()
+        max_q, max_context = int(counts.max()), int(parts.positions.max()) + 1
+        prefix_lens = (parts.positions[last] + 1 - counts).int()
+        committed, last, prefix_lens = upload((parts, last, prefix_lens), self._device)
         batch = DraftBatch(
             token_ids=committed.tokens,
             positions=committed.positions,
@@ -133,13 +142,19 @@ class DraftProposer:
                 first_keys=self._first_keys(prefix_lens),
                 block_tables=committed.block_tables,
                 ancestors=torch.zeros_like(committed.tokens),
-                max_q=int(counts.max()),
-                max_context=int(committed.positions.max()) + 1,
+                max_q=max_q,
+                max_context=max_context,
             ),
         )
+        features = tuple(seen[committed.features] for seen in by_layer)
+        self._take_in(batch, features, committed.lines, last)
+
+    def _take_in(
+        self, batch: DraftBatch, features: tuple[Tensor, ...], lines: Tensor, last: Tensor
+    ) -> None:
+        """Run entries through the head; entry last[b] leaves the state of line lines[b]."""
         states = self._head.forward(self._head.fuse(features, self._ctx), batch, self._ctx)
-        self._states[committed.lines] = states[last]
-        self._positions[committed.lines] = committed.positions[last]
+        self._states[lines] = states[last]
 
     def _propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
         self._drafted = True
@@ -149,36 +164,89 @@ class DraftProposer:
         for limit in torch.unique(limits).tolist():
             if limit > 1:  # rows with the same room grow together, within their own slots
                 rows = (limits == limit).nonzero()[:, 0]
-                tree = tree.with_rows(rows, self._grow(roots.rows(rows), shape, limit))
+                grown = self._grow(roots.rows(rows), shape, limit)
+                tree = tree.with_rows(rows, download(grown))
         return tree
 
     def _grow(self, roots: Roots, shape: TreeShape, limit: int) -> DraftTree:
+        last = int(roots.positions.max()) + shape.slots_for(limit)
+        any_sampled = self._shared_noise and bool((roots.temperatures > 0).any())
+        grower = self._grower(upload(roots, self._device), last, any_sampled)
+        if isinstance(shape, StaticShape):
+            shape = shape.first(limit)
+        else:
+            shape = replace(shape, num_nodes=min(limit, shape.num_nodes))
+        return grow(grower, shape, self._states[grower.roots.lines])
+
+    def _grower(
+        self, roots: Roots, max_context: int, any_sampled: bool, scratch: Scratch | None = None
+    ) -> Grower:
         if not self._shared_noise:
             roots = replace(roots, temperatures=torch.zeros_like(roots.temperatures))
-        grower = Grower(self._head, self._ctx, roots, self._first_keys(roots.positions.int()))
-        states = self._states[roots.lines]
-        if isinstance(shape, StaticShape):
-            return grow_static(grower, shape.first(limit), states)
-        return grow_dynamic(grower, replace(shape, num_nodes=min(limit, shape.num_nodes)), states)
+            any_sampled = False
+        first_keys = self._first_keys(roots.positions.int())
+        return Grower(self._head, self._ctx, roots, first_keys, max_context, any_sampled, scratch)
 
     def _ready(self, roots: Roots) -> Tensor:
         """Rows that may draft and whose root's state is known and sound, [B] bool."""
-        wanted = (roots.max_nodes > 1) & (self._positions[roots.lines] == roots.positions)
+        known = self.knows(roots.lines.numpy(), roots.positions.numpy())
+        wanted = (roots.max_nodes > 1) & torch.from_numpy(known)
         if not bool(wanted.any()):
             return wanted
-        sound = self._states[roots.lines].isfinite().all(dim=1)
-        faults = int((wanted & ~sound).sum())
-        if faults:
-            self.num_faults += faults
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "the draft head gives numbers that are not finite; not drafting there"
-                )
-        return self._ctx.group.from_first((wanted & sound).long()).bool()
+        lines = upload(roots.lines, self._device)
+        sound = download(self._states[lines].isfinite().all(dim=1))
+        self.count_faults(int((wanted & ~sound).sum()))
+        agreed = self._ctx.group.from_first(upload((wanted & sound).long(), self._device))
+        return download(agreed).bool()
+
+    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:
+        known: NDArray[np.bool_] = self._positions[lines] == positions
+        return known
+
+    def count_faults(self, count: int) -> None:
+        self.num_faults += count
+        if count and not self._warned:
+            self._warned = True
+            logger.warning("the draft head gives numbers that are not finite; not drafting there")
+
+    def draft(
+        self, roots: Roots, shape: TreeShape, max_context: int, any_sampled: bool, scratch: Scratch
+    ) -> tuple[DraftTree, Tensor]:
+        states = self._states[roots.lines]
+        sound = states.isfinite().all(dim=1)
+        reach = torch.where(roots.max_nodes > 1, shape.slots_for(1), roots.max_nodes)
+        room = replace(roots, max_nodes=torch.maximum(reach, roots.max_nodes))
+        tree = grow(self._grower(room, max_context, any_sampled, scratch), shape, states)
+        sizes = torch.where(sound, roots.max_nodes, roots.max_nodes.clamp(max=1))
+        behind = torch.arange(tree.tokens.shape[1], device=sizes.device) >= sizes[:, None]
+        return replace(tree, parents=tree.parents.masked_fill(behind, -1), sizes=sizes), sound
+
+    def absorb(self, accepted: Accepted, max_context: int) -> None:
+        num_rows, per_row = accepted.tokens.shape
+        prefix_lens = accepted.positions[:, 0].int()
+        first_of_row = torch.arange(num_rows + 1, device=prefix_lens.device) * per_row
+        batch = DraftBatch(
+            token_ids=accepted.tokens.flatten(),
+            positions=accepted.positions.flatten(),
+            slots=accepted.slots.flatten(),
+            attention=AttentionMeta(
+                cu_q=first_of_row.int(),
+                prefix_lens=prefix_lens,
+                first_keys=self._first_keys(prefix_lens),
+                block_tables=accepted.block_tables,
+                ancestors=accepted.seen.flatten(),
+                max_q=per_row,
+                max_context=max_context,
+            ),
+        )
+        features = self.tap.take(accepted.features.flatten())
+        self._take_in(batch, features, accepted.lines, first_of_row[:-1] + accepted.last)
+
+    def absorbed(self, lines: Ints, positions: Ints) -> None:
+        self._positions[lines] = positions
 
     def _first_keys(self, prefix_lens: Tensor) -> Tensor:
-        """The first entry that is looked at, [B] int32."""
+        """The first entry that is looked at, [B] int32; rows that are none have no prefix."""
         if self._window is None:
-            return torch.full_like(prefix_lens, FIRST_ENTRY)
-        return (prefix_lens - self._window).clamp(min=FIRST_ENTRY)
+            return prefix_lens.clamp(max=FIRST_ENTRY)
+        return (prefix_lens - self._window).clamp(min=FIRST_ENTRY).minimum(prefix_lens)

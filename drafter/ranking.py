@@ -24,6 +24,7 @@ class Noise:
     temperatures: Tensor  # [R] float32, 0 is greedy
     seeds: Tensor  # [R] int64
     positions: Tensor  # [R] int64, of the token behind each node
+    any_sampled: bool  # False: all are greedy
 
 
 def best_children(
@@ -40,13 +41,13 @@ def best_children(
         (log-probability, given the noise).
     """
     width = min(max(NUM_CANDIDATES, count), logits.shape[1])
-    sampled = noise.temperatures > 0
-    if not bool(sampled.any()):
+    if not noise.any_sampled:
         width = min(count, logits.shape[1])
     best = logits.topk(width, dim=1)
     ids = best.indices if target_ids is None else target_ids[best.indices]
     scores = best.values - logits.logsumexp(dim=1, keepdim=True)
-    if bool(sampled.any()):
+    if noise.any_sampled:
+        sampled = noise.temperatures > 0
         heat = torch.where(sampled, noise.temperatures, 1.0)[:, None]
         bits = noise_bits(noise_keys(noise.seeds, noise.positions), ids)
         noisy = (best.values / heat + gumbel(bits)).log_softmax(dim=1)

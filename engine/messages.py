@@ -112,7 +112,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()  # at [d]: trees whose path reached depth d + 1
     steps_by_tree: dict[str, int] = {}  # name of the shape -> steps
-    seconds_by_part: dict[str, float] = {}  # draft, verify, commit -> seconds of all steps
+    seconds_by_part: dict[str, float] = {}  # draft, verify, commit or round -> seconds
     num_captured: int = 0  # sequences handed over to be written down
     num_capture_dropped: int = 0  # sequences that could not be
     num_draft_faults: int = 0  # trees not grown because the head's numbers are not finite

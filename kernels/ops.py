@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.sampling.pipeline_reference import DrawSettings
+
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
@@ -33,9 +35,9 @@ class AttentionMeta:
     Row b owns queries cu_q[b] .. cu_q[b+1]-1. They attend to cache positions
     first_keys[b] .. prefix_lens[b]-1 without a mask, and to the row's own suffix, whose KV was
     written to cache positions prefix_lens[b] + i. `ancestors[t]` is a bit mask over suffix entries
-    (bit i set: query t sees entry i; its own bit is always set; entries may come from an earlier
-    forward); 0 means causal, as in a prefill chunk, which may be longer than 64. A position p of
-    row b lies at slot block_tables[b, p // S] * S + p % S.
+    (bit i set: query t sees entry i; its own bit is set, unless nobody looks at its result; entries
+    may come from an earlier forward); 0 means causal, as in a prefill chunk, which may be longer
+    than 64. A position p of row b lies at slot block_tables[b, p // S] * S + p % S.
     """
 
     cu_q: Tensor  # [B + 1] int32
@@ -78,5 +80,18 @@ class Ops:
     argmax: Callable[[Tensor], Tensor]
     # (logits [R, V] float32) -> [R] float32: log(sum(exp(logits)))
     logsumexp: Callable[[Tensor], Tensor]
+    # (logits [R, V] float32, settings) -> [R] int64 tokens: from edits to noise, see
+    # kernels/sampling/pipeline_reference.py. The logits are left as they are
+    draw: Callable[[Tensor, DrawSettings], Tensor]
+    # (frontier scores [B, K], scores [B, K, W], n) -> tokens [B, K, n] int64 (places in W),
+    # cumulative scores [B, K, n], next frontier [B, n] int64; see kernels/tree/reference.py
+    tree_expand: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    # (candidates' tokens, parents, scores [B, C], root tokens [B], N) -> tokens, parents [B, N]
+    tree_select: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    # (parents [B, N] int64) -> ancestor masks and depths [B, N] int64
+    tree_ancestors: Callable[[Tensor], tuple[Tensor, Tensor]]
+    # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
+    # emitted [B, max_depth + 1]
+    tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     activation_dtype: torch.dtype
     backends: dict[str, str]  # operation -> "reference" | "native" | "triton"

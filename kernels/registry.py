@@ -17,7 +17,10 @@ from kernels.native.ops import NativeOps
 from kernels.norm import reference as norm
 from kernels.ops import Ops
 from kernels.rope import reference as rope
+from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference as sampling
+from kernels.sampling.torch_draw import TorchDraw
+from kernels.tree import reference as tree
 
 OPERATIONS = (
     "linear",
@@ -31,7 +34,13 @@ OPERATIONS = (
     "gumbel_argmax",
     "argmax",
     "logsumexp",
+    "draw",
+    "tree_expand",
+    "tree_select",
+    "tree_ancestors",
+    "tree_walk",
 )
+TREE_OPERATIONS = tuple(name for name in OPERATIONS if name.startswith("tree_"))
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -109,7 +118,7 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
 
 
 def native_ops(native: NativeOps) -> Ops:
-    """The C++ kernels for every operation."""
+    """The C++ kernels for every operation but those on trees, which are small."""
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -123,8 +132,15 @@ def native_ops(native: NativeOps) -> Ops:
         gumbel_argmax=native.gumbel_argmax,
         argmax=native.argmax,
         logsumexp=native.logsumexp,
+        draw=TorchDraw(native.argmax, native.gumbel_argmax),
+        tree_expand=tree.expand,
+        tree_select=tree.select,
+        tree_ancestors=tree.ancestors,
+        tree_walk=tree.walk,
         activation_dtype=torch.float32,
-        backends=dict.fromkeys(OPERATIONS, "native") | native.backends,
+        backends=dict.fromkeys(OPERATIONS, "native")
+        | native.backends
+        | dict.fromkeys(TREE_OPERATIONS, "reference"),
     )
 
 
@@ -137,6 +153,8 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
     from kernels.norm import triton_kernel as norm
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_kernel as sampling
+    from kernels.sampling import triton_pipeline as pipeline
+    from kernels.tree import triton_kernel as tree
 
     return Ops(
         pack_linear=linear.pack_linear,
@@ -151,6 +169,11 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         gumbel_argmax=sampling.gumbel_argmax,
         argmax=sampling.argmax,
         logsumexp=sampling.logsumexp,
+        draw=pipeline.draw_tokens,
+        tree_expand=tree.expand,
+        tree_select=tree.select,
+        tree_ancestors=tree.ancestors,
+        tree_walk=tree.walk,
         activation_dtype=storage_dtype,
         backends=dict.fromkeys(OPERATIONS, "triton") | {"linear": "cublas"},
     )
@@ -159,6 +182,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
 def reference_ops(device: torch.device, storage_dtype: torch.dtype, name: str = "reference") -> Ops:
     """Plain torch for everything. On a CPU activations are float32, elsewhere as stored."""
     on_cpu = device.type == "cpu"
+    draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else pipeline.draw_tokens
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
@@ -172,6 +196,11 @@ def reference_ops(device: torch.device, storage_dtype: torch.dtype, name: str = 
         gumbel_argmax=sampling.gumbel_argmax,
         argmax=sampling.argmax,
         logsumexp=sampling.logsumexp,
+        draw=draw,
+        tree_expand=tree.expand,
+        tree_select=tree.select,
+        tree_ancestors=tree.ancestors,
+        tree_walk=tree.walk,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,
         backends=dict.fromkeys(OPERATIONS, name),
     )

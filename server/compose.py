@@ -28,7 +28,14 @@ from kernels.ops import Ops
 from server.draft_swaps import DraftSwapper
 from server.drafting import Drafting, LoadedDraft, Target
 from server.followers import Followers, device_of
-from server.rank import Place, Rank, build_rank, runner_parts, threads_per_rank
+from server.rank import (
+    Place,
+    Rank,
+    build_rank,
+    round_settings,
+    runner_parts,
+    threads_per_rank,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +79,7 @@ def build_swappable_engine(config: Config) -> Engine:
         followers.stop()
         raise
     _log_ranks(config, group, rank)
+    _log_steps(config, rank.place)
     followers.progress.limit = config.parallel.timeout
     return engine
 
@@ -131,6 +139,21 @@ def _log_ranks(config: Config, group: TPGroup, rank: Rank) -> None:
     )
 
 
+def looks_up(config: Config, place: Place) -> bool:
+    """Whether drafts from the text itself are wanted. They do not go through decode rounds: where
+    those are CUDA graphs, a step without one would cost more than lookups bring."""
+    if config.speculation.lookup is not None:
+        return config.speculation.lookup
+    rounds = round_settings(config, place)
+    return rounds is None or not rounds.graphs
+
+
+def _log_steps(config: Config, place: Place) -> None:
+    rounds = round_settings(config, place)
+    how = "through the host" if rounds is None else "CUDA graphs" if rounds.graphs else "eager"
+    logger.info("decode rounds: %s; lookup: %s", how, "on" if looks_up(config, place) else "off")
+
+
 @contextmanager
 def backend_can_be_had(kernels: KernelsConfig) -> Iterator[None]:
     """Kernels that were asked for and cannot be built are the configuration's fault: ValueError."""
@@ -182,7 +205,7 @@ def _core(
         kv,
         target.eos_token_ids,
         vocab_size=target.arch.vocab_size,
-        lookup=Lookup() if config.speculation.lookup else None,
+        lookup=Lookup() if looks_up(config, place) else None,
     )
     info = EngineInfo(
         vocab_size=target.arch.vocab_size,

@@ -18,7 +18,7 @@ from drafter.heads.interface import DraftContext, DraftHead
 from drafter.manifest import D2T, T2D
 from drafter.proposer import DraftProposer
 from engine.kv.sizing import free_bytes
-from engine.kv.storage import KVStorage, bytes_per_block
+from engine.kv.storage import SCRATCH_BLOCKS, KVStorage, bytes_per_block
 from engine.messages import DraftFacts
 from engine.models.arch import LlamaArch
 from engine.models.llama import Llama
@@ -238,11 +238,12 @@ def tree_shape(name: str) -> TreeShape:
 def allocate(
     arch: LlamaArch, config: Config, device: torch.device, shard: Shard, *, zeroed: bool = False
 ) -> KVStorage:
-    """Pages for a rank's part of every layer of a model. `config` must be resolved."""
+    """Pages for a rank's part of every layer of a model, the scratch block behind the others.
+    `config` must be resolved."""
     assert config.cache.num_blocks is not None
     return KVStorage.allocate(
         arch.num_layers,
-        config.cache.num_blocks,
+        config.cache.num_blocks + SCRATCH_BLOCKS,
         config.cache.block_size,
         shard.num_kv_heads(arch.num_kv_heads),
         arch.head_dim,

@@ -14,7 +14,7 @@ from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
 from drafter.heads.config import HeadConfig
 from drafter.manifest import D2T, head_tensors
 from drafter.source import resolve_draft
-from engine.kv.storage import bytes_per_block
+from engine.kv.storage import SCRATCH_BLOCKS, bytes_per_block
 from engine.layers.loading import LayerLoader
 from engine.layers.rotary import cos_sin_table
 from engine.models.arch import LlamaArch
@@ -127,8 +127,8 @@ def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes:
         gpu=gpu_bytes,
         target_weights=target_weights,
         draft_weights=draft_weights,
-        target_kv=num_blocks * target_block,
-        draft_kv=num_blocks * draft_block,
+        target_kv=(num_blocks + SCRATCH_BLOCKS) * target_block,
+        draft_kv=(num_blocks + SCRATCH_BLOCKS) * draft_block,
         kv_copies=kv_copies(arch.num_kv_heads, config.parallel.tensor),
         block_size=config.cache.block_size,
         num_blocks=num_blocks,

@@ -23,6 +23,7 @@ from engine.parallel.shard import Shard
 from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.model_runner import ModelRunner, RunnerParts
+from engine.runner.rounds import RoundSettings
 from engine.runner.warmup import PlanExecutor, blocks_per_row
 from engine.sampling.sampler import Sampler
 from engine.spec.proposer import Proposer
@@ -121,6 +122,7 @@ def build_rank(config: Config, group: TPGroup, device: torch.device) -> Rank:
     if draft is not None:
         drafting = drafting_with(config, draft, place.ops, device, group)
     runner = ModelRunner(runner_parts(config, target, place, drafting.proposer))
+    runner.prepare([] if draft is None else trees.shapes(draft.facts))
     beside = loader.beside_the_engine(config)
     return Rank(config, place, target, beside, trees, draft, drafting, runner)
 
@@ -231,9 +233,22 @@ def runner_parts(config: Config, target: Target, place: Place, proposer: Propose
     return RunnerParts(
         model=target.model,
         context=ForwardContext(place.ops, storage, place.group, proposer.tap),
-        inputs=InputBuilder(config.scheduler.max_num_seqs, max_len, block_size, place.device),
+        inputs=InputBuilder(config.scheduler.max_num_seqs, max_len, block_size),
         sampler=Sampler(place.ops),
         proposer=proposer,
         vocab_size=target.arch.vocab_size,
         eos_token_ids=target.eos_token_ids,
+        rounds=round_settings(config, place),
+    )
+
+
+def round_settings(config: Config, place: Place) -> RoundSettings | None:
+    """How decode rounds run: on a CUDA device in one go, as CUDA graphs unless switched off or the
+    kernels are references, which wait for the device. On a CPU the host takes part, which computes
+    less."""
+    if place.device.type == "cpu":
+        return None
+    capturable = place.device.type == "cuda" and place.ops.backends["attention"] == "triton"
+    return RoundSettings(
+        config.scheduler.max_num_seqs, capturable and config.kernels.graphs == "auto"
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SCRATCH_BLOCKS = 1  # behind those of sequences: where decode rounds write what nobody reads
+
 
 @dataclass(frozen=True, slots=True)
 class KVStorage:
@@ -14,6 +16,14 @@ class KVStorage:
 
     keys: tuple[Tensor, ...]  # per layer [num_blocks, block_size, Hkv, D]
     values: tuple[Tensor, ...]  # per layer, same shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
+    def block_size(self) -> int:
+        return self.keys[0].shape[1]
 
     @classmethod
     def allocate(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from engine.messages import TokenLogprob
 from engine.parallel.group import TPGroup
-from engine.sampling.batch import SamplingBatch
-from engine.sampling.rows import rows_of
 from engine.sampling.sampler import Sampler, TokenScores
+from engine.sampling.share import share_of
+from kernels.sampling.pipeline_reference import DrawSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,17 @@ class SpreadLogits:
         own = group.to_owners(local, counts)[:, :vocab_size]
         return cls(own.contiguous(), sum(counts[: group.rank]), num_rows, group)
 
-    def draw(self, sampler: Sampler, batch: SamplingBatch) -> Tensor:
-        """One token per row, [R] int64, the same on every rank. `batch` describes all rows."""
+    def draw(self, sampler: Sampler, settings: DrawSettings) -> Tensor:
+        """One token per row, [R] int64, the same on every rank; `settings` of all rows."""
         if self.group.size == 1:
-            return sampler.draw(self.own, batch)
+            return sampler.draw(self.own, settings)
         drawn = torch.zeros(
             row_counts(self.num_rows, self.group.size)[0],
             dtype=torch.int64,
             device=self.own.device,
         )
         if len(self.own):
-            mine = rows_of(batch, self.first, self.first + len(self.own))
+            mine = share_of(settings, self.first, self.first + len(self.own))
             drawn[: len(self.own)] = sampler.draw(self.own, mine)
         return self.group.stack(drawn).flatten()[: self.num_rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.runner.forward import ForwardBatch
@@ -55,11 +56,11 @@ def collect_committed(
     at = np.array(positions, dtype=np.int64)
     tables = inputs.tables(rows)
     return Committed(
-        lines=inputs.to_device(inputs.lines(rows)),
-        cu=inputs.to_device(np.concatenate(([0], np.cumsum(counts))).astype(np.int32)),
-        features=inputs.to_device(np.array(features, dtype=np.int64)),
-        tokens=inputs.to_device(np.array(tokens, dtype=np.int64)),
-        positions=inputs.to_device(at),
-        slots=inputs.to_device(inputs.slots(tables, row_of, at)),
-        block_tables=inputs.to_device(tables),
+        lines=torch.from_numpy(inputs.lines(rows)),
+        cu=torch.from_numpy(np.concatenate(([0], np.cumsum(counts))).astype(np.int32)),
+        features=torch.from_numpy(np.array(features, dtype=np.int64)),
+        tokens=torch.from_numpy(np.array(tokens, dtype=np.int64)),
+        positions=torch.from_numpy(at),
+        slots=torch.from_numpy(inputs.slots(tables, row_of, at)),
+        block_tables=torch.from_numpy(tables),
     )

@@ -1,4 +1,4 @@
-"""From a step plan (host integers) and its draft trees to packed tensors."""
+"""From a step plan (host integers) and its draft trees to packed tensors of the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from engine.runner.forward import ForwardBatch
 from engine.scheduler.plan import RowPlan, StepPlan
@@ -20,25 +19,23 @@ Ints = NDArray[np.int64]
 
 @dataclass(slots=True)
 class TableRow:
-    """A running sequence's line of the block table, and how much of it is filled."""
+    """A running sequence's line of the block table, and how many of its blocks are final: those in
+    front of the first token of its last plan."""
 
     index: int
-    num_blocks: int = 0
+    num_final: int = 0
 
 
 class InputBuilder:
     """Keeps the block tables of running sequences, so that a step writes only new blocks."""
 
-    def __init__(
-        self, max_num_seqs: int, max_len: int, block_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, max_num_seqs: int, max_len: int, block_size: int) -> None:
         """`max_len`: positions of one sequence."""
         self._tables = np.zeros((max_num_seqs, -(-max_len // block_size)), dtype=np.int32)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._rows: dict[str, TableRow] = {}
         self.block_size = block_size
         self.max_len = max_len
-        self._device = device
 
     def admit(self, request_id: str) -> int:
         """Give a sequence a line of the table, which starts empty; returns its number."""
@@ -60,10 +57,10 @@ class InputBuilder:
         """Block tables of the rows, [B, widest]; takes note of blocks that are new in the plan.
         Blocks behind the computed tokens may have been replaced since the last plan."""
         for row in rows:
-            line, num_blocks = self._rows[row.request_id], len(row.block_ids)
-            first = min(line.num_blocks, row.start // self.block_size)
-            self._tables[line.index, first:num_blocks] = row.block_ids[first:]
-            line.num_blocks = num_blocks
+            line, now = self._rows[row.request_id], row.start // self.block_size
+            first = min(line.num_final, now)
+            self._tables[line.index, first : len(row.block_ids)] = row.block_ids[first:]
+            line.num_final = now
         widest = max(len(row.block_ids) for row in rows)
         return self._tables[self.lines(rows), :widest]
 
@@ -73,8 +70,8 @@ class InputBuilder:
         return tables[row_of, block].astype(np.int64) * self.block_size + offset
 
     def build(self, plan: StepPlan, tree: DraftTree) -> ForwardBatch:
-        """Pack the plan's rows, with the nodes of `tree` behind the rows that draw (in order).
-        The plan must have at least one row."""
+        """Pack the plan's rows, with the nodes of `tree` (of the host) behind the rows that draw,
+        in order. The plan must have at least one row."""
         layout = _Layout.of(plan.rows, tree.sizes.numpy())
         token_ids = np.empty(layout.num_tokens, dtype=np.int64)
         for row, first in zip(plan.rows, layout.cu_q[:-1], strict=True):
@@ -91,25 +88,22 @@ class InputBuilder:
             grown = tree.sizes.numpy()[trees] > 1
             ancestors[at[grown]] = tree.ancestors.numpy()[trees, nodes][grown]
         return ForwardBatch(
-            token_ids=self.to_device(token_ids),
-            positions=self.to_device(positions),
-            slots=self.to_device(slots),
+            token_ids=torch.from_numpy(token_ids),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(slots),
             attention=AttentionMeta(
-                cu_q=self.to_device(layout.cu_q.astype(np.int32)),
-                prefix_lens=self.to_device(layout.starts.astype(np.int32)),
-                first_keys=torch.zeros(len(plan.rows), dtype=torch.int32, device=self._device),
-                block_tables=self.to_device(tables),
-                ancestors=self.to_device(ancestors),
+                cu_q=torch.from_numpy(layout.cu_q.astype(np.int32)),
+                prefix_lens=torch.from_numpy(layout.starts.astype(np.int32)),
+                first_keys=torch.zeros(len(plan.rows), dtype=torch.int32),
+                block_tables=torch.from_numpy(tables),
+                ancestors=torch.from_numpy(ancestors),
                 max_q=int(layout.lens.max()),
                 max_context=int((layout.starts + layout.lens).max()),
             ),
-            sampled=self.to_device(layout.sampled),
-            tree_of_node=self.to_device(layout.tree_of_node),
-            node_of_node=self.to_device(layout.node_of_node),
+            sampled=torch.from_numpy(layout.sampled),
+            tree_of_node=torch.from_numpy(layout.tree_of_node),
+            node_of_node=torch.from_numpy(layout.node_of_node),
         )
-
-    def to_device(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
 
 
 @dataclass(frozen=True, slots=True)

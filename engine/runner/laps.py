@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DRAFT, VERIFY, COMMIT = "draft", "verify", "commit"
+ROUND = "round"  # all of them, in one go on the device
 
 
 class Laps:

@@ -14,6 +14,7 @@ from engine.request import Request
 from engine.runner.forward import ForwardContext
 from engine.sampling.sampler import Sampler
 from engine.scheduler.plan import RowPlan
+from engine.transfer import upload
 
 
 def emitted_logprobs(
@@ -27,7 +28,7 @@ def emitted_logprobs(
 
     Args:
         logits: raw ones of all R nodes.
-        at: [B, max_depth + 1] where in R the node lies that emitted token i of a row.
+        at: [B, max_depth + 1] where in R the node lies that emitted token i of a row; on the host.
         emitted: B lists of tokens.
         counts: B numbers of alternatives.
     """
@@ -38,10 +39,8 @@ def emitted_logprobs(
     widest = max(count for _, count in wanted)
     flat = [node for row, _ in wanted for node in at[row].tolist()[: len(emitted[row])]]
     tokens = [token for row, _ in wanted for token in emitted[row]]
-    device = logits.own.device
-    scored = logits.logprobs(
-        sampler, torch.tensor(flat, device=device), torch.tensor(tokens, device=device), widest
-    )
+    places, ids = upload((torch.tensor(flat), torch.tensor(tokens)), logits.own.device)
+    scored = logits.logprobs(sampler, places, ids, widest)
     first = 0
     for row, count in wanted:
         part = scored[first : first + len(emitted[row])]
@@ -65,6 +64,6 @@ def prompt_logprobs(
         return ()
     local = model.logits(hidden[: len(targets)], ctx)
     logits = SpreadLogits.of(local, vocab_size, ctx.group)
-    tokens = torch.tensor(targets, dtype=torch.int64, device=local.device)
+    tokens = upload(torch.tensor(targets, dtype=torch.int64), local.device)
     at = torch.arange(len(targets), device=local.device)
     return tuple(logits.logprobs(sampler, at, tokens, request.params.prompt_logprobs))

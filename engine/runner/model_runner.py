@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,16 +15,20 @@ from engine.parallel.trees import share_tree
 from engine.runner.committed import collect_committed
 from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
-from engine.runner.laps import COMMIT, DRAFT, VERIFY, Laps
+from engine.runner.laps import COMMIT, DRAFT, ROUND, VERIFY, Laps
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
-from engine.sampling.batch import RowState, build_sampling_batch, effective_temperature
+from engine.runner.rounds import Rounds, RoundSettings
+from engine.sampling.batch import draw_settings
+from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
 from engine.sampling.sampler import Sampler
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.spec.commit import commit
-from engine.spec.proposer import Proposer, Roots
+from engine.spec.proposer import Proposer, Roots, RoundProposer
 from engine.spec.shape import TreeShape
 from engine.spec.tree import DraftTree, VerifyResult
 from engine.spec.verify import walk
+from engine.transfer import download, upload
+from kernels.sampling.pipeline_reference import DrawSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class RunnerParts:
     proposer: Proposer
     vocab_size: int
     eos_token_ids: frozenset[int]
+    rounds: RoundSettings | None = None  # None: every step goes through the host, best on a CPU
 
 
 class ModelRunner:
@@ -47,14 +51,22 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
         self._rows: dict[str, RowState] = {}
+        self._rounds = _rounds(parts)
 
     def draft_with(self, proposer: Proposer) -> None:
         """Take trees from another proposer from the next step on. It knows nothing about running
         rows but what they commit from then on."""
         context = replace(self._parts.context, tap=proposer.tap)
         self._parts = replace(self._parts, proposer=proposer, context=context)
+        self._rounds = _rounds(self._parts)
         for request_id in self._rows:
             proposer.admit(self._parts.inputs.line(request_id))
+
+    @torch.inference_mode()
+    def prepare(self, shapes: Sequence[TreeShape]) -> None:
+        """Before the first plan: capture the rounds of trees that are likely to come."""
+        if self._rounds is not None:
+            self._rounds.prepare(shapes)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutcome:
@@ -65,32 +77,47 @@ class ModelRunner:
         self._turn_over(plan)
         if not plan.rows:
             return StepOutcome()
+        if self._rounds is not None:
+            states = [self._rows[row.request_id] for row in plan.rows]
+            planned = self._rounds.plan(plan, states)
+            if planned is not None:
+                with laps.time(ROUND):
+                    outcomes = self._rounds.run(plan, states, planned)
+                return self._finished(StepOutcome(outcomes), laps)
+        return self._mixed(plan, laps)
+
+    def _mixed(self, plan: StepPlan, laps: Laps) -> StepOutcome:
+        """Any plan: the host sees the trees before they are verified, and the walks after it."""
+        parts = self._parts
         drawing = [row for row in plan.rows if row.samples]
         states = [self._rows[row.request_id] for row in drawing]
         with laps.time(DRAFT):
             tree = self._propose(drawing, states, plan.shape)
         with laps.time(VERIFY):
-            batch = parts.inputs.build(plan, tree)
-            hidden = parts.model.forward(batch, parts.context)  # [T, H]
+            step = _Step.build(parts, plan, tree, states)
+            hidden = parts.model.forward(step.batch, parts.context)  # [T, H]
         emitted: list[RowOutcome] = []
         path = None
         if drawing:
             with laps.time(VERIFY):
-                local = parts.model.logits(hidden[batch.sampled], parts.context)
+                local = parts.model.logits(hidden[step.batch.sampled], parts.context)
                 logits = SpreadLogits.of(local, parts.vocab_size, parts.context.group)  # [R, V]
-                result = self._verify(states, tree, batch, logits)
+                result = self._verify(step, logits)
             with laps.time(COMMIT):
-                slots = nodes(batch.slots[batch.sampled], batch, tree)
-                commit(result, slots, parts.context.kv, parts.context.ops)
-                emitted = self._emit(states, tree, batch, logits, result)
+                result = self._commit(step, result)
+                emitted = self._emit(states, step, logits, result)
             path = result.path
         with laps.time(DRAFT):
-            self._extend(plan, emitted, batch, hidden, path)
+            self._extend(plan, emitted, step.on_host, hidden, path)
+        return self._finished(self._report(plan, emitted, step.on_host, hidden), laps)
+
+    def _finished(self, outcome: StepOutcome, laps: Laps) -> StepOutcome:
+        proposer = self._parts.proposer
         return replace(
-            self._report(plan, emitted, batch, hidden),
+            outcome,
             seconds=laps.seconds,
-            draft_faults=parts.proposer.num_faults,
-            draft_failed=parts.proposer.failed,
+            draft_faults=proposer.num_faults,
+            draft_failed=proposer.failed,
         )
 
     def _turn_over(self, plan: StepPlan) -> None:
@@ -101,7 +128,10 @@ class ModelRunner:
         for admission in plan.admitted:
             request = admission.request
             self._rows[request.request_id] = RowState.admit(request, admission.output_ids)
-            self._parts.proposer.admit(self._parts.inputs.admit(request.request_id))
+            line = self._parts.inputs.admit(request.request_id)
+            self._parts.proposer.admit(line)
+            if self._rounds is not None:
+                self._rounds.admit(line)
 
     def _propose(
         self, drawing: Sequence[RowPlan], states: Sequence[RowState], shape: TreeShape
@@ -128,44 +158,45 @@ class ModelRunner:
         """Trees of the proposer; the root alone where the plan knows the draft."""
         inputs = self._parts.inputs
         params = [state.request.params for state in states]
-        seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
         ends = [row.start + len(row.token_ids) - 1 for row in drawing]
         roots = Roots(
-            lines=inputs.to_device(inputs.lines(drawing)),
+            lines=torch.from_numpy(inputs.lines(drawing)),
             tokens=tokens,
             positions=torch.tensor(ends),
             max_nodes=torch.tensor([1 if row.draft else 1 + row.num_draft for row in drawing]),
-            block_tables=inputs.to_device(inputs.tables(drawing)),
+            block_tables=torch.from_numpy(inputs.tables(drawing)),
             temperatures=torch.tensor([effective_temperature(p) for p in params]),
-            seeds=inputs.to_device(seeds),
+            seeds=torch.from_numpy(unsigned_bits([p.seed for p in params])),
         )
         tree = self._parts.proposer.propose(roots, shape)
-        tree = share_tree(tree, shape, self._parts.context.group)
+        context = self._parts.context
+        tree = share_tree(tree, shape, context.group, context.kv.keys[0].device)
         assert bool((tree.sizes <= roots.max_nodes).all()), "a tree without slots"
         return tree
 
-    def _verify(
-        self, states: Sequence[RowState], tree: DraftTree, batch: ForwardBatch, logits: SpreadLogits
-    ) -> VerifyResult:
+    def _verify(self, step: _Step, logits: SpreadLogits) -> VerifyResult:
         """Draw the target's token at every node, then walk."""
-        parts = self._parts
-        sampling = build_sampling_batch(states, tree, parts.eos_token_ids, parts.vocab_size)
-        drawn = logits.draw(parts.sampler, sampling)  # [R]
-        return walk(tree, nodes(drawn, batch, tree))
+        assert step.settings is not None
+        drawn = logits.draw(self._parts.sampler, step.settings)  # [R]
+        return walk(step.tree, nodes(drawn, step.batch, step.tree), self._parts.context.ops)
+
+    def _commit(self, step: _Step, result: VerifyResult) -> VerifyResult:
+        """Move the KV of accepted nodes; returns the result on the host."""
+        context, batch = self._parts.context, step.batch
+        slots = nodes(batch.slots[batch.sampled], batch, step.tree)
+        commit(result, slots, context.kv, context.ops)
+        return download(result)
 
     def _emit(
-        self,
-        states: Sequence[RowState],
-        tree: DraftTree,
-        batch: ForwardBatch,
-        logits: SpreadLogits,
-        result: VerifyResult,
+        self, states: Sequence[RowState], step: _Step, logits: SpreadLogits, result: VerifyResult
     ) -> list[RowOutcome]:
-        """Commit the emitted tokens to the sampler's rows and attach their logprobs."""
+        """Commit the emitted tokens to the sampler's rows and attach their logprobs. `result` is on
+        the host."""
         emitted = [[t for t in row if t >= 0] for row in result.emitted.tolist()]
         scores: list[tuple[TokenLogprob, ...] | None] = [None] * len(states)
+        tree = step.tree_on_host
         if any(state.request.params.logprobs is not None for state in states):
-            order = nodes(torch.arange(logits.num_rows), batch, tree)  # [B, N]
+            order = nodes(torch.arange(logits.num_rows), step.on_host, tree)  # [B, N]
             at = order.gather(1, result.path.clamp(min=0))
             counts = [state.request.params.logprobs for state in states]
             scores = emitted_logprobs(self._parts.sampler, logits, at, emitted, counts)
@@ -211,6 +242,43 @@ class ModelRunner:
                 outcome = replace(outcome, prompt_logprobs=scores)
             rows.append(outcome)
         return StepOutcome(tuple(rows))
+
+
+def _rounds(parts: RunnerParts) -> Rounds | None:
+    if parts.rounds is None or not isinstance(parts.proposer, RoundProposer):
+        return None
+    return Rounds(
+        parts.rounds,
+        parts.model,
+        parts.context,
+        parts.inputs,
+        parts.sampler,
+        parts.proposer,
+        parts.vocab_size,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A plan and its trees, on the host and on the device."""
+
+    on_host: ForwardBatch
+    tree_on_host: DraftTree
+    batch: ForwardBatch
+    tree: DraftTree
+    settings: DrawSettings | None  # None: nothing is drawn
+
+    @classmethod
+    def build(
+        cls, parts: RunnerParts, plan: StepPlan, tree: DraftTree, states: Sequence[RowState]
+    ) -> _Step:
+        """One copy to the device for all of it."""
+        batch = parts.inputs.build(plan, tree)
+        settings = None
+        if states:
+            settings = draw_settings(states, tree, parts.eos_token_ids, parts.vocab_size)
+        there = upload((batch, tree, settings), parts.context.kv.device)
+        return cls(batch, tree, *there)
 
 
 def nodes(values: Tensor, batch: ForwardBatch, tree: DraftTree) -> Tensor:

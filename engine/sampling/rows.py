@@ -1,58 +1,81 @@
-"""A selection of the rows of a `SamplingBatch`."""
+"""What the sampler knows on the host: running requests, and the nodes that draw a token."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from engine.sampling.batch import Edits, Penalties, SamplingBatch
+from engine.request import Request, SamplingParams
+from engine.sampling.history import TokenHistory
+from engine.spec.tree import DraftTree
+
+COLDEST = 1e-5  # the lowest temperature that is told from greedy
 
 
-def rows_of(batch: SamplingBatch, first: int, end: int) -> SamplingBatch:
-    """How the nodes first .. end - 1 are drawn, numbered from 0."""
-    rows = slice(first, end)
-    temperature = batch.temperature[rows]
-    sampled = temperature > 0
-    return SamplingBatch(
-        temperature=temperature,
-        top_k=batch.top_k[rows],
-        top_p=batch.top_p[rows],
-        min_p=batch.min_p[rows],
-        seeds=batch.seeds[rows],
-        positions=batch.positions[rows],
-        any_sampled=bool(sampled.any()),
-        any_greedy=not bool(sampled.all()),
-        any_filtered=batch.any_filtered,  # filters that are off leave a row as it is
-        penalties=_penalties(batch.penalties, first, end),
-        bias=_bias(batch.bias, first, end),
-        forbidden=None if batch.forbidden is None else _edits(batch.forbidden, first, end)[0],
-        num_logprobs=batch.num_logprobs[rows],
+@dataclass(slots=True)
+class RowState:
+    """What the sampler remembers of a running request."""
+
+    request: Request
+    num_output: int
+    history: TokenHistory | None  # only for penalised requests
+
+    @classmethod
+    def admit(cls, request: Request, output_ids: Sequence[int]) -> RowState:
+        penalised = is_penalised(request.params)
+        history = TokenHistory(request.prompt_ids, output_ids) if penalised else None
+        return cls(request, len(output_ids), history)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Take in tokens committed to the output."""
+        self.num_output += len(token_ids)
+        if self.history is not None:
+            self.history.extend(token_ids)
+
+
+def effective_temperature(params: SamplingParams) -> float:
+    """0 (greedy) below COLDEST: dividing by less would overflow float32."""
+    return params.temperature if params.temperature >= COLDEST else 0.0
+
+
+def unsigned_bits(seeds: Sequence[int]) -> NDArray[np.int64]:
+    """Unsigned seeds as tensors hold them."""
+    return np.array(seeds, dtype=np.uint64).view(np.int64)
+
+
+def is_penalised(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
     )
 
 
-def _edits(edits: Edits, first: int, end: int) -> tuple[Edits, Tensor]:
-    """Those of the nodes, and which ones they are."""
-    kept = ((edits.rows >= first) & (edits.rows < end)).nonzero()[:, 0]
-    return Edits(edits.rows[kept] - first, edits.ids[kept]), kept
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The tree nodes that draw a token, R of them, as host arrays."""
 
+    tree_of: NDArray[np.int64]  # [R] which row
+    depth: NDArray[np.int64]  # [R]
+    path: Callable[[int], tuple[int, ...]]  # of node r: the tokens from below the root down to it
 
-def _penalties(penalties: Penalties | None, first: int, end: int) -> Penalties | None:
-    if penalties is None:
-        return None
-    at, kept = _edits(penalties.at, first, end)
-    return replace(
-        penalties,
-        at=at,
-        counts=penalties.counts[kept],
-        repetition=penalties.repetition[kept],
-        frequency=penalties.frequency[kept],
-        presence=penalties.presence[kept],
-    )
+    @classmethod
+    def of(cls, tree: DraftTree) -> Nodes:
+        sizes = tree.sizes.numpy()
+        tree_of = np.repeat(np.arange(len(sizes)), sizes)
+        firsts = np.cumsum(sizes) - sizes
+        node_of = np.arange(len(tree_of)) - firsts[tree_of]
+        tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
 
+        def path(r: int) -> tuple[int, ...]:
+            row, node = int(tree_of[r]), int(node_of[r])
+            found: list[int] = []
+            while node > 0:
+                found.append(int(tokens[row, node]))
+                node = int(parents[row, node])
+            return tuple(reversed(found))
 
-def _bias(bias: tuple[Edits, Tensor] | None, first: int, end: int) -> tuple[Edits, Tensor] | None:
-    if bias is None:
-        return None
-    at, kept = _edits(bias[0], first, end)
-    return at, bias[1][kept]
+        return cls(tree_of, tree.depths.numpy()[tree_of, node_of], path)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.messages import TokenLogprob
-from engine.sampling.batch import SamplingBatch
-from engine.sampling.logits import edit_logits, filter_logits
+from engine.transfer import download
 from kernels.ops import Ops
-from kernels.sampling.reference import noise_keys
+from kernels.sampling.pipeline_reference import DrawSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +22,9 @@ class TokenScores:
 
     def entries(self, tokens: Tensor) -> list[TokenLogprob]:
         """As clients hear it, for `tokens` [R]."""
-        ids, chosen = tokens.tolist(), self.chosen.tolist()
-        tops = [
-            list(zip(*pair, strict=True))
-            for pair in zip(self.top_ids.tolist(), self.top.tolist(), strict=True)
-        ]
+        found = download((tokens, self.chosen, self.top_ids, self.top))
+        ids, chosen, top_ids, top = (part.tolist() for part in found)
+        tops = [list(zip(*pair, strict=True)) for pair in zip(top_ids, top, strict=True)]
         return [TokenLogprob(*entry) for entry in zip(ids, chosen, tops, strict=True)]
 
 
@@ -37,24 +34,9 @@ class Sampler:
 
     ops: Ops
 
-    def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    def draw(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         """[R, V] float32 logits -> [R] int64 tokens: argmax(log p + noise of seed and position)."""
-        logits = edit_logits(logits, batch)
-        if not batch.any_sampled:
-            return self.ops.argmax(logits)
-        if not batch.any_greedy:
-            return self._draw_sampled(logits, batch, slice(None))
-        drawn = self.ops.argmax(logits)
-        rows = (batch.temperature > 0).nonzero()[:, 0]
-        drawn[rows] = self._draw_sampled(logits[rows], batch, rows)
-        return drawn
-
-    def _draw_sampled(self, logits: Tensor, batch: SamplingBatch, rows: Tensor | slice) -> Tensor:
-        scaled = logits / batch.temperature[rows, None]
-        if batch.any_filtered:
-            scaled = filter_logits(scaled, batch.top_k[rows], batch.top_p[rows], batch.min_p[rows])
-        keys = noise_keys(batch.seeds[rows], batch.positions[rows])
-        return self.ops.gumbel_argmax(scaled, keys)
+        return self.ops.draw(logits, settings)
 
     def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> list[TokenLogprob]:
         """Log-probabilities of `tokens` [R] under the raw `logits` [R, V], with the best `num_top`

@@ -19,12 +19,12 @@ def commit(result: VerifyResult, node_slots: Tensor, kv: KVStorage, ops: Ops) ->
             root, so column d is also where depth d belongs.
     """
     path = result.path[:, 1:]  # [B, max_depth] node ids, -1 behind the end
-    if path.shape[1] == 0:
-        return
     depths = torch.arange(1, path.shape[1] + 1, device=path.device)
-    moves = (path > 0) & (path != depths)
-    if not bool(moves.any()):
+    moved = (path > 0) & (path != depths)
+    if path.shape[1] == 0 or (path.device.type == "cpu" and not bool(moved.any())):
         return
-    sources = node_slots.gather(1, path.clamp(min=0))[moves]
-    targets = node_slots[:, 1 : path.shape[1] + 1].expand_as(path)[moves]
-    ops.kv_move((*kv.keys, *kv.values), sources, targets)
+    # How many move is not known to the host: for the others, the root's slot moves onto itself.
+    root = node_slots[:, :1]
+    sources = torch.where(moved, node_slots.gather(1, path.clamp(min=0)), root)
+    targets = torch.where(moved, node_slots[:, 1 : path.shape[1] + 1], root)
+    ops.kv_move((*kv.keys, *kv.values), sources.flatten(), targets.flatten())

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.kv.slots import Scratch
 from engine.spec.shape import TreeShape
 from engine.spec.tree import DraftTree
 from engine.taps import FeatureTap
 
+Ints = NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """The rows that draw a token in this step, and the newest token of each."""
+    """The rows that draw a token in this step, and the newest token of each: on the host, unless
+    said otherwise."""
 
     lines: Tensor  # [B] int64, the row's line: its place in any state that a proposer keeps
     tokens: Tensor  # [B] int64
@@ -31,7 +38,8 @@ class Roots:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Tokens that the step committed, each with the hidden state of the token before it.
+    """Tokens that the step committed, each with the hidden state of the token before it. Tensors of
+    the host.
 
     Entry c is the token at `positions[c]`; the target has seen the token at `positions[c] - 1`, and
     `features[c]` is where among the T computed tokens its hidden state lies. Entries of row b are
@@ -87,13 +95,66 @@ class Proposer(Protocol):
         ...
 
     def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
-        """One tree per row, of at most `max_nodes` nodes. A row it knows nothing about gets its
-        root only."""
+        """One tree per row, of at most `max_nodes` nodes, on the host. A row it knows nothing about
+        gets its root only."""
         ...
 
     def extend(self, committed: Committed, hidden: Tensor) -> None:
         """Take in committed tokens. `hidden` [T, H] is the target's output after its final norm;
         the tap has seen the same T tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a decode round committed, as `Committed` says it, but with one width for all B rows and
+    on the device: entry e of row b is the e-th token it emitted."""
+
+    lines: Tensor  # [B] int64
+    last: Tensor  # [B] int64, the newest entry of each row; those behind are none
+    features: Tensor  # [B, E] int64
+    tokens: Tensor  # [B, E] int64
+    positions: Tensor  # [B, E] int64
+    slots: Tensor  # [B, E] int64, scratch for entries that are none
+    seen: Tensor  # [B, E] int64 bit masks over the entries of the row
+    block_tables: Tensor  # [B, max_blocks] int32
+
+
+@runtime_checkable
+class RoundProposer(Proposer, Protocol):
+    """A proposer that can be part of a round on the device, see `runner/decode_round.py`. `draft`
+    and `absorb` never wait for the device: a CUDA graph can hold them."""
+
+    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:
+        """On the host: whether the state of each line [B] is that of its root [B]; [B] bool."""
+        ...
+
+    def draft(
+        self, roots: Roots, shape: TreeShape, max_context: int, any_sampled: bool, scratch: Scratch
+    ) -> tuple[DraftTree, Tensor]:
+        """Trees of `shape`, all nodes of it, without a copy to the host.
+
+        Args:
+            roots: on the device. Nodes behind `max_nodes` (0: the row is none) go to `scratch` and
+                have parent -1, so that no walk reaches them.
+            max_context: no entry lies as far back.
+            any_sampled: False promises that all rows are greedy.
+
+        Returns:
+            the trees, and which rows have a sound state, [B] bool; others keep their root only.
+        """
+        ...
+
+    def absorb(self, accepted: Accepted, max_context: int) -> None:
+        """Take in what the round committed; the tap has seen its forward."""
+        ...
+
+    def absorbed(self, lines: Ints, positions: Ints) -> None:
+        """On the host, afterwards: the position of each line's newest entry."""
+        ...
+
+    def count_faults(self, count: int) -> None:
+        """Rows whose state was not sound, and wanted a tree."""
         ...
 
 
@@ -116,3 +177,25 @@ class RootProposer:
 
     def extend(self, committed: Committed, hidden: Tensor) -> None:
         """Nothing to learn: a root needs no draft state."""
+
+    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:  # noqa: ARG002
+        return np.zeros(len(lines), dtype=np.bool_)
+
+    def draft(
+        self,
+        roots: Roots,
+        shape: TreeShape,  # noqa: ARG002  (no choice)
+        max_context: int,  # noqa: ARG002
+        any_sampled: bool,  # noqa: ARG002
+        scratch: Scratch,  # noqa: ARG002
+    ) -> tuple[DraftTree, Tensor]:
+        return DraftTree.roots(roots.tokens), torch.ones_like(roots.tokens, dtype=torch.bool)
+
+    def absorb(self, accepted: Accepted, max_context: int) -> None:
+        """Nothing to learn."""
+
+    def absorbed(self, lines: Ints, positions: Ints) -> None:
+        """Nothing was."""
+
+    def count_faults(self, count: int) -> None:
+        """No head, no faults."""

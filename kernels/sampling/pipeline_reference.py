@@ -50,6 +50,12 @@ class DrawSettings:
     min_p: Tensor | None = None  # [R] float32, 0 when off
     edits: LogitEdits | None = None
     allowed: Tensor | None = None  # [R, ceil(V / 32)] int32, bit v % 32 of word v // 32: token v
+    any_sampled: bool = True  # False: all rows are greedy; True: some may not be
+    any_greedy: bool = True  # False: no row is; True: some may be
+
+    @property
+    def is_filtered(self) -> bool:
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,11 @@ def draw(logits: Tensor, settings: DrawSettings, num_top: int | None = None) -> 
         return Drawn(tokens, logprobs, None, None)
     best, ids = logits.sort(dim=1, descending=True, stable=True)
     return Drawn(tokens, logprobs, ids[:, :num_top], best[:, :num_top] - normaliser[:, None])
+
+
+def draw_tokens(logits: Tensor, settings: DrawSettings) -> Tensor:
+    """The operation `draw`: [R] int64 tokens."""
+    return draw_edited(edit(logits, settings), settings)
 
 
 def edit(logits: Tensor, settings: DrawSettings) -> Tensor:

@@ -52,6 +52,11 @@ def draw(
     return drawn
 
 
+def draw_tokens(logits: Tensor, settings: DrawSettings) -> Tensor:
+    """The operation `draw`: [R] int64 tokens."""
+    return draw(logits, settings).tokens
+
+
 def _new_drawn(logits: Tensor, num_top: int | None) -> Drawn:
     R, device = logits.shape[0], logits.device
     tokens = torch.empty(R, dtype=torch.int64, device=device)
@@ -128,15 +133,10 @@ class _Work:
             },
         )
 
-    @property
-    def is_filtered(self) -> bool:
-        s = self.settings
-        return s.top_k is not None or s.top_p is not None or s.min_p is not None
-
     def launches(self) -> Iterator[Launch]:
         yield self._draw(first=True)
         yield self._decide(first=True)
-        if not self.is_filtered:
+        if not self.settings.is_filtered:
             return
         if self.settings.top_k is not None:
             yield from self._top_k_launches()
@@ -268,7 +268,8 @@ def _report_launch(
 
 
 def example_launches(logits: Tensor) -> list[Launch]:
-    """Those of a batch that uses everything, and of one with top-p alone, for compile checks."""
+    """Those of a batch that uses everything, of one with top-p alone, and of decode rounds with and
+    without filters, for compile checks."""
     R, V = logits.shape
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -282,5 +283,7 @@ def example_launches(logits: Tensor) -> list[Launch]:
     everything = DrawSettings(row, whole, whole, whole, row, row, edits, mask)
     top_p = DrawSettings(row, whole, whole, top_p=row)
     found = [*_launches(logits, everything, _new_drawn(logits, 20), TILE)]
-    found += _launches(logits, top_p, _new_drawn(logits, None), TILE)
+    rounds = DrawSettings(row, whole, whole), DrawSettings(row, whole, whole, whole, row, row)
+    for settings in (top_p, *rounds):
+        found += _launches(logits, settings, _new_drawn(logits, None), TILE)
     return list({launch.name: launch for launch in found}.values())

@@ -375,16 +375,18 @@ def _walk_launch(
 
 
 def launches() -> list[Launch]:
-    """A dynamic tree of EAGLE-2's size over a draft vocabulary of 32000, and the largest one."""
+    """A dynamic tree of EAGLE-2's size over the best tokens of each node and over a whole draft
+    vocabulary, and the largest choice of candidates."""
     B, K, W, C, N = 16, 10, 32000, 510, MAX_NODES
 
     def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     scores, nodes, row = new(B, K, W, dtype=torch.float32), new(B, N), new(B)
-    found = _expand_launches(
-        scores[:, 0, 0].contiguous(), scores, new(B, K, K), scores[:, :, :K], new(B, K), TILE
-    )
+    above, cumulative, frontier = scores[:, 0, 0].contiguous(), scores[:, :, :K], new(B, K)
+    local = new(B, K, K, dtype=torch.float32)
+    found = _expand_launches(above, scores, new(B, K, K), cumulative, frontier, TILE)
+    found += _expand_launches(above, local, new(B, K, K), cumulative, frontier, TILE)[:2]
     for candidates in (C, MAX_CANDIDATES):
         ids, floats = new(B, candidates), new(B, candidates, dtype=torch.float32)
         found.append(_select_launch(ids, ids, floats, row, nodes, nodes))

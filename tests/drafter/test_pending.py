@@ -46,8 +46,8 @@ def test_steps_come_out_as_one() -> None:
     assert torch.equal(merged.block_tables[1:], whole.block_tables[1:])  # the newest ones
     assert merged.block_tables[0, 0] == 20
     assert merged.block_tables.dtype == merged.cu.dtype == torch.int32
-    assert torch.equal(features[0][:, 0], whole.tokens * 1.0)
-    assert torch.equal(features[1][:, 0], whole.tokens * 2.0)
+    assert torch.equal(features[0][merged.features, 0], whole.tokens * 1.0)
+    assert torch.equal(features[1][merged.features, 0], whole.tokens * 2.0)
 
 
 def test_a_step_follows_where_its_rows_go_on() -> None:

@@ -92,24 +92,24 @@ def test_the_first_tokens_follow_the_exact_law(
     assert excess(texts(small, temperature, shape), exact_law(small.oracle, temperature)) < 1
 
 
-def first_child(tree: DraftTree, drawn: Tensor) -> VerifyResult:
+def first_child(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
     """Accepts whatever was proposed first."""
     changed = drawn.clone()
     for row, node in itertools.product(range(len(drawn)), range(drawn.shape[1])):
         children = (tree.parents[row] == node).nonzero()[:, 0]
         if len(children):
             changed[row, node] = tree.tokens[row, children[0]]
-    return walk(tree, changed)
+    return walk(tree, changed, ops)
 
 
-def near_miss(tree: DraftTree, drawn: Tensor) -> VerifyResult:
+def near_miss(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
     """Takes a child for the drawn token although it is the next one in the vocabulary."""
     changed = drawn.clone()
     for row, node in itertools.product(range(len(drawn)), range(drawn.shape[1])):
         children = tree.tokens[row, tree.parents[row] == node]
         if bool((children == drawn[row, node] + 1).any()):
             changed[row, node] += 1
-    return walk(tree, changed)
+    return walk(tree, changed, ops)
 
 
 @pytest.mark.parametrize("broken", [first_child, near_miss])

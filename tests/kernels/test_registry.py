@@ -12,7 +12,7 @@ import torch
 from kernels.native import build
 from kernels.native.build import NativeUnavailableError
 from kernels.ops import Ops
-from kernels.registry import BACKENDS, OPERATIONS, build_ops
+from kernels.registry import BACKENDS, OPERATIONS, TREE_OPERATIONS, build_ops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NOT_A_LIBRARY = (  # a compiler whose result cannot be loaded
@@ -61,7 +61,8 @@ def test_the_reference_needs_no_compiler(tmp_path: Path) -> None:
 
 
 def test_auto_takes_native_kernels_where_they_can_be_had(native_ops: Ops) -> None:
-    assert native_ops.backends == dict.fromkeys(OPERATIONS, "native")
+    on_trees = dict.fromkeys(TREE_OPERATIONS, "reference")
+    assert native_ops.backends == dict.fromkeys(OPERATIONS, "native") | on_trees
 
 
 def test_products_name_the_instructions_they_use(native_ops: Ops, native_cache: Path) -> None:
@@ -69,6 +70,7 @@ def test_products_name_the_instructions_they_use(native_ops: Ops, native_cache: 
     products = {ops.backends.pop(name) for name in ("linear", "attention")}
     assert len(products) == 1
     assert products <= {"native", "native (amx)"}
+    assert {ops.backends.pop(name) for name in TREE_OPERATIONS} == {"reference"}
     assert set(ops.backends.values()) == {"native"}
 
 

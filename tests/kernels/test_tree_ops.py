@@ -1,4 +1,4 @@
-"""The tree operations in plain torch equal the drafter's growing, DraftTree and the walk."""
+"""The tree operations in plain torch: alone, and as the drafter grows trees with them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from drafter.growing import grow_dynamic
 from drafter.ranking import Noise, best_children
 from engine.spec.shape import DynamicShape, ancestors_of, depths_of, signed
-from engine.spec.tree import DraftTree
-from engine.spec.verify import walk
+from kernels.ops import Ops
 from kernels.tree import reference
 from tests.support.scripted_proposer import random_parents
 
@@ -33,11 +32,17 @@ class Roots:
 
 
 @dataclass
+class Context:
+    ops: Ops
+
+
+@dataclass
 class ScriptedGrower:
     """Draft logits that depend on depth and place only; otherwise what the drafter does."""
 
     logits: Tensor  # [depths, B, K, W]
     roots: Roots
+    ctx: Context
 
     @property
     def num_rows(self) -> int:
@@ -47,7 +52,7 @@ class ScriptedGrower:
         nodes = states.shape[1]
         logits = self.logits[depth, :, :nodes].flatten(0, 1)
         zeros = torch.zeros(len(logits), dtype=torch.int64)
-        found = best_children(logits, count, Noise(zeros.float(), zeros, zeros), None)
+        found = best_children(logits, count, Noise(zeros.float(), zeros, zeros, False), None)
         return tuple(part.view(self.num_rows, nodes, count) for part in found)  # type: ignore[return-value]
 
     def forward(
@@ -56,40 +61,54 @@ class ScriptedGrower:
         return torch.zeros(*tokens.shape, 1)
 
 
-def grow(logits: Tensor, roots: Tensor, shape: DynamicShape) -> tuple[Tensor, Tensor]:
-    """EAGLE-2 from the operations alone: tokens and parents of the tree."""
-    scores = logits - logits.logsumexp(dim=-1, keepdim=True)  # [depths, B, K, W]
-    B, k = len(roots), shape.top_k
-    zero = torch.zeros(B, 1)
-    found, cumulative, frontier = reference.expand(zero, scores[0, :, :1], k)
-    tokens, totals = [found.flatten(1)], [cumulative.flatten(1)]
-    parents, first = [torch.full((B, k), -1)], 0
-    for depth in range(1, shape.max_depth):
-        above = totals[-1].gather(1, frontier)
-        parents.append((frontier + first).repeat_interleave(k, dim=1))
-        first += totals[-1].shape[1]
-        found, cumulative, frontier = reference.expand(above, scores[depth], k)
-        tokens.append(found.flatten(1))
-        totals.append(cumulative.flatten(1))
-    candidates = [torch.cat(parts, dim=1) for parts in (tokens, parents, totals)]
-    num_nodes = min(shape.num_nodes, candidates[0].shape[1] + 1)
-    return reference.select(*candidates, roots, num_nodes)
+@dataclass
+class Node:
+    """A candidate of the oracle: `path` holds the tokens from below the root."""
+
+    path: tuple[int, ...]
+    score: float
+    parent: Node | None
+
+
+def grow(scores: Tensor, root: int, shape: DynamicShape) -> tuple[list[int], list[int]]:
+    """EAGLE-2 for one row, one node at a time: tokens and parents. `scores` [depths, K, W]."""
+    frontier: list[Node | None] = [None]
+    found: list[Node] = []
+    for depth in range(shape.max_depth):
+        children = []
+        for place, parent in enumerate(frontier):
+            row = scores[depth, place]
+            above = torch.tensor(0.0 if parent is None else parent.score)
+            best = row.topk(shape.top_k)
+            for token, score in zip(best.indices.tolist(), (above + best.values), strict=True):
+                path = (*(parent.path if parent else ()), token)
+                children.append(Node(path, float(score), parent))
+        found += children
+        frontier = sorted(children, key=lambda node: -node.score)[: shape.top_k]
+    kept = sorted(range(len(found)), key=lambda at: -found[at].score)[: shape.num_nodes - 1]
+    nodes = [found[at] for at in sorted(kept)]
+    tokens = [root, *(node.path[-1] for node in nodes)]
+    places = {id(node): 1 + at for at, node in enumerate(nodes)}
+    return tokens, [-1, *(places[id(node.parent)] if node.parent else 0 for node in nodes)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("seed", range(3))
-def test_growing_with_the_operations_equals_the_drafter(shape: DynamicShape, seed: int) -> None:
+def test_the_drafter_grows_what_growing_node_by_node_gives(
+    reference_ops: Ops, shape: DynamicShape, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape.max_depth, 3, shape.top_k, WIDTH, generator=generator) * 3
     roots = torch.tensor([5, 6, 7])
-    grower = ScriptedGrower(logits, Roots(roots))
+    grower = ScriptedGrower(logits, Roots(roots), Context(reference_ops))
     tree = grow_dynamic(grower, shape, torch.zeros(3, 1))  # type: ignore[arg-type]
-    tokens, parents = grow(logits, roots, shape)
-    masks, depths = reference.ancestors(parents)
-    assert tokens.tolist() == tree.tokens.tolist()
-    assert parents.tolist() == tree.parents.tolist()
-    assert masks.tolist() == tree.ancestors.tolist()
-    assert depths.tolist() == tree.depths.tolist()
+    scores = logits - logits.logsumexp(dim=-1, keepdim=True)  # [depths, B, K, W]
+    for row, root in enumerate(roots.tolist()):
+        tokens, parents = grow(scores[:, row], root, shape)
+        assert tree.tokens[row].tolist() == tokens
+        assert tree.parents[row].tolist() == parents
+        assert tree.ancestors[row].tolist() == [signed(mask) for mask in ancestors_of(parents)]
+        assert tree.depths[row].tolist() == list(depths_of(parents))
 
 
 def test_ties_go_to_the_lower_parent_and_then_to_the_lower_token() -> None:
@@ -124,21 +143,3 @@ def test_masks_and_depths_equal_those_of_shapes(seed: int) -> None:
         masks, depths = reference.ancestors(torch.tensor(trees))
         assert masks.tolist() == [[signed(mask) for mask in ancestors_of(t)] for t in trees]
         assert depths.tolist() == [list(depths_of(t)) for t in trees]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_walk_equals_the_engines(seed: int) -> None:
-    rng = random.Random(seed)
-    size, B = rng.randint(1, 64), 4
-    parents = torch.tensor([random_parents(size, rng) for _ in range(B)])
-    generator = torch.Generator().manual_seed(seed)
-    tokens, drawn = torch.randint(0, 3, (2, B, size), generator=generator).unbind()
-    masks, depths = reference.ancestors(parents)
-    tree = DraftTree(tokens, parents, depths, masks, torch.full((B,), size), 0)
-    tree = tree.cut(torch.randint(1, size + 1, (B,), generator=generator))
-    expected = walk(tree, drawn[:, : tree.tokens.shape[1]])
-    drawn = drawn[:, : tree.tokens.shape[1]]
-    got = reference.walk(tree.tokens, tree.parents, drawn, tree.max_depth)
-    assert got[0].tolist() == expected.path.tolist()
-    assert got[1].tolist() == expected.num_accepted.tolist()
-    assert got[2].tolist() == expected.emitted.tolist()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from engine.request import Request, SamplingParams
-from engine.sampling.batch import RowState, SamplingBatch, build_sampling_batch
-from engine.sampling.logits import edit_logits, filter_logits
+from engine.sampling.batch import draw_settings
+from engine.sampling.rows import RowState
 from engine.sampling.sampler import Sampler
 from kernels.ops import Ops
 from kernels.sampling import pipeline_reference, reference
 from kernels.sampling.pipeline_reference import ABSENT, DrawSettings, LogitEdits
+from kernels.sampling.torch_draw import edit_logits, filter_logits
 from tests.kernels import triton_env
 from tests.support.trees import roots
 
@@ -131,39 +132,6 @@ def rows_of_engine(seed: int) -> list[RowState]:
     return rows
 
 
-def settings_of(batch: SamplingBatch, num_rows: int) -> DrawSettings:
-    """What the engine's batch says, in the form of the kernels."""
-    entries: list[dict[int, list[float]]] = [{} for _ in range(num_rows)]
-    strengths = torch.tensor([[1.0, 0.0, 0.0]]).repeat(num_rows, 1)
-    if batch.penalties is not None:
-        p = batch.penalties
-        for row, token, count in zip(
-            p.at.rows.tolist(), p.at.ids.tolist(), p.counts.tolist(), strict=True
-        ):
-            entries[row][token] = [count, 0.0]
-        strengths[p.at.rows] = torch.stack((p.repetition, p.frequency, p.presence), dim=1)
-    if batch.bias is not None:
-        at, values = batch.bias
-        for row, token, value in zip(
-            at.rows.tolist(), at.ids.tolist(), values.tolist(), strict=True
-        ):
-            entries[row].setdefault(token, [ABSENT, 0.0])[1] += value
-    if batch.forbidden is not None:
-        for row, token in zip(
-            batch.forbidden.rows.tolist(), batch.forbidden.ids.tolist(), strict=True
-        ):
-            entries[row].setdefault(token, [ABSENT, 0.0])[1] = -torch.inf
-    return settings(
-        batch.temperature.tolist(),
-        top_k=batch.top_k,
-        top_p=batch.top_p,
-        min_p=batch.min_p,
-        seeds=batch.seeds,
-        positions=batch.positions,
-        edits=edits(entries, strengths),
-    )
-
-
 def edits(entries: list[dict[int, list[float]]], strengths: Tensor) -> LogitEdits:
     """With room behind the entries, as a static buffer has."""
     flat = [(token, *values) for row in entries for token, values in row.items()]
@@ -199,19 +167,15 @@ def test_the_reference_equals_the_engines_sampler(
 ) -> None:
     rows = rows_of_engine(seed)
     logits = shape(triton_env.numbers(len(rows), 300, seed=seed)).cpu()
-    batch = build_sampling_batch(rows, roots(len(rows)), (7, 8), 300)
-    chosen = settings_of(batch, len(rows))
-    chosen = dataclasses.replace(
-        chosen, **{f.name: to_cpu(getattr(chosen, f.name)) for f in dataclasses.fields(chosen)}
-    )
-    edited = edit_logits(logits, batch)
+    chosen = draw_settings(rows, roots(len(rows)), (7, 8), 300)
+    edited = edit_logits(logits, chosen)
     assert torch.equal(pipeline_reference.edit(logits, chosen), edited)
-    scaled = edited / torch.where(batch.temperature > 0, batch.temperature, 1.0)[:, None]
-    kept = filter_logits(scaled, batch.top_k, batch.top_p, batch.min_p)
+    scaled = edited / torch.where(chosen.temperature > 0, chosen.temperature, 1.0)[:, None]
+    kept = filter_logits(scaled, chosen.top_k, chosen.top_p, chosen.min_p)
     assert torch.equal(pipeline_reference.keep(scaled, chosen), kept)
     drawn = pipeline_reference.draw(logits, chosen, num_top=20)
     sampler = Sampler(reference_ops)
-    assert drawn.tokens.tolist() == sampler.draw(logits, batch).tolist()
+    assert drawn.tokens.tolist() == sampler.draw(logits, chosen).tolist()
     assert drawn.logprobs is not None
     expected = sampler.logprobs(logits, drawn.tokens, 0)
     torch.testing.assert_close(
@@ -382,7 +346,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         alone = {
             f.name: getattr(chosen, f.name)[row : row + 1]
             for f in dataclasses.fields(chosen)
-            if getattr(chosen, f.name) is not None
+            if isinstance(getattr(chosen, f.name), Tensor)
         }
         drawn = pipeline.draw(logits[row : row + 1], DrawSettings(**alone), tile=TILE)
         assert drawn.tokens.tolist() == [whole[row]]

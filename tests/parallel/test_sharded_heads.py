@@ -23,7 +23,7 @@ from tests.support.thread_group import ThreadGroup, run_ranks
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
 
-TOLERANCE = 2e-4  # float32 sums in another order, fed back three times
+TOLERANCE = 2e-3  # float32 sums in another order, fed back three times; a wrong part is off by 0.1
 PRIME = TinyLlama(
     vocab_size=VOCAB, hidden_size=HIDDEN, num_heads=12, head_dim=16, intermediate_size=144
 )

@@ -9,7 +9,8 @@ import torch
 from engine.parallel.shard import Shard
 from engine.parallel.spread import SpreadLogits, row_counts
 from engine.parallel.trees import share_tree
-from engine.sampling.batch import RowState, build_sampling_batch
+from engine.sampling.batch import draw_settings
+from engine.sampling.rows import RowState
 from engine.sampling.sampler import Sampler
 from engine.spec.shape import DynamicShape, chain
 from engine.spec.tree import DraftTree
@@ -19,6 +20,7 @@ from tests.support.engines import ask
 from tests.support.thread_group import ThreadGroup, run_ranks
 
 VOCAB = 131
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
@@ -47,9 +49,9 @@ def test_ranks_draw_and_score_what_one_rank_does(
     tree = DraftTree.of_shape(chain(per_row - 1), tokens, sizes)
     num_nodes = len(rows) * per_row
     logits = 3 * torch.randn(num_nodes, VOCAB, generator=torch.Generator().manual_seed(1))
-    batch = build_sampling_batch(rows, tree, [2], VOCAB)
+    settings = draw_settings(rows, tree, [2], VOCAB)
     at = torch.tensor([0, num_nodes - 1, 3, 3])
-    expected = sampler.draw(logits, batch)
+    expected = sampler.draw(logits, settings)
     scores = sampler.logprobs(logits[at], expected[at], 3)
 
     def on_rank(group: ThreadGroup) -> tuple[list[int], object]:
@@ -60,7 +62,7 @@ def test_ranks_draw_and_score_what_one_rank_does(
         spread = SpreadLogits.of(local, VOCAB, group)
         assert spread.own.shape[1] == VOCAB
         assert len(spread.own) < num_nodes
-        drawn = spread.draw(sampler, batch)
+        drawn = spread.draw(sampler, settings)
         return drawn.tolist(), spread.logprobs(sampler, at, expected[at], 3)
 
     for drawn, found in run_ranks(size, on_rank):
@@ -78,7 +80,7 @@ def test_every_rank_gets_the_trees_of_rank_0() -> None:
         return DraftTree.of_shape(chain(width - 1), tokens, torch.tensor([width, 1]))
 
     def on_rank(group: ThreadGroup) -> DraftTree:
-        return share_tree(own_tree(group.rank), shape, group)
+        return share_tree(own_tree(group.rank), shape, group, CPU)
 
     first = own_tree(0)
     for tree in run_ranks(3, on_rank):

@@ -69,7 +69,7 @@ def test_shipped_configurations_fit_into_their_gpus(size: str, tmp_path: Path) -
     table = 4 * 131072 * 128  # rotary, float32; so are norms
     cut = 2 * (NUM_PARAMETERS[size] - norms) // ranks
     assert plan.target_weights == cut + 4 * norms + table
-    tokens = plan.num_blocks * 16
+    tokens = (plan.num_blocks + 1) * 16  # and the scratch block
     heads = 8 // ranks
     assert plan.target_kv == tokens * heads * arch["num_hidden_layers"] * KV_BYTES
     assert plan.draft_kv == tokens * heads * KV_BYTES
@@ -87,7 +87,8 @@ def test_a_replicated_head_is_whole_on_every_gpu(tmp_path: Path) -> None:
     cut = plan_memory(config, H100)
     whole = plan_memory(config.model_copy(update={"speculation": speculation}), H100)
     assert whole.target_weights == cut.target_weights
-    assert whole.draft_kv // whole.num_blocks == 8 * (cut.draft_kv // cut.num_blocks)
+    per_block = cut.draft_kv // (cut.num_blocks + 1)
+    assert whole.draft_kv == 8 * per_block * (whole.num_blocks + 1)
     hidden, inner = 8192, 28672
     layer = (8192 + 2 * 1024) * 2 * hidden + 8192 * hidden + 3 * inner * hidden
     assert whole.draft_weights - cut.draft_weights == 2 * (layer + 3 * hidden * hidden) * 7 // 8
@@ -96,7 +97,7 @@ def test_a_replicated_head_is_whole_on_every_gpu(tmp_path: Path) -> None:
 def test_kv_heads_on_several_gpus_are_said(tmp_path: Path) -> None:
     plan = plan_memory(shipped(tmp_path, "8B", "parallel.tensor=16"), H100)
     assert plan.lines()[0].endswith("on each of 16 GPUs of 74.5 GiB, each KV head on 2")
-    assert plan.target_kv == plan.num_blocks * 16 * 32 * KV_BYTES
+    assert plan.target_kv == (plan.num_blocks + 1) * 16 * 32 * KV_BYTES
 
 
 def test_what_does_not_fit_or_divide_is_refused_with_its_numbers(tmp_path: Path) -> None:

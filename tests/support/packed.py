@@ -47,7 +47,7 @@ class PackedModel:
         for pages in (*kv.keys, *kv.values):
             pages.fill_(torch.nan)
         self.context = ForwardContext(self.ops, kv, TPGroup())
-        self.inputs = InputBuilder(16, self.num_blocks * BLOCK, BLOCK, CPU)
+        self.inputs = InputBuilder(16, self.num_blocks * BLOCK, BLOCK)
 
     @torch.inference_mode()
     def run(self, *rows: RowPlan) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +17,8 @@ from configs.schema import (
 from engine.core import EngineCore
 from engine.models.arch import LlamaArch
 from engine.models.llama import LlamaLoader
+from engine.runner.model_runner import ModelRunner
+from engine.runner.rounds import RoundSettings
 from kernels.ops import Ops
 from server.compose import assemble
 from server.drafting import Drafting, Target
@@ -61,12 +63,14 @@ class TinyEngine:
     max_model_len: int = 256
     eos_token_ids: frozenset[int] = frozenset({EOS})
     drafting: Drafting | None = None
+    device: torch.device = CPU
+    rounds: bool = False  # on a CPU too
     lookup: bool = False
 
     def build(self) -> EngineCore:
         arch = LlamaArch.from_hf_config(self.oracle.config.to_dict())
         read = self.oracle.state_dict().__getitem__
-        loader = LlamaLoader(arch, read, self.ops, torch.float32, CPU, self.max_model_len)
+        loader = LlamaLoader(arch, read, self.ops, torch.float32, self.device, self.max_model_len)
         config = Config(
             model=ModelConfig(dtype="float32", max_model_len=self.max_model_len),
             cache=CacheConfig(num_blocks=self.num_blocks, prefix_caching=self.prefix_caching),
@@ -75,6 +79,11 @@ class TinyEngine:
             ),
             speculation=SpeculationConfig(lookup=self.lookup),
         )
-        return assemble(
-            config, Target(loader.load(), arch, self.eos_token_ids), self.ops, CPU, self.drafting
-        )
+        target = Target(loader.load(), arch, self.eos_token_ids)
+        core = assemble(config, target, self.ops, self.device, self.drafting)
+        if self.rounds:
+            runner = core.executor
+            assert isinstance(runner, ModelRunner)
+            settings = RoundSettings(self.max_num_seqs, graphs=False)
+            core.executor = ModelRunner(replace(runner._parts, rounds=settings))
+        return core

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.request import Request, SamplingParams
-from engine.sampling.batch import RowState, build_sampling_batch, is_penalised
+from engine.sampling.batch import draw_settings
 from engine.sampling.history import TokenHistory
+from engine.sampling.rows import RowState, is_penalised
 from engine.sampling.sampler import Sampler
 from kernels.ops import Ops
 from tests.support.trees import roots
@@ -58,7 +59,7 @@ def sampling(**params: object) -> SamplingParams:
 
 
 def draw(ops: Ops, states: list[RowState], logits: list[float] = LOGITS) -> list[int]:
-    batch = build_sampling_batch(states, roots(len(states)), [EOS], VOCAB)
+    batch = draw_settings(states, roots(len(states)), [EOS], VOCAB)
     drawn = Sampler(ops).draw(torch.tensor(logits).repeat(len(states), 1), batch)
     return drawn.tolist()  # type: ignore[no-any-return]
 

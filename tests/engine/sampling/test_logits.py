@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.request import Request, SamplingParams
-from engine.sampling.batch import RowState, SamplingBatch, build_sampling_batch
-from engine.sampling.logits import edit_logits, filter_logits
+from engine.sampling.batch import draw_settings
+from engine.sampling.rows import RowState
+from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.torch_draw import edit_logits, filter_logits
 from tests.support.trees import roots
 
 VOCAB = 1000
@@ -88,8 +90,8 @@ def row_state(prompt: list[int], output: list[int], **params: object) -> RowStat
     return RowState.admit(Request(request_id="r", prompt_ids=prompt, params=sampling), output)
 
 
-def batch_of(*rows: RowState) -> SamplingBatch:
-    return build_sampling_batch(rows, roots(len(rows)), [2], VOCAB)
+def batch_of(*rows: RowState) -> DrawSettings:
+    return draw_settings(rows, roots(len(rows)), [2], VOCAB)
 
 
 def test_no_edit_returns_the_very_same_tensor() -> None:

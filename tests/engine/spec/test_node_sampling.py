@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from engine.request import Request, SamplingParams
-from engine.sampling.batch import RowState, build_sampling_batch
+from engine.sampling.batch import draw_settings
 from engine.sampling.history import TokenHistory
-from engine.sampling.logits import edit_logits
+from engine.sampling.rows import RowState
 from engine.sampling.sampler import Sampler
 from engine.spec.tree import DraftTree
 from kernels.ops import Ops
+from kernels.sampling.torch_draw import edit_logits
 from tests.support.scripted_proposer import random_parents, tree_of
 
 VOCAB, EOS = 12, 2
@@ -23,7 +24,7 @@ PARAMS: list[dict[str, object]] = [
     {"repetition_penalty": 1.4, "frequency_penalty": 0.6, "presence_penalty": -0.4},
     {"frequency_penalty": 1.1, "temperature": 0.0, "logit_bias": {3: 2.0, 5: -1.0}},
     {"min_tokens": 5, "stop_token_ids": (4, 7)},
-    {"min_tokens": 7, "presence_penalty": 0.5, "top_k": 4, "logprobs": 2},
+    {"min_tokens": 7, "presence_penalty": 0.5, "top_k": 4},
     {"top_p": 0.7, "min_p": 0.05, "logit_bias": {EOS: 3.0}, "temperature": 1.6},
 ]
 
@@ -51,17 +52,16 @@ def test_all_nodes_at_once_equal_each_node_alone(reference_ops: Ops, seed: int) 
         parents = random_parents(rng.choice([1, 3, 9, 20]), rng, 4)
         trees.append((parents, rng.choices(range(VOCAB), k=len(parents))))
     rows = [state(at, output) for at, output in enumerate(outputs)]
-    together = build_sampling_batch(rows, tree_of(trees), [EOS], VOCAB)
+    together = draw_settings(rows, tree_of(trees), [EOS], VOCAB)
     alone = [
         state(at, outputs[at] + path_to(node, parents, tokens))
         for at, (parents, tokens) in enumerate(trees)
         for node in range(len(parents))
     ]
     roots = DraftTree.roots(torch.zeros(len(alone), dtype=torch.int64))
-    each = build_sampling_batch(alone, roots, [EOS], VOCAB)
+    each = draw_settings(alone, roots, [EOS], VOCAB)
     for part in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions"):
         assert torch.equal(getattr(together, part), getattr(each, part)), part
-    assert together.num_logprobs == each.num_logprobs
     logits = torch.randn(len(alone), VOCAB, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(edit_logits(logits, together), edit_logits(logits, each))
     sampler = Sampler(reference_ops)

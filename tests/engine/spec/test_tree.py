@@ -10,6 +10,7 @@ import torch
 from engine.spec.shape import StaticShape, ancestors_of, chain, signed
 from engine.spec.tree import DraftTree
 from engine.spec.verify import walk
+from kernels.ops import Ops
 from tests.support.scripted_proposer import random_parents, random_shape, tree_of
 
 HAND = StaticShape("hand", (-1, 0, 0, 1, 3, 2))
@@ -82,7 +83,9 @@ def python_walk(parents: list[int], tokens: list[int], drawn: list[int]) -> list
 
 @pytest.mark.parametrize("vocab", [2, 3, 7])
 @pytest.mark.parametrize("seed", range(6))
-def test_walks_over_random_trees_equal_a_walk_in_python(vocab: int, seed: int) -> None:
+def test_walks_over_random_trees_equal_a_walk_in_python(
+    reference_ops: Ops, vocab: int, seed: int
+) -> None:
     rng = random.Random(1000 * vocab + seed)
     rows, draws = [], []
     for _ in range(12):
@@ -91,7 +94,7 @@ def test_walks_over_random_trees_equal_a_walk_in_python(vocab: int, seed: int) -
         draws.append([rng.randrange(vocab) for _ in parents])
     tree = tree_of(rows)
     drawn = torch.tensor([d + [-1] * (tree.tokens.shape[1] - len(d)) for d in draws])
-    result = walk(tree, drawn)
+    result = walk(tree, drawn, reference_ops)
     assert result.path.shape == (12, tree.max_depth + 1)
     for row, (parents, tokens) in enumerate(rows):
         path = python_walk(parents, tokens, draws[row])

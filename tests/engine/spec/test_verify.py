@@ -7,6 +7,7 @@ import torch
 
 from engine.spec.tree import DraftTree
 from engine.spec.verify import walk
+from kernels.ops import Ops
 
 # root(5) -> 6, 7;  6 -> 8;  7 -> 8, 9;  9 -> 5
 TOKENS = [5, 6, 7, 8, 8, 9, 5]
@@ -36,16 +37,18 @@ def tree() -> DraftTree:
     ],
     ids=["nothing", "one", "second-branch", "to-the-leaf", "grandchild-is-no-child"],
 )
-def test_walk_follows_drawn_children(drawn: list[int], path: list[int], emitted: list[int]) -> None:
-    result = walk(tree(), torch.tensor([drawn]))
+def test_walk_follows_drawn_children(
+    reference_ops: Ops, drawn: list[int], path: list[int], emitted: list[int]
+) -> None:
+    result = walk(tree(), torch.tensor([drawn]), reference_ops)
     padded = [-1] * (4 - len(path))
     assert result.path.tolist() == [path + padded]
     assert result.emitted.tolist() == [emitted + padded]
     assert result.num_accepted.tolist() == [len(path) - 1]
 
 
-def test_a_root_only_tree_emits_exactly_the_drawn_token() -> None:
+def test_a_root_only_tree_emits_exactly_the_drawn_token(reference_ops: Ops) -> None:
     roots = DraftTree.roots(torch.tensor([3, 4]))
-    result = walk(roots, torch.tensor([[7], [8]]))
+    result = walk(roots, torch.tensor([[7], [8]]), reference_ops)
     assert result.emitted.tolist() == [[7], [8]]
     assert result.num_accepted.tolist() == [0, 0]

@@ -1,0 +1,96 @@
+"""Copies between host and device: however many tensors, one transfer.
+
+A builder makes host tensors; `upload` takes a whole bundle of them over at once, `download` brings
+one back. A bundle is a tensor, or a tuple or dataclass of bundles and other values, which stay as
+they are. On a CPU both return the bundle itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: for addresses divisible by less, Triton compiles kernels anew
+
+Bundle = TypeVar("Bundle")
+
+
+def upload(bundle: Bundle, device: torch.device) -> Bundle:
+    """The bundle with its host tensors on `device`, after one copy from pinned memory. The host
+    does not wait."""
+    if device.type == "cpu":
+        return bundle
+    found: list[Tensor] = []
+    _map(bundle, lambda tensor: _note(tensor, found, on_host=True))
+    if not found:
+        return bundle
+    packed, firsts = pack(found, pinned=device.type == "cuda")
+    there = packed.to(device, non_blocking=True)
+    views = iter([view(there, first, like) for first, like in zip(firsts, found, strict=True)])
+    replaced: Bundle = _map(bundle, lambda t: next(views) if t.device.type == "cpu" else t)
+    return replaced
+
+
+def download(bundle: Bundle) -> Bundle:
+    """The bundle with its device tensors on the host, after one copy. Waits for the device."""
+    found: list[Tensor] = []
+    _map(bundle, lambda tensor: _note(tensor, found, on_host=False))
+    if not found:
+        return bundle
+    found.sort(key=lambda tensor: -tensor.itemsize)  # so that each begins where its dtype may
+    here = join(found).cpu()
+    views, first = {}, 0
+    for tensor in found:
+        views[id(tensor)] = view(here, first, tensor)
+        first += tensor.numel() * tensor.itemsize
+    replaced: Bundle = _map(bundle, lambda tensor: views.get(id(tensor), tensor))
+    return replaced
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of tensors of one device, one after the other, [bytes] uint8."""
+    return torch.cat([_flat(tensor).view(torch.uint8) for tensor in tensors])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """In one dimension of stride 1, which a tensor of one element need not have."""
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,))
+
+
+def pack(tensors: Sequence[Tensor], *, pinned: bool) -> tuple[Tensor, list[int]]:
+    """The bytes of host tensors in one, [bytes] uint8, and where each begins, aligned."""
+    firsts, size = [], 0
+    for tensor in tensors:
+        firsts.append(size)
+        size += -(-tensor.numel() * tensor.itemsize // ALIGNMENT) * ALIGNMENT
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    for first, tensor in zip(firsts, tensors, strict=True):
+        view(packed, first, tensor).copy_(tensor)
+    return packed, firsts
+
+
+def view(packed: Tensor, first: int, like: Tensor) -> Tensor:
+    """Bytes first .. of `packed` as a tensor of the shape and dtype of `like`."""
+    return packed[first : first + like.numel() * like.itemsize].view(like.dtype).view(like.shape)
+
+
+def _note(tensor: Tensor, found: list[Tensor], *, on_host: bool) -> Tensor:
+    if (tensor.device.type == "cpu") == on_host:
+        found.append(tensor)
+    return tensor
+
+
+def _map(bundle: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The bundle with every tensor changed, in a fixed order."""
+    if isinstance(bundle, Tensor):
+        return change(bundle)
+    if isinstance(bundle, tuple):
+        return tuple(_map(part, change) for part in bundle)
+    if dataclasses.is_dataclass(bundle) and not isinstance(bundle, type):
+        parts = {f.name: _map(getattr(bundle, f.name), change) for f in dataclasses.fields(bundle)}
+        return dataclasses.replace(bundle, **parts)
+    return bundle

@@ -1,0 +1,125 @@
+"""From logits to one token per row, for CPUs: what `pipeline_reference.draw` draws, quicker.
+
+Only the rows that are sampled are scaled and filtered, and no row is sorted whole. Shapes depend on
+values, so on another device this waits for it; devices have kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits
+from kernels.sampling.reference import noise_keys
+
+FIRST_WIDTH = 256  # candidates looked at before a wider search for the top-p mass
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDraw:
+    """The operation `draw` around a backend's arg-max and draw from logits."""
+
+    argmax: Callable[[Tensor], Tensor]
+    gumbel_argmax: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        """logits [R, V] float32, which are left as they are -> [R] int64."""
+        logits = edit_logits(logits, settings)
+        if not settings.any_sampled:
+            return self.argmax(logits)
+        if not settings.any_greedy:
+            return self._sampled(logits, settings, slice(None))
+        drawn = self.argmax(logits)
+        rows = (settings.temperature > 0).nonzero()[:, 0]
+        if len(rows):
+            drawn[rows] = self._sampled(logits[rows], settings, rows)
+        return drawn
+
+    def _sampled(self, logits: Tensor, settings: DrawSettings, rows: Tensor | slice) -> Tensor:
+        scaled = logits / settings.temperature[rows, None]
+        if settings.is_filtered:
+            vocab_size = logits.shape[1]
+            top_k = settings.top_k
+            if top_k is None:
+                top_k = torch.full_like(settings.seeds, vocab_size)
+            top_p, min_p = (
+                torch.full_like(settings.temperature, off) if part is None else part
+                for part, off in ((settings.top_p, 1.0), (settings.min_p, 0.0))
+            )
+            scaled = filter_logits(scaled, top_k[rows], top_p[rows], min_p[rows])
+        keys = noise_keys(settings.seeds[rows], settings.positions[rows])
+        return self.gumbel_argmax(scaled, keys)
+
+
+def edit_logits(logits: Tensor, settings: DrawSettings) -> Tensor:
+    """Apply penalties, bias and grammar mask. Returns `logits` itself when there are none,
+    otherwise a changed copy (the raw values are still needed for log-probabilities)."""
+    if settings.edits is not None:
+        logits = _edited(logits, settings.edits)
+    if settings.allowed is not None:
+        tokens = torch.arange(logits.shape[1])
+        words = settings.allowed[:, tokens // 32]  # [R, V]
+        logits = logits.masked_fill((words >> (tokens % 32)) & 1 == 0, -torch.inf)
+    return logits
+
+
+def _edited(logits: Tensor, edits: LogitEdits) -> Tensor:
+    """Repetition (arXiv:1909.05858) over prompt and output; frequency and presence over the output,
+    as the OpenAI API defines them: subtract count * frequency + (count > 0) * presence."""
+    rows = torch.repeat_interleave(edits.offsets.diff())
+    at = (rows, edits.ids.long())
+    raw, counts = logits[at], edits.counts
+    repetition = edits.repetition[rows]
+    values = torch.where(raw > 0, raw / repetition, raw * repetition)
+    values -= counts * edits.frequency[rows]
+    values -= (counts > 0) * edits.presence[rows]
+    return logits.index_put(at, torch.where(counts >= 0, values, raw) + edits.bias)
+
+
+def filter_logits(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Set everything outside top-k, top-p and min-p to -inf.
+
+    Args:
+        scaled: [R, V] logits after temperature.
+        top_k, top_p, min_p: [R]; V, 1 and 0 where off.
+    """
+    vocab_size = scaled.shape[1]
+    width = _first_width(top_k, top_p, vocab_size)
+    while True:
+        best = scaled.topk(width, dim=1).values  # [R, width] descending
+        threshold, complete = _threshold(scaled, best, top_k, top_p)
+        if complete or width == vocab_size:
+            break
+        width = min(vocab_size, width * 8)
+    threshold = torch.maximum(threshold, best[:, 0] + min_p.log())
+    return scaled.masked_fill(scaled < threshold[:, None], -torch.inf)
+
+
+def _first_width(top_k: Tensor, top_p: Tensor, vocab_size: int) -> int:
+    """Wide enough for every top-k that is on; a first guess for top-p without top-k."""
+    largest_k = int(torch.where(top_k < vocab_size, top_k, 1).max())
+    guess = FIRST_WIDTH if bool(((top_p < 1) & (top_k >= vocab_size)).any()) else 1
+    return min(vocab_size, max(largest_k, guess))
+
+
+def _threshold(scaled: Tensor, best: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, bool]:
+    """The smallest logit that top-k and top-p keep, [R]; False when `best` is too narrow to say."""
+    vocab_size, width = scaled.shape[1], best.shape[1]
+    lowest = torch.full_like(best[:, 0], -torch.inf)
+    has_k, has_p = top_k < vocab_size, top_p < 1
+    last = (top_k.clamp(max=width) - 1)[:, None]
+    threshold = torch.where(has_k, best.gather(1, last)[:, 0], lowest)
+    if not bool(has_p.any()):
+        return threshold, True
+    mass = (best - best[:, :1]).exp().cumsum(dim=1)  # [R, width] unnormalised
+    everything = (scaled - best[:, :1]).exp().sum(dim=1)
+    total = torch.where(has_k, mass.gather(1, last)[:, 0], everything)
+    # Keep a token while the mass in front of it is below top_p: the first one is always kept.
+    reached = mass >= (top_p * total)[:, None]
+    complete = bool((reached.any(dim=1) | ~has_p | has_k).all())
+    first = torch.where(reached.any(dim=1), reached.int().argmax(dim=1), width - 1)
+    top_p_threshold = torch.where(has_p, best.gather(1, first[:, None])[:, 0], lowest)
+    return torch.maximum(threshold, top_p_threshold), complete

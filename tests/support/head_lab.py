@@ -1,0 +1,75 @@
+"""A tiny engine with an untrained draft head, over any operations and on any device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from drafter.checkpoint import load_head, save_eagle3
+from drafter.heads.interface import DraftContext, DraftHead
+from drafter.heads.untrained import eagle3_config, random_eagle3
+from drafter.proposer import DraftProposer
+from engine.core import EngineCore
+from engine.kv.storage import KVStorage
+from engine.layers.loading import LayerLoader
+from engine.layers.rotary import cos_sin_table
+from engine.models.arch import LlamaArch
+from engine.spec.planner import Planner
+from server.drafting import Drafting
+from tests.support.tiny_engine import TinyEngine
+
+BLOCK = 16
+
+
+def write_head(engine: TinyEngine, folder: Path) -> Path:
+    """A head wide enough to disagree with itself, over every second token."""
+    target = LlamaArch.from_hf_config(engine.oracle.config.to_dict())
+    draft_ids = torch.arange(1, target.vocab_size, 2)
+    config = dataclasses.replace(eagle3_config(target, len(draft_ids)), aux_layers=(0, 1))
+    save_eagle3(folder, config, target, random_eagle3(config, target, seed=1, std=0.3), draft_ids)
+    return folder
+
+
+@dataclass(frozen=True)
+class HeadLab:
+    """Builds engines; change a field of `engine` with `dataclasses.replace`."""
+
+    engine: TinyEngine
+    head_folder: Path
+
+    def load_head(self) -> DraftHead:
+        engine = self.engine
+        arch, max_len = self._arch, engine.max_model_len
+        table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, None).to(engine.device)
+        read = engine.oracle.state_dict().__getitem__
+        blocks = LayerLoader(arch, read, engine.ops, torch.float32, engine.device, table)
+        shared = [
+            blocks.pack_padded(name, arch.vocab_size) for name in ("model.embed_tokens", "lm_head")
+        ]
+        settings = (engine.ops, torch.float32, engine.device, max_len)
+        return load_head(self.head_folder, arch, *shared, *settings)
+
+    def build(self, planner: Planner) -> tuple[EngineCore, DraftProposer]:
+        """Pages of the head begin as NaN: what was never written shows."""
+        head, engine = self.load_head(), self.engine
+        pages = KVStorage.allocate(
+            head.arch.num_layers,
+            engine.num_blocks + 1,
+            BLOCK,
+            head.arch.num_kv_heads,
+            head.arch.head_dim,
+            torch.float32,
+            engine.device,
+        )
+        for page in (*pages.keys, *pages.values):
+            page.fill_(torch.nan)
+        context = DraftContext(engine.ops, pages)
+        proposer = DraftProposer(head, context, engine.max_num_seqs, head.arch.hidden_size)
+        return replace(engine, drafting=Drafting(proposer, planner)).build(), proposer
+
+    @property
+    def _arch(self) -> LlamaArch:
+        return LlamaArch.from_hf_config(self.engine.oracle.config.to_dict())
