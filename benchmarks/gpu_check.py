@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_engine, kernels, machine
+from benchmarks import gpu_engine, gpu_group, kernels, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TEST_SECONDS = 180
@@ -52,6 +52,7 @@ PARTS: dict[str, Part] = {
     "kernel tests": kernel_tests,
     "same tokens": gpu_engine.same_tokens,
     "tokens per second": gpu_engine.speeds,
+    "group of one rank": gpu_group.one_rank,
     "8B round": gpu_engine.large_round,
     "operations": kernels.report,
 }

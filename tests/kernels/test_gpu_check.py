@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_group
 from benchmarks.kernel_cases import Case
 from benchmarks.kernels import measure, table
 
@@ -58,3 +58,9 @@ def test_the_command_is_in_the_makefile() -> None:
     makefile = Path(gpu_check.ROOT, "Makefile").read_text(encoding="utf-8")
     assert "gpu-check:" in makefile
     assert "-m benchmarks.gpu_check" in makefile
+
+
+def test_a_wrong_sum_of_a_group_is_reported() -> None:
+    cpu = torch.device("cpu")
+    assert gpu_group.sums(lambda x: x, cpu)["failed"] == []
+    assert len(gpu_group.sums(lambda x: 2 * x, cpu)["failed"]) == len(gpu_group.SIZES)
