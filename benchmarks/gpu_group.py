@@ -1,5 +1,5 @@
-"""A group of one rank on one GPU: NCCL and symmetric memory can be had, sum right, and go into a CUDA
-graph. How fast they are between GPUs, only several can say."""
+"""A group of one rank on one GPU: NCCL and symmetric memory can be had, sum right, and go into a
+CUDA graph. How fast they are between GPUs, only several can say."""
 
 from __future__ import annotations
 
