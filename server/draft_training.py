@@ -4,7 +4,7 @@ prompts, and the tokenizer."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -127,10 +127,11 @@ def _answered(config: TrainingConfig, serving: Config, codec: ChatCodec, worker:
     """The file with the target's answers to data.prompts; the first process writes it."""
     output = config.run.output / ANSWERS
     if worker.rank == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
         prompts: list[Prompt] = []
         for path in config.data.prompts:
             prompts += read_prompts(path)
+        _check_enough(prompts, config)
+        output.parent.mkdir(parents=True, exist_ok=True)
         settings = GenerationSettings(
             max_tokens=config.data.max_new_tokens, seed=config.run.seed, limit=config.data.limit
         )
@@ -141,6 +142,16 @@ def _answered(config: TrainingConfig, serving: Config, codec: ChatCodec, worker:
     if dist.is_initialized():
         dist.barrier()
     return output
+
+
+def _check_enough(prompts: Sequence[Prompt], config: TrainingConfig) -> None:
+    """Before they are answered, which takes long."""
+    count = min(len(prompts), config.data.limit or len(prompts))
+    if not config.data.conversations and count <= config.data.held_out:
+        raise ValueError(
+            f"there are {count} prompts to answer; data.held_out {config.data.held_out} would "
+            "leave none to train on"
+        )
 
 
 def _answer_facts(report: GenerationReport) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from drafter.train.report import Measurement, Report
 
+UNSAID = "Whoever trained this head did not say where its training text comes from."
+
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
@@ -35,7 +37,7 @@ class ModelCard:
     def render(self) -> str:
         """The whole file."""
         parts = [self._front_matter(), f"# {self.name}", self.summary, self._facts()]
-        parts += ["## Data", _source_table(self.sources)]
+        parts += ["## Data", _source_table(self.sources) if self.sources else UNSAID]
         parts += ["## Training", _table(("setting", "value"), self.training.items())]
         if self.report is not None:
             parts += ["## Measured acceptance", *_measured(self.report)]

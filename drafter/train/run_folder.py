@@ -3,7 +3,7 @@ That needs neither the target nor the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,9 @@ def _training_facts(
         "answer tokens learnt from": progress.num_answer_tokens,
         "hours x processes": round(progress.seconds / 3600 * record.num_processes, 2),
         "head parameters": num_parameters,
+        "files of conversations": _names(config.data.conversations),
+        "files of prompts, answered by the target": _names(config.data.prompts),
+        "began from": Path(config.head.init).name,
     }
     if record.target_ids is not None:
         facts["draft vocabulary"] = len(record.target_ids)
@@ -124,6 +127,10 @@ def _training_facts(
             if value is not None and key != "init":
                 facts[f"{section}.{key}"] = str(value)
     return facts
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths) or "none"
 
 
 def _card(

@@ -207,6 +207,10 @@ def test_a_head_learns_to_draft_what_its_target_says(
         ({"data__conversations": "[MUTE]"}, "messages hold no answer"),
         ({"data__conversations": "[OUTSIDE]"}, "token id 999 is not in the vocabulary of 384"),
         ({"data__held_out": 11}, "there are 11 examples; data.held_out 11 would leave none"),
+        (
+            {"data__conversations": "[]", "data__prompts": "[PROMPTS]", "data__held_out": 11},
+            "there are 11 prompts to answer; data.held_out 11 would leave none",
+        ),
         ({"head__draft_vocab_size": 385}, "head.draft_vocab_size 385 must be at most 384"),
         ({"head__draft_vocab_size": 0}, "head.draft_vocab_size = 0: Input should be greater"),
         ({"head__init": "/nowhere"}, "/nowhere"),
@@ -231,6 +235,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_left(
         "MUTE": write_lines(bad / "mute.jsonl", [conversation("the fox")]),
         "OUTSIDE": write_lines(bad / "ids.jsonl", [{"token_ids": [5, 999], "num_prompt": 1}]),
         "OTHER": bad / "head",
+        "PROMPTS": folder / "prompts.jsonl",
     }
     if changes.get("head__init") == "OTHER":
         write_tiny_head(bad / "head")
@@ -323,6 +328,7 @@ def test_publishing_needs_the_run_alone(run: Path, tmp_path: Path) -> None:
     assert "The weights are under mit." in card
     assert "4 prompts of questions.jsonl" in card
     assert f"| optimizer steps | {STEPS} |" in card
+    assert "| files of conversations | " in card
     again = aerie("publish-draft", tmp_path / "run", "--output", tmp_path / "new")
     assert again.exit_code == 2
     assert "exists already" in again.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -207,3 +208,9 @@ def test_the_card_shows_measured_trees_only() -> None:
     assert not any("root" in line for line in lines)
     about = next(line for line in lines if line.startswith("4 prompts of p.jsonl"))
     assert "up to 2 turns, up to 128 tokens per answer, 8 at a time" in about
+
+
+def test_a_card_without_sources_says_that_nobody_named_them() -> None:
+    card = dataclasses.replace(CARD, sources=()).render()
+    assert "did not say where its training text comes from" in card
+    assert "| source |" not in card
