@@ -65,7 +65,7 @@ class Runner:
             pages.fill_(torch.nan)
         self.model = model
         self.context = ForwardContext(ops, self.kv, group)
-        self.inputs = InputBuilder(4, NUM_BLOCKS * BLOCK, BLOCK, CPU)
+        self.inputs = InputBuilder(4, NUM_BLOCKS * BLOCK, BLOCK)
         for request_id in "ab":
             self.inputs.admit(request_id)
 
