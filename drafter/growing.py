@@ -80,7 +80,7 @@ class Grower:
                 prefix_lens=roots.positions.int(),
                 first_keys=self.first_keys,
                 block_tables=roots.block_tables,
-                ancestors=self._seen(nodes, masks).flatten(),
+                ancestors=self._seen(nodes, masks).flatten().contiguous(),
                 max_q=per_row,
                 max_context=self.max_context,
             ),

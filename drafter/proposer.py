@@ -234,7 +234,7 @@ class DraftProposer:
                 prefix_lens=prefix_lens,
                 first_keys=self._first_keys(prefix_lens),
                 block_tables=accepted.block_tables,
-                ancestors=accepted.seen.flatten(),
+                ancestors=accepted.seen.flatten().contiguous(),
                 max_q=per_row,
                 max_context=max_context,
             ),

@@ -138,7 +138,9 @@ class DecodeRound:
                 prefix_lens=inputs.positions.int(),
                 first_keys=torch.zeros_like(inputs.positions, dtype=torch.int32),
                 block_tables=tables,
-                ancestors=seen_of(tree.ancestors, nodes < tree.sizes[:, None]).flatten(),
+                ancestors=seen_of(tree.ancestors, nodes < tree.sizes[:, None])
+                .flatten()
+                .contiguous(),
                 max_q=per_row,
                 max_context=self._max_context,
             ),

@@ -264,6 +264,7 @@ def attention(
         ValueError: a type or shape that the kernel does not know.
     """
     _check(q, k_cache, v_cache)
+    _check_layout(meta)
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
     for launch in _launches_of(q, k_cache, v_cache, meta, scale, out, _num_processors(q.device)):
@@ -288,6 +289,13 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
             "or float32 caches"
         )
     assert k_cache.stride(3) == v_cache.stride(3) == 1
+
+
+def _check_layout(meta: AttentionMeta) -> None:
+    """The kernel takes entry i of each to lie i places behind the first."""
+    whole = (meta.cu_q, meta.prefix_lens, meta.first_keys, meta.ancestors)
+    assert all(part.is_contiguous() for part in whole), "attention: a view with gaps or repeats"
+    assert meta.block_tables.stride(1) == 1, "attention: block tables by columns"
 
 
 @functools.cache
