@@ -80,6 +80,7 @@ class Grower:
                 prefix_lens=roots.positions.int(),
                 first_keys=self.first_keys,
                 block_tables=roots.block_tables,
+                # One node per row of a static shape: a view that repeats one number.
                 ancestors=self._seen(nodes, masks).flatten().contiguous(),
                 max_q=per_row,
                 max_context=self.max_context,

@@ -61,7 +61,7 @@ class DraftProposer:
         self._ctx = ctx
         self._window = window
         self._shared_noise = shared_noise
-        self._device = ctx.kv.keys[0].device
+        self._device = ctx.kv.device
         # The last line is that of rows that are none, see `draft`.
         self._states = torch.zeros(
             num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=self._device
@@ -234,7 +234,7 @@ class DraftProposer:
                 prefix_lens=prefix_lens,
                 first_keys=self._first_keys(prefix_lens),
                 block_tables=accepted.block_tables,
-                ancestors=accepted.seen.flatten().contiguous(),
+                ancestors=accepted.seen.flatten(),
                 max_q=per_row,
                 max_context=max_context,
             ),

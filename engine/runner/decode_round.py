@@ -138,9 +138,7 @@ class DecodeRound:
                 prefix_lens=inputs.positions.int(),
                 first_keys=torch.zeros_like(inputs.positions, dtype=torch.int32),
                 block_tables=tables,
-                ancestors=seen_of(tree.ancestors, nodes < tree.sizes[:, None])
-                .flatten()
-                .contiguous(),
+                ancestors=seen_of(tree.ancestors, nodes < tree.sizes[:, None]).flatten(),
                 max_q=per_row,
                 max_context=self._max_context,
             ),

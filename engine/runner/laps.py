@@ -6,9 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-DRAFT, VERIFY, COMMIT = "draft", "verify", "commit"
-ROUND = "round"  # all of them, in one go on the device
-
 
 class Laps:
     """Seconds by part. On a device that works asynchronously they are those of the launches, and

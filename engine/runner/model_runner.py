@@ -15,13 +15,22 @@ from engine.parallel.trees import share_tree
 from engine.runner.committed import collect_committed
 from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
-from engine.runner.laps import COMMIT, DRAFT, ROUND, VERIFY, Laps
+from engine.runner.laps import Laps
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
 from engine.runner.rounds import Rounds, RoundSettings
 from engine.sampling.batch import draw_settings
 from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
 from engine.sampling.sampler import Sampler
-from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.scheduler.plan import (
+    COMMIT,
+    DRAFT,
+    ROUND,
+    VERIFY,
+    RowOutcome,
+    RowPlan,
+    StepOutcome,
+    StepPlan,
+)
 from engine.spec.commit import commit
 from engine.spec.proposer import Proposer, Roots, RoundProposer
 from engine.spec.shape import TreeShape
@@ -170,7 +179,7 @@ class ModelRunner:
         )
         tree = self._parts.proposer.propose(roots, shape)
         context = self._parts.context
-        tree = share_tree(tree, shape, context.group, context.kv.keys[0].device)
+        tree = share_tree(tree, shape, context.group, context.kv.device)
         assert bool((tree.sizes <= roots.max_nodes).all()), "a tree without slots"
         return tree
 

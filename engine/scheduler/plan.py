@@ -11,6 +11,9 @@ from engine.messages import TokenLogprob
 from engine.request import Request
 from engine.spec.shape import ROOT, TreeShape
 
+DRAFT, VERIFY, COMMIT = "draft", "verify", "commit"  # parts of a step
+ROUND = "round"  # all of them, in one go on the device
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -79,6 +82,6 @@ class StepOutcome:
     """One `RowOutcome` per row of the plan, in the same order."""
 
     rows: tuple[RowOutcome, ...] = field(default_factory=tuple)
-    seconds: dict[str, float] = field(default_factory=dict)  # by part of the round, see `Laps`
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the step, see `Laps`
     draft_faults: int = 0  # of the proposer, since its start
     draft_failed: bool = False

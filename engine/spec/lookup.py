@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.request import Sequence
-from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.scheduler.plan import DRAFT, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.spec.ngrams import LENGTHS, TokenText
 from engine.spec.shape import ROOT
 
@@ -24,7 +24,6 @@ PRIOR = (0.5, 0.55, 0.6, 0.7, 0.8, 0.85)  # chance of a token, by length of the 
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
 PRIOR_COST = 0.05  # of a node, against that of a step without any
 PROBE_EVERY = 64  # matches of one kind without a draft, and a token is tried all the same
-DRAFTING = "draft"  # the part of a step that is not verification
 
 
 @dataclass(slots=True)
@@ -89,8 +88,8 @@ class HeadAcceptance:
     share: float = 0.0  # of a step's other time
 
     def observe(self, accepted: float, seconds: Mapping[str, float]) -> None:
-        others = sum(spent for part, spent in seconds.items() if part != DRAFTING)
-        share = seconds.get(DRAFTING, 0.0) / others if others else 0.0
+        others = sum(spent for part, spent in seconds.items() if part != DRAFT)
+        share = seconds.get(DRAFT, 0.0) / others if others else 0.0
         self.accepted = DECAY * self.accepted + (1 - DECAY) * accepted
         self.share = DECAY * self.share + (1 - DECAY) * share
 
@@ -160,7 +159,7 @@ class Lookup:
     def _observe_time(
         self, rows: tuple[RowPlan, ...], outcome: StepOutcome, accepted_of_head: list[int]
     ) -> None:
-        spent = sum(time for part, time in outcome.seconds.items() if part != DRAFTING)
+        spent = sum(time for part, time in outcome.seconds.items() if part != DRAFT)
         if spent:
             self._time.observe(_num_verified(rows, outcome.rows), spent)
         if accepted_of_head:

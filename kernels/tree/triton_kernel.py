@@ -70,6 +70,14 @@ def _best_of_node_kernel(
 
 
 @triton.jit
+def _load_keys(scores_ptr, lanes, count):
+    """Keys that order the first `count` scores, each with its place; NO_KEY in other lanes."""
+    inside = lanes < count
+    scores = tl.load(scores_ptr + lanes, mask=inside, other=0.0)
+    return tl.where(inside, packed_key(scores, lanes), NO_KEY)
+
+
+@triton.jit
 def _next_frontier_kernel(
     cumulative_ptr,  # [B, num_children] float32
     frontier_ptr,  # [B, count] int64 out
@@ -80,9 +88,7 @@ def _next_frontier_kernel(
     """The best of all children of one row, grid (B,)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, CHILDREN)
-    inside = lanes < num_children
-    scores = tl.load(cumulative_ptr + row * num_children + lanes, mask=inside, other=0.0)
-    keys = tl.where(inside, packed_key(scores, lanes), NO_KEY)
+    keys = _load_keys(cumulative_ptr + row * num_children, lanes, num_children)
     for place in range(count):
         best = tl.max(keys, axis=0)
         keys = tl.where(keys == best, NO_KEY, keys)
@@ -105,8 +111,7 @@ def _select_kernel(
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, CANDIDATES)
     inside = lanes < C
-    scores = tl.load(scores_ptr + row * C + lanes, mask=inside, other=0.0)
-    keys = tl.where(inside, packed_key(scores, lanes), NO_KEY)
+    keys = _load_keys(scores_ptr + row * C, lanes, C)
     left = keys
     for _ in range(1, num_nodes):
         left = tl.where(left == tl.max(left, axis=0), NO_KEY, left)
