@@ -5,6 +5,8 @@
 // depend on the number of rows or on the thread that computes it.
 #pragma once
 
+#include <algorithm>
+
 #include "../native/vector.h"
 #include "panels.h"
 #include "vector_kernel.h"
@@ -169,14 +171,20 @@ inline void multiply_row_blocks(const LinearShape& shape, const TiledInputs& x, 
   }
 }
 
-// All rows against the panels first .. last-1: whole row blocks, then what is left.
-inline void multiply_panels(const LinearShape& shape, const TiledInputs& x, const uint16_t* weight,
-                            const float* bias, float* out, int64_t first, int64_t last) {
-  const int64_t whole = shape.M / kRowBlock * kRowBlock;
-  if (whole)
-    multiply_row_blocks(shape, x, 0, whole, kRowBlock, weight, bias, out, first, last);
-  if (whole < shape.M)
-    multiply_row_blocks(shape, x, whole, shape.M, shape.M - whole, weight, bias, out, first, last);
+// Rows of a group: their inputs stay in the second-level cache while all panels pass by.
+constexpr int64_t kGroupRows = 8 * kRowBlock;
+
+inline int64_t num_row_groups(int64_t M) { return (M + kGroupRows - 1) / kGroupRows; }
+
+// One group of rows against the panels first .. last-1: whole row blocks, then what is left.
+inline void multiply_group(const LinearShape& shape, const TiledInputs& x, int64_t group,
+                           const uint16_t* weight, const float* bias, float* out, int64_t first,
+                           int64_t last) {
+  const int64_t row = group * kGroupRows, rows = std::min(kGroupRows, shape.M - row);
+  const int64_t left = rows % kRowBlock, end = row + rows;
+  if (left < rows)
+    multiply_row_blocks(shape, x, row, end - left, kRowBlock, weight, bias, out, first, last);
+  if (left) multiply_row_blocks(shape, x, end - left, end, left, weight, bias, out, first, last);
   _tile_release();
 }
 

@@ -1,5 +1,7 @@
 // Linear layers over packed weights: pack, multiply, and look up rows of a (tied) weight.
 
+#include <algorithm>
+
 #include "../native/pool.h"
 #include "../native/vector.h"
 #include "amx_kernel.h"
@@ -25,13 +27,14 @@ void pack(Pool& pool, const W* weight, int64_t N, int64_t K, W* packed) {
   });
 }
 
-// Call body(first, last) for groups of panels, on all threads.
+// Call body(group, first, last) for each group of rows and groups of panels, on all threads; a
+// group of rows is done with all panels before the next.
 template <class Body>
-void for_panels(Pool& pool, int64_t N, const Body& body) {
-  const int64_t panels = num_panels(N);
-  pool.run((panels + kPanelsPerTask - 1) / kPanelsPerTask, [&](int64_t task) {
-    const int64_t first = task * kPanelsPerTask, last = first + kPanelsPerTask;
-    body(first, last < panels ? last : panels);
+void for_groups(Pool& pool, int64_t num_groups, int64_t N, const Body& body) {
+  const int64_t panels = num_panels(N), tasks = (panels + kPanelsPerTask - 1) / kPanelsPerTask;
+  pool.run(num_groups * tasks, [&](int64_t task) {
+    const int64_t first = task % tasks * kPanelsPerTask;
+    body(task / tasks, first, std::min(first + kPanelsPerTask, panels));
   });
 }
 
@@ -47,7 +50,7 @@ void multiply(Pool& pool, const LinearShape& shape, const float* x, const W* wei
     });
     inputs = blocks;
   }
-  for_panels(pool, shape.N, [&](int64_t first, int64_t last) {
+  for_groups(pool, 1, shape.N, [&](int64_t, int64_t first, int64_t last) {
     multiply_panels(shape, inputs, weight, bias, out, first, last);
   });
 }
@@ -63,8 +66,8 @@ void multiply_amx(Pool& pool, const LinearShape& shape, const float* x, const ui
     for (int64_t row = first; row < (last < shape.M ? last : shape.M); ++row)
       round_row(x + row * shape.K, shape.K, row, inputs);
   });
-  for_panels(pool, shape.N, [&](int64_t first, int64_t last) {
-    multiply_panels(shape, inputs, weight, bias, out, first, last);
+  for_groups(pool, num_row_groups(shape.M), shape.N, [&](int64_t group, int64_t first, int64_t last) {
+    multiply_group(shape, inputs, group, weight, bias, out, first, last);
   });
 }
 #endif
