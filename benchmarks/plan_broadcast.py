@@ -2,31 +2,38 @@
 
 Plans of 64 decoding rows with a chain of three drafts, as the scheduler makes them: every row has
 one token, and now and then a new block. Followers are processes that read and decode; none of them
-runs a model.
+runs a model. Two ways are compared: a send over a socket pair to each follower, which is what went
+before, and the board in shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import msgspec
 
-from engine.parallel.channel import Broadcast, Channel
-from engine.parallel.frames import Order, PlanFrame, Stop
+from benchmarks.machine import facts
+from engine.parallel.board import Board
+from engine.parallel.channel import Broadcast, Channel, Inbox
+from engine.parallel.frames import Order, PlanFrame
 from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
 from engine.request import Request, SamplingParams
 from engine.scheduler.plan import Admission, RowPlan, StepPlan
 from engine.spec.shape import chain
 
-BLOCK = 16
+BLOCK_SIZE = 16
 CONTEXT = 1024  # tokens of each row before the first plan
+SOCKETS, BOARD = "sockets", "board"
+WARM_UP = 10  # plans that are not counted
 
 
 def plans(num_rows: int, num_steps: int) -> Iterator[StepPlan]:
@@ -37,7 +44,7 @@ def plans(num_rows: int, num_steps: int) -> Iterator[StepPlan]:
     yield StepPlan(admitted=tuple(Admission(request, ()) for request in requests))
     for step in range(num_steps):
         start = CONTEXT + step
-        blocks = list(range((start + 4) // BLOCK + 1))
+        blocks = list(range((start + 4) // BLOCK_SIZE + 1))
         yield StepPlan(
             tuple(
                 RowPlan(name, start, [7], list(blocks), samples=True, num_draft=3) for name in names
@@ -46,76 +53,114 @@ def plans(num_rows: int, num_steps: int) -> Iterator[StepPlan]:
         )
 
 
-def follow(handle: int) -> None:
-    """What a follower does besides running the model."""
-    channel, plan_decoder = Channel(socket.socket(fileno=handle)), PlanDecoder()
-    decoder = msgspec.msgpack.Decoder(Order)
-    while (frame := channel.receive()) is not None:
+def follow(way: str, step: float, number: int, end: int, memory: int, wake: int) -> None:
+    """What a follower does; its part of a step takes `step` seconds, without a core."""
+    channel = Channel(socket.socket(fileno=end))
+    inbox = Inbox(channel, Board(memory, wake), number)
+    receive = inbox.receive if way == BOARD else channel.receive
+    decoder, plan_decoder = msgspec.msgpack.Decoder(Order), PlanDecoder()
+    while (frame := receive()) is not None:
         order = decoder.decode(frame)
         if isinstance(order, PlanFrame):
             plan_decoder.decode(order)
+            time.sleep(step)
 
 
-def followers(count: int, stack: ExitStack) -> Broadcast:
-    """Processes that end with the stack."""
-    channels = []
-    for _ in range(count):
-        own, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "benchmarks.plan_broadcast", "--follow"]
-        with theirs:
-            process = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
-        stack.callback(process.wait)
-        stack.callback(own.close)
-        channels.append(Channel(own))
-    return Broadcast(channels)
-
-
-def measure(num_rows: int, num_followers: int, num_steps: int) -> None:
-    encoder, plan_decoder = PlanEncoder(BLOCK), PlanDecoder()
-    decoder = msgspec.msgpack.Decoder(Order)
-    times: dict[str, list[float]] = {"encode": [], "encode and send": [], "decode": []}
+@contextmanager
+def followers(way: str, count: int, step: float) -> Iterator[Callable[[bytes], None]]:
+    """Sends frames to processes that end with the context."""
     with ExitStack() as stack:
-        broadcast = followers(num_followers, stack)
-        stack.callback(broadcast.send, msgspec.msgpack.encode(Stop()))
-        for plan in plans(num_rows, num_steps):
+        board, channels = Board.create(count), []
+        for number in range(count):
+            own, theirs = socket.socketpair()
+            handles = [theirs.fileno(), board.memory, board.wake_handle]
+            command = [sys.executable, "-m", "benchmarks.plan_broadcast", "--follow", way]
+            rest = map(str, [step, number, *handles])
+            with theirs:
+                process = subprocess.Popen([*command, *rest], pass_fds=handles)
+            stack.callback(process.wait)
+            channels.append(Channel(own))
+        broadcast = Broadcast(channels, board)
+        stack.callback(broadcast.close)
+
+        def one_by_one(frame: bytes) -> None:
+            for channel in channels:
+                channel.send(frame)
+
+        yield broadcast.send if way == BOARD else one_by_one
+
+
+def measure(way: str, num_followers: int, chosen: argparse.Namespace) -> dict[str, list[float]]:
+    """Microseconds of every plan."""
+    encoder, plan_decoder = PlanEncoder(BLOCK_SIZE), PlanDecoder()
+    decoder = msgspec.msgpack.Decoder(Order)
+    times: dict[str, list[float]] = {"encode": [], "send": [], "encode and send": [], "decode": []}
+    with followers(way, num_followers, chosen.step) as send:
+        for plan in plans(chosen.rows, chosen.steps):
             started = time.perf_counter()
             frame = encoder.encode(plan)
             encoded = time.perf_counter()
-            broadcast.send(frame)
+            send(frame)
             sent = time.perf_counter()
             order = decoder.decode(frame)
+            times["decode"].append(time.perf_counter() - sent)
             assert isinstance(order, PlanFrame)
             assert plan_decoder.decode(order) == plan
             times["encode"].append(encoded - started)
+            times["send"].append(sent - encoded)
             times["encode and send"].append(sent - started)
-            started = time.perf_counter()
-            decoder.decode(frame)
-            times["decode"].append(time.perf_counter() - started)
-            time.sleep(0.002)  # the step itself: followers catch up
-    print(f"{num_rows} rows, {num_followers} followers, {len(frame)} bytes a plan")
-    for name, seconds in times.items():
-        show(name, [1e6 * value for value in seconds[10:]])
+            time.sleep(chosen.step + chosen.gap)
+    return {name: [1e6 * value for value in found[WARM_UP:]] for name, found in times.items()}
 
 
-def show(name: str, microseconds: list[float]) -> None:
+def summary(microseconds: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(microseconds, n=20)
-    print(
-        f"  {name:16} median {statistics.median(microseconds):6.1f} us, "
-        f"5 % to 95 %: {cuts[0]:.1f} to {cuts[-1]:.1f} us"
-    )
+    found = {"median": statistics.median(microseconds), "low": cuts[0], "high": cuts[-1]}
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def compare(chosen: argparse.Namespace, num_followers: int) -> Iterator[dict[str, object]]:
+    """Both ways by turns, so that a busy minute hits both."""
+    found: dict[str, dict[str, list[float]]] = {SOCKETS: {}, BOARD: {}}
+    for _ in range(chosen.rounds):
+        for way, times in found.items():
+            measured = measure(way, num_followers, chosen)
+            for name, values in measured.items():
+                times.setdefault(name, []).extend(values)
+    for way, times in found.items():
+        row = {name: summary(values) for name, values in times.items()}
+        print(f"{chosen.rows} rows, {num_followers} followers, {way}")
+        for name, cuts in row.items():
+            print(
+                f"  {name:16} median {cuts['median']:6.1f} us, "
+                f"5 % to 95 %: {cuts['low']:.1f} to {cuts['high']:.1f} us"
+            )
+        yield {"way": way, "followers": num_followers, "microseconds": row}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--followers", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--follow", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--followers", type=int, nargs="+", default=[2, 7])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--step", type=float, default=0.002, help="seconds that a step takes")
+    parser.add_argument("--gap", type=float, default=0.0003, help="seconds between steps")
+    parser.add_argument("--output", type=Path, help="write the result here, too")
+    parser.add_argument("--note", default="", help="what else ran, for the result")
+    parser.add_argument("--follow", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.follow is not None:
-        follow(chosen.follow)
+        way, step, *numbers = chosen.follow
+        follow(way, float(step), *map(int, numbers))
         return
-    measure(chosen.rows, chosen.followers, chosen.steps)
+    found = [row for count in chosen.followers for row in compare(chosen, count)]
+    if chosen.output is not None:
+        names = ("rows", "steps", "rounds", "step", "gap")
+        settings = {name: getattr(chosen, name) for name in names}
+        result = {"benchmark": "plan_broadcast", **facts(), "note": chosen.note, "plan": settings}
+        text = json.dumps(result | {"rows": found}, indent=1)
+        chosen.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

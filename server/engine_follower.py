@@ -1,7 +1,8 @@
 """A follower rank: loads its part of the model, then carries out what rank 0 sends.
 
-Run by rank 0 as `python -m server.engine_follower RANK STORE SOCKET` with the configuration as JSON
-in the first line of standard input. It ends when the pipe or the socket does.
+Run by rank 0 as `python -m server.engine_follower RANK STORE SOCKET MEMORY WAKE`, the last three
+being open handles, with the configuration as JSON in the first line of standard input. It ends when
+the pipe or the socket does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import msgspec
 
 from configs.schema import Config
 from engine.parallel.agreement import RefusedByAllError
-from engine.parallel.channel import Channel
+from engine.parallel.board import Board
+from engine.parallel.channel import Channel, Inbox
 from engine.parallel.frames import (
     DraftLoaded,
     DropDraft,
@@ -46,9 +48,10 @@ logger = logging.getLogger(__name__)
 class Follower:
     """Carries out orders one after the other; only heads are loaded beside them."""
 
-    def __init__(self, rank: Rank, channel: Channel) -> None:
+    def __init__(self, rank: Rank, inbox: Inbox, channel: Channel) -> None:
         self._rank = rank
-        self._channel = channel
+        self._inbox = inbox
+        self._channel = channel  # for answers
         self._serving: tuple[PlanExecutor, PlanDecoder] = (rank.executor, PlanDecoder())
         self._scratch: tuple[PlanExecutor, PlanDecoder] | None = None
         self._loaded: tuple[LoadedDraft, Drafting] | None = None
@@ -56,7 +59,7 @@ class Follower:
     def run(self) -> None:
         """Until rank 0 says so or is gone."""
         decoder = msgspec.msgpack.Decoder(Order)
-        while (frame := self._channel.receive()) is not None:
+        while (frame := self._inbox.receive()) is not None:
             order = decoder.decode(frame)
             if isinstance(order, Stop):
                 return
@@ -101,24 +104,26 @@ class Follower:
 def main() -> None:
     """Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the engine process
-    number, store, handle = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    number, store = int(sys.argv[1]), Path(sys.argv[2])
+    end, memory, wake = map(int, sys.argv[3:])
     pipe = open_pipe()
     config = Config.model_validate_json(pipe.readline())
     set_up_logging(config.log)
     die_with_parent(pipe)
-    channel = Channel(socket.socket(fileno=handle))
+    channel = Channel(socket.socket(fileno=end))
+    inbox = Inbox(channel, Board(memory, wake), number - 1)
     try:
         device = device_of(number, config)
         rank = build_rank(config, join(config, store, number, device), device)
     except RefusedByAllError:
-        channel.receive()  # rank 0 says so, and then tells everybody to stop
+        inbox.receive()  # rank 0 says so, and then tells everybody to stop
         _leave(EXIT_BAD_SETUP)
     except BAD_SETUP as error:
         logger.error("rank %d cannot start: %s", number, error)
         logger.debug("", exc_info=True)
         _leave(EXIT_BAD_SETUP)
     try:
-        Follower(rank, channel).run()
+        Follower(rank, inbox, channel).run()
     except Exception:
         logger.exception("rank %d failed", number)
         _leave(EXIT_LOST)

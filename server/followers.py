@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch
 
 from configs.schema import Config
+from engine.parallel.board import Board
 from engine.parallel.channel import Broadcast, Channel
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.group import TPGroup
@@ -52,12 +53,13 @@ class Followers:
         if config.parallel.tensor == 1:
             return cls((), Broadcast(()), progress, Watchdog((), progress, _ignore), None)
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        pairs = [_spawn(config, rank, folder) for rank in range(1, config.parallel.tensor)]
+        board = Board.create(config.parallel.tensor - 1)
+        pairs = [_spawn(config, rank, folder, board) for rank in range(1, config.parallel.tensor)]
         processes = [process for process, _ in pairs]
         end = functools.partial(_end_engine, processes, folder)
         watchdog = Watchdog([process.pid for process in processes], progress, end)
         watchdog.start()
-        broadcast = Broadcast([Channel(own) for _, own in pairs])
+        broadcast = Broadcast([Channel(own) for _, own in pairs], board)
         return cls(processes, broadcast, progress, watchdog, folder)
 
     @property
@@ -120,14 +122,15 @@ def device_of(rank: int, config: Config) -> torch.device:
     return device
 
 
-def _spawn(config: Config, rank: int, folder: Path) -> tuple[Process, socket.socket]:
+def _spawn(config: Config, rank: int, folder: Path, board: Board) -> tuple[Process, socket.socket]:
     own, theirs = socket.socketpair()
     command = ["-P", "-m", "server.engine_follower", str(rank), str(folder / "store")]
+    handles = [theirs.fileno(), board.memory, board.wake_handle]
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, *command, str(theirs.fileno())],
+            [sys.executable, *command, *map(str, handles)],
             stdin=subprocess.PIPE,
-            pass_fds=[theirs.fileno()],
+            pass_fds=handles,
         )
     assert process.stdin is not None
     process.stdin.write(config.model_dump_json().encode() + b"\n")

@@ -1,16 +1,24 @@
-"""Frames of bytes over a socket pair: four bytes of length, then the frame."""
+"""Frames of bytes between ranks: from rank 0 to all others over a board, in shared memory; what it
+has no room for, and answers, over socket pairs."""
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Sequence
 
-LENGTH = 4
+from engine.parallel.board import Board
+
+LENGTH = 4  # bytes in front of each frame on a socket
+AWAKE = 0.001  # seconds that a follower looks for a frame before it sleeps
+NUMBER = 8  # bytes in front of a frame that might have gone over the board
 
 
 class Channel:
-    """One end. Any thread may send; one at a time may receive."""
+    """One end of a socket pair. Any thread may send; one at a time may receive."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
@@ -25,6 +33,9 @@ class Channel:
         """The next frame; None when the other end is gone."""
         head = self._read(LENGTH)
         return None if head is None else self._read(int.from_bytes(head, "little"))
+
+    def fileno(self) -> int:
+        return self._end.fileno()
 
     def close(self) -> None:
         self._end.close()
@@ -44,17 +55,30 @@ class Channel:
 
 
 class Broadcast:
-    """Rank 0's ends, one per follower: every frame goes to all of them, in the same order."""
+    """Rank 0's side: every frame goes to all followers, in the same order."""
 
-    def __init__(self, channels: Sequence[Channel]) -> None:
+    def __init__(self, channels: Sequence[Channel], board: Board | None = None) -> None:
+        """`channels`: rank 0's ends, one per follower. `board`: for as many readers; None: there
+        are no followers."""
+        assert (board is None) == (len(channels) == 0)
         self._channels = channels
+        self._board = board
+        self._number = 0
         self._sending = threading.Lock()
 
     def send(self, frame: bytes) -> None:
-        """Raises OSError when a follower is gone."""
+        """Over the board if it can be, else over the sockets. Then OSError when a follower is
+        gone."""
+        if self._board is None:
+            return
         with self._sending:
+            self._number += 1
+            if self._board.post(self._number, frame):
+                self._board.wake()
+                return
+            numbered = self._number.to_bytes(NUMBER, "little") + frame
             for channel in self._channels:
-                channel.send(frame)
+                channel.send(numbered)
 
     def receive_all(self) -> list[bytes | None]:
         """One frame of each follower, in order of ranks. One thread at a time."""
@@ -63,3 +87,59 @@ class Broadcast:
     def close(self) -> None:
         for channel in self._channels:
             channel.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Inbox:
+    """A follower's side of a `Broadcast`. It looks for the next frame for a moment, as steps follow
+    each other and whom rank 0 need not wake takes no time of rank 0's; then it sleeps."""
+
+    def __init__(self, channel: Channel, board: Board, reader: int) -> None:
+        """`reader`: which one of the board's, counted from 0."""
+        self._channel = channel
+        self._board = board
+        self._reader = reader
+        self._number = 1  # of the frame that comes next
+        self._early: tuple[int, bytes] | None = None  # of the socket, not yet its turn
+        self._events = select.epoll()
+        self._events.register(channel, select.EPOLLIN)
+        self._events.register(board.wake_handle, select.EPOLLIN | select.EPOLLET)
+
+    def receive(self) -> bytes | None:
+        """The next frame; None when rank 0 is gone."""
+        frame = self._look_on()
+        while frame is None:
+            woken = [handle for handle, _ in self._events.poll()]
+            gone = self._channel.fileno() in woken and self._early is None and not self._hear()
+            frame = self._look()  # also at the end: it may have been posted just before
+            if gone and frame is None:
+                return None
+        self._board.note(self._reader, self._number)
+        self._number += 1
+        return frame
+
+    def close(self) -> None:
+        self._events.close()
+        self._channel.close()
+        self._board.close()
+
+    def _look_on(self) -> bytes | None:
+        end = time.monotonic() + AWAKE
+        while (frame := self._look()) is None and time.monotonic() < end:
+            os.sched_yield()  # whoever wants the core has it: with few cores, that is rank 0
+        return frame
+
+    def _look(self) -> bytes | None:
+        if self._early is not None and self._early[0] == self._number:
+            frame, self._early = self._early[1], None
+            return frame
+        return self._board.look(self._number)
+
+    def _hear(self) -> bool:
+        """Take a frame from the socket; False when there is none any more."""
+        numbered = self._channel.receive()
+        if numbered is None:
+            return False
+        self._early = int.from_bytes(numbered[:NUMBER], "little"), numbered[NUMBER:]
+        return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +12,12 @@ import msgspec
 import pytest
 
 from engine.parallel.agreement import RefusedByAllError, check_all, smallest
-from engine.parallel.channel import Broadcast, Channel
 from engine.parallel.frames import DraftLoaded, LoadDraft, Order
 from engine.parallel.lockstep import DriftCheck, Progress
 from engine.parallel.orders import Orders
 from engine.parallel.watchdog import Watchdog
 from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from tests.support.inboxes import connected
 from tests.support.thread_group import ThreadGroup, run_ranks
 
 WAIT = 30.0
@@ -71,33 +70,17 @@ def test_ranks_agree_on_the_smallest() -> None:
     assert run_ranks(3, lambda group: smallest(7 - group.rank, group)) == [5, 5, 5]
 
 
-def test_a_frame_arrives_whole_and_the_end_is_seen() -> None:
-    own, theirs = socket.socketpair()
-    broadcast, follower = Broadcast([Channel(own)]), Channel(theirs)
-    frames = [b"", b"x", bytes(range(256)) * 300]
-    for frame in frames:
-        broadcast.send(frame)
-    assert [follower.receive() for _ in frames] == frames
-    follower.send(b"done")
-    assert broadcast.receive_all() == [b"done"]
-    broadcast.close()
-    assert follower.receive() is None
-    follower.close()
-
-
 def test_followers_say_who_cannot_load_a_head_and_why() -> None:
-    pairs = [socket.socketpair() for _ in range(3)]
-    broadcast = Broadcast([Channel(own) for own, _ in pairs])
-    followers = [Channel(theirs) for _, theirs in pairs]
+    broadcast, followers = connected(3)
     orders = Orders(broadcast)
     orders.load_draft("/heads/new")
-    for rank, follower in enumerate(followers, 1):
+    for rank, (follower, channel) in enumerate(followers, 1):
         frame = follower.receive()
         assert frame is not None
         assert msgspec.msgpack.decode(frame, type=Order) == LoadDraft("/heads/new")
         if rank < 3:
             answer = DraftLoaded(rank, "no room" if rank == 2 else None)
-            follower.send(msgspec.msgpack.encode(answer))
+            channel.send(msgspec.msgpack.encode(answer))
         follower.close()
     assert orders.failures() == ["rank 2: no room", "rank 3 has ended"]
     broadcast.close()
