@@ -9,6 +9,7 @@ before, and the board in shared memory.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import socket
 import statistics
@@ -90,7 +91,9 @@ def followers(way: str, count: int, step: float) -> Iterator[Callable[[bytes], N
         yield broadcast.send if way == BOARD else one_by_one
 
 
-def measure(way: str, num_followers: int, chosen: argparse.Namespace) -> dict[str, list[float]]:
+def measure(
+    way: str, num_followers: int, gap: float, chosen: argparse.Namespace
+) -> dict[str, list[float]]:
     """Microseconds of every plan."""
     encoder, plan_decoder = PlanEncoder(BLOCK_SIZE), PlanDecoder()
     decoder = msgspec.msgpack.Decoder(Order)
@@ -109,7 +112,7 @@ def measure(way: str, num_followers: int, chosen: argparse.Namespace) -> dict[st
             times["encode"].append(encoded - started)
             times["send"].append(sent - encoded)
             times["encode and send"].append(sent - started)
-            time.sleep(chosen.step + chosen.gap)
+            time.sleep(chosen.step + gap)
     return {name: [1e6 * value for value in found[WARM_UP:]] for name, found in times.items()}
 
 
@@ -119,23 +122,27 @@ def summary(microseconds: list[float]) -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def compare(chosen: argparse.Namespace, num_followers: int) -> Iterator[dict[str, object]]:
+def compare(
+    chosen: argparse.Namespace, num_followers: int, gap: float
+) -> Iterator[dict[str, object]]:
     """Both ways by turns, so that a busy minute hits both."""
     found: dict[str, dict[str, list[float]]] = {SOCKETS: {}, BOARD: {}}
     for _ in range(chosen.rounds):
         for way, times in found.items():
-            measured = measure(way, num_followers, chosen)
+            measured = measure(way, num_followers, gap, chosen)
             for name, values in measured.items():
                 times.setdefault(name, []).extend(values)
     for way, times in found.items():
         row = {name: summary(values) for name, values in times.items()}
-        print(f"{chosen.rows} rows, {num_followers} followers, {way}")
+        print(
+            f"{chosen.rows} rows, {num_followers} followers, {1000 * gap:g} ms between steps, {way}"
+        )
         for name, cuts in row.items():
             print(
                 f"  {name:16} median {cuts['median']:6.1f} us, "
                 f"5 % to 95 %: {cuts['low']:.1f} to {cuts['high']:.1f} us"
             )
-        yield {"way": way, "followers": num_followers, "microseconds": row}
+        yield {"way": way, "followers": num_followers, "gap": gap, "microseconds": row}
 
 
 def main() -> None:
@@ -145,7 +152,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--step", type=float, default=0.002, help="seconds that a step takes")
-    parser.add_argument("--gap", type=float, default=0.0003, help="seconds between steps")
+    parser.add_argument(
+        "--gaps",
+        type=float,
+        nargs="+",
+        default=[0.0008, 0.01],
+        help="seconds between steps: what scheduling takes; so many that followers sleep",
+    )
     parser.add_argument("--output", type=Path, help="write the result here, too")
     parser.add_argument("--note", default="", help="what else ran, for the result")
     parser.add_argument("--follow", nargs="+", help=argparse.SUPPRESS)
@@ -154,9 +167,10 @@ def main() -> None:
         way, step, *numbers = chosen.follow
         follow(way, float(step), *map(int, numbers))
         return
-    found = [row for count in chosen.followers for row in compare(chosen, count)]
+    cases = itertools.product(chosen.followers, chosen.gaps)
+    found = [row for count, gap in cases for row in compare(chosen, count, gap)]
     if chosen.output is not None:
-        names = ("rows", "steps", "rounds", "step", "gap")
+        names = ("rows", "steps", "rounds", "step")
         settings = {name: getattr(chosen, name) for name in names}
         result = {"benchmark": "plan_broadcast", **facts(), "note": chosen.note, "plan": settings}
         text = json.dumps(result | {"rows": found}, indent=1)

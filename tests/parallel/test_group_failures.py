@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from kernels.registry import build_ops
 from tests.support.live_server import LiveServer, children, wait_gone
+from tests.support.starved_rank import starving
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 
@@ -25,7 +26,15 @@ ENDLESS = SHORT | {"max_tokens": MAX_LEN - 100, "extra_body": {"ignore_eos": Tru
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, native_cache: Path) -> Iterator[LiveServer]:
+def wish(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rank 1 runs out of the memory that is written here."""
+    return tmp_path_factory.mktemp("wish") / "wish"
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, native_cache: Path, wish: Path
+) -> Iterator[LiveServer]:
     """Three ranks behind a port; each test leaves them serving."""
     base = tmp_path_factory.mktemp("failures")
     build_ops("auto", torch.device("cpu"), torch.float32, 1, native_cache)  # compiled once, here
@@ -48,6 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, native_cache: Path) -> Iter
         "parallel.tensor=3",
         "parallel.timeout=3",
         f"files.dir={native_cache}",
+        extra=starving(base, 1, wish),
     ) as live:
         yield live
         handles = [os.pidfd_open(pid) for pid in ranks(live)]
@@ -73,9 +83,9 @@ def check_service(server: LiveServer, since: int, before: str, lost: list[int]) 
     assert text_of(server) == before
 
 
-def check_lost(server: LiveServer, number: signal.Signals, which: int) -> None:
-    """Send a signal to a rank below many streams: all of them end with an error, no rank is left,
-    and service resumes with the same text."""
+def check_lost(server: LiveServer, strike: Callable[[list[int]], None]) -> None:
+    """Harm the ranks below many streams: all of them end with an error, no rank is left, and
+    service resumes with the same text."""
     before, client, since = text_of(server), server.client(), len(server.log.text())
     lost = ranks(server)
     assert len(lost) == 3
@@ -84,7 +94,7 @@ def check_lost(server: LiveServer, number: signal.Signals, which: int) -> None:
         streams = [client.completions.create(**ENDLESS, stream=True) for _ in range(NUM_STREAMS)]
         for stream in streams:
             next(iter(stream))
-        os.kill(lost[which], number)
+        strike(lost)
         ends = [threads.submit(list, stream) for stream in streams]
         for end in ends:
             with pytest.raises(openai.APIError, match="failed to finish"):
@@ -94,20 +104,40 @@ def check_lost(server: LiveServer, number: signal.Signals, which: int) -> None:
     check_service(server, since, before, lost)
 
 
+def write(path: Path, text: str) -> None:
+    """At once: whoever sees the file sees all of it."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.rename(path)
+
+
 def test_a_killed_follower_fails_open_requests_and_service_resumes(server: LiveServer) -> None:
-    check_lost(server, signal.SIGKILL, 2)
+    check_lost(server, lambda ranks: os.kill(ranks[2], signal.SIGKILL))
     assert "rank 2 has ended" in server.log.text() or "engine failed" in server.log.text()
 
 
 @pytest.mark.parallel
 def test_a_follower_that_hangs_is_noticed_within_the_timeout(server: LiveServer) -> None:
-    check_lost(server, signal.SIGSTOP, 1)
+    check_lost(server, lambda ranks: os.kill(ranks[1], signal.SIGSTOP))
     assert "a rank does not answer: a step has taken 3 s" in server.log.text()
 
 
 @pytest.mark.parallel
 def test_followers_end_with_rank_0(server: LiveServer) -> None:
-    check_lost(server, signal.SIGKILL, 0)
+    check_lost(server, lambda ranks: os.kill(ranks[0], signal.SIGKILL))
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_a_follower_without_memory_ends_the_group_and_service_resumes(
+    server: LiveServer, wish: Path, kind: str
+) -> None:
+    since = len(server.log.text())
+    check_lost(server, lambda _: write(wish, kind))
+    said = server.log.text()[since:]
+    assert "rank 1 failed" in said
+    assert "no room for a test" in said
+    assert "starting the engine again" in said
 
 
 @pytest.mark.parallel

@@ -102,12 +102,20 @@ class LiveServer:
     Args:
         overrides: `section.key=value`.
         wait: return from `with` only once READY is printed.
+        extra: variables of its environment.
     """
 
-    def __init__(self, *overrides: str, config: str | None = None, wait: bool = True) -> None:
+    def __init__(
+        self,
+        *overrides: str,
+        config: str | None = None,
+        wait: bool = True,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
         chosen = [] if config is None else ["--config", config]
         self._arguments = ["serve", *chosen, "--port", "0", *overrides]
         self._wait = wait
+        self._extra = extra
         self._connections = contextlib.ExitStack()
         self.url = ""
 
@@ -117,7 +125,7 @@ class LiveServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=child_environment(),
+            env=child_environment(self._extra),
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None

@@ -1,0 +1,43 @@
+"""A follower rank that runs out of memory when a test says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from configs.env import environment
+
+ROOT = Path(__file__).parents[2]
+KINDS: dict[str, type[Exception]] = {"host": MemoryError, "device": torch.OutOfMemoryError}
+
+
+def starving(folder: Path, rank: int, wish: Path) -> Mapping[str, str]:
+    """Variables for a server in which follower `rank` runs out of memory within its next step once
+    the file `wish` names a kind of memory. `folder`: for what Python runs when it starts."""
+    program = (
+        "import sys\n"
+        f"if sys.orig_argv[3:5] == ['server.engine_follower', '{rank}']:\n"
+        "    from tests.support.starved_rank import starve\n"
+        f"    starve({str(wish)!r})\n"
+    )
+    (folder / "sitecustomize.py").write_text(program, encoding="utf-8")
+    found = environment().get("PYTHONPATH")
+    return {"PYTHONPATH": ":".join([str(folder), str(ROOT), *([found] if found else [])])}
+
+
+def starve(wish: str) -> None:
+    """Let a layer of this process fail between two collectives, once per wish."""
+    from engine.layers.mlp import GatedMLP
+
+    whole = GatedMLP.__call__
+
+    def hungry(self: GatedMLP, *inputs: object) -> object:
+        if Path(wish).exists():
+            kind = KINDS[Path(wish).read_text(encoding="utf-8")]
+            Path(wish).unlink()
+            raise kind("no room for a test")
+        return whole(self, *inputs)  # type: ignore[arg-type]
+
+    GatedMLP.__call__ = hungry  # type: ignore[method-assign, assignment]
