@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -60,8 +61,9 @@ def build_engine(config: Config) -> EngineCore:
     return build_swappable_engine(config).core
 
 
-def build_swappable_engine(config: Config) -> Engine:
-    """Load the model that `config` (resolved for its host) names and put an engine around it.
+def build_swappable_engine(config: Config, folder: Path | None = None) -> Engine:
+    """Load the model that `config` (resolved for its host) names and put an engine around it. Its
+    ranks meet in `folder`, or in one of their own.
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
@@ -69,7 +71,7 @@ def build_swappable_engine(config: Config) -> Engine:
         OSError: there is no process for a rank.
     """
     device = device_of(0, config)
-    followers = Followers.start(config)
+    followers = Followers.start(config, folder)
     try:
         with followers.progress.step():
             group = followers.meet(config, device)

@@ -19,6 +19,7 @@ from engine.core import EngineCore
 from engine.messages import ClientMessage, DraftSwapped, Shutdown, SwapDraft
 from server.logs import set_up_logging
 from server.parent import die_with_parent, open_pipe
+from server.socket_folder import folder_of
 from server.wire import decode_client, encode, unbounded
 
 EXIT_BAD_SETUP = 3  # the configuration or the model is at fault: starting again would not help
@@ -108,7 +109,7 @@ def main() -> None:
         from server.draft_swaps import DraftSwaps
 
         capture = open_capture(config.capture)
-        engine = build_swappable_engine(config)
+        engine = build_swappable_engine(config, folder_of(endpoint))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         logger.error("the engine cannot start: %s", error)
         logger.debug("", exc_info=True)

@@ -26,8 +26,8 @@ from engine.parallel.group import TPGroup
 from engine.parallel.lockstep import Progress
 from engine.parallel.orders import Orders
 from engine.parallel.watchdog import Watchdog
+from server.socket_folder import RANKS, STORE
 
-PREFIX = "aerie-ranks-"
 EXIT_LOST = 4  # a rank is lost, and with it the engine: the launcher starts a new one
 LAST_STEP = 1.0  # seconds for followers to end once they are told to
 
@@ -46,13 +46,14 @@ class Followers:
     folder: Path | None  # where ranks meet
 
     @classmethod
-    def start(cls, config: Config) -> Followers:
+    def start(cls, config: Config, parent: Path | None = None) -> Followers:
         """Start `parallel.tensor` - 1 processes, which load their part at once. When one of them is
-        lost, this process ends, too. OSError when a process cannot be had."""
+        lost, this process ends, too. `parent`: a folder for files, which somebody removes who
+        outlives this process. OSError when a process or shared memory cannot be had."""
         progress = Progress(config.parallel.start_timeout)
         if config.parallel.tensor == 1:
             return cls((), Broadcast(()), progress, Watchdog((), progress, _ignore), None)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        folder = Path(tempfile.mkdtemp(prefix=RANKS, dir=parent))
         board = Board.create(config.parallel.tensor - 1)
         pairs = [_spawn(config, rank, folder, board) for rank in range(1, config.parallel.tensor)]
         processes = [process for process, _ in pairs]
@@ -70,7 +71,7 @@ class Followers:
         """The group, once all ranks are in it."""
         if self.folder is None:
             return TPGroup()
-        group = join(config, self.folder / "store", 0, device)
+        group = join(config, self.folder / STORE, 0, device)
         if device.type == "cpu":  # NCCL looks into the store again later
             shutil.rmtree(self.folder, ignore_errors=True)
         return group
@@ -124,7 +125,7 @@ def device_of(rank: int, config: Config) -> torch.device:
 
 def _spawn(config: Config, rank: int, folder: Path, board: Board) -> tuple[Process, socket.socket]:
     own, theirs = socket.socketpair()
-    command = ["-P", "-m", "server.engine_follower", str(rank), str(folder / "store")]
+    command = ["-P", "-m", "server.engine_follower", str(rank), str(folder / STORE)]
     handles = [theirs.fileno(), board.memory, board.wake_handle]
     with theirs:
         process = subprocess.Popen(

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 
 import uvicorn
@@ -32,6 +33,7 @@ from server.text.chat_codec import load_codec
 from server.zmq_client import ENGINE_LOST, ZmqEngineClient
 
 LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
+GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
 FALLBACK = "reference ("  # begins the name of a backend that stands in for another
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
 
@@ -259,7 +261,22 @@ class EngineKeeper:
             code = await self._process.wait()
             was_ready = self._client.info is not None
             self._client.detach(STOPPING if self._stopping.is_set() else ENGINE_LOST)
+            await end_group(self._process.pid)
             return code, was_ready
+
+
+async def end_group(leader: int) -> None:
+    """Kill what a process that has ended left of its group: its children go with it, but not those
+    that are stopped or hang."""
+    end = time.monotonic() + LAST_WORDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            with contextlib.suppress(ChildProcessError):  # they are ours as PID 1 of a container
+                os.waitpid(-leader, os.WNOHANG)
+            os.killpg(leader, 0)
+            await asyncio.sleep(GROUP_POLL)
+        logger.warning("processes of the engine do not end with it: they are killed")
+        os.killpg(leader, signal.SIGKILL)
 
 
 async def _spawn(endpoint: str) -> asyncio.subprocess.Process:

@@ -1,4 +1,5 @@
-"""Folders for the socket between the two processes; those that killed servers left are removed."""
+"""Folders for the socket between the two processes, and for the files of an engine that may be
+killed; those that killed servers left are removed."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -14,6 +16,10 @@ from pathlib import Path
 
 PREFIX = "aerie-engine-"
 SOCKET = "engine"
+RANKS, STORE = (
+    "aerie-ranks-",
+    "store",
+)  # begins the name of a folder in it; the file where ranks meet
 MAX_LOOKED_AT, MAX_REMOVED = 10_000, 100  # entries of the temporary folder
 FRESH = 60.0  # seconds in which an owner surely has locked its new folder
 
@@ -31,6 +37,11 @@ def private_endpoint() -> Iterator[str]:
         yield f"ipc://{Path(folder) / SOCKET}"
 
 
+def folder_of(endpoint: str) -> Path:
+    """The folder of a `private_endpoint`. It is removed when the engine has ended."""
+    return Path(endpoint.removeprefix("ipc://")).parent
+
+
 def remove_stale_folders() -> int:
     """Remove what servers of this user left when they were killed; how many folders that were."""
     num_removed = 0
@@ -44,7 +55,7 @@ def remove_stale_folders() -> int:
 
 
 def _remove_if_stale(folder: Path) -> bool:
-    """Nothing but an unlocked folder of ours with at most a socket in it is touched."""
+    """Nothing but an unlocked folder of ours with at most a socket and stores in it is touched."""
     try:
         with _opened(folder) as handle:
             status = os.fstat(handle)
@@ -52,21 +63,35 @@ def _remove_if_stale(folder: Path) -> bool:
                 return False
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             names = os.listdir(handle)
-            if names not in ([], [SOCKET]):
+            if not all(_is_ours(name, handle) for name in names):
                 return False
             for name in names:
-                if not stat.S_ISSOCK(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
-                    return False
-                os.unlink(name, dir_fd=handle)
+                if name == SOCKET:
+                    os.unlink(name, dir_fd=handle)
+                else:
+                    shutil.rmtree(name, dir_fd=handle)
             folder.rmdir()
     except OSError:  # it is in use, not empty, or somebody else's: it stays
         return False
     return True
 
 
+def _is_ours(name: str, parent: int) -> bool:
+    """Whether it is a socket, or a folder where ranks met, with nothing else in it."""
+    mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+    if name == SOCKET:
+        return stat.S_ISSOCK(mode)
+    if not (name.startswith(RANKS) and stat.S_ISDIR(mode)):
+        return False
+    with _opened(name, parent) as handle:
+        found = os.listdir(handle)
+        kinds = [os.stat(each, dir_fd=handle, follow_symlinks=False).st_mode for each in found]
+    return found in ([], [STORE]) and all(stat.S_ISREG(kind) for kind in kinds)
+
+
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _opened(folder: Path | str, parent: int | None = None) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
     try:
         yield handle
     finally:

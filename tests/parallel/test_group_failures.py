@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from kernels.registry import build_ops
-from tests.support.live_server import LiveServer, children, wait_gone
+from tests.support.live_server import DEADLINE, LiveServer, children, wait_gone
 from tests.support.starved_rank import starving
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
@@ -125,6 +126,32 @@ def test_a_follower_that_hangs_is_noticed_within_the_timeout(server: LiveServer)
 @pytest.mark.parallel
 def test_followers_end_with_rank_0(server: LiveServer) -> None:
     check_lost(server, lambda ranks: os.kill(ranks[0], signal.SIGKILL))
+
+
+@pytest.mark.parallel
+def test_a_follower_that_hangs_does_not_outlive_rank_0(server: LiveServer) -> None:
+    def strike(ranks: list[int]) -> None:
+        os.kill(ranks[1], signal.SIGSTOP)
+        os.kill(ranks[0], signal.SIGKILL)
+
+    since = len(server.log.text())
+    check_lost(server, strike)
+    assert "processes of the engine do not end with it" in server.log.text()[since:]
+
+
+@pytest.mark.parallel
+def test_ranks_killed_while_they_load_leave_no_file(
+    server: LiveServer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    temporary = tmp_path_factory.mktemp("tmp")
+    once = ("server.restart_engine=false", *server.overrides)
+    with LiveServer(*once, wait=False, extra={"TMPDIR": str(temporary)}) as other:
+        end = time.monotonic() + DEADLINE
+        while not list(temporary.glob("aerie-engine-*/aerie-ranks-*")):
+            assert time.monotonic() < end, "ranks do not meet"
+        os.kill(other.engine_pid, signal.SIGKILL)
+        assert other.wait() == 1
+    assert list(temporary.glob("aerie-*")) == []
 
 
 @pytest.mark.parallel

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -25,6 +27,7 @@ from server.text.chat_template import ChatTemplate
 from server.zmq_client import ZmqEngineClient
 from tests.server.http.server import tiny_tokenizer
 from tests.support.engines import ask
+from tests.support.live_server import wait_gone
 from tests.support.scripted_engine import INFO
 
 WAIT = 30
@@ -109,6 +112,18 @@ def test_an_engine_that_dies_is_the_end_without_restarts(
     config = Config(server=ServerConfig(restart_engine=False))
     assert keep(config, EngineKeeper.failed) == 1
     assert trace.read_text() == "\n"
+
+
+@pytest.mark.parametrize("state", ["STOP", "CONT"])
+def test_what_an_engine_leaves_behind_is_killed(
+    stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.setattr(launch, "LAST_WORDS", 0.0)
+    left = f'sleep 1000000 & echo $! > "$trace"; kill -{state} $!; exit {EXIT_BAD_SETUP}'
+    trace = stub_engine(left)
+    assert keep(Config(), EngineKeeper.failed) == 1
+    with contextlib.suppress(ProcessLookupError):
+        wait_gone(os.pidfd_open(int(trace.read_text())))
 
 
 def test_the_engine_is_not_told_the_keys(

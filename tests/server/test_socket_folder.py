@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from server.socket_folder import FRESH, PREFIX, SOCKET, private_endpoint, remove_stale_folders
+from server.socket_folder import (
+    FRESH,
+    PREFIX,
+    RANKS,
+    SOCKET,
+    STORE,
+    private_endpoint,
+    remove_stale_folders,
+)
 
 
 @pytest.fixture
@@ -56,6 +64,25 @@ def test_what_killed_servers_left_is_removed(temporary: Path) -> None:
     assert remove_stale_folders() == 0
 
 
+def with_ranks(folder: Path, *names: str) -> Path:
+    """Ranks of a killed engine have met there."""
+    met = folder / f"{RANKS}x1"
+    met.mkdir()
+    for name in names:
+        (met / name).write_text("mine")
+    age(folder)
+    return met
+
+
+@pytest.mark.parametrize("names", [(), (STORE,)])
+def test_what_ranks_of_killed_servers_left_is_removed_with_it(
+    temporary: Path, names: tuple[str, ...]
+) -> None:
+    with_ranks(left_behind(temporary), *names)
+    assert remove_stale_folders() == 1
+    assert list(temporary.iterdir()) == []
+
+
 def test_the_folder_of_a_living_server_stays(temporary: Path) -> None:
     with private_endpoint() as endpoint:
         folder = Path(endpoint.removeprefix("ipc://")).parent
@@ -68,6 +95,25 @@ def test_the_folder_of_a_living_server_stays(temporary: Path) -> None:
 def with_more(temporary: Path) -> Path:
     folder = left_behind(temporary)
     (folder / "more").write_text("mine")
+    age(folder)
+    return folder / SOCKET
+
+
+def with_more_than_a_store(temporary: Path) -> Path:
+    return with_ranks(left_behind(temporary), STORE, "more") / "more"
+
+
+def with_linked_ranks(temporary: Path) -> Path:
+    elsewhere = with_ranks(temporary, STORE)
+    folder = left_behind(temporary)
+    (folder / elsewhere.name).symlink_to(elsewhere)
+    age(folder)
+    return elsewhere / STORE
+
+
+def with_a_folder_for_a_store(temporary: Path) -> Path:
+    folder = left_behind(temporary)
+    (with_ranks(folder) / STORE).mkdir()
     age(folder)
     return folder / SOCKET
 
@@ -97,6 +143,9 @@ def file_of_that_name(temporary: Path) -> Path:
     "craft",
     [
         with_more,
+        with_more_than_a_store,
+        with_linked_ranks,
+        with_a_folder_for_a_store,
         no_socket,
         linked,
         file_of_that_name,

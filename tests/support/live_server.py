@@ -113,6 +113,7 @@ class LiveServer:
         extra: Mapping[str, str] | None = None,
     ) -> None:
         chosen = [] if config is None else ["--config", config]
+        self.overrides = overrides
         self._arguments = ["serve", *chosen, "--port", "0", *overrides]
         self._wait = wait
         self._extra = extra
