@@ -68,13 +68,13 @@ def texts_of(core: EngineCore, only: slice = slice(None)) -> dict[str, list[int]
 def rounds_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Forms of the rounds that were run."""
     forms: list[Any] = []
-    run = Rounds.run
+    launch = Rounds.launch
 
     def noting(self: Rounds, plan: Any, states: Any, planned: Any) -> Any:
         forms.append(planned.form)
-        return run(self, plan, states, planned)
+        return launch(self, plan, states, planned)
 
-    monkeypatch.setattr(Rounds, "run", noting)
+    monkeypatch.setattr(Rounds, "launch", noting)
     return forms
 
 
@@ -178,17 +178,17 @@ def test_an_engine_keeps_to_its_device(
 def test_a_round_is_one_copy_each_way_and_no_wait(lab: HeadLab, shape: TreeShape) -> None:
     """The second and later rounds of a form: the first makes its buffers."""
     counts = []
-    run = Rounds.run
+    launch = Rounds.launch
     with torch.inference_mode(), PretendDevice() as device, pytest.MonkeyPatch.context() as patch:
 
         def counting(self: Rounds, plan: Any, states: Any, planned: Any) -> Any:
             before = (device.uploads, device.downloads, len(device.waits))
-            outcome = run(self, plan, states, planned)
+            flying = launch(self, plan, states, planned)
             after = (device.uploads, device.downloads, len(device.waits))
             counts.append((planned.form, tuple(b - a for a, b in zip(before, after, strict=True))))
-            return outcome
+            return flying
 
-        patch.setattr(Rounds, "run", counting)
+        patch.setattr(Rounds, "launch", counting)
         core, _ = on_pretended_device(lab).build(FixedPlanner(shape))
         generate(core, [ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)])
     again = [count for at, (form, count) in enumerate(counts) if (form in dict(counts[:at]))]
