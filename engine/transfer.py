@@ -62,7 +62,7 @@ class Fetch:
             return
         self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
         self._here.copy_(there, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
 
     def wait(self) -> Tensor:
