@@ -66,7 +66,8 @@ class HeadConfig(Section):
     init: str = Field(
         "target",
         description="target: from the target's last layers (eagle3); random (default of the other "
-        "kinds); or the directory of a published head to go on from",
+        "kinds); or the directory of a published head to go on from, which may have fewer layers "
+        "(eagle3)",
     )
 
 
