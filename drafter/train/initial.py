@@ -86,8 +86,8 @@ def _check_widths(config: HeadConfig, target: LlamaArch) -> None:
         raise ValueError(f"layers of the target are for eagle3 heads, not {config.kind!r}")
     if config.arch.num_layers > target.num_layers:
         raise ValueError(
-            f"a head that begins with layers of the target has at most its {target.num_layers}, not "
-            f"head.num_layers {config.arch.num_layers}; head.init 'random' may have more"
+            f"a head that begins with layers of the target has at most its {target.num_layers}, "
+            f"not head.num_layers {config.arch.num_layers}; head.init 'random' may have more"
         )
     for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
         own, wanted = getattr(config.arch, name), getattr(target, name)
