@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.spec.shape import ancestors_of, signed
 from kernels.ops import AttentionMeta, Ops
@@ -24,6 +25,18 @@ LAYERS = 32
 TREE = (-1, 0, 0, 0, 1, 1, 2, 4, 4, 5, 7, 7, 8, 10, 10, 13)
 
 
+FLOOR = "floor"
+MEMORY_SPEED = 1 / 0.8  # of the floor: four fifths of the speed of a copy
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """At most `times` what `of` takes: the floor, or a case that comes earlier."""
+
+    times: float
+    of: str = FLOOR
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One operation at one shape. `make` allocates, and gives what is timed."""
@@ -31,7 +44,8 @@ class Case:
     name: str
     num_bytes: int
     make: Callable[[], Callable[[], object]]
-    at_most: float | None = None  # times the floor
+    bars: tuple[Bar, ...] = ()
+    is_peer: bool = False  # somebody else's, to compare with; it may fail
 
 
 def all_cases(ops: Ops, device: torch.device) -> Iterator[Case]:
@@ -51,15 +65,24 @@ class _Lab:
         return torch.randn(shape, device=self.device).to(dtype)
 
     def attention_cases(self) -> Iterator[Case]:
-        """(rows, context, tree nodes, bar)"""
-        barred = [(64, 8192, 1, 1 / 0.8), (1, 8192, 1, 2.0), (1, 131072, 1, 1.3)]
-        free = [(rows, 8192, nodes, None) for rows in (1, 4, 16) for nodes in (1, 8, 16)]
-        for rows, context, nodes, bar in (*barred, *free):
-            num_bytes = 2 * rows * context * KV_HEADS * D * 2
-            name = f"attention, {rows} x {nodes} nodes, context {context}"
-            yield Case(name, num_bytes, self._attention(rows, context, nodes), bar)
-            if nodes == 1:
-                yield Case(f"torch sdpa of {name}", num_bytes, self._sdpa(rows, context))
+        """Each shape behind torch's own attention over contiguous keys, which it has to beat; a
+        tree also against one node."""
+        floors = {(64, 8192): MEMORY_SPEED, (1, 8192): 2.0, (1, 131072): 1.3}
+        for rows, context in (*floors, (4, 8192), (16, 8192)):
+            for nodes in (1, 8, 16) if context == 8192 and rows <= 16 else (1,):
+                shape = f"{rows} x {nodes} nodes, context {context}"
+                num_bytes = 2 * rows * context * KV_HEADS * D * 2
+                peers = {"sdpa": self._sdpa, "flex_attention": self._flex}
+                bars = [Bar(1.0, f"torch {peer}, {shape}") for peer in peers]
+                for peer, make in peers.items():
+                    made = make(rows, context, nodes)
+                    yield Case(f"torch {peer}, {shape}", num_bytes, made, is_peer=True)
+                if nodes == 16:
+                    bars.append(Bar(1.15, f"attention, {rows} x 1 nodes, context {context}"))
+                if nodes == 1 and (rows, context) in floors:
+                    bars.append(Bar(floors[rows, context]))
+                own = self._attention(rows, context, nodes)
+                yield Case(f"attention, {shape}", num_bytes, own, tuple(bars))
 
     def _attention(self, rows: int, context: int, nodes: int) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
@@ -81,38 +104,63 @@ class _Lab:
 
         return make
 
-    def _sdpa(self, rows: int, context: int) -> Callable[[], Callable[[], object]]:
-        """torch's own over contiguous keys."""
+    def _contiguous(self, rows: int, context: int, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as torch takes them, the nodes' own keys behind the context."""
+        keys, values = (self._new(rows, KV_HEADS, context + nodes, D) for _ in range(2))
+        return self._new(rows, HEADS, nodes, D), keys, values
+
+    def _visible(self, context: int, nodes: int) -> Tensor:
+        """[nodes, context + nodes] bool: the context, and of the nodes the ancestors."""
+        masks = torch.tensor(ancestors_of(TREE[:nodes]), device=self.device)
+        own = (masks[:, None] >> torch.arange(nodes, device=self.device)) & 1
+        return F.pad(own.bool(), (context, 0), value=True)
+
+    def _sdpa(self, rows: int, context: int, nodes: int) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            q, k, v = self._contiguous(rows, context, nodes)
+            mask = None if nodes == 1 else self._visible(context, nodes)
+            return lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+        return make
+
+    def _flex(self, rows: int, context: int, nodes: int) -> Callable[[], Callable[[], object]]:
+        """Compiled for the shape, as its users have it."""
 
         def make() -> Callable[[], object]:
-            keys, values = (self._new(rows, KV_HEADS, context, D) for _ in range(2))
-            queries = self._new(rows, HEADS, 1, D)
-            return lambda: F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
+            q, k, v = self._contiguous(rows, context, nodes)
+            visible = self._visible(context, nodes)
+
+            def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return visible[query, key]
+
+            mask = create_block_mask(sees, None, None, nodes, context + nodes, self.device)
+            run = torch.compile(flex_attention, dynamic=False)
+            return lambda: run(q, k, v, block_mask=mask, enable_gqa=True)
 
         return make
 
     def row_cases(self) -> Iterator[Case]:
         """Operations on rows of hidden states."""
-        T, bar = TOKENS, 1 / 0.8
+        T, bars = TOKENS, (Bar(MEMORY_SPEED),)
         x, weight = self._new(T, H), self._new(H, dtype=torch.float32)
         residual, gate_up = self._new(T, H), self._new(T, 2 * FEED_FORWARD)
-        yield Case("rms_norm", 4 * T * H, lambda: lambda: self.ops.rms_norm(x, weight, 1e-5), bar)
+        yield Case("rms_norm", 4 * T * H, lambda: lambda: self.ops.rms_norm(x, weight, 1e-5), bars)
         yield Case(
             "add_rms_norm",
             8 * T * H,
             lambda: lambda: self.ops.add_rms_norm(x, residual, weight, 1e-5),
-            bar,
+            bars,
         )
         yield Case(
             "silu_and_mul",
             6 * T * FEED_FORWARD,
             lambda: lambda: self.ops.silu_and_mul(gate_up),
-            bar,
+            bars,
         )
         qkv_bytes = 4 * T * (HEADS + 2 * KV_HEADS) * D
-        yield Case("rope_kv_write", qkv_bytes, self._rope, bar)
+        yield Case("rope_kv_write", qkv_bytes, self._rope, bars)
         moved = 2 * LAYERS * 256 * KV_HEADS * D * 2
-        yield Case("kv_move, 256 slots of 32 layers", 2 * moved, self._kv_move, bar)
+        yield Case("kv_move, 256 slots of 32 layers", 2 * moved, self._kv_move, bars)
         packed = self.ops.pack_linear(self._new(VOCAB, H), None)
         ids = torch.randint(VOCAB, (T,), device=self.device)
         yield Case("embedding", 4 * T * H, lambda: lambda: self.ops.embedding(ids, packed))
@@ -156,7 +204,7 @@ class _Lab:
             "draw, top-p 0.9 and penalties",
             read,
             lambda: lambda: self.ops.draw(logits, edited),
-            4.0,
+            (Bar(4.0),),
         )
 
     def _settings(self, R: int, temperature: float, top_p: float | None = None) -> DrawSettings:

@@ -58,6 +58,12 @@ class SchedulerConfig(Section):
 
     max_num_seqs: Positive = Field(64, description="sequences in one step")
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
+    run_ahead: StrictBool | None = Field(
+        None,
+        description="launch a decode round before the outcome of the one before is known, so that "
+        "the device does not wait for the host; default: true where decode rounds are CUDA graphs "
+        "of one rank and speculation.lookup is off. Needs a CUDA device",
+    )
 
 
 class SpeculationConfig(Section):

@@ -66,7 +66,8 @@ class HeadConfig(Section):
     init: str = Field(
         "target",
         description="target: from the target's last layers (eagle3); random (default of the other "
-        "kinds); or the directory of a published head to go on from",
+        "kinds); or the directory of a published head to go on from, which may have fewer layers "
+        "(eagle3)",
     )
 
 
@@ -170,6 +171,11 @@ class TrainingConfig(Section):
     def _fits(self) -> TrainingConfig:
         if not self.data.conversations and not self.data.prompts:
             raise ValueError("data.conversations or data.prompts must name at least one file")
+        if self.data.limit is not None and not self.data.prompts:
+            raise ValueError(
+                f"data.limit {self.data.limit} is for data.prompts, of which there are none; "
+                "data.conversations are read whole"
+            )
         if not self.loss.tokens and not self.loss.features:
             raise ValueError("loss.tokens and loss.features are both 0: nothing would be learnt")
         if self.head.kind != "eagle3":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Finished, Submit
 from engine.request import FinishReason, Sequence
+from engine.run_ahead import Launcher, RunAhead
 from engine.runner.warmup import PlanExecutor
+from engine.scheduler.plan import StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler
 from engine.spec.lookup import Lookup
 from engine.spec.planner import FixedPlanner, Planner
@@ -41,6 +43,8 @@ class EngineCore:
         self.executor = executor
         self.info = info
         self._sink: SequenceSink | None = None
+        self._ahead: RunAhead[Any] | None = None
+        self._landed: list[EngineMessage] = []  # events of a step that `land` took in
 
     def add(self, message: Submit | Abort) -> None:
         """Take a message; its consequences come out of the next `step`."""
@@ -51,17 +55,44 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do: rows to run or events to hand over."""
-        return self._scheduler.has_work()
+        in_flight = self._ahead is not None and self._ahead.in_flight
+        return self._scheduler.has_work() or in_flight or bool(self._landed)
 
     def step(self) -> list[EngineMessage]:
         """Run one step and return what clients must hear, stats last."""
-        shape = self._planner.choose(self._scheduler.num_drafting)
-        plan = self._scheduler.schedule(shape)
-        outcome = self.executor.execute(plan)
+        if self._ahead is None:
+            plan = self._schedule()
+            outcome = self.executor.execute(plan)
+        else:
+            plan, outcome = self._ahead.step(self._schedule, self._schedule_ahead)
+        self._take_in(plan, outcome)
+        events, self._landed = self._landed, []
+        return [*events, self.stats()]
+
+    def run_ahead(self, launcher: Launcher[Any]) -> None:
+        """From now on, launch the round behind one in flight before waiting for that one, where
+        the plan allows it. `launcher` takes the executor's place."""
+        self._ahead = RunAhead(launcher)
+
+    def land(self) -> None:
+        """Take in what is in flight, so that nothing is; what clients must hear of it comes out of
+        the next `step`."""
+        landed = None if self._ahead is None else self._ahead.land()
+        if landed is not None:
+            self._take_in(*landed)
+
+    def _schedule(self) -> StepPlan:
+        return self._scheduler.schedule(self._planner.choose(self._scheduler.num_drafting))
+
+    def _schedule_ahead(self, before: StepPlan) -> StepPlan | None:
+        if self._planner.measures:
+            return None
+        return self._scheduler.schedule_ahead(before, self._planner.choose)
+
+    def _take_in(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        plan, outcome = self._scheduler.living(plan, outcome)
         self._planner.observe(plan, outcome)
-        events: list[EngineMessage] = [*self._scheduler.update(plan, outcome)]
-        events.append(self.stats())
-        return events
+        self._landed += self._scheduler.update(plan, outcome)
 
     def plan_with(self, planner: Planner) -> None:
         """Choose trees in another way from the next step on."""
@@ -93,7 +124,9 @@ class EngineCore:
 
     def abort_all(self, reason: str) -> list[Finished]:
         """End every open request with ERROR and `reason`."""
-        return self._scheduler.abort_all(reason)
+        ended = [event for event in self._landed if isinstance(event, Finished)]
+        self._landed = []
+        return ended + self._scheduler.abort_all(reason)
 
     def audit(self) -> None:
         """Assert that the bookkeeping adds up."""

@@ -51,6 +51,27 @@ def download(bundle: Bundle) -> Bundle:
     return replaced
 
 
+class Fetch:
+    """One copy from a device that has been started, in its place among what the device was told
+    before; what it is told afterwards does not change what arrives."""
+
+    def __init__(self, there: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if there.device.type != "cuda":
+            self._here = there.cpu()
+            return
+        self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+        self._here.copy_(there, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def wait(self) -> Tensor:
+        """What has arrived, on the host; waits until it has."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._here
+
+
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """The bytes of tensors of one device, one after the other, [bytes] uint8."""
     return torch.cat([_flat(tensor).view(torch.uint8) for tensor in tensors])

@@ -150,10 +150,42 @@ def looks_up(config: Config, place: Place) -> bool:
     return rounds is None or not rounds.graphs
 
 
+def runs_ahead(config: Config, place: Place) -> bool:
+    """Whether a decode round is launched before the outcome of the one before is known.
+
+    Raises:
+        ValueError: it is asked for, and cannot be.
+    """
+    wanted, obstacle = config.scheduler.run_ahead, _against_running_ahead(config, place)
+    if wanted and obstacle is not None:
+        raise ValueError(f"scheduler.run_ahead is true, but {obstacle}")
+    if wanted is not None:
+        return wanted
+    rounds = round_settings(config, place)
+    return obstacle is None and rounds is not None and rounds.graphs
+
+
+def _against_running_ahead(config: Config, place: Place) -> str | None:
+    """What makes the host take part in every step, None if nothing does."""
+    if round_settings(config, place) is None:
+        return "decode steps on a CPU go through the host; it must be false or unset"
+    if config.parallel.tensor > 1:
+        return "parallel.tensor is more than 1: followers take one step at a time"
+    if looks_up(config, place):
+        return "lookup is on, which needs to know all tokens: set speculation.lookup=false"
+    return None
+
+
 def _log_steps(config: Config, place: Place) -> None:
     rounds = round_settings(config, place)
     how = "through the host" if rounds is None else "CUDA graphs" if rounds.graphs else "eager"
-    logger.info("decode rounds: %s; lookup: %s", how, "on" if looks_up(config, place) else "off")
+    obstacle = _against_running_ahead(config, place)
+    logger.info(
+        "decode rounds: %s; lookup: %s; run-ahead: %s",
+        how,
+        "on" if looks_up(config, place) else "off",
+        "on" if runs_ahead(config, place) else f"off ({obstacle})" if obstacle else "off",
+    )
 
 
 @contextmanager
@@ -219,4 +251,8 @@ def _core(
         device=str(place.device),
         draft=drafting.facts,
     )
-    return EngineCore(scheduler, executor, info, drafting.planner)
+    core = EngineCore(scheduler, executor, info, drafting.planner)
+    if runs_ahead(config, place):
+        assert isinstance(executor, ModelRunner), "one rank, nothing around its runner"
+        core.run_ahead(executor)
+    return core

@@ -74,6 +74,7 @@ class DraftSwapper:
 
     def swap(self, loaded: Loaded | None) -> None:
         """Use what was loaded from the next step on. Between steps only."""
+        self._core.land()
         drafting = Drafting()
         planner = drafting.planner
         if loaded is not None:

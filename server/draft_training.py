@@ -4,7 +4,7 @@ prompts, and the tokenizer."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from configs.schema import Config
 from configs.training import SAMPLE, TrainingConfig
 from drafter.train.building import TargetTensors
-from drafter.train.conversations import Prompt, read_conversations, read_prompts, sample_file
+from drafter.train.conversations import (
+    AnyConversation,
+    Prompt,
+    read_conversations,
+    read_prompts,
+    sample_file,
+)
 from drafter.train.curve import write_curve
 from drafter.train.encoding import Coverage, EncodingSettings, Example, encode_conversations
 from drafter.train.generate import (
@@ -76,15 +82,14 @@ def _prepared(config: TrainingConfig, worker: Worker) -> Run:
     """Target, examples and trainer. Loads the target twice where prompts are to be answered."""
     serving = _serving(config)
     codec = load_codec(serving)
-    paths = [_found(path) for path in config.data.conversations]
+    conversations = [read_conversations(_found(path)) for path in config.data.conversations]
     if config.data.prompts:
-        paths.append(_answered(config, serving, codec, worker))
+        conversations.append(_answered(config, serving, codec, worker))
     target, eos_ids = _load_target(config, worker)
     settings = EncodingSettings(target.tensors.arch.vocab_size, eos_ids, config.data.max_tokens)
     coverage = Coverage()
     examples: list[Example] = []
-    for path in paths:
-        found = read_conversations(path)
+    for found in conversations:
         examples += encode_conversations(found, codec.encode, settings, coverage)
     run = prepare(config, target, examples, worker)
     _tell(worker, _facts(coverage, run, target))
@@ -123,35 +128,36 @@ def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:
     return "\n".join(lines)
 
 
-def _answered(config: TrainingConfig, serving: Config, codec: ChatCodec, worker: Worker) -> Path:
-    """The file with the target's answers to data.prompts; the first process writes it."""
+def _answered(
+    config: TrainingConfig, serving: Config, codec: ChatCodec, worker: Worker
+) -> Iterator[AnyConversation]:
+    """The target's answers to data.prompts; the first process has them written to a file."""
     output = config.run.output / ANSWERS
+    prompts = _prompts(config)
     if worker.rank == 0:
-        prompts: list[Prompt] = []
-        for path in config.data.prompts:
-            prompts += read_prompts(path)
-        _check_enough(prompts, config)
         output.parent.mkdir(parents=True, exist_ok=True)
-        settings = GenerationSettings(
-            max_tokens=config.data.max_new_tokens, seed=config.run.seed, limit=config.data.limit
-        )
+        settings = GenerationSettings(max_tokens=config.data.max_new_tokens, seed=config.run.seed)
         with progress_bar() as on_progress, backend_can_be_had(config.kernels):
             core = build_engine(serving)
             report = generate_answers(core, codec, prompts, output, settings, on_progress)
         _tell(worker, _answer_facts(report))
     if dist.is_initialized():
         dist.barrier()
-    return output
+    return read_conversations(output, {prompt.id for prompt in prompts})
 
 
-def _check_enough(prompts: Sequence[Prompt], config: TrainingConfig) -> None:
-    """Before they are answered, which takes long."""
-    count = min(len(prompts), config.data.limit or len(prompts))
-    if not config.data.conversations and count <= config.data.held_out:
+def _prompts(config: TrainingConfig) -> list[Prompt]:
+    """Those to answer. ValueError if they are too few: answering takes long."""
+    prompts: list[Prompt] = []
+    for path in config.data.prompts:
+        prompts += read_prompts(path)
+    prompts = prompts[: config.data.limit]
+    if not config.data.conversations and len(prompts) <= config.data.held_out:
         raise ValueError(
-            f"there are {count} prompts to answer; data.held_out {config.data.held_out} would "
-            "leave none to train on"
+            f"there are {len(prompts)} prompts to answer; data.held_out {config.data.held_out} "
+            "would leave none to train on"
         )
+    return prompts
 
 
 def _answer_facts(report: GenerationReport) -> str:

@@ -14,7 +14,7 @@ from drafter.checkpoint import read_head_config
 from drafter.head_files import check_tensors, open_tensors
 from drafter.heads.config import HeadConfig, Kind
 from drafter.heads.untrained import eagle3_config, random_tensors
-from drafter.train.initial import weights_from_target
+from drafter.train.initial import deepened, weights_from_target
 from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
 from engine.layers.loading import ReadTensor
 from engine.models.arch import LlamaArch
@@ -88,7 +88,8 @@ def build_network(
     if settings.init == FROM_TARGET:
         weights = weights_from_target(weights, config, target.arch, target.read, target_ids)
     elif settings.init != RANDOM:
-        weights = published_weights(_published(settings), config, target)
+        given = published_weights(_published(settings), config, target)
+        weights = deepened(given, weights, config, target.arch, target.read)
     network.load_state_dict(weights)
     return network
 
@@ -101,9 +102,12 @@ def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
     check_tensors(manifest.head_tensors(config, target, found), found, path)
     dense = config.kind == "eagle" and manifest.FINAL_NORM in found
     arch, vocab_size = config.arch, settings.draft_vocab_size or target.vocab_size
+    num_layers = arch.num_layers
+    if config.kind == "eagle3" and settings.num_layers > num_layers:
+        num_layers = settings.num_layers  # see `deepened`
     for name, own, wanted in (
         ("kind", "dense" if dense else config.kind, settings.kind),
-        ("num_layers", arch.num_layers, settings.num_layers),
+        ("num_layers", num_layers, settings.num_layers),
         ("draft_vocab_size", config.draft_vocab_size, vocab_size),
         ("intermediate_size", arch.intermediate_size, settings.intermediate_size),
         ("aux_layers", config.tap_layers(target), settings.aux_layers),
@@ -115,7 +119,8 @@ def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
             f"head.init {path} has hidden_size {arch.hidden_size}; only heads of the target's "
             f"{target.hidden_size} can be trained"
         )
-    return dataclasses.replace(config, fc_bias=manifest.FC_BIAS in found)
+    arch = dataclasses.replace(arch, num_layers=num_layers)
+    return dataclasses.replace(config, arch=arch, fc_bias=manifest.FC_BIAS in found)
 
 
 def published_weights(path: Path, config: HeadConfig, target: TargetTensors) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ line of conversations is `{"messages": [...]}` with answers or, as a server saw 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,7 @@ class Prompt:
     """What a user asks: `messages` end with the first turn to answer, `later_turns` follow."""
 
     where: str  # file:line
-    id: str  # "line-N" where the line has none
+    id: str  # "FILE-N" where the line, N of FILE.jsonl, has none
     messages: tuple[Message, ...]
     later_turns: tuple[str, ...] = ()
 
@@ -60,7 +60,7 @@ def sample_file(name: str) -> Path:
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """Prompts one by one. An id is a text or an integer; without one, the line's number counts.
+    """Prompts one by one. An id is a text or an integer; without one, file and line make it.
 
     Raises:
         OSError: the file cannot be read.
@@ -68,21 +68,23 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
     """
     lines: dict[str, str] = {}
     for number, where, entry in _entries(path, PROMPT_LINE):
-        prompt = _prompt(where, number, entry)
+        prompt = _prompt(where, f"{path.stem}-{number}", entry)
         if prompt.id in lines:
             raise ValueError(f"{where}: id {prompt.id!r} is that of {lines[prompt.id]} too")
         lines[prompt.id] = where
         yield prompt
 
 
-def read_conversations(path: Path) -> Iterator[AnyConversation]:
-    """Conversations one by one.
+def read_conversations(path: Path, ids: Collection[str] | None = None) -> Iterator[AnyConversation]:
+    """Conversations one by one; with `ids`, those of generated answers to these prompts alone.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: a line is bad, or there is none.
     """
     for _, where, entry in _entries(path, CONVERSATION_LINE):
+        if ids is not None and entry.get("id") not in ids:
+            continue
         if ("messages" in entry) == ("token_ids" in entry):
             found = "both messages and" if "messages" in entry else "neither messages nor"
             raise ValueError(f"{where}: {found} token_ids; a line is {CONVERSATION_LINE}")
@@ -118,8 +120,8 @@ def _entries(path: Path, form: str) -> Iterator[tuple[int, str, dict[str, Any]]]
         raise ValueError(f"{path}:{number}: the file is empty; a line is {form}")
 
 
-def _prompt(where: str, number: int, entry: dict[str, Any]) -> Prompt:
-    prompt_id = _prompt_id(where, entry.get("id"), number)
+def _prompt(where: str, own_id: str, entry: dict[str, Any]) -> Prompt:
+    prompt_id = _prompt_id(where, entry.get("id"), own_id)
     if "messages" not in entry and "turns" not in entry:
         raise ValueError(f"{where}: neither messages nor turns; a line is {PROMPT_LINE}")
     messages = _messages(where, entry["messages"]) if "messages" in entry else ()
@@ -134,9 +136,9 @@ def _prompt(where: str, number: int, entry: dict[str, Any]) -> Prompt:
     return Prompt(where, prompt_id, messages)
 
 
-def _prompt_id(where: str, value: object, number: int) -> str:
+def _prompt_id(where: str, value: object, own_id: str) -> str:
     if value is None:
-        return f"line-{number}"
+        return own_id
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         _refuse(where, "id", value, "a text or an integer")
     return str(value)

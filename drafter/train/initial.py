@@ -10,6 +10,7 @@ from engine.layers.loading import ReadTensor
 from engine.models.arch import LlamaArch
 
 SMALL = 0.1  # of the usual spread
+OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # all that a layer adds to its stream
 
 
 def weights_from_target(
@@ -38,6 +39,29 @@ def weights_from_target(
     return weights
 
 
+def deepened(
+    given: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    config: HeadConfig,
+    target: LlamaArch,
+    read: ReadTensor,
+) -> dict[str, Tensor]:
+    """`given`, a head that may have fewer layers than `config`, with those that it lacks: the
+    target's last ones, silent, so that the head begins by saying what it said. `weights`: tensors
+    of all shapes. ValueError where layers are added and the target's widths are not the head's."""
+    depth = config.arch.num_layers
+    missing = [i for i in range(depth) if f"layers.{i}.{OUTPUTS[0]}" not in given]
+    if not missing:
+        return given
+    _check_widths(config, target)
+    added = dict(weights)
+    for index in missing:
+        _copy_layer(added, index, target.num_layers - depth + index, read)
+        for part in OUTPUTS:
+            added[f"layers.{index}.{part}"] = torch.zeros_like(added[f"layers.{index}.{part}"])
+    return added | given
+
+
 def _copy_layer(weights: dict[str, Tensor], index: int, source: int, read: ReadTensor) -> None:
     """Layer `source` of the target becomes layer `index`. The first reads [embedding; feature]:
     what the target's reads of its stream, this one reads of the feature."""
@@ -59,15 +83,16 @@ def _copy_layer(weights: dict[str, Tensor], index: int, source: int, read: ReadT
 
 def _check_widths(config: HeadConfig, target: LlamaArch) -> None:
     if config.kind != "eagle3":
-        raise ValueError(f"head.init 'target' is for eagle3 heads, not {config.kind!r}")
+        raise ValueError(f"layers of the target are for eagle3 heads, not {config.kind!r}")
     if config.arch.num_layers > target.num_layers:
         raise ValueError(
-            f"head.init 'target' needs at most the target's {target.num_layers} layers, not "
-            f"head.num_layers {config.arch.num_layers}; use 'random'"
+            f"a head that begins with layers of the target has at most its {target.num_layers}, "
+            f"not head.num_layers {config.arch.num_layers}; head.init 'random' may have more"
         )
     for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
         own, wanted = getattr(config.arch, name), getattr(target, name)
         if own != wanted:
             raise ValueError(
-                f"head.init 'target' needs the target's {name} {wanted}, not {own}; use 'random'"
+                f"a head that begins with layers of the target needs its {name} {wanted}, not "
+                f"{own}; head.init 'random' does not"
             )

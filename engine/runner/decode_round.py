@@ -8,7 +8,7 @@ what they write goes to the scratch block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ class RoundInputs:
     """Everything a round is told, B rows. A row that is none has `max_nodes` 0."""
 
     lines: Tensor  # [B] int64, the last line for rows that are none
-    tokens: Tensor  # [B] int64 roots
-    positions: Tensor  # [B] int64 of the roots
+    follows: Tensor  # [B] bool: the root is what the round before left behind, see `NewestTokens`
+    tokens: Tensor  # [B] int64 roots, of rows that do not follow
+    positions: Tensor  # [B] int64 of these roots
     max_nodes: Tensor  # [B] int64, root included
     ends: Tensor  # [B] int64, position behind the last that has a slot
     seeds: Tensor  # [B] int64
@@ -62,8 +63,40 @@ class RoundOutputs:
 
     emitted: Tensor  # [B, max_depth + 1] int64, -1 behind the bonus
     path: Tensor  # [B, max_depth + 1] int64 nodes, -1 behind the end
-    num_accepted: Tensor  # [B] int64
+    newest: Tensor  # [B] int64, position of the bonus
     sound: Tensor  # [B] bool: the head's state was finite
+
+
+@dataclass(frozen=True, slots=True)
+class NewestTokens:
+    """The bonus of every line's last round, which is the root of its next: so that a round can
+    begin before the host has heard of the one before. The last line is that of rows that are none.
+    """
+
+    tokens: Tensor  # [lines + 1] int64
+    positions: Tensor  # [lines + 1] int64
+
+    @classmethod
+    def on(cls, device: torch.device, num_lines: int) -> NewestTokens:
+        zeros = torch.zeros(2, num_lines + 1, dtype=torch.int64, device=device)
+        return cls(*zeros.unbind())
+
+    def follow(self, inputs: RoundInputs) -> RoundInputs:
+        """`inputs` with the roots of rows that follow."""
+        lines, follows = inputs.lines, inputs.follows
+        return replace(
+            inputs,
+            tokens=torch.where(follows, self.tokens[lines], inputs.tokens),
+            positions=torch.where(follows, self.positions[lines], inputs.positions),
+        )
+
+    def keep(self, inputs: RoundInputs, result: VerifyResult) -> Tensor:
+        """Take note of what a round drew; returns the positions, [B]."""
+        newest = inputs.positions + 1 + result.num_accepted
+        bonus = result.emitted.gather(1, result.num_accepted[:, None])[:, 0]
+        self.tokens.index_put_((inputs.lines,), bonus)
+        self.positions.index_put_((inputs.lines,), newest)
+        return newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +108,7 @@ class DecodeRound:
     sampler: Sampler
     proposer: RoundProposer
     tables: Tensor  # [lines + 1, columns] int32 block tables of all lines; the last is all scratch
+    newest: NewestTokens
     scratch: Scratch
     max_len: int  # positions
     vocab_size: int
@@ -82,6 +116,7 @@ class DecodeRound:
     def run(self, inputs: RoundInputs, form: RoundForm) -> RoundOutputs:
         """`inputs` on the device; the outputs too."""
         ops = self.context.ops
+        inputs = self.newest.follow(inputs)
         self.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
         tables = self.tables[inputs.lines]  # [B, columns]
         tree, sound = self._draft(inputs, tables, form)
@@ -95,7 +130,8 @@ class DecodeRound:
         if self.proposer.lookahead:
             accepted = self._accepted(inputs, tables, tree, result)
             self.proposer.absorb(accepted, self._max_context)
-        return RoundOutputs(result.emitted, result.path, result.num_accepted, sound)
+        newest = self.newest.keep(inputs, result)
+        return RoundOutputs(result.emitted, result.path, newest, sound)
 
     @property
     def _max_context(self) -> int:

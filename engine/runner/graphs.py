@@ -12,11 +12,28 @@ import torch
 from torch import Tensor
 
 from engine.runner.decode_round import DecodeRound, RoundForm, RoundInputs, RoundOutputs
-from engine.transfer import join, pack, view
+from engine.transfer import Fetch, join, pack, view
 
 WARM_UPS = 2  # launches before a graph is captured: kernels are compiled, workspaces made
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaunchedRound:
+    """A round that the device has been told to run, and then to bring back the outputs of."""
+
+    fetch: Fetch
+    likes: list[Tensor]  # of the outputs' shapes and dtypes
+
+    def wait(self) -> RoundOutputs:
+        """Outputs on the host, once the round is over."""
+        here = self.fetch.wait()
+        parts, first = [], 0
+        for like in self.likes:
+            parts.append(view(here, first, like))
+            first += like.numel() * like.itemsize
+        return RoundOutputs(*parts)
 
 
 class StaticRound:
@@ -33,17 +50,14 @@ class StaticRound:
         self._inputs = RoundInputs(*views)
         self._outputs: RoundOutputs | None = None
 
-    def run(self, inputs: RoundInputs) -> RoundOutputs:
-        """Inputs of the host -> outputs of the host, once the round is over."""
+    def launch(self, inputs: RoundInputs) -> LaunchedRound:
+        """`inputs`: of the host. Does not wait, neither for this round nor for one before: the
+        device takes copies and rounds in the order in which it was told of them."""
         packed, _ = pack(_parts(inputs), pinned=self._pinned)
         self._there.copy_(packed, non_blocking=True)
-        here = self._launch().cpu()
+        fetch = Fetch(self._launch())
         assert self._outputs is not None
-        parts, first = [], 0
-        for like in _parts(self._outputs):
-            parts.append(view(here, first, like))
-            first += like.numel() * like.itemsize
-        return RoundOutputs(*parts)
+        return LaunchedRound(fetch, _parts(self._outputs))
 
     def _launch(self) -> Tensor:
         self._outputs = self._body.run(self._inputs, self._form)

@@ -17,7 +17,7 @@ from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.laps import Laps
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
-from engine.runner.rounds import Rounds, RoundSettings
+from engine.runner.rounds import FlyingRound, Rounds, RoundSettings
 from engine.sampling.batch import draw_settings
 from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
 from engine.sampling.sampler import Sampler
@@ -54,6 +54,20 @@ class RunnerParts:
     rounds: RoundSettings | None = None  # None: every step goes through the host, best on a CPU
 
 
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A step that was launched, to be collected once."""
+
+    laps: Laps
+    flying: FlyingRound | None = None  # None: the step is over
+    outcome: StepOutcome | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether a plan that is ahead may follow before this step is collected."""
+        return self.flying is not None
+
+
 class ModelRunner:
     """Executes plans. Keeps per running sequence only what the sampler and the inputs need."""
 
@@ -77,23 +91,39 @@ class ModelRunner:
         if self._rounds is not None:
             self._rounds.prepare(shapes)
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutcome:
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Ticket:
+        """Tell the device of a decode round, without waiting for it; carry out any other plan. One
+        that is ahead may be launched while the step before it is in flight, no other."""
         parts, laps = self._parts, Laps()
         with laps.time(DRAFT):
             if plan.released or plan.admitted:
                 parts.proposer.settle()
         self._turn_over(plan)
         if not plan.rows:
-            return StepOutcome()
+            return Ticket(laps, outcome=StepOutcome())
         if self._rounds is not None:
             states = [self._rows[row.request_id] for row in plan.rows]
             planned = self._rounds.plan(plan, states)
             if planned is not None:
                 with laps.time(ROUND):
-                    outcomes = self._rounds.run(plan, states, planned)
-                return self._finished(StepOutcome(outcomes), laps)
-        return self._mixed(plan, laps)
+                    return Ticket(laps, self._rounds.launch(plan, states, planned))
+        assert not plan.ahead, "only a round can follow what the host has not seen"
+        return Ticket(laps, outcome=self._mixed(plan, laps))
+
+    @torch.inference_mode()
+    def collect(self, ticket: Ticket) -> StepOutcome:
+        """What a step produced; waits for it. In the order of launching."""
+        if ticket.flying is None:
+            assert ticket.outcome is not None
+            return ticket.outcome
+        assert self._rounds is not None
+        with ticket.laps.time(ROUND):
+            outcomes = self._rounds.collect(ticket.flying)
+        return self._finished(StepOutcome(outcomes), ticket.laps)
 
     def _mixed(self, plan: StepPlan, laps: Laps) -> StepOutcome:
         """Any plan: the host sees the trees before they are verified, and the walks after it."""

@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 
 from engine.kv.slots import Scratch
 from engine.models.interface import TargetModel
-from engine.runner.decode_round import DecodeRound, RoundForm, RoundInputs, RoundOutputs
+from engine.runner.decode_round import (
+    DecodeRound,
+    NewestTokens,
+    RoundForm,
+    RoundInputs,
+)
 from engine.runner.forward import ForwardContext
-from engine.runner.graphs import RoundCache
+from engine.runner.graphs import LaunchedRound, RoundCache
 from engine.runner.input_builder import InputBuilder
 from engine.sampling.edits import is_edited
 from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
@@ -44,6 +49,17 @@ class PlannedRound:
     form: RoundForm
     lines: Ints  # [rows]
     limits: Ints  # [rows] nodes, the root included
+
+
+@dataclass(frozen=True, slots=True)
+class FlyingRound:
+    """A plan whose round the device has been told to run, with what the host needs to know of it
+    afterwards: the plan's block lists may have grown by then."""
+
+    states: Sequence[RowState]
+    planned: PlannedRound
+    ends: Ints  # [rows] position behind the last that has a slot
+    launched: LaunchedRound
 
 
 def row_counts(max_num_seqs: int) -> tuple[int, ...]:
@@ -83,6 +99,7 @@ class Rounds:
             sampler=sampler,
             proposer=proposer,
             tables=tables.to(page.device),
+            newest=NewestTokens.on(page.device, settings.max_num_seqs),
             scratch=self._scratch,
             max_len=inputs.max_len,
             vocab_size=vocab_size,
@@ -100,7 +117,7 @@ class Rounds:
         if not plain or self._proposer.failed or any(map(_wants_more, states)):
             return None
         lines = self._inputs.lines(plan.rows)
-        limits = self._limits(plan.rows, lines)
+        limits = self._limits(plan, lines)
         shape = _shape(plan, limits)
         if shape is None:
             return None
@@ -125,40 +142,40 @@ class Rounds:
                     form = RoundForm(num_rows, shape, any_sampled=True, is_filtered=is_filtered)
                     self._cache.get(form, functools.partial(self._idle, form))
 
-    def _limits(self, rows: Sequence[RowPlan], lines: Ints) -> Ints:
+    def _limits(self, plan: StepPlan, lines: Ints) -> Ints:
         """Nodes of each row, the root included."""
+        rows = plan.rows
         limits = np.array([1 + row.num_draft for row in rows], dtype=np.int64)
         if not (limits > 1).any():
             return limits
         self._proposer.settle()  # what was put off makes states known
         starts = np.array([row.start for row in rows], dtype=np.int64)
+        if plan.ahead:  # a round that begins with a known state ends with one
+            starts -= 1
         return np.where(self._proposer.knows(lines, starts), limits, 1)
 
-    def run(
+    def launch(
         self, plan: StepPlan, states: Sequence[RowState], planned: PlannedRound
-    ) -> tuple[RowOutcome, ...]:
-        """Carry out a plan, as was planned just before; tells the row states."""
+    ) -> FlyingRound:
+        """Begin to carry out a plan, as was planned just before. A plan that is ahead follows the
+        round that was launched last, which need not be collected yet."""
         self._proposer.settle()
         form = planned.form
-        inputs = self._padded(form, plan.rows, states, planned.lines, planned.limits)
-        outputs = self._cache.get(form, functools.partial(self._idle, form)).run(inputs)
-        return self._outcomes(plan.rows, states, planned, outputs)
+        inputs = self._padded(form, plan, states, planned.lines, planned.limits)
+        launched = self._cache.get(form, functools.partial(self._idle, form)).launch(inputs)
+        return FlyingRound(states, planned, self._ends(plan.rows), launched)
 
     def _idle(self, form: RoundForm) -> RoundInputs:
-        return self._padded(form, [], [], np.empty(0, np.int64), np.empty(0, np.int64))
+        return self._padded(form, StepPlan(), [], np.empty(0, np.int64), np.empty(0, np.int64))
 
-    def _outcomes(
-        self,
-        rows: Sequence[RowPlan],
-        states: Sequence[RowState],
-        planned: PlannedRound,
-        outputs: RoundOutputs,
-    ) -> tuple[RowOutcome, ...]:
-        count, limits = len(rows), planned.limits
+    def collect(self, flying: FlyingRound) -> tuple[RowOutcome, ...]:
+        """Wait for a round, in the order of launching; tells the row states."""
+        states, planned, outputs = flying.states, flying.planned, flying.launched.wait()
+        count, limits = len(states), planned.limits
         sound = outputs.sound[:count].numpy()
         self._proposer.count_faults(int(((limits > 1) & ~sound).sum()))
-        newest = np.array([row.start + 1 for row in rows]) + outputs.num_accepted[:count].numpy()
-        self._proposer.absorbed(planned.lines, np.minimum(newest, self._ends(rows) - 1))
+        newest = outputs.newest[:count].numpy()
+        self._proposer.absorbed(planned.lines, np.minimum(newest, flying.ends - 1))
         outcomes = []
         drafted = np.where(sound, limits - 1, 0).tolist()
         found = (outputs.emitted[:count].tolist(), outputs.path[:count].tolist(), drafted)
@@ -176,12 +193,13 @@ class Rounds:
     def _padded(
         self,
         form: RoundForm,
-        rows: Sequence[RowPlan],
+        plan: StepPlan,
         states: Sequence[RowState],
         lines: Ints,
         limits: Ints,
     ) -> RoundInputs:
-        """Inputs of the host, with rows that are none behind `rows`."""
+        """Inputs of the host, with rows that are none behind those of `plan`."""
+        rows = plan.rows
         missing = form.num_rows - len(rows)
         params = [state.request.params for state in states]
 
@@ -196,6 +214,7 @@ class Rounds:
         whole = self._vocab_size
         return RoundInputs(
             lines=integers(lines, self._tables.shape[0] - 1),
+            follows=torch.tensor([*[plan.ahead] * len(rows), *[False] * missing]),
             tokens=integers([row.token_ids[-1] for row in rows]),
             positions=integers([row.start for row in rows]),
             max_nodes=integers(limits),

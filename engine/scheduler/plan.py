@@ -14,6 +14,8 @@ from engine.spec.shape import ROOT, TreeShape
 DRAFT, VERIFY, COMMIT = "draft", "verify", "commit"  # parts of a step
 ROUND = "round"  # all of them, in one go on the device
 
+UNKNOWN = -1  # stands for a token that a step in flight draws
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -50,12 +52,17 @@ class RowPlan:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Rows in batch order. `admitted` are new or resumed rows, `released` rows that left the
-    running set since the last plan (finished, aborted, preempted)."""
+    running set since the last plan (finished, aborted, preempted).
+
+    When `ahead`, the plan was made before the outcome of the last one was known, and is to be
+    launched before that is collected. Its rows were in the last one. Their only token is `UNKNOWN`,
+    `start` is the first position it may get, and slots are there for the last."""
 
     rows: tuple[RowPlan, ...] = ()
     admitted: tuple[Admission, ...] = ()
     released: tuple[str, ...] = ()
     shape: TreeShape = ROOT  # of the trees of this step; a row may cut its own
+    ahead: bool = False
 
     @property
     def num_tokens(self) -> int:

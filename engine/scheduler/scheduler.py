@@ -23,6 +23,7 @@ from engine.scheduler.draft_room import DraftRoom
 from engine.scheduler.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.plan_draft import PlanDraft
 from engine.scheduler.queue import Rank, WaitingQueue
+from engine.scheduler.running_ahead import only, plan_ahead
 from engine.scheduler.stopping import cut_emitted
 from engine.spec.lookup import Lookup, tree_name
 from engine.spec.shape import ROOT, TreeShape
@@ -155,8 +156,19 @@ class Scheduler:
         admitted = tuple(a for name, a in draft.admitted.items() if name in draft.rows)
         return StepPlan(tuple(draft.rows.values()), admitted, tuple(released), shape)
 
+    def schedule_ahead(
+        self, before: StepPlan, choose: Callable[[int], TreeShape]
+    ) -> StepPlan | None:
+        """The step behind `before`, a decode step whose outcome is not known yet; None if that has
+        to be known first. `choose` is told how many rows could draft."""
+        missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
+        if self._lookup is not None or self._prompts_to_compute(missing):
+            return None
+        budget = self._limits.max_num_batched_tokens
+        return plan_ahead(before, self._running, self._drafts, budget, choose)
+
     def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
-        """Take in what the step produced; returns what clients must hear, in order."""
+        """Take in what `living` rows produced; returns what clients must hear, in order."""
         if self._lookup is not None:
             self._lookup.observe(plan, outcome)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
@@ -169,6 +181,11 @@ class Scheduler:
         self._last_tokens = plan.num_tokens
         events, self._events = self._events, []
         return events
+
+    def living(self, plan: StepPlan, outcome: StepOutcome) -> tuple[StepPlan, StepOutcome]:
+        """Without rows that ended while the step was in flight: nobody hears or counts that they
+        were computed once more. A request of the same id that has come since does not run yet."""
+        return only(plan, outcome, {seq.request_id for seq in self._running})
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -22,6 +22,10 @@ class MeasuringPlanner:
         self._decide = decide
         self._chosen: Planner | None = None
 
+    @property
+    def measures(self) -> bool:
+        return self._chosen is None
+
     def choose(self, num_drafting: int) -> TreeShape:
         if self._chosen is None:
             self._measure()

@@ -14,6 +14,11 @@ from engine.spec.shape import ROOT, StaticShape, TreeShape
 class Planner(Protocol):
     """Chooses a shape per step. Only speed depends on it."""
 
+    @property
+    def measures(self) -> bool:
+        """Whether `choose` times steps of its own: nothing may be in flight then."""
+        ...
+
     def choose(self, num_drafting: int) -> TreeShape:
         """The shape for a step with `num_drafting` rows that could carry a tree."""
         ...
@@ -28,6 +33,7 @@ class FixedPlanner:
     """Always the same shape."""
 
     shape: TreeShape = ROOT
+    measures = False
 
     def choose(self, num_drafting: int) -> TreeShape:
         return self.shape if num_drafting else ROOT
@@ -119,6 +125,8 @@ class AdaptivePlanner:
     """Takes the shape with the most expected tokens per second, from measured step times and the
     running acceptance. While no tree pays, one step in `probe_every` still carries the cheapest, so
     that a change of the traffic is noticed; a probe for which there was no room stays due."""
+
+    measures = False
 
     def __init__(
         self, shapes: Sequence[TreeShape], costs: StepCosts, probe_every: int = 64

@@ -55,6 +55,7 @@ def test_eagle3_heads_learn_tokens() -> None:
     ("overrides", "message"),
     [
         ([], "configuration: data.conversations or data.prompts must name at least one file"),
+        ([DATA, "data.limit=5"], "data.limit 5 is for data.prompts, of which there are none"),
         ([DATA, "head.kind=eagle", "head.init=target"], "configuration: head.init 'target' is for"),
         ([DATA, "head.kind=dense", "head.aux_layers=[1]"], "head.aux_layers is for eagle3 heads"),
         ([DATA, "head.kind=hawk"], "head.kind = 'hawk': Input should be 'eagle3', 'eagle' or"),

@@ -185,6 +185,8 @@ def test_drafts_do_not_depend_on_how_the_head_got_there(
 class Switching:
     """Root only for a while, then a tree, and so on."""
 
+    measures = False
+
     def __init__(self, shape: TreeShape) -> None:
         self._shape = shape
         self._steps = 0

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_group
-from benchmarks.kernel_cases import Case
+from benchmarks.kernel_cases import FLOOR, Bar, Case, all_cases
 from benchmarks.kernels import measure, table
+from kernels.ops import Ops
 
 
 def test_without_a_gpu_it_says_so_and_succeeds(
@@ -42,16 +43,30 @@ def test_an_operation_is_held_against_the_time_its_bytes_take(
 
     monkeypatch.setattr("benchmarks.kernels.seconds_of", lambda run: 2e-6)
     cases = [
-        Case("fast", 1000, lambda: run_quickly, at_most=2.5),
-        Case("slow", 1000, lambda: run_quickly, at_most=1.5),
+        Case("fast", 1000, lambda: run_quickly, bars=(Bar(2.5),)),
+        Case("slow", 1000, lambda: run_quickly, bars=(Bar(1.5),)),
         Case("free", 0, lambda: run_quickly),
         Case("broken", 1000, make_broken),  # type: ignore[arg-type]
+        Case("peer", 1000, make_broken, is_peer=True),  # type: ignore[arg-type]
+        Case("as fast", 1000, lambda: run_quickly, bars=(Bar(3.0), Bar(1.0, "fast"))),
+        Case("not faster", 1000, lambda: run_quickly, bars=(Bar(3.0), Bar(0.9, "fast"))),
+        Case("unknown", 1000, lambda: run_quickly, bars=(Bar(1.0, "peer"),)),
     ]
     rows = list(measure(cases, bandwidth=1e9))
-    assert [row.kept for row in rows] == [True, False, None, False]
+    assert [row.kept for row in rows] == [True, False, None, False, None, True, False, None]
     assert rows[0].share_of_floor == pytest.approx(0.5)
     assert "head_dim 7" in rows[3].bar
-    assert table(rows).count("\n") == 5
+    assert rows[6].bar == "at most 3.00 x floor: 2.00; at most 0.90 x fast: 1.00"
+    assert rows[7].bar == "at most 1.00 x peer: no time of it"
+    assert table(rows).count("\n") == 9
+
+
+def test_what_a_case_is_held_against_comes_before_it(reference_ops: Ops) -> None:
+    seen: set[str] = {FLOOR}
+    for case in all_cases(reference_ops, torch.device("meta")):
+        assert {bar.of for bar in case.bars} <= seen, case.name
+        seen.add(case.name)
+    assert any("flex_attention, 16 x 16 nodes" in name for name in seen)
 
 
 def test_the_command_is_in_the_makefile() -> None:

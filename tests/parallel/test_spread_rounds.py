@@ -101,13 +101,13 @@ def test_rounds_of_several_ranks_say_what_one_rank_says(
 ) -> None:
     expected, num_drafted = texts(config, reference_ops, TPGroup(), shape, rounds=False)
     assert (num_drafted > 0) == (shape is not ROOT)
-    run, count = Rounds.run, []
+    launch, count = Rounds.launch, []
 
     def noting(self: Rounds, *args: object) -> object:
         count.append(1)
-        return run(self, *args)  # type: ignore[arg-type]
+        return launch(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Rounds, "run", noting)
+    monkeypatch.setattr(Rounds, "launch", noting)
     for found, _ in run_ranks(
         size, lambda group: texts(config, reference_ops, group, shape, rounds=True)
     ):

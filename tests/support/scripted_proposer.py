@@ -224,6 +224,7 @@ class CyclingPlanner:
 
     shapes: Sequence[TreeShape]
     num_steps: int = 0
+    measures = False
 
     def choose(self, num_drafting: int) -> TreeShape:
         self.num_steps += 1

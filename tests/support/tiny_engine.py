@@ -65,6 +65,7 @@ class TinyEngine:
     drafting: Drafting | None = None
     device: torch.device = CPU
     rounds: bool = False  # on a CPU too
+    run_ahead: bool = False  # with `rounds`
     lookup: bool = False
 
     def build(self) -> EngineCore:
@@ -85,5 +86,7 @@ class TinyEngine:
             runner = core.executor
             assert isinstance(runner, ModelRunner)
             settings = RoundSettings(self.max_num_seqs, graphs=False)
-            core.executor = ModelRunner(replace(runner._parts, rounds=settings))
+            core.executor = runner = ModelRunner(replace(runner._parts, rounds=settings))
+            if self.run_ahead:
+                core.run_ahead(runner)
         return core

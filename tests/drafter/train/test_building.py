@@ -21,9 +21,10 @@ from drafter.train.building import (
     published_vocabulary,
 )
 from drafter.train.network import DraftNetwork
+from drafter.train.unroll import unroll
 from engine.models.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, HIDDEN, LAYOUTS, TARGET, Layout
-from tests.drafter.train.networks import TRAINABLE, config_of
+from tests.drafter.train.networks import TRAINABLE, config_of, random_batch
 
 IDS = LAYOUTS["reference-eagle3"].target_ids()
 
@@ -148,6 +149,29 @@ def test_a_published_network_is_read_back_bit_by_bit(name: str, tmp_path: Path) 
     assert all(torch.equal(found[key], tensor) for key, tensor in network.state_dict().items())
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_head_that_becomes_deeper_begins_with_the_same_states(
+    num_layers: int, tmp_path: Path
+) -> None:
+    settings = HeadSettings(draft_vocab_size=DRAFT_VOCAB, num_layers=num_layers, init="random")
+    before = build(settings)
+    write(tmp_path / "head", head_config(settings, TARGET), before.state_dict())
+    after = build(settings.model_copy(update={"num_layers": 4, "init": str(tmp_path / "head")}))
+    batch = random_batch(LAYOUTS["reference-eagle3"], (14, 9), ([range(4, 12)], [range(2, 9)]))
+    for expected, found in zip(unroll(before, batch, 3), unroll(after, batch, 3), strict=True):
+        assert torch.equal(found.states, expected.states)
+        assert torch.equal(found.head_inputs, expected.head_inputs)
+    theirs = target().read(f"model.layers.{TARGET.num_layers - 1}.self_attn.k_proj.weight")
+    assert torch.equal(after.layer(3).self_attn.k_proj.weight, theirs)
+
+
+def test_a_head_of_other_widths_becomes_no_deeper(tmp_path: Path) -> None:
+    layout = LAYOUTS["reference-eagle3"]
+    settings = settings_for(layout, layout.write(tmp_path), num_layers=2)
+    with pytest.raises(ValueError, match="begins with layers of the target needs its"):
+        build(settings)
+
+
 def write(path: Path, config: HeadConfig, tensors: dict[str, Tensor]) -> None:
     if config.kind == "eagle":
         save_eagle(path, config, TARGET, tensors)
@@ -165,7 +189,7 @@ def test_a_head_that_reads_with_the_targets_lm_head_begins_with_it(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("reference-eagle3", {"num_layers": 2}, "has num_layers 1; head.num_layers is 2"),
+        ("reference-eagle", {"num_layers": 2}, "has num_layers 1; head.num_layers is 2"),
         ("reference-eagle3", {"draft_vocab_size": 40}, "draft_vocab_size 37; head.* is 40"),
         ("reference-eagle3", {"draft_vocab_size": None}, "draft_vocab_size 37; head.* is 131"),
         ("reference-eagle3", {"intermediate_size": 99}, "intermediate_size 100; head.* is 99"),

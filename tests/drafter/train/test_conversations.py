@@ -47,7 +47,7 @@ def test_prompts_are_read_from_messages_and_turns(file: Path) -> None:
     assert list(read_prompts(file)) == [
         Prompt("f.jsonl:1", "a", (SYSTEM, USER)),
         Prompt("f.jsonl:2", "7", (first,), ("two", "three")),
-        Prompt("f.jsonl:3", "line-3", (USER, ANSWER, USER)),
+        Prompt("f.jsonl:3", "f-3", (USER, ANSWER, USER)),
     ]
 
 
@@ -72,27 +72,42 @@ def test_conversations_are_read_from_messages_and_token_ids(file: Path) -> None:
     ]
 
 
+def test_answers_to_other_prompts_are_left_out(file: Path) -> None:
+    lines = [{"id": name, "messages": [USER, ANSWER]} for name in ("a", "b", "c")]
+    write(file, *lines, {"messages": [USER, ANSWER]})
+    found = read_conversations(file, {"c", "a", "elsewhere"})
+    assert [conversation.where for conversation in found] == ["f.jsonl:1", "f.jsonl:3"]
+
+
+def test_prompts_of_two_files_need_no_ids(file: Path) -> None:
+    other = file.with_name("g.jsonl")
+    for path in (file, other):
+        write(path, {"turns": ["a"]}, {"turns": ["b"]})
+    ids = [prompt.id for path in (file, other) for prompt in read_prompts(path)]
+    assert ids == ["f-1", "f-2", "g-1", "g-2"]
+
+
 def test_blank_lines_are_skipped_and_counted(file: Path) -> None:
     file.write_bytes(b'\n  \r\n{"turns": ["caf\xc3\xa9"]}\r\n\n{"turns": ["b"]}')
     assert [(p.where, p.id) for p in read_prompts(file)] == [
-        ("f.jsonl:3", "line-3"),
-        ("f.jsonl:5", "line-5"),
+        ("f.jsonl:3", "f-3"),
+        ("f.jsonl:5", "f-5"),
     ]
 
 
 def test_lines_before_a_bad_one_are_given_first(file: Path) -> None:
     file.write_text('{"turns": ["a"]}\n{"turns": []}\n', encoding="utf-8")
     prompts = read_prompts(file)
-    assert next(prompts).id == "line-1"
+    assert next(prompts).id == "f-1"
     with pytest.raises(ValueError, match=r"f\.jsonl:2: turns is "):
         next(prompts)
 
 
 def test_an_id_that_comes_twice_is_refused(file: Path) -> None:
-    write(file, {"id": "line-2", "turns": ["a"]}, {"turns": ["b"]})
+    write(file, {"id": "f-2", "turns": ["a"]}, {"turns": ["b"]})
     with pytest.raises(ValueError) as caught:
         list(read_prompts(file))
-    assert str(caught.value) == "f.jsonl:2: id 'line-2' is that of f.jsonl:1 too"
+    assert str(caught.value) == "f.jsonl:2: id 'f-2' is that of f.jsonl:1 too"
 
 
 ANY_FILE: list[tuple[bytes, str]] = [

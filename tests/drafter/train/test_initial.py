@@ -77,9 +77,9 @@ def test_lm_head_is_the_targets_for_the_draft_vocabulary(tied: bool, reduced: bo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"intermediate_size": 81}, r"intermediate_size 80, not 81; use 'random'"),
+        ({"intermediate_size": 81}, r"intermediate_size 80, not 81; head.init 'random'"),
         ({"num_kv_heads": 2}, r"num_kv_heads 4, not 2"),
-        ({"num_layers": 9}, r"at most the target's 8 layers, not head\.num_layers 9"),
+        ({"num_layers": 9}, r"at most its 8, not head\.num_layers 9"),
     ],
 )
 def test_heads_of_other_shapes_are_refused(change: dict[str, int], message: str) -> None:

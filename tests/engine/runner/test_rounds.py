@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import Config, KernelsConfig, SpeculationConfig
+from configs.schema import (
+    Config,
+    KernelsConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from engine.core import EngineCore
 from engine.parallel.group import TPGroup
 from engine.parallel.shard import WHOLE
@@ -22,7 +28,7 @@ from engine.scheduler.plan import RowPlan
 from engine.spec.planner import FixedPlanner
 from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
-from server.compose import looks_up
+from server.compose import looks_up, runs_ahead
 from server.rank import Place, round_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
@@ -68,13 +74,13 @@ def texts_of(core: EngineCore, only: slice = slice(None)) -> dict[str, list[int]
 def rounds_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Forms of the rounds that were run."""
     forms: list[Any] = []
-    run = Rounds.run
+    launch = Rounds.launch
 
     def noting(self: Rounds, plan: Any, states: Any, planned: Any) -> Any:
         forms.append(planned.form)
-        return run(self, plan, states, planned)
+        return launch(self, plan, states, planned)
 
-    monkeypatch.setattr(Rounds, "run", noting)
+    monkeypatch.setattr(Rounds, "launch", noting)
     return forms
 
 
@@ -178,17 +184,17 @@ def test_an_engine_keeps_to_its_device(
 def test_a_round_is_one_copy_each_way_and_no_wait(lab: HeadLab, shape: TreeShape) -> None:
     """The second and later rounds of a form: the first makes its buffers."""
     counts = []
-    run = Rounds.run
+    launch = Rounds.launch
     with torch.inference_mode(), PretendDevice() as device, pytest.MonkeyPatch.context() as patch:
 
         def counting(self: Rounds, plan: Any, states: Any, planned: Any) -> Any:
             before = (device.uploads, device.downloads, len(device.waits))
-            outcome = run(self, plan, states, planned)
+            flying = launch(self, plan, states, planned)
             after = (device.uploads, device.downloads, len(device.waits))
             counts.append((planned.form, tuple(b - a for a, b in zip(before, after, strict=True))))
-            return outcome
+            return flying
 
-        patch.setattr(Rounds, "run", counting)
+        patch.setattr(Rounds, "launch", counting)
         core, _ = on_pretended_device(lab).build(FixedPlanner(shape))
         generate(core, [ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)])
     again = [count for at, (form, count) in enumerate(counts) if (form in dict(counts[:at]))]
@@ -248,6 +254,33 @@ def test_graphs_are_for_triton_kernels_on_cuda_devices(reference_ops: Ops) -> No
     assert not looks_up(Config(), graphed)
     assert looks_up(off, graphed)
     assert looks_up(Config(speculation=SpeculationConfig(lookup=True)), graphed)
+
+
+def test_running_ahead_is_for_graphs_of_one_rank_or_an_error(reference_ops: Ops) -> None:
+    triton = replace(reference_ops, backends={"attention": "triton"})
+    gpu = Place(TPGroup(), WHOLE, torch.device("cuda"), triton)
+    cpu = replace(gpu, device=torch.device("cpu"))
+    off = KernelsConfig(graphs="off")
+    lookup, no_lookup = SpeculationConfig(lookup=True), SpeculationConfig(lookup=False)
+    on, never = SchedulerConfig(run_ahead=True), SchedulerConfig(run_ahead=False)
+    two = ParallelConfig(tensor=2)
+    assert runs_ahead(Config(), gpu)
+    assert runs_ahead(Config(scheduler=on, kernels=off, speculation=no_lookup), gpu)
+    for config in (
+        Config(scheduler=never),
+        Config(kernels=off, speculation=no_lookup),
+        Config(speculation=lookup),
+        Config(parallel=two),
+    ):
+        assert not runs_ahead(config, gpu)
+    assert not runs_ahead(Config(), cpu)
+    for config, place, reason in (
+        (Config(scheduler=on), cpu, "on a CPU go through the host"),
+        (Config(scheduler=on, parallel=two), gpu, "parallel.tensor is more than 1"),
+        (Config(scheduler=on, speculation=lookup), gpu, "lookup is on"),
+    ):
+        with pytest.raises(ValueError, match=f"scheduler.run_ahead is true, but .*{reason}"):
+            runs_ahead(config, place)
 
 
 def test_rows_are_padded_to_few_numbers() -> None:
