@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Finished, Submit
+from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Submit
+from engine.pipeline import Launcher, Pipeline
 from engine.request import FinishReason, Sequence
-from engine.run_ahead import Launcher, RunAhead
 from engine.runner.warmup import PlanExecutor
 from engine.scheduler.plan import StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler
@@ -43,7 +43,7 @@ class EngineCore:
         self.executor = executor
         self.info = info
         self._sink: SequenceSink | None = None
-        self._ahead: RunAhead[Any] | None = None
+        self._pipeline: Pipeline[Any] | None = None
         self._landed: list[EngineMessage] = []  # events of a step that `land` took in
 
     def add(self, message: Submit | Abort) -> None:
@@ -55,29 +55,29 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do: rows to run or events to hand over."""
-        in_flight = self._ahead is not None and self._ahead.in_flight
+        in_flight = self._pipeline is not None and self._pipeline.in_flight
         return self._scheduler.has_work() or in_flight or bool(self._landed)
 
     def step(self) -> list[EngineMessage]:
         """Run one step and return what clients must hear, stats last."""
-        if self._ahead is None:
+        if self._pipeline is None:
             plan = self._schedule()
             outcome = self.executor.execute(plan)
         else:
-            plan, outcome = self._ahead.step(self._schedule, self._schedule_ahead)
+            plan, outcome = self._pipeline.step(self._schedule, self._schedule_ahead)
         self._take_in(plan, outcome)
         events, self._landed = self._landed, []
         return [*events, self.stats()]
 
-    def run_ahead(self, launcher: Launcher[Any]) -> None:
+    def launch_with(self, launcher: Launcher[Any]) -> None:
         """From now on, launch the round behind one in flight before waiting for that one, where
         the plan allows it. `launcher` takes the executor's place."""
-        self._ahead = RunAhead(launcher)
+        self._pipeline = Pipeline(launcher)
 
     def land(self) -> None:
         """Take in what is in flight, so that nothing is; what clients must hear of it comes out of
         the next `step`."""
-        landed = None if self._ahead is None else self._ahead.land()
+        landed = None if self._pipeline is None else self._pipeline.land()
         if landed is not None:
             self._take_in(*landed)
 
@@ -122,11 +122,11 @@ class EngineCore:
             num_capture_dropped=self._sink.num_dropped,
         )
 
-    def abort_all(self, reason: str) -> list[Finished]:
-        """End every open request with ERROR and `reason`."""
-        ended = [event for event in self._landed if isinstance(event, Finished)]
-        self._landed = []
-        return ended + self._scheduler.abort_all(reason)
+    def abort_all(self, reason: str) -> list[EngineMessage]:
+        """End every open request with ERROR and `reason`; what clients had still to hear of steps
+        before comes first."""
+        events, self._landed = self._landed, []
+        return [*events, *self._scheduler.abort_all(reason)]
 
     def audit(self) -> None:
         """Assert that the bookkeeping adds up."""

@@ -179,13 +179,9 @@ def _against_running_ahead(config: Config, place: Place) -> str | None:
 def _log_steps(config: Config, place: Place) -> None:
     rounds = round_settings(config, place)
     how = "through the host" if rounds is None else "CUDA graphs" if rounds.graphs else "eager"
-    obstacle = _against_running_ahead(config, place)
-    logger.info(
-        "decode rounds: %s; lookup: %s; run-ahead: %s",
-        how,
-        "on" if looks_up(config, place) else "off",
-        "on" if runs_ahead(config, place) else f"off ({obstacle})" if obstacle else "off",
-    )
+    found = looks_up(config, place), runs_ahead(config, place)
+    lookup, ahead = ("on" if one else "off" for one in found)
+    logger.info("decode rounds: %s; lookup: %s; run-ahead: %s", how, lookup, ahead)
 
 
 @contextmanager
@@ -254,5 +250,5 @@ def _core(
     core = EngineCore(scheduler, executor, info, drafting.planner)
     if runs_ahead(config, place):
         assert isinstance(executor, ModelRunner), "one rank, nothing around its runner"
-        core.run_ahead(executor)
+        core.launch_with(executor)
     return core

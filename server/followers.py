@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -53,9 +54,18 @@ class Followers:
         progress = Progress(config.parallel.start_timeout)
         if config.parallel.tensor == 1:
             return cls((), Broadcast(()), progress, Watchdog((), progress, _ignore), None)
-        folder = Path(tempfile.mkdtemp(prefix=RANKS, dir=parent))
-        board = Board.create(config.parallel.tensor - 1)
-        pairs = [_spawn(config, rank, folder, board) for rank in range(1, config.parallel.tensor)]
+        with contextlib.ExitStack() as undo:  # what fails half-way leaves nothing
+            folder = Path(tempfile.mkdtemp(prefix=RANKS, dir=parent))
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            board = Board.create(config.parallel.tensor - 1)
+            undo.callback(board.close)
+            pairs: list[tuple[Process, socket.socket]] = []
+            for rank in range(1, config.parallel.tensor):
+                process, own = _spawn(config, rank, folder, board)
+                undo.callback(own.close)
+                undo.callback(_kill, [process])
+                pairs.append((process, own))
+            undo.pop_all()
         processes = [process for process, _ in pairs]
         end = functools.partial(_end_engine, processes, folder)
         watchdog = Watchdog([process.pid for process in processes], progress, end)

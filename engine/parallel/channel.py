@@ -108,13 +108,16 @@ class Inbox:
 
     def receive(self) -> bytes | None:
         """The next frame; None when rank 0 is gone."""
-        frame = self._look_on()
-        while frame is None:
-            woken = [handle for handle, _ in self._events.poll()]
-            gone = self._channel.fileno() in woken and self._early is None and not self._hear()
-            frame = self._look()  # also at the end: it may have been posted just before
-            if gone and frame is None:
-                return None
+        sleep_at = time.monotonic() + AWAKE
+        while (frame := self._look()) is None:
+            awake = time.monotonic() < sleep_at
+            if awake:
+                os.sched_yield()  # whoever wants the core has it: with few cores, that is rank 0
+            if self._is_gone(timeout=0 if awake else None):
+                frame = self._look()  # it may have been posted just before
+                if frame is None:
+                    return None
+                break
         self._board.note(self._reader, self._number)
         self._number += 1
         return frame
@@ -124,11 +127,11 @@ class Inbox:
         self._channel.close()
         self._board.close()
 
-    def _look_on(self) -> bytes | None:
-        end = time.monotonic() + AWAKE
-        while (frame := self._look()) is None and time.monotonic() < end:
-            os.sched_yield()  # whoever wants the core has it: with few cores, that is rank 0
-        return frame
+    def _is_gone(self, timeout: float | None) -> bool:
+        """Wait so long for a sign of rank 0, and take a frame from the socket if there is one;
+        whether the socket says that no more will come."""
+        woken = [handle for handle, _ in self._events.poll(timeout)]
+        return self._channel.fileno() in woken and self._early is None and not self._hear()
 
     def _look(self) -> bytes | None:
         if self._early is not None and self._early[0] == self._number:

@@ -61,11 +61,7 @@ class Ticket:
     laps: Laps
     flying: FlyingRound | None = None  # None: the step is over
     outcome: StepOutcome | None = None
-
-    @property
-    def leads(self) -> bool:
-        """Whether a plan that is ahead may follow before this step is collected."""
-        return self.flying is not None
+    leads: bool = False  # whether a plan that is ahead may follow before this step is collected
 
 
 class ModelRunner:
@@ -110,7 +106,9 @@ class ModelRunner:
             planned = self._rounds.plan(plan, states)
             if planned is not None:
                 with laps.time(ROUND):
-                    return Ticket(laps, self._rounds.launch(plan, states, planned))
+                    flying = self._rounds.launch(plan, states, planned)
+                # What a proposer puts off, it has done by now: it does not fail before the next.
+                return Ticket(laps, flying, leads=not parts.proposer.failed)
         assert not plan.ahead, "only a round can follow what the host has not seen"
         return Ticket(laps, outcome=self._mixed(plan, laps))
 

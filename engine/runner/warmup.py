@@ -104,10 +104,11 @@ class WarmUp:
         return rows
 
     def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> Generator[None, None, float]:
-        """Seconds of a step: the least of a few, for what disturbs one only makes it longer."""
+        """Seconds of a step: the least of a few, for what disturbs one only makes it longer, and
+        the first may compile kernels or capture a graph."""
         times: list[float] = []
         current: tuple[RowPlan, ...] = ()
-        while len(times) < REPEATS and sum(times) < ENOUGH:
+        while len(times) < 2 or (len(times) < REPEATS and sum(times) < ENOUGH):
             if not current or not all(self._has_room(row, shape) for row in current):
                 current = yield from self._renewed(rows)
             drafting = (replace(row, num_draft=shape.num_nodes - 1) for row in current)

@@ -21,9 +21,9 @@ from engine.request import FinishReason, Request, Sequence, Status
 from engine.scheduler.draft_counts import DraftCounts
 from engine.scheduler.draft_room import DraftRoom
 from engine.scheduler.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.scheduler.plan_ahead import only, plan_ahead
 from engine.scheduler.plan_draft import PlanDraft
 from engine.scheduler.queue import Rank, WaitingQueue
-from engine.scheduler.running_ahead import only, plan_ahead
 from engine.scheduler.stopping import cut_emitted
 from engine.spec.lookup import Lookup, tree_name
 from engine.spec.shape import ROOT, TreeShape

@@ -124,7 +124,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 30)
 class AdaptivePlanner:
     """Takes the shape with the most expected tokens per second, from measured step times and the
     running acceptance. While no tree pays, one step in `probe_every` still carries the cheapest, so
-    that a change of the traffic is noticed; a probe for which there was no room stays due."""
+    that a change of the traffic is noticed; a probe for which there was no room stays due, and one
+    whose outcome is awaited while the next step is planned comes twice."""
 
     measures = False
 

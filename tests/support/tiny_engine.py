@@ -88,5 +88,5 @@ class TinyEngine:
             settings = RoundSettings(self.max_num_seqs, graphs=False)
             core.executor = runner = ModelRunner(replace(runner._parts, rounds=settings))
             if self.run_ahead:
-                core.run_ahead(runner)
+                core.launch_with(runner)
         return core

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from engine.runner.warmup import WarmUp
+from engine.runner.warmup import ENOUGH, WarmUp
+from engine.scheduler.plan import RowOutcome, StepOutcome, StepPlan
 from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine
@@ -56,3 +58,21 @@ def test_any_cache_can_be_measured_and_is_clean_afterwards(
     heard = generate(core, [ask("after", [5, 6, 7], max_tokens=4, ignore_eos=True)])
     plain = generate(engine.build(), [ask("after", [5, 6, 7], max_tokens=4, ignore_eos=True)])
     assert heard["after"].token_ids == plain["after"].token_ids
+
+
+@dataclass
+class Compiling:
+    """The first step of each shape with drafts takes long, as if something were compiled."""
+
+    seen: set[TreeShape] = field(default_factory=set)
+
+    def execute(self, plan: StepPlan) -> StepOutcome:
+        if plan.shape not in self.seen:
+            self.seen.add(plan.shape)
+            time.sleep(1.2 * ENOUGH)
+        return StepOutcome(tuple(RowOutcome((5,), row.num_draft, ()) for row in plan.rows))
+
+
+def test_what_only_the_first_step_of_a_tree_takes_is_not_its_cost() -> None:
+    costs = WarmUp(Compiling(), 64, 16, 1, 64, 256).measure([ROOT, chain(3)])
+    assert costs.of(chain(3), 1) < ENOUGH

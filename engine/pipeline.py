@@ -30,7 +30,7 @@ class Launcher(Protocol[Launched]):
 
 
 @dataclass(slots=True)
-class RunAhead(Generic[Launched]):
+class Pipeline(Generic[Launched]):
     """Steps through a launcher. Between two steps, one round at most is in flight."""
 
     launcher: Launcher[Launched]

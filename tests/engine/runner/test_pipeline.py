@@ -319,11 +319,27 @@ def test_what_is_left_in_flight_is_work(lab: HeadLab, truth: list[list[int]]) ->
     core.add(Submit(known_requests()[0]))
     for _ in range(3):
         core.step()
-    assert [end.reason for end in core.abort_all("stopped")] == [FinishReason.ERROR]
+    ends = [event for event in core.abort_all("stopped") if isinstance(event, Finished)]
+    assert [end.reason for end in ends] == [FinishReason.ERROR]
     while core.has_work():
         assert not [e for e in core.step() if isinstance(e, Tokens | Finished)]
-    assert core._ahead is not None
-    assert not core._ahead.in_flight
+    assert core._pipeline is not None
+    assert not core._pipeline.in_flight
+
+
+def test_what_has_landed_is_heard_although_all_is_aborted(
+    lab: HeadLab, truth: list[list[int]]
+) -> None:
+    core = knowing(lab, truth, FixedPlanner(chain(3)))
+    record = Completion()
+    core.add(Submit(known_requests()[0]))
+    events = core.step() + core.step()
+    core.land()
+    for event in events + core.abort_all("stopped"):
+        if isinstance(event, Tokens | Finished):
+            record.take(event)
+    assert record.finished is not None
+    assert record.finished.num_output == len(record.token_ids) > 1
 
 
 class LateFetch(transfer.Fetch):
