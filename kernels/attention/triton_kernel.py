@@ -415,6 +415,7 @@ def _merge(
             "MERGED_ROWS": merged_rows,
             "MAX_SPLITS": max_splits,
         },
+        num_warps=8,  # with 4, Triton 3.6 spills
         min_load_bits=WIDEST_LOAD,
     )
 
