@@ -62,10 +62,10 @@ class EngineCore:
         """Run one step and return what clients must hear, stats last."""
         if self._pipeline is None:
             plan = self._schedule()
-            outcome = self.executor.execute(plan)
+            self._take_in(plan, self.executor.execute(plan))
         else:
-            plan, outcome = self._pipeline.step(self._schedule, self._schedule_ahead)
-        self._take_in(plan, outcome)
+            flown = self._pipeline.step(self._schedule, self._schedule_ahead)
+            self._take_in(*self._scheduler.living(*flown))
         events, self._landed = self._landed, []
         return [*events, self.stats()]
 
@@ -79,7 +79,7 @@ class EngineCore:
         the next `step`."""
         landed = None if self._pipeline is None else self._pipeline.land()
         if landed is not None:
-            self._take_in(*landed)
+            self._take_in(*self._scheduler.living(*landed))
 
     def _schedule(self) -> StepPlan:
         return self._scheduler.schedule(self._planner.choose(self._scheduler.num_drafting))
@@ -90,7 +90,6 @@ class EngineCore:
         return self._scheduler.schedule_ahead(before, self._planner.choose)
 
     def _take_in(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        plan, outcome = self._scheduler.living(plan, outcome)
         self._planner.observe(plan, outcome)
         self._landed += self._scheduler.update(plan, outcome)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from tests.kernels.triton_env import poisoned_memory  # noqa: F401  chooses how Triton runs
+from tests.support.threads import own_torch_threads
 from tests.support.tiny_engine import TinyEngine, random_llama
 
 CPU = torch.device("cpu")
@@ -33,6 +35,14 @@ def native_ops(native_cache: Path) -> Ops:
     if ops.backends["linear"] != "native":
         pytest.skip(f"no native kernels here: {ops.backends['linear']}")
     return ops
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch's products in tests are so small that they only wait for a second one."""
+    with own_torch_threads():
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture(scope="module")

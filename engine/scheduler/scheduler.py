@@ -168,7 +168,8 @@ class Scheduler:
         return plan_ahead(before, self._running, self._drafts, budget, choose)
 
     def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
-        """Take in what `living` rows produced; returns what clients must hear, in order."""
+        """Take in what the step produced, all of whose rows still run (see `living`); returns what
+        clients must hear, in order."""
         if self._lookup is not None:
             self._lookup.observe(plan, outcome)
         for row, result in zip(plan.rows, outcome.rows, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -41,6 +40,8 @@ SHAPES: dict[str, TreeShape] = {
     "tree": StaticShape("tree", (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
     "dynamic": DynamicShape("dynamic", 12, 4, 5),
 }
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -387,11 +388,3 @@ def test_plain_steps_leave_the_head_alone_for_a_while(
     core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(ROOT))).build()  # type: ignore[arg-type]
     generate(core, [ask("a", [3, 4, 5, 6], max_tokens=100, ignore_eos=True)])
     assert taken == [64, 39]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

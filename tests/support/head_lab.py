@@ -18,10 +18,18 @@ from engine.layers.loading import LayerLoader
 from engine.layers.rotary import cos_sin_table
 from engine.models.arch import LlamaArch
 from engine.spec.planner import Planner
+from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from server.drafting import Drafting
 from tests.support.tiny_engine import TinyEngine
 
 BLOCK = 16
+# Trees of every kind.
+SHAPES: dict[str, TreeShape] = {
+    "root": ROOT,
+    "chain3": chain(3),
+    "tree": StaticShape("tree", (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
+    "dynamic": DynamicShape("dynamic", 12, 4, 5),
+}
 
 
 def write_head(engine: TinyEngine, folder: Path) -> Path:

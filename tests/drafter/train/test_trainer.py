@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,23 +24,15 @@ from drafter.train.run import LoadedTarget, prepare
 from drafter.train.trainer import Trainer, Worker
 from drafter.train.unroll import TrainBatch
 from kernels.ops import Ops
-from tests.support.threads import own_torch_threads
 from tests.support.tiny_engine import TinyEngine, random_llama
 from tests.support.tiny_training import greedy_examples, tiny_config, tiny_target
 
 TIMES = ("seconds", "tokens_per_second")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class StoppedError(Exception):
     """What ends a run in these tests."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products this small only wait for a second one."""
-    with own_torch_threads():
-        torch.set_num_threads(1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,32 +19,19 @@ from engine.runner import graphs
 from engine.runner.model_runner import ModelRunner
 from engine.scheduler.plan import StepPlan
 from engine.spec.planner import FixedPlanner, Planner
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.spec.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.drafting import Drafting
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
-from tests.support.head_lab import HeadLab, write_head
+from tests.support.head_lab import SHAPES, HeadLab, write_head
 from tests.support.knowing_proposer import KnowingProposer
 from tests.support.pretend_device import PretendDevice
 from tests.support.scripted_proposer import CyclingPlanner
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-SHAPES: dict[str, TreeShape] = {
-    "root": ROOT,
-    "chain3": chain(3),
-    "tree": StaticShape("tree", (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
-    "dynamic": DynamicShape("dynamic", 12, 4, 5),
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
 MAX_LEN = 96
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,23 +25,18 @@ from engine.request import Request
 from engine.runner.rounds import Rounds, RoundSettings, row_counts
 from engine.scheduler.plan import RowPlan
 from engine.spec.planner import FixedPlanner
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.spec.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.compose import looks_up, runs_ahead
 from server.rank import Place, round_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
-from tests.support.head_lab import HeadLab, write_head
+from tests.support.head_lab import SHAPES, HeadLab, write_head
 from tests.support.pretend_device import PretendDevice
 from tests.support.scripted_proposer import CyclingPlanner
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-SHAPES: dict[str, TreeShape] = {
-    "root": ROOT,
-    "chain3": chain(3),
-    "tree": StaticShape("tree", (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
-    "dynamic": DynamicShape("dynamic", 12, 4, 5),
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
 MAX_LEN = 128
 
 
@@ -287,11 +281,3 @@ def test_rows_are_padded_to_few_numbers() -> None:
     assert row_counts(64) == (1, 2, 4, 8, 16, 32, 64)
     assert row_counts(1) == (1,)
     assert row_counts(5) == (1, 2, 4, 5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
