@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from engine.models.checkpoint import Checkpoint
-from engine.models.manifest import expected_tensors
+from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.manifest import expected_tensors
 
 REPEATS = 15
 

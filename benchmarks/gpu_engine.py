@@ -25,19 +25,19 @@ from configs.schema import CacheConfig, Config, ModelConfig, SchedulerConfig
 from drafter.checkpoint import save_eagle3
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.static_levels import levels_of
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.manifest import expected_tensors
 from engine.core import EngineCore
 from engine.kv.slots import Scratch
 from engine.messages import Submit
-from engine.models.arch import LlamaArch
 from engine.models.llama import LlamaLoader
-from engine.models.manifest import expected_tensors
-from engine.parallel.group import TPGroup
 from engine.request import Request, SamplingParams
 from engine.runner.graphs import GraphedRound
-from engine.spec.planner import FixedPlanner
-from engine.spec.proposer import Ints, RootProposer, Roots
-from engine.spec.shape import ROOT, StaticShape, TreeShape, chain
-from engine.spec.tree import DraftTree
+from engine.speculation.planner import FixedPlanner
+from engine.speculation.proposer import Ints, RootProposer, Roots
+from engine.step.group import TPGroup
+from engine.step.shape import ROOT, StaticShape, TreeShape, chain
+from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from server.compose import assemble

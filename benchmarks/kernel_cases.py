@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from engine.spec.shape import ancestors_of, signed
+from engine.step.shape import ancestors_of, signed
 from kernels.ops import AttentionMeta, Ops
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits
 

@@ -27,8 +27,8 @@ from benchmarks.peers.openai_url import UrlTarget
 from benchmarks.timing import Measured, Spread, Target, measure
 from configs.host import host_config
 from configs.schema import Config
-from engine.models.checkpoint import open_checkpoint
-from engine.models.source import resolve_source
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import resolve_source
 from server.compose import build_engine
 from server.drafting import torch_dtype
 from server.offline import OfflineEngine

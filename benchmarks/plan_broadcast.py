@@ -28,8 +28,8 @@ from engine.parallel.channel import Broadcast, Channel, Inbox
 from engine.parallel.frames import Order, PlanFrame
 from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
 from engine.request import Request, SamplingParams
-from engine.scheduler.plan import Admission, RowPlan, StepPlan
-from engine.spec.shape import chain
+from engine.step.plan import Admission, RowPlan, StepPlan
+from engine.step.shape import chain
 
 BLOCK_SIZE = 16
 CONTEXT = 1024  # tokens of each row before the first plan

@@ -18,9 +18,9 @@ from drafter.head_shards import write_json, write_tensors
 from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
 from drafter.heads.config import HeadConfig
 from drafter.heads.published import eagle3_json, eagle_json
-from engine.layers.loading import LayerLoader
-from engine.layers.rotary import cos_sin_table
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.models.layers import cos_sin_table
+from engine.models.loading import LayerLoader
 from engine.parallel.shard import WHOLE, Shard, check_degree
 from kernels.ops import LinearWeight, Ops
 

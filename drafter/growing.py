@@ -12,9 +12,9 @@ from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.ranking import Noise, best_children
 from drafter.static_levels import children_of, levels_of
 from engine.kv.slots import Scratch, seen_of, slots_of
-from engine.spec.proposer import Roots
-from engine.spec.shape import DynamicShape, StaticShape, TreeShape
-from engine.spec.tree import DraftTree
+from engine.speculation.proposer import Roots
+from engine.step.shape import DynamicShape, StaticShape, TreeShape
+from engine.step.tree import DraftTree
 from kernels.ops import AttentionMeta
 
 

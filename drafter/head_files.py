@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drafter.manifest import DTYPES, FLOATS, HeadTensors, common_name, is_harmless
-from engine.models.checkpoint import read_json
-from engine.models.manifest import Shape
-from engine.models.stored import Index
+from engine.checkpoints.checkpoint import read_json
+from engine.checkpoints.manifest import Shape
+from engine.checkpoints.stored import Index
 
 logger = logging.getLogger(__name__)
 

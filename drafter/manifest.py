@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from drafter.heads.config import HeadConfig
-from engine.models.arch import LlamaArch
-from engine.models.manifest import Shape, expected_tensors
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.manifest import Shape, expected_tensors
 
 EMBEDDING = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"

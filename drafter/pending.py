@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.spec.proposer import Committed
+from engine.speculation.proposer import Committed
 
 Features = tuple[Tensor, ...]  # one [C, H target] per tapped layer
 

@@ -15,9 +15,9 @@ from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.pending import Pending
 from drafter.taps import FeatureCollector
 from engine.kv.slots import Scratch
-from engine.spec.proposer import Accepted, Committed, Ints, Roots
-from engine.spec.shape import StaticShape, TreeShape
-from engine.spec.tree import DraftTree
+from engine.speculation.proposer import Accepted, Committed, Ints, Roots
+from engine.step.shape import StaticShape, TreeShape
+from engine.step.tree import DraftTree
 from engine.transfer import download, upload
 from kernels.ops import AttentionMeta
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from engine.models.source import BUNDLED_ALIAS, CONFIG, HUB_ID, fetch_from_hub
+from engine.checkpoints.source import BUNDLED_ALIAS, CONFIG, HUB_ID, fetch_from_hub
 
 AUTO = "auto"
 # The model that each shipped head drafts for.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.spec.shape import StaticShape, signed
+from engine.step.shape import StaticShape, signed
 
 
 @dataclass(frozen=True, slots=True)

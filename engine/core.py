@@ -10,10 +10,10 @@ from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Submi
 from engine.pipeline import Launcher, Pipeline
 from engine.request import FinishReason, Sequence
 from engine.runner.warmup import PlanExecutor
-from engine.scheduler.plan import StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler
-from engine.spec.lookup import Lookup
-from engine.spec.planner import FixedPlanner, Planner
+from engine.speculation.lookup import Lookup
+from engine.speculation.planner import FixedPlanner, Planner
+from engine.step.plan import StepOutcome, StepPlan
 
 
 class SequenceSink(Protocol):

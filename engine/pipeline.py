@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from engine.scheduler.plan import StepOutcome, StepPlan
+from engine.step.plan import StepOutcome, StepPlan
 
 
 class Ticket(Protocol):

@@ -16,14 +16,14 @@ from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo
 from engine.parallel.distributed import DistributedGroup
-from engine.parallel.group import TPGroup
 from engine.parallel.lockstep import GroupExecutor
 from engine.parallel.plan_codec import PlanEncoder
 from engine.parallel.shard import WHOLE
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warmup import PlanExecutor, WarmUp
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.lookup import Lookup
+from engine.speculation.lookup import Lookup
+from engine.step.group import TPGroup
 from kernels.native.build import NativeUnavailableError, build_library
 from kernels.ops import Ops
 from server.draft_swaps import DraftSwapper

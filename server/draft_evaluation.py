@@ -16,7 +16,7 @@ from drafter.source import ACCEPTED, resolve_draft
 from drafter.train.conversations import Prompt, read_prompts, sample_file
 from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
 from drafter.train.report import Measurement, Report
-from engine.spec.shape import ROOT, TreeShape
+from engine.step.shape import ROOT, TreeShape
 from server.compose import backend_can_be_had, build_engine
 from server.drafting import tree_shape
 from server.offline import OfflineEngine

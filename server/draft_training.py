@@ -37,9 +37,9 @@ from drafter.train.run import LoadedTarget, Run, prepare
 from drafter.train.run_folder import check_same_settings, record_run
 from drafter.train.run_folder import publish_run as publish_run  # for the command
 from drafter.train.trainer import Worker
-from engine.models.checkpoint import open_checkpoint
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import resolve_source
 from engine.models.llama import LlamaLoader
-from engine.models.source import resolve_source
 from kernels.registry import build_ops
 from server.compose import backend_can_be_had, build_engine
 from server.drafting import torch_dtype

@@ -17,18 +17,18 @@ from drafter.head_files import open_tensors
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.manifest import D2T, T2D
 from drafter.proposer import DraftProposer
+from engine.checkpoints.arch import LlamaArch
 from engine.kv.sizing import free_bytes
 from engine.kv.storage import SCRATCH_BLOCKS, KVStorage, bytes_per_block
 from engine.messages import DraftFacts
-from engine.models.arch import LlamaArch
 from engine.models.llama import Llama
-from engine.parallel.group import TPGroup
 from engine.parallel.shard import WHOLE, Shard
 from engine.runner.warmup import WarmUp
-from engine.spec.measuring import MeasuringPlanner
-from engine.spec.planner import AdaptivePlanner, FixedPlanner, Planner, StepCosts
-from engine.spec.proposer import Proposer, RootProposer
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape
+from engine.speculation.measuring import MeasuringPlanner
+from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner, StepCosts
+from engine.speculation.proposer import Proposer, RootProposer
+from engine.step.group import TPGroup
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape
 from kernels.ops import Ops
 from kernels.registry import build_ops
 

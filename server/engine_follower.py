@@ -34,7 +34,7 @@ from engine.parallel.frames import (
 )
 from engine.parallel.plan_codec import PlanDecoder
 from engine.runner.warmup import PlanExecutor
-from engine.spec.proposer import RootProposer
+from engine.speculation.proposer import RootProposer
 from server.drafting import Drafting, LoadedDraft
 from server.engine_process import EXIT_BAD_SETUP
 from server.followers import EXIT_LOST, device_of, join

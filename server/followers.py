@@ -23,10 +23,10 @@ from configs.schema import Config
 from engine.parallel.board import Board
 from engine.parallel.channel import Broadcast, Channel
 from engine.parallel.distributed import DistributedGroup
-from engine.parallel.group import TPGroup
 from engine.parallel.lockstep import Progress
 from engine.parallel.orders import Orders
 from engine.parallel.watchdog import Watchdog
+from engine.step.group import TPGroup
 from server.socket_folder import RANKS, STORE
 
 EXIT_LOST = 4  # a rank is lost, and with it the engine: the launcher starts a new one

@@ -14,15 +14,15 @@ from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
 from drafter.heads.config import HeadConfig
 from drafter.manifest import D2T, head_tensors
 from drafter.source import resolve_draft
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.checkpoint import read_arch
+from engine.checkpoints.manifest import Shape, expected_tensors
+from engine.checkpoints.stored import ReadStored, Stored
 from engine.kv.storage import SCRATCH_BLOCKS, bytes_per_block
-from engine.layers.loading import LayerLoader
-from engine.layers.rotary import cos_sin_table
-from engine.models.arch import LlamaArch
-from engine.models.checkpoint import read_arch
 from engine.models.footprint import GIB, held_bytes
+from engine.models.layers import cos_sin_table
 from engine.models.llama import Llama, LlamaLoader
-from engine.models.manifest import Shape, expected_tensors
-from engine.models.stored import ReadStored, Stored
+from engine.models.loading import LayerLoader
 from engine.parallel.shard import WHOLE, Shard, check_degree, kv_copies
 from kernels.registry import reference_ops
 from server.drafting import torch_dtype

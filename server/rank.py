@@ -11,23 +11,23 @@ import torch
 from configs.resolve import ModelFacts, context_length, resolve_model
 from configs.schema import Config
 from drafter.source import resolve_draft
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import resolve_source
 from engine.kv.storage import bytes_per_block
-from engine.models.arch import LlamaArch
-from engine.models.checkpoint import open_checkpoint
 from engine.models.llama import LlamaLoader
-from engine.models.source import resolve_source
 from engine.parallel.agreement import check_all, smallest
-from engine.parallel.group import TPGroup
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
-from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.model_runner import ModelRunner, RunnerParts
 from engine.runner.rounds import RoundSettings
 from engine.runner.warmup import PlanExecutor, blocks_per_row
 from engine.sampling.sampler import Sampler
-from engine.spec.proposer import Proposer
-from engine.spec.shape import ROOT
+from engine.speculation.proposer import Proposer
+from engine.step.batch import ForwardContext
+from engine.step.group import TPGroup
+from engine.step.shape import ROOT
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from server.drafting import (

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.timing import RequestTimes
-from engine.models.arch import LlamaArch
-from engine.models.checkpoint import Checkpoint
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.checkpoint import Checkpoint
 
 
 class TransformersTarget:

@@ -13,10 +13,9 @@ from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
 from drafter.heads.layer import DraftLayer
-from engine.layers.embedding import VocabParallelEmbedding
-from engine.layers.linear import GatheredLinear
-from engine.layers.loading import LayerLoader
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.models.layers import GatheredLinear, VocabParallelEmbedding
+from engine.models.loading import LayerLoader
 from engine.parallel.shard import Shard
 from kernels.ops import LinearWeight, Ops
 

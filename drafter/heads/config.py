@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from engine.models.arch import ARCHITECTURE, LlamaArch
+from engine.checkpoints.arch import ARCHITECTURE, LlamaArch
 
 Json = Mapping[str, Any]
 Kind = Literal["eagle", "eagle3"]

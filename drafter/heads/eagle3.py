@@ -9,10 +9,8 @@ from torch import Tensor
 
 from drafter.heads.interface import DraftBatch, DraftContext
 from drafter.heads.layer import DraftLayer, follow, inside, vocabulary
-from engine.layers.embedding import VocabParallelEmbedding
-from engine.layers.linear import GatheredLinear
-from engine.layers.norm import RMSNorm
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.models.layers import GatheredLinear, RMSNorm, VocabParallelEmbedding
 from engine.parallel.shard import Shard
 
 

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
-from engine.models.arch import LlamaArch
-from engine.parallel.group import TPGroup
 from engine.parallel.shard import Shard
+from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 
 

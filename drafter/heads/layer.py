@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from drafter.heads.interface import DraftBatch, DraftContext
-from engine.layers.attention import Attention
-from engine.layers.mlp import GatedMLP
-from engine.layers.norm import RMSNorm
-from engine.parallel.group import TPGroup
+from engine.models.layers import Attention, GatedMLP, RMSNorm
 from engine.parallel.shard import Shard
-from engine.runner.forward import ForwardContext
+from engine.step.batch import ForwardContext
+from engine.step.group import TPGroup
 
 
 @dataclass(frozen=True, slots=True)

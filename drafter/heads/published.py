@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from drafter.heads.config import AUX_IDS, HeadConfig
-from engine.models.arch import ARCHITECTURE, Llama3RopeScaling, LlamaArch
+from engine.checkpoints.arch import ARCHITECTURE, Llama3RopeScaling, LlamaArch
 
 EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drafter.heads.config import HeadConfig
 from drafter.manifest import D2T, EMBEDDING, T2D, head_tensors
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 
 INIT_STD = 0.02  # of linear weights, as in transformers' Llama
 

@@ -16,8 +16,8 @@ from drafter.heads.config import HeadConfig, Kind
 from drafter.heads.untrained import eagle3_config, random_tensors
 from drafter.train.initial import deepened, weights_from_target
 from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
-from engine.layers.loading import ReadTensor
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.models.loading import ReadTensor
 
 FROM_TARGET, RANDOM = "target", "random"
 

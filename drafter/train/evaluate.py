@@ -20,9 +20,9 @@ from drafter.train.report import Measurement
 from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import FinishReason, Request, SamplingParams
-from engine.spec.lookup import Lookup
-from engine.spec.planner import FixedPlanner, Planner
-from engine.spec.shape import ROOT, TreeShape
+from engine.speculation.lookup import Lookup
+from engine.speculation.planner import FixedPlanner, Planner
+from engine.step.shape import ROOT, TreeShape
 
 
 class EvaluatedCore(Protocol):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from drafter.heads.config import HeadConfig
-from engine.layers.loading import ReadTensor
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.models.loading import ReadTensor
 
 SMALL = 0.1  # of the usual spread
 OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # all that a layer adds to its stream

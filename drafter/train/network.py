@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from drafter.heads.config import HeadConfig
-from engine.layers.rotary import cos_sin_table
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.models.layers import cos_sin_table
 
 
 class TrainableNorm(nn.Module):

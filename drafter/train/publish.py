@@ -12,7 +12,7 @@ from torch import Tensor
 from drafter.checkpoint import save_eagle, save_eagle3
 from drafter.heads.config import HeadConfig
 from drafter.train.model_card import ModelCard
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 
 MAX_SHARD_BYTES = 16_000_000
 HEAD_FILES = ("config.json", "README.md", "*.safetensors", "*.safetensors.index.json")

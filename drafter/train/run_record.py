@@ -9,7 +9,7 @@ import msgspec
 
 from drafter.heads.config import HeadConfig
 from drafter.train.history import write_whole
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from drafter.taps import FeatureCollector
 from engine.kv.storage import KVStorage
 from engine.models.llama import Llama
-from engine.parallel.group import TPGroup
-from engine.runner.forward import ForwardBatch, ForwardContext
+from engine.step.batch import ForwardBatch, ForwardContext
+from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 
 BLOCK_SIZE = 16

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.runner.forward import ForwardBatch, ForwardContext
+from engine.step.batch import ForwardBatch, ForwardContext
 
 
 class TargetModel(Protocol):

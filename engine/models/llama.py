@@ -10,17 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.layers.attention import Attention
-from engine.layers.embedding import LMHead, VocabParallelEmbedding
-from engine.layers.loading import LayerLoader
-from engine.layers.mlp import GatedMLP
-from engine.layers.norm import RMSNorm
-from engine.layers.rotary import cos_sin_table
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.stored import ReadStored
 from engine.models.footprint import GIB, held_bytes, layers_with_progress
-from engine.models.stored import ReadStored
+from engine.models.layers import (
+    Attention,
+    GatedMLP,
+    LMHead,
+    RMSNorm,
+    VocabParallelEmbedding,
+    cos_sin_table,
+)
+from engine.models.loading import LayerLoader
 from engine.parallel.shard import WHOLE, Shard, check_degree
-from engine.runner.forward import ForwardBatch, ForwardContext
+from engine.step.batch import ForwardBatch, ForwardContext
 from kernels.ops import Ops
 
 logger = logging.getLogger(__name__)

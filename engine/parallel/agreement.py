@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.parallel.group import TPGroup
+from engine.step.group import TPGroup
 
 MAX_REASON = 2048  # bytes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from engine.parallel.fast_reduce import SmallAllReduce
-from engine.parallel.group import TPGroup
+from engine.step.group import TPGroup
 
 LOOPBACK = "lo"  # the only network interface that gloo listens on
 

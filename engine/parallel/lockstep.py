@@ -11,10 +11,10 @@ import msgspec
 import torch
 
 from engine.parallel.channel import Broadcast
-from engine.parallel.group import TPGroup
 from engine.parallel.plan_codec import PlanEncoder
 from engine.runner.warmup import PlanExecutor
-from engine.scheduler.plan import StepOutcome, StepPlan
+from engine.step.group import TPGroup
+from engine.step.plan import StepOutcome, StepPlan
 
 
 class Progress:

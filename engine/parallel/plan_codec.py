@@ -16,8 +16,8 @@ from engine.parallel.frames import (
     RowFrame,
     StaticFrame,
 )
-from engine.scheduler.plan import Admission, RowPlan, StepPlan
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape
+from engine.step.plan import Admission, RowPlan, StepPlan
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 
 MAX_RANKS = 64
 

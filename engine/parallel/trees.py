@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.parallel.group import TPGroup
-from engine.spec.shape import TreeShape
-from engine.spec.tree import DraftTree
+from engine.step.group import TPGroup
+from engine.step.shape import TreeShape
+from engine.step.tree import DraftTree
 from engine.transfer import download, upload
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner.forward import ForwardBatch
 from engine.runner.input_builder import InputBuilder
-from engine.scheduler.plan import RowOutcome, RowPlan
-from engine.spec.proposer import Committed
+from engine.speculation.proposer import Committed
+from engine.step.batch import ForwardBatch
+from engine.step.plan import RowOutcome, RowPlan
 
 
 def collect_committed(

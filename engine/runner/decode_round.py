@@ -15,15 +15,15 @@ from torch import Tensor
 
 from engine.kv.slots import Scratch, seen_of, slots_of
 from engine.models.interface import TargetModel
-from engine.parallel.spread import SpreadLogits
 from engine.parallel.trees import share_round_tree
-from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.sampling.sampler import Sampler
-from engine.spec.commit import commit
-from engine.spec.proposer import Accepted, Roots, RoundProposer
-from engine.spec.shape import ROOT, TreeShape
-from engine.spec.tree import DraftTree, VerifyResult
-from engine.spec.verify import walk
+from engine.sampling.spread import SpreadLogits
+from engine.speculation.commit import commit
+from engine.speculation.proposer import Accepted, Roots, RoundProposer
+from engine.speculation.verify import walk
+from engine.step.batch import ForwardBatch, ForwardContext
+from engine.step.shape import ROOT, TreeShape
+from engine.step.tree import DraftTree, VerifyResult
 from kernels.ops import AttentionMeta
 from kernels.sampling.pipeline_reference import DrawSettings
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.runner.forward import ForwardBatch
-from engine.scheduler.plan import RowPlan, StepPlan
-from engine.spec.tree import DraftTree
+from engine.step.batch import ForwardBatch
+from engine.step.plan import RowPlan, StepPlan
+from engine.step.tree import DraftTree
 from kernels.ops import AttentionMeta
 
 Ints = NDArray[np.int64]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from engine.messages import TokenLogprob
 from engine.models.interface import TargetModel
-from engine.parallel.spread import SpreadLogits
 from engine.request import Request
-from engine.runner.forward import ForwardContext
 from engine.sampling.sampler import Sampler
-from engine.scheduler.plan import RowPlan
+from engine.sampling.spread import SpreadLogits
+from engine.step.batch import ForwardContext
+from engine.step.plan import RowPlan
 from engine.transfer import upload
 
 

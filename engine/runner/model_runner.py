@@ -10,10 +10,8 @@ from torch import Tensor
 
 from engine.messages import TokenLogprob
 from engine.models.interface import TargetModel
-from engine.parallel.spread import SpreadLogits
 from engine.parallel.trees import share_tree
 from engine.runner.committed import collect_committed
-from engine.runner.forward import ForwardBatch, ForwardContext
 from engine.runner.input_builder import InputBuilder
 from engine.runner.laps import Laps
 from engine.runner.logprobs import emitted_logprobs, prompt_logprobs
@@ -21,7 +19,12 @@ from engine.runner.rounds import FlyingRound, Rounds, RoundSettings
 from engine.sampling.batch import draw_settings
 from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
 from engine.sampling.sampler import Sampler
-from engine.scheduler.plan import (
+from engine.sampling.spread import SpreadLogits
+from engine.speculation.commit import commit
+from engine.speculation.proposer import Proposer, Roots, RoundProposer
+from engine.speculation.verify import walk
+from engine.step.batch import ForwardBatch, ForwardContext
+from engine.step.plan import (
     COMMIT,
     DRAFT,
     ROUND,
@@ -31,11 +34,8 @@ from engine.scheduler.plan import (
     StepOutcome,
     StepPlan,
 )
-from engine.spec.commit import commit
-from engine.spec.proposer import Proposer, Roots, RoundProposer
-from engine.spec.shape import TreeShape
-from engine.spec.tree import DraftTree, VerifyResult
-from engine.spec.verify import walk
+from engine.step.shape import TreeShape
+from engine.step.tree import DraftTree, VerifyResult
 from engine.transfer import download, upload
 from kernels.sampling.pipeline_reference import DrawSettings
 

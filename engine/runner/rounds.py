@@ -18,15 +18,15 @@ from engine.runner.decode_round import (
     RoundForm,
     RoundInputs,
 )
-from engine.runner.forward import ForwardContext
 from engine.runner.graphs import LaunchedRound, RoundCache
 from engine.runner.input_builder import InputBuilder
 from engine.sampling.edits import is_edited
 from engine.sampling.rows import RowState, effective_temperature, unsigned_bits
 from engine.sampling.sampler import Sampler
-from engine.scheduler.plan import RowOutcome, RowPlan, StepPlan
-from engine.spec.proposer import Proposer, RoundProposer
-from engine.spec.shape import MAX_NODES, ROOT, DynamicShape, TreeShape
+from engine.speculation.proposer import Proposer, RoundProposer
+from engine.step.batch import ForwardContext
+from engine.step.plan import RowOutcome, RowPlan, StepPlan
+from engine.step.shape import MAX_NODES, ROOT, DynamicShape, TreeShape
 
 BLOCKS_PER_ROW = 8  # new in one round; more are sent ahead of it
 FIRST_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.request import Request, SamplingParams
-from engine.scheduler.plan import Admission, RowPlan, StepOutcome, StepPlan
-from engine.spec.planner import StepCosts
-from engine.spec.shape import MAX_NODES, TreeShape
+from engine.speculation.planner import StepCosts
+from engine.step.plan import Admission, RowPlan, StepOutcome, StepPlan
+from engine.step.shape import MAX_NODES, TreeShape
 
 PROMPT = 8  # tokens in the cache before measuring
 REPEATS = 3

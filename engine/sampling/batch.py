@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.sampling.edits import logit_edits
 from engine.sampling.rows import Nodes, RowState, effective_temperature, unsigned_bits
-from engine.spec.tree import DraftTree
+from engine.step.tree import DraftTree
 from kernels.sampling.pipeline_reference import DrawSettings
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.request import Request, SamplingParams
 from engine.sampling.history import TokenHistory
-from engine.spec.tree import DraftTree
+from engine.step.tree import DraftTree
 
 COLDEST = 1e-5  # the lowest temperature that is told from greedy
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from engine.kv.manager import KVManager
 from engine.request import Sequence
 from engine.scheduler.plan_draft import PlanDraft
-from engine.spec.lookup import Lookup
-from engine.spec.shape import TreeShape
+from engine.speculation.lookup import Lookup
+from engine.step.shape import TreeShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from itertools import compress
 
 from engine.request import Sequence
 from engine.scheduler.draft_room import Awaited, DraftRoom
-from engine.scheduler.plan import UNKNOWN, RowPlan, StepOutcome, StepPlan
-from engine.spec.shape import DynamicShape, TreeShape
+from engine.step.plan import UNKNOWN, RowPlan, StepOutcome, StepPlan
+from engine.step.shape import DynamicShape, TreeShape
 
 GoingOn = list[tuple[Sequence, Awaited]]
 

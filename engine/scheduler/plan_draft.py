@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from engine.request import Sequence
-from engine.scheduler.plan import Admission, RowPlan
+from engine.step.plan import Admission, RowPlan
 
 
 class PlanDraft:

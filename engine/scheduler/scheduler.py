@@ -20,13 +20,13 @@ from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request, Sequence, Status
 from engine.scheduler.draft_counts import DraftCounts
 from engine.scheduler.draft_room import DraftRoom
-from engine.scheduler.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.plan_ahead import only, plan_ahead
 from engine.scheduler.plan_draft import PlanDraft
-from engine.scheduler.queue import Rank, WaitingQueue
 from engine.scheduler.stopping import cut_emitted
-from engine.spec.lookup import Lookup, tree_name
-from engine.spec.shape import ROOT, TreeShape
+from engine.scheduler.waiting import Rank, WaitingQueue
+from engine.speculation.lookup import Lookup, tree_name
+from engine.step.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.step.shape import ROOT, TreeShape
 
 LONG_CONTEXT = 2048  # tokens behind which attention begins to rule the time of a step
 

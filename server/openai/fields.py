@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.json_schema import WithJsonSchema
 
-from engine.spec.shape import MAX_NODES
+from engine.step.shape import MAX_NODES
 
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1

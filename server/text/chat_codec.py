@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from configs.schema import Config
-from engine.models.source import resolve_source
+from engine.checkpoints.source import resolve_source
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_files import load_tokenizer

@@ -10,8 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from engine.models.gguf_file import read_gguf
-from engine.models.source import ModelFiles
+from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.source import ModelFiles
 
 CACHE_VERSION = 1
 CHECKSUMS = "checksums.json"

@@ -8,8 +8,8 @@ from typing import Any
 
 import tokenizers
 
-from engine.models.gguf_file import read_gguf
-from engine.models.source import ModelFiles
+from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.source import ModelFiles
 from server.text.gguf_tokenizer import build_tokenizer, is_byte_level, special_tokens
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_cache import converted_folder

@@ -39,8 +39,8 @@ WITHOUT_TORCH = (
     "engine.request",
     "engine.kv.block_pool",
     "engine.kv.manager",
-    "engine.scheduler.plan",
-    "engine.scheduler.queue",
+    "engine.step.plan",
+    "engine.scheduler.waiting",
     "engine.scheduler.scheduler",
     "engine.scheduler.stopping",
 )
@@ -173,7 +173,7 @@ def test_a_wrong_direction_is_seen(path: str, text: str) -> None:
         ("engine/a/__init__.py", "from .b import c"),
         ("server/compose.py", "import kernels.registry\nfrom drafter import x"),
         ("server/draft_training.py", "from drafter.train import x"),
-        ("drafter/a.py", "import torch, engine.taps"),
+        ("drafter/a.py", "import torch, engine.step.taps"),
     ],
 )
 def test_a_right_direction_is_left_alone(path: str, text: str) -> None:

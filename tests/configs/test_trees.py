@@ -9,7 +9,7 @@ import pytest
 from configs.load import ConfigError
 from configs.schema import SpeculationConfig
 from configs.trees import load_tree, shipped_trees
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, chain
+from engine.step.shape import ROOT, DynamicShape, StaticShape, chain
 from server.drafting import tree_shape
 
 SIZES = {

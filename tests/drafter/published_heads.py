@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from kernels.ops import LinearWeight, Ops
 
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
 from drafter.heads.interface import DraftContext
 from drafter.heads.untrained import eagle3_config, random_eagle3
+from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
-from engine.models.arch import LlamaArch
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from tests.drafter.published_heads import (

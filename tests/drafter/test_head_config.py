@@ -10,7 +10,7 @@ import pytest
 from drafter.heads.config import HeadConfig
 from drafter.heads.published import eagle3_json
 from drafter.heads.untrained import eagle3_config
-from engine.models.arch import Llama3RopeScaling
+from engine.checkpoints.arch import Llama3RopeScaling
 from tests.drafter.published_heads import (
     DRAFT_VOCAB,
     HEAD_DIM,

@@ -13,7 +13,7 @@ from drafter.checkpoint import load_head
 from drafter.heads.building import LoadedHead
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from engine.kv.storage import KVStorage
-from engine.parallel.group import TPGroup
+from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 from tests.drafter.head_formulas import HeadFormulas
 from tests.drafter.published_heads import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from drafter.pending import Pending
-from engine.spec.proposer import Committed
+from engine.speculation.proposer import Committed
 
 
 def committed(*rows: tuple[int, int, int], width: int = 1) -> Committed:

@@ -14,18 +14,18 @@ from drafter.checkpoint import load_head, save_eagle3
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.proposer import DraftProposer
+from engine.checkpoints.arch import LlamaArch
 from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.storage import KVStorage
-from engine.layers.loading import LayerLoader
-from engine.layers.rotary import cos_sin_table
 from engine.messages import Abort, Finished, Submit, Tokens
-from engine.models.arch import LlamaArch
+from engine.models.layers import cos_sin_table
+from engine.models.loading import LayerLoader
 from engine.request import Request
-from engine.spec.planner import FixedPlanner
-from engine.spec.proposer import Committed, Roots
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
-from engine.spec.tree import DraftTree
+from engine.speculation.planner import FixedPlanner
+from engine.speculation.proposer import Committed, Roots
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from server.drafting import Drafting
 from tests.support.engines import ask, generate

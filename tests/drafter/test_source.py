@@ -9,7 +9,7 @@ import pytest
 
 from drafter import source
 from drafter.source import AUTO, SHIPPED, resolve_draft, shipped_head
-from engine.models.source import BUNDLED_ALIAS
+from engine.checkpoints.source import BUNDLED_ALIAS
 
 MAX_FILE_BYTES = 16_000_000  # of generated weights in the repository
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from configs.load import load_config, shipped_configs
-from engine.models.source import BUNDLED_ALIAS
+from engine.checkpoints.source import BUNDLED_ALIAS
 from server.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.engines import ask

@@ -11,7 +11,7 @@ import pytest
 from configs.load import load_config
 from drafter.train.conversations import read_prompts
 from engine.request import Request
-from engine.spec.planner import FixedPlanner
+from engine.speculation.planner import FixedPlanner
 from server.draft_evaluation import sample_prompts
 from server.drafting import tree_shape
 from server.offline import OfflineEngine

@@ -11,12 +11,12 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.peers.transformers_generate import load_oracle
 from configs.load import load_config
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from engine.completion import Completion
-from engine.models.arch import LlamaArch
-from engine.models.checkpoint import open_checkpoint
-from engine.models.source import BUNDLED_ALIAS, resolve_source
 from engine.request import FinishReason
-from engine.scheduler.plan import RowPlan
+from engine.step.plan import RowPlan
 from kernels.ops import Ops
 from server.offline import OfflineEngine
 from server.text.chat_template import ChatTemplate

@@ -20,8 +20,8 @@ from engine.completion import Completion
 from engine.core import EngineCore
 from engine.messages import Abort, Submit, TokenLogprob
 from engine.request import FinishReason, Request
-from engine.spec.planner import FixedPlanner, Planner
-from engine.spec.shape import ROOT, TreeShape, chain
+from engine.speculation.planner import FixedPlanner, Planner
+from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.drafting import Drafting
 from tests.support.engines import ask, generate

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from engine.spec.planner import FixedPlanner
-from engine.spec.shape import chain
-from engine.spec.tree import DraftTree, VerifyResult
-from engine.spec.verify import walk
+from engine.speculation.planner import FixedPlanner
+from engine.speculation.verify import walk
+from engine.step.shape import chain
+from engine.step.tree import DraftTree, VerifyResult
 from kernels.ops import Ops
 from server.drafting import Drafting
 from tests.engine.sampling.test_law import chi_square, critical

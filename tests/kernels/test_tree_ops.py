@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drafter.growing import grow_dynamic
 from drafter.ranking import Noise, best_children
-from engine.spec.shape import DynamicShape, ancestors_of, depths_of, signed
+from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
 from kernels.ops import Ops
 from kernels.tree import reference
 from tests.support.scripted_proposer import random_parents

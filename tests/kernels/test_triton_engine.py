@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.spec.planner import FixedPlanner
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.speculation.planner import FixedPlanner
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.registry import triton_ops
 from tests.kernels import triton_env
 from tests.support.engines import ask, generate

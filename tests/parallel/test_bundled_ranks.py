@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.models.source import BUNDLED_ALIAS
+from engine.checkpoints.source import BUNDLED_ALIAS
 from tests.support.live_server import LiveServer
 
 QUESTIONS = (

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 from engine.completion import Completion
 from engine.messages import Abort, Submit, SwapDraft
 from engine.request import Request
-from engine.spec.planner import FixedPlanner
-from engine.spec.shape import ROOT, DynamicShape, chain
+from engine.speculation.planner import FixedPlanner
+from engine.step.shape import ROOT, DynamicShape, chain
 from server.draft_swaps import DraftSwaps
 from tests.engine.test_speculation_equality import SETTINGS, assert_same
 from tests.support.copied_head import write_copied_head

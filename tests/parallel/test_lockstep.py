@@ -16,7 +16,7 @@ from engine.parallel.frames import DraftLoaded, LoadDraft, Order
 from engine.parallel.lockstep import DriftCheck, Progress
 from engine.parallel.orders import Orders
 from engine.parallel.watchdog import Watchdog
-from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from tests.support.inboxes import connected
 from tests.support.thread_group import ThreadGroup, run_ranks
 

@@ -10,8 +10,8 @@ import pytest
 
 from engine.parallel.frames import Order, PlanFrame
 from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
-from engine.scheduler.plan import StepOutcome, StepPlan
-from engine.spec.shape import ROOT, DynamicShape, chain
+from engine.step.plan import StepOutcome, StepPlan
+from engine.step.shape import ROOT, DynamicShape, chain
 from tests.support.engines import ask
 from tests.support.fake_executor import FakeEngine, FakeExecutor
 

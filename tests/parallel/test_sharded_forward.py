@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
-from engine.models.arch import LlamaArch
 from engine.models.llama import Llama, LlamaLoader
-from engine.parallel.group import TPGroup
 from engine.parallel.shard import WHOLE, Shard
-from engine.runner.forward import ForwardContext
 from engine.runner.input_builder import InputBuilder
-from engine.scheduler.plan import RowPlan, StepPlan
-from engine.spec.tree import DraftTree
+from engine.step.batch import ForwardContext
+from engine.step.group import TPGroup
+from engine.step.plan import RowPlan, StepPlan
+from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from tests.support.thread_group import run_ranks

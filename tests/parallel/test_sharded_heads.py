@@ -13,9 +13,9 @@ from torch import Tensor
 
 from drafter.checkpoint import load_head
 from drafter.heads.building import LoadedHead
-from engine.models.arch import LlamaArch
-from engine.parallel.group import TPGroup
+from engine.checkpoints.arch import LlamaArch
 from engine.parallel.shard import WHOLE, Shard
+from engine.step.group import TPGroup
 from kernels.ops import LinearWeight, Ops
 from tests.drafter.published_heads import CPU, HIDDEN, LAYOUTS, TARGET, VOCAB, TargetWeights
 from tests.drafter.test_head_forward import MAX_LEN, PagedHead, run_chunks

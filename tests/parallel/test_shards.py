@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.manifest import Shape, expected_tensors
+from engine.checkpoints.stored import Index
 from engine.models.llama import Llama, LlamaLoader
-from engine.models.manifest import Shape, expected_tensors
-from engine.models.stored import Index
 from engine.parallel.shard import Shard, allowed_degrees, check_degree, kv_copies
 from kernels.ops import LinearWeight, Ops
 from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B, PUBLISHED

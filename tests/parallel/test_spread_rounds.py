@@ -11,15 +11,15 @@ import torch
 from configs.load import load_config
 from configs.resolve import HostFacts, resolve_host
 from configs.schema import Config
-from engine.models.checkpoint import open_checkpoint
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import resolve_source
 from engine.models.llama import LlamaLoader
-from engine.models.source import resolve_source
-from engine.parallel.group import TPGroup
 from engine.parallel.shard import Shard
 from engine.runner.model_runner import ModelRunner
 from engine.runner.rounds import Rounds, RoundSettings
-from engine.spec.planner import FixedPlanner
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.speculation.planner import FixedPlanner
+from engine.step.group import TPGroup
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
 from server.compose import assemble
 from server.drafting import HeadLoader, Target, drafting_with

@@ -16,7 +16,7 @@ from drafter.checkpoint import save_eagle3
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.train.conversations import read_prompts
 from drafter.train.report import Report
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from server.cli import app
 from server.draft_commands import TREES
 from server.draft_evaluation import sample_prompts

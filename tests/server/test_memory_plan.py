@@ -13,12 +13,12 @@ import torch
 from configs.load import load_config
 from configs.schema import Config
 from drafter.checkpoint import load_head
-from engine.models.checkpoint import open_checkpoint
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import ModelFiles
 from engine.models.footprint import GIB, held_bytes
 from engine.models.llama import LlamaLoader
-from engine.models.source import ModelFiles
 from engine.parallel.shard import Shard
-from engine.spec.shape import StaticShape
+from engine.step.shape import StaticShape
 from kernels.ops import Ops
 from server.command_options import parse_bytes
 from server.drafting import allocate, tree_shape

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from configs.load import load_config
+from engine.checkpoints.source import ModelFiles
 from engine.messages import EngineStats, Finished, Tokens
-from engine.models.source import ModelFiles
 from engine.request import FinishReason
 from server.offline import OfflineEngine
 from server.text.chat_template import ChatTemplate

@@ -17,10 +17,10 @@ from engine.completion import Completion
 from engine.kv.manager import KVManager
 from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
-from engine.scheduler.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.lookup import Lookup
-from engine.spec.shape import ROOT, TreeShape, chain
+from engine.speculation.lookup import Lookup
+from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.step.shape import ROOT, TreeShape, chain
 from tests.support.engines import ask
 
 EOS = 0

@@ -12,13 +12,13 @@ from drafter.checkpoint import load_head, save_eagle3
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.proposer import DraftProposer
+from engine.checkpoints.arch import LlamaArch
 from engine.core import EngineCore
 from engine.kv.storage import KVStorage
-from engine.layers.loading import LayerLoader
-from engine.layers.rotary import cos_sin_table
-from engine.models.arch import LlamaArch
-from engine.spec.planner import Planner
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.models.layers import cos_sin_table
+from engine.models.loading import LayerLoader
+from engine.speculation.planner import Planner
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from server.drafting import Drafting
 from tests.support.tiny_engine import TinyEngine
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from drafter.static_levels import levels_of
 from engine.kv.slots import Scratch
-from engine.spec.proposer import Ints, RootProposer, Roots
-from engine.spec.shape import StaticShape, TreeShape
-from engine.spec.tree import DraftTree
+from engine.speculation.proposer import Ints, RootProposer, Roots
+from engine.step.shape import StaticShape, TreeShape
+from engine.step.tree import DraftTree
 
 
 @dataclass

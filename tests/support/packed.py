@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
-from engine.layers.loading import ReadTensor
-from engine.models.arch import LlamaArch
 from engine.models.llama import Llama, LlamaLoader
-from engine.parallel.group import TPGroup
-from engine.runner.forward import ForwardContext
+from engine.models.loading import ReadTensor
 from engine.runner.input_builder import InputBuilder
-from engine.scheduler.plan import RowPlan, StepPlan
-from engine.spec.tree import DraftTree
+from engine.step.batch import ForwardContext
+from engine.step.group import TPGroup
+from engine.step.plan import RowPlan, StepPlan
+from engine.step.tree import DraftTree
 from kernels.ops import Ops
 
 BLOCK = 16

@@ -12,8 +12,8 @@ from configs.resolve import HostFacts, resolve_host
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.lookup import Lookup
-from engine.spec.planner import FixedPlanner, Planner
+from engine.speculation.lookup import Lookup
+from engine.speculation.planner import FixedPlanner, Planner
 from server.compose import Engine, build_swappable_engine
 from tests.support.threads import own_torch_threads
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.scheduler.plan import StepOutcome, StepPlan
-from engine.spec.proposer import Committed, Roots
-from engine.spec.shape import (
+from engine.speculation.proposer import Committed, Roots
+from engine.step.plan import StepOutcome, StepPlan
+from engine.step.shape import (
     MAX_NODES,
     DynamicShape,
     StaticShape,
@@ -26,8 +26,8 @@ from engine.spec.shape import (
     depths_of,
     signed,
 )
-from engine.spec.tree import DraftTree
-from engine.taps import FeatureTap
+from engine.step.taps import FeatureTap
+from engine.step.tree import DraftTree
 
 BLOCK = 16
 TOLERANCE = 2e-3  # of hidden states after the final norm, against a plain forward

@@ -29,7 +29,7 @@ def starving(folder: Path, rank: int, wish: Path) -> Mapping[str, str]:
 
 def starve(wish: str) -> None:
     """Let a layer of this process fail between two collectives, once per wish."""
-    from engine.layers.mlp import GatedMLP
+    from engine.models.layers import GatedMLP
 
     whole = GatedMLP.__call__
 

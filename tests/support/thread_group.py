@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from engine.parallel.group import TPGroup
+from engine.step.group import TPGroup
 
 T = TypeVar("T")
 TIMEOUT = 60.0  # seconds until a rank that does not come fails the test

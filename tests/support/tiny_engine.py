@@ -14,8 +14,8 @@ from configs.schema import (
     SchedulerConfig,
     SpeculationConfig,
 )
+from engine.checkpoints.arch import LlamaArch
 from engine.core import EngineCore
-from engine.models.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from engine.runner.model_runner import ModelRunner
 from engine.runner.rounds import RoundSettings

@@ -9,7 +9,7 @@ import torch
 
 from drafter.checkpoint import save_eagle3
 from drafter.heads.untrained import eagle3_config, random_eagle3
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from tests.support.tiny_llama import TinyLlama
 
 

@@ -13,7 +13,7 @@ from configs.training import TrainingConfig
 from drafter.train.building import TargetTensors
 from drafter.train.encoding import Example
 from drafter.train.run import LoadedTarget
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from kernels.ops import Ops
 from tests.support.engines import ask, generate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.spec.tree import DraftTree
+from engine.step.tree import DraftTree
 
 
 def roots(count: int) -> DraftTree:

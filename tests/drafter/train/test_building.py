@@ -22,7 +22,7 @@ from drafter.train.building import (
 )
 from drafter.train.network import DraftNetwork
 from drafter.train.unroll import unroll
-from engine.models.manifest import expected_tensors
+from engine.checkpoints.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, HIDDEN, LAYOUTS, TARGET, Layout
 from tests.drafter.train.networks import TRAINABLE, config_of, random_batch
 

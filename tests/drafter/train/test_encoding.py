@@ -25,8 +25,8 @@ from drafter.train.encoding import (
     Example,
     encode_conversations,
 )
-from engine.models.gguf_file import read_gguf
-from engine.models.source import BUNDLED_ALIAS, bundled_gguf, resolve_source
+from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.source import BUNDLED_ALIAS, bundled_gguf, resolve_source
 from server.text.chat_codec import ChatCodec
 from server.text.chat_template import ChatTemplate
 from server.text.gguf_tokenizer import build_tokenizer

@@ -15,9 +15,9 @@ from drafter.train.report import Measurement, Report
 from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import Request
-from engine.spec.lookup import Lookup
-from engine.spec.planner import Planner
-from engine.spec.shape import ROOT, TreeShape, chain, depths_of
+from engine.speculation.lookup import Lookup
+from engine.speculation.planner import Planner
+from engine.step.shape import ROOT, TreeShape, chain, depths_of
 from server.compose import Drafting
 from server.offline import OfflineEngine
 from tests.support.scripted_proposer import Script, ScriptedProposer, wide_shape

@@ -23,9 +23,9 @@ from drafter.train.generate import (
     progress_bar,
     sampling_of,
 )
+from engine.checkpoints.source import ModelFiles
 from engine.core import EngineCore
 from engine.messages import Abort, Submit
-from engine.models.source import ModelFiles
 from engine.request import Request
 from kernels.ops import Ops
 from server.offline import OfflineEngine

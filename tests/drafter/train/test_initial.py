@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.train.initial import SMALL, weights_from_target
-from engine.models.manifest import expected_tensors
+from engine.checkpoints.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET
 
 H = TARGET.hidden_size

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from drafter.train.conversations import Prompt, read_conversations, read_prompts
-from engine.models.source import BUNDLED_ALIAS, resolve_source
+from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from server.text.tokenizer_files import load_tokenizer
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from drafter.train import target as module
 from drafter.train.target import BLOCK_SIZE, FrozenTarget, TargetFeatures
-from engine.models.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from kernels.ops import Ops
 from tests.support.tiny_engine import CPU, random_llama

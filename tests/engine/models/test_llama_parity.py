@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.models.arch import LlamaArch
-from engine.scheduler.plan import RowPlan
+from engine.checkpoints.arch import LlamaArch
+from engine.step.plan import RowPlan
 from kernels.ops import Ops
 from tests.support.packed import PackedModel, load_packed
 

@@ -17,9 +17,9 @@ from engine.messages import Abort, Finished, Submit, Tokens
 from engine.request import FinishReason, Request
 from engine.runner import graphs
 from engine.runner.model_runner import ModelRunner
-from engine.scheduler.plan import StepPlan
-from engine.spec.planner import FixedPlanner, Planner
-from engine.spec.shape import ROOT, TreeShape, chain
+from engine.speculation.planner import FixedPlanner, Planner
+from engine.step.plan import StepPlan
+from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.drafting import Drafting
 from tests.support import pretend_device

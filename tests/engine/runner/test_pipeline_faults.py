@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from drafter.proposer import DraftProposer
-from engine.spec.planner import FixedPlanner
-from engine.spec.shape import chain
+from engine.speculation.planner import FixedPlanner
+from engine.step.shape import chain
 from kernels.ops import Ops
 from tests.support.engines import ask, generate
 from tests.support.head_lab import HeadLab, write_head

@@ -19,13 +19,13 @@ from configs.schema import (
     SpeculationConfig,
 )
 from engine.core import EngineCore
-from engine.parallel.group import TPGroup
 from engine.parallel.shard import WHOLE
 from engine.request import Request
 from engine.runner.rounds import Rounds, RoundSettings, row_counts
-from engine.scheduler.plan import RowPlan
-from engine.spec.planner import FixedPlanner
-from engine.spec.shape import ROOT, TreeShape, chain
+from engine.speculation.planner import FixedPlanner
+from engine.step.group import TPGroup
+from engine.step.plan import RowPlan
+from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.compose import looks_up, runs_ahead
 from server.rank import Place, round_settings

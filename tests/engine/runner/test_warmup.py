@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from engine.runner.warmup import ENOUGH, WarmUp
-from engine.scheduler.plan import RowOutcome, StepOutcome, StepPlan
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.step.plan import RowOutcome, StepOutcome, StepPlan
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine
 

@@ -14,9 +14,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from engine.kv.manager import KVManager
-from engine.scheduler.plan import RowOutcome, StepOutcome, StepPlan
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.spec.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.step.plan import RowOutcome, StepOutcome, StepPlan
+from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from tests.engine.scheduler.test_traces import TRACES, Abort, Arrival, Step, engines, play
 from tests.support.fake_executor import (
     EOS,

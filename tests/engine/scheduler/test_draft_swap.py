@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.spec.shape import ROOT, chain
+from engine.step.shape import ROOT, chain
 from tests.support.fake_executor import FakeEngine, prompt_of, request
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
-from engine.models.source import ModelFiles
+from engine.checkpoints.source import ModelFiles
 from server.text.tokenizer import BYTE_LETTERS, Tokenizer
 from server.text.tokenizer_files import load_tokenizer
 from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
@@ -44,7 +44,7 @@ def test_the_text_layer_loads_a_model_without_torch_and_transformers(tiny_folder
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from engine.models.source import ModelFiles, resolve_source\n"
+        "from engine.checkpoints.source import ModelFiles, resolve_source\n"
         "from server.text import chat_template, stream\n"
         "from server.text.tokenizer_files import load_tokenizer\n"
         "cache = Path('/nonexistent')\n"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from engine.models.source import ModelFiles
+from engine.checkpoints.source import ModelFiles
 from server.text.detokenizer import IncrementalDetokenizer
 from server.text.tokenizer import BYTE_LETTERS
 from server.text.tokenizer_cache import CHECKSUMS, converted_folder

@@ -1,0 +1,165 @@
+"""Weights on disk under their Hugging Face names, whatever the file format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.checkpoints.arch import LlamaArch, bos_token_id, eos_token_ids
+from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
+from engine.checkpoints.manifest import Shape, check_manifest, expected_tensors
+from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles, config_folder, resolve_source
+from engine.checkpoints.stored import Stored
+
+SUPPORTED_DTYPES = ("F32", "F16", "BF16")
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Checkpoint(Protocol):
+    """A checked model on disk: every tensor `expected_tensors(arch)` names is there, in shape."""
+
+    @property
+    def arch(self) -> LlamaArch: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor on the CPU in its stored dtype (float32 if it was quantised). KeyError if
+        the model has no such tensor."""
+        ...
+
+    def stored(self, name: str) -> Stored:
+        """One tensor, of which indexing reads what is asked for (of a .gguf file, all of it:
+        its rows are permuted and quantised)."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the model, read one at a time."""
+        ...
+
+
+def open_checkpoint(files: ModelFiles) -> Checkpoint:
+    """Check a model's files against its own configuration; no weight is read yet.
+
+    Raises ValueError naming the file, and the tensor where one is at fault.
+    """
+    if files.kind == "gguf":
+        return GGUFCheckpoint(files.path)
+    return SafetensorsCheckpoint(files.path)
+
+
+def read_arch(source: str, revision: str | None = None) -> LlamaArch:
+    """The shape of a model (see `source.ACCEPTED`), of which no weights need to be here. Raises
+    FileNotFoundError or ValueError as opening it would."""
+    if source == BUNDLED_ALIAS or source.endswith(".gguf"):
+        return open_checkpoint(resolve_source(source, revision)).arch
+    path = config_folder(source, revision) / "config.json"
+    try:
+        return LlamaArch.from_hf_config(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face directory: config.json plus one .safetensors file or an index of shards."""
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / "config.json")
+        generation = folder / "generation_config.json"
+        generation_config = read_json(generation) if generation.is_file() else None
+        try:
+            self.arch = LlamaArch.from_hf_config(config)
+            self.eos_token_ids = eos_token_ids(config, generation_config)
+            self.bos_token_id = bos_token_id(config)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        self._shards = self._open_shards(_shard_paths(folder))
+        check_manifest(self.arch, self._shapes(), folder)
+
+    @staticmethod
+    def _open_shards(paths: list[Path]) -> dict[str, tuple[Path, Any]]:
+        """Tensor name -> its file's path and open handle (memory mapped)."""
+        shards: dict[str, tuple[Path, Any]] = {}
+        handle: Any
+        for path in paths:
+            try:
+                handle = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is damaged or truncated: {error}") from error
+            for name in handle.keys():  # noqa: SIM118  (a handle is not a dict)
+                if name in shards:
+                    raise ValueError(f"{path}: tensor {name} is also in {shards[name][0]}")
+                shards[name] = (path, handle)
+        return shards
+
+    def _shapes(self) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {}
+        for name, (path, handle) in self._shards.items():
+            view = handle.get_slice(name)
+            if view.get_dtype() not in SUPPORTED_DTYPES:
+                raise ValueError(
+                    f"{path}: tensor {name} is {view.get_dtype()}; "
+                    f"supported are {', '.join(SUPPORTED_DTYPES)}"
+                )
+            shapes[name] = tuple(view.get_shape())
+        return shapes
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._shards[name][1].get_tensor(name)
+        return tensor
+
+    def stored(self, name: str) -> Stored:
+        view: Stored = self._shards[name][1].get_slice(name)
+        return view
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in expected_tensors(self.arch):
+            yield name, self.tensor(name)
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    if (folder / INDEX_FILE).is_file():
+        return _indexed_shards(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    candidates = sorted(folder.glob("*.safetensors"))
+    if len(candidates) != 1:
+        names = ", ".join(path.name for path in candidates) or "none"
+        raise ValueError(
+            f"{folder} needs {SINGLE_FILE}, or {INDEX_FILE} with its shards; "
+            f"it holds these .safetensors files: {names}"
+        )
+    return candidates
+
+
+def _indexed_shards(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{index} names the shard {name!r}, which is not in {folder}")
+    return [folder / name for name in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError that names the file when it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content

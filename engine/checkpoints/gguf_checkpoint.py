@@ -1,0 +1,207 @@
+"""Weights of a .gguf file, dequantised and renamed to their Hugging Face names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from engine.checkpoints.arch import DEFAULT_ROPE_THETA, LlamaArch
+from engine.checkpoints.gguf_file import GGUFFile, GGUFTensor, read_gguf
+from engine.checkpoints.gguf_rope import ROPE_FREQS, llama3_scaling
+from engine.checkpoints.manifest import check_manifest, expected_tensors
+
+ARCHITECTURE = "llama"
+SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+UNQUANTISED = {"F32": np.float32, "F16": np.float16}
+
+# `gguf.quants` works on 16 rows at a time; wide rows halve the time of a small model.
+ELEMENTS_PER_ROW = 2048
+
+TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GGUFCheckpoint:
+    """A checked .gguf file (implements `Checkpoint`). Weights are mapped, not read, until asked."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = read_gguf(path)
+        _refuse_unsupported(self._file)
+        self._data = np.memmap(path, mode="r")  # [bytes] uint8
+        self._sources = {hf_name(name): tensor for name, tensor in self._file.tensors.items()}
+        freqs = self._sources.pop(ROPE_FREQS, None)
+        factors = None if freqs is None else self._read(freqs).reshape(-1).tolist()
+        try:
+            self.arch = arch_from_metadata(self._file, factors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        self.eos_token_ids = _eos_token_ids(self._file.metadata)
+        self.bos_token_id: int | None = self._file.metadata.get("tokenizer.ggml.bos_token_id")
+        shapes = {name: tensor.shape for name, tensor in self._sources.items()}
+        check_manifest(self.arch, shapes, path)
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._read(self._sources[name])
+        if ".q_proj." in name:
+            return undo_rotary_permutation(tensor, self.arch.num_heads)
+        if ".k_proj." in name:
+            return undo_rotary_permutation(tensor, self.arch.num_kv_heads)
+        return tensor
+
+    def stored(self, name: str) -> Tensor:
+        return self.tensor(name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in expected_tensors(self.arch):
+            yield name, self.tensor(name)
+
+    def _read(self, tensor: GGUFTensor) -> Tensor:
+        kind = GGMLQuantizationType(tensor.type_id)
+        raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
+        if kind.name == "BF16":
+            return torch.from_numpy(raw.copy()).view(torch.bfloat16).reshape(tensor.shape)
+        if kind.name in UNQUANTISED:  # copied, for a mapped file is read-only
+            values = raw.view(UNQUANTISED[kind.name]).copy()
+        else:
+            values = dequantize(_wide_rows(raw, kind), kind)
+        return torch.from_numpy(values).reshape(tensor.shape)
+
+
+def hf_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names as is."""
+    stem, _, kind = name.rpartition(".")
+    if stem in TOP_NAMES:
+        return f"{TOP_NAMES[stem]}.{kind}"
+    prefix, _, rest = stem.partition(".")
+    index, _, part = rest.partition(".")
+    if prefix == "blk" and part in LAYER_NAMES:
+        return f"model.layers.{index}.{LAYER_NAMES[part]}.{kind}"
+    return name
+
+
+def undo_rotary_permutation(tensor: Tensor, num_heads: int) -> Tensor:
+    """GGUF stores the rows of q and k so that rotary pairs are neighbours (2i, 2i + 1); Hugging
+    Face pairs row i with row i + D/2 of the same head. [Hq D, ...] -> the same shape."""
+    pairs = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])  # [Hq, D / 2, 2, ...]
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> LlamaArch:
+    """The shape of the model from its `llama.*` keys and the tensors that are present."""
+    get = file.metadata.get
+    hidden = _required(file, "llama.embedding_length")
+    num_heads = _required(file, "llama.attention.head_count")
+    head_dim = get("llama.attention.key_length", hidden // max(num_heads, 1))
+    rotated = get("llama.rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise ValueError(f"rotary embeddings over {rotated} of {head_dim} dimensions")
+    theta = float(get("llama.rope.freq_base", DEFAULT_ROPE_THETA))
+    return LlamaArch(
+        vocab_size=_vocab_size(file),
+        hidden_size=hidden,
+        num_layers=_required(file, "llama.block_count"),
+        num_heads=num_heads,
+        num_kv_heads=get("llama.attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        intermediate_size=_required(file, "llama.feed_forward_length"),
+        rms_norm_eps=_required(file, "llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=theta,
+        rope_scaling=None if rope_factors is None else llama3_scaling(rope_factors, theta),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        max_position_embeddings=_required(file, "llama.context_length"),
+    )
+
+
+def _refuse_unsupported(file: GGUFFile) -> None:
+    """Raise ValueError for anything that would need other arithmetic, before any weight is read."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise ValueError(f"{file.path}: architecture {architecture!r}; {ARCHITECTURE!r} is served")
+    if file.metadata.get("llama.expert_count", 0):
+        raise ValueError(f"{file.path}: mixtures of experts are not supported")
+    if file.metadata.get("split.count", 1) > 1:
+        raise ValueError(f"{file.path} is split; join its parts with llama-gguf-split --merge")
+    scaling = file.metadata.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or file.metadata.get("llama.rope.scale_linear", 1.0) != 1.0:
+        raise ValueError(f"{file.path}: rope scaling {scaling!r} is not supported")
+    for tensor in file.tensors.values():
+        _check_tensor(file, tensor)
+
+
+def _check_tensor(file: GGUFFile, tensor: GGUFTensor) -> None:
+    known = {kind.value: kind.name for kind in GGMLQuantizationType}
+    kind = known.get(tensor.type_id, f"type {tensor.type_id}")
+    if kind not in SUPPORTED_TYPES:
+        raise ValueError(
+            f"{file.path}: tensor {tensor.name} is {kind}; "
+            f"supported are {', '.join(SUPPORTED_TYPES)}"
+        )
+    block = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_id)][0]
+    if not tensor.shape or tensor.shape[-1] % block:
+        raise ValueError(
+            f"{file.path}: tensor {tensor.name} of shape {list(tensor.shape)} does not divide "
+            f"into {kind} blocks of {block}"
+        )
+    end = tensor.offset + _num_bytes(tensor)
+    if end > file.size:
+        raise ValueError(
+            f"{file.path} is truncated: tensor {tensor.name} ends at byte {end} of {file.size}"
+        )
+
+
+def _num_bytes(tensor: GGUFTensor) -> int:
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_id)]
+    return math.prod(tensor.shape) // block * size
+
+
+def _wide_rows(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """The same blocks in rows as wide as ELEMENTS_PER_ROW allows (a row is whole blocks)."""
+    block, size = GGML_QUANT_SIZES[kind]
+    num_blocks = len(raw) // size
+    width = next(w for w in range(ELEMENTS_PER_ROW // block, 0, -1) if num_blocks % w == 0)
+    return raw.reshape(-1, width * size)
+
+
+def _required(file: GGUFFile, key: str) -> Any:
+    if key not in file.metadata:
+        raise ValueError(f"the metadata lacks {key}")
+    return file.metadata[key]
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ValueError("missing tensor token_embd.weight")
+    return embedding.shape[0]
+
+
+def _eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
+    """End of text, of turn and of message, as far as the file names them."""
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ids = (metadata.get(f"tokenizer.ggml.{key}") for key in keys)
+    return tuple(dict.fromkeys(int(item) for item in ids if item is not None))

@@ -1,0 +1,79 @@
+"""Which tensors a Llama checkpoint must hold, under their Hugging Face names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from engine.checkpoints.arch import LlamaArch
+
+Shape = tuple[int, ...]
+MAX_NAMED = 5  # tensors listed in one message
+
+logger = logging.getLogger(__name__)
+
+
+def expected_tensors(arch: LlamaArch) -> dict[str, Shape]:
+    """Name -> shape, in the order in which a forward pass uses them. Linear weights are
+    [out, in]; a tied model has no lm_head."""
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab_size, arch.hidden_size)}
+    for index in range(arch.num_layers):
+        for name, shape in _layer_tensors(arch).items():
+            tensors[f"model.layers.{index}.{name}"] = shape
+    tensors["model.norm.weight"] = (arch.hidden_size,)
+    if not arch.tie_word_embeddings:
+        tensors["lm_head.weight"] = (arch.vocab_size, arch.hidden_size)
+    return tensors
+
+
+def _layer_tensors(arch: LlamaArch) -> dict[str, Shape]:
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
+    attention["o"] = (hidden, queries)
+    mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    tensors: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for block, parts, bias in (
+        ("self_attn", attention, arch.attention_bias),
+        ("mlp", mlp, arch.mlp_bias),
+    ):
+        for part, shape in parts.items():
+            tensors[f"{block}.{part}_proj.weight"] = shape
+            if bias:
+                tensors[f"{block}.{part}_proj.bias"] = shape[:1]
+    return tensors
+
+
+def check_manifest(arch: LlamaArch, found: Mapping[str, Shape], origin: object) -> None:
+    """Raise ValueError unless `found` is exactly what `arch` needs, give or take leftovers that
+    are known to carry nothing. `origin` is the file or folder to name."""
+    expected = expected_tensors(arch)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(f"{origin}: missing tensor {_listed(missing)}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"{origin}: tensor {name} has shape {list(found[name])}, "
+                f"the configuration asks for {list(shape)}"
+            )
+    extra = [name for name in found if name not in expected]
+    unknown = [name for name in extra if not _is_harmless(name, arch)]
+    if unknown:
+        raise ValueError(f"{origin}: unexpected tensor {_listed(unknown)}")
+    if extra:
+        logger.info("%s: ignoring %s, which the model computes itself", origin, _listed(extra))
+
+
+def _is_harmless(name: str, arch: LlamaArch) -> bool:
+    """Rotary tables are recomputed; a tied head repeats the embedding."""
+    tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
+    return tied_head or name.endswith("rotary_emb.inv_freq")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

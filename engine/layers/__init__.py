@@ -1,1 +1,0 @@
-"""Blocks shared by all models."""

@@ -1,0 +1,152 @@
+"""The layers of a Llama: each a few lines around operations of the kernel table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.checkpoints.arch import Llama3RopeScaling
+from engine.step.batch import ForwardContext
+from kernels.ops import AttentionMeta, LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnParallelLinear:
+    """Each rank holds a slice of the outputs; the input is whole on every rank."""
+
+    weight: LinearWeight
+
+    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return ctx.ops.linear(x, self.weight)  # [T, N / ranks]
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredLinear:
+    """Each rank computes equally many outputs (see `Shard.padded`), which are then put together:
+    input and output are whole on every rank."""
+
+    weight: LinearWeight
+    num_outputs: int  # N; ranks together compute a few more if it does not divide
+
+    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        outputs = ctx.group.all_gather(ctx.ops.linear(x, self.weight))
+        return outputs[..., : self.num_outputs].contiguous()  # [T, N]
+
+
+@dataclass(frozen=True, slots=True)
+class RowParallelLinear:
+    """Each rank holds a slice of the inputs; partial outputs are summed over ranks."""
+
+    weight: LinearWeight
+
+    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return ctx.group.all_reduce(ctx.ops.linear(x, self.weight))  # [T, N]
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
+
+    weight: Tensor  # [H] float32
+    eps: float
+
+    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return ctx.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, ctx: ForwardContext) -> Tensor:
+        """Add `x` to `residual` in place and return the normalised sum."""
+        return ctx.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabParallelEmbedding:
+    """Each rank holds equally many rows; those of other ranks' tokens count as zeros."""
+
+    weight: LinearWeight  # [V / ranks, H], the last ranks' filled up (see `Shard.padded`)
+
+    def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        width = self.weight.out_features
+        if ctx.group.size == 1:
+            return ctx.ops.embedding(token_ids, self.weight)  # [T, H]
+        local = token_ids - ctx.group.rank * width
+        held = (local >= 0) & (local < width)
+        rows = ctx.ops.embedding(local.clamp(0, width - 1), self.weight)
+        return ctx.group.all_reduce(rows * held.unsqueeze(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class LMHead:
+    """Each rank makes the logits of its rows, those behind the end of the vocabulary included."""
+
+    weight: LinearWeight  # [V / ranks, H], filled up as the embedding's
+
+    def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        return ctx.ops.linear(hidden, self.weight).float()  # [R, V / ranks] float32
+
+
+def cos_sin_table(
+    head_dim: int, max_len: int, theta: float, scaling: Llama3RopeScaling | None
+) -> Tensor:
+    """[max_len, head_dim] float32: cosines of all frequencies, then sines (arXiv:2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / (theta**exponents)  # [D / 2] radians per position
+    if scaling is not None:
+        frequencies = scale_llama3(frequencies, scaling)
+    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def scale_llama3(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
+    """Slow down long wavelengths by `factor`, keep short ones, blend between (Llama 3.1)."""
+    wavelengths = 2 * math.pi / frequencies
+    context = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((context / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+class AttentionInputs(Protocol):
+    """What attention reads of a batch: the target's `ForwardBatch`, or a drafter's own."""
+
+    @property
+    def positions(self) -> Tensor: ...  # [T] int64
+
+    @property
+    def slots(self) -> Tensor: ...  # [T] int64, where each entry's KV goes
+
+    @property
+    def attention(self) -> AttentionMeta: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Queries, keys and values in one product; rotation and cache write in one operation."""
+
+    layer: int
+    qkv: ColumnParallelLinear  # H -> (Hq + 2 Hkv) D
+    output: RowParallelLinear  # Hq D -> H
+    cos_sin: Tensor  # [max_len, D] float32
+    scale: float
+
+    def __call__(self, x: Tensor, batch: AttentionInputs, ctx: ForwardContext) -> Tensor:
+        keys, values = ctx.kv.keys[self.layer], ctx.kv.values[self.layer]
+        queries = ctx.ops.rope_kv_write(
+            self.qkv(x, ctx), self.cos_sin, batch.positions, batch.slots, keys, values
+        )  # [T, Hq, D]
+        mixed = ctx.ops.attention(queries, keys, values, batch.attention, self.scale)
+        return self.output(mixed, ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)), gate and up in one product (SwiGLU, arXiv:2002.05202)."""
+
+    gate_up: ColumnParallelLinear  # H -> 2F, gate rows first
+    down: RowParallelLinear  # F -> H
+
+    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.down(ctx.ops.silu_and_mul(self.gate_up(x, ctx)), ctx)

@@ -1,0 +1,119 @@
+"""Building the blocks of a decoder layer from named tensors: a rank's slices, fused and packed as
+they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.stored import ReadStored
+from engine.models.layers import (
+    Attention,
+    ColumnParallelLinear,
+    GatedMLP,
+    RMSNorm,
+    RowParallelLinear,
+)
+from engine.parallel.shard import WHOLE, Shard
+from kernels.ops import LinearWeight, Ops
+
+ReadTensor = Callable[[str], Tensor]
+ALL = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoader:
+    """Reads a rank's part of blocks under their Hugging Face names. Widths that are not cut come
+    from the tensors, which the caller has checked; all others from `arch`, which `check_degree`
+    let pass for `shard.size` ranks."""
+
+    arch: LlamaArch
+    read: ReadStored
+    ops: Ops
+    dtype: torch.dtype  # of packed weights
+    device: torch.device
+    cos_sin: Tensor  # [max_len, D] float32
+    shard: Shard = WHOLE
+
+    def attention(self, layer: int, prefix: str) -> Attention:
+        """`layer` is the index of its pages; `prefix` ends in `self_attn`."""
+        bias, head_dim = self.arch.attention_bias, self.arch.head_dim
+        queries = _scaled(self.shard.even(self.arch.num_heads), head_dim)
+        keys = _scaled(self.shard.kv_heads(self.arch.num_kv_heads), head_dim)
+        taken = {"q": queries, "k": keys, "v": keys}
+        parts = [(f"{prefix}.{part}_proj", rows) for part, rows in taken.items()]
+        return Attention(
+            layer=layer,
+            qkv=ColumnParallelLinear(self.pack_rows(parts, bias=bias)),
+            output=RowParallelLinear(self.pack_columns(f"{prefix}.o_proj", queries, bias=bias)),
+            cos_sin=self.cos_sin,
+            scale=head_dim**-0.5,
+        )
+
+    def mlp(self, prefix: str) -> GatedMLP:
+        bias, inner = self.arch.mlp_bias, self.shard.even(self.arch.intermediate_size)
+        parts = [(f"{prefix}.gate_proj", inner), (f"{prefix}.up_proj", inner)]
+        return GatedMLP(
+            gate_up=ColumnParallelLinear(self.pack_rows(parts, bias=bias)),
+            down=RowParallelLinear(self.pack_columns(f"{prefix}.down_proj", inner, bias=bias)),
+        )
+
+    def norm(self, name: str) -> RMSNorm:
+        weight = self.read(f"{name}.weight")[ALL].to(self.device, torch.float32)
+        return RMSNorm(weight, self.arch.rms_norm_eps)
+
+    def pack_rows(self, parts: Sequence[tuple[str, slice]], *, bias: bool = False) -> LinearWeight:
+        """Stack some outputs of each of the named layers into one packed weight."""
+        num_rows = sum(rows.stop - rows.start for _, rows in parts)
+        weight = self._stack(parts, "weight", num_rows, self.dtype)
+        offset = self._stack(parts, "bias", num_rows, torch.float32) if bias else None
+        return self.ops.pack_linear(weight, offset)
+
+    def pack_columns(self, name: str, columns: slice, *, bias: bool = False) -> LinearWeight:
+        """Some inputs of a layer whose partial outputs are summed: rank 0 alone adds the bias."""
+        weight = self.read(f"{name}.weight")[ALL, columns].to(self.device, self.dtype)
+        offset = None
+        if bias and self.shard.rank == 0:
+            offset = self.read(f"{name}.bias")[ALL].to(self.device, torch.float32)
+        return self.ops.pack_linear(weight.contiguous(), offset)
+
+    def pack_padded(self, name: str, num_rows: int, *, bias: bool = False) -> LinearWeight:
+        """This rank's part of `num_rows` outputs, zeros behind the end (see `Shard.padded`)."""
+        weight = self.padded(f"{name}.weight", num_rows, self.dtype)
+        offset = self.padded(f"{name}.bias", num_rows, torch.float32) if bias else None
+        return self.ops.pack_linear(weight, offset)
+
+    def padded(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
+        """This rank's part of the rows of a tensor, not packed."""
+        width, rows = self.shard.padded_width(num_rows), self.shard.padded(num_rows)
+        part = self.read(name)[rows]
+        if len(part) == width:
+            return part.to(self.device, dtype)
+        result = torch.zeros((width, *part.shape[1:]), dtype=dtype, device=self.device)
+        result[: len(part)].copy_(part)
+        return result
+
+    def _stack(
+        self, parts: Sequence[tuple[str, slice]], kind: str, num_rows: int, dtype: torch.dtype
+    ) -> Tensor:
+        """One part is held besides the result at any time."""
+        result, at = None, 0
+        for name, rows in parts:
+            part = self.read(f"{name}.{kind}")[rows]
+            if result is None:
+                shape = (num_rows, *part.shape[1:])
+                result = torch.empty(shape, dtype=dtype, device=self.device)
+            result[at : at + len(part)].copy_(part)
+            at += len(part)
+        assert result is not None
+        assert at == num_rows, "fewer rows than the configuration says"
+        return result
+
+
+def _scaled(items: slice, width: int) -> slice:
+    """The rows of `items` that have `width` rows each."""
+    return slice(items.start * width, items.stop * width)

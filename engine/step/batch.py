@@ -1,0 +1,35 @@
+"""Device tensors of one step. Passed down the model as arguments, never kept in a global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.kv.storage import KVStorage
+from engine.step.group import TPGroup
+from engine.step.taps import FeatureTap
+from kernels.ops import AttentionMeta, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """All rows of a step, packed along T: decode roots, tree nodes and prefill chunks alike."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, where each token's KV goes
+    attention: AttentionMeta
+    sampled: Tensor  # [R] int64, indices into T of all tree nodes: where logits are needed
+    tree_of_node: Tensor  # [R] int64, which tree (row that draws) each belongs to
+    node_of_node: Tensor  # [R] int64, which node of that tree it is
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What a forward needs besides its batch; the same object for every step."""
+
+    ops: Ops
+    kv: KVStorage
+    group: TPGroup
+    tap: FeatureTap | None = None

@@ -1,0 +1,213 @@
+"""GGUF files of every supported type, written by the `gguf` package and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from engine.checkpoints.arch import Llama3RopeScaling, LlamaArch
+from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoints.gguf_checkpoint import LAYER_NAMES, TOP_NAMES
+from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.gguf_rope import frequency_divisors
+from engine.checkpoints.source import ModelFiles
+from engine.models.layers import scale_llama3
+from tests.support.tiny_llama import TinyLlama, random_model
+
+SUPPORTED = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
+SPEC = TinyLlama(vocab_size=320)
+GGUF_NAMES = {hf: name for name, hf in (TOP_NAMES | LAYER_NAMES).items()}
+
+
+def gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in GGUF_NAMES:
+        return f"{GGUF_NAMES[stem]}.{kind}"
+    _, _, index, part = stem.split(".", 3)
+    return f"blk.{index}.{GGUF_NAMES[part]}.{kind}"
+
+
+def permuted(name: str, values: np.ndarray, spec: TinyLlama) -> np.ndarray:
+    """As llama.cpp's converter lays out q and k: rows i and i + D/2 become neighbours."""
+    heads = {"q": spec.num_heads, "k": spec.num_kv_heads}.get(name.rpartition("_proj")[0][-1:])
+    if heads is None:
+        return values
+    halves = values.reshape(heads, 2, -1, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def write(
+    path: Path,
+    kind: Kind = Kind.F32,
+    spec: TinyLlama = SPEC,
+    extra: dict[str, np.ndarray] | None = None,
+    skip: str = "",
+    arch: str = "llama",
+    **fields: Any,
+) -> dict[str, torch.Tensor]:
+    """A whole tiny model; returns what each tensor must read as, under Hugging Face names."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(spec.num_layers)
+    writer.add_context_length(spec.max_position_embeddings)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.num_heads)
+    writer.add_head_count_kv(spec.num_kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(7)
+    for key, value in fields.items():
+        writer.add_key_value(key.replace("__", "."), value, _value_type(value))
+    expected = {}
+    for name, tensor in random_model(spec).state_dict().items():
+        if name == skip or (spec.tied and name == "lm_head.weight"):
+            continue
+        values = permuted(name, tensor.numpy(), spec)
+        stored = kind if values.ndim > 1 else Kind.F32
+        raw = gguf.quantize(values, stored)
+        writer.add_tensor(gguf_name(name), raw, raw_dtype=stored)
+        rounded = gguf.dequantize(raw, stored).reshape(values.shape)
+        expected[name] = torch.from_numpy(unpermuted(name, rounded, spec))
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def unpermuted(name: str, values: np.ndarray, spec: TinyLlama) -> np.ndarray:
+    rows = np.arange(len(values), dtype=np.int64)
+    back = np.empty_like(values)
+    back[permuted(name, rows, spec)] = values
+    return back
+
+
+def _value_type(value: object) -> gguf.GGUFValueType:
+    kinds = {str: "STRING", int: "UINT32", float: "FLOAT32"}
+    return gguf.GGUFValueType[kinds[type(value)]]
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    return open_checkpoint(ModelFiles("gguf", path, "tiny"))
+
+
+@pytest.mark.parametrize("kind", SUPPORTED, ids=lambda kind: kind.name)
+def test_every_supported_type_reads_as_the_gguf_package_dequantises_it(
+    tmp_path: Path, kind: Kind
+) -> None:
+    expected = write(tmp_path / "m.gguf", kind)
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    read = dict(checkpoint.tensors())
+    assert read.keys() == expected.keys()
+    for name, tensor in read.items():
+        assert torch.equal(tensor.float(), expected[name]), name
+
+
+def test_rows_of_q_and_k_come_back_in_the_order_of_hugging_face(tmp_path: Path) -> None:
+    spec = TinyLlama(num_heads=4, num_kv_heads=1, attention_bias=True, tied=True)
+    write(tmp_path / "m.gguf", Kind.F32, spec)
+    original = random_model(spec).state_dict()
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    for name, tensor in checkpoint.tensors():
+        assert torch.equal(tensor, original[name]), name
+
+
+@pytest.mark.parametrize(
+    "spec", [SPEC, TinyLlama(tied=True, attention_bias=True, mlp_bias=True, head_dim=128)]
+)
+def test_architecture_equals_that_of_the_hugging_face_config(
+    tmp_path: Path, spec: TinyLlama
+) -> None:
+    write(tmp_path / "m.gguf", Kind.F32, spec)
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    wanted = LlamaArch.from_hf_config(spec.config().to_dict())
+    assert checkpoint.arch.rms_norm_eps == pytest.approx(wanted.rms_norm_eps, rel=1e-6)
+    for name in LlamaArch.__slots__:
+        if name != "rms_norm_eps":
+            assert getattr(checkpoint.arch, name) == getattr(wanted, name), name
+    assert checkpoint.eos_token_ids == (2, 7)
+
+
+def test_header_equals_what_the_gguf_reader_sees(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", Kind.Q4_1, note="ü", answer=-1.5)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    file = read_gguf(tmp_path / "m.gguf")
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert file.metadata == fields
+    seen = {
+        t.name: (int(t.tensor_type), tuple(t.shape)[::-1], t.data_offset) for t in reader.tensors
+    }
+    assert {t.name: (t.type_id, t.shape, t.offset) for t in file.tensors.values()} == seen
+
+
+def test_unsupported_quantisation_names_tensor_type_and_what_is_supported(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", Kind.Q5_0)
+    with pytest.raises(
+        ValueError, match=r"token_embd\.weight is Q5_0; supported are F32, F16, BF16"
+    ):
+        open_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 200, 2000, -1, -100_000])
+def test_truncated_file_is_refused_by_name(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "cut.gguf"
+    write(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cut\.gguf"):
+        open_gguf(path)
+
+
+def test_lengths_beyond_the_file_are_refused_without_reading_on(tmp_path: Path) -> None:
+    path = tmp_path / "huge.gguf"
+    header = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little")
+    key = (1).to_bytes(8, "little") + b"k" + (9).to_bytes(4, "little") + (8).to_bytes(4, "little")
+    path.write_bytes(header + (1).to_bytes(8, "little") + key + b"\xff" * 8)
+    with pytest.raises(ValueError, match=r"huge\.gguf is truncated"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "qwen2"}, "architecture 'qwen2'"),
+        ({"llama__expert_count": 8}, "experts"),
+        ({"split__count": 2}, "split"),
+        ({"llama__rope__scaling__type": "linear"}, "rope scaling 'linear'"),
+        ({"llama__rope__dimension_count": 32}, "32 of 64 dimensions"),
+        ({"skip": "model.norm.weight"}, "missing tensor model.norm.weight"),
+        ({"skip": "model.embed_tokens.weight"}, "missing tensor token_embd.weight"),
+        ({"extra": {"strange": np.zeros(32, np.float32)}}, "unexpected tensor strange"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(tmp_path / "m.gguf", **changes)
+    with pytest.raises(ValueError, match=message):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def test_llama3_rope_divisors_become_the_parameters_they_came_from(tmp_path: Path) -> None:
+    scaling = Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+    divisors = np.array(frequency_divisors(scaling, 10000.0, 32), np.float32)
+    write(tmp_path / "m.gguf", extra={"rope_freqs.weight": divisors})
+    assert open_gguf(tmp_path / "m.gguf").arch.rope_scaling == scaling
+    plain = 1 / 10000.0 ** (torch.arange(32) / 32)
+    torch.testing.assert_close(plain / scale_llama3(plain, scaling), torch.from_numpy(divisors))
+
+
+def test_rope_divisors_of_another_kind_are_refused(tmp_path: Path) -> None:
+    divisors = np.linspace(1, 8, 32, dtype=np.float32)
+    write(tmp_path / "m.gguf", extra={"rope_freqs.weight": divisors})
+    with pytest.raises(ValueError, match="not the Llama 3 scaling"):
+        open_gguf(tmp_path / "m.gguf")
