@@ -1,23 +1,23 @@
-"""The engine: one loop of apply, schedule, execute, update."""
+"""The engine: one loop of apply, schedule, launch, collect, update."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import time
+from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
 from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Submit
-from engine.pipeline import Launcher, Pipeline
-from engine.request import FinishReason, Sequence
-from engine.runner.warmup import PlanExecutor
 from engine.scheduler.scheduler import Scheduler
-from engine.speculation.lookup import Lookup
-from engine.speculation.planner import FixedPlanner, Planner
+from engine.speculation.pace import Pace
+from engine.speculation.policy import DraftPolicy
+from engine.step.executor import Executor, Launched
 from engine.step.plan import StepOutcome, StepPlan
 
 
-class SequenceSink(Protocol):
-    """Takes note of ended sequences. Must not hold up the step."""
+class SequenceCounts(Protocol):
+    """What became of ended sequences that are written down."""
 
     @property
     def num_captured(self) -> int: ...
@@ -25,26 +25,40 @@ class SequenceSink(Protocol):
     @property
     def num_dropped(self) -> int: ...
 
-    def take(self, seq: Sequence, reason: FinishReason) -> None: ...
-
 
 class EngineCore:
-    """Messages in, events out. Not thread-safe: one thread adds and steps."""
+    """Messages in, events out. Not thread-safe: one thread adds and steps.
+
+    With `run_ahead` the device gets its next step before the host waits for the last one: between
+    two calls of `step`, one step at most is in flight.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
-        executor: PlanExecutor,
+        executor: Executor,
         info: EngineInfo,
-        planner: Planner | None = None,
+        policy: DraftPolicy | None = None,
+        *,
+        run_ahead: bool = False,
+        captured: SequenceCounts | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._scheduler = scheduler
-        self._planner = planner or FixedPlanner()
-        self.executor = executor
-        self.info = info
-        self._sink: SequenceSink | None = None
-        self._pipeline: Pipeline[Any] | None = None
+        self._executor = executor
+        self._info = info
+        self._run_ahead = run_ahead
+        self._captured = captured
+        self._clock = clock
+        self._pace = Pace()
+        self._collected_at: float | None = None  # when the last step was, while there is work
+        self._flight: Launched | None = None
         self._landed: list[EngineMessage] = []  # events of a step that `land` took in
+        self.draft_with(policy or DraftPolicy())
+
+    @property
+    def info(self) -> EngineInfo:
+        return msgspec.structs.replace(self._info, draft=self._policy.facts)
 
     def add(self, message: Submit | Abort) -> None:
         """Take a message; its consequences come out of the next `step`."""
@@ -55,70 +69,42 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do: rows to run or events to hand over."""
-        in_flight = self._pipeline is not None and self._pipeline.in_flight
-        return self._scheduler.has_work() or in_flight or bool(self._landed)
+        return self._scheduler.has_work() or self._flight is not None or bool(self._landed)
 
     def step(self) -> list[EngineMessage]:
         """Run one step and return what clients must hear, stats last."""
-        if self._pipeline is None:
-            plan = self._schedule()
-            self._take_in(plan, self.executor.execute(plan))
-        else:
-            flown = self._pipeline.step(self._schedule, self._schedule_ahead)
-            self._take_in(*self._scheduler.living(*flown))
+        launched = self._flight or self._executor.launch(self._schedule())
+        following = self._schedule_ahead(launched.plan)
+        self._flight = None if following is None else self._executor.launch(following)
+        self._take_in(launched)
         events, self._landed = self._landed, []
+        if not self.has_work():
+            self._collected_at = None
         return [*events, self.stats()]
-
-    def launch_with(self, launcher: Launcher[Any]) -> None:
-        """From now on, launch the round behind one in flight before waiting for that one, where
-        the plan allows it. `launcher` takes the executor's place."""
-        self._pipeline = Pipeline(launcher)
 
     def land(self) -> None:
         """Take in what is in flight, so that nothing is; what clients must hear of it comes out of
         the next `step`."""
-        landed = None if self._pipeline is None else self._pipeline.land()
-        if landed is not None:
-            self._take_in(*self._scheduler.living(*landed))
+        if self._flight is not None:
+            launched, self._flight = self._flight, None
+            self._take_in(launched)
 
-    def _schedule(self) -> StepPlan:
-        return self._scheduler.schedule(self._planner.choose(self._scheduler.num_drafting))
-
-    def _schedule_ahead(self, before: StepPlan) -> StepPlan | None:
-        if self._planner.measures:
-            return None
-        return self._scheduler.schedule_ahead(before, self._planner.choose)
-
-    def _take_in(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        self._planner.observe(plan, outcome)
-        self._landed += self._scheduler.update(plan, outcome)
-
-    def plan_with(self, planner: Planner) -> None:
-        """Choose trees in another way from the next step on."""
-        self._planner = planner
-
-    def look_up(self, lookup: Lookup | None) -> None:
-        """Draft from a sequence's own text, too, where that is better; None: no more of it."""
-        self._scheduler.look_up(lookup)
-
-    def draft_with(self, planner: Planner, lookahead: int) -> None:
-        """The executor has another proposer: plan for it, from the next step on."""
-        self._planner = planner
-        self._scheduler.draft_with(lookahead)
-
-    def capture_with(self, sink: SequenceSink) -> None:
-        """Show every sequence that ends from now on to `sink`."""
-        self._sink = sink
-        self._scheduler.on_finish = sink.take
+    def draft_with(self, policy: DraftPolicy) -> None:
+        """Draft in another way from the next step on. The executor has its proposer already."""
+        self.land()
+        self._policy = policy
+        self._planner = policy.planner
+        self._measuring = policy.measuring
+        self._scheduler.draft_with(policy.lookahead, policy.lookup)
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()
-        if self._sink is None:
+        if self._captured is None:
             return stats
         return msgspec.structs.replace(
             stats,
-            num_captured=self._sink.num_captured,
-            num_capture_dropped=self._sink.num_dropped,
+            num_captured=self._captured.num_captured,
+            num_capture_dropped=self._captured.num_dropped,
         )
 
     def abort_all(self, reason: str) -> list[EngineMessage]:
@@ -130,3 +116,38 @@ class EngineCore:
     def audit(self) -> None:
         """Assert that the bookkeeping adds up."""
         self._scheduler.audit()
+
+    def _schedule(self) -> StepPlan:
+        self._measure()
+        return self._scheduler.schedule(self._planner.choose(self._scheduler.num_drafting))
+
+    def _schedule_ahead(self, before: StepPlan) -> StepPlan | None:
+        if not self._run_ahead or self._measuring is not None:
+            return None
+        if self._policy.lookup is not None and not self._pace.runs_ahead():
+            return None
+        return self._scheduler.schedule_ahead(before, self._planner.choose)
+
+    def _measure(self) -> None:
+        """Run one made-up step, if any are still to be run; the last one decides."""
+        if self._measuring is None:
+            return
+        try:
+            next(self._measuring.steps)
+        except StopIteration as end:
+            self._planner = self._measuring.decide(end.value)
+            self._measuring = None
+
+    def _take_in(self, launched: Launched) -> None:
+        outcome = self._executor.collect(launched)
+        plan, outcome = self._scheduler.living(launched.plan, outcome)
+        self._observe_pace(plan, outcome)
+        self._planner.observe(plan, outcome)
+        self._landed += self._scheduler.update(plan, outcome)
+
+    def _observe_pace(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        before, self._collected_at = self._collected_at, self._clock()
+        if before is not None and plan.only_decodes:
+            num_tokens = sum(len(row.emitted) for row in outcome.rows)
+            seconds = self._collected_at - before
+            self._pace.observe(num_tokens, len(plan.rows), seconds, ahead=plan.ahead)

@@ -73,6 +73,8 @@ class Sequence:
     token_ids: list[int]  # prompt + output
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
+    num_planned_blocks: int = 0  # leading ones of `block_ids` that plans have told the executor
+    line: int = -1  # what stands for it in plans while it runs
     status: Status = Status.WAITING
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0

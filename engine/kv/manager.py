@@ -28,7 +28,8 @@ class _Held:
 
 
 class KVManager:
-    """Block bookkeeping of all running sequences. Changes `Sequence.block_ids`, nothing else."""
+    """Block bookkeeping of all running sequences. Changes `Sequence.block_ids`, and how many of
+    them are planned, nothing else."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
         self._pool = BlockPool(num_blocks)
@@ -99,6 +100,7 @@ class KVManager:
         """Give back the blocks behind the first `num_slots` slots: nothing in them is needed."""
         while len(seq.block_ids) > self.blocks_for(num_slots):
             self._pool.give_back(seq.block_ids.pop())
+        seq.num_planned_blocks = min(seq.num_planned_blocks, len(seq.block_ids))
 
     def publish(self, seq: Sequence) -> None:
         """Make blocks that lie fully below `num_computed` findable for other prompts."""
@@ -114,7 +116,7 @@ class KVManager:
         """Give all blocks back, the last first: the front of a prefix is evicted last."""
         for block_id in reversed(seq.block_ids):
             self._pool.give_back(block_id)
-        seq.block_ids = []  # plans that were made earlier keep the old list
+        seq.block_ids, seq.num_planned_blocks = [], 0
         self._held.pop(seq.request_id, None)
 
     def audit(self, running: Iterable[Sequence]) -> None:

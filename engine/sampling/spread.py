@@ -3,66 +3,72 @@ those of all."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.messages import TokenLogprob
-from engine.sampling.sampler import Sampler, TokenScores
-from engine.sampling.share import share_of
 from engine.step.group import TPGroup
-from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.ops import Ops
+from kernels.sampling.pipeline_reference import BiasEntries, DrawSettings, LogitEdits, Penalties
+from kernels.sampling.pipeline_reference import Scores
 
 
 @dataclass(frozen=True, slots=True)
 class SpreadLogits:
     """Logits [R, V] of which this rank has the rows `first` .. `first + len(own) - 1`."""
 
-    own: Tensor  # [r, V] float32
+    own: Tensor  # [r, V] float32, before any edit
     first: int
     num_rows: int  # R
     group: TPGroup
+    ops: Ops
 
     @classmethod
-    def of(cls, local: Tensor, vocab_size: int, group: TPGroup) -> SpreadLogits:
+    def of(cls, local: Tensor, vocab_size: int, group: TPGroup, ops: Ops) -> SpreadLogits:
         """From this rank's slice [R, V / ranks] of all rows; slices may be padded at the end."""
-        num_rows = len(local)
-        if group.size == 1:
-            return cls(local, 0, num_rows, group)
-        counts = row_counts(num_rows, group.size)
+        counts = row_counts(len(local), group.size)
         own = group.to_owners(local, counts)[:, :vocab_size]
-        return cls(own.contiguous(), sum(counts[: group.rank]), num_rows, group)
+        return cls(own.contiguous(), sum(counts[: group.rank]), len(local), group, ops)
 
-    def draw(self, sampler: Sampler, settings: DrawSettings) -> Tensor:
-        """One token per row, [R] int64, the same on every rank; `settings` of all rows."""
+    def draw(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
+        """One token per row, [R] int64, the same on every rank; `settings` and `edits` of all rows.
+        It depends on the row's logits and parameters alone."""
+        mine = slice(self.first, self.first + len(self.own))
         if self.group.size == 1:
-            return sampler.draw(self.own, settings)
-        drawn = torch.zeros(
-            row_counts(self.num_rows, self.group.size)[0],
-            dtype=torch.int64,
-            device=self.own.device,
-        )
+            return self._drawn(settings, edits)
+        width = row_counts(self.num_rows, self.group.size)[0]
+        drawn = torch.zeros(width, dtype=torch.int64, device=self.own.device)
         if len(self.own):
-            mine = share_of(settings, self.first, self.first + len(self.own))
-            drawn[: len(self.own)] = sampler.draw(self.own, mine)
+            part = None if edits is None else edits_of(edits, mine)
+            drawn[: len(self.own)] = self._drawn(settings_of(settings, mine), part)
         return self.group.stack(drawn).flatten()[: self.num_rows]
 
-    def logprobs(
-        self, sampler: Sampler, at: Tensor, tokens: Tensor, num_top: int
-    ) -> list[TokenLogprob]:
-        """Log-probabilities of `tokens` [F], token f under row at[f], see `Sampler.logprobs`."""
+    def score(self, at: Tensor, tokens: Tensor, num_top: int) -> Scores:
+        """Log-probabilities of `tokens` [S], token s in row at[s], and the best `num_top`
+        alternatives: what the model believed, before penalties and temperature."""
         if self.group.size == 1:
-            return sampler.logprobs(self.own[at], tokens, num_top)
-        mine = ((at >= self.first) & (at < self.first + len(self.own))).nonzero()[:, 0]
-        chosen = self.own.new_zeros(len(at))
-        ids = torch.zeros(len(at), num_top, dtype=torch.int64, device=self.own.device)
-        values = self.own.new_zeros(len(at), num_top)
-        if len(mine):
-            scores = sampler.scores(self.own[at[mine] - self.first], tokens[mine], num_top)
-            chosen[mine], ids[mine], values[mine] = scores.chosen, scores.top_ids, scores.top
-        total = self.group.all_reduce  # each entry is somebody's, and zero everywhere else
-        return TokenScores(total(chosen), total(ids), total(values)).entries(tokens)
+            return self.ops.score(self.own[at], tokens, num_top)
+        mine = (at >= self.first) & (at < self.first + len(self.own))
+        if len(self.own):
+            place = torch.where(mine, at - self.first, 0)
+            found = self.ops.score(self.own[place], tokens, num_top)
+        else:
+            found = Scores(
+                self.own.new_zeros(len(at)),
+                torch.zeros(len(at), num_top, dtype=torch.int64, device=self.own.device),
+                self.own.new_zeros(len(at), num_top),
+            )
+        # Each entry is one rank's, and zero on all others.
+        return Scores(
+            self.group.all_reduce(torch.where(mine, found.chosen, 0)),
+            self.group.all_reduce(torch.where(mine[:, None], found.top_ids, 0)),
+            self.group.all_reduce(torch.where(mine[:, None], found.top, 0)),
+        )
+
+    def _drawn(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
+        logits = self.own if edits is None else self.ops.edit_logits(self.own, edits)
+        return self.ops.draw(logits, settings)
 
 
 def row_counts(num_rows: int, size: int) -> list[int]:
@@ -70,3 +76,46 @@ def row_counts(num_rows: int, size: int) -> list[int]:
     or nothing."""
     share = -(-num_rows // size)
     return [max(0, min(share, num_rows - rank * share)) for rank in range(size)]
+
+
+def settings_of(settings: DrawSettings, rows: slice) -> DrawSettings:
+    """The settings of some rows. Whether any is sampled or greedy holds for them, if less
+    precisely."""
+
+    def part(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows]
+
+    return replace(
+        settings,
+        temperature=settings.temperature[rows],
+        seeds=settings.seeds[rows],
+        positions=settings.positions[rows],
+        top_k=part(settings.top_k),
+        top_p=part(settings.top_p),
+        min_p=part(settings.min_p),
+        allowed=part(settings.allowed),
+    )
+
+
+def edits_of(edits: LogitEdits, rows: slice) -> LogitEdits:
+    """The edits of some rows."""
+    return LogitEdits(
+        positions=edits.positions[rows],
+        penalties=None if edits.penalties is None else _penalties_of(edits.penalties, rows),
+        bias=None if edits.bias is None else _bias_of(edits.bias, rows),
+    )
+
+
+def _penalties_of(penalties: Penalties, rows: slice) -> Penalties:
+    return replace(
+        penalties,
+        lines=penalties.lines[rows],
+        paths=penalties.paths[rows],
+        repetition=penalties.repetition[rows],
+        frequency=penalties.frequency[rows],
+        presence=penalties.presence[rows],
+    )
+
+
+def _bias_of(bias: BiasEntries, rows: slice) -> BiasEntries:
+    return replace(bias, lists=bias.lists[rows])

@@ -13,22 +13,21 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request, Sequence, Status
-from engine.scheduler.draft_counts import DraftCounts
-from engine.scheduler.draft_room import DraftRoom
-from engine.scheduler.plan_ahead import only, plan_ahead
-from engine.scheduler.plan_draft import PlanDraft
-from engine.scheduler.stopping import cut_emitted
+from engine.scheduler.ahead import only, plan_ahead
+from engine.scheduler.drafts import DraftCounts, DraftRoom
+from engine.scheduler.planning import PlanDraft
 from engine.scheduler.waiting import Rank, WaitingQueue
 from engine.speculation.lookup import Lookup, tree_name
 from engine.step.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape
 
-LONG_CONTEXT = 2048  # tokens behind which attention begins to rule the time of a step
+LONG_CONTEXT = 2048  # tokens after which attention begins to rule the time of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,6 @@ class SchedulerLimits:
     max_num_seqs: int  # running sequences
     max_num_batched_tokens: int  # tokens in one step
     max_model_len: int  # prompt + output tokens of one sequence
-    # What a proposer with state of its own needs: slots behind the last token of a row, and cached
-    # tokens that are computed once more to see their hidden states.
-    lookahead: int = 0
-    lookback: int = 0
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -62,26 +57,27 @@ class Scheduler:
         *,
         vocab_size: int,
         clock: Callable[[], float] = time.time,
-        lookup: Lookup | None = None,
+        on_finish: Callable[[Sequence, FinishReason], None] | None = None,
     ) -> None:
-        """`lookup`: drafts from a sequence's own text, where those are the better ones."""
+        """`on_finish` is shown every sequence that ends."""
         self._limits = limits
         self._kv = kv
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._clock = clock
         self._max_len = min(limits.max_model_len, kv.capacity)
-        self._drafts = DraftRoom(kv, self._max_len, limits.lookahead, lookup)
-        self._lookup = lookup
+        self._drafts = DraftRoom(kv, self._max_len, lookahead=0, lookup=None)
         self._live: dict[str, Sequence] = {}
         self._ranks: dict[str, Rank] = {}
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # most important first
-        self._released: list[str] = []  # left the running set since the last plan
+        self._free_lines = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._by_line: dict[int, Sequence] = {}
+        self._released: list[int] = []  # lines given back since the last plan
         self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
         self._counts = DraftCounts()
-        self.on_finish: Callable[[Sequence, FinishReason], None] | None = None
+        self._on_finish = on_finish
         self._num_submitted = self._num_preemptions = self._num_steps = self._last_tokens = 0
         self._num_looked_back = 0  # cached tokens that were computed once more
 
@@ -121,15 +117,15 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self._live or self._events or self._released)
 
-    def draft_with(self, lookahead: int) -> None:
-        """Plan for another proposer, also for rows that run already."""
-        self._limits = replace(self._limits, lookahead=lookahead, lookback=lookahead)
-        self._drafts = replace(self._drafts, lookahead=lookahead)
+    def draft_with(self, lookahead: int, lookup: Lookup | None) -> None:
+        """From the next step on, plan for another proposer, also for rows that run already.
 
-    def look_up(self, lookup: Lookup | None) -> None:
-        """Find drafts in the text with `lookup` from the next step on."""
-        self._lookup = lookup
-        self._drafts = replace(self._drafts, lookup=lookup)
+        Args:
+            lookahead: slots that the proposer needs after the last token of a row; as many cached
+                tokens are computed once more, so that it sees their hidden states.
+            lookup: finds drafts in a sequence's own text, where those are the better ones.
+        """
+        self._drafts = DraftRoom(self._kv, self._max_len, lookahead, lookup)
 
     @property
     def num_drafting(self) -> int:
@@ -149,20 +145,21 @@ class Scheduler:
                     self._plan_row(draft, seq, missing[seq.request_id])
             if decoding:
                 self._drafts.set_aside(draft, self._running, shape)
-        if not draft.preempted_any:
+        if draft.preempted_any:
+            draft.drop_drafts()
+        else:
             self._admit(draft)
             self._drafts.grow(draft, self._running, shape)
         released, self._released = self._released, []
-        admitted = tuple(a for name, a in draft.admitted.items() if name in draft.rows)
-        return StepPlan(tuple(draft.rows.values()), admitted, tuple(released), shape)
+        return draft.finished(released, shape)
 
     def schedule_ahead(
         self, before: StepPlan, choose: Callable[[int], TreeShape]
     ) -> StepPlan | None:
-        """The step behind `before`, a decode step whose outcome is not known yet; None if that has
-        to be known first. `choose` is told how many rows could draft."""
-        missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
-        if self._lookup is not None or self._prompts_to_compute(missing):
+        """The step that follows `before`, whose outcome is not known yet; None if that has to be
+        known first. `choose` is told how many rows could draft."""
+        drawing = {row.line for row in before.rows if row.samples}
+        if self._may_start() or not self._by_line.keys() <= drawing:
             return None
         budget = self._limits.max_num_batched_tokens
         return plan_ahead(before, self._running, self._drafts, budget, choose)
@@ -170,10 +167,10 @@ class Scheduler:
     def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
         """Take in what the step produced, all of whose rows still run (see `living`); returns what
         clients must hear, in order."""
-        if self._lookup is not None:
-            self._lookup.observe(plan, outcome)
+        if self._drafts.lookup is not None:
+            self._drafts.lookup.observe(plan, outcome)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
-            self._advance(self._live[row.request_id], row, result)
+            self._advance(self._by_line[row.line], row, result)
         if plan.rows:
             self._num_steps += 1
             self._counts.add_step(tree_name(plan), outcome.seconds)
@@ -185,8 +182,9 @@ class Scheduler:
 
     def living(self, plan: StepPlan, outcome: StepOutcome) -> tuple[StepPlan, StepOutcome]:
         """Without rows that ended while the step was in flight: nobody hears or counts that they
-        were computed once more. A request of the same id that has come since does not run yet."""
-        return only(plan, outcome, {seq.request_id for seq in self._running})
+        were computed once more. Their lines have no other sequence yet: only `schedule` gives lines
+        away, and it is called when nothing is in flight."""
+        return only(plan, outcome, self._by_line)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -213,6 +211,8 @@ class Scheduler:
         self._kv.audit(self._running)
         assert len(self._live) == len(self._running) + len(self._waiting)
         assert self._running == sorted(self._running, key=self._rank)
+        assert self._by_line == {seq.line: seq for seq in self._running}
+        assert sorted([*self._by_line, *self._free_lines]) == list(range(self._limits.max_num_seqs))
         for seq in self._running:
             assert 0 <= seq.num_computed < len(seq.token_ids)
             assert len(seq.block_ids) >= self._kv.blocks_for(seq.num_computed)
@@ -251,8 +251,11 @@ class Scheduler:
 
     def _prompts_to_compute(self, missing: dict[str, int]) -> bool:
         """Whether a running or a waiting prompt could use budget in this step."""
-        may_start = bool(self._waiting) and len(self._running) < self._limits.max_num_seqs
-        return may_start or any(count > 1 for count in missing.values())
+        return self._may_start() or any(count > 1 for count in missing.values())
+
+    def _may_start(self) -> bool:
+        """Whether somebody waits for whom a line is free."""
+        return bool(self._waiting) and bool(self._free_lines)
 
     def _plan_row(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
         """Plan as much of a running sequence as the budget allows, preempting for its slots."""
@@ -279,14 +282,14 @@ class Scheduler:
         """Take back blocks that sequences hold for nodes of earlier steps only."""
         num_free = self._kv.num_free
         for seq in self._running:
-            row = draft.rows.get(seq.request_id)
-            self._kv.trim(seq, self._drafts.slots(seq, 0 if row is None else len(row.token_ids)))
+            row = draft.rows.get(seq.line)
+            self._kv.trim(seq, self._drafts.slots(seq, 0 if row is None else row.num_tokens))
         return self._kv.num_free > num_free
 
     def _admit(self, draft: PlanDraft) -> None:
         """Start waiting sequences in order, while there are rows, budget and blocks. The first
         that does not fit keeps its place, and nobody passes it."""
-        while draft.budget and len(self._running) < self._limits.max_num_seqs:
+        while draft.budget and self._free_lines:
             seq = self._waiting.peek()
             if seq is None:
                 return
@@ -295,14 +298,13 @@ class Scheduler:
                 if self._reclaim(draft):
                     continue
                 return
-            looked_back = min(cached, self._limits.lookback)
+            looked_back = min(cached, self._drafts.lookahead)
             self._num_looked_back += looked_back
             cached -= looked_back
             self._waiting.pop()
             self._start(seq, cached)
-            draft.admitted[seq.request_id] = Admission(
-                seq.request, tuple(seq.token_ids[seq.num_prompt :])
-            )
+            output_ids = tuple(seq.token_ids[seq.num_prompt :])
+            draft.admitted[seq.line] = Admission(seq.line, seq.request, output_ids)
             draft.add(seq, min(len(seq.token_ids) - cached, draft.budget))
 
     def _give_first_blocks(self, draft: PlanDraft, seq: Sequence) -> int | None:
@@ -313,12 +315,14 @@ class Scheduler:
             match=seq.request.params.prompt_logprobs is None,
             # one block to grow for each running row, so that an admission is not undone at once
             spare=len(self._running),
-            lookahead=min(self._limits.lookahead, self._max_len - len(seq.token_ids)),
+            lookahead=min(self._drafts.lookahead, self._max_len - len(seq.token_ids)),
         )
 
     def _start(self, seq: Sequence, cached: int) -> None:
         seq.status = Status.RUNNING
         seq.num_computed = cached
+        seq.line = self._free_lines.pop()
+        self._by_line[seq.line] = seq
         if seq.first_scheduled_time is None:
             seq.first_scheduled_time = self._clock()
             seq.num_cached = cached
@@ -327,7 +331,7 @@ class Scheduler:
     def _preempt(self, draft: PlanDraft, seq: Sequence) -> None:
         """Take a sequence's blocks away; it starts over from the prefix that is still cached."""
         draft.preempted_any = True
-        draft.take_out(seq.request_id)
+        draft.take_out(seq)
         self._stop_running(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0
@@ -337,12 +341,16 @@ class Scheduler:
 
     def _stop_running(self, seq: Sequence) -> None:
         self._running.remove(seq)
-        self._released.append(seq.request_id)
+        del self._by_line[seq.line]
+        self._free_lines.append(seq.line)
+        self._released.append(seq.line)
+        if self._drafts.lookup is not None:
+            self._drafts.lookup.forget(seq.line)
         self._prompt_scores.pop(seq.request_id, None)
         self._kv.release(seq)
 
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
-        """Account for a computed chunk and the tokens emitted behind it."""
+        """Account for a computed chunk and the tokens emitted after it."""
         seq.num_computed += len(row.token_ids)
         # A preempted sequence computes its prompt again, but clients hear its scores only once.
         if result.prompt_logprobs is not None and seq.num_output == 0:
@@ -377,10 +385,8 @@ class Scheduler:
             self._waiting.remove(seq)
         seq.status = Status.FINISHED
         del self._live[seq.request_id], self._ranks[seq.request_id]
-        if self._lookup is not None:
-            self._lookup.forget(seq.request_id)
-        if self.on_finish is not None:
-            self.on_finish(seq, reason)
+        if self._on_finish is not None:
+            self._on_finish(seq, reason)
         self._events.append(
             Finished(
                 request_id=seq.request_id,
@@ -397,3 +403,27 @@ class Scheduler:
                 error=error,
             )
         )
+
+
+def cut_emitted(
+    seq: Sequence, emitted: Rows[int], eos_token_ids: frozenset[int], max_len: int
+) -> tuple[list[int], FinishReason | None]:
+    """The emitted tokens that count, and why the sequence ends after them (None: it continues), at
+    whatever offset of what was emitted that falls.
+
+    A token that ends the text (EOS, stop token) is kept: it was generated and is billed; the front
+    end leaves it out of the text.
+    """
+    params = seq.request.params
+    kept: list[int] = []
+    for token in emitted:
+        if seq.num_output + len(kept) >= params.max_tokens:  # only max_tokens = 0 gets here
+            return kept, FinishReason.LENGTH
+        kept.append(token)
+        num_output = seq.num_output + len(kept)
+        ends = token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+        if ends and num_output > params.min_tokens:
+            return kept, FinishReason.STOP
+        if num_output >= params.max_tokens or len(seq.token_ids) + len(kept) >= max_len:
+            return kept, FinishReason.LENGTH
+    return kept, None

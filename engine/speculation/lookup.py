@@ -8,15 +8,18 @@ by the length of the match; what a node costs is learnt from how long steps took
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Mapping
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from engine.request import Sequence
-from engine.speculation.ngrams import LENGTHS, TokenText
 from engine.step.plan import DRAFT, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT
 
+LENGTHS = (2, 3, 4, 6, 8, 12)  # of matches: each has a chance of its own
+WIDTH = 4  # bytes of a token
 NAME = "lookup"  # of the tree, in statistics
 MAX_DRAFT = 16  # tokens of one draft
 DECAY = 0.98  # weight of the past per observation
@@ -24,6 +27,48 @@ PRIOR = (0.5, 0.55, 0.6, 0.7, 0.8, 0.85)  # chance of a token, by length of the 
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
 PRIOR_COST = 0.05  # of a node, against that of a step without any
 PROBE_EVERY = 64  # matches of one kind without a draft, and a token is tried all the same
+
+
+class TokenText:
+    """The tokens of one sequence as bytes, so that a search runs at the speed of memory and nothing
+    has to be indexed: a few microseconds for a thousand tokens."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._bytes) // WIDTH
+
+    def follow(self, token_ids: Tokens[int]) -> None:
+        """Take in what came behind the tokens known so far."""
+        self._bytes += array("i", token_ids[len(self) :]).tobytes()
+
+    def longest_match(self) -> tuple[int, int]:
+        """The most of the newest tokens that stood together before, one of `LENGTHS` (0: none), and
+        the place behind where they stood last."""
+        found = (0, 0)
+        for length in LENGTHS:
+            if length >= len(self):
+                break
+            at = self._last_place_of(self._bytes[-length * WIDTH :])
+            if at < 0:
+                break
+            found = (length, at + length)
+        return found
+
+    def continued(self, place: int, count: int) -> list[int]:
+        """The `count` tokens from `place` on; where the text ends, its repetition goes on."""
+        here = array("i", bytes(self._bytes[place * WIDTH : (place + count) * WIDTH])).tolist()
+        while len(here) < count:
+            here.append(here[len(here) - (len(self) - place)])
+        return here
+
+    def _last_place_of(self, pattern: bytearray) -> int:
+        """Of whole tokens, the newest one left out; -1 if there is none."""
+        at = self._bytes.rfind(pattern, 0, len(self._bytes) - WIDTH)
+        while at >= 0 and at % WIDTH:  # begins inside a token
+            at = self._bytes.rfind(pattern, 0, at + len(pattern) - 1)
+        return at // WIDTH if at >= 0 else -1
 
 
 @dataclass(slots=True)
@@ -105,9 +150,9 @@ class HeadAcceptance:
 class Lookup:
     """Drafts for the rows of one scheduler. Only speed depends on it."""
 
-    _texts: dict[str, TokenText] = field(default_factory=dict)
+    _texts: dict[int, TokenText] = field(default_factory=dict)  # by line
     _chances: dict[tuple[int, bool], Chance] = field(default_factory=dict)
-    _matches: dict[str, tuple[int, bool]] = field(default_factory=dict)  # of the step's drafts
+    _matches: dict[int, tuple[int, bool]] = field(default_factory=dict)  # of the step's drafts
     _time: StepTime = field(default_factory=StepTime)
     _head: HeadAcceptance = field(default_factory=HeadAcceptance)
 
@@ -118,10 +163,10 @@ class Lookup:
             num_rows: that decode in this step.
             has_rival: the draft head would draft for this row.
         """
-        self._matches.pop(seq.request_id, None)
+        self._matches.pop(seq.line, None)
         if most < 1:
             return []
-        text = self._texts.setdefault(seq.request_id, TokenText())
+        text = self._texts.setdefault(seq.line, TokenText())
         text.follow(seq.token_ids)
         length, place = text.longest_match()
         if length == 0:
@@ -135,24 +180,24 @@ class Lookup:
             count = known.probe()
         if count < 1:
             return []
-        self._matches[seq.request_id] = match
+        self._matches[seq.line] = match
         return text.continued(place, count)
 
-    def forget(self, request_id: str) -> None:
-        """The sequence has ended."""
-        self._texts.pop(request_id, None)
-        self._matches.pop(request_id, None)
+    def forget(self, line: int) -> None:
+        """The sequence has left its line."""
+        self._texts.pop(line, None)
+        self._matches.pop(line, None)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Learn from what a step accepted, and from how long it took."""
         accepted_of_head: list[int] = []
         for row, result in zip(plan.rows, outcome.rows, strict=True):
-            if row.draft and row.request_id in self._matches:
-                chance = self._chance(self._matches[row.request_id])
+            if row.draft and row.line in self._matches:
+                chance = self._chance(self._matches[row.line])
                 chance.observe(result.num_draft, len(result.path))
             elif row.num_draft:  # none verified: the head has failed, or knows nothing of the row
                 accepted_of_head.append(len(result.path))
-        if not all(row.samples and len(row.token_ids) == 1 for row in plan.rows):
+        if not plan.only_decodes:
             return  # prompts in between: neither time tells anything about decoding
         self._observe_time(plan.rows, outcome, accepted_of_head)
 
@@ -173,7 +218,7 @@ class Lookup:
 
 def tree_name(plan: StepPlan) -> str:
     """What the step's trees are counted as: the head's shape, lookups alone, or roots."""
-    if any(row.num_draft and not row.draft for row in plan.rows):
+    if any(row.is_drafted for row in plan.rows):
         return plan.shape.name
     return NAME if any(row.draft for row in plan.rows) else ROOT.name
 

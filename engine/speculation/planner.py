@@ -14,11 +14,6 @@ from engine.step.shape import ROOT, StaticShape, TreeShape
 class Planner(Protocol):
     """Chooses a shape per step. Only speed depends on it."""
 
-    @property
-    def measures(self) -> bool:
-        """Whether `choose` times steps of its own: nothing may be in flight then."""
-        ...
-
     def choose(self, num_drafting: int) -> TreeShape:
         """The shape for a step with `num_drafting` rows that could carry a tree."""
         ...
@@ -33,7 +28,6 @@ class FixedPlanner:
     """Always the same shape."""
 
     shape: TreeShape = ROOT
-    measures = False
 
     def choose(self, num_drafting: int) -> TreeShape:
         return self.shape if num_drafting else ROOT
@@ -127,16 +121,12 @@ class AdaptivePlanner:
     that a change of the traffic is noticed; a probe for which there was no room stays due, and one
     whose outcome is awaited while the next step is planned comes twice."""
 
-    measures = False
-
     def __init__(
-        self, shapes: Sequence[TreeShape], costs: StepCosts, probe_every: int = 64
+        self, shapes: Sequence[StaticShape], costs: StepCosts, probe_every: int = 64
     ) -> None:
-        """`shapes`: the candidates besides the root alone, the cheapest first. Static ones: of a
-        dynamic shape, the acceptance by rank does not tell how many tokens to expect."""
-        static = [shape for shape in shapes if isinstance(shape, StaticShape)]
-        assert len(static) == len(shapes), "dynamic trees are refused before"
-        self._shapes = (ROOT, *static)
+        """`shapes`: the candidates besides the root alone, the cheapest first. They are static: the
+        acceptance by rank does not tell how many tokens to expect of a dynamic one."""
+        self._shapes = (ROOT, *shapes)
         self._costs = costs
         self._acceptance = Acceptance()
         self._current: dict[int, StaticShape] = {}
@@ -154,11 +144,9 @@ class AdaptivePlanner:
         return self._probing(current)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        if any(row.num_draft and not row.draft for row in plan.rows):
+        if any(row.is_drafted for row in plan.rows):
             self._since_drafts = 0
-        shape = plan.shape
-        if not isinstance(shape, StaticShape):
-            return
+        shape = next((shape for shape in self._shapes if shape == plan.shape), ROOT)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
             if result.num_draft and not row.draft:
                 self._acceptance.observe(shape, 1 + result.num_draft, result.path)
@@ -171,4 +159,4 @@ class AdaptivePlanner:
     def _probing(self, chosen: StaticShape) -> StaticShape:
         self._since_drafts += 1
         due = self._since_drafts >= self._probe_every and len(self._shapes) > 1
-        return self._shapes[1] if chosen is ROOT and due else chosen
+        return self._shapes[1] if chosen == ROOT and due else chosen

@@ -14,15 +14,14 @@ from kernels.ops import AttentionMeta, Ops
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """All rows of a step, packed along T: decode roots, tree nodes and prefill chunks alike."""
+    """All rows of a step, packed along T: decode roots, tree nodes and prefill chunks alike. Tokens
+    that belong to no row of `attention.cu_q` are padding: their KV goes to scratch, and what is
+    computed for them means nothing."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64, where each token's KV goes
     attention: AttentionMeta
-    sampled: Tensor  # [R] int64, indices into T of all tree nodes: where logits are needed
-    tree_of_node: Tensor  # [R] int64, which tree (row that draws) each belongs to
-    node_of_node: Tensor  # [R] int64, which node of that tree it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 MAX_NODES = 64  # one 64-bit ancestor mask per node
 
 
-@dataclass(frozen=True, slots=True)
-class StaticShape:
+class StaticShape(msgspec.Struct, frozen=True, array_like=True, tag="static"):
     """A fixed tree: `parents[i]` is the parent of node i, -1 for the root (node 0), and comes
-    before it. The children of a node are the best, second best, ... candidate behind it."""
+    before it. The children of a node are its best, second best, ... candidate."""
 
     name: str
     parents: tuple[int, ...]
@@ -40,6 +41,8 @@ class StaticShape:
 
     def first(self, num_nodes: int) -> StaticShape:
         """The first nodes, which are a tree again."""
+        if num_nodes >= self.num_nodes:
+            return self
         return StaticShape(self.name, self.parents[:num_nodes])
 
     @property
@@ -52,13 +55,17 @@ class StaticShape:
         return max(self.depths)
 
     @property
+    def most_children(self) -> int:
+        """Of any node: so many tokens are told apart."""
+        return max(Counter(self.parents[1:]).values(), default=0)
+
+    @property
     def ancestors(self) -> tuple[int, ...]:
         """Of every node, a bit mask over nodes with the node itself (unsigned)."""
         return ancestors_of(self.parents)
 
 
-@dataclass(frozen=True, slots=True)
-class DynamicShape:
+class DynamicShape(msgspec.Struct, frozen=True, array_like=True, tag="dynamic"):
     """EAGLE-2 (arXiv:2406.16858): at every level the `top_k` likeliest nodes of the level get
     `top_k` children each; of all nodes the likeliest `num_nodes - 1` are kept, besides the root."""
 
@@ -92,6 +99,15 @@ class DynamicShape:
     def slots_for(self, num_nodes: int) -> int:
         """Slots a row needs: frontiers are drafted whole, however few nodes are kept."""
         return max(num_nodes, self.num_drafted)
+
+    def first(self, num_nodes: int) -> DynamicShape:
+        """A tree of the likeliest `num_nodes` nodes only."""
+        return msgspec.structs.replace(self, num_nodes=max(2, min(num_nodes, self.num_nodes)))
+
+    @property
+    def most_children(self) -> int:
+        """Of any node: so many tokens are told apart."""
+        return self.top_k
 
 
 TreeShape = StaticShape | DynamicShape

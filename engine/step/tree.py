@@ -14,14 +14,15 @@ from engine.step.shape import StaticShape, chain, signed
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """One tree per row, parents before children. Node 0 is the root: the newest committed token,
-    whose KV is not in the cache yet. Nodes behind a row's size have parent -1 and token -1."""
+    whose KV is not in the cache yet. Nodes from a row's size on are unused: their parent is -1, and
+    their tokens, depths and masks mean nothing."""
 
     tokens: Tensor  # [B, N] int64
     parents: Tensor  # [B, N] int64, -1 for the root
     depths: Tensor  # [B, N] int64, root 0
     ancestors: Tensor  # [B, N] int64 bit mask over nodes, own bit included
     sizes: Tensor  # [B] int64
-    max_depth: int
+    max_depth: int  # no node lies deeper
 
     @classmethod
     def roots(cls, tokens: Tensor) -> DraftTree:
@@ -37,67 +38,83 @@ class DraftTree:
         )
 
     @classmethod
-    def chains(cls, roots: Tensor, drafts: Sequence[Sequence[int]]) -> DraftTree:
-        """Below each root [B] a chain of the tokens in `drafts`."""
-        width = max(map(len, drafts))
-        padded = [[*draft, *[-1] * (width - len(draft))] for draft in drafts]
-        below = torch.tensor(padded, dtype=roots.dtype, device=roots.device)
-        sizes = torch.tensor([1 + len(draft) for draft in drafts], device=roots.device)
-        return cls.of_shape(chain(width), torch.cat((roots[:, None], below), dim=1), sizes)
-
-    @classmethod
     def of_shape(cls, shape: StaticShape, tokens: Tensor, sizes: Tensor) -> DraftTree:
         """The same shape for all rows, filled with `tokens` [B, N]. Row b keeps its first
         `sizes[b]` nodes, which are a tree again."""
         masks = [signed(mask) for mask in shape.ancestors]
 
         def spread(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, device=tokens.device).expand_as(tokens)
+            return torch.tensor(values, dtype=torch.int64).to(tokens.device).expand_as(tokens)
 
-        return cls(
-            tokens, spread(shape.parents), spread(shape.depths), spread(masks), sizes, 0
-        ).cut(sizes)
-
-    def with_rows(self, rows: Tensor, trees: DraftTree) -> DraftTree:
-        """These trees, with those of `rows` [B'] replaced."""
-        width = max(self.tokens.shape[1], trees.tokens.shape[1])
-
-        def put(own: Tensor, new: Tensor, unused: int) -> Tensor:
-            out = own.new_full((len(own), width), unused)
-            out[:, : own.shape[1]] = own
-            out[rows] = unused
-            out[rows, : new.shape[1]] = new
-            return out
-
-        return DraftTree(
-            tokens=put(self.tokens, trees.tokens, -1),
-            parents=put(self.parents, trees.parents, -1),
-            depths=put(self.depths, trees.depths, 0),
-            ancestors=put(self.ancestors, trees.ancestors, 0),
-            sizes=self.sizes.index_put((rows,), trees.sizes),
-            max_depth=max(self.max_depth, trees.max_depth),
+        tree = cls(
+            tokens=tokens,
+            parents=spread(shape.parents),
+            depths=spread(shape.depths),
+            ancestors=spread(masks),
+            sizes=sizes,
+            max_depth=shape.max_depth,
         )
+        return tree.cut(sizes)
 
     def cut(self, sizes: Tensor) -> DraftTree:
         """Keep the first `sizes` [B] nodes of each row."""
         nodes = torch.arange(self.tokens.shape[1], device=sizes.device)
-        behind = nodes >= sizes[:, None]  # [B, N]
-        depths = self.depths.masked_fill(behind, 0)
-        width = int(sizes.max())
+        parents = self.parents.masked_fill(nodes >= sizes[:, None], -1)
+        return DraftTree(self.tokens, parents, self.depths, self.ancestors, sizes, self.max_depth)
+
+    def with_chains(self, tokens: Tensor, lengths: Tensor) -> DraftTree:
+        """Rows with a known draft get it as a chain below their root; the others keep their tree.
+
+        Args:
+            tokens: [B, K] of the drafts.
+            lengths: [B] of the drafts, 0 where there is none.
+        """
+        known = torch.cat((self.tokens[:, :1], tokens), dim=1)
+        chains = DraftTree.of_shape(chain(tokens.shape[1]), known, 1 + lengths)
+        return chains.where(lengths > 0, self)
+
+    def where(self, rows: Tensor, other: DraftTree) -> DraftTree:
+        """These trees where `rows` [B] bool, those of `other` elsewhere."""
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+
+        def pick(name: str, unused: int) -> Tensor:
+            own, theirs = (widened(getattr(tree, name), width, unused) for tree in (self, other))
+            return torch.where(rows[:, None], own, theirs)
+
         return DraftTree(
-            tokens=self.tokens.masked_fill(behind, -1)[:, :width],
-            parents=self.parents.masked_fill(behind, -1)[:, :width],
-            depths=depths[:, :width],
-            ancestors=self.ancestors[:, :width],
-            sizes=sizes,
-            max_depth=int(depths.max()),
+            tokens=pick("tokens", 0),
+            parents=pick("parents", -1),
+            depths=pick("depths", 0),
+            ancestors=pick("ancestors", 1),
+            sizes=torch.where(rows, self.sizes, other.sizes),
+            max_depth=max(self.max_depth, other.max_depth),
         )
+
+    def narrowed(self) -> DraftTree:
+        """As narrow and as deep as the nodes in use, which the host has to look at."""
+        width = int(self.sizes.max())
+        used = torch.arange(width, device=self.sizes.device) < self.sizes[:, None]
+        depths = self.depths[:, :width]
+        return DraftTree(
+            tokens=self.tokens[:, :width],
+            parents=self.parents[:, :width],
+            depths=depths,
+            ancestors=self.ancestors[:, :width],
+            sizes=self.sizes,
+            max_depth=int(torch.where(used, depths, 0).max()),
+        )
+
+
+def widened(part: Tensor, width: int, unused: int) -> Tensor:
+    """[B, N] -> [B, width], `unused` in what is added."""
+    missing = width - part.shape[1]
+    return part if missing == 0 else torch.nn.functional.pad(part, (0, missing), value=unused)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
     """The accepted path of each row and what it emits (accepted tokens, then the bonus token)."""
 
-    path: Tensor  # [B, max_depth + 1] int64 node ids from the root, -1 behind the end
+    path: Tensor  # [B, max_depth + 1] int64 node ids from the root, -1 after the end
     num_accepted: Tensor  # [B] int64
-    emitted: Tensor  # [B, max_depth + 1] int64 tokens, -1 behind the bonus
+    emitted: Tensor  # [B, max_depth + 1] int64 tokens, -1 after the bonus

@@ -1,13 +1,16 @@
-"""What draft nodes get of a step: budget and slots that nobody else wants."""
+"""What draft nodes get of a step: budget and slots that nobody else wants; and what became of
+them."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.kv.manager import KVManager
 from engine.request import Sequence
-from engine.scheduler.plan_draft import PlanDraft
+from engine.scheduler.planning import PlanDraft
 from engine.speculation.lookup import Lookup
 from engine.step.shape import TreeShape
 
@@ -29,12 +32,14 @@ class DraftRoom:
 
     kv: KVManager
     max_len: int  # positions of one sequence
-    lookahead: int  # slots that the proposer needs behind a row's last token
+    lookahead: int  # slots that the proposer needs after a row's last token
     lookup: Lookup | None  # None: the proposer alone drafts
 
     def slots(self, seq: Sequence, num_tokens: int, awaited: Awaited = NOTHING) -> int:
-        """Slots a sequence needs for its next `num_tokens` tokens and nodes behind `awaited`."""
-        end = seq.num_computed + awaited.most + num_tokens
+        """Slots a sequence needs for its next `num_tokens` tokens and nodes, after those that a
+        step in flight adds."""
+        first = len(seq.token_ids) - 1 if awaited.most else seq.num_computed
+        end = first + awaited.most + num_tokens
         return min(end + self.lookahead, self.max_len)
 
     def most_nodes(self, seq: Sequence, awaited: Awaited = NOTHING) -> int:
@@ -49,22 +54,22 @@ class DraftRoom:
     def set_aside(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
         """Share what budget there is for draft nodes among the rows planned so far."""
         for seq in running:
-            if seq.request_id in plan.rows:
+            if seq.line in plan.rows:
                 room = self.room(seq, shape, plan.spare)
                 found = self._found(plan, seq, has_rival=room > 0)
-                plan.set_aside(seq.request_id, len(found) or room, found)
+                plan.set_aside(seq, len(found) or room, found)
 
     def grow(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
         """Reserve slots for draft nodes once everybody else has theirs: they preempt nobody and
-        keep nobody out."""
+        keep nobody out. A row without slots drafts nothing."""
         for seq in running:
-            num_draft = plan.num_draft.get(seq.request_id, 0)
-            if num_draft == 0:
+            row = plan.rows.get(seq.line)
+            if row is None or row.num_draft == 0:
                 continue
-            nodes = 1 + num_draft
-            own = nodes if plan.found[seq.request_id] else shape.slots_for(nodes)
-            if self.kv.reserve(seq, self.slots(seq, own)):
-                plan.grow(seq.request_id)
+            nodes = 1 + row.num_draft
+            own = nodes if row.found else shape.slots_for(nodes)
+            if not self.kv.reserve(seq, self.slots(seq, own)):
+                row.num_draft, row.found = 0, ()
 
     def room(self, seq: Sequence, shape: TreeShape, spare: int, awaited: Awaited = NOTHING) -> int:
         """How many nodes of `shape` may hang below this sequence's root in a step that has budget
@@ -80,3 +85,35 @@ class DraftRoom:
         wanted = seq.request.params.max_tokens - seq.num_output - 1
         most = min(wanted, plan.spare, self.most_nodes(seq))
         return self.lookup.draft(seq, most, plan.num_decoding, has_rival=has_rival)
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """What became of draft nodes since start."""
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    steps_by_tree: Counter[str] = field(default_factory=Counter)
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
+    num_faults: int = 0  # as the runner counts them
+    failed: bool = False
+
+    def add_step(self, tree: str, seconds: Mapping[str, float]) -> None:
+        """A step that verified trees of this shape, and how long its parts took."""
+        self.steps_by_tree[tree] += 1
+        for part, spent in seconds.items():
+            self.seconds_by_part[part] = self.seconds_by_part.get(part, 0.0) + spent
+
+    def add_tree(self, num_draft: int, num_accepted: int) -> None:
+        """A tree with `num_draft` nodes besides the root, of which a path was accepted."""
+        if num_draft == 0:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_draft
+        self.num_accepted_tokens += num_accepted
+        missing = num_accepted - len(self.accepted_per_position)
+        self.accepted_per_position += [0] * missing
+        for depth in range(num_accepted):
+            self.accepted_per_position[depth] += 1

@@ -1,0 +1,104 @@
+"""A step plan while it is being made: rows can be taken out again when their sequence is
+preempted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.request import Sequence
+from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan
+from engine.step.shape import TreeShape
+
+
+@dataclass(slots=True)
+class RowDraft:
+    """A row in the making. Its blocks are looked at last, when all slots are reserved."""
+
+    seq: Sequence
+    num_tokens: int
+    num_draft: int = 0  # nodes that have a share of the budget
+    found: tuple[int, ...] = ()  # their tokens, if they are a chain found in the text
+
+    def finished(self) -> RowPlan:
+        seq = self.seq
+        start, end = seq.num_computed, seq.num_computed + self.num_tokens
+        samples = end == len(seq.token_ids)
+        return row_plan(
+            seq,
+            start,
+            tuple(seq.token_ids[start:end]),
+            samples=samples,
+            num_draft=self.num_draft,
+            draft=self.found,
+            next_token=UNKNOWN if samples else seq.token_ids[end],
+        )
+
+
+class PlanDraft:
+    """A plan in the making."""
+
+    def __init__(self, budget: int, num_decoding: int) -> None:
+        self.budget = budget
+        self.num_decoding = num_decoding
+        self.spare = budget - num_decoding  # for draft nodes: every root has its token first
+        self.rows: dict[int, RowDraft] = {}  # by line
+        self.admitted: dict[int, Admission] = {}
+        self.preempted_any = False
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        self.rows[seq.line] = RowDraft(seq, num_tokens)
+        self.budget -= num_tokens
+
+    def set_aside(self, seq: Sequence, num_draft: int, found: Iterable[int] = ()) -> None:
+        """Spend budget on draft nodes of a row, whose tokens are `found` if they are known."""
+        row = self.rows[seq.line]
+        row.num_draft, row.found = num_draft, tuple(found)
+        self.budget -= num_draft
+        self.spare -= num_draft
+
+    def drop_drafts(self) -> None:
+        """Blocks have run out: no row drafts in this step."""
+        for row in self.rows.values():
+            row.num_draft, row.found = 0, ()
+
+    def take_out(self, seq: Sequence) -> None:
+        row = self.rows.pop(seq.line, None)
+        if row is not None:
+            self.budget += row.num_tokens + row.num_draft
+            self.spare += row.num_draft
+
+    def finished(self, released: Iterable[int], shape: TreeShape) -> StepPlan:
+        """The plan, once all slots are reserved."""
+        return StepPlan(
+            rows=tuple(row.finished() for row in self.rows.values()),
+            admitted=tuple(a for line, a in self.admitted.items() if line in self.rows),
+            released=tuple(released),
+            shape=shape,
+        )
+
+
+def row_plan(
+    seq: Sequence,
+    start: int,
+    token_ids: tuple[int, ...],
+    *,
+    samples: bool,
+    num_draft: int,
+    draft: tuple[int, ...] = (),
+    next_token: int = UNKNOWN,
+) -> RowPlan:
+    """A row of a plan that is launched for certain: the executor knows all of the sequence's
+    blocks from now on."""
+    first, seq.num_planned_blocks = seq.num_planned_blocks, len(seq.block_ids)
+    return RowPlan(
+        line=seq.line,
+        start=start,
+        token_ids=token_ids,
+        first_block=first,
+        new_blocks=tuple(seq.block_ids[first:]),
+        samples=samples,
+        num_draft=num_draft,
+        draft=draft,
+        next_token=next_token,
+    )
