@@ -1,7 +1,8 @@
 """The operation table: one typed callable per operation, chosen once at start.
 
 Legend of shapes: T packed tokens of the step, B rows, H hidden size, Hq / Hkv query and KV heads,
-D head dimension, F feed-forward size, V vocabulary, S block size, R sampled nodes.
+D head dimension, F feed-forward size, V vocabulary, S block size, R sampled nodes, C candidates and
+N nodes of a tree.
 
 A model never names a backend; it calls `ops.<operation>`. Every backend of an operation computes
 what `kernels/<operation>/reference.py` computes.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,20 @@ class AttentionMeta:
 
 
 @dataclass(frozen=True, slots=True)
+class Backend:
+    """What carries out an operation."""
+
+    name: str  # "reference" | "native" | "triton" | "cublas"
+    # Why the reference stands in for something quicker, or the instructions that the name omits
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.reason is None else f"{self.name} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
 class Ops:
-    """All operations of one backend mix, plus the name of the backend behind each."""
+    """All operations of one backend mix, plus the backend of each."""
 
     # (weight [N, K] of the storage dtype, bias [N] or None) -> LinearWeight
     pack_linear: Callable[[Tensor, Tensor | None], LinearWeight]
@@ -75,25 +88,26 @@ class Ops:
     kv_move: Callable[[Sequence[Tensor], Tensor, Tensor], None]
     # (gate_up [T, 2F], gate first) -> [T, F] silu(gate) * up
     silu_and_mul: Callable[[Tensor], Tensor]
-    # (logits [R, V] float32, keys [R] int64) -> [R] int64: argmax(logits + Gumbel(key, token)).
-    # -inf logits are never drawn
-    gumbel_argmax: Callable[[Tensor, Tensor], Tensor]
     # (logits [R, V] float32) -> [R] int64
     argmax: Callable[[Tensor], Tensor]
-    # (logits [R, V] float32) -> [R] float32: log(sum(exp(logits)))
-    logsumexp: Callable[[Tensor], Tensor]
-    # (logits [R, V] float32, settings) -> [R] int64 tokens: from edits to noise, see
-    # kernels/sampling/pipeline_reference.py. The logits are left as they are
+    # (logits [R, V] float32, edits) -> [R, V] a copy after penalties and bias. This and the next
+    # two: see kernels/sampling/pipeline_reference.py
+    edit_logits: Callable[[Tensor, LogitEdits], Tensor]
+    # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits are left as they are
     draw: Callable[[Tensor, DrawSettings], Tensor]
+    # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
+    # best under the raw logits
+    score: Callable[[Tensor, Tensor, int], Scores]
     # (frontier scores [B, K], scores [B, K, W], n) -> tokens [B, K, n] int64 (places in W),
     # cumulative scores [B, K, n], next frontier [B, n] int64; see kernels/tree/reference.py
     tree_expand: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    # (candidates' tokens, parents, scores [B, C], root tokens [B], N) -> tokens, parents [B, N]
-    tree_select: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    # (candidates' tokens, parents, scores [B, C], root tokens [B], limits [B] int64, N) -> tokens,
+    # parents [B, N]: of row b the root and its best limits[b] - 1 candidates, -1 after these
+    tree_select: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
     # (parents [B, N] int64) -> ancestor masks and depths [B, N] int64
     tree_ancestors: Callable[[Tensor], tuple[Tensor, Tensor]]
     # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
     # emitted [B, max_depth + 1]
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     activation_dtype: torch.dtype
-    backends: dict[str, str]  # operation -> "reference" | "native" | "triton"
+    backends: dict[str, Backend]  # by operation

@@ -15,11 +15,12 @@ from kernels.native.build import NativeUnavailableError, build_library
 from kernels.native.library import NativeLibrary
 from kernels.native.ops import NativeOps
 from kernels.norm import reference as norm
-from kernels.ops import Ops
+from kernels.ops import Backend, Ops
 from kernels.rope import reference as rope
 from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference as sampling
 from kernels.sampling.torch_draw import TorchDraw
+from kernels.sampling.torch_edit import edit_logits
 from kernels.tree import reference as tree
 
 OPERATIONS = (
@@ -31,16 +32,17 @@ OPERATIONS = (
     "attention",
     "kv_move",
     "silu_and_mul",
-    "gumbel_argmax",
     "argmax",
-    "logsumexp",
+    "edit_logits",
     "draw",
+    "score",
     "tree_expand",
     "tree_select",
     "tree_ancestors",
     "tree_walk",
 )
-TREE_OPERATIONS = tuple(name for name in OPERATIONS if name.startswith("tree_"))
+# In plain torch on every CPU
+TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors", "tree_walk")
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -85,7 +87,7 @@ def _native_or_reference(
     except NativeUnavailableError as error:
         if backend == "native":
             raise
-        return reference_ops(torch.device("cpu"), storage_dtype, name=f"reference ({error})")
+        return reference_ops(torch.device("cpu"), storage_dtype, reason=str(error))
     return native_ops(NativeOps(library, storage_dtype))
 
 
@@ -95,7 +97,7 @@ def _triton_or_reference(backend: str, device: torch.device, storage_dtype: torc
         return triton_ops(storage_dtype)
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
-    return reference_ops(device, storage_dtype, name=f"reference ({reason})")
+    return reference_ops(device, storage_dtype, reason)
 
 
 def _why_not_triton(device: torch.device) -> str | None:
@@ -118,7 +120,7 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
 
 
 def native_ops(native: NativeOps) -> Ops:
-    """The C++ kernels for every operation but those on trees, which are small."""
+    """The C++ kernels for every operation but edits and those on trees, which are small."""
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -129,18 +131,18 @@ def native_ops(native: NativeOps) -> Ops:
         attention=native.attention,
         kv_move=native.kv_move,
         silu_and_mul=native.silu_and_mul,
-        gumbel_argmax=native.gumbel_argmax,
         argmax=native.argmax,
-        logsumexp=native.logsumexp,
+        edit_logits=edit_logits,
         draw=TorchDraw(native.argmax, native.gumbel_argmax),
+        score=native.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         activation_dtype=torch.float32,
-        backends=dict.fromkeys(OPERATIONS, "native")
+        backends=dict.fromkeys(OPERATIONS, Backend("native"))
         | native.backends
-        | dict.fromkeys(TREE_OPERATIONS, "reference"),
+        | dict.fromkeys(TORCH_OPERATIONS, Backend("reference")),
     )
 
 
@@ -152,8 +154,10 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
     from kernels.linear import triton_kernel as linear
     from kernels.norm import triton_kernel as norm
     from kernels.rope import triton_kernel as rope
+    from kernels.sampling import triton_edit as edit
     from kernels.sampling import triton_kernel as sampling
     from kernels.sampling import triton_pipeline as pipeline
+    from kernels.sampling import triton_score as score
     from kernels.tree import triton_kernel as tree
 
     return Ops(
@@ -166,23 +170,26 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         attention=attention.attention,
         kv_move=kv.KVMove(),
         silu_and_mul=activation.silu_and_mul,
-        gumbel_argmax=sampling.gumbel_argmax,
         argmax=sampling.argmax,
-        logsumexp=sampling.logsumexp,
-        draw=pipeline.draw_tokens,
+        edit_logits=edit.edit_logits,
+        draw=pipeline.draw,
+        score=score.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         activation_dtype=storage_dtype,
-        backends=dict.fromkeys(OPERATIONS, "triton") | {"linear": "cublas"},
+        backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
     )
 
 
-def reference_ops(device: torch.device, storage_dtype: torch.dtype, name: str = "reference") -> Ops:
-    """Plain torch for everything. On a CPU activations are float32, elsewhere as stored."""
+def reference_ops(
+    device: torch.device, storage_dtype: torch.dtype, reason: str | None = None
+) -> Ops:
+    """Plain torch for everything; `reason` says why, unless it was asked for. On a CPU activations
+    are float32, elsewhere as stored."""
     on_cpu = device.type == "cpu"
-    draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else pipeline.draw_tokens
+    draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else pipeline.draw
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
@@ -193,14 +200,14 @@ def reference_ops(device: torch.device, storage_dtype: torch.dtype, name: str = 
         attention=attention.attention,
         kv_move=kv.kv_move,
         silu_and_mul=activation.silu_and_mul,
-        gumbel_argmax=sampling.gumbel_argmax,
         argmax=sampling.argmax,
-        logsumexp=sampling.logsumexp,
+        edit_logits=edit_logits if on_cpu else pipeline.edit_logits,
         draw=draw,
+        score=pipeline.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,
-        backends=dict.fromkeys(OPERATIONS, name),
+        backends=dict.fromkeys(OPERATIONS, Backend("reference", reason)),
     )

@@ -243,7 +243,7 @@ def _core(
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
         eos_token_ids=sorted(target.eos_token_ids),
-        ops=place.ops.backends,
+        ops={name: str(backend) for name, backend in place.ops.backends.items()},
         device=str(place.device),
         draft=drafting.facts,
     )

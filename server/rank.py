@@ -154,7 +154,7 @@ def _place(config: Config, group: TPGroup, device: torch.device, dtype: torch.dt
     threads = threads_per_rank(config)
     ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     # Native operations have their own threads; two pools would fight for the cores.
-    torch.set_num_threads(1 if "native" in ops.backends["linear"] else threads)
+    torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
     return Place(group, Shard(group.rank, group.size), device, ops)
 
 
@@ -248,7 +248,7 @@ def round_settings(config: Config, place: Place) -> RoundSettings | None:
     less."""
     if place.device.type == "cpu":
         return None
-    capturable = place.device.type == "cuda" and place.ops.backends["attention"] == "triton"
+    capturable = place.device.type == "cuda" and place.ops.backends["attention"].name == "triton"
     return RoundSettings(
         config.scheduler.max_num_seqs, capturable and config.kernels.graphs == "auto"
     )

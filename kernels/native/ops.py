@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.native.library import NativeLibrary, pointer
-from kernels.ops import AttentionMeta, LinearWeight
+from kernels.ops import AttentionMeta, Backend, LinearWeight
+from kernels.sampling.pipeline_reference import Scores, scores_with
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_HEAD_DIM = 256
@@ -26,7 +27,8 @@ class NativeOps:
         tiles = "_amx" if amx else ""
         self.library = library  # keeps the thread pool alive
         # What runs on matrix tiles, with inputs rounded to bfloat16.
-        self.backends = dict.fromkeys(("linear", "attention"), "native (amx)" if amx else "native")
+        backend = Backend("native", "amx" if amx else None)
+        self.backends = dict.fromkeys(("linear", "attention"), backend)
         self._pool = library.pool
         self._dtype, self._suffix = storage_dtype, suffix
         self._pack = library.call(f"aerie_pack_{suffix}")
@@ -202,3 +204,6 @@ class NativeOps:
         out = torch.empty(len(logits))
         self._logsumexp(self._pool, logits.data_ptr(), *logits.shape, out.data_ptr())
         return out
+
+    def score(self, logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
+        return scores_with(self.logsumexp(logits), logits, tokens, num_top)

@@ -1,7 +1,9 @@
 """From logits to one token per row, with every feature of a request, in plain torch.
 
-Order: repetition penalty, frequency and presence penalties, bias, grammar mask, temperature, then
-top-k, top-p (over what top-k kept) and min-p, then the arg-max with the noise of (seed, position).
+Two operations, one after the other. `edit_logits`: repetition penalty, frequency and presence
+penalties, bias. `draw`: grammar mask, temperature, then top-k, top-p (over what top-k kept) and
+min-p, then the arg-max with the noise of (seed, position). A third, `score`, says how likely tokens
+are under the raw logits.
 Every filter is a threshold on the scaled logits of its row; tokens that tie with the last one kept
 are kept too, so a token t is drawn only if
 
@@ -21,34 +23,67 @@ from torch import Tensor
 
 from kernels.sampling.reference import gumbel_argmax, noise_keys
 
-ABSENT = -1  # count of a token that is neither in the prompt nor in the output
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What R rows have seen, and what that costs a token.
+
+    Row r continues the text of line lines[r] after the drafted tokens paths[r]. A row whose three
+    strengths are off keeps its logits, whatever the counts of its line hold.
+    """
+
+    counts: Tensor  # [L, V] int32: twice the occurrences in the output, plus 1 if in the prompt
+    lines: Tensor  # [R] int64
+    paths: Tensor  # [R, D] int64, -1: no token. They count as output
+    repetition: Tensor  # [R] float32, 1 is off
+    frequency: Tensor  # [R] float32, 0 is off
+    presence: Tensor  # [R] float32, 0 is off
+
+    @property
+    def active(self) -> Tensor:
+        """[R] bool: rows with a strength that is not off."""
+        return (self.repetition != 1) | (self.frequency != 0) | (self.presence != 0)
+
+
+@dataclass(frozen=True, slots=True)
+class BiasEntries:
+    """B lists of at most M entries, each a number to add to the logit of one token. A token may
+    have two, its bias and one that forbids it."""
+
+    lists: Tensor  # [R] int64, which list applies to each row
+    ids: Tensor  # [B, M] int64 token ids, -1: no entry
+    values: Tensor  # [B, M] float32 to add; -inf forbids the token
+    until: Tensor  # [B, M] int64: the entry applies where the drawn token's position is below it
 
 
 @dataclass(frozen=True, slots=True)
 class LogitEdits:
-    """Changes to the logits of R rows. Row r owns the entries offsets[r] .. offsets[r+1]-1, at
-    most one for each token id: what its own path has seen of the token, and the token's bias."""
+    """Changes to the logits of R rows."""
 
-    offsets: Tensor  # [R + 1] int32
-    ids: Tensor  # [E] int32, those behind offsets[R] are not looked at
-    counts: Tensor  # [E] int32 in the output; 0: in the prompt only; ABSENT: in neither
-    bias: Tensor  # [E] float32 to add, 0 without; -inf forbids the token
-    repetition: Tensor  # [R] float32, 1 is off
-    frequency: Tensor  # [R] float32, 0 is off
-    presence: Tensor  # [R] float32, 0 is off
+    positions: Tensor  # [R] int64 absolute position of the token to draw
+    penalties: Penalties | None = None
+    bias: BiasEntries | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of S tokens, and of the best alternatives to each."""
+
+    chosen: Tensor  # [S] float32
+    top_ids: Tensor  # [S, n] int64, the best first, the lower id among equals
+    top: Tensor  # [S, n] float32
 
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
     """How the tokens of R rows are drawn. Parts that no row uses may be None."""
 
-    temperature: Tensor  # [R] float32, 0 is greedy: the highest edited logit, no noise
+    temperature: Tensor  # [R] float32, 0 is greedy: the highest logit, no noise
     seeds: Tensor  # [R] int64, the bits of the unsigned seed
     positions: Tensor  # [R] int64 absolute position of the token to draw
     top_k: Tensor | None = None  # [R] int64, V when off
     top_p: Tensor | None = None  # [R] float32, 1 when off
     min_p: Tensor | None = None  # [R] float32, 0 when off
-    edits: LogitEdits | None = None
     allowed: Tensor | None = None  # [R, ceil(V / 32)] int32, bit v % 32 of word v // 32: token v
     any_sampled: bool = True  # False: all rows are greedy; True: some may not be
     any_greedy: bool = True  # False: no row is; True: some may be
@@ -58,75 +93,91 @@ class DrawSettings:
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """What was drawn; log-probabilities are of the raw logits, before edits and temperature."""
-
-    tokens: Tensor  # [R] int64
-    logprobs: Tensor | None  # [R] float32 of the drawn tokens
-    top_ids: Tensor | None  # [R, n] int64, the best first, the lower id among equals
-    top_logprobs: Tensor | None  # [R, n] float32
+def edit_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
+    """The logits [R, V] float32 after penalties and bias: a changed copy."""
+    penalties, bias = edits.penalties, edits.bias
+    edited = logits.clone() if penalties is None else _penalise(logits, penalties)
+    return edited if bias is None else _add_bias(edited, edits.positions, bias)
 
 
-def draw(logits: Tensor, settings: DrawSettings, num_top: int | None = None) -> Drawn:
-    """Draw one token per row of `logits` [R, V] float32, which are left as they are.
-
-    Args:
-        num_top: how many of the likeliest tokens to report; None: no log-probabilities at all.
-    """
-    tokens = draw_edited(edit(logits, settings), settings)
-    if num_top is None:
-        return Drawn(tokens, None, None, None)
-    normaliser = logits.logsumexp(dim=1)
-    logprobs = logits.gather(1, tokens[:, None])[:, 0] - normaliser
-    if num_top == 0:
-        return Drawn(tokens, logprobs, None, None)
-    best, ids = logits.sort(dim=1, descending=True, stable=True)
-    return Drawn(tokens, logprobs, ids[:, :num_top], best[:, :num_top] - normaliser[:, None])
+def _penalise(logits: Tensor, penalties: Penalties) -> Tensor:
+    seen = with_paths(penalties.counts[penalties.lines], penalties.paths)  # [R, V]
+    strengths = penalties.repetition, penalties.frequency, penalties.presence
+    values = penalised(logits, seen >> 1, *(part[:, None] for part in strengths))
+    return torch.where(penalties.active[:, None] & (seen > 0), values, logits)
 
 
-def draw_tokens(logits: Tensor, settings: DrawSettings) -> Tensor:
-    """The operation `draw`: [R] int64 tokens."""
-    return draw_edited(edit(logits, settings), settings)
+def with_paths(counts: Tensor, paths: Tensor) -> Tensor:
+    """`counts` [R, V] of `Penalties` after the tokens `paths` [R, D]: a changed copy."""
+    used = paths >= 0
+    return counts.scatter_add(1, torch.where(used, paths, 0), 2 * used.int())
 
 
-def edit(logits: Tensor, settings: DrawSettings) -> Tensor:
-    """The logits after penalties, bias and grammar mask: a changed copy."""
-    edited = logits.clone() if settings.edits is None else _with_edits(logits, settings.edits)
-    if settings.allowed is not None:
-        tokens = torch.arange(logits.shape[1], device=logits.device)
-        words = settings.allowed[:, tokens // 32]  # [R, V]
-        edited.masked_fill_((words >> (tokens % 32)) & 1 == 0, -torch.inf)
-    return edited
+def penalised(
+    raw: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
+) -> Tensor:
+    """Logits of tokens that were seen, `counts` times in the output.
 
-
-def _with_edits(logits: Tensor, edits: LogitEdits) -> Tensor:
-    """Repetition (arXiv:1909.05858) over prompt and output; frequency and presence over the output,
-    as the OpenAI API defines them: subtract count * frequency + (count > 0) * presence."""
-    entries = torch.arange(len(edits.ids), device=logits.device)
-    used = entries < edits.offsets[-1]
-    rows = torch.searchsorted(edits.offsets[1:].contiguous(), entries, right=True)
-    rows = rows.clamp(max=len(logits) - 1)
-    ids, counts = torch.where(used, edits.ids, 0).long(), edits.counts
-    raw = logits[rows, ids]
-    repetition = edits.repetition[rows]
+    Repetition (arXiv:1909.05858) over prompt and output; frequency and presence over the output, as
+    the OpenAI API defines them: subtract count * frequency + (count > 0) * presence."""
     values = torch.where(raw > 0, raw / repetition, raw * repetition)
-    values = values - counts * edits.frequency[rows]
-    values = values - (counts > 0) * edits.presence[rows]
-    values = torch.where(counts >= 0, values, raw) + edits.bias
-    # Unused entries go to a column of their own, so that they meet no used one.
-    columns = torch.where(used, ids, logits.shape[1])
-    wide = torch.cat((logits, logits[:, :1]), dim=1)
-    return wide.index_put((rows, columns), values)[:, : logits.shape[1]]
+    values = values - counts * frequency
+    return values - (counts > 0) * presence
 
 
-def draw_edited(edited: Tensor, settings: DrawSettings) -> Tensor:
-    """[R] tokens of edited logits: the best one of greedy rows, a draw of the others."""
+def _add_bias(edited: Tensor, positions: Tensor, bias: BiasEntries) -> Tensor:
+    ids = bias.ids[bias.lists]  # [R, M]
+    applies = (ids >= 0) & (positions[:, None] < bias.until[bias.lists])
+    # Other entries add -0.0 to token 0, which leaves every number as it is.
+    values = torch.where(applies, bias.values[bias.lists], -0.0)
+    return edited.scatter_add(1, torch.where(applies, ids, 0), values)
+
+
+def score(logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
+    """Log-probabilities of `tokens` [S] under the raw `logits` [S, V] float32, with the best
+    `num_top` alternatives of each: what the model believed, before any edit and temperature."""
+    return scores_with(logits.logsumexp(dim=1), logits, tokens, num_top)
+
+
+def scores_with(normaliser: Tensor, logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
+    """The same, given log(sum(exp(logits))) [S]."""
+    chosen = logits.gather(1, tokens[:, None])[:, 0] - normaliser
+    ids = _best_tokens(logits, num_top)
+    return Scores(chosen, ids, logits.gather(1, ids) - normaliser[:, None])
+
+
+def _best_tokens(logits: Tensor, count: int) -> Tensor:
+    """[S, V] -> [S, count] int64 ids, the best first, the lower id among equals.
+
+    `topk` leaves open which of equals it takes, so it gets integers that order by value, then by
+    lower id."""
+    S, V = logits.shape
+    if count == 0:
+        return torch.empty(S, 0, dtype=torch.int64, device=logits.device)
+    bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)  # no -0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # int32 in the order of the floats
+    lower_first = torch.arange(V - 1, -1, -1, device=logits.device)
+    return ((order.long() << 32) | lower_first).topk(count, dim=1).indices
+
+
+def draw(logits: Tensor, settings: DrawSettings) -> Tensor:
+    """One token per row of edited logits [R, V] float32, [R] int64: the best one of greedy rows, a
+    draw of the others. The logits are left as they are."""
+    logits = masked(logits, settings.allowed)
     sampled = settings.temperature > 0
-    scaled = edited / torch.where(sampled, settings.temperature, 1.0)[:, None]
+    scaled = logits / torch.where(sampled, settings.temperature, 1.0)[:, None]
     keys = noise_keys(settings.seeds, settings.positions)
     drawn = gumbel_argmax(keep(scaled, settings), keys)
-    return torch.where(sampled, drawn, edited.argmax(dim=1))
+    return torch.where(sampled, drawn, logits.argmax(dim=1))
+
+
+def masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """-inf for the tokens that a grammar mask does not allow; without a mask `logits` itself."""
+    if allowed is None:
+        return logits
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    words = allowed[:, tokens // 32]  # [R, V]
+    return logits.masked_fill((words >> (tokens % 32)) & 1 == 0, -torch.inf)
 
 
 def keep(scaled: Tensor, settings: DrawSettings) -> Tensor:

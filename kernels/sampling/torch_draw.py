@@ -1,4 +1,4 @@
-"""From logits to one token per row, for CPUs: what `pipeline_reference.draw` draws, quicker.
+"""From edited logits to one token per row, for CPUs: what `pipeline_reference.draw` draws, quicker.
 
 Only the rows that are sampled are scaled and filtered, and no row is sorted whole. Shapes depend on
 values, so on another device this waits for it; devices have kernels of their own.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits
+from kernels.sampling.pipeline_reference import DrawSettings, masked
 from kernels.sampling.reference import noise_keys
 
 FIRST_WIDTH = 256  # candidates looked at before a wider search for the top-p mass
@@ -27,7 +27,7 @@ class TorchDraw:
 
     def __call__(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         """logits [R, V] float32, which are left as they are -> [R] int64."""
-        logits = edit_logits(logits, settings)
+        logits = masked(logits, settings.allowed)
         if not settings.any_sampled:
             return self.argmax(logits)
         if not settings.any_greedy:
@@ -52,31 +52,6 @@ class TorchDraw:
             scaled = filter_logits(scaled, top_k[rows], top_p[rows], min_p[rows])
         keys = noise_keys(settings.seeds[rows], settings.positions[rows])
         return self.gumbel_argmax(scaled, keys)
-
-
-def edit_logits(logits: Tensor, settings: DrawSettings) -> Tensor:
-    """Apply penalties, bias and grammar mask. Returns `logits` itself when there are none,
-    otherwise a changed copy (the raw values are still needed for log-probabilities)."""
-    if settings.edits is not None:
-        logits = _edited(logits, settings.edits)
-    if settings.allowed is not None:
-        tokens = torch.arange(logits.shape[1])
-        words = settings.allowed[:, tokens // 32]  # [R, V]
-        logits = logits.masked_fill((words >> (tokens % 32)) & 1 == 0, -torch.inf)
-    return logits
-
-
-def _edited(logits: Tensor, edits: LogitEdits) -> Tensor:
-    """Repetition (arXiv:1909.05858) over prompt and output; frequency and presence over the output,
-    as the OpenAI API defines them: subtract count * frequency + (count > 0) * presence."""
-    rows = torch.repeat_interleave(edits.offsets.diff())
-    at = (rows, edits.ids.long())
-    raw, counts = logits[at], edits.counts
-    repetition = edits.repetition[rows]
-    values = torch.where(raw > 0, raw / repetition, raw * repetition)
-    values -= counts * edits.frequency[rows]
-    values -= (counts > 0) * edits.presence[rows]
-    return logits.index_put(at, torch.where(counts >= 0, values, raw) + edits.bias)
 
 
 def filter_logits(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Draws, arg-max and log-sum-exp of logits in Triton.
+"""Draws and arg-max of logits in Triton.
 
 A row is cut into tiles of the vocabulary, one program each, so that a single row keeps the GPU
 busy too; a second kernel joins the results of a row's tiles. The cut depends on the vocabulary
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling import triton_pipeline
+from kernels.sampling import triton_edit, triton_pipeline, triton_score
 from kernels.sampling.triton_draw import (
     MINUS_INFINITY,
     NO_TOKEN,
@@ -20,7 +20,6 @@ from kernels.sampling.triton_draw import (
     best_of_tiles,
     best_plain,
 )
-from kernels.sampling.triton_sums import logsumexp_launches
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
 TILE = 2048  # tokens of one program
@@ -82,14 +81,6 @@ def argmax(logits: Tensor, tile: int = TILE) -> Tensor:
     return _best(logits, None, tile)
 
 
-def logsumexp(logits: Tensor, tile: int = TILE) -> Tensor:
-    """As the reference: [R, V] float32 -> [R] float32."""
-    out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    for launch in logsumexp_launches(logits, out, tile):
-        launch.run()
-    return out
-
-
 def _best(logits: Tensor, keys: Tensor | None, tile: int) -> Tensor:
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     for launch in _best_launches(logits, keys, out, tile):
@@ -143,6 +134,7 @@ def launches() -> list[Launch]:
     return [
         *_best_launches(logits, keys, keys, TILE),
         *_best_launches(logits, None, keys, TILE)[:1],
-        *logsumexp_launches(logits, logits[:, 0], TILE),
+        *triton_edit.example_launches(logits),
         *triton_pipeline.example_launches(logits),
+        *triton_score.example_launches(logits),
     ]

@@ -11,18 +11,14 @@ import triton.language as tl
 
 from kernels.sampling.triton_draw import (
     MINUS_INFINITY,
-    NO_KEY,
     NO_TOKEN,
     best_noisy,
     best_of_tiles,
     best_plain,
     key_value,
     noise_key,
-    packed_id,
-    packed_value,
     sort_key,
 )
-from kernels.sampling.triton_sums import join_sums
 
 STATE_SIZE = 16
 BINS = 2048
@@ -48,7 +44,7 @@ _VERIFY: tl.constexpr = tl.constexpr(2)  # the candidate is to be checked
 
 @triton.jit
 def _scaled(logits_ptr, allowed_ptr, temperature_ptr, row, ids, logits_stride, allowed_stride, V):
-    """Edited logits after mask and temperature, without NaN and -0; -inf behind the vocabulary."""
+    """Logits after mask and temperature, without NaN and -0; -inf behind the vocabulary."""
     inside = ids < V
     values = tl.load(logits_ptr + row * logits_stride + ids, mask=inside, other=MINUS_INFINITY)
     if allowed_ptr is not None:
@@ -106,7 +102,7 @@ def _draw_tile(
 def _decide_row(
     top_k_ptr, top_p_ptr, log_min_p_ptr, temperature_ptr,
     highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr,
-    state_ptr, V, row, num_tiles, FIRST: tl.constexpr, TILES: tl.constexpr,
+    state_ptr, drawn_ptr, V, row, num_tiles, FIRST: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Join the tile results of a row and choose: done, or what the next pass looks at."""
     state = state_ptr + row * _SIZE
@@ -166,6 +162,7 @@ def _decide_row(
             token = tl.load(state + _TOKEN)
             value = tl.load(state + _VALUE)
         phase = tl.where(accepted | passed | (value == top), _DONE, phase)
+    tl.store(drawn_ptr + row, token.to(tl.int64))
     tl.store(state + _TOKEN, token)
     tl.store(state + _VALUE, value)
     tl.store(state + _ABOVE, value)
@@ -224,6 +221,7 @@ def decide_kernel(
     masses_ptr,
     tokens_ptr,
     state_ptr,  # [R, STATE_SIZE] int32
+    drawn_ptr,  # [R] int64 out: the token, in the end
     V,
     num_tiles,
     FIRST: tl.constexpr,
@@ -236,7 +234,7 @@ def decide_kernel(
         _decide_row(
             top_k_ptr, top_p_ptr, log_min_p_ptr, temperature_ptr,
             highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr,
-            state_ptr, V, row, num_tiles, FIRST, TILES,
+            state_ptr, drawn_ptr, V, row, num_tiles, FIRST, TILES,
         )  # fmt: skip
 
 
@@ -256,6 +254,7 @@ def finish_kernel(
     masses_ptr,
     tokens_ptr,
     state_ptr,
+    drawn_ptr,
     logits_stride,
     allowed_stride,
     V,
@@ -284,7 +283,7 @@ def finish_kernel(
         _decide_row(
             top_k_ptr, top_p_ptr, log_min_p_ptr, temperature_ptr,
             highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr,
-            state_ptr, V, row, num_tiles, False, TILES,
+            state_ptr, drawn_ptr, V, row, num_tiles, False, TILES,
         )  # fmt: skip
         tl.debug_barrier()
         phase = tl.load(state + _PHASE)
@@ -367,81 +366,3 @@ def choose_digit_kernel(
             lowest = tl.maximum(lowest_kept, tl.load(state + _MIN_P))
             tl.store(state + _ABOVE, lowest_kept)
             tl.store(state + _PIVOT, tl.maximum(lowest - 1, _LOWEST))
-
-
-@triton.jit
-def edit_kernel(
-    logits_ptr,  # [R, V] float32, rows logits_stride apart; changed in place
-    offsets_ptr,  # [R + 1] int32
-    ids_ptr,  # [E] int32
-    counts_ptr,  # [E] int32
-    bias_ptr,  # [E] float32
-    repetition_ptr,  # [R] float32
-    frequency_ptr,  # [R] float32
-    presence_ptr,  # [R] float32
-    raw_ptr,  # [E] float32: what the edited logits were
-    logits_stride,
-    RESTORE: tl.constexpr,  # put back what `raw` holds instead
-    BLOCK: tl.constexpr,
-):
-    """The entries of one row, by several programs, grid (programs, R)."""
-    row = tl.program_id(1).to(tl.int64)
-    end = tl.load(offsets_ptr + row + 1)
-    start = tl.load(offsets_ptr + row) + tl.program_id(0) * BLOCK
-    while start < end:
-        entries = start + tl.arange(0, BLOCK)
-        inside = entries < end
-        ids = tl.load(ids_ptr + entries, mask=inside, other=0)
-        at = logits_ptr + row * logits_stride + ids
-        if RESTORE:
-            tl.store(at, tl.load(raw_ptr + entries, mask=inside), mask=inside)
-        else:
-            raw = tl.load(at, mask=inside, other=0.0)
-            tl.store(raw_ptr + entries, raw, mask=inside)
-            counts = tl.load(counts_ptr + entries, mask=inside, other=0)
-            repetition = tl.load(repetition_ptr + row)
-            values = tl.where(raw > 0.0, tl.div_rn(raw, repetition), raw * repetition)
-            # In float64 the product is exact, so that it is rounded before it is subtracted.
-            frequency = tl.load(frequency_ptr + row).to(tl.float64)
-            values -= (counts.to(tl.float64) * frequency).to(tl.float32)
-            values -= tl.where(counts > 0, tl.load(presence_ptr + row), 0.0)
-            values = tl.where(counts >= 0, values, raw)
-            tl.store(at, values + tl.load(bias_ptr + entries, mask=inside), mask=inside)
-        start += tl.num_programs(0) * BLOCK
-
-
-@triton.jit
-def report_kernel(
-    logits_ptr,  # [R, V] float32 raw, rows logits_stride apart
-    state_ptr,  # [R, STATE_SIZE] int32
-    drawn_ptr,  # [R] int64 out
-    logprobs_ptr,  # [R] float32 out; or None
-    top_ids_ptr,  # [R, num_top] int64 out; or None
-    top_logprobs_ptr,  # [R, num_top] float32 out; or None
-    highest_ptr,  # the sums of `sums_of_tile_kernel`
-    sums_ptr,
-    best_ptr,
-    logits_stride,
-    num_tiles,
-    num_top,
-    TILES: tl.constexpr,  # a power of two, at least num_tiles
-    CANDIDATES: tl.constexpr,  # a power of two, at least num_tiles * num_top
-):
-    """The drawn token of one row with its log-probability, and the likeliest ones, grid (R,)."""
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(state_ptr + row * _SIZE + _TOKEN)
-    tl.store(drawn_ptr + row, token.to(tl.int64))
-    if logprobs_ptr is not None:
-        normaliser = join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES)
-        logit = tl.load(logits_ptr + row * logits_stride + token)
-        tl.store(logprobs_ptr + row, logit - normaliser)
-        if top_ids_ptr is not None:
-            at = tl.arange(0, CANDIDATES)
-            count = num_tiles * num_top
-            keys = tl.load(best_ptr + row * count + at, mask=at < count, other=NO_KEY)
-            for place in range(num_top):
-                best = tl.max(keys, axis=0)
-                keys = tl.where(keys == best, NO_KEY, keys)
-                out = row * num_top + place
-                tl.store(top_ids_ptr + out, packed_id(best).to(tl.int64))
-                tl.store(top_logprobs_ptr + out, packed_value(best) - normaliser)

@@ -38,29 +38,44 @@ def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def select(
-    tokens: Tensor, parents: Tensor, scores: Tensor, root_tokens: Tensor, num_nodes: int
+    tokens: Tensor,
+    parents: Tensor,
+    scores: Tensor,
+    root_tokens: Tensor,
+    limits: Tensor,
+    num_nodes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The tree of the root and the best `num_nodes - 1` candidates of each row.
+    """The tree of the root and the best candidates of each row.
 
     Args:
         tokens: [B, C] int64.
         parents: [B, C] int64 candidate above each, -1 for the root; parents come first.
         scores: [B, C] float32 cumulative, no child's above its parent's, no NaN.
         root_tokens: [B] int64.
+        limits: [B] int64 nodes of each tree: the root, which is always there, and the best
+            min(limits[b], num_nodes) - 1 candidates.
         num_nodes: at most C + 1.
 
     Returns:
-        tokens and parents [B, num_nodes] int64, the root first, parents before children.
+        tokens and parents [B, num_nodes] int64, the root first, parents before children; -1 for
+        unused nodes, which come last.
     """
-    count = num_nodes - 1
-    chosen = _best(scores, count)[1].sort(dim=1).values  # [B, count]
+    C = tokens.shape[1]
+    best = _best(scores, num_nodes - 1)[1]  # [B, num_nodes - 1]
+    rank = torch.arange(num_nodes - 1, device=best.device)
+    kept = torch.where(rank < limits[:, None] - 1, best, C)
+    chosen = kept.sort(dim=1).values  # C: unused
+    used, chosen = chosen < C, chosen.clamp(max=C - 1)
     above = parents.gather(1, chosen)
     # A parent's node is 1 + the number of chosen candidates in front of it.
     nodes = 1 + (chosen[:, None, :] < above[:, :, None]).sum(dim=2)
     nodes = torch.where(above < 0, 0, nodes)
     root = torch.full_like(root_tokens, -1)[:, None]
     drafted = tokens.gather(1, chosen)
-    return torch.cat((root_tokens[:, None], drafted), dim=1), torch.cat((root, nodes), dim=1)
+    return (
+        torch.cat((root_tokens[:, None], torch.where(used, drafted, -1)), dim=1),
+        torch.cat((root, torch.where(used, nodes, -1)), dim=1),
+    )
 
 
 def ancestors(parents: Tensor) -> tuple[Tensor, Tensor]:

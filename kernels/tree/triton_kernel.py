@@ -101,19 +101,22 @@ def _select_kernel(
     parents_ptr,
     scores_ptr,  # float32
     root_tokens_ptr,  # [B] int64
+    limits_ptr,  # [B] int64
     out_tokens_ptr,  # [B, num_nodes] int64 out
     out_parents_ptr,  # [B, num_nodes] int64 out
     C,
     num_nodes,
     CANDIDATES: tl.constexpr,  # a power of two, at least C
+    NODES: tl.constexpr,  # a power of two, at least num_nodes
 ):
     """The best candidates of one row as a tree, grid (B,)."""
     row = tl.program_id(0).to(tl.int64)
+    limit = tl.maximum(tl.minimum(tl.load(limits_ptr + row), num_nodes), 1).to(tl.int32)
     lanes = tl.arange(0, CANDIDATES)
     inside = lanes < C
     keys = _load_keys(scores_ptr + row * C, lanes, C)
     left = keys
-    for _ in range(1, num_nodes):
+    for _ in range(1, limit):
         left = tl.where(left == tl.max(left, axis=0), NO_KEY, left)
     chosen = inside & (left == NO_KEY)
     nodes = tl.cumsum(chosen.to(tl.int32), axis=0)  # of the chosen, in their order, from 1
@@ -126,6 +129,11 @@ def _select_kernel(
     tl.store(out_parents_ptr + first, tl.full((), -1, tl.int64))
     tl.store(out_tokens_ptr + first + nodes, tokens, mask=chosen)
     tl.store(out_parents_ptr + first + nodes, above.to(tl.int64), mask=chosen)
+    places = tl.arange(0, NODES)
+    unused = (places >= limit) & (places < num_nodes)
+    nothing = tl.full((NODES,), -1, tl.int64)
+    tl.store(out_tokens_ptr + first + places, nothing, mask=unused)
+    tl.store(out_parents_ptr + first + places, nothing, mask=unused)
 
 
 @triton.jit
@@ -209,11 +217,16 @@ def expand(
 
 
 def select(
-    tokens: Tensor, parents: Tensor, scores: Tensor, root_tokens: Tensor, num_nodes: int
+    tokens: Tensor,
+    parents: Tensor,
+    scores: Tensor,
+    root_tokens: Tensor,
+    limits: Tensor,
+    num_nodes: int,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference: candidates [B, C] -> tokens and parents [B, num_nodes]."""
+    """As the reference: candidates [B, C], limits [B] -> tokens and parents [B, num_nodes]."""
     out = [_integers(tokens, len(tokens), num_nodes) for _ in range(2)]
-    _select_launch(tokens, parents, scores, root_tokens, *out).run()
+    _select_launch(tokens, parents, scores, root_tokens, limits, *out).run()
     return out[0], out[1]
 
 
@@ -299,6 +312,7 @@ def _select_launch(
     parents: Tensor,
     scores: Tensor,
     root_tokens: Tensor,
+    limits: Tensor,
     out_tokens: Tensor,
     out_parents: Tensor,
 ) -> Launch:
@@ -306,7 +320,7 @@ def _select_launch(
     num_nodes = out_tokens.shape[1]
     assert num_nodes <= min(C + 1, MAX_NODES)
     assert C <= MAX_CANDIDATES
-    assert all(part.is_contiguous() for part in (tokens, parents, scores, root_tokens))
+    assert all(part.is_contiguous() for part in (tokens, parents, scores, root_tokens, limits))
     return Launch(
         name=f"tree.select[C={C}]",
         kernel=_select_kernel,
@@ -316,11 +330,13 @@ def _select_launch(
             "parents_ptr": parents,
             "scores_ptr": scores,
             "root_tokens_ptr": root_tokens,
+            "limits_ptr": limits,
             "out_tokens_ptr": out_tokens,
             "out_parents_ptr": out_parents,
             "C": C,
             "num_nodes": num_nodes,
             "CANDIDATES": triton.next_power_of_2(C),
+            "NODES": triton.next_power_of_2(num_nodes),
         },
         num_warps=8 if C > TILE else 4,
     )
@@ -394,7 +410,7 @@ def launches() -> list[Launch]:
     found += _expand_launches(above, local, new(B, K, K), cumulative, frontier, TILE)[:2]
     for candidates in (C, MAX_CANDIDATES):
         ids, floats = new(B, candidates), new(B, candidates, dtype=torch.float32)
-        found.append(_select_launch(ids, ids, floats, row, nodes, nodes))
+        found.append(_select_launch(ids, ids, floats, row, row, nodes, nodes))
     return [
         *found,
         _ancestors_launch(nodes, nodes, nodes),

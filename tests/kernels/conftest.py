@@ -41,5 +41,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(scope="session")
-def native(library: NativeLibrary, dtype: torch.dtype) -> Ops:
-    return native_ops(NativeOps(library, dtype))
+def bound(library: NativeLibrary, dtype: torch.dtype) -> NativeOps:
+    """The C++ functions, those too that only serve an operation."""
+    return NativeOps(library, dtype)
+
+
+@pytest.fixture(scope="session")
+def native(bound: NativeOps) -> Ops:
+    return native_ops(bound)

@@ -13,6 +13,7 @@ from kernels.activation import reference as activation
 from kernels.attention import reference as attention
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
+from kernels.native.ops import NativeOps
 from kernels.norm import reference as norm
 from kernels.ops import AttentionMeta, LinearWeight, Ops
 from kernels.rope import reference as rope
@@ -39,7 +40,7 @@ def test_linear_equals_the_reference(
     x, weight = numbers(M, K), numbers(N, K, seed=1, dtype=dtype) / K**0.5
     offset = numbers(N, seed=2) if bias else None
     got = native.linear(x, native.pack_linear(weight, offset))
-    if "amx" in native.backends["linear"]:
+    if native.backends["linear"].reason == "amx":
         x = x.bfloat16().float()  # AMX multiplies bfloat16 inputs
     expected = linear.linear(x, LinearWeight(weight, offset, N, K))
     torch.testing.assert_close(got, expected, atol=TOLERANCE["linear"], rtol=0)
@@ -115,7 +116,7 @@ def test_rope_and_cache_write_equal_the_reference(
 
 
 def attention_tolerance(native: Ops) -> float:
-    return AMX_ATTENTION if "amx" in native.backends["attention"] else TOLERANCE["attention"]
+    return AMX_ATTENTION if native.backends["attention"].reason == "amx" else TOLERANCE["attention"]
 
 
 def paged(
@@ -216,21 +217,31 @@ def test_a_query_is_the_same_alone_and_in_any_chunk(
 
 
 @pytest.mark.parametrize("V", [1, 15, 131, 49152])
-def test_draws_equal_the_reference(native: Ops, V: int) -> None:
+def test_draws_equal_the_reference(bound: NativeOps, V: int) -> None:
     logits = numbers(64, V) * 3
     logits[:, 1::7] = -torch.inf
     seeds = torch.arange(64) * 7919 - 5
     keys = sampling.noise_keys(seeds, torch.arange(64))
-    assert torch.equal(native.gumbel_argmax(logits, keys), sampling.gumbel_argmax(logits, keys))
-    assert torch.equal(native.argmax(logits), sampling.argmax(logits))
-    torch.testing.assert_close(native.logsumexp(logits), sampling.logsumexp(logits))
+    assert torch.equal(bound.gumbel_argmax(logits, keys), sampling.gumbel_argmax(logits, keys))
+    assert torch.equal(bound.argmax(logits), sampling.argmax(logits))
+    torch.testing.assert_close(bound.logsumexp(logits), logits.logsumexp(dim=1))
 
 
-def test_nearly_flat_logits_draw_as_the_reference(native: Ops) -> None:
+def test_scores_are_those_of_the_native_sum(native: Ops, bound: NativeOps) -> None:
+    logits, tokens = numbers(5, 131) * 3, torch.arange(5) * 7
+    scores = native.score(logits, tokens, 4)
+    normaliser = bound.logsumexp(logits)
+    best = logits.topk(4, dim=1)
+    assert torch.equal(scores.chosen, logits.gather(1, tokens[:, None])[:, 0] - normaliser)
+    assert torch.equal(scores.top_ids, best.indices)
+    assert torch.equal(scores.top, best.values - normaliser[:, None])
+
+
+def test_nearly_flat_logits_draw_as_the_reference(bound: NativeOps) -> None:
     """Every token is a candidate, so the bound that spares logarithms spares few."""
     logits = numbers(32, 5000) * 1e-3
     keys = sampling.noise_keys(torch.arange(32), torch.full((32,), 10))
-    assert torch.equal(native.gumbel_argmax(logits, keys), sampling.gumbel_argmax(logits, keys))
+    assert torch.equal(bound.gumbel_argmax(logits, keys), sampling.gumbel_argmax(logits, keys))
 
 
 def test_argmax_takes_the_lowest_of_equals(native: Ops) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from kernels.native import build
 from kernels.native.build import NativeUnavailableError
-from kernels.ops import Ops
-from kernels.registry import BACKENDS, OPERATIONS, TREE_OPERATIONS, build_ops
+from kernels.ops import Backend, Ops
+from kernels.registry import BACKENDS, OPERATIONS, TORCH_OPERATIONS, build_ops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NOT_A_LIBRARY = (  # a compiler whose result cannot be loaded
@@ -44,8 +44,10 @@ def test_native_operations_are_refused_on_another_device(tmp_path: Path) -> None
 def test_auto_falls_back_to_the_reference_and_says_why(tmp_path: Path, unavailable: str) -> None:
     ops = build_ops("auto", CPU, torch.float32, 1, tmp_path)
     for operation in OPERATIONS:
-        assert ops.backends[operation].startswith("reference (")
-        assert unavailable in ops.backends[operation]
+        backend = ops.backends[operation]
+        assert backend.name == "reference"
+        assert backend.reason is not None
+        assert unavailable in backend.reason
 
 
 def test_native_does_not_fall_back(tmp_path: Path, unavailable: str) -> None:
@@ -56,22 +58,27 @@ def test_native_does_not_fall_back(tmp_path: Path, unavailable: str) -> None:
 @pytest.mark.usefixtures("unavailable")
 def test_the_reference_needs_no_compiler(tmp_path: Path) -> None:
     ops = build_ops("reference", CPU, torch.float32, 1, tmp_path)
-    assert ops.backends == dict.fromkeys(OPERATIONS, "reference")
+    assert ops.backends == dict.fromkeys(OPERATIONS, Backend("reference"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_auto_takes_native_kernels_where_they_can_be_had(native_ops: Ops) -> None:
-    on_trees = dict.fromkeys(TREE_OPERATIONS, "reference")
-    assert native_ops.backends == dict.fromkeys(OPERATIONS, "native") | on_trees
+    in_torch = dict.fromkeys(TORCH_OPERATIONS, Backend("reference"))
+    assert native_ops.backends == dict.fromkeys(OPERATIONS, Backend("native")) | in_torch
+
+
+def test_a_backend_reads_as_its_name_and_its_reason() -> None:
+    assert str(Backend("native")) == "native"
+    assert str(Backend("reference", "no C++ compiler")) == "reference (no C++ compiler)"
 
 
 def test_products_name_the_instructions_they_use(native_ops: Ops, native_cache: Path) -> None:
     ops = build_ops("native", CPU, torch.bfloat16, 1, native_cache)
     products = {ops.backends.pop(name) for name in ("linear", "attention")}
     assert len(products) == 1
-    assert products <= {"native", "native (amx)"}
-    assert {ops.backends.pop(name) for name in TREE_OPERATIONS} == {"reference"}
-    assert set(ops.backends.values()) == {"native"}
+    assert products <= {Backend("native"), Backend("native", "amx")}
+    assert {ops.backends.pop(name) for name in TORCH_OPERATIONS} == {Backend("reference")}
+    assert set(ops.backends.values()) == {Backend("native")}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,7 @@ def test_activations_are_float32_on_a_cpu_and_as_stored_elsewhere(
     ops = build_ops(backend, device, storage, 1, native_cache)
     assert ops.activation_dtype == activations
     if backend == "reference":
-        assert ops.backends["linear"] == "reference"
+        assert ops.backends["linear"] == Backend("reference")
 
 
 def test_every_operation_is_named() -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.ops import Backend
 from kernels.registry import OPERATIONS, build_ops
 from tests.architecture.source_tree import ROOT
 from tests.kernels import triton_env
 from tests.kernels.triton_env import numbers
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-BACKENDS = dict.fromkeys(OPERATIONS, "triton") | {"linear": "cublas"}
+BACKENDS = dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")}
 
 needs_triton = pytest.mark.skipif(not triton_env.INSTALLED, reason=triton_env.MISSING)
 
@@ -65,7 +66,8 @@ def test_a_cpu_gets_triton_kernels_in_the_interpreter(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_triton")
 def test_without_triton_auto_says_so_and_triton_is_refused(tmp_path: Path) -> None:
     ops = build_ops("auto", GPU, torch.bfloat16, 1, tmp_path)
-    assert ops.backends == dict.fromkeys(OPERATIONS, "reference (Triton is not installed)")
+    backend = Backend("reference", "Triton is not installed")
+    assert ops.backends == dict.fromkeys(OPERATIONS, backend)
     with pytest.raises(ValueError, match="'triton' cannot be used: Triton is not installed"):
         build_ops("triton", GPU, torch.bfloat16, 1, tmp_path)
 

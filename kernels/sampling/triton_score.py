@@ -1,0 +1,178 @@
+"""Log-probabilities of tokens, and of the best ones, in Triton, as `pipeline_reference.score`.
+
+One program per (tile of the vocabulary, row) finds the tile's best tokens and sums; one per row
+joins them. NaN counts as -inf.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.sampling.pipeline_reference import Scores
+from kernels.sampling.triton_draw import (
+    MINUS_INFINITY,
+    NO_KEY,
+    packed_id,
+    packed_key,
+    packed_value,
+)
+from kernels.triton_launch import WIDEST_LOAD, Launch
+
+TILE = 2048  # tokens of one program
+MAX_TOP = 32
+
+
+@triton.jit
+def _sums_of_tile_kernel(
+    logits_ptr,  # [R, V] float32, rows logits_stride apart
+    highest_ptr,  # [R, tiles] float32 out: highest logit of each tile
+    sums_ptr,  # [R, tiles] float32 out: sum of exp(logit - highest)
+    best_ptr,  # [R, tiles, num_top] int64 out: packed keys of the best tokens; None: not wanted
+    logits_stride,
+    V,
+    num_top,
+    TILE: tl.constexpr,
+):
+    """One tile of one row, grid (tiles, R)."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    ids = tile * TILE + tl.arange(0, TILE)
+    values = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < V, other=MINUS_INFINITY)
+    values = tl.where(values == values, values, MINUS_INFINITY)
+    highest = tl.max(values, axis=0)
+    shift = tl.where(highest == MINUS_INFINITY, 0.0, highest)
+    at = row * tl.num_programs(0) + tile
+    tl.store(highest_ptr + at, highest)
+    tl.store(sums_ptr + at, tl.sum(tl.exp(values - shift), axis=0))
+    if best_ptr is not None:
+        keys = packed_key(values, ids)
+        for place in range(num_top):
+            best = tl.max(keys, axis=0)
+            keys = tl.where(keys == best, NO_KEY, keys)
+            tl.store(best_ptr + at * num_top + place, best)
+
+
+@triton.jit
+def _join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES: tl.constexpr):
+    """log(sum(exp(row))) from its tiles."""
+    tiles = tl.arange(0, TILES)
+    inside = tiles < num_tiles
+    at = row * num_tiles + tiles
+    highest = tl.load(highest_ptr + at, mask=inside, other=MINUS_INFINITY)
+    sums = tl.load(sums_ptr + at, mask=inside, other=0.0)
+    top = tl.max(highest, axis=0)
+    shift = tl.where(top == MINUS_INFINITY, 0.0, top)
+    return top + tl.log(tl.sum(sums * tl.exp(highest - shift), axis=0))
+
+
+@triton.jit
+def _scores_of_row_kernel(
+    logits_ptr,  # [R, V] float32, rows logits_stride apart
+    tokens_ptr,  # [R] int64
+    highest_ptr,  # what `_sums_of_tile_kernel` found
+    sums_ptr,
+    best_ptr,
+    chosen_ptr,  # [R] float32 out
+    top_ids_ptr,  # [R, num_top] int64 out
+    top_ptr,  # [R, num_top] float32 out
+    logits_stride,
+    num_tiles,
+    num_top,
+    TILES: tl.constexpr,  # a power of two, at least num_tiles
+    CANDIDATES: tl.constexpr,  # a power of two, at least num_tiles * num_top
+):
+    """Joins the tiles of one row, grid (R,)."""
+    row = tl.program_id(0).to(tl.int64)
+    normaliser = _join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES)
+    logit = tl.load(logits_ptr + row * logits_stride + tl.load(tokens_ptr + row))
+    tl.store(chosen_ptr + row, logit - normaliser)
+    if best_ptr is not None:
+        at = tl.arange(0, CANDIDATES)
+        count = num_tiles * num_top
+        keys = tl.load(best_ptr + row * count + at, mask=at < count, other=NO_KEY)
+        for place in range(num_top):
+            best = tl.max(keys, axis=0)
+            keys = tl.where(keys == best, NO_KEY, keys)
+            out = row * num_top + place
+            tl.store(top_ids_ptr + out, packed_id(best).to(tl.int64))
+            tl.store(top_ptr + out, packed_value(best) - normaliser)
+
+
+def score(logits: Tensor, tokens: Tensor, num_top: int, tile: int = TILE) -> Scores:
+    """As the reference: logits [S, V] float32, tokens [S] int64 -> log-probabilities."""
+    assert num_top <= MAX_TOP, f"{num_top} alternatives, at most {MAX_TOP}"
+    S, device = logits.shape[0], logits.device
+    found = Scores(
+        chosen=torch.empty(S, dtype=torch.float32, device=device),
+        top_ids=torch.empty(S, num_top, dtype=torch.int64, device=device),
+        top=torch.empty(S, num_top, dtype=torch.float32, device=device),
+    )
+    for launch in _launches(logits, tokens, found, tile):
+        launch.run()
+    return found
+
+
+def _launches(logits: Tensor, tokens: Tensor, found: Scores, tile: int) -> list[Launch]:
+    (S, V), num_top = logits.shape, found.top.shape[1]
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1
+    num_tiles = triton.cdiv(V, tile)
+    sums = _new_sums(logits, num_tiles, num_top)
+    shared = sums | {
+        "logits_ptr": logits,
+        "logits_stride": logits.stride(0),
+        "num_top": num_top,
+    }
+    of_tile = Launch(
+        name=f"score.tile[V={V}, top={num_top}]",
+        kernel=_sums_of_tile_kernel,
+        grid=(num_tiles, S),
+        arguments=shared | {"V": V, "TILE": tile},
+        min_load_bits=WIDEST_LOAD,
+    )
+    of_row = Launch(
+        name=f"score.row[V={V}, top={num_top}]",
+        kernel=_scores_of_row_kernel,
+        grid=(S,),
+        arguments=shared
+        | {
+            "tokens_ptr": tokens,
+            "chosen_ptr": found.chosen,
+            "top_ids_ptr": found.top_ids,
+            "top_ptr": found.top,
+            "num_tiles": num_tiles,
+            "TILES": triton.next_power_of_2(num_tiles),
+            "CANDIDATES": triton.next_power_of_2(max(num_tiles * num_top, 1)),
+        },
+    )
+    return [of_tile, of_row]
+
+
+def _new_sums(logits: Tensor, num_tiles: int, num_top: int) -> dict[str, Any]:
+    """Room for what `_sums_of_tile_kernel` finds of the best `num_top` tokens and of all."""
+    S, device = logits.shape[0], logits.device
+    best = torch.empty(S, num_tiles, num_top, dtype=torch.int64, device=device)
+    return {
+        "highest_ptr": torch.empty(S, num_tiles, dtype=torch.float32, device=device),
+        "sums_ptr": torch.empty(S, num_tiles, dtype=torch.float32, device=device),
+        "best_ptr": best if num_top else None,
+    }
+
+
+def example_launches(logits: Tensor) -> list[Launch]:
+    """With alternatives and without, for compile checks, over `logits` [S, V] of the meta
+    device."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    S, found = len(logits), []
+    for num_top in (0, 20):
+        top = new(S, num_top, dtype=torch.float32)
+        scores = Scores(new(S, dtype=torch.float32), new(S, num_top), top)
+        found += _launches(logits, new(S), scores, TILE)
+    return found
