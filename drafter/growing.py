@@ -3,6 +3,7 @@ shapes follow from the tree's shape and from what the host knows."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.ranking import Noise, best_children
 from drafter.static_levels import children_of, levels_of
 from engine.kv.slots import Scratch, seen_of, slots_of
-from engine.speculation.proposer import Roots
+from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.shape import DynamicShape, StaticShape, TreeShape
 from engine.step.tree import DraftTree
 from kernels.ops import AttentionMeta
@@ -20,15 +21,15 @@ from kernels.ops import AttentionMeta
 
 @dataclass(frozen=True, slots=True)
 class Grower:
-    """Rows that draft together. Node i of a row lives in the slot i behind its root's."""
+    """Rows that draft together. Node i of a row lives in the slot i places after its root's."""
 
     head: DraftHead
     ctx: DraftContext
-    roots: Roots  # on the head's device
+    roots: Roots
+    num_slots: Tensor  # [B] int64 that a row has for drafted nodes, the root's included
     first_keys: Tensor  # [B] int32, cache position of the first entry that is looked at
-    max_context: int  # no entry lies as far back
-    any_sampled: bool  # False: all rows are greedy
-    scratch: Scratch | None = None  # for nodes behind a row's `max_nodes`; None: there are none
+    limits: DraftLimits
+    scratch: Scratch  # for nodes without a slot
 
     @property
     def num_rows(self) -> int:
@@ -48,7 +49,7 @@ class Grower:
             self.roots.temperatures.repeat_interleave(per_row),
             self.roots.seeds.repeat_interleave(per_row),
             (self.roots.positions + depth + 1).repeat_interleave(per_row),
-            self.any_sampled,
+            self.limits.any_sampled,
         )
         logits = self.head.logits(states.flatten(0, 1), self.ctx)
         tokens, scores = best_children(logits, count, noise, self.head.target_ids)
@@ -73,7 +74,7 @@ class Grower:
         roots = self.roots
         batch = DraftBatch(
             token_ids=tokens.flatten(),
-            positions=(roots.positions + depth).repeat_interleave(per_row),
+            positions=self._positions(depth).repeat_interleave(per_row),
             slots=self._slots(nodes).flatten(),
             attention=AttentionMeta(
                 cu_q=torch.arange(num_rows + 1, dtype=torch.int32, device=tokens.device) * per_row,
@@ -83,33 +84,35 @@ class Grower:
                 # One node per row of a static shape: a view that repeats one number.
                 ancestors=self._seen(nodes, masks).flatten().contiguous(),
                 max_q=per_row,
-                max_context=self.max_context,
+                max_context=self.limits.max_context,
             ),
         )
         states = self.head.forward(features.flatten(0, 1), batch, self.ctx)
         return states.view(num_rows, per_row, -1)
 
+    def _positions(self, depth: int) -> Tensor:
+        """Of nodes of one depth, [B]; those beyond the last position of a sequence are of no use,
+        and rotary tables end there."""
+        return (self.roots.positions + depth).clamp(max=self.limits.max_len - 1)
+
     def _slots(self, nodes: Tensor) -> Tensor:
         roots, block_size = self.roots, self.ctx.kv.block_size
         slots = slots_of(roots.block_tables, roots.positions[:, None] + nodes, block_size)
-        if self.scratch is None:
-            return slots
-        return self.scratch.instead_of(slots, nodes < roots.max_nodes[:, None], nodes)
+        return self.scratch.instead_of(slots, nodes < self.num_slots[:, None], nodes)
 
     def _seen(self, nodes: Tensor, masks: Tensor) -> Tensor:
-        if self.scratch is None:
-            return masks
-        return seen_of(masks, nodes < self.roots.max_nodes[:, None])
+        return seen_of(masks, nodes < self.num_slots[:, None])
 
 
-def grow(grower: Grower, shape: TreeShape, root_states: Tensor) -> DraftTree:
-    """Trees of one shape, from the states [B, H] of their roots."""
-    if isinstance(shape, StaticShape):
-        return grow_static(grower, shape, root_states)
-    return grow_dynamic(grower, shape, root_states)
+@functools.singledispatch
+def grow(shape: TreeShape, grower: Grower, root_states: Tensor) -> DraftTree:  # noqa: ARG001
+    """Trees of one shape for all rows, from the states [B, H] of their roots. In an order of nodes
+    such that the first `max_nodes` of a row are a tree of their own."""
+    raise TypeError(f"no way to grow a {type(shape).__name__}")
 
 
-def grow_static(grower: Grower, shape: StaticShape, root_states: Tensor) -> DraftTree:
+@grow.register
+def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> DraftTree:
     """Fill a fixed shape: the children of a node are its best candidates in order.
 
     Args:
@@ -140,7 +143,8 @@ def grow_static(grower: Grower, shape: StaticShape, root_states: Tensor) -> Draf
     )
 
 
-def grow_dynamic(grower: Grower, shape: DynamicShape, root_states: Tensor) -> DraftTree:
+@grow.register
+def grow_dynamic(shape: DynamicShape, grower: Grower, root_states: Tensor) -> DraftTree:
     """EAGLE-2: widen the likeliest frontier, then keep the likeliest nodes of all.
 
     While drafting, frontier node j of level d has the number 1 + (d - 1) * top_k + j.
@@ -154,10 +158,11 @@ def grow_dynamic(grower: Grower, shape: DynamicShape, root_states: Tensor) -> Dr
         torch.cat(levels, dim=1) for levels in (drafted.tokens, drafted.parents, drafted.scores)
     )  # [B, C]
     num_nodes = min(shape.num_nodes, found.shape[1] + 1)
-    tokens, parents = ops.tree_select(found, above, scores, roots.tokens, num_nodes)
+    limits = roots.max_nodes
+    tokens, parents = ops.tree_select(found, above, scores, roots.tokens, limits, num_nodes)
     masks, depths = ops.tree_ancestors(parents)
     return DraftTree(
-        tokens=tokens,
+        tokens=tokens.clamp(min=0),
         parents=parents,
         depths=depths,
         ancestors=masks,

@@ -1,4 +1,4 @@
-"""Committed tokens that a draft head has yet to take in."""
+"""Committed tokens that a draft head has yet to take in, where the host may look at values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Pending:
     num_tokens: int = 0
     _parts: list[Committed] = field(default_factory=list)
     _features: list[Features] = field(default_factory=list)
-    _ends: dict[int, int] = field(default_factory=dict)  # line -> position behind its newest token
+    _ends: dict[int, int] = field(default_factory=dict)  # line -> position after its newest token
 
     def add(self, committed: Committed, features: Features) -> None:
         """Keep tokens, which must follow those before, and their features [C, H]."""
@@ -31,7 +31,7 @@ class Pending:
         self._ends |= {line: end for line, _, end in _spans(committed)}
 
     def followed_by(self, committed: Committed) -> bool:
-        """Whether every row goes on where its tokens in here end."""
+        """Whether every row continues where its tokens in here end."""
         return all(self._ends.get(line, start) == start for line, start, _ in _spans(committed))
 
     def merge(self) -> tuple[Committed, Features]:
@@ -42,7 +42,7 @@ class Pending:
 
 
 def _spans(committed: Committed) -> list[tuple[int, int, int]]:
-    """Line, first position and position behind the last one of every row that has tokens."""
+    """Line, first position and position after the last one of every row that has tokens."""
     cu, positions = committed.cu.tolist(), committed.positions.tolist()
     spans = zip(committed.lines.tolist(), cu[:-1], cu[1:], strict=True)
     return [(line, positions[a], positions[b - 1] + 1) for line, a, b in spans if b > a]
@@ -56,12 +56,15 @@ def _merge(parts: Sequence[Committed]) -> Committed:
     lines = counts.nonzero()[:, 0]
     return Committed(
         lines=lines,
-        cu=torch.cat((counts.new_zeros(1), counts[lines].cumsum(0))).int(),
+        cu=torch.cat((counts.new_zeros(1), counts[lines].cumsum(0))),
         features=order,
         tokens=torch.cat([part.tokens for part in parts])[order],
         positions=torch.cat([part.positions for part in parts])[order],
         slots=torch.cat([part.slots for part in parts])[order],
         block_tables=_newest_tables(parts, lines),
+        max_entries=int(counts.max()),
+        max_context=max(part.max_context for part in parts),
+        exact=True,
     )
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
-from drafter.pending import Pending
+from drafter.pending import Features, Pending
 from drafter.taps import FeatureCollector
 from engine.kv.slots import Scratch
-from engine.speculation.proposer import Accepted, Committed, Ints, Roots
-from engine.step.shape import StaticShape, TreeShape
+from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
+from engine.step.shape import TreeShape
 from engine.step.tree import DraftTree
-from engine.transfer import download, upload
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # there is no entry for position 0: no token before it, so no feature
@@ -28,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 class DraftProposer:
-    """Implements `RoundProposer`.
+    """Implements `Proposer`.
 
     The entry made from token i and the target's feature of token i - 1 lies in slot i, in pages of
     its own under the target's block tables: prefix hits, preemption and release follow by
     themselves. After each step the newest token of a row (its next root) has its entry already, and
-    its state is kept per line until `propose` grows a tree from it.
+    its state is kept per line until `draft` grows a tree from it.
 
-    While it drafts nothing, steps only collect features, and the head takes them in together: once
-    there are `max_pending` tokens, before its next tree, and before rows come or go. So nobody
-    finds a block of the prefix cache without its entries, and no entry is written to a block that
-    has passed to another row.
+    Where the host may look at values and no tree is asked for, steps only collect features, and the
+    head takes them in together: once there are `max_pending` tokens, before its next tree, and
+    before rows come or go. So no block of the prefix cache is found without its entries, and no
+    entry is written to a block that has passed to another row.
     """
 
     lookahead = 1
@@ -57,22 +55,26 @@ class DraftProposer:
         drafts are ranked by likelihood alone, as if all requests were greedy. `max_pending`: 1 puts
         nothing off."""
         self.tap = FeatureCollector(head.tap_layers)
+        self.failed = False
         self._head = head
         self._ctx = ctx
         self._window = window
         self._shared_noise = shared_noise
-        self._device = ctx.kv.device
-        # The last line is that of rows that are none, see `draft`.
+        self._scratch = Scratch(ctx.kv.num_blocks - 1, ctx.kv.block_size)
+        device = ctx.kv.device
+        # By line; the last line is that of padding rows.
         self._states = torch.zeros(
-            num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=self._device
+            num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=device
         )
-        self._positions = np.full(num_lines + 1, -1, dtype=np.int64)  # of the states
-        self._warned = False
+        self._positions = torch.full((num_lines + 1,), -1, dtype=torch.int64, device=device)
         self._max_pending = max_pending
         self._pending = Pending()
         self._drafted = False  # whether trees were asked for in this step
-        self.failed = False
-        self.num_faults = 0  # rows whose head gave numbers that are not finite
+
+    def admit(self, lines: Sequence[int]) -> None:
+        if lines:
+            at = torch.tensor(lines).to(self._positions.device)
+            self._positions.index_fill_(0, at, -1)
 
     def settle(self) -> None:
         if self.failed:
@@ -82,40 +84,77 @@ class DraftProposer:
         except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
             self._give_up()
 
-    def admit(self, line: int) -> None:
-        self._positions[line] = -1
+    def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
+        if not self.failed:
+            try:
+                return self._draft(roots, shape, limits)
+            except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
+                self._give_up()
+        nothing = torch.zeros_like(roots.tokens, dtype=torch.bool)
+        return Drafted(DraftTree.roots(roots.tokens), nothing)
 
-    def extend(self, committed: Committed, hidden: Tensor) -> None:  # noqa: ARG002  (tap saw it)
+    def take(self, committed: Committed, hidden: Tensor) -> None:  # noqa: ARG002  (the tap saw it)
         if self.failed:
             return
         try:
-            self._extend(committed)
+            self._take(committed)
         except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
             self._give_up()
-
-    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
-        if self.failed:
-            return DraftTree.roots(roots.tokens)
-        try:
-            return self._propose(roots, shape)
-        except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
-            self._give_up()
-            return DraftTree.roots(roots.tokens)
 
     def _give_up(self) -> None:
         """Draft nothing any more: what the head has in its cache can no longer be trusted. Of
-        several ranks, others may wait for this one's part: then the exception goes on."""
+        several ranks, others may wait for this one's part: then the exception passes."""
         if self._ctx.group.size > 1:
             raise
         self.failed = True
         self._pending = Pending()
-        logger.exception("the draft head failed; decoding goes on without it")
+        logger.exception("the draft head failed; decoding continues without it")
 
-    def _extend(self, committed: Committed) -> None:
+    def _draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
+        """Rows whose root's state is known and sound draft; the others keep their root."""
+        self._drafted = True
+        self._settle()
+        wanted = (roots.max_nodes > 1) & (self._positions[roots.lines] == roots.positions)
+        sound = self._states[roots.lines].isfinite().all(dim=1)
+        ready = wanted & sound
+        if not limits.exact:
+            return Drafted(self._grow(roots, ready, shape, limits), wanted & ~sound)
+        # All ranks must run the head on the same rows.
+        ready = self._ctx.group.from_first(ready.long()).bool()
+        tree = DraftTree.roots(roots.tokens)
+        if bool(ready.any()):
+            rows = ready.nonzero()[:, 0]
+            grown = self._grow(roots.rows(rows), ready[rows], shape, limits)
+            tree = _in_rows(grown, rows, tree)
+        return Drafted(tree, wanted & ~sound)
+
+    def _grow(
+        self, roots: Roots, ready: Tensor, shape: TreeShape, limits: DraftLimits
+    ) -> DraftTree:
+        """Trees of `shape`, cut to the nodes that rows have room for."""
+        states = self._states[roots.lines]
+        # A row that drafts at all has slots for what the shape drafts besides its nodes.
+        room = torch.where(roots.max_nodes > 1, shape.slots_for(1), roots.max_nodes)
+        grower = Grower(
+            head=self._head,
+            ctx=self._ctx,
+            roots=roots if self._shared_noise else _all_greedy(roots),
+            num_slots=room.maximum(roots.max_nodes),
+            first_keys=self._first_keys(roots.positions),
+            limits=limits if self._shared_noise else replace(limits, any_sampled=False),
+            scratch=self._scratch,
+        )
+        tree = grow(shape, grower, states)
+        return tree.cut(torch.where(ready, roots.max_nodes, roots.max_nodes.clamp(max=1)))
+
+    def _take(self, committed: Committed) -> None:
+        features = self.tap.take(committed.features)
+        if not committed.exact:
+            self._take_in(committed, features)
+            return
         if not self._pending.followed_by(committed):  # a step done once more, to measure it
             self._settle()
-        features = upload(committed.features, self._device)
-        self._pending.add(committed, self.tap.take(features))
+        self._pending.add(committed, features)
         drafted, self._drafted = self._drafted, False
         if drafted or self._pending.num_tokens >= self._max_pending:
             self._settle()
@@ -124,129 +163,60 @@ class DraftProposer:
         """Let the head take in what is pending."""
         if self._pending.num_tokens == 0:
             return
-        parts, by_layer = self._pending.merge()
+        committed, by_layer = self._pending.merge()
         self._pending = Pending()
-        counts = parts.cu.diff()
-        last = parts.cu[1:].long() - 1
-        self._positions[parts.lines.numpy()] = parts.positions[last].numpy()
-        max_q, max_context = int(counts.max()), int(parts.positions.max()) + 1
-        prefix_lens = (parts.positions[last] + 1 - counts).int()
-        committed, last, prefix_lens = upload((parts, last, prefix_lens), self._device)
+        self._take_in(committed, tuple(seen[committed.features] for seen in by_layer))
+
+    def _take_in(self, committed: Committed, features: Features) -> None:
+        """Run entries through the head; the last entry of each row leaves the state of its line."""
+        counts = committed.cu.diff()
+        last = (committed.cu[1:] - 1).clamp(min=0)
+        newest = committed.positions[last]
+        prefix_lens = torch.where(counts > 0, newest + 1 - counts, 0)
         batch = DraftBatch(
             token_ids=committed.tokens,
             positions=committed.positions,
             slots=committed.slots,
             attention=AttentionMeta(
-                cu_q=committed.cu,
-                prefix_lens=prefix_lens,
+                cu_q=committed.cu.int(),
+                prefix_lens=prefix_lens.int(),
                 first_keys=self._first_keys(prefix_lens),
                 block_tables=committed.block_tables,
                 ancestors=torch.zeros_like(committed.tokens),
-                max_q=max_q,
-                max_context=max_context,
+                max_q=committed.max_entries,
+                max_context=committed.max_context,
             ),
         )
-        features = tuple(seen[committed.features] for seen in by_layer)
-        self._take_in(batch, features, committed.lines, last)
-
-    def _take_in(
-        self, batch: DraftBatch, features: tuple[Tensor, ...], lines: Tensor, last: Tensor
-    ) -> None:
-        """Run entries through the head; entry last[b] leaves the state of line lines[b]."""
         states = self._head.forward(self._head.fuse(features, self._ctx), batch, self._ctx)
-        self._states[lines] = states[last]
-
-    def _propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
-        self._drafted = True
-        self._settle()
-        tree = DraftTree.roots(roots.tokens)
-        limits = torch.where(self._ready(roots), roots.max_nodes, 1)
-        for limit in torch.unique(limits).tolist():
-            if limit > 1:  # rows with the same room grow together, within their own slots
-                rows = (limits == limit).nonzero()[:, 0]
-                grown = self._grow(roots.rows(rows), shape, limit)
-                tree = tree.with_rows(rows, download(grown))
-        return tree
-
-    def _grow(self, roots: Roots, shape: TreeShape, limit: int) -> DraftTree:
-        last = int(roots.positions.max()) + shape.slots_for(limit)
-        any_sampled = self._shared_noise and bool((roots.temperatures > 0).any())
-        grower = self._grower(upload(roots, self._device), last, any_sampled)
-        if isinstance(shape, StaticShape):
-            shape = shape.first(limit)
-        else:
-            shape = replace(shape, num_nodes=min(limit, shape.num_nodes))
-        return grow(grower, shape, self._states[grower.roots.lines])
-
-    def _grower(
-        self, roots: Roots, max_context: int, any_sampled: bool, scratch: Scratch | None = None
-    ) -> Grower:
-        if not self._shared_noise:
-            roots = replace(roots, temperatures=torch.zeros_like(roots.temperatures))
-            any_sampled = False
-        first_keys = self._first_keys(roots.positions.int())
-        return Grower(self._head, self._ctx, roots, first_keys, max_context, any_sampled, scratch)
-
-    def _ready(self, roots: Roots) -> Tensor:
-        """Rows that may draft and whose root's state is known and sound, [B] bool."""
-        known = self.knows(roots.lines.numpy(), roots.positions.numpy())
-        wanted = (roots.max_nodes > 1) & torch.from_numpy(known)
-        if not bool(wanted.any()):
-            return wanted
-        lines = upload(roots.lines, self._device)
-        sound = download(self._states[lines].isfinite().all(dim=1))
-        self.count_faults(int((wanted & ~sound).sum()))
-        agreed = self._ctx.group.from_first(upload((wanted & sound).long(), self._device))
-        return download(agreed).bool()
-
-    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:
-        known: NDArray[np.bool_] = self._positions[lines] == positions
-        return known
-
-    def count_faults(self, count: int) -> None:
-        self.num_faults += count
-        if count and not self._warned:
-            self._warned = True
-            logger.warning("the draft head gives numbers that are not finite; not drafting there")
-
-    def draft(
-        self, roots: Roots, shape: TreeShape, max_context: int, any_sampled: bool, scratch: Scratch
-    ) -> tuple[DraftTree, Tensor]:
-        states = self._states[roots.lines]
-        sound = states.isfinite().all(dim=1)
-        reach = torch.where(roots.max_nodes > 1, shape.slots_for(1), roots.max_nodes)
-        room = replace(roots, max_nodes=torch.maximum(reach, roots.max_nodes))
-        tree = grow(self._grower(room, max_context, any_sampled, scratch), shape, states)
-        sizes = torch.where(sound, roots.max_nodes, roots.max_nodes.clamp(max=1))
-        behind = torch.arange(tree.tokens.shape[1], device=sizes.device) >= sizes[:, None]
-        return replace(tree, parents=tree.parents.masked_fill(behind, -1), sizes=sizes), sound
-
-    def absorb(self, accepted: Accepted, max_context: int) -> None:
-        num_rows, per_row = accepted.tokens.shape
-        prefix_lens = accepted.positions[:, 0].int()
-        first_of_row = torch.arange(num_rows + 1, device=prefix_lens.device) * per_row
-        batch = DraftBatch(
-            token_ids=accepted.tokens.flatten(),
-            positions=accepted.positions.flatten(),
-            slots=accepted.slots.flatten(),
-            attention=AttentionMeta(
-                cu_q=first_of_row.int(),
-                prefix_lens=prefix_lens,
-                first_keys=self._first_keys(prefix_lens),
-                block_tables=accepted.block_tables,
-                ancestors=accepted.seen.flatten(),
-                max_q=per_row,
-                max_context=max_context,
-            ),
-        )
-        features = self.tap.take(accepted.features.flatten())
-        self._take_in(batch, features, accepted.lines, first_of_row[:-1] + accepted.last)
-
-    def absorbed(self, lines: Ints, positions: Ints) -> None:
-        self._positions[lines] = positions
+        lines = committed.lines
+        self._states.index_put_((lines,), states[last])
+        # A row without entries is at its end: what its line knows is of no use.
+        self._positions.index_put_((lines,), torch.where(counts > 0, newest, -1))
 
     def _first_keys(self, prefix_lens: Tensor) -> Tensor:
-        """The first entry that is looked at, [B] int32; rows that are none have no prefix."""
+        """The first entry that is looked at, [B] int32; padding rows have no prefix."""
         if self._window is None:
-            return prefix_lens.clamp(max=FIRST_ENTRY)
-        return (prefix_lens - self._window).clamp(min=FIRST_ENTRY).minimum(prefix_lens)
+            return prefix_lens.clamp(max=FIRST_ENTRY).int()
+        first = (prefix_lens - self._window).clamp(min=FIRST_ENTRY)
+        return first.minimum(prefix_lens).int()
+
+
+def _all_greedy(roots: Roots) -> Roots:
+    return replace(roots, temperatures=torch.zeros_like(roots.temperatures))
+
+
+def _in_rows(trees: DraftTree, rows: Tensor, others: DraftTree) -> DraftTree:
+    """`others` [B] with those of `rows` [B'] replaced by `trees` [B']."""
+    place = torch.zeros_like(others.sizes)
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    taken = torch.zeros_like(others.sizes, dtype=torch.bool)
+    taken[rows] = True
+    spread = DraftTree(
+        trees.tokens[place],
+        trees.parents[place],
+        trees.depths[place],
+        trees.ancestors[place],
+        trees.sizes[place],
+        trees.max_depth,
+    )
+    return spread.where(taken, others)

@@ -19,13 +19,11 @@ from engine.models.llama import LlamaLoader
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
-from engine.runner.input_builder import InputBuilder
-from engine.runner.model_runner import ModelRunner, RunnerParts
-from engine.runner.rounds import RoundSettings
-from engine.runner.warmup import PlanExecutor, blocks_per_row
-from engine.sampling.sampler import Sampler
+from engine.runner.runner import ModelRunner, RunnerParts, StepSettings
+from engine.runner.warmup import blocks_per_row
 from engine.speculation.proposer import Proposer
 from engine.step.batch import ForwardContext
+from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT
 from kernels.ops import Ops
@@ -71,7 +69,7 @@ class Rank:
     runner: ModelRunner
 
     @property
-    def executor(self) -> PlanExecutor:
+    def executor(self) -> Executor:
         """Runs plans on this rank; compares with the others where that is wanted."""
         return self._checked(self.runner)
 
@@ -87,14 +85,14 @@ class Rank:
             self.config, draft, place.ops, place.device, place.group, late=True
         )
 
-    def scratch(self, draft: LoadedDraft) -> tuple[Config, PlanExecutor]:
+    def scratch(self, draft: LoadedDraft) -> tuple[Config, Executor]:
         """Runs made-up plans in a few pages of their own, beside an engine that serves."""
         config, place = _with_few_pages(self.config), self.place
         drafting = drafting_with(config, draft, place.ops, place.device, place.group)
         runner = ModelRunner(runner_parts(config, self.target, place, drafting.proposer))
         return config, self._checked(runner)
 
-    def _checked(self, runner: ModelRunner) -> PlanExecutor:
+    def _checked(self, runner: ModelRunner) -> Executor:
         check_every, group = self.config.parallel.check_every, self.place.group
         if group.size == 1 or check_every == 0:
             return runner
@@ -229,26 +227,23 @@ def runner_parts(config: Config, target: Target, place: Place, proposer: Propose
     """What a `ModelRunner` is made of. `config` must be resolved: no size left open."""
     assert config.model.max_model_len is not None
     storage = allocate(target.arch, config, place.device, place.shard)
-    max_len, block_size = config.model.max_model_len, config.cache.block_size
     return RunnerParts(
         model=target.model,
         context=ForwardContext(place.ops, storage, place.group, proposer.tap),
-        inputs=InputBuilder(config.scheduler.max_num_seqs, max_len, block_size),
-        sampler=Sampler(place.ops),
         proposer=proposer,
         vocab_size=target.arch.vocab_size,
         eos_token_ids=target.eos_token_ids,
-        rounds=round_settings(config, place),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_len=config.model.max_model_len,
+        steps=step_settings(config, place),
     )
 
 
-def round_settings(config: Config, place: Place) -> RoundSettings | None:
-    """How decode rounds run: on a CUDA device in one go, as CUDA graphs unless switched off or the
-    kernels are references, which wait for the device. On a CPU the host takes part, which computes
-    less."""
+def step_settings(config: Config, place: Place) -> StepSettings:
+    """How steps run: on a CPU in exact sizes, which computes least; on a CUDA device in padded
+    ones, as CUDA graphs unless those are switched off or the kernels are references, which wait for
+    the device."""
     if place.device.type == "cpu":
-        return None
+        return StepSettings(exact=True)
     capturable = place.device.type == "cuda" and place.ops.backends["attention"].name == "triton"
-    return RoundSettings(
-        config.scheduler.max_num_seqs, capturable and config.kernels.graphs == "auto"
-    )
+    return StepSettings(exact=False, graphs=capturable and config.kernels.graphs == "auto")

@@ -24,7 +24,7 @@ class TargetFeatures:
     """What the target says about one text of S tokens."""
 
     taps: Tensor  # [S, feature_size] storage dtype: the tapped layers side by side
-    hidden: Tensor  # [S, H] storage dtype, behind the final norm
+    hidden: Tensor  # [S, H] storage dtype, after the final norm
     best: Tensor  # [S] int32, the likeliest next token
 
 
@@ -74,7 +74,6 @@ class FrozenTarget:
         block, offset = positions // BLOCK_SIZE, positions % BLOCK_SIZE
         zeros = torch.zeros(len(lengths), dtype=torch.int32)
         cu_q = torch.cat((torch.zeros(1), torch.tensor(lengths).cumsum(0))).to(torch.int32)
-        none = torch.empty(0, dtype=torch.int64, device=self._device)
         place = self._device
         return ForwardBatch(
             token_ids=torch.tensor([t for text in texts for t in text], device=place),
@@ -89,9 +88,6 @@ class FrozenTarget:
                 max_q=max(lengths),
                 max_context=max(lengths),
             ),
-            sampled=none,
-            tree_of_node=none,
-            node_of_node=none,
         )
 
     def _pages(self, lengths: list[int]) -> KVStorage:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 
 def slots_of(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Slots [B, n] int64 of cache positions [B, n] of rows with tables [B, max_blocks]."""
-    blocks = block_tables.gather(1, positions // block_size).long()
+    """Slots [B, n] int64 of cache positions [B, n] of rows with tables [B, max_blocks]; some slot
+    for positions that a table does not reach."""
+    columns = (positions // block_size).clamp(max=block_tables.shape[1] - 1)
+    blocks = block_tables.gather(1, columns).long()
     return blocks * block_size + positions % block_size
 
 
@@ -28,7 +30,11 @@ class Scratch:
     block: int
     block_size: int
 
+    @property
+    def first_slot(self) -> int:
+        return self.block * self.block_size
+
     def instead_of(self, slots: Tensor, wanted: Tensor, order: Tensor) -> Tensor:
-        """`slots` [B, n] where `wanted` [B, n], elsewhere the scratch slot number `order` [B, n]
-        (modulo the block size)."""
-        return torch.where(wanted, slots, self.block * self.block_size + order % self.block_size)
+        """`slots` where `wanted`, elsewhere the scratch slot number `order` (modulo the block size);
+        all of one shape."""
+        return torch.where(wanted, slots, self.first_slot + order % self.block_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCRATCH_BLOCKS = 1  # behind those of sequences: where decode rounds write what nobody reads
+SCRATCH_BLOCKS = 1  # after those of sequences: where steps write what nobody reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,11 @@ class KVStorage:
     @property
     def device(self) -> torch.device:
         return self.keys[0].device
+
+    @property
+    def num_blocks(self) -> int:
+        """With the scratch block, which is the last."""
+        return self.keys[0].shape[0]
 
     @property
     def block_size(self) -> int:

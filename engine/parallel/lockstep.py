@@ -10,9 +10,8 @@ from contextlib import contextmanager
 import msgspec
 import torch
 
-from engine.parallel.channel import Broadcast
-from engine.parallel.plan_codec import PlanEncoder
-from engine.runner.warmup import PlanExecutor
+from engine.parallel.orders import Orders
+from engine.step.executor import Executor, Launched
 from engine.step.group import TPGroup
 from engine.step.plan import StepOutcome, StepPlan
 
@@ -27,7 +26,7 @@ class Progress:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step goes on inside this block."""
+        """A step is launched or waited for inside this block."""
         self._since = time.monotonic()
         try:
             yield
@@ -36,56 +35,96 @@ class Progress:
 
     @property
     def overdue(self) -> bool:
-        """Whether a step goes on that should have ended."""
+        """Whether a step that should have ended is still waited for."""
         since = self._since
         return since is not None and time.monotonic() - since > self.limit
 
 
 class GroupExecutor:
-    """Rank 0's way to carry out plans on every rank."""
+    """Rank 0's way to carry out plans on every rank: followers get the plan, and nothing else."""
 
     def __init__(
-        self, own: PlanExecutor, encoder: PlanEncoder, followers: Broadcast, progress: Progress
+        self, own: Executor, followers: Orders, progress: Progress, *, scratch: bool = False
     ) -> None:
+        """`scratch`: plans are for the runner that measures a head."""
         self._own = own
-        self._encoder = encoder
         self._followers = followers
         self._progress = progress
+        self._scratch = scratch
 
-    def execute(self, plan: StepPlan) -> StepOutcome:
-        """OSError or RuntimeError when a follower is gone: the group cannot go on."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """OSError or RuntimeError when a follower is gone: the group cannot continue."""
         with self._progress.step():
-            self._followers.send(self._encoder.encode(plan))
-            return self._own.execute(plan)
+            self._followers.run_step(plan, scratch=self._scratch)
+            return self._own.launch(plan)
+
+    def collect(self, launched: Launched) -> StepOutcome:
+        """Raises as `launch`."""
+        with self._progress.step():
+            return self._own.collect(launched)
+
+
+class Following:
+    """A follower's way: steps are launched as they come, and collected so that as many are in
+    flight as rank 0 may have: one besides the newest."""
+
+    def __init__(self, own: Executor) -> None:
+        self._own = own
+        self._flight: Launched | None = None
+
+    def run(self, plan: StepPlan) -> None:
+        """Launch a plan, after everything before it is collected unless it is ahead."""
+        if not plan.ahead:
+            self.land()
+        launched = self._own.launch(plan)
+        self.land()
+        self._flight = launched
+
+    def land(self) -> None:
+        """Collect what is in flight."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._own.collect(flight)
 
 
 class DriftCheck:
     """Carries out plans on this rank and compares with the others, every so many steps, what the
-    plans were and which tokens came out."""
+    plans were and which tokens came out.
 
-    def __init__(self, own: PlanExecutor, group: TPGroup, check_every: int) -> None:
+    Ranks compare before they launch a step, for then all have collected the same ones; rank 0 may
+    have collected the newest while a follower still waits for its next order.
+    """
+
+    def __init__(self, own: Executor, group: TPGroup, check_every: int) -> None:
         """`check_every`: steps between comparisons, at least 1."""
         self._own = own
         self._group = group
         self._check_every = check_every
         self._num_steps = 0
+        self._num_compared = 0
         self._sum = 0
 
-    def execute(self, plan: StepPlan) -> StepOutcome:
+    def launch(self, plan: StepPlan) -> Launched:
         """RuntimeError when ranks disagree."""
-        outcome = self._own.execute(plan)
+        if self._num_steps - self._num_compared >= self._check_every:
+            self._compare()
+        return self._own.launch(plan)
+
+    def collect(self, launched: Launched) -> StepOutcome:
+        outcome = self._own.collect(launched)
+        plan = launched.plan
         emitted = [row.emitted for row in outcome.rows]
         said = msgspec.msgpack.encode((plan.rows, plan.released, plan.shape, emitted))
         self._sum = zlib.crc32(said, self._sum)
         self._num_steps += 1
-        if self._num_steps % self._check_every == 0:
-            self._compare()
         return outcome
 
     def _compare(self) -> None:
+        since = self._num_steps - self._num_compared
+        self._num_compared = self._num_steps
         sums = self._group.stack(torch.tensor(self._sum)).tolist()
         if len(set(sums)) > 1:
             raise RuntimeError(
-                f"ranks have drifted apart within the last {self._check_every} of "
-                f"{self._num_steps} steps: the checksums of plans and tokens are {sums}"
+                f"ranks have drifted apart within the last {since} of {self._num_steps} steps: "
+                f"the checksums of plans and tokens are {sums}"
             )

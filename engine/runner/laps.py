@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 
 class Laps:
-    """Seconds by part. On a device that works asynchronously they are those of the launches, and
-    of whatever waits for results."""
+    """Seconds by part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -20,3 +19,11 @@ class Laps:
         started = time.perf_counter()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+class NoLaps(Laps):
+    """For a device that works asynchronously: what the host spends on a part says nothing."""
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:  # noqa: ARG002
+        yield

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+
+import msgspec
 
 from engine.request import Request, SamplingParams
 from engine.speculation.planner import StepCosts
+from engine.step.executor import Executor, execute
 from engine.step.plan import Admission, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import MAX_NODES, TreeShape
 
@@ -17,18 +19,14 @@ REPEATS = 3
 ENOUGH = 0.15  # seconds of one tree; slower steps are repeated less
 ROW_COUNTS = (1, 4, 16, 64)
 
-
-class PlanExecutor(Protocol):
-    """Carries out a plan on every rank; implemented by `ModelRunner`."""
-
-    def execute(self, plan: StepPlan) -> StepOutcome: ...
+replace = msgspec.structs.replace
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
     """Runs made-up rows through an executor whose blocks are all free."""
 
-    executor: PlanExecutor
+    executor: Executor
     num_blocks: int
     block_size: int
     max_num_seqs: int
@@ -36,7 +34,7 @@ class WarmUp:
     max_model_len: int
 
     def fits(self, shape: TreeShape) -> bool:
-        """Whether one row can carry such a tree behind the made-up prompt."""
+        """Whether one row can carry such a tree after the made-up prompt."""
         slots = self._num_prompt + shape.slots_for(shape.num_nodes) + 1
         return (
             slots <= self._slots_per_row
@@ -64,7 +62,7 @@ class WarmUp:
             for shape in shapes:
                 cost = yield from self._time(rows[:num_rows], shape)
                 seconds[shape.name].append((num_rows, cost))
-        self.executor.execute(StepPlan(released=tuple(row.request_id for row in rows)))
+        execute(self.executor, StepPlan(released=tuple(row.line for row in rows)))
         return StepCosts(seconds)
 
     def _row_counts(self, shapes: Sequence[TreeShape]) -> list[int]:
@@ -93,15 +91,26 @@ class WarmUp:
         for number in range(num_rows):
             prompt = [(7 * number + 3 * i) % 97 + 3 for i in range(self._num_prompt)]
             request = Request(request_id=f"warm-up-{number}", prompt_ids=prompt, params=params)
-            blocks = list(range(number * size, (number + 1) * size))
-            rows.append(RowPlan(request.request_id, 0, prompt, blocks, samples=True))
-            admissions.append(Admission(request, ()))
+            blocks = tuple(range(number * size, (number + 1) * size))
+            rows.append(
+                RowPlan(
+                    line=number,
+                    start=0,
+                    token_ids=tuple(prompt),
+                    first_block=0,
+                    new_blocks=blocks,
+                    samples=True,
+                )
+            )
+            admissions.append(Admission(number, request))
         together = max(1, self.max_num_batched_tokens // self._num_prompt)
         for first in range(0, num_rows, together):
             part = slice(first, first + together)
-            self.executor.execute(StepPlan(tuple(rows[part]), tuple(admissions[part])))
+            execute(
+                self.executor, StepPlan(rows=tuple(rows[part]), admitted=tuple(admissions[part]))
+            )
             yield
-        return rows
+        return [replace(row, first_block=size, new_blocks=()) for row in rows]
 
     def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> Generator[None, None, float]:
         """Seconds of a step: the least of a few, for what disturbs one only makes it longer, and
@@ -112,22 +121,22 @@ class WarmUp:
             if not current or not all(self._has_room(row, shape) for row in current):
                 current = yield from self._renewed(rows)
             drafting = (replace(row, num_draft=shape.num_nodes - 1) for row in current)
-            plan = StepPlan(tuple(drafting), shape=shape)
+            plan = StepPlan(rows=tuple(drafting), shape=shape)
             started = time.perf_counter()
-            outcome = self.executor.execute(plan)
+            outcome = execute(self.executor, plan)
             times.append(time.perf_counter() - started)
             yield
-            current = _behind(current, outcome)
+            current = _after(current, outcome)
         return min(times)
 
     def _renewed(self, rows: Sequence[RowPlan]) -> Generator[None, None, tuple[RowPlan, ...]]:
-        """Go back behind the prompt. Its last token comes once more, so that the drafter has a
+        """Go back to the end of the prompt. Its last token comes once more, so that the drafter has a
         state for what follows."""
         last = self._num_prompt - 1
         again = tuple(replace(row, start=last, token_ids=row.token_ids[-1:]) for row in rows)
-        outcome = self.executor.execute(StepPlan(again))
+        outcome = execute(self.executor, StepPlan(rows=again))
         yield
-        return _behind(again, outcome)
+        return _after(again, outcome)
 
     def _has_room(self, row: RowPlan, shape: TreeShape) -> bool:
         return row.start + shape.slots_for(shape.num_nodes) + 1 <= self._slots_per_row
@@ -137,10 +146,10 @@ class WarmUp:
         return min(self.max_model_len, self._blocks_per_row * self.block_size)
 
 
-def _behind(rows: Sequence[RowPlan], outcome: StepOutcome) -> tuple[RowPlan, ...]:
+def _after(rows: Sequence[RowPlan], outcome: StepOutcome) -> tuple[RowPlan, ...]:
     """The rows after a step, with the last token that it emitted still to come."""
     return tuple(
-        replace(row, start=row.start + len(result.emitted), token_ids=list(result.emitted[-1:]))
+        replace(row, start=row.start + len(result.emitted), token_ids=result.emitted[-1:])
         for row, result in zip(rows, outcome.rows, strict=True)
     )
 

@@ -1,0 +1,371 @@
+"""From a step plan (host integers) to the host tensors that a step reads, and to its form."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.sampling.lines import BiasList, Ints, LineSettings
+from engine.step.plan import RowPlan, StepPlan
+from engine.step.shape import MAX_NODES, ROOT, TreeShape
+
+BLOCKS_PER_ROW = 8  # new ones in one step of a padded form; more are sent ahead of it
+FIRST_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class StepForm:
+    """What a step is made for: all that decides shapes and which parts take part. Steps of one form
+    can share a CUDA graph."""
+
+    exact: bool  # the host may look at values: sizes follow from the plan and from its trees
+    num_rows: int  # B, padding included
+    num_own: int  # P, the rows' own tokens, at most
+    num_tokens: int  # T, own tokens and nodes, at most; not used when exact, as the next
+    num_nodes: int  # R, roots and nodes, at most
+    num_columns: int  # of the block tables
+    only_roots: bool  # no row has more than its root, before trees are grown
+    follows: bool  # roots may be what the step before has left on the device
+    shape: TreeShape  # of the proposer's trees; ROOT: it is not asked
+    num_known: int  # K, tokens of the longest known draft
+    draws: bool  # False: no row is at its end
+    any_sampled: bool
+    any_greedy: bool
+    is_filtered: bool  # some row has top-k, top-p or min-p
+    is_penalised: bool
+    num_bias: int  # M, entries of the longest list of logit changes
+    num_top: int  # alternatives that are reported with log-probabilities; -1: no row asked
+    num_echo: int  # S, prompt tokens that are scored
+    num_echo_top: int
+
+    @property
+    def max_nodes(self) -> int:
+        """N, of one tree."""
+        return max(self.shape.num_nodes, 1 + self.num_known)
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.shape.max_depth, self.num_known)
+
+    @property
+    def max_queries(self) -> int:
+        """Tokens and nodes of one row, at most."""
+        return self.max_nodes if self.only_roots else self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Everything a step is told of its B rows. A padding row has limit 0 and no token."""
+
+    lines: Tensor  # [B] int64, the last line for padding rows
+    follows: Tensor  # [B] bool: the root is what the step before left, see `LineState`
+    starts: Tensor  # [B] int64, position of the first own token
+    lens: Tensor  # [B] int64, own tokens
+    own_tokens: Tensor  # [P] int64, row after row
+    samples: Tensor  # [B] bool
+    next_tokens: Tensor  # [B] int64, of rows that do not sample
+    limits: Tensor  # [B] int64 nodes, the root included
+    ends: Tensor  # [B] int64, position after the last that has a slot
+    known: Tensor  # [B, K] int64 tokens of drafts that the plan knows
+    num_known: Tensor  # [B] int64
+    seeds: Tensor  # [B] int64
+    top_k: Tensor  # [B] int64, vocabulary size when off
+    temperatures: Tensor  # [B] float32, and so are the next five
+    top_p: Tensor
+    min_p: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+    bias_ids: Tensor  # [B, M] int64, -1: no entry; see `BiasEntries`
+    bias_values: Tensor  # [B, M] float32
+    bias_until: Tensor  # [B, M] int64
+    scored: Tensor  # [B] bool: log-probabilities of what it emits are wanted
+    echo_rows: Tensor  # [S] int64 row of each prompt token that is scored
+    echo_places: Tensor  # [S] int64, own token of the row that predicts it
+    echo_tokens: Tensor  # [S] int64
+    table_places: Tensor  # [U] int64, where in the flat block tables blocks are new
+    table_blocks: Tensor  # [U] int32, the blocks
+
+
+class TableChanges(NamedTuple):
+    """New entries of the flat block tables of all lines."""
+
+    places: list[int]
+    blocks: list[int]
+
+    def split(self, room: int | None) -> tuple[TableChanges, TableChanges]:
+        """The first `room` of them, and the others."""
+        some, others = slice(None, room), slice(len(self.places) if room is None else room, None)
+        return (
+            TableChanges(self.places[some], self.blocks[some]),
+            TableChanges(self.places[others], self.blocks[others]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How sizes of a step are rounded: up to few numbers where steps are captured as graphs, not at
+    all on a CPU, where computing what nobody needs costs more than anything it saves."""
+
+    exact: bool
+    max_num_seqs: int
+
+    def rows(self, count: int) -> int:
+        if self.exact:
+            return count
+        return next(n for n in row_counts(self.max_num_seqs) if n >= count)
+
+    def tokens(self, count: int) -> int:
+        """Four sizes for each power of two: at most a fifth is padding."""
+        if self.exact or count <= 16:
+            return count if self.exact else 16
+        step = 1 << ((count - 1).bit_length() - 3)
+        return -(-count // step) * step
+
+    def entries(self, count: int) -> int:
+        """Of lists: a power of two, 0 stays 0."""
+        return count if self.exact or count == 0 else max(8, 1 << (count - 1).bit_length())
+
+
+def row_counts(max_num_seqs: int) -> tuple[int, ...]:
+    """Numbers of rows that steps are padded to."""
+    return (*(n for n in FIRST_ROWS if n < max_num_seqs), max_num_seqs)
+
+
+@dataclass(frozen=True, slots=True)
+class InputBuilder:
+    """Turns plans into forms and inputs."""
+
+    sizes: Sizes
+    settings: LineSettings
+    max_len: int  # positions of one sequence
+    block_size: int
+    vocab_size: int
+    scratch_block: int
+
+    @property
+    def num_columns(self) -> int:
+        """Of the block tables: every position, and the nodes of a tree at the last one."""
+        return -(-(self.max_len + MAX_NODES) // self.block_size)
+
+    def form(self, plan: StepPlan) -> StepForm:
+        """What kind of step carries out this plan."""
+        rows, sizes, settings = plan.rows, self.sizes, self.settings
+        drawing = [row.line for row in rows if row.samples]
+        sampled = settings.temperatures[drawing] > 0
+        echo = [len(self.echo(row)) for row in rows]
+        bias = [sum(map(len, self._bias(row))) for row in rows if row.samples]
+        return StepForm(
+            exact=sizes.exact,
+            follows=plan.ahead or not sizes.exact,
+            **self._counts(rows, shape := self._shape(plan)),
+            shape=shape,
+            draws=bool(drawing),
+            any_sampled=not sizes.exact or bool(sampled.any()),  # fewer graphs cost no more
+            any_greedy=not sizes.exact or not sampled.all(),
+            is_filtered=bool(settings.is_filtered[drawing].any()),
+            is_penalised=bool(settings.is_penalised[drawing].any()),
+            num_bias=sizes.entries(max(bias, default=0)),
+            num_top=self._num_top(settings.num_top[drawing]),
+            num_echo=sizes.entries(sum(echo)),
+            num_echo_top=self._num_top(settings.num_echo_top[[row.line for row in rows]]),
+        )
+
+    def inputs(self, plan: StepPlan, form: StepForm, changes: TableChanges) -> StepInputs:
+        """Host tensors, with padding rows after those of `plan`. `changes`: of the block tables, at
+        most as many as the form has room for."""
+        rows, missing = plan.rows, form.num_rows - len(plan.rows)
+        lines = np.array([row.line for row in rows] + [self._padding_line] * missing)
+
+        def integers(values: Sequence[int], padding: int = 0) -> Tensor:
+            return torch.tensor([*values, *[padding] * missing], dtype=torch.int64)
+
+        def flags(values: Sequence[bool]) -> Tensor:
+            return torch.tensor([*values, *[False] * missing], dtype=torch.bool)
+
+        def of_line(values: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(values[lines])
+
+        settings = self.settings
+        places, blocks = self._padded_changes(changes, form)
+        ends = [min(row.num_blocks * self.block_size, self.max_len) for row in rows]
+        return StepInputs(
+            lines=torch.from_numpy(lines),
+            follows=flags([plan.ahead] * len(rows)),
+            starts=integers([row.start for row in rows]),
+            lens=integers([len(row.token_ids) for row in rows]),
+            own_tokens=self._own_tokens(rows, form),
+            samples=flags([row.samples for row in rows]),
+            next_tokens=integers([row.next_token for row in rows]),
+            limits=integers([1 + row.num_draft for row in rows]),
+            ends=integers(ends),
+            known=_matrix([row.draft for row in rows], form.num_rows, form.num_known, 0),
+            num_known=integers([len(row.draft) for row in rows]),
+            seeds=of_line(settings.seeds),
+            top_k=of_line(settings.top_k),
+            temperatures=of_line(settings.temperatures),
+            top_p=of_line(settings.top_p),
+            min_p=of_line(settings.min_p),
+            repetition=of_line(settings.repetition),
+            frequency=of_line(settings.frequency),
+            presence=of_line(settings.presence),
+            **self._bias_inputs(rows, form),
+            scored=of_line(settings.num_top >= 0),
+            **self._echo_inputs(rows, form),
+            table_places=torch.tensor(places, dtype=torch.int64),
+            table_blocks=torch.tensor(blocks, dtype=torch.int32),
+        )
+
+    def likely_forms(self, shapes: Iterable[TreeShape]) -> Iterator[StepForm]:
+        """Of decode steps with these trees, for every number of rows, with filters and without; the
+        largest first."""
+        for num_rows in reversed(row_counts(self.sizes.max_num_seqs)):
+            for shape in shapes:
+                for is_filtered in (False, True):
+                    yield self._decode_form(num_rows, shape, is_filtered)
+
+    def _decode_form(self, num_rows: int, shape: TreeShape, is_filtered: bool) -> StepForm:
+        """Of a step in which every row has its root and a tree of `shape`."""
+        return StepForm(
+            exact=False,
+            follows=True,
+            num_rows=num_rows,
+            num_own=num_rows,
+            num_tokens=num_rows * shape.num_nodes,
+            num_nodes=num_rows * shape.num_nodes,
+            num_columns=self.num_columns,
+            only_roots=True,
+            num_known=0,
+            shape=shape,
+            draws=True,
+            any_sampled=True,
+            any_greedy=True,
+            is_filtered=is_filtered,
+            is_penalised=False,
+            num_bias=0,
+            num_top=-1,
+            num_echo=0,
+            num_echo_top=-1,
+        )
+
+    @property
+    def _padding_line(self) -> int:
+        return len(self.settings.seeds) - 1
+
+    def _shape(self, plan: StepPlan) -> TreeShape:
+        """Of the proposer's trees, as far as some row has room for them."""
+        limits = [1 + row.num_draft for row in plan.rows if row.is_drafted]
+        if not limits:
+            return ROOT
+        return plan.shape.first(max(limits)) if self.sizes.exact else plan.shape
+
+    def _counts(self, rows: Sequence[RowPlan], shape: TreeShape) -> dict[str, int | bool]:
+        """Sizes of the packed tensors."""
+        sizes, num_rows = self.sizes, self.sizes.rows(len(rows))
+        num_known = sizes.entries(max((len(row.draft) for row in rows), default=0))
+        only_roots = all(len(row.token_ids) == 1 for row in rows)
+        own = sum(len(row.token_ids) for row in rows)
+        nodes = len(rows) + sum(row.num_draft for row in rows)
+        dense = num_rows * shape.num_nodes
+        uniform = only_roots and num_known == 0
+        return {
+            "num_rows": num_rows,
+            "num_own": num_rows if only_roots else sizes.tokens(own),
+            "num_tokens": dense if uniform else sizes.tokens(own + nodes - len(rows)),
+            "num_nodes": dense if uniform else sizes.tokens(nodes),
+            "num_columns": max((row.num_blocks for row in rows), default=1)
+            if sizes.exact
+            else self.num_columns,
+            "only_roots": only_roots,
+            "num_known": num_known,
+        }
+
+    def _num_top(self, wanted: Ints) -> int:
+        most = int(wanted.max(initial=-1))
+        return most if most < 0 else self.sizes.entries(most)
+
+    def _own_tokens(self, rows: Sequence[RowPlan], form: StepForm) -> Tensor:
+        """A token that is not known yet stands as 0: the step before has left it on the device."""
+        found = [max(token, 0) for row in rows for token in row.token_ids]
+        return torch.tensor(found + [0] * (form.num_own - len(found)), dtype=torch.int64)
+
+    def _bias(self, row: RowPlan) -> list[BiasList]:
+        return self.settings.bias(row.line, row.start + len(row.token_ids))
+
+    def _bias_inputs(self, rows: Sequence[RowPlan], form: StepForm) -> dict[str, Tensor]:
+        lists = [self._bias(row) if row.samples and form.num_bias else [] for row in rows]
+
+        def matrix(name: str, unused: int, dtype: Any = np.int64) -> Tensor:
+            parts = [[x for part in found for x in getattr(part, name)] for found in lists]
+            return _matrix(parts, form.num_rows, form.num_bias, unused, dtype)
+
+        return {
+            "bias_ids": matrix("ids", -1),
+            "bias_values": matrix("values", 0, np.float32),
+            "bias_until": matrix("until", 0),
+        }
+
+    def echo(self, row: RowPlan) -> Sequence[int]:
+        """The prompt tokens that this row's chunk predicts, if they are to be scored."""
+        if self.settings.num_echo_top[row.line] < 0:
+            return ()
+        prompt = self.settings.requests[row.line].prompt_ids
+        return prompt[row.start + 1 : row.start + 1 + len(row.token_ids)]
+
+    def _echo_inputs(self, rows: Sequence[RowPlan], form: StepForm) -> dict[str, Tensor]:
+        found = [self.echo(row) if form.num_echo else () for row in rows]
+        numbers = [[row] * len(tokens) for row, tokens in enumerate(found)]
+        places = [range(len(tokens)) for tokens in found]
+
+        def padded(parts: Sequence[Sequence[int]]) -> Tensor:
+            values = list(chain.from_iterable(parts))
+            return torch.tensor(values + [0] * (form.num_echo - len(values)), dtype=torch.int64)
+
+        return {
+            "echo_rows": padded(numbers),
+            "echo_places": padded(places),
+            "echo_tokens": padded(found),
+        }
+
+    def changes(self, rows: Sequence[RowPlan]) -> TableChanges:
+        """What is new in the block tables."""
+        places: list[int] = []
+        blocks: list[int] = []
+        for row in rows:
+            first = row.line * self.num_columns + row.first_block
+            places += range(first, first + len(row.new_blocks))
+            blocks += row.new_blocks
+        return TableChanges(places, blocks)
+
+    def room(self, form: StepForm) -> int | None:
+        """How many changes of the block tables fit into a step of this form; None: any number."""
+        if form.exact:
+            return None
+        return form.num_rows * BLOCKS_PER_ROW + form.num_own // self.block_size
+
+    def _padded_changes(self, changes: TableChanges, form: StepForm) -> TableChanges:
+        """Up to the form's room with changes of the padding line that change nothing."""
+        missing = (self.room(form) or len(changes.places)) - len(changes.places)
+        last = len(self.settings.seeds) * self.num_columns - 1
+        return TableChanges(
+            changes.places + [last] * missing, changes.blocks + [self.scratch_block] * missing
+        )
+
+
+def _matrix(
+    parts: Sequence[Sequence[Any]], num_rows: int, width: int, unused: int, dtype: Any = np.int64
+) -> Tensor:
+    """[num_rows, width], each part followed by `unused`."""
+    values = np.full((num_rows, width), unused, dtype=dtype)
+    if width:
+        for row, part in enumerate(parts):
+            values[row, : len(part)] = part
+    return torch.from_numpy(values)

@@ -1,0 +1,82 @@
+"""From the outputs of a step to one outcome per row of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.messages import TokenLogprob
+from engine.runner.inputs import InputBuilder
+from engine.runner.step import StepOutputs
+from engine.step.plan import RowOutcome, RowPlan
+
+Entries = tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What rows asked for when their step was launched: lines may pass on until it is over."""
+
+    rows: Sequence[RowPlan]
+    num_top: Sequence[int]  # alternatives to emitted tokens, -1: no log-probabilities
+    num_echo_top: Sequence[int]  # the same for prompt tokens
+    echo: Sequence[Sequence[int]]  # the prompt tokens that are scored
+
+    @classmethod
+    def of(cls, rows: Sequence[RowPlan], builder: InputBuilder) -> Report:
+        lines, settings = [row.line for row in rows], builder.settings
+        return cls(
+            rows,
+            settings.num_top[lines].tolist(),
+            settings.num_echo_top[lines].tolist(),
+            [builder.echo(row) for row in rows],
+        )
+
+    def outcomes(self, outputs: StepOutputs) -> tuple[RowOutcome, ...]:
+        """`outputs` on the host."""
+        emitted = [tuple(t for t in row if t >= 0) for row in outputs.emitted.tolist()]
+        paths = [tuple(n for n in row if n > 0) for row in outputs.path.tolist()]
+        sizes = outputs.sizes.tolist()
+        echo = self._echo(outputs)
+        found = []
+        for at, row in enumerate(self.rows):
+            scores = next(echo)
+            if not row.samples:
+                found.append(RowOutcome(prompt_logprobs=scores))
+                continue
+            logprobs = self._emitted(at, emitted[at], outputs)
+            outcome = RowOutcome(emitted[at], sizes[at] - 1, paths[at], logprobs, scores)
+            found.append(outcome)
+        return tuple(found)
+
+    def _emitted(self, at: int, tokens: Sequence[int], outputs: StepOutputs) -> Entries | None:
+        if self.num_top[at] < 0:
+            return None
+        parts = (outputs.logprobs[at], outputs.top_ids[at], outputs.top[at])
+        return _entries(tokens, parts, self.num_top[at])
+
+    def _echo(self, outputs: StepOutputs) -> Iterator[Entries | None]:
+        """Row by row."""
+        first = 0
+        for tokens, num_top in zip(self.echo, self.num_echo_top, strict=True):
+            some = slice(first, first + len(tokens))
+            first += len(tokens)
+            parts = (
+                outputs.echo_logprobs[some],
+                outputs.echo_top_ids[some],
+                outputs.echo_top[some],
+            )
+            yield None if num_top < 0 else _entries(tokens, parts, num_top)
+
+
+def _entries(
+    tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], num_top: int
+) -> Entries:
+    """As clients hear it: the log-probability of each token [n] and its best alternatives [n, k]."""
+    chosen, top_ids, top = (part[: len(tokens)].tolist() for part in parts)
+    return tuple(
+        TokenLogprob(token, value, list(zip(ids[:num_top], values[:num_top], strict=True)))
+        for token, value, ids, values in zip(tokens, chosen, top_ids, top, strict=True)
+    )

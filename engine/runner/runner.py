@@ -1,0 +1,174 @@
+"""Carries out step plans on one rank: keeps what it must know of every line, launches the body of
+the step, and reports what came out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.kv.slots import Scratch
+from engine.models.interface import TargetModel
+from engine.runner.graphs import DeviceSteps, HostSteps, Outputs, StepRunner
+from engine.runner.inputs import InputBuilder, Sizes, StepForm, StepInputs, TableChanges
+from engine.runner.laps import Laps
+from engine.runner.report import Report
+from engine.runner.step import LineState, StepBody
+from engine.sampling.lines import LineSettings, is_penalised, token_counts
+from engine.speculation.proposer import Proposer
+from engine.step.batch import ForwardContext
+from engine.step.executor import Launched, execute
+from engine.step.plan import DRAFT, STEP, StepOutcome, StepPlan
+from engine.step.shape import ROOT, TreeShape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """How steps are run where they are."""
+
+    exact: bool  # the device is the host: sizes are those of each step
+    graphs: bool = False  # steps of padded forms are captured as CUDA graphs
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerParts:
+    """What a runner is made of, joined where the engine is put together."""
+
+    model: TargetModel
+    context: ForwardContext  # its pages have one block more than the plans use: scratch
+    proposer: Proposer
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    max_num_seqs: int
+    max_len: int  # positions of one sequence
+    steps: StepSettings
+
+
+class ModelRunner:
+    """Implements `Executor` on one rank."""
+
+    def __init__(self, parts: RunnerParts) -> None:
+        kv = parts.context.kv
+        scratch = Scratch(kv.num_blocks - 1, kv.block_size)
+        self._parts = parts
+        self._settings = LineSettings(parts.max_num_seqs, parts.vocab_size, parts.eos_token_ids)
+        self._builder = InputBuilder(
+            Sizes(parts.steps.exact, parts.max_num_seqs),
+            self._settings,
+            parts.max_len,
+            kv.block_size,
+            parts.vocab_size,
+            scratch.block,
+        )
+        state = LineState.allocate(
+            parts.max_num_seqs, self._builder.num_columns, parts.vocab_size, scratch, kv.device
+        )
+        self._body = StepBody(
+            model=parts.model,
+            context=parts.context,
+            proposer=parts.proposer,
+            state=state,
+            scratch=scratch,
+            max_len=parts.max_len,
+            vocab_size=parts.vocab_size,
+        )
+        self._steps = self._step_runner()
+        self._num_faults = 0  # trees that the current head could not grow
+
+    @torch.inference_mode()
+    def draft_with(self, proposer: Proposer) -> None:
+        """Take trees from another proposer from the next step on; nothing is in flight. It knows
+        nothing about running rows but what they commit from then on."""
+        context = replace(self._body.context, tap=proposer.tap)
+        self._body = replace(self._body, proposer=proposer, context=context)
+        self._steps = self._step_runner()
+        self._num_faults = 0
+        proposer.admit(list(self._settings.requests))
+
+    @torch.inference_mode()
+    def prepare(self, shapes: Sequence[TreeShape]) -> None:
+        """Before the first plan: capture the decode steps of trees that are likely to come. The
+        largest come first, so that the smaller find memory to share."""
+        if isinstance(self._steps, DeviceSteps):
+            for form in self._builder.likely_forms(dict.fromkeys((ROOT, *shapes))):
+                self._steps.prepare(form)
+
+    def execute(self, plan: StepPlan) -> StepOutcome:
+        return execute(self, plan)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        laps = Laps()
+        with laps.time(DRAFT if self._parts.steps.exact else STEP):
+            self._turn_over(plan)
+        if not plan.rows:
+            return Launched(plan, StepOutcome)
+        form = self._builder.form(plan)
+        changes, early = self._builder.changes(plan.rows).split(self._builder.room(form))
+        self._write_early(early)
+        inputs = self._builder.inputs(plan, form, changes)
+        with self._timed(laps):
+            outputs = self._steps.launch(inputs, form, laps)
+        report = Report.of(plan.rows, self._builder)
+        return Launched(plan, lambda: self._outcome(report, outputs, laps))
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> StepOutcome:
+        return launched.wait()
+
+    def _step_runner(self) -> StepRunner:
+        if self._parts.steps.exact:
+            return HostSteps(self._body)
+        return DeviceSteps(self._body, self._idle, graphs=self._parts.steps.graphs)
+
+    def _idle(self, form: StepForm) -> StepInputs:
+        return self._builder.inputs(StepPlan(), form, TableChanges([], []))
+
+    def _turn_over(self, plan: StepPlan) -> None:
+        """Forget lines that are given back, and take in the sequences that enter."""
+        if not plan.released and not plan.admitted:
+            return
+        self._body.proposer.settle()
+        for line in plan.released:
+            self._settings.release(line)
+        for admission in plan.admitted:
+            self._settings.admit(admission)
+            request = admission.request
+            if is_penalised(request.params):
+                seen = token_counts(request.prompt_ids, admission.output_ids, self._parts.vocab_size)
+                self._body.state.counts[admission.line].copy_(torch.from_numpy(seen))
+        if plan.admitted:
+            self._body.proposer.admit([admission.line for admission in plan.admitted])
+
+    def _write_early(self, changes: TableChanges) -> None:
+        """Block table entries that a step has no room for."""
+        if changes.places:
+            tables = self._body.state.tables
+            at = torch.tensor(changes.places).to(tables.device)
+            tables.view(-1)[at] = torch.tensor(changes.blocks, dtype=tables.dtype).to(tables.device)
+
+    def _outcome(self, report: Report, outputs: Outputs, laps: Laps) -> StepOutcome:
+        """Wait for a step, and say what came out of it."""
+        with self._timed(laps):
+            here = outputs()
+        self._count_faults(int(here.faults.sum()))
+        return StepOutcome(
+            rows=report.outcomes(here),
+            seconds=laps.seconds,
+            draft_faults=self._num_faults,
+            draft_failed=self._body.proposer.failed,
+        )
+
+    def _timed(self, laps: Laps) -> AbstractContextManager[None]:
+        """The body times its parts where the device is the host; elsewhere the step is timed."""
+        return nullcontext() if self._parts.steps.exact else laps.time(STEP)
+
+    def _count_faults(self, count: int) -> None:
+        if count and not self._num_faults:
+            logger.warning("the draft head gives numbers that are not finite; not drafting there")
+        self._num_faults += count

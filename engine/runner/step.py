@@ -1,0 +1,321 @@
+"""One step, said once: draft, forward, logits, edit, draw, walk, commit, take.
+
+Decode rows, prompt chunks, penalties, known drafts and log-probabilities are inputs of this body,
+not other paths. It is a function on the device: on a CPU it runs on tensors of exact sizes, and the
+host may look at values; elsewhere nothing in it waits for the host and every shape follows from the
+form, so that a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from engine.kv.slots import Scratch
+from engine.models.interface import TargetModel
+from engine.runner.inputs import StepForm, StepInputs
+from engine.runner.laps import Laps
+from engine.runner.layout import Layout
+from engine.sampling.spread import SpreadLogits
+from engine.speculation.proposer import Drafted, DraftLimits, Proposer, Roots
+from engine.speculation.verify import commit, walk
+from engine.step.batch import ForwardContext
+from engine.step.group import TPGroup
+from engine.step.plan import COMMIT, DRAFT, VERIFY
+from engine.step.shape import ROOT
+from engine.step.tree import DraftTree, VerifyResult
+from kernels.sampling.pipeline_reference import (
+    BiasEntries,
+    DrawSettings,
+    LogitEdits,
+    Penalties,
+    Scores,
+)
+
+ECHO_TOKENS = 256  # prompt tokens that are scored together: their logits take [256, V] at a time
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What the host learns, once per step: parts of large elements first, so that each begins where
+    its dtype may when they are joined. Log-probabilities are empty unless the form has them."""
+
+    emitted: Tensor  # [B, max_depth + 1] int64, -1 after the bonus
+    path: Tensor  # [B, max_depth + 1] int64 nodes, -1 after the end
+    sizes: Tensor  # [B] int64 of the verified trees
+    top_ids: Tensor  # [B, max_depth + 1, n] int64
+    echo_top_ids: Tensor  # [S, m] int64
+    logprobs: Tensor  # [B, max_depth + 1] float32 of emitted tokens
+    top: Tensor  # [B, max_depth + 1, n] float32
+    echo_logprobs: Tensor  # [S] float32 of prompt tokens
+    echo_top: Tensor  # [S, m] float32
+    faults: Tensor  # [B] bool: the head's numbers were not finite
+
+    def parts(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True, slots=True)
+class LineState:
+    """What stays on the device between steps, by line. The last line is that of padding rows."""
+
+    tables: Tensor  # [lines + 1, columns] int32 block tables; the last is all scratch
+    tokens: Tensor  # [lines + 1] int64, the bonus of the last step: the root of the next
+    positions: Tensor  # [lines + 1] int64, its position
+    counts: Tensor  # [lines + 1, V] int32 occurrences of tokens, see `Penalties.counts`
+
+    @classmethod
+    def allocate(
+        cls, num_lines: int, columns: int, vocab_size: int, scratch: Scratch, device: torch.device
+    ) -> LineState:
+        zeros = torch.zeros(2, num_lines + 1, dtype=torch.int64, device=device)
+        tables = torch.full((num_lines + 1, columns), scratch.block, dtype=torch.int32)
+        # On a CPU, pages of the counts that no penalised row has used cost nothing.
+        counts = torch.zeros(num_lines + 1, vocab_size, dtype=torch.int32, device=device)
+        return cls(tables.to(device), *zeros.unbind(), counts)
+
+    def follow(self, inputs: StepInputs) -> StepInputs:
+        """`inputs` with the roots that the last step left, for rows that follow it. Every row has
+        its root alone."""
+        lines, follows = inputs.lines, inputs.follows
+        return replace(
+            inputs,
+            own_tokens=torch.where(follows, self.tokens[lines], inputs.own_tokens),
+            starts=torch.where(follows, self.positions[lines], inputs.starts),
+        )
+
+    def keep(self, lines: Tensor, root_positions: Tensor, result: VerifyResult) -> None:
+        """Take note of what a step drew."""
+        bonus = result.emitted.gather(1, result.num_accepted[:, None])[:, 0]
+        self.tokens.index_put_((lines,), bonus)
+        self.positions.index_put_((lines,), root_positions + 1 + result.num_accepted)
+
+    def count(self, inputs: StepInputs, result: VerifyResult) -> None:
+        """Add what rows emitted to the occurrences of their lines."""
+        counted = (result.emitted >= 0) & inputs.samples[:, None]
+        lines = torch.where(counted, inputs.lines[:, None], len(self.tokens) - 1)
+        at = lines * self.counts.shape[1] + result.emitted.clamp(min=0)
+        twice = torch.full_like(at, 2, dtype=torch.int32)
+        self.counts.view(-1).index_add_(0, at.flatten(), twice.flatten())
+
+
+@dataclass(frozen=True, slots=True)
+class StepBody:
+    """The parts that take part."""
+
+    model: TargetModel
+    context: ForwardContext
+    proposer: Proposer
+    state: LineState
+    scratch: Scratch
+    max_len: int  # positions of one sequence
+    vocab_size: int
+
+    def run(self, inputs: StepInputs, form: StepForm, laps: Laps) -> StepOutputs:
+        """`inputs` on the device; the outputs too. `laps` are times of the host."""
+        state = self.state
+        state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
+        if form.follows and form.only_roots:
+            inputs = state.follow(inputs)
+        with laps.time(DRAFT):
+            tables = state.tables[:, : form.num_columns][inputs.lines]  # [B, columns]
+            drafted = self._draft(inputs, tables, form)
+            layout = Layout.of(inputs, drafted.tree, form, tables, self.scratch, self.max_len)
+        with laps.time(VERIFY):
+            batch = layout.batch()
+            hidden = self.model.forward(batch, self.context)  # [T, H]
+            result, scores = self._verify(layout, hidden)
+            echo = self._echo(layout, hidden)
+        with laps.time(COMMIT):
+            self._commit(layout, batch.slots, result)
+        with laps.time(DRAFT):
+            self._take(layout, result, hidden)
+        return _outputs(drafted, result, scores, echo)
+
+    def _draft(self, inputs: StepInputs, tables: Tensor, form: StepForm) -> Drafted:
+        """A tree for every row: the proposer's, a known chain, or the root alone."""
+        tokens = inputs.own_tokens[(inputs.lens.cumsum(0) - 1).clamp(min=0)]
+        if form.shape == ROOT:
+            nothing = torch.zeros_like(tokens, dtype=torch.bool)
+            drafted = Drafted(DraftTree.roots(tokens), nothing)
+        else:
+            roots = self._roots(inputs, tokens, tables)
+            found = self.proposer.draft(roots, form.shape, self._limits(roots, form))
+            drafted = shared(found, self.context.group)
+        tree = drafted.tree
+        if form.num_known:
+            tree = tree.with_chains(inputs.known, inputs.num_known)
+        return Drafted(tree.narrowed() if form.exact else tree, drafted.faults)
+
+    def _roots(self, inputs: StepInputs, tokens: Tensor, tables: Tensor) -> Roots:
+        is_known = inputs.num_known > 0
+        return Roots(
+            lines=inputs.lines,
+            tokens=tokens,
+            positions=(inputs.starts + inputs.lens - 1).clamp(min=0),
+            max_nodes=torch.where(is_known, inputs.limits.clamp(max=1), inputs.limits),
+            block_tables=tables,
+            temperatures=inputs.temperatures,
+            seeds=inputs.seeds,
+        )
+
+    def _limits(self, roots: Roots, form: StepForm) -> DraftLimits:
+        reach = roots.block_tables.shape[1] * self.scratch.block_size
+        if form.exact:
+            reach = int(roots.positions.max()) + form.shape.slots_for(form.shape.num_nodes)
+        return DraftLimits(form.exact, form.any_sampled, reach, self.max_len)
+
+    def _verify(self, layout: Layout, hidden: Tensor) -> tuple[VerifyResult, Scores]:
+        """Draw the target's token at every node, then walk."""
+        inputs, form, context = layout.inputs, layout.form, self.context
+        if not form.draws:
+            column = torch.zeros_like(inputs.lines)[:, None]
+            return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
+        local = self.model.logits(hidden[layout.sampled], context)
+        logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
+        settings = _draw_settings(layout)
+        drawn = logits.draw(settings, self._edits(layout, settings.positions))
+        result = walk(layout.tree, layout.nodes_of(drawn), context.ops)
+        if form.num_top < 0:
+            return result, _no_scores(hidden)
+        return result, _emitted_scores(layout, logits, result)
+
+    def _edits(self, layout: Layout, positions: Tensor) -> LogitEdits | None:
+        """The changes to the logits of all nodes, each with the history of its own path."""
+        inputs, form = layout.inputs, layout.form
+        penalties = bias = None
+        if form.is_penalised:
+            penalties = Penalties(
+                counts=self.state.counts,
+                lines=layout.of_row(inputs.lines),
+                paths=_paths(layout),
+                repetition=layout.of_row(inputs.repetition),
+                frequency=layout.of_row(inputs.frequency),
+                presence=layout.of_row(inputs.presence),
+            )
+        if form.num_bias:
+            lists = layout.nodes.row_of
+            bias = BiasEntries(lists, inputs.bias_ids, inputs.bias_values, inputs.bias_until)
+        if penalties is None and bias is None:
+            return None
+        return LogitEdits(positions, penalties, bias)
+
+    def _echo(self, layout: Layout, hidden: Tensor) -> Scores:
+        """Log-probabilities of prompt tokens, some at a time."""
+        inputs, form, context = layout.inputs, layout.form, self.context
+        if form.num_echo == 0:
+            return _no_scores(hidden)
+        places = layout.tokens.cu[inputs.echo_rows] + inputs.echo_places
+        found = []
+        for some, tokens in zip(
+            places.split(ECHO_TOKENS), inputs.echo_tokens.split(ECHO_TOKENS), strict=True
+        ):
+            local = self.model.logits(hidden[some], context)
+            logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
+            order = torch.arange(len(some), device=some.device)
+            found.append(logits.score(order, tokens, form.num_echo_top))
+        return Scores(*(torch.cat(parts) for parts in zip(*map(_parts, found), strict=True)))
+
+    def _commit(self, layout: Layout, slots: Tensor, result: VerifyResult) -> None:
+        """Move the KV of accepted nodes, and take note of what was drawn."""
+        if not layout.form.draws:
+            return
+        inputs, context = layout.inputs, self.context
+        node_slots = layout.nodes_of(slots[layout.sampled], self.scratch.first_slot)
+        commit(result, node_slots, context.kv, context.ops)
+        self.state.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
+        if layout.form.is_penalised:
+            self.state.count(inputs, result)
+
+    def _take(self, layout: Layout, result: VerifyResult, hidden: Tensor) -> None:
+        """Hand every committed token to a proposer that keeps entries of them."""
+        if self.proposer.lookahead == 0:
+            return
+        inputs = layout.inputs
+        emitted = result.emitted.clone()
+        emitted[:, 0] = torch.where(inputs.samples, emitted[:, 0], inputs.next_tokens)
+        accepted = torch.where(inputs.samples, result.num_accepted, 0)
+        self.proposer.take(layout.committed(VerifyResult(result.path, accepted, emitted)), hidden)
+
+
+def shared(drafted: Drafted, group: TPGroup) -> Drafted:
+    """Rank 0's trees for every rank, so that a last bit in which ranks differ splits nothing."""
+    if group.size == 1:
+        return drafted
+    tree, width = drafted.tree, drafted.tree.tokens.shape[1]
+    nodes = (tree.tokens, tree.parents, tree.depths, tree.ancestors)
+    packed = torch.cat([*nodes, tree.sizes[:, None], drafted.faults[:, None].long()], dim=1)
+    packed = group.from_first(packed)
+    nodes = packed[:, :-2].unflatten(1, (len(nodes), width)).unbind(1)
+    tree = DraftTree(*nodes, sizes=packed[:, -2], max_depth=tree.max_depth)
+    return Drafted(tree, packed[:, -1] > 0)
+
+
+def _draw_settings(layout: Layout) -> DrawSettings:
+    """How the token of each node is drawn, [R]."""
+    inputs, form = layout.inputs, layout.form
+    roots = inputs.starts + inputs.lens
+    spread = layout.of_row
+    return DrawSettings(
+        temperature=spread(inputs.temperatures),
+        seeds=spread(inputs.seeds),
+        positions=spread(roots) + layout.of_node(layout.tree.depths),
+        top_k=spread(inputs.top_k) if form.is_filtered else None,
+        top_p=spread(inputs.top_p) if form.is_filtered else None,
+        min_p=spread(inputs.min_p) if form.is_filtered else None,
+        any_sampled=form.any_sampled,
+        any_greedy=form.any_greedy,
+    )
+
+
+def _paths(layout: Layout) -> Tensor:
+    """[R, D] int64 the drafted tokens from each node up to below its root, -1 after these."""
+    tree = layout.tree
+    node = torch.arange(tree.tokens.shape[1], device=tree.tokens.device).expand_as(tree.tokens)
+    found = []
+    for _ in range(tree.max_depth):
+        found.append(torch.where(node > 0, tree.tokens.gather(1, node), -1))
+        node = tree.parents.gather(1, node).clamp(min=0)
+    if not found:
+        return tree.tokens.new_empty(len(layout.nodes.row_of), 0)
+    return torch.stack([layout.of_node(tokens) for tokens in found], dim=1)
+
+
+def _emitted_scores(layout: Layout, logits: SpreadLogits, result: VerifyResult) -> Scores:
+    """Log-probabilities of the emitted tokens, [B, max_depth + 1]; anything where a row emits
+    nothing or did not ask."""
+    num_top = layout.form.num_top
+    at = (layout.nodes.cu[:-1, None] + result.path.clamp(min=0)).clamp(max=logits.num_rows - 1)
+    wanted = layout.inputs.scored[:, None] & (result.path >= 0)
+    if not layout.form.exact:
+        found = logits.score(at.flatten(), result.emitted.clamp(min=0).flatten(), num_top)
+        return Scores(*(part.unflatten(0, wanted.shape) for part in _parts(found)))
+    found = logits.score(at[wanted], result.emitted[wanted], num_top)
+    parts = [part.new_zeros(*wanted.shape, *part.shape[1:]) for part in _parts(found)]
+    return Scores(*(to.index_put((wanted,), part) for to, part in zip(parts, _parts(found), strict=True)))
+
+
+def _parts(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    return scores.chosen, scores.top_ids, scores.top
+
+
+def _no_scores(like: Tensor) -> Scores:
+    nothing = torch.zeros(0, device=like.device)
+    return Scores(nothing, nothing.long(), nothing)
+
+
+def _outputs(drafted: Drafted, result: VerifyResult, scores: Scores, echo: Scores) -> StepOutputs:
+    return StepOutputs(
+        emitted=result.emitted,
+        path=result.path,
+        sizes=drafted.tree.sizes,
+        top_ids=scores.top_ids,
+        echo_top_ids=echo.top_ids,
+        logprobs=scores.chosen,
+        top=scores.top,
+        echo_logprobs=echo.chosen,
+        echo_top=echo.top,
+        faults=drafted.faults,
+    )
