@@ -6,7 +6,7 @@ Bytes are what must be read and written at least once; weights of a norm and the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.step.shape import ancestors_of, signed
 from kernels.ops import AttentionMeta, Ops
-from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits
+from kernels.sampling.pipeline_reference import (
+    BiasEntries,
+    DrawSettings,
+    LogitEdits,
+    Penalties,
+)
 
 HEADS, KV_HEADS, D, H, FEED_FORWARD, VOCAB = 32, 8, 128, 4096, 14336, 128256
 BLOCK = 16
@@ -188,47 +193,71 @@ class _Lab:
         return lambda: self.ops.kv_move(pages, sources, targets)
 
     def sampling_cases(self) -> Iterator[Case]:
-        R = 64
+        R, ops = 64, self.ops
         logits = self._new(R, VOCAB, dtype=torch.float32) * 3
-        keys = torch.randint(2**62, (R,), device=self.device)
         read = 4 * R * VOCAB
-        yield Case("argmax", read, lambda: lambda: self.ops.argmax(logits))
-        yield Case("logsumexp", read, lambda: lambda: self.ops.logsumexp(logits))
-        yield Case("gumbel_argmax", read, lambda: lambda: self.ops.gumbel_argmax(logits, keys))
-        greedy = self._settings(R, 0.0)
-        yield Case("draw, greedy", read, lambda: lambda: self.ops.draw(logits, greedy))
-        whole = self._settings(R, 1.0)
-        yield Case("draw, temperature 1", read, lambda: lambda: self.ops.draw(logits, whole))
-        edited = self._settings(R, 1.0, top_p=0.9)
-        yield Case(
-            "draw, top-p 0.9 and penalties",
-            read,
-            lambda: lambda: self.ops.draw(logits, edited),
-            (Bar(4.0),),
-        )
+        yield Case("argmax", read, lambda: lambda: ops.argmax(logits))
+        yield from self._edit_cases(logits)
+        tokens = torch.arange(R, device=self.device)
+        for num_top in (0, 20):
+            yield Case(
+                f"score, {num_top} alternatives",
+                read,
+                lambda n=num_top: lambda: ops.score(logits, tokens, n),  # type: ignore[misc]
+            )
+        greedy, whole = self._settings(R, 0.0), self._settings(R, 1.0)
+        yield Case("draw, greedy", read, lambda: lambda: ops.draw(logits, greedy))
+        yield Case("draw, temperature 1", read, lambda: lambda: ops.draw(logits, whole))
+        filtered = self._settings(R, 1.0, top_p=0.9)
+        yield Case("draw, top-p 0.9", read, lambda: lambda: ops.draw(logits, filtered), (Bar(4.0),))
 
     def _settings(self, R: int, temperature: float, top_p: float | None = None) -> DrawSettings:
-        def row(value: float) -> Tensor:
-            return torch.full((R,), value, device=self.device)
-
         order = torch.arange(R, device=self.device)
-        ids = torch.stack([torch.randperm(VOCAB, device=self.device)[:512] for _ in range(R)])
-        edits = LogitEdits(
-            offsets=torch.arange(R + 1, device=self.device).int() * 512,
-            ids=ids.flatten().int(),
-            counts=torch.ones(R * 512, dtype=torch.int32, device=self.device),
-            bias=torch.zeros(R * 512, device=self.device),
-            repetition=row(1.1),
-            frequency=row(0.2),
-            presence=row(0.1),
-        )
         return DrawSettings(
-            temperature=row(temperature),
+            temperature=self._full(R, temperature),
             seeds=order,
             positions=order + 1000,
-            top_p=None if top_p is None else row(top_p),
-            edits=None if top_p is None else edits,
+            top_p=None if top_p is None else self._full(R, top_p),
         )
+
+    def _full(self, R: int, value: float) -> Tensor:
+        return torch.full((R,), value, device=self.device)
+
+    def _edit_cases(self, logits: Tensor) -> Iterator[Case]:
+        """Logits in and out; with penalties counts too. Few rows of a batch have any."""
+        R, ops = len(logits), self.ops
+        size = 4 * R * VOCAB
+        penalties, bias = self._penalties(R), self._bias(R)
+        off = replace(penalties, repetition=self._full(R, 1), frequency=self._full(R, 0))
+        positions = torch.full((R,), 1000, device=self.device)
+        kinds = {
+            "penalties and bias": (3 * size, LogitEdits(positions, penalties, bias)),
+            "penalties off": (2 * size, LogitEdits(positions, off)),
+            "bias": (2 * size, LogitEdits(positions, None, bias)),
+        }
+        for kind, (num_bytes, edits) in kinds.items():
+            yield Case(
+                f"edit_logits, {kind}",
+                num_bytes,
+                lambda edits=edits: lambda: ops.edit_logits(logits, edits),  # type: ignore[misc]
+                (Bar(MEMORY_SPEED),),
+            )
+
+    def _penalties(self, R: int) -> Penalties:
+        """Texts of 512 different tokens, and paths of 7."""
+        counts = torch.zeros(R, VOCAB, dtype=torch.int32, device=self.device)
+        counts[:, :: VOCAB // 512] = 3
+        order = torch.arange(R, device=self.device)
+        paths = torch.randint(VOCAB, (R, 7), device=self.device)
+        off = self._full(R, 0.0)
+        return Penalties(counts, order, paths, self._full(R, 1.1), self._full(R, 0.2), off)
+
+    def _bias(self, R: int) -> BiasEntries:
+        """300 entries for every row."""
+        order, shape = torch.arange(R, device=self.device), (R, 300)
+        ids = torch.randint(VOCAB, shape, device=self.device)
+        until = torch.full(shape, 2**62, device=self.device)
+        return BiasEntries(order, ids, torch.ones(shape, device=self.device), until)
 
     def tree_cases(self) -> Iterator[Case]:
         """No bytes to speak of: the time is what launches take."""
@@ -240,10 +269,13 @@ class _Lab:
         trees = torch.arange(-1, N - 1, device=self.device).expand(B, N).contiguous()
         drawn = tokens[:, :N].contiguous()
         roots = tokens[:, 0].contiguous()
+        limits = torch.full((B,), N, device=self.device)
         ops = self.ops
         yield Case("tree_expand", 0, lambda: lambda: ops.tree_expand(above, local, k))
         yield Case(
-            "tree_select", 0, lambda: lambda: ops.tree_select(tokens, parents, scores, roots, N)
+            "tree_select",
+            0,
+            lambda: lambda: ops.tree_select(tokens, parents, scores, roots, limits, N),
         )
         yield Case("tree_ancestors", 0, lambda: lambda: ops.tree_ancestors(trees))
         yield Case("tree_walk", 0, lambda: lambda: ops.tree_walk(drawn, trees, drawn, N - 1))

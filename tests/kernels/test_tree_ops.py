@@ -14,6 +14,7 @@ from drafter.ranking import Noise, best_children
 from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
 from kernels.ops import Ops
 from kernels.tree import reference
+from tests.support.pretend_device import DEVICE, PretendDevice
 from tests.support.scripted_proposer import random_parents
 
 SHAPES = [
@@ -129,9 +130,64 @@ def test_a_head_gone_wrong_makes_no_child_better_than_its_parent() -> None:
 def test_of_equal_scores_whole_paths_are_kept() -> None:
     parents = torch.tensor([[-1, -1, 0, 2, 1, 3]])
     tokens = torch.arange(10, 16)[None]
-    got = reference.select(tokens, parents, torch.zeros(1, 6), torch.tensor([9]), 5)
+    roots, limits = torch.tensor([9]), torch.tensor([5])
+    got = reference.select(tokens, parents, torch.zeros(1, 6), roots, limits, 5)
     assert got[0].tolist() == [[9, 10, 11, 12, 13]]
     assert got[1].tolist() == [[-1, 0, 0, 1, 3]]
+
+
+def random_candidates(B: int, C: int, ties: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, parents, scores [B, C] and root tokens [B]; no child scores above its parent."""
+    rng = random.Random(C)
+    parents = torch.tensor([random_parents(C + 1, rng)[1:] for _ in range(B)]) - 1  # -1: the root
+    scores = -torch.randn(B, C, generator=torch.Generator().manual_seed(C)).abs()
+    scores = scores.round() if ties else scores
+    for child in range(C):
+        above = parents[:, child]
+        total = scores.gather(1, above.clamp(min=0)[:, None])[:, 0]
+        scores[:, child] += torch.where(above < 0, 0.0, total)
+    return torch.arange(B * C).view(B, C), parents, scores, 10**6 + torch.arange(B)
+
+
+def tree_of_the_best(
+    tokens: list[int], parents: list[int], scores: list[float], root: int, size: int
+) -> tuple[list[int], list[int]]:
+    """Take the best candidate again and again, then number what was taken."""
+    taken: set[int] = set()
+    while len(taken) < size - 1:
+        free = [at for at in range(len(tokens)) if at not in taken]
+        taken.add(max(free, key=lambda at: (scores[at], -at)))
+    order = sorted(taken)
+    above = [0 if parents[at] < 0 else 1 + order.index(parents[at]) for at in order]
+    return [root, *(tokens[at] for at in order)], [-1, *above]
+
+
+@pytest.mark.parametrize(("C", "num_nodes"), [(1, 2), (7, 4), (12, 13), (40, 16), (5, 1)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_each_row_keeps_its_own_number_of_nodes(C: int, num_nodes: int, ties: bool) -> None:
+    """From the root alone to more than there is room for; the root is there even at limit 0."""
+    limits = [0, 1, 2, num_nodes // 2, num_nodes - 1, num_nodes, num_nodes + 1, 10**9]
+    candidates = random_candidates(len(limits), C, ties)
+    got = reference.select(*candidates, torch.tensor(limits), num_nodes)
+    for row, limit in enumerate(limits):
+        size = max(1, min(limit, num_nodes))
+        own = tree_of_the_best(*(part[row].tolist() for part in candidates), size)
+        padded = [part + [-1] * (num_nodes - size) for part in own]
+        assert [part[row].tolist() for part in got] == padded
+        alone = [part[row : row + 1] for part in candidates]
+        same = reference.select(*alone, torch.tensor([size]), size)
+        assert [part[0].tolist() for part in same] == [*own]
+
+
+def test_a_row_is_cut_to_its_limit_without_a_wait_for_the_device() -> None:
+    candidates, limits = random_candidates(3, 20, False), torch.tensor([4, 0, 9])
+    expected = reference.select(*candidates, limits, 8)
+    with PretendDevice() as device:
+        far = [part.to(DEVICE) for part in (*candidates, limits)]
+        uploads = device.uploads
+        got = reference.select(*far, 8)
+        assert (device.waits, device.downloads, device.uploads) == ([], 0, uploads)
+    assert [part.near.tolist() for part in got] == [part.tolist() for part in expected]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,4 +1,4 @@
-"""Triton sampling against plain torch: noise, draws, filters, edits and log-probabilities."""
+"""Triton sampling against plain torch: noise, edits, draws, filters and scores."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.request import Request, SamplingParams
-from engine.sampling.batch import draw_settings
-from engine.sampling.rows import RowState
-from engine.sampling.sampler import Sampler
-from kernels.ops import Ops
 from kernels.sampling import pipeline_reference, reference
-from kernels.sampling.pipeline_reference import ABSENT, DrawSettings, LogitEdits
-from kernels.sampling.torch_draw import edit_logits, filter_logits
+from kernels.sampling.pipeline_reference import DrawSettings
 from tests.kernels import triton_env
-from tests.support.trees import roots
+from tests.kernels.edit_cases import Case, moved, random_case
 
 kernel = triton_env.load("kernels.sampling.triton_kernel")
 pipeline = triton_env.load("kernels.sampling.triton_pipeline")
+edit = triton_env.load("kernels.sampling.triton_edit")
+score = triton_env.load("kernels.sampling.triton_score")
 noise_probe = triton_env.load("tests.kernels.triton_noise_probe")
 pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -57,18 +53,22 @@ def test_noise_integers_equal_the_reference() -> None:
 
 
 def test_noise_floats_are_those_of_the_reference() -> None:
-    """To one step of float32 at their own size, or at 1: near 0 the noise is a difference."""
+    """To one step of float32 at their own size, or at 1: near 0 the noise is a difference.
+
+    Both round two logarithms, Triton those of float64, torch those of float32, whose last bit is
+    each library's own choice. Of these numbers 91.5 % came out the same in the interpreter and
+    86.2 % on an H200: far fewer would mean another formula."""
     random = integers(0, 2**32, 2**14 - 8)
     edges = torch.tensor([0, 1, 2, 2**24, 2**31, 2**32 - 2**9, 2**32 - 2, 2**32 - 1], device=DEVICE)
     noise, bound = noise_probe.gumbel_of(bits := torch.cat((random, edges)))
     expected = reference.gumbel(bits)
     step = 2.0**-23 * 2.0 ** expected.abs().clamp(min=1).log2().floor()
     assert ((noise - expected).abs() <= step).all()
-    assert (noise == expected).float().mean() > 0.9
+    assert (noise == expected).float().mean() > 0.8
     assert (bound + 1e-4 >= noise).all()
 
 
-# The three operations of the table ----------------------------------------------------------------
+# The draws and the arg-max ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -97,57 +97,7 @@ def test_argmax_is_the_lowest_id_among_equals(vocab: int) -> None:
     assert kernel.argmax(logits, tile=TILE).tolist() == expected
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_logsumexp_equals_the_reference(vocab: int) -> None:
-    logits = triton_env.spaced(triton_env.numbers(4, vocab) * 10)
-    logits[1] += 300
-    logits[2] = -torch.inf
-    triton_env.close(kernel.logsumexp(logits, tile=TILE), reference.logsumexp(logits))
-
-
-# The pipeline's reference is today's sampler ------------------------------------------------------
-
-
-SAMPLING = [
-    {"temperature": 0.0},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_k": 20},
-    {"temperature": 1.3, "top_p": 0.8},
-    {"temperature": 0.9, "min_p": 0.1},
-    {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
-    {"temperature": 1.0, "repetition_penalty": 1.3},
-    {"temperature": 0.0, "presence_penalty": 0.7, "frequency_penalty": -0.4},
-    {"temperature": 0.8, "logit_bias": {3: 5.0, 290: -7.5}, "top_p": 0.7},
-    {"temperature": 0.0, "repetition_penalty": 0.8, "logit_bias": {1: 4.0}, "min_tokens": 9},
-]
-
-
-def rows_of_engine(seed: int) -> list[RowState]:
-    rows = []
-    for at, change in enumerate(SAMPLING):
-        prompt = integers(0, 300, 20, seed=seed + at).tolist()
-        params = SamplingParams(max_tokens=99, seed=seed * 1000 + at, **change)  # type: ignore[arg-type]
-        request = Request(request_id=f"r{at}", prompt_ids=prompt, params=params)
-        rows.append(RowState.admit(request, integers(0, 300, 6, seed=at).tolist()))
-    return rows
-
-
-def edits(entries: list[dict[int, list[float]]], strengths: Tensor) -> LogitEdits:
-    """With room behind the entries, as a static buffer has."""
-    flat = [(token, *values) for row in entries for token, values in row.items()]
-    flat += [(10**6, 5.0, float("nan"))] * 3
-    ends = torch.tensor([0, *(len(row) for row in entries)]).cumsum(0)
-    ids, counts, bias = zip(*flat, strict=True)
-    repetition, frequency, presence = strengths.float().to(DEVICE).unbind(dim=1)
-    return LogitEdits(
-        offsets=ends.int().to(DEVICE),
-        ids=torch.tensor(ids, dtype=torch.int32, device=DEVICE),
-        counts=torch.tensor(counts, device=DEVICE).int(),
-        bias=torch.tensor(bias, dtype=torch.float32, device=DEVICE),
-        repetition=repetition.contiguous(),
-        frequency=frequency.contiguous(),
-        presence=presence.contiguous(),
-    )
+# The pipeline's kernels equal its reference -------------------------------------------------------
 
 
 def settings(temperature: list[float], **parts: Any) -> DrawSettings:
@@ -160,54 +110,11 @@ def settings(temperature: list[float], **parts: Any) -> DrawSettings:
     return DrawSettings(temperature=torch.tensor(temperature, device=DEVICE), **tensors)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", [lambda x: x * 3, coarse], ids=["smooth", "ties"])
-def test_the_reference_equals_the_engines_sampler(
-    seed: int, shape: Any, reference_ops: Ops
-) -> None:
-    rows = rows_of_engine(seed)
-    logits = shape(triton_env.numbers(len(rows), 300, seed=seed)).cpu()
-    chosen = draw_settings(rows, roots(len(rows)), (7, 8), 300)
-    edited = edit_logits(logits, chosen)
-    assert torch.equal(pipeline_reference.edit(logits, chosen), edited)
-    scaled = edited / torch.where(chosen.temperature > 0, chosen.temperature, 1.0)[:, None]
-    kept = filter_logits(scaled, chosen.top_k, chosen.top_p, chosen.min_p)
-    assert torch.equal(pipeline_reference.keep(scaled, chosen), kept)
-    drawn = pipeline_reference.draw(logits, chosen, num_top=20)
-    sampler = Sampler(reference_ops)
-    assert drawn.tokens.tolist() == sampler.draw(logits, chosen).tolist()
-    assert drawn.logprobs is not None
-    expected = sampler.logprobs(logits, drawn.tokens, 0)
-    torch.testing.assert_close(
-        drawn.logprobs, torch.tensor([entry.logprob for entry in expected]), **SUMS
-    )
-
-
-SUMS = {"atol": 2e-5, "rtol": 1e-5}
-
-
-def to_cpu(part: Any) -> Any:
-    if isinstance(part, LogitEdits):
-        return LogitEdits(*(getattr(part, f.name).cpu() for f in dataclasses.fields(part)))
-    return part.cpu() if isinstance(part, Tensor) else part
-
-
-# The pipeline's kernels equal its reference -------------------------------------------------------
-
-
-def check(logits: Tensor, chosen: DrawSettings, num_top: int | None = None) -> None:
+def check(logits: Tensor, chosen: DrawSettings) -> None:
     before = logits.clone()
-    got = pipeline.draw(logits, chosen, num_top, tile=TILE)
+    got = pipeline.draw(logits, chosen, tile=TILE)
     assert torch.equal(logits, before)
-    expected = pipeline_reference.draw(logits, chosen, num_top)
-    assert got.tokens.tolist() == expected.tokens.tolist()
-    if num_top is None:
-        assert got.logprobs is None
-        return
-    triton_env.close(got.logprobs, expected.logprobs)
-    if num_top:
-        assert got.top_ids.tolist() == expected.top_ids.tolist()
-        triton_env.close(got.top_logprobs, expected.top_logprobs)
+    assert got.tolist() == pipeline_reference.draw(logits, chosen).tolist()
 
 
 FILTERS: dict[str, dict[str, list[float]]] = {
@@ -258,7 +165,7 @@ def test_filtered_draws_equal_the_reference(name: str, shape: str) -> None:
 @pytest.mark.parametrize("vocab", [1, 33, 128])
 def test_odd_vocabularies(vocab: int) -> None:
     logits = triton_env.numbers(8, vocab, seed=6)
-    check(logits, settings([0.9] * 8, **filters("k-p-min")), num_top=1)
+    check(logits, settings([0.9] * 8, **filters("k-p-min")))
 
 
 def test_every_token_kept_can_be_drawn_and_no_other() -> None:
@@ -266,7 +173,7 @@ def test_every_token_kept_can_be_drawn_and_no_other() -> None:
     row = torch.tensor([1.0, 2.5, 2.0, 2.0, 0.5, 2.0, 0.0, -1.0])
     logits = row.repeat(30, 1).to(DEVICE)
     chosen = settings([1.0] * 30, top_k=torch.full((30,), 2))
-    drawn = pipeline.draw(logits, chosen, tile=8).tokens
+    drawn = pipeline.draw(logits, chosen, tile=8)
     assert set(drawn.tolist()) == {1, 2, 3, 5}
 
 
@@ -286,22 +193,6 @@ def test_rows_without_a_choice() -> None:
     check(logits, settings([1.0] * 4, **parts))
 
 
-def random_edits(num_rows: int, vocab: int) -> LogitEdits:
-    """A long history, a short one, none, ..., with biases here and there."""
-    entries: list[dict[int, list[float]]] = []
-    for row in range(num_rows):
-        ids = torch.randperm(vocab, generator=torch.Generator().manual_seed(row)).tolist()
-        ids = ids[: (vocab, 7, 0, 1, 60)[row % 5]]
-        kinds = integers(ABSENT, 4, len(ids), seed=row).tolist()
-        bias = (triton_env.numbers(len(ids), seed=row) * 3).tolist()
-        bias = [(value, 0.0, -torch.inf)[at % 3] for at, value in enumerate(bias)]
-        entries.append(
-            {token: [kind, value] for token, kind, value in zip(ids, kinds, bias, strict=True)}
-        )
-    strengths = [[1.3, 0.4, 0.7], [0.8, 0.0, 0.0], [1.0, -0.3, 0.1]]
-    return edits(entries, torch.tensor([strengths[row % 3] for row in range(num_rows)]))
-
-
 def random_mask(num_rows: int, vocab: int) -> Tensor:
     """[R, words + 2]: rows are not contiguous; row 0 allows one token, row 1 all."""
     words = integers(-(2**31), 2**31, num_rows, (vocab + 31) // 32 + 2).int()
@@ -312,36 +203,15 @@ def random_mask(num_rows: int, vocab: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["none", "k-p-min"])
-def test_edits_and_masks_equal_the_reference(name: str) -> None:
+def test_masked_draws_equal_the_reference(name: str) -> None:
     logits = triton_env.spaced(triton_env.numbers(8, 300, seed=8) * 3)
-    parts = {"edits": random_edits(8, 300), "allowed": random_mask(8, 300)}
-    check(logits, settings(TEMPERATURES, **parts, **filters(name)), num_top=20)
-
-
-def test_edited_logits_are_those_of_the_reference_bit_by_bit() -> None:
-    """The scatter alone, before anything is drawn."""
-    logits = triton_env.spaced(triton_env.numbers(8, 300, seed=8) * 3)
-    chosen = settings(TEMPERATURES, edits=random_edits(8, 300))
-    expected = pipeline_reference.edit(logits, chosen)
-    raw = triton_env.poison(len(chosen.edits.ids))
-    before = logits.clone()
-    pipeline._edit_launch(logits, chosen.edits, raw, restore=False).run()
-    assert torch.equal(logits, expected)
-    pipeline._edit_launch(logits, chosen.edits, raw, restore=True).run()
-    assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("num_top", [0, 1, 20])
-def test_top_logprobs_are_of_the_raw_logits_lower_ids_first(num_top: int) -> None:
-    logits = coarse(triton_env.numbers(5, 300, seed=4))
-    parts = {"edits": random_edits(5, 300)}
-    check(logits, settings([0.0, 1.0, 0.5, 0.0, 2.0], **parts), num_top)
+    check(logits, settings(TEMPERATURES, allowed=random_mask(8, 300), **filters(name)))
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     logits = triton_env.numbers(8, 300, seed=5)
     chosen = settings(TEMPERATURES, **filters("k-p-min"))
-    whole = pipeline.draw(logits, chosen, tile=TILE).tokens.tolist()
+    whole = pipeline.draw(logits, chosen, tile=TILE).tolist()
     for row in (0, 5):
         alone = {
             f.name: getattr(chosen, f.name)[row : row + 1]
@@ -349,4 +219,103 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
             if isinstance(getattr(chosen, f.name), Tensor)
         }
         drawn = pipeline.draw(logits[row : row + 1], DrawSettings(**alone), tile=TILE)
-        assert drawn.tokens.tolist() == [whole[row]]
+        assert drawn.tolist() == [whole[row]]
+
+
+# Edits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 0, 1), (33, 1, 12), (300, 5, 200), (300, 0, 0), (257, 16, 3)], ids=str
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_edited_logits_are_those_of_the_texts_bit_by_bit(
+    size: tuple[int, int, int], seed: int
+) -> None:
+    case = random_case(*size, seed=seed)
+    logits = triton_env.spaced(case.logits)
+    before = logits.clone()
+    for edits, expected in case.parts():
+        got = edit.edit_logits(logits, spread(moved(edits, DEVICE)), tile=TILE)
+        assert torch.equal(got.cpu(), expected)
+        assert torch.equal(logits, before)
+
+
+def spread(edits: Any) -> Any:
+    """Counts and paths as a static buffer holds them: wider and longer, with garbage around."""
+    penalties = edits.penalties
+    if penalties is None:
+        return edits
+    wide = {
+        "counts": torch.full((9, penalties.counts.shape[1] + 7), 3, dtype=torch.int32),
+        "paths": torch.zeros(len(penalties.paths), penalties.paths.shape[1] + 2, dtype=torch.int64),
+    }
+    for name, around in wide.items():
+        own = getattr(penalties, name)
+        wide[name] = around.to(DEVICE)[: len(own), : own.shape[1]]
+        wide[name].copy_(own)
+    return dataclasses.replace(edits, penalties=dataclasses.replace(penalties, **wide))
+
+
+def test_rows_without_edits_keep_their_bits() -> None:
+    """Rows whose strengths are off, beside rows with penalties; token 0 holds -0."""
+    case: Case = random_case(300, 3, 0)
+    logits = case.logits.to(DEVICE)
+    logits[:, 0] = -0.0
+    got = edit.edit_logits(logits, moved(case.edits, DEVICE), tile=TILE)
+    off = torch.arange(len(logits)) % 5 == 1
+    assert torch.equal(got[off].view(torch.int32), logits[off].view(torch.int32))
+    assert not torch.equal(got, logits)
+
+
+def test_edits_of_no_rows() -> None:
+    case = random_case(33, 2, 3)
+    assert case.edits.bias is not None
+    none = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    bias = dataclasses.replace(moved(case.edits, DEVICE).bias, lists=none)  # type: ignore[type-var]
+    edits = pipeline_reference.LogitEdits(none, None, bias)
+    assert edit.edit_logits(case.logits[:0].to(DEVICE), edits).shape == (0, 33)
+
+
+# Scores ------------------------------------------------------------------------------------------
+
+
+def check_scores(logits: Tensor, num_top: int) -> None:
+    tokens = integers(0, logits.shape[1], len(logits))
+    got = score.score(logits, tokens, num_top, tile=TILE)
+    expected = pipeline_reference.score(logits, tokens, num_top)
+    assert got.top_ids.tolist() == expected.top_ids.tolist()
+    triton_env.close(got.chosen, expected.chosen)
+    triton_env.close(got.top, expected.top)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("num_top", [0, 1, 20])
+def test_scores_equal_the_reference(vocab: int, num_top: int) -> None:
+    smooth = triton_env.spaced(triton_env.numbers(4, vocab, seed=vocab) * 10)
+    smooth[1] += 300
+    check_scores(smooth, min(num_top, vocab))
+    check_scores(coarse(triton_env.numbers(5, vocab, seed=4)), min(num_top, vocab))
+
+
+def test_forbidden_tokens_come_last_among_the_best() -> None:
+    logits = triton_env.numbers(3, 300)
+    logits[0, 2:] = -torch.inf
+    logits[1] = 0.0
+    logits[2, ::2] = -torch.inf
+    tokens = torch.tensor([1, 5, 7], device=DEVICE)
+    got = score.score(logits, tokens, 6, tile=TILE)
+    expected = pipeline_reference.score(logits, tokens, 6)
+    assert got.top_ids.tolist() == expected.top_ids.tolist()
+    triton_env.close(got.top, expected.top)
+    triton_env.close(got.chosen, expected.chosen)
+
+
+def test_a_row_of_nothing_but_forbidden_tokens_spoils_no_other() -> None:
+    logits = triton_env.numbers(3, 300)
+    alone = score.score(logits[2:], integers(0, 300, 1), 5, tile=TILE)
+    logits[1] = -torch.inf
+    tokens = integers(0, 300, 1).repeat(3)
+    got = score.score(logits, tokens, 5, tile=TILE)
+    assert torch.equal(got.chosen[2:], alone.chosen)
+    assert torch.equal(got.top[2:], alone.top)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.tree import reference
 from tests.kernels import triton_env
+from tests.kernels.test_tree_ops import random_candidates
 from tests.support.scripted_proposer import random_parents
 
 kernel = triton_env.load("kernels.tree.triton_kernel")
@@ -39,16 +40,9 @@ def test_expansion(K: int, W: int, count: int, ties: bool) -> None:
 @pytest.mark.parametrize(("C", "num_nodes"), [(1, 2), (7, 4), (40, 41), (300, 64), (5, 1)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_selection(C: int, num_nodes: int, ties: bool) -> None:
-    rng = random.Random(C)
-    parents = torch.tensor([random_parents(C + 1, rng)[1:] for _ in range(3)]) - 1  # -1: the root
-    local = -triton_env.numbers(3, C, seed=C).abs().cpu()
-    scores = local.round() if ties else local
-    for child in range(C):  # no child above its parent
-        above = parents[:, child]
-        total = scores.gather(1, above.clamp(min=0)[:, None])[:, 0]
-        scores[:, child] += torch.where(above < 0, 0.0, total)
-    tokens = torch.arange(3 * C).view(3, C)
-    args = [part.to(DEVICE) for part in (tokens, parents, scores, torch.tensor([7, 8, 9]))]
+    limits = [num_nodes, 0, 1, max(2, num_nodes // 2), num_nodes + 7]
+    candidates = random_candidates(len(limits), C, ties)
+    args = [part.to(DEVICE) for part in (*candidates, torch.tensor(limits))]
     same(kernel.select(*args, num_nodes), reference.select(*args, num_nodes))
 
 
