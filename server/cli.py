@@ -12,8 +12,8 @@ import typer
 
 from configs.host import host_config
 from configs.schema import Config
-from server import draft_commands
-from server.command_options import ConfigFile, Overrides, failed, parse_bytes
+from server.commands import drafts
+from server.commands.options import ConfigFile, Overrides, failed, parse_bytes
 
 app = typer.Typer(
     help="Aerie serves Llama models over the OpenAI HTTP API.",
@@ -85,7 +85,7 @@ def serve(
     """
     # Until the server has its own handler. PID 1 of a container ignores signals without one.
     signal.signal(signal.SIGTERM, _leave)
-    from server.launch import serve as run
+    from server.process.launch import serve as run
 
     options = {
         "server.host": host,
@@ -123,7 +123,7 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
 @app.command()
 def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
     """Do now what the first start would do: compile the CPU kernels, convert the tokenizer."""
-    from server.compose import prepare_kernels
+    from server.assembly.compose import prepare_kernels
     from server.text.chat_codec import load_codec
 
     try:
@@ -150,7 +150,7 @@ def plan_memory(
 
         aerie plan-memory --config llama33-70b-8xh100 --gpu-memory 80GiB
     """
-    from server.memory_plan import plan_memory as plan
+    from server.assembly.memory_plan import plan_memory as plan
 
     try:
         size = parse_bytes(gpu_memory, "--gpu-memory")
@@ -169,7 +169,7 @@ def version() -> None:
     typer.echo(installed("aerie"))
 
 
-draft_commands.register(app)
+drafts.register(app)
 
 
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:

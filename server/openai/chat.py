@@ -11,14 +11,12 @@ from msgspec import UNSET
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.context import context_of
-from server.openai.body import read_body
-from server.openai.choice import ChoiceDelta, ScoredToken
-from server.openai.convert import chat_params, chat_prompt
-from server.openai.docs import operation
-from server.openai.generation import Generation, start_generation
-from server.openai.logprobs import chat_logprobs
-from server.openai.responses import (
+from server.http.body import read_body
+from server.http.context import context_of
+from server.http.docs import operation
+from server.http.request_log import record_of
+from server.http.sse import EventStream, WholeJson, event
+from server.openai.bodies import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -27,9 +25,11 @@ from server.openai.responses import (
     ChatLogprobs,
     ChatReply,
 )
+from server.openai.choice import ChoiceDelta, ScoredToken
+from server.openai.convert import chat_params, chat_prompt
+from server.openai.generation import Generation, start_generation
+from server.openai.logprobs import chat_logprobs
 from server.openai.schema import ChatRequest
-from server.openai.sse import EventStream, WholeJson, event
-from server.request_log import record_of
 
 router = APIRouter()
 

@@ -12,17 +12,17 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
-from server.context import context_of
-from server.openai.body import read_body
+from server.http.body import read_body
+from server.http.context import context_of
+from server.http.docs import operation
+from server.http.request_log import record_of
+from server.http.sse import EventStream, WholeJson, event
+from server.openai.bodies import Completion, CompletionChoice
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import completion_params, completion_prompts
-from server.openai.docs import operation
 from server.openai.generation import Generation, start_generation
 from server.openai.logprobs import CompletionLogprobsWriter, Echo, echo_of
-from server.openai.responses import Completion, CompletionChoice
 from server.openai.schema import CompletionRequest
-from server.openai.sse import EventStream, WholeJson, event
-from server.request_log import record_of
 
 router = APIRouter()
 

@@ -10,8 +10,8 @@ import msgspec
 
 from engine.messages import EngineInfo
 from engine.request import SamplingParams
-from server.context import ServerContext
-from server.openai.errors import bad_value, context_overflow, invalid
+from server.http.context import ServerContext
+from server.http.errors import bad_value, context_overflow, invalid
 from server.openai.schema import ChatMessage, ChatRequest, CompletionRequest, SamplingFields
 from server.text.chat_template import ChatTemplate
 from server.text.stream import StreamOptions

@@ -10,16 +10,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from engine.messages import EngineInfo, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
-from server.admission import Ticket
-from server.context import ServerContext
-from server.engine_process import STOPPING
+from server.http.admission import Ticket
+from server.http.context import ServerContext
+from server.http.errors import ApiError, invalid, server_error
+from server.http.request_log import RequestRecord
+from server.openai.bodies import SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, stream_options, with_seed_of_choice
-from server.openai.errors import ApiError, invalid, server_error
-from server.openai.responses import SpeculationStats, Usage
 from server.openai.schema import SamplingFields
 from server.openai.usage import count_drafts, count_tokens
-from server.request_log import RequestRecord
+from server.process.engine_process import STOPPING
 
 Event = Tokens | Finished
 CONTEXT_PHRASE = "maximum context length"

@@ -6,10 +6,10 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.context import ServerContext, context_of
-from server.openai.docs import operation
-from server.openai.responses import ModelCard, ModelList
-from server.openai.sse import StructResponse
+from server.http.context import ServerContext, context_of
+from server.http.docs import operation
+from server.http.sse import StructResponse
+from server.openai.bodies import ModelCard, ModelList
 
 router = APIRouter()
 

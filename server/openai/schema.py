@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.openai.errors import broken_rule
+from server.http.errors import broken_rule
 from server.openai.fields import (
     HARMLESS,
     MAX_INT,

@@ -15,12 +15,12 @@ import pytest
 
 from configs.schema import LogConfig, ServerConfig
 from engine.messages import EngineStats
-from server.metrics import Metrics
-from server.middleware import load_api_keys
-from server.request_log import log_formatter
-from server.zmq_client import ZmqEngineClient
-from tests.server.http.server import CHAT, CHAT_PATH, Server
-from tests.server.http.test_refusals import error_of
+from server.http.metrics import Metrics
+from server.http.middleware import load_api_keys
+from server.http.request_log import log_formatter
+from server.process.client import ZmqEngineClient
+from tests.server.openai.test_refusals import error_of
+from tests.support.http_server import CHAT, CHAT_PATH, Server
 from tests.support.scripted_engine import INFO
 
 MakeServer = Callable[..., Server]
@@ -83,7 +83,7 @@ def test_every_key_is_compared_whichever_is_right(
         compared.append(right)
         return left == right
 
-    monkeypatch.setattr("server.middleware.hmac.compare_digest", counting)
+    monkeypatch.setattr("server.http.middleware.hmac.compare_digest", counting)
     for key in ("a", "c", "x"):
         server.get("/info", headers={"authorization": f"Bearer {key}"})
     assert len(compared) == 9
@@ -280,7 +280,7 @@ def test_json_log_lines_are_objects() -> None:
 def test_log_lines_cannot_be_forged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     server.get("/a%0Ab status=200", headers={"x-request-id": "a status=1"})
-    (record,) = [r for r in caplog.records if r.name == "server.request_log"]
+    (record,) = [r for r in caplog.records if r.name == "server.http.request_log"]
     message = record.getMessage()
     assert "\n" not in message
     assert 'request_id="a status=1"' in message
