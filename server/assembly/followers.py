@@ -27,7 +27,7 @@ from engine.parallel.lockstep import Progress
 from engine.parallel.orders import Orders
 from engine.parallel.watchdog import Watchdog
 from engine.step.group import TPGroup
-from server.process.socket_folder import RANKS, STORE
+from server.assembly.meeting import RANKS, STORE
 
 EXIT_LOST = 4  # a rank is lost, and with it the engine: the launcher starts a new one
 LAST_STEP = 1.0  # seconds for followers to end once they are told to

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.http.admin_schema import DraftInUse, SwapDraftRequest
-from server.http.body import read_body
+from engine.messages import DraftFacts
+from server.http.body import Fields, read_body
 from server.http.context import context_of
-from server.http.docs import operation
+from server.http.docs import Routes, operation
 from server.http.errors import ApiError, bad_value
 from server.http.middleware import bearer_token, unauthorized
 from server.http.sse import StructResponse
 
+
+class SwapDraftRequest(Fields):
+    """POST /admin/draft."""
+
+    path: str | None = Field(
+        min_length=1,
+        max_length=4096,
+        pattern=r"^[^\x00]*$",
+        description="Directory of a draft head, as the server sees it; null: go on without one.",
+    )
+
+
+class DraftInUse(msgspec.Struct, frozen=True, kw_only=True):
+    """The head that drafts from now on; null when there is none."""
+
+    draft: DraftFacts | None
+
+
 router = APIRouter(prefix="/admin")
+ROUTES = Routes(router, (SwapDraftRequest,), (DraftInUse,))
 
 
 def _documented() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -14,16 +14,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from configs.schema import Config
-from server.http import admin_routes, docs, ops_routes
+from server.http import admin_routes, ops_routes
 from server.http.admission import Admission
 from server.http.context import ServerContext, ServerInfo, context_of
+from server.http.docs import Routes, openapi
 from server.http.engine_client import EngineClient
 from server.http.errors import ApiError
 from server.http.metrics import Metrics
 from server.http.middleware import ApiKeys, BodyLimit, KeyRing, load_admin_keys, load_api_keys
 from server.http.request_log import RequestLog, record_of
 from server.http.state import ServerState
-from server.openai import chat, completions, models, tokenize
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -36,8 +36,12 @@ def create_app(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
     info: ServerInfo,
+    api: Sequence[Routes],
 ) -> FastAPI:
     """The application around one engine. What its routes share is `app.state.context`.
+
+    Args:
+        api: what it serves, besides the routes of those who run it.
 
     Raises:
         ValueError: the keys of the configuration cannot be used.
@@ -46,15 +50,9 @@ def create_app(
     version = importlib.metadata.version("aerie")
     app = FastAPI(title="Aerie", version=version, redoc_url=None, lifespan=_lifespan)
     app.state.context = context
-    for router in (
-        chat.router,
-        completions.router,
-        models.router,
-        tokenize.router,
-        ops_routes.router,
-        admin_routes.router,
-    ):
-        app.include_router(router)
+    routes = (*api, ops_routes.ROUTES, admin_routes.ROUTES)
+    for each in routes:
+        app.include_router(each.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the first to see a request.
@@ -63,7 +61,8 @@ def create_app(
     if keys:
         app.add_middleware(ApiKeys, keys=keys)
     app.add_middleware(RequestLog, state=context.state)
-    app.openapi = functools.cache(functools.partial(docs.openapi, app, version))  # type: ignore[method-assign]
+    document = functools.partial(openapi, app, version, routes)
+    app.openapi = functools.cache(document)  # type: ignore[method-assign]
     return app
 
 

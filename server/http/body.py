@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import pydantic_core
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from server.http.context import context_of
 from server.http.errors import invalid, unknown_field, validation_error
-from server.openai.fields import Fields
 
-Body = TypeVar("Body", bound=Fields)
 MAX_MEMBERS = 1024  # of one JSON object
 JSON_TYPE = "application/json"
+
+
+class Fields(BaseModel):
+    """A JSON object of a request: no unknown fields, no conversions between types."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+Body = TypeVar("Body", bound=Fields)
 
 
 async def read_body(request: HttpRequest, model: type[Body]) -> Body:

@@ -1,43 +1,20 @@
-"""The OpenAPI document: requests from their pydantic models, responses from their structs."""
+"""The OpenAPI document: requests from their pydantic models, answers from their structs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from server.http.admin_schema import DraftInUse, SwapDraftRequest
+from server.http.body import Fields
 from server.http.errors import ErrorBody
-from server.openai import bodies
-from server.openai.fields import Fields
-from server.openai.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
 
 REF = "#/components/schemas/{}"
-REQUESTS: tuple[type[Fields], ...] = (
-    ChatRequest,
-    CompletionRequest,
-    TokenizeRequest,
-    DetokenizeRequest,
-    SwapDraftRequest,
-)
-STRUCTS: tuple[type[msgspec.Struct], ...] = (
-    bodies.ChatCompletion,
-    bodies.ChatChunk,
-    bodies.Completion,
-    bodies.ModelList,
-    bodies.Tokenized,
-    bodies.Detokenized,
-    DraftInUse,
-    ErrorBody,
-)
 ERRORS = {
     400: "The request is at fault",
     401: "The key is missing or wrong",
@@ -47,6 +24,15 @@ ERRORS = {
     500: "The server failed",
     503: "The server takes no requests now; see Retry-After",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Routes for an application, and the types that their documentation refers to."""
+
+    router: APIRouter
+    requests: tuple[type[Fields], ...] = ()
+    answers: tuple[type[msgspec.Struct], ...] = ()
 
 
 def operation(
@@ -67,14 +53,18 @@ def operation(
     return {"responses": answers, "openapi_extra": extra, "response_model": None}
 
 
-def openapi(app: FastAPI, version: str) -> dict[str, Any]:
-    """The document of the whole application."""
+def openapi(app: FastAPI, version: str, routes: Sequence[Routes]) -> dict[str, Any]:
+    """The document of the whole application, which holds `routes`."""
     document = get_openapi(title="Aerie", version=version, routes=app.routes)
     template = REF.replace("{}", "{model}")
     _, requests = models_json_schema(
-        [(model, "validation") for model in REQUESTS], ref_template=template
+        [(model, "validation") for each in routes for model in each.requests],
+        ref_template=template,
     )
-    _, structs = msgspec.json.schema_components(STRUCTS, ref_template=REF.replace("{}", "{name}"))
+    answers = [struct for each in routes for struct in each.answers]
+    _, structs = msgspec.json.schema_components(
+        [*answers, ErrorBody], ref_template=REF.replace("{}", "{name}")
+    )
     document["components"] = {"schemas": requests["$defs"] | structs}
     for methods in document["paths"].values():
         for described in methods.values():

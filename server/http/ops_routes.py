@@ -14,8 +14,10 @@ from starlette.responses import JSONResponse, Response
 
 from configs.schema import Config
 from server.http.context import context_of
+from server.http.docs import Routes
 
 router = APIRouter()
+ROUTES = Routes(router)
 PACKAGES = (
     "aerie",
     "torch",

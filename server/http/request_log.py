@@ -12,7 +12,6 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from configs.schema import LogConfig
 from server.http.errors import ApiError, server_error
 from server.http.state import ServerState
 
@@ -133,26 +132,3 @@ def _quoted(value: Any) -> str:
     text = str(value)
     plain = text.isascii() and text.isprintable() and not any(mark in text for mark in ' "=')
     return text if plain and text else json.dumps(text)
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line; the fields of a request are members of it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-        }
-        fields = getattr(record, "fields", None)
-        entry |= fields if fields is not None else {"message": record.getMessage()}
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-def log_formatter(config: LogConfig) -> logging.Formatter:
-    """How log records are written under `log.format`."""
-    if config.format == "json":
-        return JsonFormatter()
-    return logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from engine.messages import EngineInfo
 from server.http.body import read_body
 from server.http.context import ServerContext, context_of
-from server.http.docs import operation
+from server.http.docs import Routes, operation
 from server.http.errors import invalid
 from server.http.sse import StructResponse
 from server.openai.bodies import Detokenized, Tokenized
@@ -17,6 +17,7 @@ from server.openai.convert import check_token_ids, encode, render_chat
 from server.openai.schema import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter()
+ROUTES = Routes(router, (TokenizeRequest, DetokenizeRequest), (Tokenized, Detokenized))
 
 
 @router.post("/tokenize", **operation(TokenizeRequest, Tokenized))

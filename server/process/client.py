@@ -18,6 +18,7 @@ from engine.messages import (
     EngineInfo,
     EngineMessage,
     EngineStats,
+    ErrorCode,
     Finished,
     Shutdown,
     Submit,
@@ -71,7 +72,7 @@ class ZmqEngineClient:
         self._socket.bind(endpoint)
         self._reader = asyncio.create_task(self._read(self._socket))
 
-    def detach(self, reason: str = ENGINE_LOST) -> None:
+    def detach(self, reason: str = ENGINE_LOST, code: ErrorCode | None = None) -> None:
         """The engine is gone: every open stream ends with an error."""
         self._info = None
         if self._stats is not None:
@@ -84,7 +85,7 @@ class ZmqEngineClient:
             self._socket.close()
         self._socket = self._reader = None
         for stream in list(self._streams.values()):
-            self._deliver(stream.failed(reason))
+            self._deliver(stream.failed(reason, code))
         swaps, self._swaps = self._swaps, {}
         for answer in swaps.values():
             if not answer.done():
@@ -191,7 +192,7 @@ class _Stream:
             if isinstance(event, Finished):
                 return
 
-    def failed(self, reason: str) -> Finished:
+    def failed(self, reason: str, code: ErrorCode | None = None) -> Finished:
         """The last event of a request whose engine is lost."""
         return Finished(
             request_id=self._request.request_id,
@@ -199,4 +200,5 @@ class _Stream:
             num_prompt=len(self._request.prompt_ids),
             num_output=0,
             error=reason,
+            error_code=code,
         )

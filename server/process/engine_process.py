@@ -17,7 +17,7 @@ import zmq
 from configs.schema import CaptureConfig, Config
 from engine.capture import CaptureWriter
 from engine.core import EngineCore
-from engine.messages import ClientMessage, DraftSwapped, Shutdown, SwapDraft
+from engine.messages import ClientMessage, DraftSwapped, ErrorCode, Shutdown, SwapDraft
 from server.process.logs import set_up_logging
 from server.process.parent import die_with_parent, open_pipe
 from server.process.socket_folder import folder_of
@@ -82,7 +82,7 @@ def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
             at_most = LOADING_POLL if swaps.busy else None
             for message in channel.receive(wait=not core.has_work(), at_most=at_most):
                 if isinstance(message, Shutdown):
-                    channel.send(encode(core.abort_all(STOPPING)))
+                    channel.send(encode(core.abort_all(STOPPING, ErrorCode.STOPPING)))
                     return
                 if isinstance(message, SwapDraft):
                     swaps.ask(message)

@@ -21,11 +21,12 @@ from fastapi import FastAPI
 
 from configs.env import engine_environment
 from configs.schema import Config
-from engine.messages import EngineInfo
+from engine.messages import EngineInfo, ErrorCode
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo, with_engine_facts
 from server.http.ops_routes import redacted
 from server.http.protocol import HttpProtocol
+from server.openai.routes import ROUTES
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.logs import set_up_logging
@@ -85,7 +86,7 @@ async def _serve(config: Config, listener: socket.socket) -> int:
         if not stop.is_set():
             codec = await text
             info = ServerInfo.from_config(config)
-            app = create_app(config, client, codec.tokenizer, codec.template, info)
+            app = create_app(config, client, codec.tokenizer, codec.template, info, ROUTES)
             await _run(config, app, client, engine, listener, stop)
     finally:
         await engine.stop()
@@ -260,7 +261,10 @@ class EngineKeeper:
             self._process.stdin.write(_without_secrets(self._config).encode() + b"\n")
             code = await self._process.wait()
             was_ready = self._client.info is not None
-            self._client.detach(STOPPING if self._stopping.is_set() else ENGINE_LOST)
+            if self._stopping.is_set():
+                self._client.detach(STOPPING, ErrorCode.STOPPING)
+            else:
+                self._client.detach(ENGINE_LOST)
             await end_group(self._process.pid)
             return code, was_ready
 

@@ -14,12 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from server.assembly.meeting import RANKS, holds_nothing_else
+
 PREFIX = "aerie-engine-"
 SOCKET = "engine"
-RANKS, STORE = (
-    "aerie-ranks-",
-    "store",
-)  # begins the name of a folder in it; the file where ranks meet
 MAX_LOOKED_AT, MAX_REMOVED = 10_000, 100  # entries of the temporary folder
 FRESH = 60.0  # seconds in which an owner surely has locked its new folder
 
@@ -84,9 +82,7 @@ def _is_ours(name: str, parent: int) -> bool:
     if not (name.startswith(RANKS) and stat.S_ISDIR(mode)):
         return False
     with _opened(name, parent) as handle:
-        found = os.listdir(handle)
-        kinds = [os.stat(each, dir_fd=handle, follow_symlinks=False).st_mode for each in found]
-    return found in ([], [STORE]) and all(stat.S_ISREG(kind) for kind in kinds)
+        return holds_nothing_else(handle)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import tokenizers
 from configs.schema import Config, LogConfig, ModelConfig, ServerConfig
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
+from server.openai.routes import ROUTES
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from tests.support.scripted_engine import Script, ScriptedEngine, say
@@ -60,6 +61,7 @@ class Server:
             tokenizer,
             ChatTemplate(template, SPECIAL_TOKENS),
             ServerInfo.from_config(self.config),
+            ROUTES,
         )
 
     @property

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.messages import ErrorCode
 from engine.request import FinishReason, Request
-from server.process.engine_process import STOPPING
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import CHAT, CHAT_PATH, COMPLETION_PATH, OpenCall, Server, events_of
 from tests.support.scripted_engine import INFO, Event, fail, finished, say, tokens
@@ -53,9 +53,14 @@ def test_engine_error_after_the_first_byte_is_an_event_without_done(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_engine_refusal_of_the_length_is_400(make_server: MakeServer, stream: bool) -> None:
-    text = "This model's maximum context length is 32 tokens, but the prompt has 40"
-    error = error_of(make_server(fail([], text)).chat(stream=stream), 400)
-    assert (error["code"], error["message"]) == ("context_length_exceeded", text)
+    server = make_server(fail([], "too long by 8", ErrorCode.CONTEXT_LENGTH))
+    error = error_of(server.chat(stream=stream), 400)
+    assert (error["code"], error["message"]) == ("context_length_exceeded", "too long by 8")
+
+
+def test_words_alone_make_no_refusal(make_server: MakeServer) -> None:
+    text = "This model's maximum context length is 32 tokens; the server is shutting down"
+    error_of(make_server(fail([], text)).chat(), 500)
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
@@ -65,7 +70,7 @@ def test_requests_cut_by_the_end_of_the_server_are_told_so(
     make_server: MakeServer, path: str, stream: bool, num_tokens: int
 ) -> None:
     content = CHAT if path == CHAT_PATH else {"model": "tiny", "prompt": "hi"}
-    server = make_server(fail([75] * num_tokens, STOPPING))
+    server = make_server(fail([75] * num_tokens, SECRET, ErrorCode.STOPPING))
     response = server.post(path, content | {"stream": stream})
     if stream and num_tokens:
         assert response.status_code == 200

@@ -17,6 +17,7 @@ from engine.messages import (
     ClientMessage,
     DraftSwapped,
     EngineMessage,
+    ErrorCode,
     Finished,
     Shutdown,
     Submit,
@@ -149,7 +150,8 @@ def test_shutdown_ends_open_requests_with_an_error(front: Front, endpoint: str) 
     ends = [event for event in front.until_finished(2) if isinstance(event, Finished)]
     assert engine.ended()
     assert {end.request_id for end in ends} == {"a", "b"}
-    assert {(end.reason, end.error) for end in ends} == {(FinishReason.ERROR, STOPPING)}
+    said = {(end.reason, end.error, end.error_code) for end in ends}
+    assert said == {(FinishReason.ERROR, STOPPING, ErrorCode.STOPPING)}
 
 
 def test_a_swap_is_answered_while_nothing_runs(front: Front, endpoint: str) -> None:

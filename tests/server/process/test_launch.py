@@ -17,9 +17,10 @@ import pytest
 import uvloop
 
 from configs.schema import Config, ModelConfig, ServerConfig
-from engine.messages import Finished
+from engine.messages import ErrorCode, Finished
 from server.http.app import create_app
 from server.http.context import ServerInfo
+from server.openai.routes import ROUTES
 from server.process import launch
 from server.process.client import ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
@@ -192,7 +193,7 @@ def test_requests_that_a_killed_engine_held_at_the_end_are_told_of_the_end(
     stub_engine("exec sleep 1000000")
     monkeypatch.setattr(launch, "LAST_WORDS", 0.0)
 
-    async def main() -> str | None:
+    async def main() -> tuple[str | None, ErrorCode | None]:
         client = ZmqEngineClient()
         keeper = EngineKeeper(Config(), client)
         keeper.start()
@@ -204,9 +205,9 @@ def test_requests_that_a_killed_engine_held_at_the_end_are_told_of_the_end(
         client.close()
         (end,) = [event async for event in stream]
         assert isinstance(end, Finished)
-        return end.error
+        return end.error, end.error_code
 
-    assert asyncio.run(main()) == STOPPING
+    assert asyncio.run(main()) == (STOPPING, ErrorCode.STOPPING)
 
 
 class Said(logging.Handler):
@@ -263,7 +264,7 @@ def test_while_the_engine_loads_the_server_is_healthy_and_not_ready(tmp_path: Pa
         config = Config(model=ModelConfig(served_name="tiny"))
         template = ChatTemplate("{{ messages }}", {})
         info = ServerInfo.from_config(config)
-        app = create_app(config, client, tiny_tokenizer(tmp_path), template, info)
+        app = create_app(config, client, tiny_tokenizer(tmp_path), template, info, ROUTES)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as web:
             body = {"model": "tiny", "prompt": "a"}

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from server.assembly.meeting import RANKS, STORE
 from server.process.socket_folder import (
     FRESH,
     PREFIX,
-    RANKS,
     SOCKET,
-    STORE,
     private_endpoint,
     remove_stale_folders,
 )
