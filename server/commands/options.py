@@ -29,18 +29,6 @@ Overrides = Annotated[
 ]
 
 
-UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """`80GiB` -> bytes. ValueError for anything but a number with one of `UNITS`."""
-    for unit, size in UNITS.items():
-        number = text.removesuffix(unit).strip()
-        if text.endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
-            return int(float(number) * size)
-    raise ValueError(f"{option} {text!r} is not a size such as 80GiB; units: {', '.join(UNITS)}")
-
-
 def failed(error: Exception) -> typer.Exit:
     """Say what is wrong on one line; to be raised."""
     typer.echo(f"aerie: {error}", err=True)

@@ -22,7 +22,6 @@ from engine.step.shape import StaticShape
 from kernels.ops import Ops
 from server.assembly.drafting import allocate, tree_shape
 from server.assembly.memory_plan import MemoryPlan, plan_memory
-from server.commands.options import parse_bytes
 from tests.support.live_server import run_aerie
 from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B
 from tests.support.tiny_heads import write_tiny_head
@@ -155,20 +154,6 @@ def test_lines_add_up() -> None:
     assert lines[-1] == "1024 cache blocks of 16 tokens: 2 sequences of 8192 tokens at once"
     short = dataclasses.replace(plan, num_blocks=511)
     assert short.num_sequences == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("80GiB", 80 * GIB), ("1.5 GB", 1_500_000_000), ("512MiB", 2**29), ("3MB", 3_000_000)],
-)
-def test_sizes_are_read_with_their_unit(text: str, size: int) -> None:
-    assert parse_bytes(text, "--gpu-memory") == size
-
-
-@pytest.mark.parametrize("text", ["80", "GiB", "-1GiB", "0GB", "1e3GB", "1.2.3GB", "8 TB"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--gpu-memory .* is not a size such as 80GiB"):
-        parse_bytes(text, "--gpu-memory")
 
 
 def test_the_command_prints_the_plan_and_needs_no_weights(tmp_path: Path) -> None:
