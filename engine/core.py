@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Submit
+from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, ErrorCode, Submit
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.pace import Pace
 from engine.speculation.policy import DraftPolicy
@@ -55,6 +55,11 @@ class EngineCore:
         self._flight: Launched | None = None
         self._landed: list[EngineMessage] = []  # events of a step that `land` took in
         self.draft_with(policy or DraftPolicy())
+
+    @property
+    def policy(self) -> DraftPolicy:
+        """How the engine drafts."""
+        return self._policy
 
     @property
     def info(self) -> EngineInfo:
@@ -107,11 +112,11 @@ class EngineCore:
             num_capture_dropped=self._captured.num_dropped,
         )
 
-    def abort_all(self, reason: str) -> list[EngineMessage]:
+    def abort_all(self, reason: str, code: ErrorCode | None = None) -> list[EngineMessage]:
         """End every open request with ERROR and `reason`; what clients had still to hear of steps
         before comes first."""
         events, self._landed = self._landed, []
-        return [*events, *self._scheduler.abort_all(reason)]
+        return [*events, *self._scheduler.abort_all(reason, code)]
 
     def audit(self) -> None:
         """Assert that the bookkeeping adds up."""

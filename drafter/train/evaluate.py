@@ -79,8 +79,7 @@ def ask_plainly(
     Raises:
         ValueError: a prompt that the chat template or the engine refuses.
     """
-    engine.core.plan_with(FixedPlanner())
-    engine.core.look_up(None)
+    _draft_with(engine, ROOT, lookup=False)
     questions: list[Question] = []
     histories = [list(prompt.messages) for prompt in prompts]
     for turn in range(sampling.num_turns):
@@ -116,8 +115,7 @@ def measure_trees(
         shared_noise: how the engine's head ranks its candidates.
         with_lookup: all of them again, beside drafts from the text itself.
     """
-    engine.core.plan_with(FixedPlanner())
-    engine.core.look_up(None)
+    _draft_with(engine, ROOT, lookup=False)
     _answer(engine, [_shortened(question) for question in questions], batch)  # fills the caches
     plain = _measure(engine, questions, ROOT, batch, shared_noise)
     yield plain
@@ -126,8 +124,7 @@ def measure_trees(
     if with_lookup:
         runs += [(shape, True) for shape in (ROOT, *drafting)]
     for shape, lookup in runs:
-        engine.core.look_up(Lookup() if lookup else None)
-        found = _measure(engine, questions, shape, batch, shared_noise)
+        found = _measure(engine, questions, shape, batch, shared_noise, lookup=lookup)
         speedup = found.tokens_per_second / plain.tokens_per_second
         yield dataclasses.replace(found, speedup=speedup, lookup=lookup)
 
@@ -138,8 +135,10 @@ def _measure(
     shape: TreeShape,
     batch: int,
     shared_noise: bool,
+    *,
+    lookup: bool = False,
 ) -> Measurement:
-    engine.core.plan_with(FixedPlanner(shape))
+    _draft_with(engine, shape, lookup=lookup)
     before = engine.core.stats()
     answers, seconds = _answer(engine, questions, batch)
     after = engine.core.stats()
@@ -162,6 +161,13 @@ def _measure(
             for answer, question in zip(answers, questions, strict=True)
         ),
     )
+
+
+def _draft_with(engine: EvaluatedEngine, shape: TreeShape, *, lookup: bool) -> None:
+    policy = dataclasses.replace(
+        engine.core.policy, planner=FixedPlanner(shape), lookup=Lookup() if lookup else None
+    )
+    engine.core.draft_with(policy)
 
 
 def _reached(

@@ -1,0 +1,246 @@
+"""Joins the parts into an engine: what `rank.py` builds on every rank, and the scheduler, the
+planner and the followers of rank 0."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from configs.schema import Config, KernelsConfig
+from engine.capture import CaptureWriter
+from engine.core import EngineCore
+from engine.kv.manager import KVManager
+from engine.messages import EngineInfo
+from engine.parallel.distributed import DistributedGroup
+from engine.parallel.lockstep import GroupExecutor
+from engine.parallel.shard import WHOLE
+from engine.runner.runner import ModelRunner
+from engine.runner.warmup import WarmUp
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.lookup import Lookup
+from engine.step.executor import Executor
+from engine.step.group import TPGroup
+from kernels.native.build import NativeUnavailableError, build_library
+from kernels.ops import Ops
+from server.assembly.drafting import Drafting, LoadedDraft, Target
+from server.assembly.followers import Followers, device_of
+from server.assembly.rank import (
+    Place,
+    Rank,
+    build_rank,
+    step_settings,
+    runner_parts,
+    threads_per_rank,
+)
+from server.assembly.swaps import DraftSwapper
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine, what replaces its draft head while it runs, and its other ranks."""
+
+    core: EngineCore
+    swapper: DraftSwapper
+    followers: Followers
+    group: TPGroup
+
+    def close(self) -> None:
+        """End the other ranks. No step may follow."""
+        self.followers.stop(self.group)
+
+
+def build_engine(config: Config) -> EngineCore:
+    """An engine that keeps its draft head; see `build_swappable_engine`. Other ranks end with this
+    process."""
+    return build_swappable_engine(config).core
+
+
+def build_swappable_engine(
+    config: Config, folder: Path | None = None, capture: CaptureWriter | None = None
+) -> Engine:
+    """Load the model that `config` (resolved for its host) names and put an engine around it. Its
+    ranks meet in `folder`, or in one of their own. `capture` is shown every sequence that ends.
+
+    Raises:
+        FileNotFoundError, ValueError: the model or the configuration is at fault.
+        NativeUnavailableError: native kernels were asked for and cannot be built.
+        OSError: there is no process for a rank.
+    """
+    device = device_of(0, config)
+    followers = Followers.start(config, folder)
+    try:
+        with followers.progress.step():
+            group = followers.meet(config, device)
+            rank = build_rank(config, group, device)
+        engine = _engine(rank, followers, capture)
+    except BaseException:
+        followers.stop()
+        raise
+    _log_ranks(config, group, rank)
+    _log_steps(config, rank.place)
+    followers.progress.limit = config.parallel.timeout
+    return engine
+
+
+def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> Engine:
+    executor = _on_all_ranks(rank.executor, followers)
+    drafting = rank.drafting
+    if rank.draft is not None:
+        measure = warm_up(rank.config, executor)
+        planner, _ = rank.trees.choose(rank.draft, lambda: measure, at_once=True)
+        drafting = replace(drafting, planner=planner)
+    core = _core(rank.config, rank.target, rank.place, drafting, executor, capture)
+
+    def scratch(draft: LoadedDraft) -> WarmUp:
+        followers.orders.open_scratch()
+        config, own = rank.scratch(draft)
+        return warm_up(config, _on_all_ranks(own, followers, scratch=True))
+
+    return Engine(
+        core, DraftSwapper(core, rank, followers.orders, scratch), followers, rank.place.group
+    )
+
+
+def _on_all_ranks(own: Executor, followers: Followers, *, scratch: bool = False) -> Executor:
+    if not followers.processes:
+        return own
+    return GroupExecutor(own, followers.orders, followers.progress, scratch=scratch)
+
+
+def warm_up(config: Config, executor: Executor) -> WarmUp:
+    """Measures steps of `executor`, whose blocks must be free. `config` must be resolved."""
+    assert config.cache.num_blocks is not None
+    assert config.model.max_model_len is not None
+    return WarmUp(
+        executor,
+        config.cache.num_blocks,
+        config.cache.block_size,
+        config.scheduler.max_num_seqs,
+        config.scheduler.max_num_batched_tokens,
+        config.model.max_model_len,
+    )
+
+
+def _log_ranks(config: Config, group: TPGroup, rank: Rank) -> None:
+    if not isinstance(group, DistributedGroup):
+        return
+    copies = ", each held by several ranks" if group.size > rank.target.arch.num_kv_heads else ""
+    logger.info(
+        "%d ranks over %s, %d threads each: split are the attention and KV heads%s, the "
+        "feed-forward and the vocabulary; the draft head is %s",
+        group.size,
+        group.backend,
+        threads_per_rank(config),
+        copies,
+        "absent" if rank.draft is None else config.speculation.draft_parallel,
+    )
+
+
+def looks_up(config: Config) -> bool:
+    """Whether drafts from the text itself are wanted."""
+    return config.speculation.lookup is not False
+
+
+def runs_ahead(config: Config, place: Place) -> bool:
+    """Whether a step may be launched before the outcome of the one before is known.
+
+    Raises:
+        ValueError: it is asked for, and cannot be.
+    """
+    on_device = not step_settings(config, place).exact
+    if config.scheduler.run_ahead and not on_device:
+        raise ValueError(
+            "scheduler.run_ahead is true, but a CPU carries out steps as they are launched; it "
+            "must be false or unset"
+        )
+    wanted = config.scheduler.run_ahead
+    return step_settings(config, place).graphs if wanted is None else wanted
+
+
+def _log_steps(config: Config, place: Place) -> None:
+    settings = step_settings(config, place)
+    how = "exact sizes" if settings.exact else "CUDA graphs" if settings.graphs else "padded, eager"
+    found = looks_up(config), runs_ahead(config, place)
+    lookup, ahead = ("on" if one else "off" for one in found)
+    logger.info("steps: %s; lookup: %s; run-ahead: %s", how, lookup, ahead)
+
+
+@contextmanager
+def backend_can_be_had(kernels: KernelsConfig) -> Iterator[None]:
+    """Kernels that were asked for and cannot be built are the configuration's fault: ValueError."""
+    try:
+        yield
+    except NativeUnavailableError as error:
+        raise ValueError(f"kernels.backend is {kernels.backend!r}: {error}") from error
+
+
+def prepare_kernels(config: Config) -> str:
+    """Compile the native kernels where they can be; says what the engine will use."""
+    assert config.files.dir is not None
+    try:
+        return str(build_library(config.files.dir))
+    except NativeUnavailableError as error:
+        return f"none ({error}); plain torch will be used, which is much slower"
+
+
+def assemble(
+    config: Config,
+    target: Target,
+    ops: Ops,
+    device: torch.device,
+    drafting: Drafting | None = None,
+) -> EngineCore:
+    """Put an engine of one rank together. `config` must be resolved: no size left open."""
+    drafting = drafting or Drafting()
+    place = Place(TPGroup(), WHOLE, device, ops)
+    runner = ModelRunner(runner_parts(config, target, place, drafting.proposer))
+    return _core(config, target, place, drafting, runner)
+
+
+def _core(
+    config: Config,
+    target: Target,
+    place: Place,
+    drafting: Drafting,
+    executor: Executor,
+    capture: CaptureWriter | None = None,
+) -> EngineCore:
+    num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
+    assert num_blocks is not None
+    assert max_model_len is not None
+    limits = SchedulerLimits(
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    scheduler = Scheduler(
+        limits,
+        KVManager(num_blocks, config.cache.block_size, config.cache.prefix_caching),
+        target.eos_token_ids,
+        vocab_size=target.arch.vocab_size,
+        on_finish=None if capture is None else capture.take,
+    )
+    info = EngineInfo(
+        vocab_size=target.arch.vocab_size,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        block_size=config.cache.block_size,
+        eos_token_ids=sorted(target.eos_token_ids),
+        ops={name: str(backend) for name, backend in place.ops.backends.items()},
+        device=str(place.device),
+    )
+    return EngineCore(
+        scheduler,
+        executor,
+        info,
+        drafting.policy(Lookup() if looks_up(config) else None),
+        run_ahead=runs_ahead(config, place),
+        captured=capture,
+    )
