@@ -21,16 +21,18 @@ from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import FinishReason, Request, SamplingParams
 from engine.speculation.lookup import Lookup
-from engine.speculation.planner import FixedPlanner, Planner
+from engine.speculation.planner import FixedPlanner
+from engine.speculation.policy import DraftPolicy
 from engine.step.shape import ROOT, TreeShape
 
 
 class EvaluatedCore(Protocol):
     """The part of `EngineCore` that evaluation uses."""
 
-    def plan_with(self, planner: Planner) -> None: ...
+    @property
+    def policy(self) -> DraftPolicy: ...
 
-    def look_up(self, lookup: Lookup | None) -> None: ...
+    def draft_with(self, policy: DraftPolicy) -> None: ...
 
     def stats(self) -> EngineStats: ...
 

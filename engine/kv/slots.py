@@ -35,6 +35,6 @@ class Scratch:
         return self.block * self.block_size
 
     def instead_of(self, slots: Tensor, wanted: Tensor, order: Tensor) -> Tensor:
-        """`slots` where `wanted`, elsewhere the scratch slot number `order` (modulo the block size);
-        all of one shape."""
+        """`slots` where `wanted`, elsewhere the scratch slot number `order`, modulo the block size.
+        All have one shape."""
         return torch.where(wanted, slots, self.first_slot + order % self.block_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -140,6 +139,18 @@ def row_counts(max_num_seqs: int) -> tuple[int, ...]:
     return (*(n for n in FIRST_ROWS if n < max_num_seqs), max_num_seqs)
 
 
+class _PackedSizes(NamedTuple):
+    """The sizes of a `StepForm`."""
+
+    num_rows: int
+    num_own: int
+    num_tokens: int
+    num_nodes: int
+    num_columns: int
+    only_roots: bool
+    num_known: int
+
+
 @dataclass(frozen=True, slots=True)
 class InputBuilder:
     """Turns plans into forms and inputs."""
@@ -159,6 +170,8 @@ class InputBuilder:
     def form(self, plan: StepPlan) -> StepForm:
         """What kind of step carries out this plan."""
         rows, sizes, settings = plan.rows, self.sizes, self.settings
+        shape = self._shape(plan)
+        packed = self._packed(rows, shape)
         drawing = [row.line for row in rows if row.samples]
         sampled = settings.temperatures[drawing] > 0
         echo = [len(self.echo(row)) for row in rows]
@@ -166,7 +179,7 @@ class InputBuilder:
         return StepForm(
             exact=sizes.exact,
             follows=plan.ahead or not sizes.exact,
-            **self._counts(rows, shape := self._shape(plan)),
+            **packed._asdict(),
             shape=shape,
             draws=bool(drawing),
             any_sampled=not sizes.exact or bool(sampled.any()),  # fewer graphs cost no more
@@ -267,8 +280,7 @@ class InputBuilder:
             return ROOT
         return plan.shape.first(max(limits)) if self.sizes.exact else plan.shape
 
-    def _counts(self, rows: Sequence[RowPlan], shape: TreeShape) -> dict[str, int | bool]:
-        """Sizes of the packed tensors."""
+    def _packed(self, rows: Sequence[RowPlan], shape: TreeShape) -> _PackedSizes:
         sizes, num_rows = self.sizes, self.sizes.rows(len(rows))
         num_known = sizes.entries(max((len(row.draft) for row in rows), default=0))
         only_roots = all(len(row.token_ids) == 1 for row in rows)
@@ -276,17 +288,16 @@ class InputBuilder:
         nodes = len(rows) + sum(row.num_draft for row in rows)
         dense = num_rows * shape.num_nodes
         uniform = only_roots and num_known == 0
-        return {
-            "num_rows": num_rows,
-            "num_own": num_rows if only_roots else sizes.tokens(own),
-            "num_tokens": dense if uniform else sizes.tokens(own + nodes - len(rows)),
-            "num_nodes": dense if uniform else sizes.tokens(nodes),
-            "num_columns": max((row.num_blocks for row in rows), default=1)
-            if sizes.exact
-            else self.num_columns,
-            "only_roots": only_roots,
-            "num_known": num_known,
-        }
+        most_blocks = max((row.num_blocks for row in rows), default=1)
+        return _PackedSizes(
+            num_rows=num_rows,
+            num_own=num_rows if only_roots else sizes.tokens(own),
+            num_tokens=dense if uniform else sizes.tokens(own + nodes - len(rows)),
+            num_nodes=dense if uniform else sizes.tokens(nodes),
+            num_columns=most_blocks if sizes.exact else self.num_columns,
+            only_roots=only_roots,
+            num_known=num_known,
+        )
 
     def _num_top(self, wanted: Ints) -> int:
         most = int(wanted.max(initial=-1))

@@ -185,7 +185,8 @@ class Layout:
         slots = blocks * block_size + cached % block_size
         if packing.used is None:
             return slots
-        return self.scratch.instead_of(slots, packing.used, torch.arange(len(slots), device=slots.device))
+        order = torch.arange(len(slots), device=slots.device)
+        return self.scratch.instead_of(slots, packing.used, order)
 
     def _longest(self, packing: Packing, bound: int) -> int:
         return int(packing.cu.diff().max()) if self.form.exact else bound

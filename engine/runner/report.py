@@ -71,10 +71,8 @@ class Report:
             yield None if num_top < 0 else _entries(tokens, parts, num_top)
 
 
-def _entries(
-    tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], num_top: int
-) -> Entries:
-    """As clients hear it: the log-probability of each token [n] and its best alternatives [n, k]."""
+def _entries(tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], num_top: int) -> Entries:
+    """As clients hear it: log-probabilities of tokens [n] and of their best alternatives [n, k]."""
     chosen, top_ids, top = (part[: len(tokens)].tolist() for part in parts)
     return tuple(
         TokenLogprob(token, value, list(zip(ids[:num_top], values[:num_top], strict=True)))

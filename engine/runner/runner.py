@@ -140,7 +140,9 @@ class ModelRunner:
             self._settings.admit(admission)
             request = admission.request
             if is_penalised(request.params):
-                seen = token_counts(request.prompt_ids, admission.output_ids, self._parts.vocab_size)
+                seen = token_counts(
+                    request.prompt_ids, admission.output_ids, self._parts.vocab_size
+                )
                 self._body.state.counts[admission.line].copy_(torch.from_numpy(seen))
         if plan.admitted:
             self._body.proposer.admit([admission.line for admission in plan.admitted])

@@ -70,11 +70,11 @@ class LineState:
     def allocate(
         cls, num_lines: int, columns: int, vocab_size: int, scratch: Scratch, device: torch.device
     ) -> LineState:
-        zeros = torch.zeros(2, num_lines + 1, dtype=torch.int64, device=device)
+        tokens, positions = torch.zeros(2, num_lines + 1, dtype=torch.int64, device=device).unbind()
         tables = torch.full((num_lines + 1, columns), scratch.block, dtype=torch.int32)
         # On a CPU, pages of the counts that no penalised row has used cost nothing.
         counts = torch.zeros(num_lines + 1, vocab_size, dtype=torch.int32, device=device)
-        return cls(tables.to(device), *zeros.unbind(), counts)
+        return cls(tables.to(device), tokens, positions, counts)
 
     def follow(self, inputs: StepInputs) -> StepInputs:
         """`inputs` with the roots that the last step left, for rows that follow it. Every row has
@@ -209,13 +209,12 @@ class StepBody:
             return _no_scores(hidden)
         places = layout.tokens.cu[inputs.echo_rows] + inputs.echo_places
         found = []
-        for some, tokens in zip(
-            places.split(ECHO_TOKENS), inputs.echo_tokens.split(ECHO_TOKENS), strict=True
-        ):
-            local = self.model.logits(hidden[some], context)
+        for first in range(0, form.num_echo, ECHO_TOKENS):
+            some = slice(first, first + ECHO_TOKENS)
+            local = self.model.logits(hidden[places[some]], context)
             logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
-            order = torch.arange(len(some), device=some.device)
-            found.append(logits.score(order, tokens, form.num_echo_top))
+            order = torch.arange(len(local), device=local.device)
+            found.append(logits.score(order, inputs.echo_tokens[some], form.num_echo_top))
         return Scores(*(torch.cat(parts) for parts in zip(*map(_parts, found), strict=True)))
 
     def _commit(self, layout: Layout, slots: Tensor, result: VerifyResult) -> None:
@@ -248,8 +247,8 @@ def shared(drafted: Drafted, group: TPGroup) -> Drafted:
     nodes = (tree.tokens, tree.parents, tree.depths, tree.ancestors)
     packed = torch.cat([*nodes, tree.sizes[:, None], drafted.faults[:, None].long()], dim=1)
     packed = group.from_first(packed)
-    nodes = packed[:, :-2].unflatten(1, (len(nodes), width)).unbind(1)
-    tree = DraftTree(*nodes, sizes=packed[:, -2], max_depth=tree.max_depth)
+    tokens, parents, depths, masks = packed[:, :-2].view(len(packed), len(nodes), width).unbind(1)
+    tree = DraftTree(tokens, parents, depths, masks, packed[:, -2], tree.max_depth)
     return Drafted(tree, packed[:, -1] > 0)
 
 
@@ -291,10 +290,14 @@ def _emitted_scores(layout: Layout, logits: SpreadLogits, result: VerifyResult) 
     wanted = layout.inputs.scored[:, None] & (result.path >= 0)
     if not layout.form.exact:
         found = logits.score(at.flatten(), result.emitted.clamp(min=0).flatten(), num_top)
-        return Scores(*(part.unflatten(0, wanted.shape) for part in _parts(found)))
+        return Scores(*(part.view(*wanted.shape, *part.shape[1:]) for part in _parts(found)))
     found = logits.score(at[wanted], result.emitted[wanted], num_top)
-    parts = [part.new_zeros(*wanted.shape, *part.shape[1:]) for part in _parts(found)]
-    return Scores(*(to.index_put((wanted,), part) for to, part in zip(parts, _parts(found), strict=True)))
+    return Scores(*(_where(wanted, part) for part in _parts(found)))
+
+
+def _where(wanted: Tensor, values: Tensor) -> Tensor:
+    """`values` [n, ...] in the n places of `wanted` [B, E], zeros elsewhere: [B, E, ...]."""
+    return values.new_zeros(*wanted.shape, *values.shape[1:]).index_put((wanted,), values)
 
 
 def _parts(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:

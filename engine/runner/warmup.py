@@ -130,8 +130,8 @@ class WarmUp:
         return min(times)
 
     def _renewed(self, rows: Sequence[RowPlan]) -> Generator[None, None, tuple[RowPlan, ...]]:
-        """Go back to the end of the prompt. Its last token comes once more, so that the drafter has a
-        state for what follows."""
+        """Go back to the end of the prompt. Its last token comes once more, so that the drafter has
+        a state for what follows."""
         last = self._num_prompt - 1
         again = tuple(replace(row, start=last, token_ids=row.token_ids[-1:]) for row in rows)
         outcome = execute(self.executor, StepPlan(rows=again))

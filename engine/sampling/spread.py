@@ -10,8 +10,13 @@ from torch import Tensor
 
 from engine.step.group import TPGroup
 from kernels.ops import Ops
-from kernels.sampling.pipeline_reference import BiasEntries, DrawSettings, LogitEdits, Penalties
-from kernels.sampling.pipeline_reference import Scores
+from kernels.sampling.pipeline_reference import (
+    BiasEntries,
+    DrawSettings,
+    LogitEdits,
+    Penalties,
+    Scores,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from engine.messages import EngineInfo
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import GroupExecutor
 from engine.parallel.shard import WHOLE
-from engine.runner.runner import ModelRunner
+from engine.runner.runner import ModelRunner, StepSettings
 from engine.runner.warmup import WarmUp
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
@@ -33,8 +33,8 @@ from server.assembly.rank import (
     Place,
     Rank,
     build_rank,
-    step_settings,
     runner_parts,
+    step_settings,
     threads_per_rank,
 )
 from server.assembly.swaps import DraftSwapper
@@ -96,7 +96,8 @@ def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> 
         measure = warm_up(rank.config, executor)
         planner, _ = rank.trees.choose(rank.draft, lambda: measure, at_once=True)
         drafting = replace(drafting, planner=planner)
-    core = _core(rank.config, rank.target, rank.place, drafting, executor, capture)
+    steps = step_settings(rank.config, rank.place)
+    core = _core(rank.config, rank.target, rank.place, drafting, executor, steps, capture)
 
     def scratch(draft: LoadedDraft) -> WarmUp:
         followers.orders.open_scratch()
@@ -148,26 +149,25 @@ def looks_up(config: Config) -> bool:
     return config.speculation.lookup is not False
 
 
-def runs_ahead(config: Config, place: Place) -> bool:
+def runs_ahead(config: Config, steps: StepSettings) -> bool:
     """Whether a step may be launched before the outcome of the one before is known.
 
     Raises:
         ValueError: it is asked for, and cannot be.
     """
-    on_device = not step_settings(config, place).exact
-    if config.scheduler.run_ahead and not on_device:
+    wanted = config.scheduler.run_ahead
+    if wanted and steps.exact:
         raise ValueError(
             "scheduler.run_ahead is true, but a CPU carries out steps as they are launched; it "
             "must be false or unset"
         )
-    wanted = config.scheduler.run_ahead
-    return step_settings(config, place).graphs if wanted is None else wanted
+    return steps.graphs if wanted is None else wanted
 
 
 def _log_steps(config: Config, place: Place) -> None:
     settings = step_settings(config, place)
     how = "exact sizes" if settings.exact else "CUDA graphs" if settings.graphs else "padded, eager"
-    found = looks_up(config), runs_ahead(config, place)
+    found = looks_up(config), runs_ahead(config, settings)
     lookup, ahead = ("on" if one else "off" for one in found)
     logger.info("steps: %s; lookup: %s; run-ahead: %s", how, lookup, ahead)
 
@@ -196,12 +196,15 @@ def assemble(
     ops: Ops,
     device: torch.device,
     drafting: Drafting | None = None,
+    steps: StepSettings | None = None,
 ) -> EngineCore:
-    """Put an engine of one rank together. `config` must be resolved: no size left open."""
+    """Put an engine of one rank together. `config` must be resolved: no size left open. `steps`:
+    how they run, None for what is best on the device."""
     drafting = drafting or Drafting()
     place = Place(TPGroup(), WHOLE, device, ops)
-    runner = ModelRunner(runner_parts(config, target, place, drafting.proposer))
-    return _core(config, target, place, drafting, runner)
+    steps = steps or step_settings(config, place)
+    parts = replace(runner_parts(config, target, place, drafting.proposer), steps=steps)
+    return _core(config, target, place, drafting, ModelRunner(parts), steps)
 
 
 def _core(
@@ -210,6 +213,7 @@ def _core(
     place: Place,
     drafting: Drafting,
     executor: Executor,
+    steps: StepSettings,
     capture: CaptureWriter | None = None,
 ) -> EngineCore:
     num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
@@ -241,6 +245,6 @@ def _core(
         executor,
         info,
         drafting.policy(Lookup() if looks_up(config) else None),
-        run_ahead=runs_ahead(config, place),
+        run_ahead=runs_ahead(config, steps),
         captured=capture,
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.runner.model_runner import ModelRunner
+from engine.runner.rounds import Rounds, RoundSettings
 
 from configs.load import load_config
 from configs.resolve import HostFacts, resolve_host
@@ -15,8 +17,6 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.llama import LlamaLoader
 from engine.parallel.shard import Shard
-from engine.runner.model_runner import ModelRunner
-from engine.runner.rounds import Rounds, RoundSettings
 from engine.speculation.planner import FixedPlanner
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain

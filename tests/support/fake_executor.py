@@ -8,7 +8,7 @@ draft head keeps entries of its own in the slots, as its own KV would be kept.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,6 +19,7 @@ from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
+from engine.step.executor import Launched, execute
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
 from tests.support.engines import ask
@@ -39,9 +40,9 @@ def prompt_of(length: int, first: int = 1000) -> list[int]:
     return list(range(first, first + length))
 
 
-def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
+def shape(plan: StepPlan, names: Mapping[int, str]) -> list[tuple[str, int, int, bool]]:
     """(who, from where, how many tokens, whether one is drawn) of each row."""
-    return [(row.request_id, row.start, len(row.token_ids), row.samples) for row in plan.rows]
+    return [(names[row.line], row.start, len(row.token_ids), row.samples) for row in plan.rows]
 
 
 def fingerprints(token_ids: Iterable[int]) -> list[int]:
@@ -77,6 +78,7 @@ class FakeRow:
     request: Request
     history: list[int]  # prompt + output
     num_computed: int = 0
+    block_ids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -94,7 +96,7 @@ class FakeExecutor:
     def __init__(
         self, block_size: int, vocab_size: int, max_len: int = 10**9, *, drafts: bool = False
     ) -> None:
-        self.rows: dict[str, FakeRow] = {}
+        self.rows: dict[int, FakeRow] = {}  # by line
         self.totals = DraftTotals()
         self._max_len = max_len
         self._drafts = drafts
@@ -105,16 +107,26 @@ class FakeExecutor:
         self._vocab_size = vocab_size
         self._stored: dict[int, tuple[int, int]] = {}  # slot -> (position, fingerprint)
 
-    def execute(self, plan: StepPlan) -> StepOutcome:
-        for request_id in plan.released:
-            del self.rows[request_id]
+    def launch(self, plan: StepPlan) -> Launched:
+        outcome = self._outcomes(plan)
+        return Launched(plan, lambda: outcome)
+
+    def collect(self, launched: Launched) -> StepOutcome:
+        return launched.wait()
+
+    def _outcomes(self, plan: StepPlan) -> StepOutcome:
+        for line in plan.released:
+            del self.rows[line]
         for admission in plan.admitted:
-            request = admission.request
-            assert request.request_id not in self.rows
-            history = [*request.prompt_ids, *admission.output_ids]
-            self.rows[request.request_id] = FakeRow(request, history)
-        names = [row.request_id for row in plan.rows]
-        assert len(names) == len(set(names)), "a sequence has two rows"
+            assert admission.line not in self.rows
+            history = [*admission.request.prompt_ids, *admission.output_ids]
+            self.rows[admission.line] = FakeRow(admission.request, history)
+        lines = [row.line for row in plan.rows]
+        assert len(lines) == len(set(lines)), "a sequence has two rows"
+        for row in plan.rows:
+            known = self.rows[row.line]
+            assert row.first_block <= len(known.block_ids)
+            known.block_ids = known.block_ids[: row.first_block] + row.new_blocks
         for row in plan.rows:
             self._check_nodes(row, plan.shape)
             self._write(row)
@@ -126,14 +138,18 @@ class FakeExecutor:
             self._extend(row, len(outcome.emitted))
         return StepOutcome(outcomes)
 
-    def decoding(self) -> set[str]:
-        """The running sequences that miss only their newest token."""
-        return {name for name, row in self.rows.items() if row.num_computed == len(row.history) - 1}
+    def decoding(self) -> set[int]:
+        """The lines of running sequences that miss only their newest token."""
+        return {line for line, row in self.rows.items() if row.num_computed == len(row.history) - 1}
+
+    def names(self) -> dict[int, str]:
+        """Request ids by line."""
+        return {line: row.request.request_id for line, row in self.rows.items()}
 
     def _write(self, plan: RowPlan) -> None:
-        row, end = self.rows[plan.request_id], plan.start + len(plan.token_ids)
+        row, end = self.rows[plan.line], plan.start + len(plan.token_ids)
         assert plan.token_ids, "an empty row"
-        assert plan.token_ids == row.history[plan.start : end]
+        assert list(plan.token_ids) == row.history[plan.start : end]
         assert plan.samples == (end == len(row.history))
         marks = fingerprints(row.history[:end])
         for position in range(plan.start, end):
@@ -145,7 +161,7 @@ class FakeExecutor:
         what the draft head reads for them is there."""
         if plan.num_draft == 0:
             return
-        request, root = self.rows[plan.request_id].request, plan.start
+        request, root = self.rows[plan.line].request, plan.start
         num_output = root + 1 - len(request.prompt_ids)
         assert plan.samples
         assert len(plan.token_ids) == 1
@@ -162,18 +178,20 @@ class FakeExecutor:
         for position in range(root + 1, last + 1):
             self._stored[self._slot(plan, position)] = (-1, position)  # a node, until accepted
         if self._drafts:
-            marks = fingerprints(self.rows[plan.request_id].history)
+            marks = fingerprints(self.rows[plan.line].history)
             for position in range(1, root + 1):
                 found = self._entries.get(self._slot(plan, position))
                 assert found == (position, marks[position]), f"no entry for position {position}"
 
     def _check_tails(self, plans: Sequence[RowPlan]) -> None:
         """No block from a row's first token on is in another row."""
-        tails = [plan.block_ids[plan.start // self._block_size :] for plan in plans]
+        blocks = [self.rows[plan.line].block_ids for plan in plans]
+        starts = [plan.start // self._block_size for plan in plans]
+        tails = [own[start:] for own, start in zip(blocks, starts, strict=True)]
         for plan, tail in zip(plans, tails, strict=True):
-            for other in plans:
-                shared = set(tail[self._shared_block(plan) :]) & set(other.block_ids)
-                assert other is plan or not shared, f"{plan.request_id} writes to foreign blocks"
+            for other, own in zip(plans, blocks, strict=True):
+                shared = set(tail[self._shared_block(plan) :]) & set(own)
+                assert other is plan or not shared, f"line {plan.line} writes to foreign blocks"
 
     def _shared_block(self, plan: RowPlan) -> int:
         """1 if the row begins with a cached token that is computed once more for the draft head:
@@ -185,23 +203,23 @@ class FakeExecutor:
         """The draft head's entries of all tokens that follow a computed one."""
         if not self._drafts:
             return
-        marks = fingerprints(self.rows[plan.request_id].history)
+        marks = fingerprints(self.rows[plan.line].history)
         end = plan.start + len(plan.token_ids) + max(1, num_emitted)
         for position in range(plan.start + 1, min(end, self._max_len)):
             self._entries[self._slot(plan, position)] = (position, marks[position])
 
     def _check_reads(self, plan: RowPlan) -> None:
-        history = self.rows[plan.request_id].history[: plan.start + len(plan.token_ids)]
+        history = self.rows[plan.line].history[: plan.start + len(plan.token_ids)]
         for position, mark in enumerate(fingerprints(history)):
             found = self._stored.get(self._slot(plan, position))
-            assert found == (position, mark), f"{plan.request_id}: foreign KV at {position}"
+            assert found == (position, mark), f"line {plan.line}: foreign KV at {position}"
 
     def _slot(self, plan: RowPlan, position: int) -> int:
         block, offset = divmod(position, self._block_size)
-        return plan.block_ids[block] * self._block_size + offset
+        return self.rows[plan.line].block_ids[block] * self._block_size + offset
 
     def _outcome(self, plan: RowPlan) -> RowOutcome:
-        row = self.rows[plan.request_id]
+        row = self.rows[plan.line]
         scores = None
         if row.request.params.prompt_logprobs is not None:
             first = plan.start + 1
@@ -257,14 +275,13 @@ class FakeEngine:
     submitted: dict[str, Request] = field(default_factory=dict)
     now: float = 0.0  # what the scheduler's clock says
     num_steps: int = 0
+    names: dict[int, str] = field(default_factory=dict)  # by line, of the newest plan
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(
             self.max_num_seqs,
             self.max_num_batched_tokens,
             self.max_model_len,
-            lookahead=self.lookahead,
-            lookback=self.lookahead,
         )
         kv = KVManager(self.num_blocks, self.block_size, self.prefix_caching)
         self.scheduler = Scheduler(
@@ -273,8 +290,8 @@ class FakeEngine:
             frozenset({EOS}),
             vocab_size=PROMPT_VOCAB,
             clock=lambda: self.now,
-            lookup=Lookup() if self.lookup else None,
         )
+        self.scheduler.draft_with(self.lookahead, Lookup() if self.lookup else None)
         self.executor = FakeExecutor(
             self.block_size, self.vocab_size, self.max_len, drafts=self.lookahead > 0
         )
@@ -299,9 +316,10 @@ class FakeEngine:
             assert plan.admitted == (), "admitted where blocks have just run out"
             assert all(row.num_draft == 0 for row in plan.rows), "nodes where blocks have run out"
         assert plan.num_tokens <= self.max_num_batched_tokens
-        planned = {row.request_id for row in plan.rows}
+        planned = {row.line for row in plan.rows}
         assert decoding <= planned | set(plan.released), "a decoding sequence stood still"
-        outcome = self.executor.execute(plan)
+        outcome = execute(self.executor, plan)
+        self.names |= self.executor.names()
         assert len(self.executor.rows) <= self.max_num_seqs
         for event in self.scheduler.update(plan, outcome):
             self._hear(event)

@@ -1,16 +1,13 @@
-"""A proposer for decode rounds that knows the texts to come."""
+"""A proposer for padded steps that knows the texts to come."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from drafter.static_levels import levels_of
-from engine.kv.slots import Scratch
-from engine.speculation.proposer import Ints, RootProposer, Roots
+from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Roots
 from engine.step.shape import StaticShape, TreeShape
 from engine.step.tree import DraftTree
 
@@ -22,15 +19,10 @@ class KnowingProposer(RootProposer):
 
     truth: torch.Tensor  # [seeds, positions]
     vocab_size: int = 131
-    lookahead = 0
 
-    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:
-        return np.ones(len(lines), dtype=np.bool_)
-
-    def draft(
-        self, roots: Roots, shape: TreeShape, max_context: int, any_sampled: bool, scratch: Scratch
-    ) -> tuple[DraftTree, torch.Tensor]:
+    def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
         assert isinstance(shape, StaticShape)
+        assert not limits.exact
         plan = levels_of(shape, roots.tokens.device)
         depths = plan.depths.expand(len(roots.tokens), -1)
         positions = roots.positions[:, None] + depths
@@ -39,13 +31,12 @@ class KnowingProposer(RootProposer):
         wrong = (positions * 5 + nodes * 3 + roots.seeds[:, None]) % 7 == 0
         tokens = torch.where(wrong, (true + 1 + nodes) % self.vocab_size, true)
         tokens[:, 0] = roots.tokens
-        behind = nodes >= roots.max_nodes[:, None]
         tree = DraftTree(
             tokens=tokens,
-            parents=plan.parents.expand_as(tokens).masked_fill(behind, -1),
+            parents=plan.parents.expand_as(tokens),
             depths=depths,
             ancestors=plan.masks.expand_as(tokens),
             sizes=roots.max_nodes,
             max_depth=shape.max_depth,
         )
-        return tree, torch.ones_like(roots.tokens, dtype=torch.bool)
+        return Drafted(tree.cut(roots.max_nodes), torch.zeros_like(roots.tokens, dtype=torch.bool))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.speculation.proposer import Committed, Roots
+from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import (
     MAX_NODES,
@@ -101,16 +101,16 @@ class ScriptedProposer:
     tap: FeatureTap | None = None
     lines: dict[int, Line] = field(default_factory=dict)
     num_entries: int = 0
-    num_faults: int = 0
     failed: bool = False
 
     def settle(self) -> None:
         """Nothing is put off."""
 
-    def admit(self, line: int) -> None:
-        self.lines[line] = Line()
+    def admit(self, lines: Sequence[int]) -> None:
+        self.lines |= {line: Line() for line in lines}
 
-    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
+    def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
+        assert limits.exact
         rows = zip(
             roots.lines.tolist(),
             roots.tokens.tolist(),
@@ -127,9 +127,9 @@ class ScriptedProposer:
             last_slot = roots.block_tables.shape[1] * BLOCK - 1
             assert position + limit - 1 <= min(last_slot, self.max_len - 1), f"row {at}"
             trees.append(self._tree(script, position, bits, limit, shape, token))
-        return tree_of(trees)
+        return Drafted(tree_of(trees), torch.zeros(len(trees), dtype=torch.bool))
 
-    def extend(self, committed: Committed, hidden: Tensor) -> None:
+    def take(self, committed: Committed, hidden: Tensor) -> None:
         cu = committed.cu.tolist()
         assert cu[0] == 0
         assert cu[-1] == len(committed.tokens)
@@ -224,7 +224,6 @@ class CyclingPlanner:
 
     shapes: Sequence[TreeShape]
     num_steps: int = 0
-    measures = False
 
     def choose(self, num_drafting: int) -> TreeShape:
         self.num_steps += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,8 +17,7 @@ from configs.schema import (
 from engine.checkpoints.arch import LlamaArch
 from engine.core import EngineCore
 from engine.models.llama import LlamaLoader
-from engine.runner.model_runner import ModelRunner
-from engine.runner.rounds import RoundSettings
+from engine.runner.runner import StepSettings
 from kernels.ops import Ops
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, Target
@@ -64,8 +63,8 @@ class TinyEngine:
     eos_token_ids: frozenset[int] = frozenset({EOS})
     drafting: Drafting | None = None
     device: torch.device = CPU
-    rounds: bool = False  # on a CPU too
-    run_ahead: bool = False  # with `rounds`
+    padded: bool = False  # as on a GPU, on a CPU too
+    run_ahead: bool = False  # with `padded`
     lookup: bool = False
 
     def build(self) -> EngineCore:
@@ -76,17 +75,12 @@ class TinyEngine:
             model=ModelConfig(dtype="float32", max_model_len=self.max_model_len),
             cache=CacheConfig(num_blocks=self.num_blocks, prefix_caching=self.prefix_caching),
             scheduler=SchedulerConfig(
-                max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                run_ahead=self.run_ahead,
             ),
             speculation=SpeculationConfig(lookup=self.lookup),
         )
         target = Target(loader.load(), arch, self.eos_token_ids)
-        core = assemble(config, target, self.ops, self.device, self.drafting)
-        if self.rounds:
-            runner = core.executor
-            assert isinstance(runner, ModelRunner)
-            settings = RoundSettings(self.max_num_seqs, graphs=False)
-            core.executor = runner = ModelRunner(replace(runner._parts, rounds=settings))
-            if self.run_ahead:
-                core.launch_with(runner)
-        return core
+        exact = self.device == CPU and not self.padded
+        return assemble(config, target, self.ops, self.device, self.drafting, StepSettings(exact))

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from engine.runner.model_runner import ModelRunner
 
 from engine import transfer
 from engine.completion import Completion
@@ -16,7 +17,6 @@ from engine.core import EngineCore
 from engine.messages import Abort, Finished, Submit, Tokens
 from engine.request import FinishReason, Request
 from engine.runner import graphs
-from engine.runner.model_runner import ModelRunner
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.plan import StepPlan
 from engine.step.shape import ROOT, TreeShape, chain

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine.runner.rounds import Rounds, RoundSettings, row_counts
 
 from configs.schema import (
     Config,
@@ -21,7 +22,6 @@ from configs.schema import (
 from engine.core import EngineCore
 from engine.parallel.shard import WHOLE
 from engine.request import Request
-from engine.runner.rounds import Rounds, RoundSettings, row_counts
 from engine.speculation.planner import FixedPlanner
 from engine.step.group import TPGroup
 from engine.step.plan import RowPlan

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from engine.speculation.ngrams import LENGTHS, TokenText
 from hypothesis import given
 from hypothesis import strategies as st
-
-from engine.speculation.ngrams import LENGTHS, TokenText
 
 # Ids whose bytes repeat, so that matches begin inside tokens, too.
 TOKENS = st.lists(st.sampled_from([0, 1, 256, 0x01010101, 0x00010001, 7]), max_size=40)
