@@ -1,4 +1,4 @@
-"""A draft head that fails while rounds run ahead costs speed alone."""
+"""A draft head that fails while steps run ahead costs speed alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_head_that_fails_between_two_rounds_takes_no_request_down(
         settle(self)
 
     monkeypatch.setattr(DraftProposer, "_settle", fail_once)
-    ahead = HeadLab(replace(engine, rounds=True, run_ahead=True), head)
+    ahead = HeadLab(replace(engine, padded=True, run_ahead=True), head)
     core, proposer = ahead.build(FixedPlanner(chain(3)))
     assert generate(core, asked)["a"].token_ids == expected["a"].token_ids
     assert failures
