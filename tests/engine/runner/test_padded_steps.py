@@ -219,7 +219,14 @@ FEATURES: dict[str, dict[str, Any]] = {
 def feature_requests(feature: str) -> list[Request]:
     prompt = [(7 * i) % 120 + 3 for i in range(30)] * 2
     return [
-        ask(f"{at}", prompt[: 9 + 17 * at], max_tokens=30, seed=at, temperature=(at + 1) % 2, **params)
+        ask(
+            f"{at}",
+            prompt[: 9 + 17 * at],
+            max_tokens=30,
+            seed=at,
+            temperature=(at + 1) % 2,
+            **params,
+        )
         for at, params in enumerate([FEATURES[feature], {}, FEATURES[feature]])
     ]
 
