@@ -19,7 +19,7 @@ for commands in (serve, plan, drafts):
 
 @app.callback()
 def _group() -> None:
-    """Sub-commands share nothing."""
+    """There are no options before the sub-command."""
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Chat template and tokenizer as one: messages to the ids that the model sees, ids to text."""
+"""Chat template and tokenizer together: messages to token ids, token ids to text."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class ChatCodec:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens. ValueError for ids that cannot be."""
+        """Text without special tokens. ValueError for invalid ids."""
         return self.tokenizer.decode(token_ids)
 
 
 def load_codec(config: Config) -> ChatCodec:
-    """The codec of the model that `config` (resolved for its host) names.
+    """The codec of the configured model; `config` must be resolved for its host.
 
     Raises:
-        OSError, ValueError: the model's files are at fault.
+        OSError, ValueError: the model's files are missing or invalid.
     """
     assert config.files.dir is not None
     path = config.model.chat_template

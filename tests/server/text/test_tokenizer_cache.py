@@ -192,7 +192,7 @@ def test_another_content_is_another_folder(
 def test_what_cannot_be_converted_is_a_value_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no tokenizer could be made of it"):
+    with pytest.raises(ValueError, match="cannot be converted to a tokenizer"):
         converted_folder(ModelFiles("hf", tmp_path / "model", "bad"), tmp_path / "cache")
     assert list((tmp_path / "cache" / "tokenizers").iterdir()) == []
 
