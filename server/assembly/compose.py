@@ -1,5 +1,5 @@
-"""Joins the parts into an engine: what `rank.py` builds on every rank, and the scheduler, the
-planner and the followers of rank 0."""
+"""Joins the parts into an engine: what `rank.py` builds on every rank, and the scheduler, planner
+and followers of rank 0."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine, what replaces its draft head while it runs, and its other ranks."""
+    """An engine, the swapper of its draft head, and its other ranks."""
 
     core: EngineCore
     swapper: DraftSwapper
@@ -52,7 +52,7 @@ class Engine:
     group: TPGroup
 
     def close(self) -> None:
-        """End the other ranks. No step may follow."""
+        """End the other ranks. No step may follow this call."""
         self.followers.stop(self.group)
 
 
@@ -65,8 +65,8 @@ def build_engine(config: Config) -> EngineCore:
 def build_swappable_engine(
     config: Config, folder: Path | None = None, capture: CaptureWriter | None = None
 ) -> Engine:
-    """Load the model that `config` (resolved for its host) names and put an engine around it. Its
-    ranks meet in `folder`, or in one of their own. `capture` is shown every sequence that ends.
+    """Load the model of `config` (resolved for its host) and build its engine. Ranks meet in
+    `folder`, or in a folder of their own. `capture` is given every ended sequence.
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
@@ -116,7 +116,7 @@ def _on_all_ranks(own: Executor, followers: Followers, *, scratch: bool = False)
 
 
 def warm_up(config: Config, executor: Executor) -> WarmUp:
-    """Measures steps of `executor`, whose blocks must be free. `config` must be resolved."""
+    """Measures steps of `executor`; its cache blocks must be free, and `config` resolved."""
     assert config.cache.num_blocks is not None
     assert config.model.max_model_len is not None
     return WarmUp(
@@ -145,15 +145,15 @@ def _log_ranks(config: Config, group: TPGroup, rank: Rank) -> None:
 
 
 def looks_up(config: Config) -> bool:
-    """Whether drafts from the text itself are wanted."""
+    """Whether prompt lookup is on."""
     return config.speculation.lookup is not False
 
 
 def runs_ahead(config: Config, steps: StepSettings) -> bool:
-    """Whether a step may be launched before the outcome of the one before is known.
+    """Whether a step may be launched before the outcome of the previous one is known.
 
     Raises:
-        ValueError: it is asked for, and cannot be.
+        ValueError: it is configured, but not possible.
     """
     wanted = config.scheduler.run_ahead
     if wanted and steps.exact:
@@ -174,7 +174,7 @@ def _log_steps(config: Config, place: Place) -> None:
 
 @contextmanager
 def backend_can_be_had(kernels: KernelsConfig) -> Iterator[None]:
-    """Kernels that were asked for and cannot be built are the configuration's fault: ValueError."""
+    """Turns the error for configured kernels that cannot be built into a ValueError."""
     try:
         yield
     except NativeUnavailableError as error:
@@ -182,7 +182,7 @@ def backend_can_be_had(kernels: KernelsConfig) -> Iterator[None]:
 
 
 def prepare_kernels(config: Config) -> str:
-    """Compile the native kernels where they can be; says what the engine will use."""
+    """Compile the native kernels if possible; return what the engine will use."""
     assert config.files.dir is not None
     try:
         return str(build_library(config.files.dir))
@@ -198,8 +198,8 @@ def assemble(
     drafting: Drafting | None = None,
     steps: StepSettings | None = None,
 ) -> EngineCore:
-    """Put an engine of one rank together. `config` must be resolved: no size left open. `steps`:
-    how they run, None for what is best on the device."""
+    """Build an engine of one rank. `config` must be resolved, sizes included. `steps`: how steps
+    run; None for the best way on the device."""
     drafting = drafting or Drafting()
     place = Place(TPGroup(), WHOLE, device, ops)
     steps = steps or step_settings(config, place)

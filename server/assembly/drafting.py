@@ -1,4 +1,4 @@
-"""Draft heads: load one, put a proposer around it, choose its trees."""
+"""Draft heads: load a head, build its proposer, choose its trees."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A loaded target model and the facts of it that the engine needs."""
+    """A loaded target model and the facts that the engine needs."""
 
     model: Llama
     arch: LlamaArch
@@ -46,15 +46,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """Who proposes trees, and who chooses their shape."""
+    """The proposer of trees and the planner of their shapes."""
 
     proposer: Proposer = field(default_factory=RootProposer)
     planner: Planner = field(default_factory=FixedPlanner)
-    facts: DraftFacts | None = None  # of the head, if there is one
-    measuring: Measuring | None = None  # steps to run before trees can be chosen
+    facts: DraftFacts | None = None  # of the head, if any
+    measuring: Measuring | None = None  # steps to measure before trees can be chosen
 
     def policy(self, lookup: Lookup | None) -> DraftPolicy:
-        """What the core has to know. `lookup`: drafts from a sequence's own text."""
+        """The policy for the core. `lookup`: prompt lookup, if on."""
         lookahead = self.proposer.lookahead
         return DraftPolicy(self.planner, lookahead, lookup, self.facts, self.measuring)
 
@@ -68,7 +68,7 @@ class LoadedDraft:
 
     @property
     def form(self) -> Hashable:
-        """Heads of one form cost the same."""
+        """Heads with equal forms take equal time."""
         return (self.facts.kind, self.facts.draft_vocab_size, self.head.arch, self.head.tap_layers)
 
 
@@ -80,13 +80,13 @@ class HeadLoader:
     ops: Ops
     dtype: torch.dtype
     device: torch.device
-    max_len: int  # positions that can be drafted at
+    max_len: int  # longest sequence in which the head drafts
     shard: Shard = WHOLE  # of the target
     replicated: bool = False  # whether every rank holds all of a head's layers
 
     def beside_the_engine(self, config: Config) -> HeadLoader:
-        """A loader for another thread than the engine's. Native operations run one at a time, so
-        what loading calls gets a pool of its own, of one thread."""
+        """A loader for a thread beside the engine's. A pool runs one native operation at a time, so
+        the loader's operations get their own pool, of one thread."""
         assert config.files.dir is not None
         own = build_ops(config.kernels.backend, self.device, self.dtype, 1, config.files.dir)
         assert own.backends == self.ops.backends, "weights would be packed for other kernels"
@@ -94,7 +94,7 @@ class HeadLoader:
         return replace(self, ops=ops)
 
     def load(self, path: Path) -> LoadedDraft:
-        """ValueError that names the file at fault, and in it the tensor or the key."""
+        """Load a head. ValueError that names the invalid file and its tensor or key."""
         facts = self.facts(path)
         head = load_head(
             path,
@@ -111,7 +111,7 @@ class HeadLoader:
         return LoadedDraft(head, facts)
 
     def facts(self, path: Path) -> DraftFacts:
-        """What the files in `path` say without their weights. Raises as `load`."""
+        """Facts of the head in `path`, without reading weights. Raises as `load`."""
         config = read_head_config(path, self.target.arch)
         tensors = open_tensors(path).items()
         return DraftFacts(
@@ -123,7 +123,7 @@ class HeadLoader:
         )
 
     def check_room(self, path: Path, config: Config) -> None:
-        """ValueError unless a head and its pages fit into the memory that is free now."""
+        """ValueError unless a head and its pages fit into the free memory."""
         arch = read_head_config(path, self.target.arch).arch
         assert config.cache.num_blocks is not None
         own = WHOLE if self.replicated else self.shard
@@ -148,8 +148,8 @@ def drafting_with(
     *,
     late: bool = False,
 ) -> Drafting:
-    """A proposer with pages of its own, and no trees yet. `late`: tokens are in the cache already
-    of which this head never made entries; they read as zeros."""
+    """A proposer with its own pages, and no trees yet. `late`: the cache already holds tokens for
+    which this head has no entries; these read as zeros."""
     arch = draft.head.arch
     pages = allocate(arch, config, device, draft.head.shard, zeroed=late)
     proposer = DraftProposer(
@@ -171,8 +171,8 @@ class TreeChooser:
         self._costs: dict[Hashable, StepCosts] = {}
 
     def shapes(self, facts: DraftFacts) -> list[TreeShape]:
-        """The configured tree, or the candidates of `auto`. ValueError for trees that the head
-        cannot fill."""
+        """The configured tree, or the candidates of `auto`. ValueError for trees too wide for the
+        draft vocabulary."""
         if self._config.tree != AUTO:
             shapes, setting = [tree_shape(self._config.tree)], "speculation.tree"
         else:
@@ -187,9 +187,9 @@ class TreeChooser:
     def choose(
         self, draft: LoadedDraft, warm_up: Callable[[], WarmUp], *, at_once: bool
     ) -> tuple[Planner, Measuring | None]:
-        """A planner, and the steps that have to be run before trees can be chosen. For `auto`, what
-        the candidates cost here decides; it is measured `at_once`, or by the core, step by step
-        while the engine serves."""
+        """A planner, and the steps to measure before trees can be chosen. `auto` decides by the
+        times of the candidates on this machine; they are measured `at_once`, or later by the core,
+        step by step while it serves."""
         shapes = self.shapes(draft.facts)
         if self._config.tree != AUTO:
             return FixedPlanner(*shapes), None
@@ -228,7 +228,7 @@ def _check_vocabulary(shape: TreeShape, facts: DraftFacts, setting: str) -> None
 
 
 def tree_shape(name: str) -> TreeShape:
-    """The shape that the configuration names. ValueError for a bad one."""
+    """The tree shape of a name in the configuration. ValueError for an invalid one."""
     if name == ROOT.name:
         return ROOT
     tree = load_tree(name)
@@ -243,7 +243,7 @@ def tree_shape(name: str) -> TreeShape:
 def allocate(
     arch: LlamaArch, config: Config, device: torch.device, shard: Shard, *, zeroed: bool = False
 ) -> KVStorage:
-    """Pages for a rank's part of every layer of a model, the scratch block after the others.
+    """Pages for a rank's part of every layer of a model; the scratch block is the last one.
     `config` must be resolved."""
     assert config.cache.num_blocks is not None
     return KVStorage.allocate(
@@ -259,7 +259,7 @@ def allocate(
 
 
 def rank_free_bytes(device: torch.device, shard: Shard) -> int:
-    """Memory that this rank may take: on a CPU, its share of what all of them have together."""
+    """Free bytes for this rank: on a CPU, ranks share the free memory equally."""
     return free_bytes(device) // (shard.size if device.type == "cpu" else 1)
 
 

@@ -1,4 +1,4 @@
-"""What will lie on every GPU, counted from configuration files before any weight is loaded."""
+"""The memory needed on each GPU, counted from configuration files without loading weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SEQUENCE = 8192  # tokens
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes on one GPU. Rank 0's, which holds the most."""
+    """Bytes on the GPU of rank 0, which holds the most."""
 
     num_gpus: int
     gpu: int
@@ -52,7 +52,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """With what is reserved."""
+        """Including the reserve."""
         return self.weights + self.target_kv + self.draft_kv + RESERVED
 
     @property
@@ -61,7 +61,7 @@ class MemoryPlan:
         return self.num_blocks // -(-SEQUENCE // self.block_size)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The plan as text."""
         entries = {
             "target weights": self.target_weights,
             "draft weights": self.draft_weights,
@@ -84,8 +84,8 @@ def plan_memory(config: Config, gpu_bytes: int) -> MemoryPlan:
     """What `config` puts on GPUs of `gpu_bytes` each. Reads no weight.
 
     Raises:
-        FileNotFoundError: there is no config.json of the model or of its draft head.
-        ValueError: what does not fit, or cannot be cut over so many GPUs, with its numbers.
+        FileNotFoundError: the model or its draft head has no config.json.
+        ValueError: the model does not fit, or cannot be cut for this number of GPUs.
     """
     arch = read_arch(config.model.source, config.model.revision)
     check_degree(arch, config.parallel.tensor)
@@ -95,7 +95,7 @@ def plan_memory(config: Config, gpu_bytes: int) -> MemoryPlan:
 
 
 def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes: int) -> MemoryPlan:
-    """`plan_memory` of shapes that are known."""
+    """`plan_memory` for known shapes."""
     outline = _Outline(config, arch, Shard(0, config.parallel.tensor))
     model = outline.target()
     target_weights = held_bytes(model)
@@ -137,7 +137,7 @@ def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Outline:
-    """Models of a rank without contents, built by the loaders that fill the real ones."""
+    """Models of a rank on the meta device, built by the same loaders as real ones."""
 
     config: Config
     arch: LlamaArch
@@ -157,7 +157,7 @@ class _Outline:
         return LlamaLoader(self.arch, read, ops, self.dtype, META, self.max_len, self.shard).load()
 
     def head(self, config: HeadConfig, model: Llama) -> LoadedHead:
-        """What its file may have or share with the target counts as shared."""
+        """Tensors that a head may share with the target count as shared."""
         replicated = self.config.speculation.draft_parallel == "replicated"
         arch, own = config.arch, WHOLE if replicated else self.shard
         check_degree(arch, own.size, "speculation.draft_parallel = sharded, parallel.tensor")

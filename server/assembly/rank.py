@@ -1,4 +1,4 @@
-"""What every rank of an engine has in memory: its part of the model, its pages, its runner."""
+"""What every rank of an engine holds: its part of the model, its pages, its runner."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from server.assembly.drafting import (
     torch_dtype,
 )
 
-SCRATCH_ROWS = 16  # sequences that are measured together beside an engine that serves
+SCRATCH_ROWS = 16  # most sequences per step when measuring beside a serving engine
 BAD_SETUP = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank computes, and with what."""
+    """Where a rank computes, and its kernels."""
 
     group: TPGroup
     shard: Shard
@@ -59,10 +59,10 @@ class Place:
 class Rank:
     """One rank, ready to run plans."""
 
-    config: Config  # no size left open
+    config: Config  # resolved, sizes included
     place: Place
     target: Target
-    loader: HeadLoader  # for another thread than that of the steps
+    loader: HeadLoader  # for a thread beside the steps
     trees: TreeChooser
     draft: LoadedDraft | None
     drafting: Drafting
@@ -70,14 +70,14 @@ class Rank:
 
     @property
     def executor(self) -> Executor:
-        """Runs plans on this rank; compares with the others where that is wanted."""
+        """Runs plans on this rank; compares with the other ranks if configured."""
         return self._checked(self.runner)
 
     def load_draft(self, path: Path) -> tuple[LoadedDraft, Drafting]:
-        """A head for `ModelRunner.draft_with`, on any one thread at a time.
+        """Load a head for `ModelRunner.draft_with`; on one thread at a time.
 
         Raises:
-            ValueError, OSError: it fits not the target or the free memory.
+            ValueError, OSError: the head does not fit the target or the free memory.
         """
         self.loader.check_room(path, self.config)
         draft, place = self.loader.load(path), self.place
@@ -86,7 +86,7 @@ class Rank:
         )
 
     def scratch(self, draft: LoadedDraft) -> tuple[Config, Executor]:
-        """Runs made-up plans in a few pages of their own, beside an engine that serves."""
+        """An executor for made-up plans with a few pages of its own, beside the serving engine."""
         config, place = _with_few_pages(self.config), self.place
         drafting = drafting_with(config, draft, place.ops, place.device, place.group)
         runner = ModelRunner(runner_parts(config, self.target, place, drafting.proposer))
@@ -100,8 +100,8 @@ class Rank:
 
 
 def build_rank(config: Config, group: TPGroup, device: torch.device) -> Rank:
-    """Load this rank's part of what `config` (resolved for its host) names. All ranks call it, and
-    all of them raise if one of them has to.
+    """Load this rank's part of the model and head of `config` (resolved for its host). All ranks
+    call it; if one of them raises, all raise.
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
@@ -128,7 +128,7 @@ def build_rank(config: Config, group: TPGroup, device: torch.device) -> Rank:
 def _load(
     config: Config, group: TPGroup, device: torch.device
 ) -> tuple[Place, Target, HeadLoader, TreeChooser, LoadedDraft | None]:
-    """What needs no other rank."""
+    """The part of `build_rank` that needs no other rank."""
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
     arch, dtype = checkpoint.arch, torch_dtype(config.model.dtype)
@@ -151,19 +151,19 @@ def _place(config: Config, group: TPGroup, device: torch.device, dtype: torch.dt
     assert config.files.dir is not None
     threads = threads_per_rank(config)
     ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
-    # Native operations have their own threads; two pools would fight for the cores.
+    # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
     return Place(group, Shard(group.rank, group.size), device, ops)
 
 
 def threads_per_rank(config: Config) -> int:
-    """Ranks share the machine's cores."""
+    """Threads of one rank: ranks share the machine's cores."""
     assert config.kernels.threads is not None
     return max(1, config.kernels.threads // config.parallel.tensor)
 
 
 def _load_draft(config: Config, loader: HeadLoader, trees: TreeChooser) -> LoadedDraft | None:
-    """The configured draft head, once it is sure that it can fill the configured trees."""
+    """The configured draft head, after checking that its vocabulary suffices for the trees."""
     path = resolve_draft(config.speculation.draft, config.model.source)
     if path is None:
         if config.speculation.tree not in (AUTO, ROOT.name):
@@ -188,7 +188,7 @@ def _known_ids(eos_token_ids: Collection[int], arch: LlamaArch) -> frozenset[int
 def _model_facts(
     config: Config, target: Target, place: Place, draft: LoadedDraft | None
 ) -> ModelFacts:
-    """Facts of the target and of what shares its block tables; of the rank with least memory."""
+    """Facts of the target and of the head, for the rank with the least free memory."""
     dtype, block_size = torch_dtype(config.model.dtype), config.cache.block_size
     parts = [(target.arch, place.shard)]
     if draft is not None:
@@ -224,7 +224,7 @@ def _with_few_pages(config: Config) -> Config:
 
 
 def runner_parts(config: Config, target: Target, place: Place, proposer: Proposer) -> RunnerParts:
-    """What a `ModelRunner` is made of. `config` must be resolved: no size left open."""
+    """The parts of a `ModelRunner`. `config` must be resolved, sizes included."""
     assert config.model.max_model_len is not None
     storage = allocate(target.arch, config, place.device, place.shard)
     return RunnerParts(
@@ -240,9 +240,9 @@ def runner_parts(config: Config, target: Target, place: Place, proposer: Propose
 
 
 def step_settings(config: Config, place: Place) -> StepSettings:
-    """How steps run: on a CPU in exact sizes, which computes least; on a CUDA device in padded
-    ones, as CUDA graphs unless those are switched off or the kernels are references, which wait for
-    the device."""
+    """How steps run: on a CPU with exact sizes, which computes least; on a CUDA device padded, as
+    CUDA graphs unless these are off or the kernels are the references, which wait for the
+    device."""
     if place.device.type == "cpu":
         return StepSettings(exact=True)
     capturable = place.device.type == "cuda" and place.ops.backends["attention"].name == "triton"

@@ -1,5 +1,5 @@
-"""`aerie train-draft`: joins the training of draft heads with the target, the engine that answers
-prompts, and the tokenizer."""
+"""`aerie train-draft`: trains draft heads with the target, the engine that answers prompts, and the
+tokenizer."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ from server.assembly.drafting import torch_dtype
 from server.text.chat_codec import ChatCodec, load_codec
 
 ANSWERS, CURVE, HEAD = "answers.jsonl", "learning-curve.svg", "head"
-# Processes wait while the first one answers prompts or measures. One that dies is noticed by
-# torchrun, which then ends the others.
+# Other processes wait while the first one answers prompts or measures. If one dies, torchrun ends
+# the others.
 PATIENCE = timedelta(days=1)
 
 
 def train_draft(config: TrainingConfig) -> None:
-    """Train as `config` (resolved for its host) says; in each process of `torchrun`, or alone.
+    """Train by `config` (resolved for its host), in each process of `torchrun` or in a single one.
 
-    Goes on from the newest checkpoint of run.output. Writes there history.jsonl, checkpoints,
-    learning-curve.svg, what `publish_run` needs and, in the form that `speculation.draft` takes,
-    the head, whose path it prints.
+    Resumes from the newest checkpoint of run.output. Writes history.jsonl, checkpoints,
+    learning-curve.svg, the files for `publish_run` and the head (for `speculation.draft`) there,
+    and prints the path of the head.
 
     Raises:
-        OSError, ValueError: configuration, model or data are at fault, or the disk is full.
+        OSError, ValueError: configuration, model or data are invalid, or the disk is full.
     """
     output = config.run.output
     with _workers() as worker:
@@ -79,7 +79,7 @@ def train_draft(config: TrainingConfig) -> None:
 
 
 def _prepared(config: TrainingConfig, worker: Worker) -> Run:
-    """Target, examples and trainer. Loads the target twice where prompts are to be answered."""
+    """Target, examples and trainer. Loads the target twice if it has to answer prompts."""
     serving = _serving(config)
     codec = load_codec(serving)
     conversations = [read_conversations(_found(path)) for path in config.data.conversations]
@@ -97,7 +97,7 @@ def _prepared(config: TrainingConfig, worker: Worker) -> Run:
 
 
 def _found(path: Path) -> Path:
-    """A file of conversations, where the word `sample` stands for the one that ships."""
+    """A file of conversations; the word `sample` stands for the shipped one."""
     if str(path) != SAMPLE:
         return path
     return sample_file("conversations.jsonl")
@@ -131,7 +131,7 @@ def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:
 def _answered(
     config: TrainingConfig, serving: Config, codec: ChatCodec, worker: Worker
 ) -> Iterator[AnyConversation]:
-    """The target's answers to data.prompts; the first process has them written to a file."""
+    """The target's answers to data.prompts; the first process writes them to a file."""
     output = config.run.output / ANSWERS
     prompts = _prompts(config)
     if worker.rank == 0:
@@ -147,7 +147,7 @@ def _answered(
 
 
 def _prompts(config: TrainingConfig) -> list[Prompt]:
-    """Those to answer. ValueError if they are too few: answering takes long."""
+    """The prompts to answer. ValueError if there are too few, before answering takes long."""
     prompts: list[Prompt] = []
     for path in config.data.prompts:
         prompts += read_prompts(path)
@@ -195,13 +195,13 @@ def _device(worker: Worker) -> torch.device:
 
 
 def _serving(config: TrainingConfig) -> Config:
-    """The configuration of an engine for the same target."""
+    """The configuration of an engine with the same target."""
     return Config(model=config.model, kernels=config.kernels, files=config.files)
 
 
 @contextmanager
 def _workers() -> Iterator[Worker]:
-    """This process among those that `torchrun` started."""
+    """This process as one of those that `torchrun` started, if any."""
     if not dist.is_torchelastic_launched():
         yield Worker()
         return

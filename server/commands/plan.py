@@ -1,4 +1,4 @@
-"""The commands of `aerie` that look at a configuration before it serves."""
+"""The commands of `aerie` that check a configuration and prepare for serving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
-    """Check a configuration and print it whole, with the meaning of every key."""
+    """Check a configuration and print all of it, with the meaning of every key."""
     try:
         resolved = host_config(config, overrides or ())
     except (ValueError, OSError) as error:
@@ -39,7 +39,7 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
 
 
 def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
-    """Do now what the first start would do: compile the CPU kernels, convert the tokenizer."""
+    """Compile the CPU kernels and convert the tokenizer now, not at the first start."""
     from server.assembly.compose import prepare_kernels
     from server.text.chat_codec import load_codec
 
@@ -58,9 +58,9 @@ def plan_memory(
         str, typer.Option(metavar="SIZE", help="Memory of one GPU, such as 80GiB or 79000MiB.")
     ] = "80GiB",
 ) -> None:
-    """Say what would lie on every GPU, and how many 8k-token sequences fit. Reads no weights.
+    """Show the memory needed on each GPU, and how many 8k-token sequences fit. Reads no weights.
 
-    Of the model and its draft head only config.json is needed (and fetched, for hub ids).
+    Needs only config.json of the model and its draft head (fetched for hub ids).
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What the routes of one application share, handed to them through `app.state`."""
+"""What the routes of one application share, through `app.state`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Arguments = ParamSpec("Arguments")
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """Facts of this server that hold from its start to its end."""
+    """Facts of this server that never change while it runs."""
 
     model_name: str  # what clients call the model
     created: int  # seconds since the epoch
-    fingerprint: str  # changes with whatever may change the text of a seeded request
+    fingerprint: str  # changes with every setting that may change the text of a seeded request
 
     @classmethod
     def from_config(cls, config: Config) -> ServerInfo:
@@ -57,7 +57,9 @@ class ServerContext:
     state: ServerState
     admission: Admission
     metrics: Metrics
-    pool: ThreadPoolExecutor  # for what would block the event loop: JSON, templates, tokenising
+    pool: (
+        ThreadPoolExecutor  # for work that would block the event loop: JSON, templates, tokenising
+    )
     longest_token: Callable[[], int]  # bytes
     admin_keys: KeyRing
 
@@ -72,19 +74,19 @@ class ServerContext:
         return await loop.run_in_executor(self.pool, lambda: function(*args, **kwargs))
 
     def engine_info(self) -> EngineInfo:
-        """Facts of the running engine. ApiError 503 while there is none."""
+        """Facts of the running engine. ApiError 503 without one."""
         info = self.client.info
         if info is None:
             raise self.admission.engine_not_ready()
         return info
 
     def resolved_config(self) -> Config:
-        """The configuration with what the engine settled when it loaded the model."""
+        """The configuration with the sizes that the engine chose at load."""
         info = self.client.info
         return self.config if info is None else with_engine_facts(self.config, info)
 
     def check_model(self, name: str | None) -> None:
-        """ApiError 404 unless `name` is the model that is served; None is no error."""
+        """ApiError 404 unless `name` is the served model or None."""
         if name is not None and name != self.info.model_name:
             raise model_not_found(name)
 

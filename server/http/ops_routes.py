@@ -1,4 +1,4 @@
-"""Routes for those who run the server: health, readiness, facts, metrics."""
+"""Routes for operators: health, readiness, facts, metrics."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ REDACTED = "***"
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> dict[str, str]:
-    """200 as long as the process answers at all."""
+    """200 as long as the process answers."""
     return {"status": "ok"}
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"description": "Not ready; the error says why"}})
 async def ready(http: HttpRequest) -> dict[str, str]:
-    """200 when generations are accepted, else 503 with the reason."""
+    """200 when the server accepts requests, else 503 with the reason."""
     problem = context_of(http).admission.closed()
     if problem is not None:
         raise problem
@@ -57,7 +57,7 @@ async def metrics(http: HttpRequest) -> Response:
 
 @router.get("/info", responses={401: {"description": "The API key is missing or wrong"}})
 async def info(http: HttpRequest) -> Response:
-    """Configuration without secrets, versions, and the engine's facts with its chosen kernels."""
+    """Configuration without secrets, versions, facts of the engine and its kernels."""
     context = context_of(http)
     engine = context.client.info
     return JSONResponse(
@@ -81,7 +81,7 @@ def redacted(config: Config) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that matter; nothing is imported."""
+    """Versions of Python and of the relevant packages, found without importing them."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
