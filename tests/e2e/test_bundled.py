@@ -1,4 +1,4 @@
-"""The bundled model as `make serve` runs it: a small model, but one whose answers make sense."""
+"""The bundled model as `make serve` runs it: small, but its answers make sense."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_stream_says_what_the_whole_answer_says(
     assert [getattr(last.usage, n) for n in counted] == [getattr(whole.usage, n) for n in counted]
 
 
-def test_the_server_says_what_the_engine_says_without_it(
+def test_the_server_answers_as_the_engine_alone_does(
     bundled: LiveServer, native_cache: Path
 ) -> None:
     overrides = [NUM_BLOCKS, f"files.dir={native_cache}"]

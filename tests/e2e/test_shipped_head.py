@@ -1,5 +1,5 @@
-"""The head that ships for the bundled model: what it drafts is accepted, and no bit of any text
-depends on it."""
+"""The shipped head of the bundled model: its drafts are accepted, and no token of any text depends
+on it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def texts(engine: OfflineEngine, prompts: list[list[int]], tree: str, heat: floa
 
 @pytest.fixture(scope="module")
 def plain(engine: OfflineEngine, prompts: list[list[int]]) -> dict[float, list[object]]:
-    """What plain decoding says, by temperature."""
+    """The texts of plain decoding, by temperature."""
     return {heat: texts(engine, prompts, "root", heat) for heat in (0.0, 1.0)}
 
 

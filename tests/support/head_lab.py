@@ -33,7 +33,7 @@ SHAPES: dict[str, TreeShape] = {
 
 
 def write_head(engine: TinyEngine, folder: Path) -> Path:
-    """A head wide enough to disagree with itself, over every second token."""
+    """A head over every second token, with weights large enough that its logits differ."""
     target = LlamaArch.from_hf_config(engine.oracle.config.to_dict())
     draft_ids = torch.arange(1, target.vocab_size, 2)
     config = dataclasses.replace(eagle3_config(target, len(draft_ids)), aux_layers=(0, 1))
@@ -61,7 +61,7 @@ class HeadLab:
         return load_head(self.head_folder, arch, *shared, *settings)
 
     def build(self, planner: Planner) -> tuple[EngineCore, DraftProposer]:
-        """Pages of the head begin as NaN: what was never written shows."""
+        """Build an engine. The head's pages begin as NaN, so that reading unwritten slots shows."""
         head, engine = self.load_head(), self.engine
         pages = KVStorage.allocate(
             head.arch.num_layers,

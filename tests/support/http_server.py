@@ -1,4 +1,4 @@
-"""A whole application around a scripted engine, driven without sockets."""
+"""A complete application around a scripted engine, called without sockets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tiny_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Server:
-    """The application and what stands around it. Requests run one event loop each."""
+    """The application and its parts. Each request runs its own event loop."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ def events_of(response: httpx.Response) -> list[Any]:
 
 
 class OpenCall:
-    """One request by hand: it can be watched while it runs, and its client can leave."""
+    """One request that a test can watch while it runs, and whose client can disconnect."""
 
     def __init__(self, server: Server, path: str, body: Any) -> None:
         self._app = server.app

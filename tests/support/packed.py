@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class PackedModel:
-    """A model with its own pages, filled with NaN so that reading an unwritten slot shows."""
+    """A model with its own pages, filled with NaN, so that reading an unwritten slot shows."""
 
     model: Llama
     ops: Ops

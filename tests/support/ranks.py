@@ -1,4 +1,4 @@
-"""Engines of several ranks, used over many cases: processes are started once."""
+"""Engines of several ranks for many cases, whose processes are started once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ranks:
         max_model_len: int = 256,
         lookup: bool = False,
     ) -> Iterator[EngineCore]:
-        """A scheduler of its own, with an empty cache, before the same ranks."""
+        """A new scheduler, with an empty cache, for the same ranks."""
         info = self.engine.core.info
         lookahead = 0 if info.draft is None else 1
         limits = SchedulerLimits(
@@ -56,7 +56,7 @@ class Ranks:
         core = EngineCore(scheduler, self.engine.core.executor, info, planner or FixedPlanner())
         yield core
         core.abort_all("the case is over")
-        core.step()  # ranks hear which rows have left
+        core.step()  # tells the ranks which rows have left
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A tiny random Llama behind the real engine."""
+"""The real engine with a tiny random Llama."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EOS = 2
 
 
 def random_llama(seed: int = 7, **changes: object) -> LlamaForCausalLM:
-    """A float32 model whose weights are large enough for its logits to disagree with each other."""
+    """A float32 model with weights large enough that its logits differ."""
     settings: dict[str, object] = {
         "vocab_size": 131,
         "hidden_size": 96,
@@ -63,7 +63,7 @@ class TinyEngine:
     eos_token_ids: frozenset[int] = frozenset({EOS})
     drafting: Drafting | None = None
     device: torch.device = CPU
-    padded: bool = False  # as on a GPU, on a CPU too
+    padded: bool = False  # padded steps, as on a GPU
     run_ahead: bool = False  # with `padded`
     lookup: bool = False
 

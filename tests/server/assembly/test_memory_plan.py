@@ -1,4 +1,4 @@
-"""What a configuration puts on every GPU is counted before anything is loaded."""
+"""The memory that a configuration needs on each GPU is counted before loading."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KV_BYTES = 2 * 2 * 128  # keys and values of a token, KV head and layer: bfloat1
 
 
 def speculator(target: dict[str, Any]) -> dict[str, Any]:
-    """An EAGLE-3 head of the target's widths in the layout of speculators."""
+    """An EAGLE-3 head with the widths of the target, in the layout of speculators."""
     layer = {**target, "num_hidden_layers": 1, "max_position_embeddings": 2048, "head_dim": 128}
     return {
         "architectures": ["Eagle3Speculator"],

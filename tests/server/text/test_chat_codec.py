@@ -1,4 +1,4 @@
-"""Conversations become the ids that the chat endpoint would send, and ids become their text."""
+"""Conversations become the token ids of the chat endpoint, and ids become text."""
 
 from __future__ import annotations
 
