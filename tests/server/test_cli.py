@@ -75,7 +75,7 @@ def test_config_hides_keys() -> None:
         (["cache.num_blocks"], "override 'cache.num_blocks' is not of the form section.key=value"),
         (["cache.num_blocks=0"], "cache.num_blocks = 0"),
         (["cache.num_blocks=many"], "cache.num_blocks = 'many'"),
-        (["cache.num_blocks=[1"], "the value of cache.num_blocks is not YAML"),
+        (["server.api_keys=[1"], "the value of server.api_keys is not YAML"),
         (["kernels.backend=cuda"], "kernels.backend = 'cuda'"),
         (["--config", "nowhere"], "no configuration file 'nowhere'; shipped ones: llama31-8b"),
     ],
