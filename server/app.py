@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ from server.request_log import RequestLog, record_of
 from server.state import ServerState
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.version import version
 
 POOL_THREADS = 2  # parsing and tokenising; both hold up the event loop when there are more
 
@@ -43,8 +43,7 @@ def create_app(
         ValueError: the keys of the configuration cannot be used.
     """
     context = _context(config, client, tokenizer, chat_template, info)
-    version = importlib.metadata.version("aerie")
-    app = FastAPI(title="Aerie", version=version, redoc_url=None, lifespan=_lifespan)
+    app = FastAPI(title="Aerie", version=version(), redoc_url=None, lifespan=_lifespan)
     app.state.context = context
     for router in (
         chat.router,
@@ -63,7 +62,7 @@ def create_app(
     if keys:
         app.add_middleware(ApiKeys, keys=keys)
     app.add_middleware(RequestLog, state=context.state)
-    app.openapi = functools.cache(functools.partial(docs.openapi, app, version))  # type: ignore[method-assign]
+    app.openapi = functools.cache(functools.partial(docs.openapi, app, version()))  # type: ignore[method-assign]
     return app
 
 

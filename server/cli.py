@@ -14,6 +14,7 @@ from configs.host import host_config
 from configs.schema import Config
 from server import draft_commands
 from server.command_options import ConfigFile, Overrides, failed, parse_bytes
+from server.version import version as own_version
 
 app = typer.Typer(
     help="Aerie serves Llama models over the OpenAI HTTP API.",
@@ -42,8 +43,21 @@ CaptureConsent = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(own_version())
+        raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     """Sub-commands share nothing."""
 
 
@@ -168,9 +182,7 @@ def plan_memory(
 @app.command()
 def version() -> None:
     """Print the version."""
-    from importlib.metadata import version as installed
-
-    typer.echo(installed("aerie"))
+    typer.echo(own_version())
 
 
 draft_commands.register(app)

@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 
 from configs.schema import Config
 from server.context import context_of
+from server.version import version
 
 router = APIRouter()
 PACKAGES = (
-    "aerie",
     "torch",
     "transformers",
     "tokenizers",
@@ -80,7 +80,7 @@ def redacted(config: Config) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter; nothing is imported."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "aerie": version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
