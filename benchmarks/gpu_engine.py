@@ -40,9 +40,9 @@ from engine.step.shape import ROOT, StaticShape, TreeShape, chain
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from kernels.registry import build_ops
-from server.compose import assemble
-from server.drafting import Drafting, HeadLoader, Target, drafting_with
-from server.offline import OfflineEngine
+from server.assembly.compose import assemble
+from server.assembly.drafting import Drafting, HeadLoader, Target, drafting_with
+from server.assembly.offline import OfflineEngine
 
 LLAMA_8B = LlamaArch(
     vocab_size=128256,

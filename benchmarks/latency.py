@@ -29,9 +29,9 @@ from configs.host import host_config
 from configs.schema import Config
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
-from server.compose import build_engine
-from server.drafting import torch_dtype
-from server.offline import OfflineEngine
+from server.assembly.compose import build_engine
+from server.assembly.drafting import torch_dtype
+from server.assembly.offline import OfflineEngine
 
 METRICS = ("ttft", "ttit_p50", "ttit_p99", "tokens_per_second")
 BASE = "transformers"  # ratios are taken to this target where it runs

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, Submit
+from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, ErrorCode, Submit
 from engine.pipeline import Launcher, Pipeline
 from engine.request import FinishReason, Sequence
 from engine.runner.warmup import PlanExecutor
@@ -121,11 +121,11 @@ class EngineCore:
             num_capture_dropped=self._sink.num_dropped,
         )
 
-    def abort_all(self, reason: str) -> list[EngineMessage]:
+    def abort_all(self, reason: str, code: ErrorCode | None = None) -> list[EngineMessage]:
         """End every open request with ERROR and `reason`; what clients had still to hear of steps
         before comes first."""
         events, self._landed = self._landed, []
-        return [*events, *self._scheduler.abort_all(reason)]
+        return [*events, *self._scheduler.abort_all(reason, code)]
 
     def audit(self) -> None:
         """Assert that the bookkeeping adds up."""

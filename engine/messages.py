@@ -5,6 +5,8 @@ Every submitted request gets exactly one `Finished`, whatever happens to it.
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from engine.request import FinishReason, Request
@@ -48,6 +50,13 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
+class ErrorCode(enum.StrEnum):
+    """Why a request ended with ERROR, where the front end has to know."""
+
+    CONTEXT_LENGTH = "context_length"  # it can never fit into the context
+    STOPPING = "stopping"  # the server ends
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """The last event of a request. Times are seconds of time.time(); None where never reached."""
 
@@ -62,7 +71,8 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     num_accepted: int = 0  # of them, tokens that entered the output
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
-    error: str | None = None
+    error: str | None = None  # for people
+    error_code: ErrorCode | None = None
 
 
 class DraftFacts(msgspec.Struct, frozen=True):

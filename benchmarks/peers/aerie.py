@@ -8,7 +8,7 @@ import time
 from benchmarks.timing import RequestTimes
 from engine.messages import Tokens
 from engine.request import Request, SamplingParams
-from server.offline import OfflineEngine
+from server.assembly.offline import OfflineEngine
 
 
 class AerieTarget:

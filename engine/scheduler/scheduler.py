@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engine.kv.manager import KVManager
-from engine.messages import EngineStats, Finished, TokenLogprob, Tokens
+from engine.messages import EngineStats, ErrorCode, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request, Sequence, Status
 from engine.scheduler.draft_counts import DraftCounts
 from engine.scheduler.draft_room import DraftRoom
@@ -102,7 +102,7 @@ class Scheduler:
         if problem is None:
             self._waiting.push(rank, seq)
         else:
-            self._finish(seq, FinishReason.ERROR, problem)
+            self._finish(seq, FinishReason.ERROR, *problem)
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is. An unknown id is one that has just finished: no error."""
@@ -110,10 +110,10 @@ class Scheduler:
         if seq is not None:
             self._finish(seq, FinishReason.ABORT)
 
-    def abort_all(self, reason: str) -> list[Finished]:
+    def abort_all(self, reason: str, code: ErrorCode | None = None) -> list[Finished]:
         """End every live request with ERROR; returns their last events."""
         for seq in list(self._live.values()):
-            self._finish(seq, FinishReason.ERROR, reason)
+            self._finish(seq, FinishReason.ERROR, reason, code)
         events, self._events = self._events, []
         return [event for event in events if isinstance(event, Finished)]
 
@@ -220,17 +220,19 @@ class Scheduler:
     def _rank(self, seq: Sequence) -> Rank:
         return self._ranks[seq.request_id]
 
-    def _impossible(self, request: Request) -> str | None:
+    def _impossible(self, request: Request) -> tuple[str, ErrorCode | None] | None:
         """Why this request could never run, even alone."""
         num_prompt = len(request.prompt_ids)
         if num_prompt == 0:
-            return "the prompt is empty"
+            return "the prompt is empty", None
         if num_prompt + min(request.params.max_tokens, 1) > self._max_len:
             return (
                 f"This model's maximum context length is {self._max_len} tokens, but the prompt "
-                f"has {num_prompt} tokens and at least one more is to be generated"
+                f"has {num_prompt} tokens and at least one more is to be generated",
+                ErrorCode.CONTEXT_LENGTH,
             )
-        return self._unknown_id(request)
+        unknown = self._unknown_id(request)
+        return None if unknown is None else (unknown, None)
 
     def _unknown_id(self, request: Request) -> str | None:
         """The first token id that the model does not have: it would fail a whole step."""
@@ -370,7 +372,13 @@ class Scheduler:
         seq.num_drafted += result.num_draft
         seq.num_accepted += num_accepted
 
-    def _finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        code: ErrorCode | None = None,
+    ) -> None:
         if seq.status is Status.RUNNING:
             self._stop_running(seq)
         elif seq in self._waiting:
@@ -395,5 +403,6 @@ class Scheduler:
                 first_scheduled_time=seq.first_scheduled_time,
                 first_token_time=seq.first_token_time,
                 error=error,
+                error_code=code,
             )
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import Sequence
 
 import msgspec
 from fastapi import APIRouter
@@ -11,14 +10,10 @@ from msgspec import UNSET
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.context import context_of
-from server.openai.body import read_body
-from server.openai.choice import ChoiceDelta, ScoredToken
-from server.openai.convert import chat_params, chat_prompt
-from server.openai.docs import operation
-from server.openai.generation import Generation, start_generation
-from server.openai.logprobs import chat_logprobs
-from server.openai.responses import (
+from server.http.docs import Routes, operation
+from server.http.sse import event
+from server.openai.answer import Task, answer
+from server.openai.bodies import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -27,67 +22,50 @@ from server.openai.responses import (
     ChatLogprobs,
     ChatReply,
 )
+from server.openai.choice import ChoiceDelta, ScoredToken
+from server.openai.convert import chat_params, chat_prompts
+from server.openai.generation import Generation
+from server.openai.logprobs import chat_logprobs
 from server.openai.schema import ChatRequest
-from server.openai.sse import EventStream, WholeJson, event
-from server.request_log import record_of
 
 router = APIRouter()
+ROUTES = Routes(router, (ChatRequest,), (ChatCompletion, ChatChunk))
 
 
 @router.post("/v1/chat/completions", **operation(ChatRequest, ChatCompletion, streams=True))
 async def create_chat_completion(http: HttpRequest) -> Response:
     """Continue a conversation."""
-    context, record = context_of(http), record_of(http.scope)
-    context.admission.check_open()
-    body = await read_body(http, ChatRequest)
-    context.check_model(body.model)
-    with ExitStack() as stack:
-        ticket = context.admission.admit(body.num_choices)
-        stack.callback(ticket.release)
-        info = context.engine_info()
-        prompt = await context.in_pool(chat_prompt, context, info, body)
-        params = chat_params(body, prompt, info)
-        generation = start_generation(
-            context, record, ticket, body, [prompt], [params], info, "chatcmpl"
-        )
-        stack.pop_all()  # the response closes the generation, and that the ticket
-    writer = ChatWriter(generation, body)
-    if body.stream:
-        return EventStream(writer.events(), generation.close)
-    return WholeJson(writer.whole, generation.close)
+    return await answer(http, TASK)
 
 
 class ChatWriter:
-    """Puts the deltas of a generation into chat objects."""
+    """Puts the deltas of a generation into chat objects. A stream is a chunk with the role for each
+    choice, then chunks with content, one without content at the end of each choice, and the totals
+    that were asked for."""
 
     def __init__(self, generation: Generation, body: ChatRequest) -> None:
         self._generation = generation
         self._scored = body.num_logprobs is not None
         self._with_usage = body.include_usage
         self._with_drafts = body.include_draft_stats
+        self._opened = False
+        self._texts: list[list[str]] = [[] for _ in generation.choices]
+        self._tokens: list[list[ScoredToken]] = [[] for _ in generation.choices]
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The stream: a chunk with the role for each choice, then chunks with content, one
-        without content at the end of each choice, and the totals that were asked for."""
-        opened = False
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
-                head = b"" if opened else self._openings()
-                opened = True
-                data = head + self._delta_events(delta)
-                if data:
-                    yield data
-        if self._with_usage or self._with_drafts:
-            yield event(self._totals())
+    def events(self, delta: ChoiceDelta) -> bytes:
+        head = b"" if self._opened else self._openings()
+        self._opened = True
+        return head + self._delta_events(delta)
 
-    async def whole(self) -> ChatCompletion:
-        """The reply in one piece."""
+    def last_events(self) -> bytes:
+        return event(self._totals()) if self._with_usage or self._with_drafts else b""
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self._texts[delta.index].append(delta.text)
+        self._tokens[delta.index].extend(delta.scored)
+
+    def whole(self) -> ChatCompletion:
         generation = self._generation
-        texts: list[list[str]] = [[] for _ in generation.choices]
-        scored: list[list[ScoredToken]] = [[] for _ in generation.choices]
-        async for delta in generation.deltas():
-            texts[delta.index].append(delta.text)
-            scored[delta.index].extend(delta.scored)
         return ChatCompletion(
             id=generation.id,
             created=generation.created,
@@ -96,8 +74,8 @@ class ChatWriter:
             choices=[
                 ChatChoice(
                     index=choice.index,
-                    message=ChatReply(content="".join(texts[choice.index])),
-                    logprobs=self._logprobs(scored[choice.index]),
+                    message=ChatReply(content="".join(self._texts[choice.index])),
+                    logprobs=self._logprobs(self._tokens[choice.index]),
                     finish_reason=choice.ended(),
                 )
                 for choice in generation.choices
@@ -150,3 +128,6 @@ class ChatWriter:
 
     def _logprobs(self, scored: Sequence[ScoredToken]) -> ChatLogprobs | None:
         return chat_logprobs(self._generation.tokenizer, scored) if self._scored else None
+
+
+TASK = Task(ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter)

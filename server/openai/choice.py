@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
-from server.metrics import Metrics
-from server.openai import responses
+from server.http.metrics import Metrics
+from server.openai import bodies
 from server.text.stream import StreamOptions, TextStream
 from server.text.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ class ChoiceDelta:
     index: int
     text: str
     scored: Sequence[ScoredToken]
-    finish_reason: responses.FinishReason | None = None
+    finish_reason: bodies.FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
@@ -48,7 +48,7 @@ class Choice:
         self.index = index
         self.request = request
         self.num_output = 0  # tokens up to and including the one that ended the choice
-        self.finish_reason: responses.FinishReason | None = None
+        self.finish_reason: bodies.FinishReason | None = None
         self.finished: Finished | None = None  # the engine's last event
         self.aborted = False  # whether the engine was told to stop
         self._stream = TextStream(tokenizer, request.prompt_ids, options)
@@ -72,7 +72,7 @@ class Choice:
         """Whether the engine still works on it and was not told to stop."""
         return self.finished is None and not self.aborted
 
-    def ended(self) -> responses.FinishReason:
+    def ended(self) -> bodies.FinishReason:
         """Why it ended; it must have."""
         assert self.finish_reason is not None
         return self.finish_reason

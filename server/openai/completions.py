@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
-
 import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET, UnsetType
@@ -12,44 +9,29 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
-from server.context import context_of
-from server.openai.body import read_body
+from server.http.docs import Routes, operation
+from server.http.sse import event
+from server.openai.answer import Task, answer
+from server.openai.bodies import Completion, CompletionChoice
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import completion_params, completion_prompts
-from server.openai.docs import operation
-from server.openai.generation import Generation, start_generation
-from server.openai.logprobs import CompletionLogprobsWriter, Echo, echo_of
-from server.openai.responses import Completion, CompletionChoice
+from server.openai.generation import Generation
+from server.openai.logprobs import CompletionLogprobsWriter, Echo
 from server.openai.schema import CompletionRequest
-from server.openai.sse import EventStream, WholeJson, event
-from server.request_log import record_of
 
 router = APIRouter()
+ROUTES = Routes(router, (CompletionRequest,), (Completion,))
 
 
 @router.post("/v1/completions", **operation(CompletionRequest, Completion, streams=True))
 async def create_completion(http: HttpRequest) -> Response:
     """Continue one or several prompts."""
-    context, record = context_of(http), record_of(http.scope)
-    context.admission.check_open()
-    body = await read_body(http, CompletionRequest)
-    context.check_model(body.model)
-    with ExitStack() as stack:
-        ticket = context.admission.admit(body.num_choices * len(body.prompts()))
-        stack.callback(ticket.release)
-        info = context.engine_info()
-        prompts = await context.in_pool(completion_prompts, context, info, body)
-        params = [completion_params(body, prompt, info) for prompt in prompts]
-        generation = start_generation(context, record, ticket, body, prompts, params, info, "cmpl")
-        stack.pop_all()  # the response closes the generation, and that the ticket
-    writer = CompletionWriter(generation, body)
-    if body.stream:
-        return EventStream(writer.events(), generation.close)
-    return WholeJson(writer.whole, generation.close)
+    return await answer(http, TASK)
 
 
 class CompletionWriter:
-    """Puts the deltas of a generation into completion objects."""
+    """Puts the deltas of a generation into completion objects. A stream is chunks with text, the
+    last of each choice with its finish reason, and the totals that were asked for."""
 
     def __init__(self, generation: Generation, body: CompletionRequest) -> None:
         self._generation = generation
@@ -57,24 +39,22 @@ class CompletionWriter:
         self._with_drafts = body.include_draft_stats
         self._choices = [_ChoiceWriter(generation, choice, body) for choice in generation.choices]
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The stream: chunks with text, the last of each choice with its finish reason, and the
-        totals that were asked for."""
-        usage = None if self._with_usage else UNSET
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
-                writer = self._choices[delta.index]
-                writer.add(delta)
-                if writer.has_news:
-                    yield event(self._object([writer.take()], usage))
-        if self._with_usage or self._with_drafts:
-            yield event(self._with_totals([], self._with_usage))
+    def events(self, delta: ChoiceDelta) -> bytes:
+        writer = self._choices[delta.index]
+        writer.add(delta)
+        if not writer.has_news:
+            return b""
+        return event(self._object([writer.take()], None if self._with_usage else UNSET))
 
-    async def whole(self) -> Completion:
-        """The reply in one piece."""
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
-                self._choices[delta.index].add(delta)
+    def last_events(self) -> bytes:
+        if self._with_usage or self._with_drafts:
+            return event(self._with_totals([], self._with_usage))
+        return b""
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self._choices[delta.index].add(delta)
+
+    def whole(self) -> Completion:
         return self._with_totals([writer.take() for writer in self._choices], True)
 
     def _with_totals(self, choices: list[CompletionChoice], with_usage: bool) -> Completion:
@@ -101,13 +81,9 @@ class _ChoiceWriter:
 
     def __init__(self, generation: Generation, choice: Choice, body: CompletionRequest) -> None:
         self._choice = choice
-        self._echo: Echo | None = None
-        self._width = 0  # characters in front of the generated text
-        if body.echo:
-            prompt = generation.prompt_of(choice.index)
-            skips = body.skip_special_tokens is not False
-            self._echo = echo_of(generation.tokenizer, prompt.token_ids, prompt.text, skips)
-            self._width = len(self._echo.text)
+        self._echo = generation.prompt_of(choice.index).echo
+        # Characters in front of the generated text.
+        self._width = 0 if self._echo is None else len(self._echo.text)
         scored = body.logprobs is not None
         self._logprobs = CompletionLogprobsWriter(generation.tokenizer) if scored else None
         self._texts: list[str] = []
@@ -148,3 +124,6 @@ class _ChoiceWriter:
             entries = scores if scores is not None else [None] * len(token_ids)
             for token_id, offset, entry in zip(token_ids, echo.offsets, entries, strict=True):
                 self._logprobs.add(token_id, offset, entry)
+
+
+TASK = Task(CompletionRequest, "cmpl", completion_prompts, completion_params, CompletionWriter)

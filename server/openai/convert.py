@@ -10,8 +10,9 @@ import msgspec
 
 from engine.messages import EngineInfo
 from engine.request import SamplingParams
-from server.context import ServerContext
-from server.openai.errors import bad_value, context_overflow, invalid
+from server.http.context import ServerContext
+from server.http.errors import bad_value, context_overflow, invalid
+from server.openai.logprobs import Echo, echo_of
 from server.openai.schema import ChatMessage, ChatRequest, CompletionRequest, SamplingFields
 from server.text.chat_template import ChatTemplate
 from server.text.stream import StreamOptions
@@ -25,6 +26,7 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None
+    echo: Echo | None = None  # where it is to stand in front of its completion
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
@@ -75,26 +77,33 @@ def encode(
         raise invalid(f"{param}: {error}", param) from error
 
 
-def chat_prompt(context: ServerContext, info: EngineInfo, body: ChatRequest) -> Prompt:
+def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
     """Render and tokenise a conversation. Templates write the special tokens themselves."""
     text = render_chat(
         context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
     )
-    return Prompt(encode(context, info, text, False, "messages"), text)
+    return [Prompt(encode(context, info, text, False, "messages"), text)]
 
 
 def completion_prompts(
     context: ServerContext, info: EngineInfo, body: CompletionRequest
 ) -> list[Prompt]:
-    """Tokenise the prompts, or check the token ids that were sent."""
-    prompts = []
-    for prompt in body.prompts():
-        if isinstance(prompt, str):
-            prompts.append(Prompt(encode(context, info, prompt, True, "prompt"), prompt))
-        else:
-            check_token_ids(prompt, info, "prompt")
-            prompts.append(Prompt(prompt, None))
-    return prompts
+    """Tokenise the prompts, or check the token ids that were sent; with what is echoed."""
+    return [_completion_prompt(context, info, body, prompt) for prompt in body.prompts()]
+
+
+def _completion_prompt(
+    context: ServerContext, info: EngineInfo, body: CompletionRequest, prompt: str | list[int]
+) -> Prompt:
+    if isinstance(prompt, str):
+        token_ids, text = encode(context, info, prompt, True, "prompt"), prompt
+    else:
+        check_token_ids(prompt, info, "prompt")
+        token_ids, text = prompt, None
+    if not body.echo:
+        return Prompt(token_ids, text)
+    skips = body.skip_special_tokens is not False
+    return Prompt(token_ids, text, echo_of(context.tokenizer, token_ids, text, skips))
 
 
 def check_token_ids(token_ids: Sequence[int], info: EngineInfo, param: str) -> None:

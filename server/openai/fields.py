@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic.json_schema import WithJsonSchema
 
 from engine.step.shape import MAX_NODES
+from server.http.body import Fields
 
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
-
-
-class Fields(BaseModel):
-    """A JSON object of a request: no unknown fields, no conversions between types."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 def _refuse(value: Any) -> None:

@@ -8,21 +8,19 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from engine.messages import EngineInfo, Finished, Tokens
+from engine.messages import EngineInfo, ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
-from server.admission import Ticket
-from server.context import ServerContext
-from server.engine_process import STOPPING
+from server.http.admission import Ticket
+from server.http.context import ServerContext
+from server.http.errors import ApiError, invalid, server_error
+from server.http.request_log import RequestRecord
+from server.openai.bodies import SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, stream_options, with_seed_of_choice
-from server.openai.errors import ApiError, invalid, server_error
-from server.openai.responses import SpeculationStats, Usage
 from server.openai.schema import SamplingFields
 from server.openai.usage import count_drafts, count_tokens
-from server.request_log import RequestRecord
 
 Event = Tokens | Finished
-CONTEXT_PHRASE = "maximum context length"
 
 
 class Generation:
@@ -125,9 +123,9 @@ class Generation:
     def _failure(self, event: Finished) -> ApiError:
         """What the client hears of an engine's error: its words only where they are about the
         request."""
-        if event.error == STOPPING:
+        if event.error_code is ErrorCode.STOPPING:
             return self._admission.draining()
-        if event.error is not None and CONTEXT_PHRASE in event.error:
+        if event.error_code is ErrorCode.CONTEXT_LENGTH and event.error is not None:
             return invalid(event.error, code="context_length_exceeded")
         return server_error("The engine failed to finish this request; it can be sent again")
 

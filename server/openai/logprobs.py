@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.messages import TokenLogprob
-from server.openai.choice import ScoredToken
-from server.openai.responses import (
+from server.openai.bodies import (
     ChatLogprobs,
     ChatTokenLogprob,
     CompletionLogprobs,
     TopLogprob,
 )
+from server.openai.choice import ScoredToken
 from server.text.stream import StreamOptions, TextStream
 from server.text.tokenizer import Tokenizer
 

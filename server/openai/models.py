@@ -6,12 +6,13 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.context import ServerContext, context_of
-from server.openai.docs import operation
-from server.openai.responses import ModelCard, ModelList
-from server.openai.sse import StructResponse
+from server.http.context import ServerContext, context_of
+from server.http.docs import Routes, operation
+from server.http.sse import StructResponse
+from server.openai.bodies import ModelCard, ModelList
 
 router = APIRouter()
+ROUTES = Routes(router, answers=(ModelList,))
 
 
 @router.get("/v1/models", **operation(None, ModelList))

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.openai.errors import broken_rule
+from server.http.body import Fields
+from server.http.errors import broken_rule
 from server.openai.fields import (
     HARMLESS,
     MAX_INT,
-    Fields,
     Fraction,
     LogitBias,
     OnlyNone,
@@ -119,7 +119,13 @@ class SamplingFields(Fields):
 
     @property
     def num_choices(self) -> int:
+        """Of each prompt."""
         return self.n or 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Choices of all prompts."""
+        return self.num_choices
 
     @property
     def include_usage(self) -> bool:
@@ -239,6 +245,10 @@ class CompletionRequest(SamplingFields):
         if self.best_of is not None and self.best_of != self.num_choices:
             raise broken_rule("best_of", f"best_of must equal n, which is {self.num_choices}")
         return self
+
+    @property
+    def num_sequences(self) -> int:
+        return self.num_choices * len(self.prompts())
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One entry per prompt, whichever of the four forms was sent."""

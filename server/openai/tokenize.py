@@ -7,16 +7,17 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import EngineInfo
-from server.context import ServerContext, context_of
-from server.openai.body import read_body
+from server.http.body import read_body
+from server.http.context import ServerContext, context_of
+from server.http.docs import Routes, operation
+from server.http.errors import invalid
+from server.http.sse import StructResponse
+from server.openai.bodies import Detokenized, Tokenized
 from server.openai.convert import check_token_ids, encode, render_chat
-from server.openai.docs import operation
-from server.openai.errors import invalid
-from server.openai.responses import Detokenized, Tokenized
 from server.openai.schema import DetokenizeRequest, TokenizeRequest
-from server.openai.sse import StructResponse
 
 router = APIRouter()
+ROUTES = Routes(router, (TokenizeRequest, DetokenizeRequest), (Tokenized, Detokenized))
 
 
 @router.post("/tokenize", **operation(TokenizeRequest, Tokenized))

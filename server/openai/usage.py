@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.messages import Finished
-from server.openai.choice import Choice
-from server.openai.convert import Prompt
-from server.openai.responses import (
+from server.openai.bodies import (
     CompletionTokensDetails,
     PromptTokensDetails,
     SpeculationStats,
     Usage,
 )
+from server.openai.choice import Choice
+from server.openai.convert import Prompt
 
 
 def count_tokens(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:

@@ -54,7 +54,7 @@ def test_documents_are_found_and_name_paths() -> None:
         ("[here](docs/architecture.md)", ["docs/architecture.md"]),
         ("  models/llama.py   forward", ["models/llama.py"]),
         ("server/openai/*  and configs/serve/*.yaml", ["server/openai/*", "configs/serve/*.yaml"]),
-        ("ends here: server/app.py.", ["server/app.py"]),
+        ("ends here: server/http/app.py.", ["server/http/app.py"]),
         ("https://example.com/docs/page.md and /v1/models and org/name", []),
         ("~/.cache/aerie/x.json, $HOME/tests/a.py, /etc/engine/x.yaml", []),
         ("and/or, 8xH100, `/ready`, 1/2", []),

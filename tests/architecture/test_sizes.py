@@ -10,9 +10,9 @@ import pytest
 
 from tests.architecture.source_tree import ALL, PRODUCT, ROOT, Module, modules
 
-MAX_FILE = {"kernels": 500}  # lines; a kernel and what belongs to it stay together
-MAX_FUNCTION = {"kernels": 150}
-OTHER_FILE, OTHER_FUNCTION = 400, 60
+MAX_FILE = 600  # lines; files aim at one subject, few come near
+MAX_FUNCTION = {"kernels": 150}  # Triton kernels
+OTHER_FUNCTION = 60
 MAX_MEDIAN, MAX_OF_NINE_TENTHS = 10, 30
 CPP = (".cpp", ".h", ".hpp", ".cu", ".cuh")
 
@@ -20,12 +20,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def long_files(lengths: Mapping[str, int]) -> list[str]:
-    """Paths above the budget of their package."""
-    return [
-        f"{path}: {length} lines"
-        for path, length in lengths.items()
-        if length > MAX_FILE.get(path.split("/")[0], OTHER_FILE)
-    ]
+    """Paths above the budget."""
+    return [f"{path}: {length} lines" for path, length in lengths.items() if length > MAX_FILE]
 
 
 def functions(module: Module) -> list[tuple[Function, int]]:
@@ -82,8 +78,8 @@ def test_most_functions_of_a_package_are_short(package: str) -> None:
 
 
 def test_a_long_file_is_seen() -> None:
-    assert long_files({"engine/a.py": 400, "kernels/b.cpp": 500}) == []
-    assert len(long_files({"engine/a.py": 401, "kernels/b.cpp": 501})) == 2
+    assert long_files({"engine/a.py": 600, "kernels/b.cpp": 600}) == []
+    assert len(long_files({"engine/a.py": 601, "kernels/b.cpp": 601})) == 2
 
 
 def function_of(lines: int, indent: str = "") -> str:

@@ -10,7 +10,7 @@ from configs.load import ConfigError
 from configs.schema import SpeculationConfig
 from configs.trees import load_tree, shipped_trees
 from engine.step.shape import ROOT, DynamicShape, StaticShape, chain
-from server.drafting import tree_shape
+from server.assembly.drafting import tree_shape
 
 SIZES = {
     **{f"chain{n}": n + 1 for n in range(1, 8)},

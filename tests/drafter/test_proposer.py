@@ -27,7 +27,7 @@ from engine.speculation.proposer import Committed, Roots
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
-from server.drafting import Drafting
+from server.assembly.drafting import Drafting
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine, random_llama
 

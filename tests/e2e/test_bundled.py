@@ -11,7 +11,7 @@ import pytest
 
 from configs.load import load_config, shipped_configs
 from engine.checkpoints.source import BUNDLED_ALIAS
-from server.offline import OfflineEngine
+from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.engines import ask
 from tests.support.live_server import LiveServer

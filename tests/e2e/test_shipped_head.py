@@ -12,9 +12,9 @@ from configs.load import load_config
 from drafter.train.conversations import read_prompts
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
-from server.draft_evaluation import sample_prompts
-from server.drafting import tree_shape
-from server.offline import OfflineEngine
+from server.assembly.drafting import tree_shape
+from server.assembly.evaluation import sample_prompts
+from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.engines import ask
 from tests.support.threads import own_torch_threads

@@ -18,7 +18,7 @@ from engine.completion import Completion
 from engine.request import FinishReason
 from engine.step.plan import RowPlan
 from kernels.ops import Ops
-from server.offline import OfflineEngine
+from server.assembly.offline import OfflineEngine
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_files import load_tokenizer

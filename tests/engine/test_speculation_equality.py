@@ -23,7 +23,7 @@ from engine.request import FinishReason, Request
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
-from server.drafting import Drafting
+from server.assembly.drafting import Drafting
 from tests.support.engines import ask, generate
 from tests.support.scripted_proposer import (
     CHAINS,

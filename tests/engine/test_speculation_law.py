@@ -19,7 +19,7 @@ from engine.speculation.verify import walk
 from engine.step.shape import chain
 from engine.step.tree import DraftTree, VerifyResult
 from kernels.ops import Ops
-from server.drafting import Drafting
+from server.assembly.drafting import Drafting
 from tests.engine.sampling.test_law import chi_square, critical
 from tests.support.engines import ask, generate
 from tests.support.scripted_proposer import ScriptedProposer, wide_shape

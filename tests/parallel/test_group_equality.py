@@ -16,7 +16,7 @@ from engine.messages import Abort, Submit, SwapDraft
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, DynamicShape, chain
-from server.draft_swaps import DraftSwaps
+from server.assembly.swaps import DraftSwaps
 from tests.engine.test_speculation_equality import SETTINGS, assert_same
 from tests.support.copied_head import write_copied_head
 from tests.support.engines import ask, generate

@@ -12,7 +12,7 @@ import pytest
 
 from engine.completion import Completion
 from engine.messages import DraftSwapped, Submit, SwapDraft
-from server.draft_swaps import DraftSwaps
+from server.assembly.swaps import DraftSwaps
 from tests.support.copied_head import write_copied_head
 from tests.support.engines import ask, generate
 from tests.support.live_server import run_aerie

@@ -21,9 +21,9 @@ from engine.speculation.planner import FixedPlanner
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
-from server.compose import assemble
-from server.drafting import HeadLoader, Target, drafting_with
-from server.rank import Place, runner_parts
+from server.assembly.compose import assemble
+from server.assembly.drafting import HeadLoader, Target, drafting_with
+from server.assembly.rank import Place, runner_parts
 from tests.support.engines import ask, generate
 from tests.support.thread_group import run_ranks
 from tests.support.tiny_heads import write_tiny_head

@@ -19,7 +19,7 @@ from engine.models.layers import cos_sin_table
 from engine.models.loading import LayerLoader
 from engine.speculation.planner import Planner
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
-from server.drafting import Drafting
+from server.assembly.drafting import Drafting
 from tests.support.tiny_engine import TinyEngine
 
 BLOCK = 16

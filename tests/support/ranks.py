@@ -14,7 +14,7 @@ from engine.kv.manager import KVManager
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import FixedPlanner, Planner
-from server.compose import Engine, build_swappable_engine
+from server.assembly.compose import Engine, build_swappable_engine
 from tests.support.threads import own_torch_threads
 
 NUM_BLOCKS = 256

@@ -12,6 +12,7 @@ from engine.messages import (
     DraftSwapped,
     EngineInfo,
     EngineStats,
+    ErrorCode,
     Finished,
     TokenLogprob,
     Tokens,
@@ -90,7 +91,11 @@ async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
 
 
 def finished(
-    request: Request, reason: FinishReason, num_output: int = 0, error: str | None = None
+    request: Request,
+    reason: FinishReason,
+    num_output: int = 0,
+    error: str | None = None,
+    code: ErrorCode | None = None,
 ) -> Finished:
     """The last event of a request."""
     return Finished(
@@ -102,6 +107,7 @@ def finished(
         first_scheduled_time=request.arrival_time + 0.25,
         first_token_time=request.arrival_time + 0.5,
         error=error,
+        error_code=code,
     )
 
 
@@ -162,12 +168,12 @@ def drafting(script: Script, *counts: tuple[int, int, int]) -> Script:
     return drafted
 
 
-def fail(token_ids: Sequence[int], error: str) -> Script:
+def fail(token_ids: Sequence[int], error: str, code: ErrorCode | None = None) -> Script:
     """Emit these ids, then fail."""
 
     def script(request: Request) -> list[Event]:
         events: list[Event] = [tokens(request, [token_id]) for token_id in token_ids]
-        events.append(finished(request, FinishReason.ERROR, len(token_ids), error))
+        events.append(finished(request, FinishReason.ERROR, len(token_ids), error, code))
         return events
 
     return script

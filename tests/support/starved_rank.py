@@ -18,7 +18,7 @@ def starving(folder: Path, rank: int, wish: Path) -> Mapping[str, str]:
     the file `wish` names a kind of memory. `folder`: for what Python runs when it starts."""
     program = (
         "import sys\n"
-        f"if sys.orig_argv[3:5] == ['server.engine_follower', '{rank}']:\n"
+        f"if sys.orig_argv[3:5] == ['server.process.follower', '{rank}']:\n"
         "    from tests.support.starved_rank import starve\n"
         f"    starve({str(wish)!r})\n"
     )

@@ -20,8 +20,8 @@ from engine.models.llama import LlamaLoader
 from engine.runner.model_runner import ModelRunner
 from engine.runner.rounds import RoundSettings
 from kernels.ops import Ops
-from server.compose import assemble
-from server.drafting import Drafting, Target
+from server.assembly.compose import assemble
+from server.assembly.drafting import Drafting, Target
 
 CPU = torch.device("cpu")
 EOS = 2

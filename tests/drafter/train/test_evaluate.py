@@ -18,8 +18,8 @@ from engine.request import Request
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import Planner
 from engine.step.shape import ROOT, TreeShape, chain, depths_of
-from server.compose import Drafting
-from server.offline import OfflineEngine
+from server.assembly.compose import Drafting
+from server.assembly.offline import OfflineEngine
 from tests.support.scripted_proposer import Script, ScriptedProposer, wide_shape
 from tests.support.tiny_engine import TinyEngine
 

@@ -28,7 +28,7 @@ from engine.core import EngineCore
 from engine.messages import Abort, Submit
 from engine.request import Request
 from kernels.ops import Ops
-from server.offline import OfflineEngine
+from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import ChatCodec
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer_files import load_tokenizer

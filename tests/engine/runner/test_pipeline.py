@@ -21,7 +21,7 @@ from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.plan import StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
-from server.drafting import Drafting
+from server.assembly.drafting import Drafting
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
 from tests.support.head_lab import SHAPES, HeadLab, write_head

@@ -27,8 +27,8 @@ from engine.step.group import TPGroup
 from engine.step.plan import RowPlan
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
-from server.compose import looks_up, runs_ahead
-from server.rank import Place, round_settings
+from server.assembly.compose import looks_up, runs_ahead
+from server.assembly.rank import Place, round_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
 from tests.support.head_lab import SHAPES, HeadLab, write_head

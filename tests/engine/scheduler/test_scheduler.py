@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from engine.messages import ErrorCode
 from engine.request import FinishReason
 from engine.scheduler.scheduler import SchedulerLimits
 from tests.support.fake_executor import FakeEngine, prompt_of, request, shape
@@ -257,6 +258,8 @@ def test_a_request_that_can_never_run_ends_at_once(
     else:
         assert finished.reason is FinishReason.ERROR
         assert problem in (finished.error or "")
+        too_long = num_prompt >= 16
+        assert finished.error_code is (ErrorCode.CONTEXT_LENGTH if too_long else None)
         assert finished.first_scheduled_time is None
 
 
@@ -264,9 +267,9 @@ def test_abort_all_ends_every_request_with_the_reason() -> None:
     engine = FakeEngine(max_num_seqs=1)
     engine.submit(*(request(name, prompt_of(5)) for name in "abc"))
     engine.step()
-    ends = engine.scheduler.abort_all("the device is gone")
-    assert [(end.request_id, end.reason, end.error) for end in ends] == [
-        (name, FinishReason.ERROR, "the device is gone") for name in "abc"
+    ends = engine.scheduler.abort_all("the server ends", ErrorCode.STOPPING)
+    assert [(end.request_id, end.reason, end.error, end.error_code) for end in ends] == [
+        (name, FinishReason.ERROR, "the server ends", ErrorCode.STOPPING) for name in "abc"
     ]
     engine.scheduler.audit()
     plan = engine.scheduler.schedule()

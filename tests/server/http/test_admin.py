@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from configs.schema import ServerConfig
-from server.middleware import load_admin_keys
-from tests.server.http.server import CHAT, CHAT_PATH, Server
-from tests.server.http.test_refusals import error_of
+from server.http.middleware import load_admin_keys
+from tests.server.openai.test_refusals import error_of
+from tests.support.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 PATH = "/admin/draft"
@@ -60,7 +60,7 @@ def test_every_admin_key_is_compared_whichever_is_right(
         compared.append(right)
         return left == right
 
-    monkeypatch.setattr("server.middleware.hmac.compare_digest", counting)
+    monkeypatch.setattr("server.http.middleware.hmac.compare_digest", counting)
     assert server.post(PATH, BODY, headers=ADMIN).status_code == 200
     assert len(compared) == 2
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import json
 import logging
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from configs.schema import LogConfig, ServerConfig
+from configs.schema import ServerConfig
 from engine.messages import EngineStats
-from server.metrics import Metrics
-from server.middleware import load_api_keys
-from server.request_log import log_formatter
-from server.zmq_client import ZmqEngineClient
-from tests.server.http.server import CHAT, CHAT_PATH, Server
-from tests.server.http.test_refusals import error_of
+from server.http.metrics import Metrics
+from server.http.middleware import load_api_keys
+from server.process.client import ZmqEngineClient
+from tests.server.openai.test_refusals import error_of
+from tests.support.http_server import CHAT, CHAT_PATH, Server
 from tests.support.scripted_engine import INFO
 
 MakeServer = Callable[..., Server]
@@ -84,7 +81,7 @@ def test_every_key_is_compared_whichever_is_right(
         compared.append(right)
         return left == right
 
-    monkeypatch.setattr("server.middleware.hmac.compare_digest", counting)
+    monkeypatch.setattr("server.http.middleware.hmac.compare_digest", counting)
     for key in ("a", "c", "x"):
         server.get("/info", headers={"authorization": f"Bearer {key}"})
     assert len(compared) == 9
@@ -285,19 +282,10 @@ def test_two_applications_do_not_share_metrics(make_server: MakeServer) -> None:
     assert metric(second, "aerie:prompt_tokens_total") == 0
 
 
-def test_json_log_lines_are_objects() -> None:
-    formatter = log_formatter(LogConfig(format="json"))
-    record = logging.LogRecord("a", logging.INFO, "", 0, "x %s", ("y",), None)
-    assert json.loads(formatter.format(record))["message"] == "x y"
-    record.__dict__["fields"] = {"event": "request", "status": 200}
-    entry: dict[str, Any] = json.loads(formatter.format(record))
-    assert (entry["event"], entry["status"], entry["level"]) == ("request", 200, "info")
-
-
 def test_log_lines_cannot_be_forged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     server.get("/a%0Ab status=200", headers={"x-request-id": "a status=1"})
-    (record,) = [r for r in caplog.records if r.name == "server.request_log"]
+    (record,) = [r for r in caplog.records if r.name == "server.http.request_log"]
     message = record.getMessage()
     assert "\n" not in message
     assert 'request_id="a status=1"' in message
@@ -320,7 +308,7 @@ def test_waiting_for_idle_returns_at_once_when_nothing_is_open(server: Server) -
 def test_the_http_process_imports_no_model_code() -> None:
     forbidden = ("torch", "transformers", "triton", "kernels", "drafter")
     program = (
-        "import sys, server.app, server.text.tokenizer_files;"
+        "import sys, server.http.app, server.openai.routes, server.text.tokenizer_files;"
         f"print(sorted(set({forbidden!r}) & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from uvicorn.server import ServerState
 
-from server.http_protocol import MAX_HEAD, HttpProtocol
-from server.launch import web_config
-from tests.server.http.server import CHAT, CHAT_PATH, Server
+from server.http.protocol import MAX_HEAD, HttpProtocol
+from server.process.launch import web_config
+from tests.support.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 DEADLINE = 30.0  # seconds; only what hangs ever takes so long

@@ -1,0 +1,171 @@
+"""`aerie eval-draft`: joins the measuring of draft heads with the engine and the tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.schema import Config
+from drafter.source import ACCEPTED, resolve_draft
+from drafter.train.conversations import Prompt, read_prompts, sample_file
+from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
+from drafter.train.report import Measurement, Report
+from engine.step.shape import ROOT, TreeShape
+from server.assembly.compose import backend_can_be_had, build_engine
+from server.assembly.drafting import tree_shape
+from server.assembly.offline import OfflineEngine
+from server.text.chat_codec import load_codec
+
+MAX_TEMPERATURE = 2  # as of the HTTP API
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What to ask, and which trees to measure."""
+
+    prompts: Path | None  # None: the sample that comes with the package
+    limit: int | None  # prompts
+    num_turns: int
+    trees: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    output_tokens: int
+    batch: int
+    compare_ranking: bool  # without shared noise too
+    with_lookup: bool  # every tree again, beside drafts from the text itself
+
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            if not 0 <= temperature <= MAX_TEMPERATURE:
+                raise ValueError(f"temperature is {temperature}; it must be 0 to {MAX_TEMPERATURE}")
+
+
+def sample_prompts() -> Path:
+    """The prompts that come with the package."""
+    return sample_file("prompts.jsonl")
+
+
+def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
+    """Measure the head that `config` (resolved for its host) names; tells its progress on stderr.
+
+    Raises:
+        OSError, ValueError: configuration, model, head, trees or prompts are at fault.
+    """
+    if evaluation.batch > config.scheduler.max_num_seqs:
+        raise ValueError(
+            f"batch is {evaluation.batch}; it must be 1 to scheduler.max_num_seqs = "
+            f"{config.scheduler.max_num_seqs}"
+        )
+    shapes = [tree_shape(name) for name in evaluation.trees]
+    path = evaluation.prompts or sample_prompts()
+    prompts = list(islice(read_prompts(path), evaluation.limit))
+    head = resolve_draft(config.speculation.draft, config.model.source)
+    if head is None:
+        raise ValueError(f"there is no draft head to measure: speculation.draft must be {ACCEPTED}")
+    engine = _engine(config, shared_noise=True)
+    device = engine.info.device
+    questions = list(_questions(config, engine, prompts, evaluation))
+    found = _told(_measurements(engine, questions, shapes, evaluation, shared_noise=True))
+    if evaluation.compare_ranking and any(evaluation.temperatures):
+        del engine  # its pages make room for the other one's
+        engine = _engine(config, shared_noise=False)
+        sampled = [part for part in questions if part[0].params.temperature]
+        found += _told(_measurements(engine, sampled, shapes, evaluation, shared_noise=False))
+    return Report(
+        target=config.model.source,
+        draft=head.name,
+        dtype=config.model.dtype,
+        device=device,
+        prompts=path.name,
+        num_prompts=len(prompts),
+        num_turns=evaluation.num_turns,
+        output_tokens=evaluation.output_tokens,
+        batch=evaluation.batch,
+        measurements=found,
+    )
+
+
+def show(report: Report) -> None:
+    """Print a report as a table."""
+    table = Table(title=f"{report.draft}: acceptance on {report.num_prompts} prompts")
+    for heading in ("T", "tree", "noise shared", "acceptance", "tokens/s", "x root", "changed"):
+        table.add_column(heading, justify="right")
+    for heading in ("trees that reach depth 1, 2, ...", "accepted at position 1, 2, ..."):
+        table.add_column(heading)
+    for line in report.measurements:
+        table.add_row(
+            f"{line.temperature:g}",
+            _drafting(line),
+            "yes" if line.shared_noise else "no",
+            f"{line.acceptance_length:.2f}" if line.num_drafts else "-",
+            f"{line.tokens_per_second:.1f}",
+            f"{line.speedup:.2f}",
+            str(line.num_changed),
+            " ".join(f"{share:.2f}" for share in line.reached),
+            " ".join(f"{share:.2f}" for share in line.conditional),
+        )
+    Console(width=150).print(table)
+
+
+def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
+    """Plain at first: what `auto` would measure at start is not needed."""
+    changes: dict[str, bool | str] = {"shared_noise": shared_noise, "tree": ROOT.name}
+    speculation = config.speculation.model_copy(update=changes)
+    with backend_can_be_had(config.kernels):
+        core = build_engine(config.model_copy(update={"speculation": speculation}))
+    return OfflineEngine(core)
+
+
+def _questions(
+    config: Config, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
+) -> Iterator[list[Question]]:
+    """By temperature."""
+    codec = load_codec(config)
+    for temperature in evaluation.temperatures:
+        _tell(f"temperature {temperature:g}: {len(prompts)} prompts are answered plainly")
+        sampling = Sampling(temperature, evaluation.output_tokens, evaluation.num_turns)
+        yield ask_plainly(engine, codec, prompts, sampling, evaluation.batch)
+
+
+def _measurements(
+    engine: OfflineEngine,
+    questions: Sequence[Sequence[Question]],
+    shapes: Sequence[TreeShape],
+    evaluation: Evaluation,
+    *,
+    shared_noise: bool,
+) -> Iterator[Measurement]:
+    for same_temperature in questions:
+        yield from measure_trees(
+            engine,
+            same_temperature,
+            shapes,
+            evaluation.batch,
+            shared_noise,
+            with_lookup=evaluation.with_lookup,
+        )
+
+
+def _told(measurements: Iterator[Measurement]) -> list[Measurement]:
+    """All of them, each named as it comes: they take minutes."""
+    found = []
+    for one in measurements:
+        found.append(one)
+        _tell(
+            f"temperature {one.temperature:g}, {_drafting(one)}: {one.acceptance_length:.2f} "
+            f"tokens per tree, {one.tokens_per_second:.1f} tokens/s"
+        )
+    return found
+
+
+def _drafting(one: Measurement) -> str:
+    return f"{one.tree} + lookup" if one.lookup else one.tree
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

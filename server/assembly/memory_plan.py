@@ -1,0 +1,183 @@
+"""What will lie on every GPU, counted from configuration files before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from configs.resolve import ModelFacts, context_length, resolve_model
+from configs.schema import Config
+from drafter.checkpoint import read_head_config
+from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
+from drafter.heads.config import HeadConfig
+from drafter.manifest import D2T, head_tensors
+from drafter.source import resolve_draft
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.checkpoint import read_arch
+from engine.checkpoints.manifest import Shape, expected_tensors
+from engine.checkpoints.stored import ReadStored, Stored
+from engine.kv.storage import SCRATCH_BLOCKS, bytes_per_block
+from engine.models.footprint import GIB, held_bytes
+from engine.models.layers import cos_sin_table
+from engine.models.llama import Llama, LlamaLoader
+from engine.models.loading import LayerLoader
+from engine.parallel.shard import WHOLE, Shard, check_degree, kv_copies
+from kernels.registry import reference_ops
+from server.assembly.drafting import torch_dtype
+
+META = torch.device("meta")
+RESERVED = 2 * GIB  # for CUDA, NCCL and activations of a step: an estimate
+SEQUENCE = 8192  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on one GPU. Rank 0's, which holds the most."""
+
+    num_gpus: int
+    gpu: int
+    target_weights: int
+    draft_weights: int
+    target_kv: int
+    draft_kv: int
+    kv_copies: int  # GPUs that hold each KV head of the target
+    block_size: int  # tokens
+    num_blocks: int
+
+    @property
+    def weights(self) -> int:
+        return self.target_weights + self.draft_weights
+
+    @property
+    def total(self) -> int:
+        """With what is reserved."""
+        return self.weights + self.target_kv + self.draft_kv + RESERVED
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences of `SEQUENCE` tokens fit at once."""
+        return self.num_blocks // -(-SEQUENCE // self.block_size)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        entries = {
+            "target weights": self.target_weights,
+            "draft weights": self.draft_weights,
+            "target KV": self.target_kv,
+            "draft KV": self.draft_kv,
+            "CUDA, NCCL, activations (estimate)": RESERVED,
+            "free": self.gpu - self.total,
+        }
+        copies = f", each KV head on {self.kv_copies}" if self.kv_copies > 1 else ""
+        gpus = "1 GPU" if self.num_gpus == 1 else f"each of {self.num_gpus} GPUs"
+        return [
+            f"bytes on {gpus} of {self.gpu / GIB:.1f} GiB{copies}",
+            *(f"  {name:<36}{size:>16,}  {size / GIB:7.2f} GiB" for name, size in entries.items()),
+            f"{self.num_blocks} cache blocks of {self.block_size} tokens: "
+            f"{self.num_sequences} sequences of {SEQUENCE} tokens at once",
+        ]
+
+
+def plan_memory(config: Config, gpu_bytes: int) -> MemoryPlan:
+    """What `config` puts on GPUs of `gpu_bytes` each. Reads no weight.
+
+    Raises:
+        FileNotFoundError: there is no config.json of the model or of its draft head.
+        ValueError: what does not fit, or cannot be cut over so many GPUs, with its numbers.
+    """
+    arch = read_arch(config.model.source, config.model.revision)
+    check_degree(arch, config.parallel.tensor)
+    path = resolve_draft(config.speculation.draft, config.model.source, config_only=True)
+    head = None if path is None else read_head_config(path, arch)
+    return plan_of(config, arch, head, gpu_bytes)
+
+
+def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes: int) -> MemoryPlan:
+    """`plan_memory` of shapes that are known."""
+    outline = _Outline(config, arch, Shard(0, config.parallel.tensor))
+    model = outline.target()
+    target_weights = held_bytes(model)
+    draft_weights, draft_block = 0, 0
+    if head is not None:
+        draft = outline.head(head, model)
+        draft_weights = held_bytes(model, draft) - target_weights
+        draft_block = outline.block_bytes(head.arch, draft.shard)
+    target_block = outline.block_bytes(arch, outline.shard)
+    free = gpu_bytes - RESERVED - target_weights - draft_weights
+    if free <= 0:
+        raise ValueError(
+            f"{(target_weights + draft_weights) / GIB:.1f} GiB of weights on each of "
+            f"{config.parallel.tensor} GPUs, and {RESERVED / GIB:.1f} GiB for CUDA, NCCL and "
+            f"activations, do not fit into {gpu_bytes / GIB:.1f} GiB: a larger parallel.tensor "
+            "puts less on each"
+        )
+    facts = ModelFacts(arch.max_position_embeddings, target_block + draft_block, free)
+    num_blocks = resolve_model(config, facts).cache.num_blocks
+    assert num_blocks is not None
+    if num_blocks * facts.bytes_per_block > free:
+        raise ValueError(
+            f"cache.num_blocks = {num_blocks}: its {num_blocks * facts.bytes_per_block / GIB:.1f} "
+            f"GiB do not fit into the {free / GIB:.1f} GiB that weights leave of "
+            f"{gpu_bytes / GIB:.1f} GiB"
+        )
+    return MemoryPlan(
+        num_gpus=config.parallel.tensor,
+        gpu=gpu_bytes,
+        target_weights=target_weights,
+        draft_weights=draft_weights,
+        target_kv=(num_blocks + SCRATCH_BLOCKS) * target_block,
+        draft_kv=(num_blocks + SCRATCH_BLOCKS) * draft_block,
+        kv_copies=kv_copies(arch.num_kv_heads, config.parallel.tensor),
+        block_size=config.cache.block_size,
+        num_blocks=num_blocks,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """Models of a rank without contents, built by the loaders that fill the real ones."""
+
+    config: Config
+    arch: LlamaArch
+    shard: Shard
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.config.model.dtype)
+
+    @property
+    def max_len(self) -> int:
+        return context_length(self.config, self.arch.max_position_embeddings)
+
+    def target(self) -> Llama:
+        read = _empty(expected_tensors(self.arch), self.dtype)
+        ops = reference_ops(META, self.dtype)
+        return LlamaLoader(self.arch, read, ops, self.dtype, META, self.max_len, self.shard).load()
+
+    def head(self, config: HeadConfig, model: Llama) -> LoadedHead:
+        """What its file may have or share with the target counts as shared."""
+        replicated = self.config.speculation.draft_parallel == "replicated"
+        arch, own = config.arch, WHOLE if replicated else self.shard
+        check_degree(arch, own.size, "speculation.draft_parallel = sharded, parallel.tensor")
+        shapes = head_tensors(config, self.arch, ()).required
+        table = cos_sin_table(arch.head_dim, self.max_len, arch.rope_theta, arch.rope_scaling)
+        weights, same_ids = _empty(shapes, self.dtype), torch.zeros(config.draft_vocab_size)
+
+        def read(name: str) -> Stored:
+            return same_ids if name == D2T else weights(name)
+
+        ops = reference_ops(META, self.dtype)
+        blocks = LayerLoader(arch, read, ops, self.dtype, META, table.to(META), own)
+        shared = TargetWeights(self.arch, self.shard, model.embedding.weight, model.head.weight)
+        return HeadBuilder(config, shared, shapes, blocks).build()
+
+    def block_bytes(self, arch: LlamaArch, shard: Shard) -> int:
+        num_kv_heads = shard.num_kv_heads(arch.num_kv_heads)
+        size = self.config.cache.block_size
+        return bytes_per_block(arch.num_layers, size, num_kv_heads, arch.head_dim, self.dtype)
+
+
+def _empty(shapes: Mapping[str, Shape], dtype: torch.dtype) -> ReadStored:
+    return lambda name: torch.empty(shapes[name], dtype=dtype, device=META)

@@ -1,0 +1,254 @@
+"""What every rank of an engine has in memory: its part of the model, its pages, its runner."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configs.resolve import ModelFacts, context_length, resolve_model
+from configs.schema import Config
+from drafter.source import resolve_draft
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import resolve_source
+from engine.kv.storage import bytes_per_block
+from engine.models.llama import LlamaLoader
+from engine.parallel.agreement import check_all, smallest
+from engine.parallel.lockstep import DriftCheck
+from engine.parallel.shard import Shard
+from engine.runner.input_builder import InputBuilder
+from engine.runner.model_runner import ModelRunner, RunnerParts
+from engine.runner.rounds import RoundSettings
+from engine.runner.warmup import PlanExecutor, blocks_per_row
+from engine.sampling.sampler import Sampler
+from engine.speculation.proposer import Proposer
+from engine.step.batch import ForwardContext
+from engine.step.group import TPGroup
+from engine.step.shape import ROOT
+from kernels.ops import Ops
+from kernels.registry import build_ops
+from server.assembly.drafting import (
+    AUTO,
+    Drafting,
+    HeadLoader,
+    LoadedDraft,
+    Target,
+    TreeChooser,
+    allocate,
+    drafting_with,
+    rank_free_bytes,
+    torch_dtype,
+)
+
+SCRATCH_ROWS = 16  # sequences that are measured together beside an engine that serves
+BAD_SETUP = (ValueError, OSError, RuntimeError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank computes, and with what."""
+
+    group: TPGroup
+    shard: Shard
+    device: torch.device
+    ops: Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One rank, ready to run plans."""
+
+    config: Config  # no size left open
+    place: Place
+    target: Target
+    loader: HeadLoader  # for another thread than that of the steps
+    trees: TreeChooser
+    draft: LoadedDraft | None
+    drafting: Drafting
+    runner: ModelRunner
+
+    @property
+    def executor(self) -> PlanExecutor:
+        """Runs plans on this rank; compares with the others where that is wanted."""
+        return self._checked(self.runner)
+
+    def load_draft(self, path: Path) -> tuple[LoadedDraft, Drafting]:
+        """A head for `ModelRunner.draft_with`, on any one thread at a time.
+
+        Raises:
+            ValueError, OSError: it fits not the target or the free memory.
+        """
+        self.loader.check_room(path, self.config)
+        draft, place = self.loader.load(path), self.place
+        return draft, drafting_with(
+            self.config, draft, place.ops, place.device, place.group, late=True
+        )
+
+    def scratch(self, draft: LoadedDraft) -> tuple[Config, PlanExecutor]:
+        """Runs made-up plans in a few pages of their own, beside an engine that serves."""
+        config, place = _with_few_pages(self.config), self.place
+        drafting = drafting_with(config, draft, place.ops, place.device, place.group)
+        runner = ModelRunner(runner_parts(config, self.target, place, drafting.proposer))
+        return config, self._checked(runner)
+
+    def _checked(self, runner: ModelRunner) -> PlanExecutor:
+        check_every, group = self.config.parallel.check_every, self.place.group
+        if group.size == 1 or check_every == 0:
+            return runner
+        return DriftCheck(runner, group, check_every)
+
+
+def build_rank(config: Config, group: TPGroup, device: torch.device) -> Rank:
+    """Load this rank's part of what `config` (resolved for its host) names. All ranks call it, and
+    all of them raise if one of them has to.
+
+    Raises:
+        FileNotFoundError, ValueError: the model or the configuration is at fault.
+        NativeUnavailableError: native kernels were asked for and cannot be built.
+    """
+    try:
+        loaded = _load(config, group, device)
+    except BAD_SETUP as error:
+        if group.size > 1:
+            check_all(str(error) or type(error).__name__, group)
+        raise
+    check_all(None, group)
+    place, target, loader, trees, draft = loaded
+    config = resolve_model(config, _model_facts(config, target, place, draft))
+    drafting = Drafting()
+    if draft is not None:
+        drafting = drafting_with(config, draft, place.ops, device, group)
+    runner = ModelRunner(runner_parts(config, target, place, drafting.proposer))
+    runner.prepare([] if draft is None else trees.shapes(draft.facts))
+    beside = loader.beside_the_engine(config)
+    return Rank(config, place, target, beside, trees, draft, drafting, runner)
+
+
+def _load(
+    config: Config, group: TPGroup, device: torch.device
+) -> tuple[Place, Target, HeadLoader, TreeChooser, LoadedDraft | None]:
+    """What needs no other rank."""
+    files = resolve_source(config.model.source, config.model.revision)
+    checkpoint = open_checkpoint(files)
+    arch, dtype = checkpoint.arch, torch_dtype(config.model.dtype)
+    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch)
+    max_len = context_length(config, arch.max_position_embeddings)
+    place = _place(config, group, device, dtype)
+    model = LlamaLoader(
+        arch, checkpoint.stored, place.ops, dtype, device, max_len, place.shard
+    ).load()
+    target = Target(model, arch, eos_token_ids)
+    replicated = config.speculation.draft_parallel == "replicated"
+    loader = HeadLoader(
+        target, place.ops, dtype, device, max_len, place.shard, replicated and group.size > 1
+    )
+    trees = TreeChooser(config)
+    return place, target, loader, trees, _load_draft(config, loader, trees)
+
+
+def _place(config: Config, group: TPGroup, device: torch.device, dtype: torch.dtype) -> Place:
+    assert config.files.dir is not None
+    threads = threads_per_rank(config)
+    ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
+    # Native operations have their own threads; two pools would fight for the cores.
+    torch.set_num_threads(1 if "native" in ops.backends["linear"] else threads)
+    return Place(group, Shard(group.rank, group.size), device, ops)
+
+
+def threads_per_rank(config: Config) -> int:
+    """Ranks share the machine's cores."""
+    assert config.kernels.threads is not None
+    return max(1, config.kernels.threads // config.parallel.tensor)
+
+
+def _load_draft(config: Config, loader: HeadLoader, trees: TreeChooser) -> LoadedDraft | None:
+    """The configured draft head, once it is sure that it can fill the configured trees."""
+    path = resolve_draft(config.speculation.draft, config.model.source)
+    if path is None:
+        if config.speculation.tree not in (AUTO, ROOT.name):
+            raise ValueError(
+                f"speculation.tree is {config.speculation.tree!r}, but there is no draft head: set "
+                "speculation.draft"
+            )
+        return None
+    trees.shapes(loader.facts(path))
+    return loader.load(path)
+
+
+def _known_ids(eos_token_ids: Collection[int], arch: LlamaArch) -> frozenset[int]:
+    for token_id in eos_token_ids:
+        if token_id >= arch.vocab_size:
+            raise ValueError(
+                f"eos_token_id {token_id} is not in the model's vocabulary of {arch.vocab_size}"
+            )
+    return frozenset(eos_token_ids)
+
+
+def _model_facts(
+    config: Config, target: Target, place: Place, draft: LoadedDraft | None
+) -> ModelFacts:
+    """Facts of the target and of what shares its block tables; of the rank with least memory."""
+    dtype, block_size = torch_dtype(config.model.dtype), config.cache.block_size
+    parts = [(target.arch, place.shard)]
+    if draft is not None:
+        parts.append((draft.head.arch, draft.head.shard))
+    return ModelFacts(
+        context_length=target.arch.max_position_embeddings,
+        bytes_per_block=sum(
+            bytes_per_block(
+                arch.num_layers,
+                block_size,
+                shard.num_kv_heads(arch.num_kv_heads),
+                arch.head_dim,
+                dtype,
+            )
+            for arch, shard in parts
+        ),
+        free_bytes=smallest(rank_free_bytes(place.device, place.shard), place.group),
+    )
+
+
+def _with_few_pages(config: Config) -> Config:
+    max_num_seqs = min(config.scheduler.max_num_seqs, SCRATCH_ROWS)
+    assert config.cache.num_blocks is not None
+    assert config.model.max_model_len is not None
+    per_row = blocks_per_row(config.model.max_model_len, config.cache.block_size)
+    num_blocks = min(config.cache.num_blocks, max_num_seqs * per_row)
+    return config.model_copy(
+        update={
+            "cache": config.cache.model_copy(update={"num_blocks": num_blocks}),
+            "scheduler": config.scheduler.model_copy(update={"max_num_seqs": max_num_seqs}),
+        }
+    )
+
+
+def runner_parts(config: Config, target: Target, place: Place, proposer: Proposer) -> RunnerParts:
+    """What a `ModelRunner` is made of. `config` must be resolved: no size left open."""
+    assert config.model.max_model_len is not None
+    storage = allocate(target.arch, config, place.device, place.shard)
+    max_len, block_size = config.model.max_model_len, config.cache.block_size
+    return RunnerParts(
+        model=target.model,
+        context=ForwardContext(place.ops, storage, place.group, proposer.tap),
+        inputs=InputBuilder(config.scheduler.max_num_seqs, max_len, block_size),
+        sampler=Sampler(place.ops),
+        proposer=proposer,
+        vocab_size=target.arch.vocab_size,
+        eos_token_ids=target.eos_token_ids,
+        rounds=round_settings(config, place),
+    )
+
+
+def round_settings(config: Config, place: Place) -> RoundSettings | None:
+    """How decode rounds run: on a CUDA device in one go, as CUDA graphs unless switched off or the
+    kernels are references, which wait for the device. On a CPU the host takes part, which computes
+    less."""
+    if place.device.type == "cpu":
+        return None
+    capturable = place.device.type == "cuda" and place.ops.backends["attention"] == "triton"
+    return RoundSettings(
+        config.scheduler.max_num_seqs, capturable and config.kernels.graphs == "auto"
+    )

@@ -1,0 +1,137 @@
+"""Another draft head for a running engine: loaded on a thread of its own, used from a step on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import msgspec
+
+from drafter.source import resolve_draft
+from engine.core import EngineCore
+from engine.messages import DraftSwapped, SwapDraft
+from engine.parallel.orders import Orders
+from engine.runner.warmup import WarmUp
+from server.assembly.drafting import Drafting, LoadedDraft
+from server.assembly.rank import Rank
+
+logger = logging.getLogger(__name__)
+Loaded = tuple[LoadedDraft, Drafting]
+
+
+class DraftSwapper:
+    """Replaces the head of one engine. Requests and their text are not touched: rows that run go
+    on, the prefix cache is kept, and entries that the new head never made read as zeros."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        rank: Rank,
+        orders: Orders,
+        scratch: Callable[[LoadedDraft], WarmUp],
+    ) -> None:
+        """
+        Args:
+            rank: the one that decides.
+            orders: for the others.
+            scratch: measures the head that was loaded last, in pages that belong to nobody.
+        """
+        self._core = core
+        self._rank = rank
+        self._orders = orders
+        self._scratch = scratch
+
+    def load(self, path: str | None) -> Loaded | None:
+        """Read and check everything that `swap` needs, on any one thread at a time.
+
+        Raises:
+            ValueError, OSError: there is no such head, or it fits not the target, the configured
+                trees or the free memory of a rank.
+        """
+        folder = resolve_draft(path, self._rank.config.model.source)
+        if folder is None:
+            return None
+        self._rank.trees.shapes(self._rank.loader.facts(folder))
+        return self._load_everywhere(folder)
+
+    def _load_everywhere(self, folder: Path) -> Loaded:
+        """All ranks load at the same time; a head that one cannot have is nobody's."""
+        self._orders.load_draft(str(folder))
+        try:
+            loaded = self._rank.load_draft(folder)
+        except BaseException:
+            self._orders.failures()
+            self._orders.drop_draft()
+            raise
+        if failures := self._orders.failures():
+            self._orders.drop_draft()
+            raise ValueError("; ".join(failures))
+        return loaded
+
+    def swap(self, loaded: Loaded | None) -> None:
+        """Use what was loaded from the next step on. Between steps only."""
+        self._core.land()
+        drafting = Drafting()
+        planner = drafting.planner
+        if loaded is not None:
+            draft, drafting = loaded
+            planner = self._rank.trees.planner(draft, lambda: self._scratch(draft), at_once=False)
+        self._orders.use_draft(loaded=loaded is not None)
+        self._rank.runner.draft_with(drafting.proposer)
+        self._core.draft_with(planner, drafting.proposer.lookahead)
+        self._core.info = msgspec.structs.replace(self._core.info, draft=drafting.facts)
+        logger.info("draft head in use: %s", drafting.facts and drafting.facts.path)
+
+
+class DraftSwaps:
+    """Swaps that were asked for, done one after the other."""
+
+    def __init__(self, core: EngineCore, swapper: DraftSwapper) -> None:
+        self._core = core
+        self._swapper = swapper
+        self._asked: deque[SwapDraft] = deque()
+        self._loading: Future[Loaded | None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether `settle` has to be called again soon."""
+        return bool(self._asked)
+
+    def ask(self, message: SwapDraft) -> None:
+        self._asked.append(message)
+
+    def settle(self) -> list[DraftSwapped]:
+        """Between steps: use a head that has been loaded, and load the next one asked for. Returns
+        the answers that are due."""
+        answers = []
+        if self._loading is not None and self._loading.done():
+            answers.append(self._finish(self._asked.popleft(), self._loading))
+            self._loading = None
+        if self._loading is None and self._asked:
+            self._loading = Future()
+            threading.Thread(
+                target=self._load, args=(self._asked[0].path, self._loading), daemon=True
+            ).start()
+        return answers
+
+    def _load(self, path: str | None, loading: Future[Loaded | None]) -> None:
+        try:
+            loading.set_result(self._swapper.load(path))
+        except Exception as error:  # noqa: BLE001  (a file may be wrong in any way; serving goes on)
+            loading.set_exception(error)
+
+    def _finish(self, message: SwapDraft, loading: Future[Loaded | None]) -> DraftSwapped:
+        error = loading.exception()
+        if error is None:
+            self._swapper.swap(loading.result())
+            return DraftSwapped(message.request_id, self._core.info.draft)
+        expected = isinstance(error, ValueError | OSError)
+        logger.error(
+            "the draft head stays as it is: %s", error, exc_info=None if expected else error
+        )
+        reason = str(error) if expected else f"it cannot be loaded ({type(error).__name__})"
+        return DraftSwapped(message.request_id, self._core.info.draft, reason)

@@ -1,0 +1,245 @@
+"""`aerie train-draft`: joins the training of draft heads with the target, the engine that answers
+prompts, and the tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from configs.schema import Config
+from configs.training import SAMPLE, TrainingConfig
+from drafter.train.building import TargetTensors
+from drafter.train.conversations import (
+    AnyConversation,
+    Prompt,
+    read_conversations,
+    read_prompts,
+    sample_file,
+)
+from drafter.train.curve import write_curve
+from drafter.train.encoding import Coverage, EncodingSettings, Example, encode_conversations
+from drafter.train.generate import (
+    GenerationReport,
+    GenerationSettings,
+    generate_answers,
+    progress_bar,
+)
+from drafter.train.history import Entry
+from drafter.train.run import LoadedTarget, Run, prepare
+from drafter.train.run_folder import check_same_settings, record_run
+from drafter.train.run_folder import publish_run as publish_run  # for the command
+from drafter.train.trainer import Worker
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import resolve_source
+from engine.models.llama import LlamaLoader
+from kernels.registry import build_ops
+from server.assembly.compose import backend_can_be_had, build_engine
+from server.assembly.drafting import torch_dtype
+from server.text.chat_codec import ChatCodec, load_codec
+
+ANSWERS, CURVE, HEAD = "answers.jsonl", "learning-curve.svg", "head"
+# Processes wait while the first one answers prompts or measures. One that dies is noticed by
+# torchrun, which then ends the others.
+PATIENCE = timedelta(days=1)
+
+
+def train_draft(config: TrainingConfig) -> None:
+    """Train as `config` (resolved for its host) says; in each process of `torchrun`, or alone.
+
+    Goes on from the newest checkpoint of run.output. Writes there history.jsonl, checkpoints,
+    learning-curve.svg, what `publish_run` needs and, in the form that `speculation.draft` takes,
+    the head, whose path it prints.
+
+    Raises:
+        OSError, ValueError: configuration, model or data are at fault, or the disk is full.
+    """
+    output = config.run.output
+    with _workers() as worker:
+        check_same_settings(config)
+        run = _prepared(config, worker)
+        trainer = run.trainer
+        if trainer.resume():
+            _tell(worker, f"resumed at step {trainer.step} of {config.run.steps}")
+        if worker.rank == 0:
+            record_run(config, run.record)
+        with _progress(config, worker) as on_step:
+            done = trainer.run(on_step)
+        if worker.rank == 0:
+            write_curve(output / CURVE, trainer.history.entries)
+            publish_run(output, output / HEAD, replace=True)
+            print(f"{output / HEAD}{'' if done else ' (run.max_seconds came first)'}", flush=True)
+
+
+def _prepared(config: TrainingConfig, worker: Worker) -> Run:
+    """Target, examples and trainer. Loads the target twice where prompts are to be answered."""
+    serving = _serving(config)
+    codec = load_codec(serving)
+    conversations = [read_conversations(_found(path)) for path in config.data.conversations]
+    if config.data.prompts:
+        conversations.append(_answered(config, serving, codec, worker))
+    target, eos_ids = _load_target(config, worker)
+    settings = EncodingSettings(target.tensors.arch.vocab_size, eos_ids, config.data.max_tokens)
+    coverage = Coverage()
+    examples: list[Example] = []
+    for found in conversations:
+        examples += encode_conversations(found, codec.encode, settings, coverage)
+    run = prepare(config, target, examples, worker)
+    _tell(worker, _facts(coverage, run, target))
+    return run
+
+
+def _found(path: Path) -> Path:
+    """A file of conversations, where the word `sample` stands for the one that ships."""
+    if str(path) != SAMPLE:
+        return path
+    return sample_file("conversations.jsonl")
+
+
+def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:
+    trainer, record = run.trainer, run.record
+    parameters = sum(p.numel() for p in trainer.objective.network.parameters())
+    backends = target.ops.backends
+    by_backend = [
+        f"{name} ({', '.join(op for op, own in backends.items() if own == name)})"
+        for name in dict.fromkeys(backends.values())
+    ]
+    lines = [
+        f"{coverage.num_examples} examples, {coverage.num_answer_tokens} answer tokens of "
+        f"{coverage.num_tokens}; {coverage.num_truncated} cut at data.max_tokens, "
+        f"{coverage.num_dropped} without an answer before it, {coverage.num_merged} cut at an "
+        f"answer that begins inside a token of the template; {len(trainer.held_out.examples)} held "
+        "out for measuring",
+        f"{record.head.kind} head of {parameters:,} parameters, {record.num_processes} processes, "
+        f"on {target.device}; the target's operations: {', '.join(by_backend)}",
+    ]
+    if record.target_ids is not None:
+        lines.append(
+            f"draft vocabulary of {len(record.target_ids)} tokens: "
+            f"{record.coverage:.2%} of answer tokens"
+        )
+    return "\n".join(lines)
+
+
+def _answered(
+    config: TrainingConfig, serving: Config, codec: ChatCodec, worker: Worker
+) -> Iterator[AnyConversation]:
+    """The target's answers to data.prompts; the first process has them written to a file."""
+    output = config.run.output / ANSWERS
+    prompts = _prompts(config)
+    if worker.rank == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        settings = GenerationSettings(max_tokens=config.data.max_new_tokens, seed=config.run.seed)
+        with progress_bar() as on_progress, backend_can_be_had(config.kernels):
+            core = build_engine(serving)
+            report = generate_answers(core, codec, prompts, output, settings, on_progress)
+        _tell(worker, _answer_facts(report))
+    if dist.is_initialized():
+        dist.barrier()
+    return read_conversations(output, {prompt.id for prompt in prompts})
+
+
+def _prompts(config: TrainingConfig) -> list[Prompt]:
+    """Those to answer. ValueError if they are too few: answering takes long."""
+    prompts: list[Prompt] = []
+    for path in config.data.prompts:
+        prompts += read_prompts(path)
+    prompts = prompts[: config.data.limit]
+    if not config.data.conversations and len(prompts) <= config.data.held_out:
+        raise ValueError(
+            f"there are {len(prompts)} prompts to answer; data.held_out {config.data.held_out} "
+            "would leave none to train on"
+        )
+    return prompts
+
+
+def _answer_facts(report: GenerationReport) -> str:
+    refused = f"; {report.num_refused} refused, first {report.refusal}" if report.refusal else ""
+    return (
+        f"{report.num_earlier + report.num_answered} of {report.num_total} prompts answered; "
+        f"{report.num_empty} with nothing at all{refused}"
+    )
+
+
+def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, frozenset[int]]:
+    """The frozen target and its end-of-text ids."""
+    assert config.files.dir is not None
+    threads = config.kernels.threads
+    assert threads is not None
+    threads = max(1, threads // worker.count)
+    device = _device(worker)
+    dtype = torch_dtype(config.model.dtype)
+    files = resolve_source(config.model.source, config.model.revision)
+    checkpoint = open_checkpoint(files)
+    with backend_can_be_had(config.kernels):
+        ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
+    torch.set_num_threads(threads)
+    arch, read = checkpoint.arch, checkpoint.tensor
+    model = LlamaLoader(arch, read, ops, dtype, device, config.data.max_tokens).load()
+    tensors = TargetTensors(arch, read)
+    target = LoadedTarget(model, ops, tensors, dtype, device, files.version())
+    return target, frozenset(checkpoint.eos_token_ids)
+
+
+def _device(worker: Worker) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", worker.rank % torch.cuda.device_count())
+
+
+def _serving(config: TrainingConfig) -> Config:
+    """The configuration of an engine for the same target."""
+    return Config(model=config.model, kernels=config.kernels, files=config.files)
+
+
+@contextmanager
+def _workers() -> Iterator[Worker]:
+    """This process among those that `torchrun` started."""
+    if not dist.is_torchelastic_launched():
+        yield Worker()
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(_device(Worker(dist.get_rank(), dist.get_world_size())))
+        yield Worker(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _progress(config: TrainingConfig, worker: Worker) -> Iterator[Callable[[Entry], None]]:
+    """A bar on a terminal, a line per `log_every` steps elsewhere; nothing in other processes."""
+    console = Console(stderr=True)
+    shown = console.is_terminal and worker.rank == 0
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task = bar.add_task("training", total=config.run.steps)
+
+        def on_step(entry: Entry) -> None:
+            bar.update(task, completed=entry.step, description=_line(entry))
+            if not shown and entry.step % config.run.log_every == 0:
+                _tell(worker, f"step {entry.step} of {config.run.steps}: {_line(entry)}")
+
+        yield on_step
+
+
+def _line(entry: Entry) -> str:
+    first = entry.accuracy[0]
+    return (
+        f"loss {entry.loss:.3f}, first draft right {first:.0%}, acceptance "
+        f"{entry.acceptance_length:.2f}, {entry.tokens_per_second:.0f} tokens/s"
+    )
+
+
+def _tell(worker: Worker, text: str) -> None:
+    if worker.rank == 0:
+        print(text, file=sys.stderr, flush=True)

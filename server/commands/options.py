@@ -1,0 +1,35 @@
+"""What all commands of `aerie` that read a configuration share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs.load import shipped_configs
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="AERIE_CONFIG",
+        metavar="FILE",
+        help=f"YAML file, or a shipped one: {', '.join(shipped_configs())}.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="Overrides, as `model.dtype=float32 kernels.graphs=off server.api_keys=[a, b]`.",
+        show_default=False,
+    ),
+]
+
+
+def failed(error: Exception) -> typer.Exit:
+    """Say what is wrong on one line; to be raised."""
+    typer.echo(f"aerie: {error}", err=True)
+    return typer.Exit(2)

@@ -1,0 +1,86 @@
+"""The commands of `aerie` that look at a configuration before it serves."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from configs.host import host_config
+from configs.schema import Config
+from server.commands.options import ConfigFile, Overrides, failed
+
+UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to `app`."""
+    app.command(name="config")(show_config)
+    app.command()(prepare)
+    app.command()(plan_memory)
+
+
+def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """Check a configuration and print it whole, with the meaning of every key."""
+    try:
+        resolved = host_config(config, overrides or ())
+    except (ValueError, OSError) as error:
+        raise failed(error) from None
+    for name in Config.model_fields:
+        section = getattr(resolved, name)
+        typer.echo(f"{name}:  # {type(section).__doc__}")
+        for key, about in type(section).model_fields.items():
+            value = section.model_dump(mode="json")[key]
+            if key in ("api_keys", "admin_keys"):
+                value = ["***"] * len(value)
+            text = f"{key}: {json.dumps(value)}"
+            typer.echo(f"  {text}" + (f"  # {about.description}" if about.description else ""))
+
+
+def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """Do now what the first start would do: compile the CPU kernels, convert the tokenizer."""
+    from server.assembly.compose import prepare_kernels
+    from server.text.chat_codec import load_codec
+
+    try:
+        resolved = host_config(config, overrides or ())
+        typer.echo(f"native kernels: {prepare_kernels(resolved)}")
+        load_codec(resolved)
+    except (ValueError, OSError) as error:
+        raise failed(error) from None
+
+
+def plan_memory(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    gpu_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory of one GPU, such as 80GiB or 79000MiB.")
+    ] = "80GiB",
+) -> None:
+    """Say what would lie on every GPU, and how many 8k-token sequences fit. Reads no weights.
+
+    Of the model and its draft head only config.json is needed (and fetched, for hub ids).
+
+    Example:
+
+        aerie plan-memory --config llama33-70b-8xh100 --gpu-memory 80GiB
+    """
+    from server.assembly.memory_plan import plan_memory as plan
+
+    try:
+        size = parse_bytes(gpu_memory, "--gpu-memory")
+        found = plan(host_config(config, overrides or ()), size)
+    except (ValueError, OSError) as error:
+        raise failed(error) from None
+    for line in found.lines():
+        typer.echo(line)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """`80GiB` -> bytes. ValueError for anything but a number with one of `UNITS`."""
+    for unit, size in UNITS.items():
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
+            return int(float(number) * size)
+    raise ValueError(f"{option} {text!r} is not a size such as 80GiB; units: {', '.join(UNITS)}")

@@ -1,0 +1,1 @@
+"""The HTTP application, whichever API it serves."""

@@ -1,0 +1,78 @@
+"""Routes for administrators, who have keys of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from engine.messages import DraftFacts
+from server.http.body import Fields, read_body
+from server.http.context import context_of
+from server.http.docs import Routes, operation
+from server.http.errors import ApiError, bad_value
+from server.http.middleware import bearer_token, unauthorized
+from server.http.sse import StructResponse
+
+
+class SwapDraftRequest(Fields):
+    """POST /admin/draft."""
+
+    path: str | None = Field(
+        min_length=1,
+        max_length=4096,
+        pattern=r"^[^\x00]*$",
+        description="Directory of a draft head, as the server sees it; null: go on without one.",
+    )
+
+
+class DraftInUse(msgspec.Struct, frozen=True, kw_only=True):
+    """The head that drafts from now on; null when there is none."""
+
+    draft: DraftFacts | None
+
+
+router = APIRouter(prefix="/admin")
+ROUTES = Routes(router, (SwapDraftRequest,), (DraftInUse,))
+
+
+def _documented() -> dict[str, Any]:
+    documented = operation(SwapDraftRequest, DraftInUse)
+    documented["responses"][403] = {"description": "There is no admin key: the routes are off"}
+    return documented
+
+
+@router.post("/draft", **_documented())
+async def swap_draft(http: HttpRequest) -> Response:
+    """Draft with another head from now on. Open requests go on, and no text changes. Should the
+    engine be started again, it begins with the configured head."""
+    check_admin(http)
+    context = context_of(http)
+    context.engine_info()
+    body = await read_body(http, SwapDraftRequest)
+    try:
+        swapped = await context.client.swap_draft(body.path)
+    except ConnectionError as error:
+        raise context.admission.engine_not_ready() from error
+    if swapped.error is not None:
+        raise bad_value("path", body.path, swapped.error)
+    return StructResponse(DraftInUse(draft=swapped.draft))
+
+
+def check_admin(http: HttpRequest) -> None:
+    """ApiError 403 where there are no admin keys, 401 for what is none of them."""
+    keys = context_of(http).admin_keys
+    if not keys:
+        raise ApiError(
+            403,
+            "This server has no admin key: set server.admin_keys or server.admin_key_file",
+            "permission_error",
+            code="admin_disabled",
+        )
+    token = bearer_token(http.scope["headers"])
+    if token is None or not keys.accept(token):
+        raise unauthorized(token, "admin key")

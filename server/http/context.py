@@ -1,0 +1,103 @@
+"""What the routes of one application share, handed to them through `app.state`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from configs.schema import Config
+from engine.messages import EngineInfo
+from server.http.admission import Admission
+from server.http.engine_client import EngineClient
+from server.http.errors import model_not_found
+from server.http.metrics import Metrics
+from server.http.middleware import KeyRing
+from server.http.state import ServerState
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+from server.version import version
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """Facts of this server that hold from its start to its end."""
+
+    model_name: str  # what clients call the model
+    created: int  # seconds since the epoch
+    fingerprint: str  # changes with whatever may change the text of a seeded request
+
+    @classmethod
+    def from_config(cls, config: Config) -> ServerInfo:
+        settings = config.model.model_dump_json() + config.kernels.model_dump_json()
+        digest = hashlib.sha256(f"{version()} {settings}".encode()).hexdigest()
+        name = config.model.served_name or config.model.source
+        return cls(name, int(time.time()), f"fp_{digest[:12]}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """Everything a route needs. There is one per application."""
+
+    config: Config
+    client: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    info: ServerInfo
+    state: ServerState
+    admission: Admission
+    metrics: Metrics
+    pool: ThreadPoolExecutor  # for what would block the event loop: JSON, templates, tokenising
+    longest_token: Callable[[], int]  # bytes
+    admin_keys: KeyRing
+
+    async def in_pool(
+        self,
+        function: Callable[Arguments, Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        """Run a pure function on another thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.pool, lambda: function(*args, **kwargs))
+
+    def engine_info(self) -> EngineInfo:
+        """Facts of the running engine. ApiError 503 while there is none."""
+        info = self.client.info
+        if info is None:
+            raise self.admission.engine_not_ready()
+        return info
+
+    def resolved_config(self) -> Config:
+        """The configuration with what the engine settled when it loaded the model."""
+        info = self.client.info
+        return self.config if info is None else with_engine_facts(self.config, info)
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 unless `name` is the model that is served; None is no error."""
+        if name is not None and name != self.info.model_name:
+            raise model_not_found(name)
+
+
+def with_engine_facts(config: Config, info: EngineInfo) -> Config:
+    """`config` with the sizes that the engine chose."""
+    sizes = {"max_model_len": info.max_model_len}
+    cache = config.cache.model_copy(update={"num_blocks": info.num_blocks})
+    model = config.model.model_copy(update=sizes)
+    return config.model_copy(update={"model": model, "cache": cache})
+
+
+def context_of(request: HttpRequest) -> ServerContext:
+    """The context of the application that serves this request."""
+    context = request.app.state.context
+    assert isinstance(context, ServerContext)
+    return context

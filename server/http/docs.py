@@ -1,0 +1,76 @@
+"""The OpenAPI document: requests from their pydantic models, answers from their structs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from server.http.body import Fields
+from server.http.errors import ErrorBody
+
+REF = "#/components/schemas/{}"
+ERRORS = {
+    400: "The request is at fault",
+    401: "The key is missing or wrong",
+    404: "No such model",
+    413: "The body is too large",
+    429: "Too many requests are waiting; see Retry-After",
+    500: "The server failed",
+    503: "The server takes no requests now; see Retry-After",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Routes for an application, and the types that their documentation refers to."""
+
+    router: APIRouter
+    requests: tuple[type[Fields], ...] = ()
+    answers: tuple[type[msgspec.Struct], ...] = ()
+
+
+def operation(
+    request: type[Fields] | None, response: type[msgspec.Struct], streams: bool = False
+) -> dict[str, Any]:
+    """Arguments of a route decorator that document its body, its answer and its errors."""
+    content = {"application/json": _schema(response)}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    answers: dict[int, dict[str, Any]] = {200: {"description": "Success", "content": content}}
+    for status, description in ERRORS.items():
+        body = {"application/json": _schema(ErrorBody)}
+        answers[status] = {"description": description, "content": body}
+    extra = {}
+    if request is not None:
+        body = {"application/json": _schema(request)}
+        extra["requestBody"] = {"required": True, "content": body}
+    return {"responses": answers, "openapi_extra": extra, "response_model": None}
+
+
+def openapi(app: FastAPI, version: str, routes: Sequence[Routes]) -> dict[str, Any]:
+    """The document of the whole application, which holds `routes`."""
+    document = get_openapi(title="Aerie", version=version, routes=app.routes)
+    template = REF.replace("{}", "{model}")
+    _, requests = models_json_schema(
+        [(model, "validation") for each in routes for model in each.requests],
+        ref_template=template,
+    )
+    answers = [struct for each in routes for struct in each.answers]
+    _, structs = msgspec.json.schema_components(
+        [*answers, ErrorBody], ref_template=REF.replace("{}", "{name}")
+    )
+    document["components"] = {"schemas": requests["$defs"] | structs}
+    for methods in document["paths"].values():
+        for described in methods.values():
+            described["responses"].pop("422", None)  # FastAPI's own shape, which is never sent
+    return document
+
+
+def _schema(model: type[Any]) -> dict[str, Any]:
+    return {"schema": {"$ref": REF.format(model.__name__)}}

@@ -1,0 +1,160 @@
+"""ASGI middlewares that turn requests away before any route sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from configs.schema import ServerConfig
+from server.http.errors import ApiError, invalid
+from server.http.request_log import send_error
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
+ADMIN_PREFIX = "/admin/"  # these routes check keys of their own
+REALM = {"www-authenticate": "Bearer"}
+
+
+class ApiKeys:
+    """Middleware: 401 unless `Authorization: Bearer <key>` names one of the keys. Paths that
+    probes and the documentation need are open; those of administrators have other keys."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._keys = KeyRing(keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _needs_key(scope["path"]):
+            token = bearer_token(scope["headers"])
+            if token is None or not self._keys.accept(token):
+                await send_error(unauthorized(token, "API key"), send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _needs_key(path: str) -> bool:
+    return path not in OPEN_PATHS and not path.startswith(ADMIN_PREFIX)
+
+
+class KeyRing:
+    """Known keys, held as digests."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accept(self, token: bytes) -> bool:
+        """Looks at every key whatever the outcome, so that time tells nothing about them."""
+        digest = _digest(token)
+        found = False
+        for known in self._digests:
+            found |= hmac.compare_digest(digest, known)
+        return found
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def bearer_token(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """The token of the Authorization header; None without one, or with another scheme."""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, token = value.partition(b" ")
+            return token.strip() if scheme.lower() == b"bearer" else None
+    return None
+
+
+def unauthorized(token: bytes | None, kind: str) -> ApiError:
+    """401 for a wrong token, or for none, where a key of this `kind` is needed."""
+    message = f"Incorrect {kind}" if token is not None else f"Missing {kind}"
+    message += "; send it as: Authorization: Bearer <key>"
+    return ApiError(
+        401, message, "authentication_error", code="invalid_api_key", headers=dict(REALM)
+    )
+
+
+def load_api_keys(config: ServerConfig) -> tuple[str, ...]:
+    """Keys of `api_keys` and `api_key_file` together; none means no check.
+
+    Raises:
+        ValueError: the file cannot be read or holds no key: a server without keys would be open.
+    """
+    return _load_keys("api_key", config.api_keys, config.api_key_file)
+
+
+def load_admin_keys(config: ServerConfig) -> tuple[str, ...]:
+    """Keys of `admin_keys` and `admin_key_file` together; none means no administration.
+
+    Raises:
+        ValueError: as `load_api_keys`; or an API key is among them, and would open both doors.
+    """
+    keys = _load_keys("admin_key", config.admin_keys, config.admin_key_file)
+    if not set(keys).isdisjoint(load_api_keys(config)):
+        raise ValueError("server.admin_keys holds an API key: they must differ")
+    return keys
+
+
+def _load_keys(name: str, settings: tuple[str, ...], path: Path | None) -> tuple[str, ...]:
+    keys = list(settings)
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"server.{name}_file {path} cannot be read: {error}") from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ValueError(f"server.{name}_file {path} holds no key")
+        keys += found
+    if any(not key.strip() for key in keys):
+        raise ValueError(f"server.{name}s holds an empty key")
+    return tuple(dict.fromkeys(keys))
+
+
+class BodyLimit:
+    """Middleware: 413 for bodies above `max_bytes`, announced or counted as they arrive."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        problem = self._announced(scope["headers"])
+        if problem is not None:
+            await send_error(problem, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._too_large(f"more than {self._max_bytes}")
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _announced(self, headers: list[tuple[bytes, bytes]]) -> ApiError | None:
+        for name, value in headers:
+            if name == b"content-length":
+                if not value.isdigit():
+                    return invalid("The content-length header is not a number")
+                if len(value) > 18 or int(value) > self._max_bytes:
+                    return self._too_large(value[:18].decode())
+        return None
+
+    def _too_large(self, size: str) -> ApiError:
+        message = (
+            f"The request body has {size} bytes: at most {self._max_bytes} are accepted "
+            "(server.max_body_bytes)"
+        )
+        return ApiError(413, message, "invalid_request_error", code="request_too_large")

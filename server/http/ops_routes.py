@@ -1,0 +1,91 @@
+"""Routes for those who run the server: health, readiness, facts, metrics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from configs.schema import Config
+from server.http.context import context_of
+from server.http.docs import Routes
+from server.version import version
+
+router = APIRouter()
+ROUTES = Routes(router)
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "fastapi",
+    "uvicorn",
+    "pydantic",
+    "msgspec",
+    "pyzmq",
+)
+REDACTED = "***"
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """200 as long as the process answers at all."""
+    return {"status": "ok"}
+
+
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready", responses={503: {"description": "Not ready; the error says why"}})
+async def ready(http: HttpRequest) -> dict[str, str]:
+    """200 when generations are accepted, else 503 with the reason."""
+    problem = context_of(http).admission.closed()
+    if problem is not None:
+        raise problem
+    return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(http: HttpRequest) -> Response:
+    """Prometheus metrics."""
+    return Response(context_of(http).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/info", responses={401: {"description": "The API key is missing or wrong"}})
+async def info(http: HttpRequest) -> Response:
+    """Configuration without secrets, versions, and the engine's facts with its chosen kernels."""
+    context = context_of(http)
+    engine = context.client.info
+    return JSONResponse(
+        {
+            "model": context.info.model_name,
+            "system_fingerprint": context.info.fingerprint,
+            "draining": context.state.draining,
+            "config": redacted(context.resolved_config()),
+            "versions": versions(),
+            "engine": None if engine is None else msgspec.to_builtins(engine),
+        }
+    )
+
+
+def redacted(config: Config) -> dict[str, Any]:
+    """The configuration with every key replaced."""
+    content = config.model_dump(mode="json")
+    for name in ("api_keys", "admin_keys"):
+        content["server"][name] = [REDACTED] * len(content["server"][name])
+    return content
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter; nothing is imported."""
+    found = {"python": platform.python_version(), "aerie": version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,141 @@
+"""One HTTP connection: uvicorn's protocol with bounds on size and time, and errors in our shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.http.errors import ApiError, invalid
+from server.http.request_log import ID_HEADER, error_response, request_id
+
+MAX_HEAD = 64 * 1024  # bytes of the request line and headers, and of anything else but a body
+
+logger = logging.getLogger(__name__)
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """Refuses heads above MAX_HEAD with 431 before they are whole, requests that stop coming with
+    408, and what is not HTTP with 400. Each of these ends the connection.
+
+    Bytes that lead to no new header block, body or end of a request are counted until one comes,
+    so that trailers and chunk extensions are bounded, too.
+    """
+
+    head_timeout = 30.0  # seconds for all of the head
+    body_timeout = 60.0  # seconds without a new byte of the body
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_fruitless = 0  # bytes
+        self._head_is_long = False
+        self._in_request = False  # between the first byte of a request and its last one
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_within(self.head_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._num_fruitless += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._num_fruitless > MAX_HEAD:
+            self._refuse(_head_too_large())
+        elif self._timer is None and self._waits():
+            self._expect_within(self.head_timeout)  # line breaks between requests end up here
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_request = True
+        self._expect_within(self.head_timeout)
+
+    def on_headers_complete(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD:
+            self._head_is_long = True
+            raise ValueError("the parser reports it as its own error")
+        self._num_fruitless = 0
+        self._expect_within(self.body_timeout)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_fruitless = 0
+        self._expect_within(self.body_timeout)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_fruitless = 0
+        self._in_request = False
+        self._expect_nothing()
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls for whatever its parser cannot read."""
+        self._refuse(_head_too_large() if self._head_is_long else invalid(msg, code="invalid_http"))
+
+    def _waits(self) -> bool:
+        """Whether nothing is being received or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_within(self, seconds: float) -> None:
+        self._expect_nothing()
+        self._timer = self.loop.call_later(seconds, self._time_out)
+
+    def _expect_nothing(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self.flow.read_paused:  # it is not the client that is slow
+            self._expect_within(self.head_timeout)
+        elif self._in_request:
+            message = "The request did not arrive in time"
+            self._refuse(ApiError(408, message, "invalid_request_error", code="request_timeout"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer with an error and close; only close where another answer is on its way."""
+        if self._may_answer():
+            id = request_id(self.headers or [])
+            logger.info("refused a request: status=%d request_id=%s", error.status, ascii(id))
+            self._write(error, id)
+        if self.cycle is not None:  # it must not write behind this
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    def _may_answer(self) -> bool:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return True
+        # An answer without a beginning may be replaced if it is for the request at fault.
+        return cycle.scope is self.scope and not cycle.response_started and not self.pipeline
+
+    def _write(self, error: ApiError, id: str) -> None:
+        headers, body = error_response(error)
+        headers += [(ID_HEADER, id.encode()), (b"connection", b"close")]
+        lines = [
+            name + b": " + value + b"\r\n"
+            for name, value in [*self.server_state.default_headers, *headers]
+        ]
+        self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+
+
+def _head_too_large() -> ApiError:
+    message = f"The request line and headers have more than {MAX_HEAD} bytes"
+    return ApiError(431, message, "invalid_request_error", code="headers_too_large")

@@ -1,0 +1,134 @@
+"""The outermost layer: request ids, one log line per request, and errors nobody else caught."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.http.errors import ApiError, server_error
+from server.http.state import ServerState
+
+ID_HEADER = b"x-request-id"
+MAX_ID_LENGTH = 128
+RECORD = "aerie.record"  # key in the ASGI scope
+QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged as debug
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known about one HTTP request; routes add to it, the log line is made of it."""
+
+    request_id: str
+    started: float = field(default_factory=time.perf_counter)
+    status: int | None = None  # None: nothing was sent
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reasons: list[str] = field(default_factory=list)  # one per choice
+    error: str | None = None
+    prompt: str | None = None  # these two only with log.prompts
+    output: str | None = None
+
+    def fields(self, scope: Scope) -> dict[str, Any]:
+        """The content of the log line; what is not known is left out."""
+        known = {
+            "request_id": self.request_id,
+            "route": f"{scope['method']} {scope['path']}",
+            "status": self.status,
+            "ms": round((time.perf_counter() - self.started) * 1000, 1),
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "finish_reason": ",".join(self.finish_reasons) or None,
+            "error": self.error,
+            "prompt": self.prompt,
+            "output": self.output,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of the request that is being served."""
+    record = scope[RECORD]
+    assert isinstance(record, RequestRecord)
+    return record
+
+
+class RequestLog:
+    """ASGI middleware. Sets `x-request-id`, counts open requests, answers 500 where the
+    application failed before it answered, and writes one line when all is sent."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = scope[RECORD] = RequestRecord(request_id(scope["headers"]))
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
+        with self._state.request():
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                logger.exception("request %s failed", record.request_id)
+                record.error = record.error or "internal error"
+                if record.status is None:
+                    message = f"Internal error; its request id is {record.request_id}"
+                    await send_error(server_error(message), send_with_id)
+            finally:
+                _write(record, scope)
+
+
+def request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """The id the client sent, if it is printable ASCII of at most 128 letters, else a new one."""
+    for name, value in headers:
+        if name == ID_HEADER and 0 < len(value) <= MAX_ID_LENGTH:
+            if all(0x20 <= letter < 0x7F for letter in value):
+                return value.decode("ascii")
+            break
+    return f"req_{uuid.uuid4().hex}"
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Send an error as a whole response, from code outside the routes."""
+    headers, body = error_response(error)
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def error_response(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an error."""
+    body = error.body()
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    raw = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
+    return raw, body
+
+
+def _write(record: RequestRecord, scope: Scope) -> None:
+    level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
+    if logger.isEnabledFor(level):
+        fields = record.fields(scope)
+        text = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items())
+        logger.log(level, "request %s", text, extra={"fields": {"event": "request"} | fields})
+
+
+def _quoted(value: Any) -> str:
+    """One word, so that no value can look like the next field or the next line."""
+    text = str(value)
+    plain = text.isascii() and text.isprintable() and not any(mark in text for mark in ' "=')
+    return text if plain and text else json.dumps(text)

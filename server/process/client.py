@@ -1,0 +1,204 @@
+"""The engine client of the HTTP process: streams of events over ZeroMQ."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.messages import (
+    Abort,
+    ClientMessage,
+    DraftSwapped,
+    EngineInfo,
+    EngineMessage,
+    EngineStats,
+    ErrorCode,
+    Finished,
+    Shutdown,
+    Submit,
+    SwapDraft,
+    Tokens,
+)
+from engine.request import FinishReason, Request
+from server.process.wire import decode_engine, encode, unbounded
+
+ENGINE_LOST = "the engine stopped unexpectedly"
+NO_ENGINE = "the engine is not running"
+
+logger = logging.getLogger(__name__)
+
+
+class ZmqEngineClient:
+    """Implements `EngineClient`. Lives through several engines: `attach` one, `detach` it when it
+    is gone."""
+
+    def __init__(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._outbox: list[ClientMessage] = []
+        self._streams: dict[str, _Stream] = {}
+        self._swaps: dict[str, asyncio.Future[DraftSwapped]] = {}
+        self._swap_ids = itertools.count()
+        self._info: EngineInfo | None = None
+        self._stats: EngineStats | None = None
+        self._ready = asyncio.Event()
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats | None:
+        return self._stats
+
+    async def wait_ready(self) -> EngineInfo:
+        """Return once the attached engine can take requests."""
+        await self._ready.wait()
+        assert self._info is not None
+        return self._info
+
+    def attach(self, endpoint: str) -> None:
+        """Listen at `endpoint` for a new engine to connect."""
+        assert self._socket is None
+        self._socket = self._context.socket(zmq.PAIR)
+        unbounded(self._socket)
+        self._socket.bind(endpoint)
+        self._reader = asyncio.create_task(self._read(self._socket))
+
+    def detach(self, reason: str = ENGINE_LOST, code: ErrorCode | None = None) -> None:
+        """The engine is gone: every open stream ends with an error."""
+        self._info = None
+        if self._stats is not None:
+            self._stats = _at_rest(self._stats)
+        self._ready.clear()
+        self._outbox.clear()
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._reader = None
+        for stream in list(self._streams.values()):
+            self._deliver(stream.failed(reason, code))
+        swaps, self._swaps = self._swaps, {}
+        for answer in swaps.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError(reason))
+
+    def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
+        assert request.request_id not in self._streams, "request ids are used once"
+        stream = _Stream(request)
+        self._streams[request.request_id] = stream
+        if self._info is None:
+            self._deliver(stream.failed(NO_ENGINE))
+        else:
+            self._send(Submit(request))
+        return stream.events()
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._streams and self._info is not None:
+            self._send(Abort(request_id))
+
+    async def swap_draft(self, path: str | None) -> DraftSwapped:
+        if self._info is None:
+            raise ConnectionError(NO_ENGINE)
+        request_id = f"swap-{next(self._swap_ids)}"
+        answer: asyncio.Future[DraftSwapped] = asyncio.get_running_loop().create_future()
+        self._swaps[request_id] = answer
+        self._send(SwapDraft(request_id, path))
+        return await answer
+
+    def shut_down(self) -> None:
+        """Ask the engine to end; open requests end with ABORT."""
+        if self._socket is not None:
+            self._send(Shutdown())
+
+    def close(self) -> None:
+        self.detach()
+        self._context.term()
+
+    def _send(self, message: ClientMessage) -> None:
+        """Messages of one turn of the event loop travel together."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(message)
+
+    def _flush(self) -> None:
+        batch, self._outbox = self._outbox, []
+        if batch and self._socket is not None:
+            self._socket.send(encode(batch))  # the queue has no limit: this never waits
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        """Take messages until cancelled. Should one make no sense, the engine is told to end:
+        `detach` follows, and no client waits for ever."""
+        try:
+            while True:
+                for message in decode_engine(await socket.recv()):
+                    self._take(message)
+        except Exception:  # whatever it is, nobody else would hear of it
+            logger.exception("the engine said what cannot be understood; it is told to end")
+            self.shut_down()
+
+    def _take(self, message: EngineMessage) -> None:
+        if isinstance(message, EngineInfo):
+            self._info = message
+            self._ready.set()
+        elif isinstance(message, EngineStats):
+            self._stats = message
+        elif isinstance(message, DraftSwapped):
+            self._answer(message)
+        else:
+            self._deliver(message)
+
+    def _answer(self, message: DraftSwapped) -> None:
+        assert self._info is not None
+        self._info = msgspec.structs.replace(self._info, draft=message.draft)
+        answer = self._swaps.pop(message.request_id)
+        if not answer.done():  # its client may have left
+            answer.set_result(message)
+
+    def _deliver(self, event: Tokens | Finished) -> None:
+        stream = self._streams.get(event.request_id)
+        assert stream is not None, f"event for unknown request {event.request_id}"
+        if isinstance(event, Finished):
+            del self._streams[event.request_id]
+        stream.queue.put_nowait(event)
+
+
+def _at_rest(stats: EngineStats) -> EngineStats:
+    """What an engine that is gone has counted; nothing runs in it any more."""
+    return msgspec.structs.replace(
+        stats, num_running=0, num_waiting=0, kv_usage=0.0, last_step_tokens=0
+    )
+
+
+class _Stream:
+    """The events of one request that nobody has read yet."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.queue: asyncio.Queue[Tokens | Finished] = asyncio.Queue()
+
+    async def events(self) -> AsyncIterator[Tokens | Finished]:
+        while True:
+            event = await self.queue.get()
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    def failed(self, reason: str, code: ErrorCode | None = None) -> Finished:
+        """The last event of a request whose engine is lost."""
+        return Finished(
+            request_id=self._request.request_id,
+            reason=FinishReason.ERROR,
+            num_prompt=len(self._request.prompt_ids),
+            num_output=0,
+            error=reason,
+            error_code=code,
+        )

@@ -1,0 +1,146 @@
+"""The engine process: builds an engine, then turns messages into steps until told to stop.
+
+Run as `python -m server.process.engine_process ENDPOINT` with the configuration as JSON in the
+first line of standard input. The pipe stays open as long as the parent lives; its end ends the
+engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Protocol
+
+import zmq
+
+from configs.schema import CaptureConfig, Config
+from engine.capture import CaptureWriter
+from engine.core import EngineCore
+from engine.messages import ClientMessage, DraftSwapped, ErrorCode, Shutdown, SwapDraft
+from server.process.logs import set_up_logging
+from server.process.parent import die_with_parent, open_pipe
+from server.process.socket_folder import folder_of
+from server.process.wire import decode_client, encode, unbounded
+
+EXIT_BAD_SETUP = 3  # the configuration or the model is at fault: starting again would not help
+LOADING_POLL = 0.02  # seconds between looks at a draft head that is being loaded, when idle
+STOPPING = "the server is shutting down"
+
+logger = logging.getLogger(__name__)
+
+
+class EngineChannel:
+    """The engine's end of the pair."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        unbounded(self._socket)
+        self._socket.connect(endpoint)
+
+    def receive(self, *, wait: bool, at_most: float | None = None) -> list[ClientMessage]:
+        """All messages that have come; with `wait`, at least one batch, or none when `at_most`
+        seconds have gone by."""
+        messages: list[ClientMessage] = []
+        if wait and at_most is not None and not self._socket.poll(int(at_most * 1000)):
+            return messages
+        flags = 0 if wait else zmq.NOBLOCK
+        try:
+            while True:
+                messages += decode_client(self._socket.recv(flags))
+                flags = zmq.NOBLOCK
+        except zmq.Again:
+            return messages
+
+    def send(self, frame: bytes) -> None:
+        self._socket.send(frame)
+
+    def close(self) -> None:
+        """Send what is still queued, then close."""
+        self._socket.close(linger=1000)
+        self._context.term()
+
+
+class Swaps(Protocol):
+    """Draft heads that were asked for; see `DraftSwaps`."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def ask(self, message: SwapDraft) -> None: ...
+
+    def settle(self) -> list[DraftSwapped]: ...
+
+
+def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
+    """Serve until a `Shutdown` comes. Whatever a step raises ends all requests and the process:
+    its state can no longer be trusted, and the launcher starts a new one."""
+    channel.send(encode([core.info]))
+    try:
+        while True:
+            at_most = LOADING_POLL if swaps.busy else None
+            for message in channel.receive(wait=not core.has_work(), at_most=at_most):
+                if isinstance(message, Shutdown):
+                    channel.send(encode(core.abort_all(STOPPING, ErrorCode.STOPPING)))
+                    return
+                if isinstance(message, SwapDraft):
+                    swaps.ask(message)
+                else:
+                    core.add(message)
+            if answers := swaps.settle():
+                channel.send(encode(answers))
+            if core.has_work():
+                channel.send(encode(core.step()))
+    except Exception as error:
+        channel.send(encode(core.abort_all(f"the engine failed: {type(error).__name__}")))
+        raise
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
+    endpoint = sys.argv[1]
+    pipe = open_pipe()
+    config = Config.model_validate_json(pipe.readline())
+    set_up_logging(config.log)
+    die_with_parent(pipe)
+    try:
+        from server.assembly.compose import build_swappable_engine
+        from server.assembly.swaps import DraftSwaps
+
+        capture = open_capture(config.capture)
+        engine = build_swappable_engine(config, folder_of(endpoint))
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        logger.error("the engine cannot start: %s", error)
+        logger.debug("", exc_info=True)
+        raise SystemExit(EXIT_BAD_SETUP) from None
+    if capture is not None:
+        engine.core.capture_with(capture)
+        capture.start()
+    try:
+        _serve(endpoint, engine.core, DraftSwaps(engine.core, engine.swapper), capture)
+    except Exception as error:
+        engine.followers.abandon(f"rank 0 failed: {error!r}")
+        raise
+    engine.close()
+
+
+def _serve(endpoint: str, core: EngineCore, swaps: Swaps, capture: CaptureWriter | None) -> None:
+    channel = EngineChannel(endpoint)
+    try:
+        run(core, channel, swaps)
+    finally:
+        if capture is not None:
+            capture.close()
+        channel.close()
+
+
+def open_capture(config: CaptureConfig) -> CaptureWriter | None:
+    """What writes sequences down, None unless the operator wants it. ValueError when the directory
+    cannot be used."""
+    return None if config.dir is None else CaptureWriter(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A follower rank: loads its part of the model, then carries out what rank 0 sends.
+
+Run by rank 0 as `python -m server.process.follower RANK STORE SOCKET MEMORY WAKE`, the last three
+being open handles, with the configuration as JSON in the first line of standard input. It ends when
+the pipe or the socket does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from configs.schema import Config
+from engine.parallel.agreement import RefusedByAllError
+from engine.parallel.board import Board
+from engine.parallel.channel import Channel, Inbox
+from engine.parallel.frames import (
+    DraftLoaded,
+    DropDraft,
+    LoadDraft,
+    OpenScratch,
+    Order,
+    PlanFrame,
+    Stop,
+    UseDraft,
+)
+from engine.parallel.plan_codec import PlanDecoder
+from engine.runner.warmup import PlanExecutor
+from engine.speculation.proposer import RootProposer
+from server.assembly.drafting import Drafting, LoadedDraft
+from server.assembly.followers import EXIT_LOST, device_of, join
+from server.assembly.rank import BAD_SETUP, Rank, build_rank
+from server.process.engine_process import EXIT_BAD_SETUP
+from server.process.logs import set_up_logging
+from server.process.parent import die_with_parent, open_pipe
+
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """Carries out orders one after the other; only heads are loaded beside them."""
+
+    def __init__(self, rank: Rank, inbox: Inbox, channel: Channel) -> None:
+        self._rank = rank
+        self._inbox = inbox
+        self._channel = channel  # for answers
+        self._serving: tuple[PlanExecutor, PlanDecoder] = (rank.executor, PlanDecoder())
+        self._scratch: tuple[PlanExecutor, PlanDecoder] | None = None
+        self._loaded: tuple[LoadedDraft, Drafting] | None = None
+
+    def run(self) -> None:
+        """Until rank 0 says so or is gone."""
+        decoder = msgspec.msgpack.Decoder(Order)
+        while (frame := self._inbox.receive()) is not None:
+            order = decoder.decode(frame)
+            if isinstance(order, Stop):
+                return
+            self._do(order)
+
+    def _do(self, order: Order) -> None:
+        if isinstance(order, PlanFrame):
+            target = self._scratch if order.scratch else self._serving
+            assert target is not None, "no scratch was opened"
+            executor, decoder = target
+            executor.execute(decoder.decode(order))
+        elif isinstance(order, LoadDraft):
+            threading.Thread(target=self._load, args=(order.path,), daemon=True).start()
+        elif isinstance(order, UseDraft):
+            self._use(self._loaded if order.loaded else None)
+        elif isinstance(order, DropDraft):
+            self._loaded = None
+        elif isinstance(order, OpenScratch):
+            assert self._loaded is not None
+            _, executor = self._rank.scratch(self._loaded[0])
+            self._scratch = executor, PlanDecoder()
+
+    def _use(self, loaded: tuple[LoadedDraft, Drafting] | None) -> None:
+        self._rank.runner.draft_with(RootProposer() if loaded is None else loaded[1].proposer)
+        self._loaded = None
+        if loaded is None:
+            self._scratch = None
+
+    def _load(self, path: str) -> None:
+        error = None
+        try:
+            self._loaded = self._rank.load_draft(Path(path))
+        except (ValueError, OSError) as fault:
+            error = str(fault)
+        except Exception as fault:
+            logger.exception("the draft head cannot be loaded")
+            error = f"it cannot be loaded ({type(fault).__name__})"
+        answer = DraftLoaded(self._rank.place.group.rank, error)
+        self._channel.send(msgspec.msgpack.encode(answer))
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the engine process
+    number, store = int(sys.argv[1]), Path(sys.argv[2])
+    end, memory, wake = map(int, sys.argv[3:])
+    pipe = open_pipe()
+    config = Config.model_validate_json(pipe.readline())
+    set_up_logging(config.log)
+    die_with_parent(pipe)
+    channel = Channel(socket.socket(fileno=end))
+    inbox = Inbox(channel, Board(memory, wake), number - 1)
+    try:
+        device = device_of(number, config)
+        rank = build_rank(config, join(config, store, number, device), device)
+    except RefusedByAllError:
+        inbox.receive()  # rank 0 says so, and then tells everybody to stop
+        _leave(EXIT_BAD_SETUP)
+    except BAD_SETUP as error:
+        logger.error("rank %d cannot start: %s", number, error)
+        logger.debug("", exc_info=True)
+        _leave(EXIT_BAD_SETUP)
+    try:
+        Follower(rank, inbox, channel).run()
+    except Exception:
+        logger.exception("rank %d failed", number)
+        _leave(EXIT_LOST)
+    rank.place.group.close()
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: leaving properly takes long, and might wait for other ranks."""
+    logging.shutdown()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The HTTP process: opens the port at once, keeps an engine process running behind it, and drains
+on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import uvicorn
+import uvloop
+import yaml
+import zmq
+from fastapi import FastAPI
+
+from configs.env import engine_environment
+from configs.schema import Config
+from engine.messages import EngineInfo, ErrorCode
+from server.http.app import create_app
+from server.http.context import ServerContext, ServerInfo, with_engine_facts
+from server.http.ops_routes import redacted
+from server.http.protocol import HttpProtocol
+from server.openai.routes import ROUTES
+from server.process.client import ENGINE_LOST, ZmqEngineClient
+from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
+from server.process.logs import set_up_logging
+from server.process.socket_folder import private_endpoint, remove_stale_folders
+from server.text.chat_codec import load_codec
+
+LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
+GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
+FALLBACK = "reference ("  # begins the name of a backend that stands in for another
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
+
+logger = logging.getLogger(__name__)
+
+
+def serve(config: Config) -> int:
+    """Run the server until it is told to stop; returns the exit code.
+
+    Args:
+        config: resolved for its host (`resolve_host`).
+
+    Raises:
+        OSError, ValueError: the port, the model's files or the API keys are at fault.
+    """
+    set_up_logging(config.log)
+    remove_stale_folders()
+    listener = open_port(config.server.host, config.server.port)
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    with contextlib.closing(listener), runner:
+        return runner.run(_serve(config, listener))
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A listening socket. OSError that names the address when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            f"cannot listen on {host}:{port} (server.host, server.port): {reason}"
+        ) from error
+    return listener
+
+
+async def _serve(config: Config, listener: socket.socket) -> int:
+    stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
+    client = ZmqEngineClient()
+    engine = EngineKeeper(config, client)
+    engine.start()  # loads the model while this process loads the tokenizer
+    try:
+        text = asyncio.create_task(asyncio.to_thread(load_codec, config))
+        await _first(stop.wait(), text)
+        if not stop.is_set():
+            codec = await text
+            info = ServerInfo.from_config(config)
+            app = create_app(config, client, codec.tokenizer, codec.template, info, ROUTES)
+            await _run(config, app, client, engine, listener, stop)
+    finally:
+        await engine.stop()
+        client.close()
+    return engine.exit_code
+
+
+async def _run(
+    config: Config,
+    app: FastAPI,
+    client: ZmqEngineClient,
+    engine: EngineKeeper,
+    listener: socket.socket,
+    stop: asyncio.Event,
+) -> None:
+    """Answer requests until a signal comes or the engine is gone for good."""
+    web = _WebServer(web_config(app))
+    running = asyncio.create_task(web.serve(sockets=[listener]))
+    announcing = asyncio.create_task(_announce(config, client, listener))
+    await _first(stop.wait(), engine.failed(), running)
+    announcing.cancel()
+    if stop.is_set():
+        await _drain(app.state.context, config.server.drain_timeout, stop)
+    await engine.stop()
+    web.should_exit = True
+    for last_resort in (web.drop_connections, web.stop_waiting):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(running), LAST_WORDS)
+        last_resort()
+    await running
+
+
+def web_config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, http=HttpProtocol, ws="none", log_config=None, access_log=False, lifespan="on"
+    )
+
+
+async def _announce(config: Config, client: ZmqEngineClient, listener: socket.socket) -> None:
+    """Print the resolved configuration, then where the server can be reached."""
+    info = await client.wait_ready()
+    warn_of_fallback(info)
+    resolved = redacted(with_engine_facts(config, info))
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    url = f"http://{host}:{port}"
+    sys.stdout.write(yaml.safe_dump({"config": resolved, "ops": info.ops}, sort_keys=False))
+    sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
+    sys.stdout.flush()
+
+
+def warn_of_fallback(info: EngineInfo) -> None:
+    """Log why native kernels, which were to be used where possible, could not be had."""
+    reasons = {name for name in info.ops.values() if name.startswith(FALLBACK)}
+    for reason in sorted(reasons):
+        operations = ", ".join(name for name, backend in info.ops.items() if backend == reason)
+        logger.warning("slow kernels are used for %s: %s", operations, reason)
+
+
+async def _drain(context: ServerContext, timeout: float, stop: asyncio.Event) -> None:
+    """Refuse new requests and let open ones finish, up to `timeout` or a second signal."""
+    context.state.start_draining()
+    logger.info("draining: %d requests are open", context.state.num_open)
+    stop.clear()
+    await _first(context.state.wait_idle(), stop.wait(), asyncio.sleep(timeout))
+    if context.state.num_open:
+        logger.warning("%d requests did not finish in time", context.state.num_open)
+
+
+async def _first(*awaitables: object) -> None:
+    """Wait for the first of them; the others are cancelled, unless they are tasks of somebody."""
+    own = [asyncio.ensure_future(a) for a in awaitables if asyncio.iscoroutine(a)]
+    tasks = [a for a in awaitables if isinstance(a, asyncio.Task)]
+    await asyncio.wait([*own, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    for task in own:
+        task.cancel()
+
+
+def _stop_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+class _WebServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: draining comes first here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def drop_connections(self) -> None:
+        """Clients that do not read hold up their responses: these now end as if they had left."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def stop_waiting(self) -> None:
+        self.force_exit = True
+
+
+class EngineKeeper:
+    """Starts the engine process, and starts it again when it dies."""
+
+    def __init__(self, config: Config, client: ZmqEngineClient) -> None:
+        self._config = config
+        self._client = client
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self.exit_code = 0
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep())
+
+    async def failed(self) -> None:
+        """Return when there will be no engine any more."""
+        assert self._task is not None
+        await asyncio.wait({self._task})
+
+    async def stop(self) -> None:
+        """End the engine; requests that are still open end with it."""
+        self._stopping.set()
+        if self._task is None:
+            return
+        if self._client.info is None:
+            self._kill()  # it has no requests, and hears nothing before the model is loaded
+        self._client.shut_down()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._task), LAST_WORDS)
+        except TimeoutError:
+            self._kill()
+            await self._task
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def _keep(self) -> None:
+        backoff = FIRST_BACKOFF
+        while not self._stopping.is_set():
+            try:
+                code, was_ready = await self._run_once()
+            except (OSError, zmq.ZMQError) as error:
+                logger.error("the engine process cannot be started: %s", error)
+                self.exit_code = 1
+                return
+            if self._stopping.is_set():
+                return
+            logger.error("the engine process ended with exit code %d", code)
+            if code == EXIT_BAD_SETUP or not self._config.server.restart_engine:
+                self.exit_code = 1
+                return
+            backoff = FIRST_BACKOFF if was_ready else min(backoff * 2, LONGEST_BACKOFF)
+            logger.info("starting the engine again in %.1f s", backoff)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff)
+
+    async def _run_once(self) -> tuple[int, bool]:
+        """One engine's life; its exit code, and whether it ever took requests.
+
+        Raises:
+            OSError, zmq.ZMQError: no process or no socket for it can be had.
+        """
+        with private_endpoint() as endpoint:
+            self._client.attach(endpoint)
+            self._process = await _spawn(endpoint)
+            if self._stopping.is_set():
+                self._kill()
+            assert self._process.stdin is not None
+            self._process.stdin.write(_without_secrets(self._config).encode() + b"\n")
+            code = await self._process.wait()
+            was_ready = self._client.info is not None
+            if self._stopping.is_set():
+                self._client.detach(STOPPING, ErrorCode.STOPPING)
+            else:
+                self._client.detach(ENGINE_LOST)
+            await end_group(self._process.pid)
+            return code, was_ready
+
+
+async def end_group(leader: int) -> None:
+    """Kill what a process that has ended left of its group: its children go with it, but not those
+    that are stopped or hang."""
+    end = time.monotonic() + LAST_WORDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            with contextlib.suppress(ChildProcessError):  # they are ours as PID 1 of a container
+                os.waitpid(-leader, os.WNOHANG)
+            os.killpg(leader, 0)
+            await asyncio.sleep(GROUP_POLL)
+        logger.warning("processes of the engine do not end with it: they are killed")
+        os.killpg(leader, signal.SIGKILL)
+
+
+async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
+    """Start an engine process. OSError that names the program when it cannot be had."""
+    program = sys.executable
+    try:
+        return await asyncio.create_subprocess_exec(
+            *(program, "-P", "-m", "server.process.engine_process", endpoint),
+            stdin=asyncio.subprocess.PIPE,
+            env=engine_environment(),
+            start_new_session=True,  # a terminal's Ctrl-C is the business of this process
+        )
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"{program}: {reason}") from error
+
+
+def _without_secrets(config: Config) -> str:
+    """What the engine is told: everything but the keys."""
+    no_keys = {"api_keys": (), "api_key_file": None, "admin_keys": (), "admin_key_file": None}
+    server = config.server.model_copy(update=no_keys)
+    return config.model_copy(update={"server": server}).model_dump_json()

@@ -1,0 +1,94 @@
+"""Folders for the socket between the two processes, and for the files of an engine that may be
+killed; those that killed servers left are removed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from server.assembly.meeting import RANKS, holds_nothing_else
+
+PREFIX = "aerie-engine-"
+SOCKET = "engine"
+MAX_LOOKED_AT, MAX_REMOVED = 10_000, 100  # entries of the temporary folder
+FRESH = 60.0  # seconds in which an owner surely has locked its new folder
+
+
+@contextlib.contextmanager
+def private_endpoint() -> Iterator[str]:
+    """The ZeroMQ address of a socket that only this user can reach. OSError without a place.
+
+    The folder is locked as long as its owner lives: unlike the number of a process, that holds
+    between containers which share the temporary folder.
+    """
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, _opened(Path(folder)) as handle:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody will remove it
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield f"ipc://{Path(folder) / SOCKET}"
+
+
+def folder_of(endpoint: str) -> Path:
+    """The folder of a `private_endpoint`. It is removed when the engine has ended."""
+    return Path(endpoint.removeprefix("ipc://")).parent
+
+
+def remove_stale_folders() -> int:
+    """Remove what servers of this user left when they were killed; how many folders that were."""
+    num_removed = 0
+    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        for entry in itertools.islice(entries, MAX_LOOKED_AT):
+            if entry.name.startswith(PREFIX):
+                num_removed += _remove_if_stale(Path(entry.path))
+            if num_removed == MAX_REMOVED:
+                break
+    return num_removed
+
+
+def _remove_if_stale(folder: Path) -> bool:
+    """Nothing but an unlocked folder of ours with at most a socket and stores in it is touched."""
+    try:
+        with _opened(folder) as handle:
+            status = os.fstat(handle)
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < FRESH:
+                return False
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            names = os.listdir(handle)
+            if not all(_is_ours(name, handle) for name in names):
+                return False
+            for name in names:
+                if name == SOCKET:
+                    os.unlink(name, dir_fd=handle)
+                else:
+                    shutil.rmtree(name, dir_fd=handle)
+            folder.rmdir()
+    except OSError:  # it is in use, not empty, or somebody else's: it stays
+        return False
+    return True
+
+
+def _is_ours(name: str, parent: int) -> bool:
+    """Whether it is a socket, or a folder where ranks met, with nothing else in it."""
+    mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+    if name == SOCKET:
+        return stat.S_ISSOCK(mode)
+    if not (name.startswith(RANKS) and stat.S_ISDIR(mode)):
+        return False
+    with _opened(name, parent) as handle:
+        return holds_nothing_else(handle)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path | str, parent: int | None = None) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        yield handle
+    finally:
+        os.close(handle)

@@ -1,0 +1,216 @@
+"""Inside engine/ and server/ imports point down, floor by floor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+from tests.architecture.source_tree import PRODUCT, Module, imports, modules
+
+Table = Mapping[str, frozenset[str]]
+
+
+def tower(*rooms: str) -> Table:
+    """Rooms from the ground up; each may import all below it."""
+    return {room: frozenset(rooms[:floor]) for floor, room in enumerate(rooms)}
+
+
+# package -> room (a folder, or a file beside the folders) -> rooms that it may import, all of which
+# stand further up in the table.
+FLOORS: dict[str, Table] = {
+    "engine": tower(
+        "request",
+        "messages",
+        "transfer",
+        "kv",
+        "step",
+        "checkpoints",
+        "parallel",
+        "sampling",
+        "speculation",
+        "models",
+        "scheduler",
+        "runner",
+        "pipeline",
+        "capture",
+        "completion",
+        "core",
+    ),
+    "server": {
+        "version": frozenset(),
+        "text": frozenset(),
+        "http": frozenset({"version", "text"}),
+        "openai": frozenset({"text", "http"}),
+        "assembly": frozenset({"text"}),
+        "process": frozenset({"text", "http", "openai", "assembly"}),
+        "commands": frozenset({"text", "assembly", "process"}),
+        "cli": frozenset({"version", "commands"}),
+    },
+}
+EXCEPTIONS = {("engine/parallel/lockstep.py", "engine.runner.warmup")}
+
+
+def room_of(name: str, package: str) -> str | None:
+    """The room of a module of this package; None for the package itself and for other modules."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == package and len(parts) > 1 else None
+
+
+def unknown_rooms(module: Module, table: Table) -> list[str]:
+    room = room_of(module.name, module.package)
+    if room is None or room in table:
+        return []
+    return [module.at(module.tree, f"{room} has no floor yet")]
+
+
+def upward(module: Module, table: Table) -> list[tuple[str, str]]:
+    """Imports of rooms that do not lie below this one: a line for a report, and the name."""
+    room = room_of(module.name, module.package)
+    found = []
+    for node, name in imports(module):
+        other = room_of(name, module.package)
+        if room is not None and other is not None and other not in {room, *table.get(room, ())}:
+            found.append((module.at(node, f"{room} must not import {name}"), name))
+    return found
+
+
+def wrong_arrows(module: Module, table: Table) -> list[str]:
+    return [
+        line
+        for line, name in upward(module, table)
+        if not any(module.path == path and _is_of(name, other) for path, other in EXCEPTIONS)
+    ]
+
+
+def _is_of(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
+
+
+def misplaced(table: Table) -> list[str]:
+    """Rooms that may import one which is not further down in the table: a circle, or no floor."""
+    seen: set[str] = set()
+    found = []
+    for room, below in table.items():
+        found += [f"{room} may import {other}" for other in sorted(below - seen)]
+        seen.add(room)
+    return found
+
+
+def circles(found: Iterable[Module]) -> list[str]:
+    """Modules that import each other, also inside functions. One line for each circle met."""
+    known = {module.name: module for module in found}
+    arrows = {name: sorted(_targets(module, known)) for name, module in known.items()}
+    done: set[str] = set()
+    lines: list[str] = []
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        if name in way:
+            lines.append(" -> ".join([*way[way.index(name) :], name]))
+        elif name not in done:
+            for target in arrows[name]:
+                visit(target, (*way, name))
+            done.add(name)
+
+    for name in arrows:
+        visit(name, ())
+    return lines
+
+
+def _targets(module: Module, known: Mapping[str, Module]) -> set[str]:
+    named = {name for _, name in imports(module)}
+    named |= {name.rpartition(".")[0] for name in named}
+    return {name for name in named if name in known and not known[name].is_package}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_has_a_floor(package: str) -> None:
+    found = modules((package,))
+    assert [line for module in found for line in unknown_rooms(module, FLOORS[package])] == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_point_down(package: str) -> None:
+    found = modules((package,))
+    assert [line for module in found for line in wrong_arrows(module, FLOORS[package])] == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_floors_have_an_order(package: str) -> None:
+    assert misplaced(FLOORS[package]) == []
+
+
+@pytest.mark.parametrize("package", PRODUCT)
+def test_no_modules_import_each_other(package: str) -> None:
+    assert circles(modules((package,))) == []
+
+
+def test_every_exception_is_needed() -> None:
+    needed = {
+        (module.path, other)
+        for module in modules(tuple(FLOORS))
+        for _, name in upward(module, FLOORS[module.package])
+        for _, other in EXCEPTIONS
+        if _is_of(name, other)
+    }
+    assert EXCEPTIONS - needed == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("server/http/a.py", "from server.openai.schema import ChatRequest"),
+        ("server/http/a.py", "def f():\n    from server.openai import chat"),
+        (
+            "server/http/a.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import server.cli",
+        ),
+        ("server/text/a.py", "from ..http import errors"),
+        ("server/assembly/a.py", "import server.process.wire"),
+        ("server/commands/a.py", "from server import cli"),
+        ("engine/request.py", "from engine.messages import Tokens"),
+        ("engine/kv/a/b.py", "from engine.step.plan import StepPlan"),
+        ("engine/models/a.py", "import importlib\nimportlib.import_module('engine.core')"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(path: str, text: str) -> None:
+    module = Module(path, text)
+    assert len(wrong_arrows(module, FLOORS[module.package])) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("server/cli.py", "from server.commands import serve\nimport engine.core, serverless"),
+        ("server/process/a.py", "from server.assembly.compose import x\nfrom . import b"),
+        ("server/openai/a.py", "import server\nfrom server.http.errors import ApiError"),
+        ("engine/core.py", "from engine.request import Request\nfrom engine.runner.step import x"),
+        ("engine/step/a.py", "from .plan import StepPlan\nfrom ..kv.slots import Slots"),
+    ],
+)
+def test_a_right_arrow_is_left_alone(path: str, text: str) -> None:
+    module = Module(path, text)
+    assert wrong_arrows(module, FLOORS[module.package]) == []
+
+
+@pytest.mark.parametrize("path", ["server/tools/a.py", "server/loose.py", "server/a/b/c.py"])
+def test_a_room_without_a_floor_is_seen(path: str) -> None:
+    assert len(unknown_rooms(Module(path, ""), FLOORS["server"])) == 1
+    assert unknown_rooms(Module("server/__init__.py", ""), FLOORS["server"]) == []
+
+
+def test_a_table_that_allows_a_circle_is_seen() -> None:
+    table = {"a": frozenset({"b"}), "b": frozenset({"a"}), "c": frozenset({"c", "a"})}
+    assert misplaced(table) == ["a may import b", "c may import c"]
+
+
+def test_a_circle_of_modules_is_seen() -> None:
+    texts = {
+        "a/b.py": "from a import c",
+        "a/c.py": "def f():\n    from a.d import x",
+        "a/d.py": "import a.b",
+        "a/e.py": "import a.b, a.c",
+    }
+    assert circles(Module(path, text) for path, text in texts.items()) == [
+        "a.b -> a.c -> a.d -> a.b"
+    ]

@@ -1,0 +1,96 @@
+"""The OpenAPI document, and requests made up from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import CHECKS
+
+from server.text.tokenizer import Tokenizer
+from tests.support.http_server import MODEL, Server
+
+OPERATIONS = [
+    ("/v1/chat/completions", "POST"),
+    ("/v1/completions", "POST"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{model_id}", "GET"),
+    ("/info", "GET"),
+    ("/admin/draft", "POST"),
+]
+NAMES = [
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+]
+EXAMPLES = settings(
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "mode"),
+    [(*operation, GenerationMode.POSITIVE) for operation in OPERATIONS]
+    + [(*operation, GenerationMode.NEGATIVE) for operation in OPERATIONS if "POST" in operation],
+)
+def test_made_up_requests_get_documented_answers(
+    tokenizer: Tokenizer, path: str, method: str, mode: GenerationMode
+) -> None:
+    server = Server(tokenizer, admin_keys=("root",))
+    schema = schemathesis.openapi.from_asgi("/openapi.json", server.app)
+    operation = schema[path][method]
+    checks = CHECKS.get_by_names(NAMES)
+
+    @EXAMPLES
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def send(case: Case) -> None:
+        if isinstance(case.body, dict) and "model" in case.body:
+            case.body["model"] = MODEL  # else nothing but 404 would be seen
+        case.headers["authorization"] = "Bearer root"
+        case.call_and_validate(checks=checks)
+
+    send()
+    assert server.context.admission.num_waiting == 0
+    assert server.context.state.num_open == 0
+
+
+def test_document_describes_every_route(server: Server) -> None:
+    document = server.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/info",
+        "/admin/draft",
+    }
+
+
+def test_every_reference_resolves(server: Server) -> None:
+    document = server.get("/openapi.json").json()
+    known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+    assert references(document) <= known
+
+
+def references(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
+        return own.union(*(references(member) for member in node.values()))
+    if isinstance(node, list):
+        return set().union(*(references(member) for member in node))
+    return set()

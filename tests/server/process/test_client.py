@@ -1,0 +1,281 @@
+"""The engine client of the HTTP process against a peer that a test speaks for."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from engine.messages import (
+    Abort,
+    ClientMessage,
+    DraftFacts,
+    DraftSwapped,
+    EngineMessage,
+    EngineStats,
+    Finished,
+    Shutdown,
+    Submit,
+    SwapDraft,
+    Tokens,
+)
+from engine.request import FinishReason, Request
+from server.process.client import ENGINE_LOST, NO_ENGINE, ZmqEngineClient
+from server.process.wire import decode_client, encode, unbounded
+from tests.support.engines import ask
+from tests.support.scripted_engine import INFO, finished, tokens
+
+STATS = EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7)
+
+
+class Peer:
+    """The engine's end of the pair."""
+
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
+        self._socket = context.socket(zmq.PAIR)
+        unbounded(self._socket)
+        self._socket.connect(endpoint)
+        self._heard: list[ClientMessage] = []
+
+    async def say(self, *messages: EngineMessage) -> None:
+        await self._socket.send(encode(messages))
+
+    async def hear(self, count: int) -> list[ClientMessage]:
+        """The next `count` messages, however they were batched."""
+        while len(self._heard) < count:
+            self._heard += decode_client(await self._socket.recv())
+        found, self._heard = self._heard[:count], self._heard[count:]
+        return found
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Pair:
+    """A client, and one engine after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()
+        self._context = zmq.asyncio.Context()
+        self.client = ZmqEngineClient()
+
+    async def engine(self) -> Peer:
+        """Attach a new engine that is ready."""
+        endpoint = f"ipc://{self._folder}/{next(self._numbers)}"
+        self.client.attach(endpoint)
+        peer = Peer(self._context, endpoint)
+        await peer.say(INFO)
+        assert await self.client.wait_ready() == INFO
+        return peer
+
+    def close(self) -> None:
+        self.client.close()
+        self._context.destroy(linger=0)
+
+
+Play = Callable[[Pair], Awaitable[None]]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[[Play], None]:
+    """Runs a scene with a pair that is closed afterwards."""
+
+    def run(scene: Play) -> None:
+        async def main() -> None:
+            pair = Pair(tmp_path)
+            try:
+                await asyncio.wait_for(scene(pair), 30)
+            finally:
+                pair.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+def request(name: str) -> Request:
+    return ask(name, [5, 6, 7])
+
+
+async def collect(stream: AsyncIterator[Tokens | Finished]) -> list[Tokens | Finished]:
+    return [event async for event in stream]
+
+
+def test_streams_get_their_own_events_in_order(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        a, b = request("a"), request("b")
+        streams = [pair.client.submit(a), pair.client.submit(b)]
+        assert await peer.hear(2) == [Submit(a), Submit(b)]
+        of_a = [tokens(a, [1]), tokens(a, [2, 3]), finished(a, FinishReason.LENGTH, 3)]
+        of_b = [tokens(b, [9]), finished(b, FinishReason.STOP, 1)]
+        await peer.say(of_a[0], of_b[0], STATS)
+        await peer.say(of_a[1], of_b[1], of_a[2])
+        assert [await collect(stream) for stream in streams] == [of_a, of_b]
+        assert pair.client.stats == STATS
+
+    play(scene)
+
+
+def test_a_request_is_handed_over_before_its_stream_is_read(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        pair.client.submit(request("a"))
+        assert await peer.hear(1) == [Submit(request("a"))]
+
+    play(scene)
+
+
+def test_an_abort_is_passed_on_while_the_request_is_open(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        a = request("a")
+        stream = pair.client.submit(a)
+        pair.client.abort("a")
+        pair.client.abort("nobody")
+        assert await peer.hear(2) == [Submit(a), Abort("a")]
+        end = finished(a, FinishReason.ABORT)
+        await peer.say(end)
+        assert await collect(stream) == [end]
+        pair.client.abort("a")  # it is over: the engine hears of none of this
+        pair.client.shut_down()
+        assert await peer.hear(1) == [Shutdown()]
+
+    play(scene)
+
+
+def test_a_lost_engine_ends_every_stream_with_one_error(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        a, b = request("a"), request("b")
+        of_a, of_b = pair.client.submit(a), pair.client.submit(b)
+        await peer.hear(2)
+        await peer.say(STATS, tokens(a, [1]))
+        assert await anext(of_a) == tokens(a, [1])
+        pair.client.detach()
+        for name, stream in (("a", of_a), ("b", of_b)):
+            (end,) = await collect(stream)
+            assert isinstance(end, Finished)
+            assert (end.request_id, end.reason) == (name, FinishReason.ERROR)
+            assert (end.error, end.error_code) == (ENGINE_LOST, None)
+            assert end.num_prompt == 3
+        assert pair.client.info is None
+        assert pair.client.stats == EngineStats(0, 0, 0.0, 3, 4, 5, 6, 0), "its counts are kept"
+
+    play(scene)
+
+
+def test_events_come_again_from_the_next_engine(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        first = await pair.engine()
+        lost = pair.client.submit(request("a"))
+        pair.client.detach()
+        first.close()
+        await collect(lost)
+        second = await pair.engine()
+        b = request("b")
+        stream = pair.client.submit(b)
+        assert await second.hear(1) == [Submit(b)], "nothing meant for the first engine"
+        events = [tokens(b, [4]), finished(b, FinishReason.LENGTH, 1)]
+        await second.say(*events)
+        assert await collect(stream) == events
+
+    play(scene)
+
+
+def test_without_an_engine_requests_end_at_once(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        stream = pair.client.submit(request("a"))
+        pair.client.abort("a")
+        pair.client.shut_down()
+        (end,) = await collect(stream)
+        assert isinstance(end, Finished)
+        assert (end.reason, end.error) == (FinishReason.ERROR, NO_ENGINE)
+
+    play(scene)
+
+
+def test_an_engine_that_talks_nonsense_is_told_to_end(
+    play: Callable[[Play], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        stream = pair.client.submit(request("a"))
+        await peer.hear(1)
+        await peer.say(tokens(request("stranger"), [1]))
+        assert await peer.hear(1) == [Shutdown()]
+        pair.client.detach()
+        assert len(await collect(stream)) == 1
+
+    play(scene)
+    assert "unknown request stranger" in caplog.text
+
+
+def test_messages_of_one_turn_travel_together(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        for name in ("a", "b", "c"):
+            pair.client.submit(request(name))
+        frame = await peer._socket.recv()
+        assert decode_client(frame) == [Submit(request(name)) for name in ("a", "b", "c")]
+
+    play(scene)
+
+
+FACTS = DraftFacts("/heads/new", "eagle3", 1, 32, 1000)
+
+
+def test_swaps_get_their_own_answers_and_show_in_the_facts(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        asked = [asyncio.create_task(pair.client.swap_draft(path)) for path in ("a", "b", None)]
+        said = await peer.hear(3)
+        assert all(isinstance(message, SwapDraft) for message in said)
+        first, second, third = (message.request_id for message in said)  # type: ignore[union-attr]
+        assert len({first, second, third}) == 3
+        await peer.say(DraftSwapped(first, FACTS), DraftSwapped(second, FACTS, "no such head"))
+        assert await asked[0] == DraftSwapped(first, FACTS)
+        assert (await asked[1]).error == "no such head"
+        assert pair.client.info is not None
+        assert pair.client.info.draft == FACTS
+        await peer.say(DraftSwapped(third))
+        assert (await asked[2]).draft is None
+        assert pair.client.info.draft is None
+
+    play(scene)
+
+
+def test_a_swap_of_an_engine_that_dies_fails(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        with pytest.raises(ConnectionError, match=NO_ENGINE):
+            await pair.client.swap_draft("a")
+        peer = await pair.engine()
+        asked = asyncio.create_task(pair.client.swap_draft("a"))
+        await peer.hear(1)
+        pair.client.detach()
+        with pytest.raises(ConnectionError, match=ENGINE_LOST):
+            await asked
+
+    play(scene)
+
+
+def test_an_answer_that_nobody_waits_for_is_harmless(play: Callable[[Play], None]) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        asked = asyncio.create_task(pair.client.swap_draft("a"))
+        (message,) = await peer.hear(1)
+        assert isinstance(message, SwapDraft)
+        asked.cancel()
+        again = asyncio.create_task(pair.client.swap_draft("b"))
+        (second,) = await peer.hear(1)
+        assert isinstance(second, SwapDraft)
+        await peer.say(DraftSwapped(message.request_id, FACTS), DraftSwapped(second.request_id))
+        assert (await again).request_id == second.request_id
+
+    play(scene)

@@ -1,0 +1,232 @@
+"""The loop of the engine process, around an engine that a test wrote down."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from configs.load import load_config
+from configs.schema import Config
+from engine.core import EngineCore
+from engine.messages import (
+    Abort,
+    ClientMessage,
+    DraftSwapped,
+    EngineMessage,
+    ErrorCode,
+    Finished,
+    Shutdown,
+    Submit,
+    SwapDraft,
+    Tokens,
+)
+from engine.request import FinishReason
+from server.process.engine_process import STOPPING, EngineChannel, run
+from server.process.wire import decode_engine, encode, unbounded
+from tests.support.engines import ask
+from tests.support.fake_executor import FakeEngine, expected_text
+from tests.support.scripted_engine import INFO
+
+WAIT = 30_000  # milliseconds
+
+
+class Front:
+    """The HTTP process's end of the pair."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        unbounded(self._socket)
+        self._socket.setsockopt(zmq.RCVTIMEO, WAIT)
+        self._socket.bind(endpoint)
+        self._heard: list[EngineMessage] = []
+
+    def say(self, *messages: ClientMessage) -> None:
+        self._socket.send(encode(messages))
+
+    def hear(self) -> EngineMessage:
+        while not self._heard:
+            self._heard = decode_engine(self._socket.recv())
+        return self._heard.pop(0)
+
+    def until_finished(self, count: int) -> list[Tokens | Finished]:
+        """Events up to the `count`-th `Finished`, without statistics."""
+        events: list[Tokens | Finished] = []
+        while sum(isinstance(event, Finished) for event in events) < count:
+            event = self.hear()
+            if isinstance(event, Tokens | Finished):
+                events.append(event)
+        return events
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+class SlowSwaps:
+    """Pretends that loading takes until `settle` has been called often enough."""
+
+    def __init__(self, patience: int = 3) -> None:
+        self._asked: list[SwapDraft] = []
+        self._patience = patience
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._asked)
+
+    def ask(self, message: SwapDraft) -> None:
+        self._asked.append(message)
+
+    def settle(self) -> list[DraftSwapped]:
+        self._patience -= self.busy
+        if self._patience or not self.busy:
+            return []
+        return [DraftSwapped(self._asked.pop().request_id)]
+
+
+class Engine(threading.Thread):
+    """`run` on a thread of its own; what it raised is kept."""
+
+    def __init__(self, core: EngineCore, endpoint: str) -> None:
+        super().__init__(daemon=True)
+        self._core = core
+        self._endpoint = endpoint
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        channel = EngineChannel(self._endpoint)
+        try:
+            run(self._core, channel, SlowSwaps())
+        except RuntimeError as error:
+            self.error = error
+        finally:
+            channel.close()
+
+    def ended(self) -> bool:
+        self.join(WAIT / 1000)
+        return not self.is_alive()
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/engine"
+
+
+@pytest.fixture
+def front(endpoint: str) -> Iterator[Front]:
+    end = Front(endpoint)
+    yield end
+    end.close()
+
+
+def core_of(fake: FakeEngine) -> EngineCore:
+    return EngineCore(fake.scheduler, fake.executor, INFO)
+
+
+def test_requests_run_until_shutdown(front: Front, endpoint: str) -> None:
+    fake = FakeEngine()
+    engine = Engine(core_of(fake), endpoint)
+    engine.start()
+    assert front.hear() == INFO
+    a = ask("a", [1, 2, 3], max_tokens=5, ignore_eos=True)
+    front.say(Submit(a))
+    events = front.until_finished(1)
+    text = [i for event in events if isinstance(event, Tokens) for i in event.token_ids]
+    assert text == expected_text(a, fake.max_len, fake.vocab_size)
+    front.say(Shutdown())
+    assert engine.ended()
+    assert engine.error is None
+
+
+def test_shutdown_ends_open_requests_with_an_error(front: Front, endpoint: str) -> None:
+    engine = Engine(core_of(FakeEngine()), endpoint)
+    engine.start()
+    requests = [ask(name, [1], max_tokens=50, ignore_eos=True) for name in ("a", "b")]
+    front.say(*(Submit(request) for request in requests), Shutdown())
+    ends = [event for event in front.until_finished(2) if isinstance(event, Finished)]
+    assert engine.ended()
+    assert {end.request_id for end in ends} == {"a", "b"}
+    said = {(end.reason, end.error, end.error_code) for end in ends}
+    assert said == {(FinishReason.ERROR, STOPPING, ErrorCode.STOPPING)}
+
+
+def test_a_swap_is_answered_while_nothing_runs(front: Front, endpoint: str) -> None:
+    engine = Engine(core_of(FakeEngine()), endpoint)
+    engine.start()
+    assert front.hear() == INFO
+    front.say(SwapDraft("swap", "/heads/new"))
+    assert front.hear() == DraftSwapped("swap")
+    front.say(Shutdown())
+    assert engine.ended()
+
+
+def test_requests_go_on_while_a_head_is_loaded(front: Front, endpoint: str) -> None:
+    fake = FakeEngine()
+    engine = Engine(core_of(fake), endpoint)
+    engine.start()
+    a = ask("a", [1, 2, 3], max_tokens=9, ignore_eos=True)
+    front.say(Submit(a), SwapDraft("swap", None))
+    heard = []
+    while not any(isinstance(event, Finished) for event in heard):
+        heard.append(front.hear())
+    text = [i for event in heard if isinstance(event, Tokens) for i in event.token_ids]
+    assert text == expected_text(a, fake.max_len, fake.vocab_size)
+    swapped = heard.index(DraftSwapped("swap"))
+    assert any(isinstance(event, Tokens) for event in heard[:swapped])
+    assert any(isinstance(event, Tokens) for event in heard[swapped:])
+    front.say(Shutdown())
+    assert engine.ended()
+
+
+def test_an_abort_ends_a_request(front: Front, endpoint: str) -> None:
+    engine = Engine(core_of(FakeEngine()), endpoint)
+    engine.start()
+    front.say(Submit(ask("a", [1], max_tokens=50, ignore_eos=True)), Abort("a"), Abort("nobody"))
+    (end,) = front.until_finished(1)
+    assert isinstance(end, Finished)
+    assert end.reason is FinishReason.ABORT
+    front.say(Shutdown())
+    assert engine.ended()
+
+
+def test_what_a_step_raises_ends_every_request_and_the_process(
+    front: Front, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: object) -> None:
+        raise RuntimeError("device lost at 0xdead")
+
+    fake = FakeEngine()
+    monkeypatch.setattr(fake.executor, "execute", fail)
+    engine = Engine(core_of(fake), endpoint)
+    engine.start()
+    front.say(*(Submit(ask(name, [1, 2])) for name in ("a", "b")))
+    ends = front.until_finished(2)
+    assert engine.ended()
+    assert str(engine.error) == "device lost at 0xdead"
+    assert sorted(end.request_id for end in ends) == ["a", "b"]
+    for end in ends:
+        assert isinstance(end, Finished)
+        assert end.reason is FinishReason.ERROR
+        assert end.error == "the engine failed: RuntimeError", "no internals"
+
+
+def test_messages_that_have_come_are_taken_together(front: Front, endpoint: str) -> None:
+    channel = EngineChannel(endpoint)
+    try:
+        assert channel.receive(wait=False) == []
+        front.say(Abort("a"), Abort("b"))
+        assert channel.receive(wait=True) == [Abort("a"), Abort("b")]
+    finally:
+        channel.close()
+
+
+def test_the_configuration_survives_the_way_to_the_engine() -> None:
+    config = load_config(
+        overrides=["files.dir=/a b/ü", "server.drain_timeout=1e3", "model.max_model_len=7"]
+    )
+    assert "\n" not in config.model_dump_json(), "it is read as one line"
+    assert Config.model_validate_json(config.model_dump_json()) == config
