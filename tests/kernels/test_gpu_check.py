@@ -10,6 +10,7 @@ import torch
 from benchmarks import gpu_check, gpu_group
 from benchmarks.kernel_cases import FLOOR, Bar, Case, all_cases
 from benchmarks.kernels import measure, table
+from engine.parallel.distributed import DistributedGroup
 from kernels.ops import Ops
 
 
@@ -75,7 +76,11 @@ def test_the_command_is_in_the_makefile() -> None:
     assert "-m benchmarks.gpu_check" in makefile
 
 
-def test_a_wrong_sum_of_a_group_is_reported() -> None:
+def test_a_collective_of_one_rank_that_changes_something_is_reported(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    assert gpu_group.sums(lambda x: x, cpu)["failed"] == []
-    assert len(gpu_group.sums(lambda x: 2 * x, cpu)["failed"]) == len(gpu_group.SIZES)
+    group = DistributedGroup.join(tmp_path / "store", 0, 1, cpu, 60.0)
+    operations = gpu_group.collectives(group)
+    assert set(operations) == {"all_reduce", "stack", "to_owners", "from_first"}
+    assert gpu_group.changes(operations, cpu) == []
+    found = gpu_group.changes({**operations, "wrong": lambda x: 2 * x}, cpu)
+    assert found == [f"wrong, {size} bytes: another tensor" for size in gpu_group.SIZES]
