@@ -51,13 +51,13 @@ def texts(lab: HeadLab, shape: TreeShape) -> tuple[dict[str, list[int]], int]:
     return {name: record.token_ids for name, record in heard.items()}, core.stats().num_drafts
 
 
-@pytest.mark.parametrize("rounds", [False, True], ids=["through-the-host", "rounds"])
+@pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_tokens_and_drafts_are_those_of_the_reference(
-    lab: HeadLab, reference_ops: object, shape: TreeShape, rounds: bool, tmp_path: Path
+    lab: HeadLab, reference_ops: object, shape: TreeShape, padded: bool
 ) -> None:
     usual = replace(lab, engine=replace(lab.engine, ops=reference_ops))  # type: ignore[arg-type]
-    interpreted = replace(lab, engine=replace(lab.engine, rounds=rounds))
+    interpreted = replace(lab, engine=replace(lab.engine, padded=padded))
     expected, drafts = texts(usual, shape)
     assert texts(interpreted, shape) == (expected, drafts)
     assert (drafts > 0) == (shape is not ROOT)
