@@ -70,7 +70,7 @@ class _Lab:
         return torch.randn(shape, device=self.device).to(dtype)
 
     def attention_cases(self) -> Iterator[Case]:
-        """Each shape behind torch's own attention over contiguous keys, which it has to beat; a
+        """Each shape after torch's own attention over contiguous keys, which it has to beat; a
         tree also against one node."""
         floors = {(64, 8192): MEMORY_SPEED, (1, 8192): 2.0, (1, 131072): 1.3}
         for rows, context in (*floors, (4, 8192), (16, 8192)):
@@ -110,7 +110,7 @@ class _Lab:
         return make
 
     def _contiguous(self, rows: int, context: int, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as torch takes them, the nodes' own keys behind the context."""
+        """Queries, keys and values as torch takes them, the nodes' own keys after the context."""
         keys, values = (self._new(rows, KV_HEADS, context + nodes, D) for _ in range(2))
         return self._new(rows, HEADS, nodes, D), keys, values
 

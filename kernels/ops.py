@@ -39,7 +39,7 @@ class AttentionMeta:
     (bit i set: query t sees entry i; its own bit is set, unless nobody looks at its result; entries
     may come from an earlier forward); 0 means causal, as in a prefill chunk, which may be longer
     than 64. A position p of row b lies at slot block_tables[b, p // S] * S + p % S. All but the
-    tables are contiguous, and so is each row of those: kernels take entry i to lie i places behind
+    tables are contiguous, and so is each row of those: kernels take entry i to lie i places after
     the first.
     """
 

@@ -21,6 +21,7 @@ from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference as sampling
 from kernels.sampling.torch_draw import TorchDraw
 from kernels.sampling.torch_edit import edit_logits
+from kernels.sampling.torch_score import TorchScore
 from kernels.tree import reference as tree
 
 OPERATIONS = (
@@ -134,7 +135,7 @@ def native_ops(native: NativeOps) -> Ops:
         argmax=native.argmax,
         edit_logits=edit_logits,
         draw=TorchDraw(native.argmax, native.gumbel_argmax),
-        score=native.score,
+        score=TorchScore(native.logsumexp),
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
@@ -203,7 +204,7 @@ def reference_ops(
         argmax=sampling.argmax,
         edit_logits=edit_logits if on_cpu else pipeline.edit_logits,
         draw=draw,
-        score=pipeline.score,
+        score=TorchScore(sampling.logsumexp) if on_cpu else pipeline.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kernels.native.library import NativeLibrary, pointer
 from kernels.ops import AttentionMeta, Backend, LinearWeight
-from kernels.sampling.pipeline_reference import Scores, scores_with
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_HEAD_DIM = 256
@@ -204,6 +203,3 @@ class NativeOps:
         out = torch.empty(len(logits))
         self._logsumexp(self._pool, logits.data_ptr(), *logits.shape, out.data_ptr())
         return out
-
-    def score(self, logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
-        return scores_with(self.logsumexp(logits), logits, tokens, num_top)

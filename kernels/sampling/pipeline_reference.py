@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.sampling.reference import gumbel_argmax, noise_keys
+from kernels.sampling.reference import gumbel_argmax, logsumexp, noise_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +101,12 @@ def edit_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
 
 
 def _penalise(logits: Tensor, penalties: Penalties) -> Tensor:
-    seen = with_paths(penalties.counts[penalties.lines], penalties.paths)  # [R, V]
+    used = penalties.paths >= 0
+    drafted = torch.where(used, penalties.paths, 0)
+    seen = penalties.counts[penalties.lines].scatter_add(1, drafted, 2 * used.int())  # [R, V]
     strengths = penalties.repetition, penalties.frequency, penalties.presence
     values = penalised(logits, seen >> 1, *(part[:, None] for part in strengths))
     return torch.where(penalties.active[:, None] & (seen > 0), values, logits)
-
-
-def with_paths(counts: Tensor, paths: Tensor) -> Tensor:
-    """`counts` [R, V] of `Penalties` after the tokens `paths` [R, D]: a changed copy."""
-    used = paths >= 0
-    return counts.scatter_add(1, torch.where(used, paths, 0), 2 * used.int())
 
 
 def penalised(
@@ -136,17 +132,16 @@ def _add_bias(edited: Tensor, positions: Tensor, bias: BiasEntries) -> Tensor:
 def score(logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
     """Log-probabilities of `tokens` [S] under the raw `logits` [S, V] float32, with the best
     `num_top` alternatives of each: what the model believed, before any edit and temperature."""
-    return scores_with(logits.logsumexp(dim=1), logits, tokens, num_top)
+    return scores_of(logits, tokens, logsumexp(logits), best_tokens(logits, num_top))
 
 
-def scores_with(normaliser: Tensor, logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
-    """The same, given log(sum(exp(logits))) [S]."""
+def scores_of(logits: Tensor, tokens: Tensor, normaliser: Tensor, top_ids: Tensor) -> Scores:
+    """The same, given log(sum(exp(logits))) [S] and the best alternatives [S, n]."""
     chosen = logits.gather(1, tokens[:, None])[:, 0] - normaliser
-    ids = _best_tokens(logits, num_top)
-    return Scores(chosen, ids, logits.gather(1, ids) - normaliser[:, None])
+    return Scores(chosen, top_ids, logits.gather(1, top_ids) - normaliser[:, None])
 
 
-def _best_tokens(logits: Tensor, count: int) -> Tensor:
+def best_tokens(logits: Tensor, count: int) -> Tensor:
     """[S, V] -> [S, count] int64 ids, the best first, the lower id among equals.
 
     `topk` leaves open which of equals it takes, so it gets integers that order by value, then by

@@ -70,3 +70,8 @@ def gumbel_argmax(logits: Tensor, keys: Tensor) -> Tensor:
 def argmax(logits: Tensor) -> Tensor:
     """[R, V] -> [R] int64, the lowest token id among equals."""
     return logits.argmax(dim=1)
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    """[R, V] -> [R]: log(sum(exp(logits)))."""
+    return logits.logsumexp(dim=1)

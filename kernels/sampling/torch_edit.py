@@ -6,15 +6,10 @@ values, so on another device this waits for it; devices have kernels of their ow
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import (
-    BiasEntries,
-    LogitEdits,
-    Penalties,
-    penalised,
-    with_paths,
-)
+from kernels.sampling.pipeline_reference import BiasEntries, LogitEdits, Penalties, penalised
 
 
 def edit_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
@@ -28,13 +23,22 @@ def edit_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
 
 
 def _penalise(logits: Tensor, penalties: Penalties) -> None:
-    """In place, the tokens that were seen in rows that have penalties."""
-    rows = penalties.active.nonzero()[:, 0]  # [A]
-    seen = with_paths(penalties.counts[penalties.lines[rows]], penalties.paths[rows])  # [A, V]
-    active, ids = seen.nonzero(as_tuple=True)
-    at = rows[active], ids
+    """In place. The nodes of a tree continue one line, which is searched once for them all."""
+    rows = penalties.active.nonzero()[:, 0]
+    lines = penalties.lines[rows]
+    for line in lines.unique().tolist():
+        _penalise_line(logits, penalties, line, rows[lines == line])
+
+
+def _penalise_line(logits: Tensor, penalties: Penalties, line: int, rows: Tensor) -> None:
+    """In place, the tokens that any of `rows` [A], which continue `line`, has seen."""
+    counts, paths = penalties.counts[line], penalties.paths[rows]
+    ids = torch.cat((counts.nonzero()[:, 0], paths[paths >= 0])).unique()  # [n]
+    seen = counts[ids] + 2 * (paths[:, :, None] == ids).sum(dim=1)  # [A, n]
+    at = rows[:, None], ids
     strengths = penalties.repetition, penalties.frequency, penalties.presence
-    logits[at] = penalised(logits[at], seen[active, ids] >> 1, *(part[at[0]] for part in strengths))
+    values = penalised(logits[at], seen >> 1, *(part[rows, None] for part in strengths))
+    logits[at] = torch.where(seen > 0, values, logits[at])
 
 
 def _add_bias(logits: Tensor, positions: Tensor, bias: BiasEntries) -> None:

@@ -44,7 +44,7 @@ _VERIFY: tl.constexpr = tl.constexpr(2)  # the candidate is to be checked
 
 @triton.jit
 def _scaled(logits_ptr, allowed_ptr, temperature_ptr, row, ids, logits_stride, allowed_stride, V):
-    """Logits after mask and temperature, without NaN and -0; -inf behind the vocabulary."""
+    """Logits after mask and temperature, without NaN and -0; -inf after the vocabulary."""
     inside = ids < V
     values = tl.load(logits_ptr + row * logits_stride + ids, mask=inside, other=MINUS_INFINITY)
     if allowed_ptr is not None:
@@ -300,7 +300,7 @@ def count_digits_kernel(
     logits_stride,
     allowed_stride,
     V,
-    SHIFT: tl.constexpr,  # bits behind the digit
+    SHIFT: tl.constexpr,  # bits after the digit
     BITS: tl.constexpr,  # of the digit
     TILE: tl.constexpr,
 ):
@@ -333,7 +333,7 @@ def _unsigned(values):
 
 @triton.jit
 def _leading(order, BITS_BEHIND: tl.constexpr):
-    """The digits in front, int32; 0 when all 32 bits are behind."""
+    """The digits in front, int32; 0 when all 32 bits come after."""
     shifted = order ^ order if BITS_BEHIND == 32 else order >> BITS_BEHIND
     return shifted.to(tl.int32)
 

@@ -16,7 +16,7 @@ def expand(frontier_scores: Tensor, scores: Tensor, count: int) -> tuple[Tensor,
 
     Args:
         frontier_scores: [B, K] float32 cumulative log-probabilities.
-        scores: [B, K, W] float32 log-probabilities of the tokens behind each node; NaN counts as
+        scores: [B, K, W] float32 log-probabilities of the tokens after each node; NaN counts as
             -inf, above 0 as 0: a child never scores above its parent.
         count: children of a node, and nodes of the next frontier; at most W.
 
@@ -105,13 +105,13 @@ def walk(
 
     Args:
         tokens, parents: [B, N] int64 of the nodes; parent -1 for the root and unused nodes.
-        drawn: [B, N] int64 the target's token behind each node.
+        drawn: [B, N] int64 the target's token after each node.
         max_depth: of any node.
 
     Returns:
-        path: [B, max_depth + 1] int64 nodes from the root, -1 behind the end.
+        path: [B, max_depth + 1] int64 nodes from the root, -1 after the end.
         num_accepted: [B] int64.
-        emitted: [B, max_depth + 1] int64 tokens drawn along the path, -1 behind the end.
+        emitted: [B, max_depth + 1] int64 tokens drawn along the path, -1 after the end.
     """
     node = torch.zeros_like(drawn[:, 0])
     alive = torch.ones_like(node, dtype=torch.bool)

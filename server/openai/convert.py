@@ -100,7 +100,7 @@ def _completion_prompt(
     else:
         check_token_ids(prompt, info, "prompt")
         token_ids, text = prompt, None
-    if not body.echo:
+    if not body.echo or len(token_ids) > info.max_model_len:  # then it is going to be refused
         return Prompt(token_ids, text)
     skips = body.skip_special_tokens is not False
     return Prompt(token_ids, text, echo_of(context.tokenizer, token_ids, text, skips))

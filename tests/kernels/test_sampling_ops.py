@@ -179,16 +179,16 @@ def expected_scores(row: list[float], token: int, num_top: int) -> tuple[float, 
 
 @pytest.mark.parametrize(("V", "num_top"), [(1, 0), (1, 1), (33, 5), (300, 20), (300, 0), (7, 7)])
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("table", ["reference_ops", "native_ops"])
+@pytest.mark.parametrize("table", ["reference_ops", "native_ops", "device"])
 def test_scores_are_log_probabilities_with_the_best_tokens(
     request: pytest.FixtureRequest, table: str, V: int, num_top: int, ties: bool
 ) -> None:
-    ops: Ops = request.getfixturevalue(table)
+    score = pipeline.score if table == "device" else request.getfixturevalue(table).score
     logits = numbers(6, V, seed=V) * 5
     logits = logits.round() * 0.0 if ties and V == 300 else logits.round() if ties else logits
     logits[0, ::2] = -torch.inf if V > 1 else 2.0
     tokens = torch.arange(6) * 5 % V
-    found = ops.score(logits, tokens, num_top)
+    found = score(logits, tokens, num_top)
     assert found.top.shape == found.top_ids.shape == (6, num_top)
     for row, token in enumerate(tokens.tolist()):
         values = logits[row].tolist()
@@ -208,7 +208,18 @@ def test_no_rows_have_no_scores(reference_ops: Ops, num_top: int) -> None:
 
 def test_zeros_of_either_sign_are_equals(reference_ops: Ops) -> None:
     logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0]])
-    assert reference_ops.score(logits, torch.tensor([0]), 3).top_ids.tolist() == [[1, 2, 3]]
+    for score in (reference_ops.score, pipeline.score):
+        assert score(logits, torch.tensor([0]), 3).top_ids.tolist() == [[1, 2, 3]]
+
+
+def test_an_equal_of_the_last_alternative_is_left_out_if_its_id_is_higher(
+    reference_ops: Ops,
+) -> None:
+    """Beside a row without equals, among more tokens than `topk` looks at one by one."""
+    logits = numbers(2, 5000)
+    logits[0, 4000::7] = logits[0, 123] = 9.0
+    found = reference_ops.score(logits, torch.tensor([0, 0]), 2)
+    assert found.top_ids.tolist() == [[123, 4000], logits[1].topk(2).indices.tolist()]
 
 
 # Devices -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rounds launched before the host has heard of the one before give the texts of ordinary steps."""
+"""Steps launched before the host has heard of the one before give the texts of ordinary steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from engine.runner.model_runner import ModelRunner
 
 from engine import transfer
 from engine.completion import Completion
@@ -17,6 +16,7 @@ from engine.core import EngineCore
 from engine.messages import Abort, Finished, Submit, Tokens
 from engine.request import FinishReason, Request
 from engine.runner import graphs
+from engine.runner.runner import ModelRunner
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.plan import StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
@@ -41,7 +41,7 @@ def lab(native_ops: Ops, tmp_path_factory: pytest.TempPathFactory) -> HeadLab:
 
 
 def ahead(lab: HeadLab, **changes: Any) -> HeadLab:
-    return replace(lab, engine=replace(lab.engine, rounds=True, run_ahead=True, **changes))
+    return replace(lab, engine=replace(lab.engine, padded=True, run_ahead=True, **changes))
 
 
 @pytest.fixture
@@ -309,8 +309,7 @@ def test_what_is_left_in_flight_is_work(lab: HeadLab, truth: list[list[int]]) ->
     assert [end.reason for end in ends] == [FinishReason.ERROR]
     while core.has_work():
         assert not [e for e in core.step() if isinstance(e, Tokens | Finished)]
-    assert core._pipeline is not None
-    assert not core._pipeline.in_flight
+    assert core._flight is None
 
 
 def test_what_has_landed_is_heard_although_all_is_aborted(

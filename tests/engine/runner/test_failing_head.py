@@ -1,9 +1,10 @@
-"""A draft head that fails while rounds run ahead costs speed alone."""
+"""A draft head that fails while steps run ahead costs speed alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,24 +18,24 @@ from tests.support.head_lab import HeadLab, write_head
 from tests.support.tiny_engine import TinyEngine, random_llama
 
 
-def test_a_head_that_fails_between_two_rounds_takes_no_request_down(
+def test_a_head_that_fails_between_two_steps_takes_no_request_down(
     native_ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = TinyEngine(random_llama(), native_ops, max_model_len=96)
     head = write_head(engine, tmp_path / "eagle3")
     asked = [ask("a", [3, 4, 5, 6], max_tokens=20, seed=1)]
     expected = generate(engine.build(), asked)
-    settle, failures = DraftProposer._settle, []
+    take_in, calls = DraftProposer._take_in, []
 
-    def fail_once(self: DraftProposer) -> None:
-        if self._pending.num_tokens and not failures:
-            failures.append("out of memory, once")
-            raise torch.OutOfMemoryError(failures[0])
-        settle(self)
+    def fail_once(self: DraftProposer, *args: Any) -> None:
+        calls.append("take in")
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("out of memory, once")
+        take_in(self, *args)
 
-    monkeypatch.setattr(DraftProposer, "_settle", fail_once)
-    ahead = HeadLab(replace(engine, rounds=True, run_ahead=True), head)
+    monkeypatch.setattr(DraftProposer, "_take_in", fail_once)
+    ahead = HeadLab(replace(engine, padded=True, run_ahead=True), head)
     core, proposer = ahead.build(FixedPlanner(chain(3)))
     assert generate(core, asked)["a"].token_ids == expected["a"].token_ids
-    assert failures
+    assert len(calls) == 4, "a head that has failed is left alone"
     assert proposer.failed

@@ -1,0 +1,40 @@
+"""Log-probabilities for CPUs: what `pipeline_reference.score` gives, quicker.
+
+Equal logits are rare, so `topk` alone finds the best tokens of nearly every row. Which rows need
+more depends on values, so on another device this waits for it; devices have kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.sampling import pipeline_reference
+from kernels.sampling.pipeline_reference import Scores, scores_of
+
+
+@dataclass(frozen=True, slots=True)
+class TorchScore:
+    """The operation `score` around a backend's log-sum-exp."""
+
+    logsumexp: Callable[[Tensor], Tensor]
+
+    def __call__(self, logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
+        """logits [S, V] float32, tokens [S] int64."""
+        return scores_of(logits, tokens, self.logsumexp(logits), best_tokens(logits, num_top))
+
+
+def best_tokens(logits: Tensor, count: int) -> Tensor:
+    """[S, V] -> [S, count] int64 ids, the best first, the lower id among equals."""
+    if count == 0:
+        return torch.empty(len(logits), 0, dtype=torch.int64)
+    # One more than asked for: the last one asked for may have equals.
+    values, ids = logits.topk(min(count + 1, logits.shape[1]), dim=1)
+    ids = ids[:, :count].contiguous()
+    unsettled = ~(values[:, :-1] > values[:, 1:]).all(dim=1)
+    if bool(unsettled.any()):
+        ids[unsettled] = pipeline_reference.best_tokens(logits[unsettled], count)
+    return ids
