@@ -173,7 +173,7 @@ class StepBody:
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
             return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
-        local = self.model.logits(hidden[layout.sampled], context)
+        local = self.model.logits(layout.of_sampled(hidden), context)
         logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
         settings = _draw_settings(layout)
         drawn = logits.draw(settings, self._edits(layout, settings.positions))
