@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
+from engine.parallel.frames import DraftLoaded, LoadDraft, Order
 
 from engine.parallel.agreement import RefusedByAllError, check_all, smallest
-from engine.parallel.frames import DraftLoaded, LoadDraft, Order
 from engine.parallel.lockstep import DriftCheck, Progress
 from engine.parallel.orders import Orders
 from engine.parallel.watchdog import Watchdog

@@ -7,9 +7,9 @@ from itertools import count
 
 import msgspec
 import pytest
-
 from engine.parallel.frames import Order, PlanFrame
 from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
+
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, chain
 from tests.support.engines import ask

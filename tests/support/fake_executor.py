@@ -334,6 +334,16 @@ class FakeEngine:
         self.check_idle()
         return [plan for plan in plans if plan.rows]
 
+    def run_shapes(self) -> list[list[tuple[str, int, int, bool]]]:
+        """The same, as `shape` says it: a line may pass from one request to another."""
+        found = []
+        while self.scheduler.has_work():
+            plan = self.step()
+            if plan.rows:
+                found.append(shape(plan, self.names))
+        self.check_idle()
+        return found
+
     def check_idle(self) -> None:
         """Assert that every request has had its end, with the text it has alone, and that no
         block is in use."""
