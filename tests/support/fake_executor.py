@@ -8,7 +8,7 @@ draft head keeps entries of its own in the slots, as its own KV would be kept.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,6 +17,7 @@ from engine.completion import Completion
 from engine.kv.manager import KVManager
 from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
+from engine.request import Sequence as SequenceState
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
 from engine.step.executor import Launched, execute
@@ -269,6 +270,7 @@ class FakeEngine:
     lookahead: int = 0  # 1: with a draft head
     shapes: tuple[TreeShape, ...] = (ROOT,)  # one after the other, step by step
     lookup: bool = False
+    on_finish: Callable[[SequenceState, FinishReason], None] | None = None
     scheduler: Scheduler = field(init=False)
     executor: FakeExecutor = field(init=False)
     heard: dict[str, Completion] = field(default_factory=dict)
@@ -290,6 +292,7 @@ class FakeEngine:
             frozenset({EOS}),
             vocab_size=PROMPT_VOCAB,
             clock=lambda: self.now,
+            on_finish=self.on_finish,
         )
         self.scheduler.draft_with(self.lookahead, Lookup() if self.lookup else None)
         self.executor = FakeExecutor(

@@ -27,38 +27,6 @@ def same(tree: DraftTree, other: DraftTree) -> None:
     assert tree.max_depth == other.max_depth
 
 
-@pytest.mark.parametrize("sizes", [[6, 6], [4, 2], [1, 5], [1, 1]])
-def test_a_shape_is_filled_and_cut_row_by_row(sizes: list[int]) -> None:
-    tokens = torch.arange(12).view(2, 6) + 50
-    tree = DraftTree.of_shape(HAND, tokens, torch.tensor(sizes))
-    rows = [(HAND.parents[:size], tokens[row, :size].tolist()) for row, size in enumerate(sizes)]
-    same(tree, tree_of(rows))
-
-
-def test_the_last_of_64_nodes_has_the_sign_bit() -> None:
-    shape = chain(63)
-    tree = DraftTree.of_shape(shape, torch.zeros(1, 64, dtype=torch.int64), torch.tensor([64]))
-    assert tree.ancestors[0, 63] == -1
-    assert tree.ancestors[0, 62] == 2**63 - 1
-    assert tree.max_depth == 63
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_cutting_keeps_the_first_nodes(seed: int) -> None:
-    rng = random.Random(seed)
-    rows = []
-    for _ in range(5):
-        parents = random_parents(rng.randint(1, 64), rng)
-        rows.append((parents, [rng.randrange(9) for _ in parents]))
-    sizes = [rng.randint(1, len(parents)) for parents, _ in rows]
-    kept = [(parents[:n], tokens[:n]) for (parents, tokens), n in zip(rows, sizes, strict=True)]
-    same(tree_of(rows).cut(torch.tensor(sizes)), tree_of(kept))
-
-
-def test_roots_are_trees_of_one_node() -> None:
-    same(DraftTree.roots(torch.tensor([4, 9])), tree_of([([-1], [4]), ([-1], [9])]))
-
-
 def random_rows(rng: random.Random, count: int, most: int = 20) -> list[Row]:
     rows = []
     for _ in range(count):
@@ -83,6 +51,40 @@ def padded(tree: DraftTree, width: int, depth: int) -> DraftTree:
         tree.sizes,
         depth,
     )
+
+
+@pytest.mark.parametrize("sizes", [[6, 6], [4, 2], [1, 5], [1, 1]])
+def test_a_shape_is_filled_and_cut_row_by_row(sizes: list[int]) -> None:
+    tokens = torch.arange(12).view(2, 6) + 50
+    tree = DraftTree.of_shape(HAND, tokens, torch.tensor(sizes))
+    rows = [(HAND.parents[:size], tokens[row, :size].tolist()) for row, size in enumerate(sizes)]
+    same(tree, padded(tree_of(rows), HAND.num_nodes, HAND.max_depth))
+
+
+def test_the_last_of_64_nodes_has_the_sign_bit() -> None:
+    shape = chain(63)
+    tree = DraftTree.of_shape(shape, torch.zeros(1, 64, dtype=torch.int64), torch.tensor([64]))
+    assert tree.ancestors[0, 63] == -1
+    assert tree.ancestors[0, 62] == 2**63 - 1
+    assert tree.max_depth == 63
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cutting_keeps_the_first_nodes(seed: int) -> None:
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(5):
+        parents = random_parents(rng.randint(1, 64), rng)
+        rows.append((parents, [rng.randrange(9) for _ in parents]))
+    sizes = [rng.randint(1, len(parents)) for parents, _ in rows]
+    kept = [(parents[:n], tokens[:n]) for (parents, tokens), n in zip(rows, sizes, strict=True)]
+    tree = tree_of(rows)
+    cut = tree.cut(torch.tensor(sizes))
+    same(cut, padded(tree_of(kept), tree.tokens.shape[1], tree.max_depth))
+
+
+def test_roots_are_trees_of_one_node() -> None:
+    same(DraftTree.roots(torch.tensor([4, 9])), tree_of([([-1], [4]), ([-1], [9])]))
 
 
 @pytest.mark.parametrize("seed", range(8))
