@@ -9,7 +9,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from engine.parallel.board import MAX_FRAME
+from engine.parallel.transport import MAX_FRAME
 from engine.parallel.orders import (
     DropDraft,
     LoadDraft,

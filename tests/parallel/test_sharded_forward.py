@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from engine.runner.input_builder import InputBuilder
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -15,7 +16,6 @@ from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
 from engine.models.llama import Llama, LlamaLoader
 from engine.parallel.shard import WHOLE, Shard
-from engine.runner.input_builder import InputBuilder
 from engine.step.batch import ForwardContext
 from engine.step.group import TPGroup
 from engine.step.plan import RowPlan, StepPlan

@@ -17,7 +17,7 @@ from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo, EngineStats
-from engine.parallel.channel import Broadcast, Inbox
+from engine.parallel.transport import Broadcast, Inbox
 from engine.parallel.lockstep import GroupExecutor, Progress
 from engine.parallel.orders import Order, Orders, RunStep
 from engine.request import Request
