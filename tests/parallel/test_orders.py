@@ -9,7 +9,6 @@ from typing import get_args
 import msgspec
 import pytest
 
-from engine.parallel.transport import MAX_FRAME
 from engine.parallel.orders import (
     DropDraft,
     LoadDraft,
@@ -20,6 +19,7 @@ from engine.parallel.orders import (
     Stop,
     UseDraft,
 )
+from engine.parallel.transport import MAX_FRAME
 from engine.request import Request, SamplingParams
 from engine.step.executor import Launched
 from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan

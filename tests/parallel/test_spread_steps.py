@@ -78,7 +78,7 @@ def table() -> list[Request]:
     shared = rng.choices(range(3, 131), k=40)
     requests = []
     for at, (name, settings) in enumerate(SETTINGS.items()):
-        prompt = shared + [at] if at % 3 == 0 else rng.choices(range(3, 131), k=4 + 5 * at)
+        prompt = [*shared, at] if at % 3 == 0 else rng.choices(range(3, 131), k=4 + 5 * at)
         requests.append(
             ask(name, prompt, **({"max_tokens": 14, "seed": 2**64 - 1 - at} | settings))
         )

@@ -13,6 +13,7 @@ from engine.kv.slots import Scratch
 from engine.kv.storage import KVStorage
 from engine.models.llama import Llama, LlamaLoader
 from engine.models.loading import ReadTensor
+from engine.parallel.shard import WHOLE, Shard
 from engine.runner.inputs import InputBuilder, Sizes
 from engine.runner.layout import Layout
 from engine.sampling.lines import LineSettings
@@ -36,6 +37,8 @@ class PackedModel:
     dtype: torch.dtype
     num_blocks: int = 64
     num_lines: int = 16
+    group: TPGroup = field(default_factory=TPGroup)
+    shard: Shard = WHOLE  # of the model
     context: ForwardContext = field(init=False)
     inputs: InputBuilder = field(init=False)
     tables: Tensor = field(init=False)  # [lines + 1, columns], kept from run to run
@@ -46,14 +49,14 @@ class PackedModel:
             arch.num_layers,
             self.num_blocks + 1,
             BLOCK,
-            arch.num_kv_heads,
+            self.shard.num_kv_heads(arch.num_kv_heads),
             arch.head_dim,
             self.dtype,
             CPU,
         )
         for pages in (*kv.keys, *kv.values):
             pages.fill_(torch.nan)
-        self.context = ForwardContext(self.ops, kv, TPGroup())
+        self.context = ForwardContext(self.ops, kv, self.group)
         settings = LineSettings(self.num_lines, arch.vocab_size, frozenset())
         for line in range(self.num_lines):
             settings.admit(Admission(line, ask(f"{line}", [1])))
@@ -83,7 +86,8 @@ class PackedModel:
             Scratch(self.num_blocks, BLOCK),
             builder.max_len,
         )
-        logits = self.model.logits(self.model.forward(layout.batch(), self.context), self.context)
+        local = self.model.logits(self.model.forward(layout.batch(), self.context), self.context)
+        logits = self.group.all_gather(local)[:, : self.model.arch.vocab_size]
         return list(logits.split([len(row.token_ids) for row in rows]))
 
 

@@ -17,9 +17,9 @@ from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo, EngineStats
-from engine.parallel.transport import Broadcast, Inbox
 from engine.parallel.lockstep import GroupExecutor, Progress
 from engine.parallel.orders import Order, Orders, RunStep
+from engine.parallel.transport import Broadcast, Inbox
 from engine.request import Request
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.runner.warmup import WarmUp
