@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,7 +95,7 @@ def _is_ours(name: str, value: str) -> bool:
 
 def shipped_configs(kind: str = SERVE) -> dict[str, Path]:
     """Names and paths of the files under configs/serve, or under another folder of configs."""
-    folder = Path(str(files("configs") / kind))
+    folder = Path(__file__).parent / kind
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 

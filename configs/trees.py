@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -35,7 +34,7 @@ class TreeConfig(Section):
 
 def shipped_trees() -> dict[str, Path]:
     """Names and paths of the files under configs/tree."""
-    folder = Path(str(files("configs") / "tree"))
+    folder = Path(__file__).parent / "tree"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
