@@ -57,12 +57,14 @@ LLAMA_8B = LlamaArch(
 DRAFT_VOCAB = 32000
 PROMPT = 128
 PROMPTS = [[(11 * i + 37 * row) % 40000 + 5 for i in range(20 + 9 * row)] for row in range(6)]
-HEATS = [{"temperature": heat} for heat in (0.0, 1.0, 0.7)]
-EDITED = [
-    {"temperature": 0.7, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
-    {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 1},
-    {"temperature": 1.0, "logit_bias": {11: 2.0, 12: -100.0}, "min_tokens": 9},
-]
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "plain": [{"temperature": heat} for heat in (0.0, 1.0, 0.7)],
+    "edited": [
+        {"temperature": 0.7, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
+        {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 1},
+        {"temperature": 1.0, "logit_bias": {11: 2.0, 12: -100.0}, "min_tokens": 9},
+    ],
+}
 EIGHT = StaticShape("eight", (-1, 0, 0, 0, 1, 1, 2, 4))
 
 
@@ -82,7 +84,7 @@ def _texts(*settings: str) -> dict[str, list[int]]:
     """Of plain rows, and of rows that want more of a step."""
     engine = OfflineEngine.from_config(host_config(None, ["cache.num_blocks=1024", *settings]))
     found: dict[str, list[int]] = {}
-    for name, kinds in {"plain": HEATS, "edited": EDITED}.items():
+    for name, kinds in KINDS.items():
         heard = engine.generate(_requests(name, kinds))
         found |= {request: record.token_ids for request, record in heard.items()}
     return found
