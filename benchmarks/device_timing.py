@@ -22,7 +22,7 @@ SHORTEST = 1e-9  # seconds; a difference of two times must not become nothing
 
 
 def graph_seconds(run: Run) -> float:
-    """Of one run that is launched from a CUDA graph, as the engine's rounds are, and finds nothing
+    """Of one run that is launched from a CUDA graph, as the engine's steps are, and finds nothing
     of its own in the cache. From a graph, the host's launches do not count.
 
     The cache is filled by reading, so that a run does not wait for old writes. The time of reading

@@ -1,6 +1,6 @@
 """All that only a GPU can show, in one command of at most six minutes: `make gpu-check`.
 
-Kernels against their references on the device, CUDA graphs against eager rounds, the bundled model
+Kernels against their references on the device, CUDA graphs against eager steps, the bundled model
 with its head against plain decoding, and the speeds with their bars. Each part is a process with a
 time limit (benchmarks/parts.py). After every part, benchmarks/results/gpu-<device>-<date>.json is
 written. Exits with 1 when something failed, with 0 also where bars are missed, and with 0 on a
@@ -82,10 +82,10 @@ def _speeds() -> Found:
     return gpu_engine.speeds()
 
 
-def _large_round() -> Found:
+def _large_step() -> Found:
     from benchmarks import gpu_engine
 
-    return gpu_engine.large_round()
+    return gpu_engine.large_step()
 
 
 def _one_rank() -> Found:
@@ -112,7 +112,7 @@ INSIDE: Mapping[str, Callable[[], Found]] = {
     "group of one rank": _one_rank,
     "operations run": _operations_run,  # and are compiled
     "operations": _operations,
-    "8B round": _large_round,
+    "8B step": _large_step,
     "tokens per second": _speeds,
 }
 
@@ -128,7 +128,7 @@ PARTS = (
     _part("group of one rank", 90),
     _part("operations run", 150),
     _part("operations", 100, alone=True),
-    _part("8B round", 100, alone=True),
+    _part("8B step", 100, alone=True),
     _part("tokens per second", 100, alone=True),
 )
 

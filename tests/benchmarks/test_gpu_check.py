@@ -46,7 +46,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(
 ) -> None:
     with pytest.raises(SystemExit):
         gpu_check.main(["--part", "nothing"])
-    assert "8B round" in capsys.readouterr().err
+    assert "8B step" in capsys.readouterr().err
 
 
 def test_missed_bars_are_told_and_are_no_failure(
