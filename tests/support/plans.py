@@ -91,7 +91,7 @@ def _random_row(
     num_draft = rng.randrange(num_nodes) if samples and end - start == 1 else 0
     if num_draft and rng.random() < 0.3:
         draft = tuple(rng.choices(range(9), k=num_draft))
-    num_blocks = -(-(end + num_draft + rng.randint(0, 9)) // block_size)
+    num_blocks = -(-(end + num_draft + rng.choice([0, 0, rng.randint(1, 9)])) // block_size)
     first = rng.randint(0, num_blocks)
     blocks = range(1000 * admission.line + first, 1000 * admission.line + num_blocks)
     return RowPlan(
