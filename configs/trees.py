@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from configs.load import ConfigError
-from configs.schema import Section
+from configs.schema import Integer, Section
+from configs.values import parse, typed
 
 
 class TreeConfig(Section):
     """A static tree (`parents`), or a dynamic one (`num_nodes`, `max_depth`, `top_k`)."""
 
-    parents: tuple[int, ...] | None = Field(
+    parents: tuple[Integer, ...] | None = Field(
         None, description="parent of every node; -1 for the root, which is node 0"
     )
-    num_nodes: int | None = Field(None, description="nodes to keep, the root included")
-    max_depth: int | None = None
-    top_k: int | None = Field(None, description="children per node, and width of a level")
+    num_nodes: Integer | None = Field(None, description="nodes to keep, the root included")
+    max_depth: Integer | None = None
+    top_k: Integer | None = Field(None, description="children per node, and width of a level")
 
     @model_validator(mode="after")
     def _one_kind(self) -> TreeConfig:
@@ -34,7 +34,7 @@ class TreeConfig(Section):
 
 def shipped_trees() -> dict[str, Path]:
     """Names and paths of the files under configs/tree."""
-    folder = Path(str(files("configs") / "tree"))
+    folder = Path(__file__).parent / "tree"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
@@ -42,9 +42,10 @@ def load_tree(name: str) -> TreeConfig:
     """The tree of a shipped file, or of a path. ConfigError when there is none, or a bad one."""
     path = shipped_trees().get(name, Path(name))
     try:
-        return TreeConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        tree = parse(path.read_text(encoding="utf-8"))
+        return TreeConfig.model_validate(typed(tree, TreeConfig))
     except FileNotFoundError as error:
         known = ", ".join(shipped_trees())
         raise ConfigError(f"no tree {name!r}; shipped ones: {known}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or refused
         raise ConfigError(f"tree {path}: {error}") from error

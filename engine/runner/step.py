@@ -114,15 +114,29 @@ class StepBody:
     vocab_size: int
 
     def run(self, inputs: StepInputs, form: StepForm, laps: Laps) -> StepOutputs:
-        """`inputs` on the device; the outputs too. `laps` are times of the host."""
+        """`inputs` on the device; the outputs too. `laps` are times of the host.
+
+        What only the host can decide between draft and verification (which tokens a grammar allows
+        at each node, say) would come between the two halves, and each would be captured alone.
+        """
+        return self.verify(*self.draft(inputs, form, laps), laps)
+
+    def draft(self, inputs: StepInputs, form: StepForm, laps: Laps) -> tuple[Layout, Tensor]:
+        """The first half: where all tokens and nodes lie; and whose trees the head could not grow,
+        [B] bool."""
         state = self.state
-        state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
+        if len(inputs.table_places):
+            state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
         if form.follows and form.only_roots:
             inputs = state.follow(inputs)
         with laps.time(DRAFT):
             tables = state.tables[:, : form.num_columns][inputs.lines]  # [B, columns]
             drafted = self._draft(inputs, tables, form)
             layout = Layout.of(inputs, drafted.tree, form, tables, self.scratch, self.max_len)
+        return layout, drafted.faults
+
+    def verify(self, layout: Layout, faults: Tensor, laps: Laps) -> StepOutputs:
+        """The second half: what is emitted, and its traces in the caches."""
         with laps.time(VERIFY):
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
@@ -132,11 +146,24 @@ class StepBody:
             self._commit(layout, batch.slots, result)
         with laps.time(DRAFT):
             self._take(layout, result, hidden)
-        return _outputs(drafted, result, scores, echo)
+        return StepOutputs(
+            emitted=result.emitted,
+            path=result.path,
+            sizes=layout.tree.sizes,
+            top_ids=scores.top_ids,
+            echo_top_ids=echo.top_ids,
+            logprobs=scores.chosen,
+            top=scores.top,
+            echo_logprobs=echo.chosen,
+            echo_top=echo.top,
+            faults=faults,
+        )
 
     def _draft(self, inputs: StepInputs, tables: Tensor, form: StepForm) -> Drafted:
         """A tree for every row: the proposer's, a known chain, or the root alone."""
-        tokens = inputs.own_tokens[(inputs.lens.cumsum(0) - 1).clamp(min=0)]
+        tokens = inputs.own_tokens
+        if not form.only_roots:
+            tokens = tokens[(inputs.lens.cumsum(0) - 1).clamp(min=0)]
         if form.shape == ROOT:
             nothing = torch.zeros_like(tokens, dtype=torch.bool)
             drafted = Drafted(DraftTree.roots(tokens), nothing)
@@ -147,7 +174,9 @@ class StepBody:
         tree = drafted.tree
         if form.num_known:
             tree = tree.with_chains(inputs.known, inputs.num_known)
-        return Drafted(tree.narrowed() if form.exact else tree, drafted.faults)
+        if form.exact and form.max_nodes > 1:
+            tree = tree.narrowed()
+        return Drafted(tree, drafted.faults)
 
     def _roots(self, inputs: StepInputs, tokens: Tensor, tables: Tensor) -> Roots:
         is_known = inputs.num_known > 0
@@ -173,7 +202,7 @@ class StepBody:
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
             return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
-        local = self.model.logits(hidden[layout.sampled], context)
+        local = self.model.logits(layout.at_nodes(hidden), context)
         logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
         settings = _draw_settings(layout)
         drawn = logits.draw(settings, self._edits(layout, settings.positions))
@@ -222,9 +251,11 @@ class StepBody:
         if not layout.form.draws:
             return
         inputs, context = layout.inputs, self.context
-        node_slots = layout.nodes_of(slots[layout.sampled], self.scratch.first_slot)
-        commit(result, node_slots, context.kv, context.ops)
-        self.state.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
+        if layout.tree.max_depth:
+            node_slots = layout.nodes_of(layout.at_nodes(slots), self.scratch.first_slot)
+            commit(result, node_slots, context.kv, context.ops)
+        if layout.form.follows:
+            self.state.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
         if layout.form.is_penalised:
             self.state.count(inputs, result)
 
@@ -307,18 +338,3 @@ def _parts(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
 def _no_scores(like: Tensor) -> Scores:
     nothing = torch.zeros(0, device=like.device)
     return Scores(nothing, nothing.long(), nothing)
-
-
-def _outputs(drafted: Drafted, result: VerifyResult, scores: Scores, echo: Scores) -> StepOutputs:
-    return StepOutputs(
-        emitted=result.emitted,
-        path=result.path,
-        sizes=drafted.tree.sizes,
-        top_ids=scores.top_ids,
-        echo_top_ids=echo.top_ids,
-        logprobs=scores.chosen,
-        top=scores.top,
-        echo_logprobs=echo.chosen,
-        echo_top=echo.top,
-        faults=drafted.faults,
-    )

@@ -20,17 +20,18 @@ from typing import NoReturn
 import torch
 
 from configs.schema import Config
-from engine.parallel.board import Board
-from engine.parallel.channel import Broadcast, Channel
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import Progress
 from engine.parallel.orders import Orders
+from engine.parallel.transport import Board, Broadcast, Channel
 from engine.parallel.watchdog import Watchdog
 from engine.step.group import TPGroup
 from server.assembly.meeting import RANKS, STORE
 
 EXIT_LOST = 4  # a rank was lost, so the engine ends; the launcher starts a new one
 LAST_STEP = 1.0  # seconds for followers to end once they are told to
+
+SERVER = __name__.partition(".assembly.")[0]  # "aerie.server" where Aerie is installed
 
 logger = logging.getLogger(__name__)
 Process = subprocess.Popen[bytes]
@@ -135,7 +136,7 @@ def device_of(rank: int, config: Config) -> torch.device:
 
 def _spawn(config: Config, rank: int, folder: Path, board: Board) -> tuple[Process, socket.socket]:
     own, theirs = socket.socketpair()
-    command = ["-P", "-m", "server.process.follower", str(rank), str(folder / STORE)]
+    command = ["-P", "-m", f"{SERVER}.process.follower", str(rank), str(folder / STORE)]
     handles = [theirs.fileno(), board.memory, board.wake_handle]
     with theirs:
         process = subprocess.Popen(

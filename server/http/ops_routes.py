@@ -15,11 +15,11 @@ from starlette.responses import JSONResponse, Response
 from configs.schema import Config
 from server.http.context import context_of
 from server.http.docs import Routes
+from server.version import version
 
 router = APIRouter()
 ROUTES = Routes(router)
 PACKAGES = (
-    "aerie",
     "torch",
     "transformers",
     "tokenizers",
@@ -82,7 +82,7 @@ def redacted(config: Config) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the relevant packages, found without importing them."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "aerie": version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -107,7 +107,7 @@ def test_without_requests_nothing_happens(engine: OfflineEngine) -> None:
 
 
 def test_info_describes_the_engine(engine: OfflineEngine) -> None:
-    assert engine.info is engine.core.info
+    assert engine.info == engine.core.info
     assert engine.info.vocab_size == VOCAB
 
 
