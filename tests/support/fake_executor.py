@@ -338,7 +338,7 @@ class FakeEngine:
         return [plan for plan in plans if plan.rows]
 
     def run_shapes(self) -> list[list[tuple[str, int, int, bool]]]:
-        """The same, as `shape` says it: a line may pass from one request to another."""
+        """As `run`, but returns the `shape` of each plan, since lines may change their request."""
         found = []
         while self.scheduler.has_work():
             plan = self.step()
@@ -365,7 +365,7 @@ class FakeEngine:
 
     def _hear(self, event: Tokens | Finished) -> None:
         record = self.heard[event.request_id]
-        assert record.finished is None, "an event behind the last one"
+        assert record.finished is None, "an event after the last one"
         if isinstance(event, Finished):
             record.finished = event
         else:

@@ -1,6 +1,6 @@
-"""A whole engine whose ranks are threads: rank 0 sends orders over a board, the others follow them.
+"""A complete engine whose ranks are threads: rank 0 sends orders over a board, the others follow.
 
-Unlike ranks that are processes, these can run padded steps, and run ahead, on a CPU.
+Unlike ranks in processes, these can run padded steps, and run ahead, on a CPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Leader:
 
 @dataclass(frozen=True)
 class Heard:
-    """What clients and followers heard."""
+    """The messages to clients and followers."""
 
     texts: dict[str, Completion]
     stats: EngineStats
@@ -69,13 +69,13 @@ class Heard:
 
     @property
     def plans(self) -> list[StepPlan]:
-        """What the first follower was told to run."""
+        """The plans that the first follower was told to run."""
         return [order.plan for order in self.orders[0] if isinstance(order, RunStep)]
 
 
 @dataclass
 class NotingInbox:
-    """An inbox that keeps a copy of what it gets."""
+    """An inbox that keeps a copy of its messages."""
 
     inbox: Inbox
     orders: list[Order] = field(default_factory=list)
@@ -90,7 +90,7 @@ class NotingInbox:
 def answer(
     config: Config, way: Way, requests: list[Request], planner: Planner, per_step: int | None = None
 ) -> Heard:
-    """What an engine says, all of whose ranks run in this process."""
+    """The messages of an engine whose ranks all run in this process."""
 
     def work(leader: Leader) -> tuple[dict[str, Completion], EngineStats]:
         texts = generate(leader.core, requests, per_step=per_step)
@@ -103,7 +103,7 @@ def answer(
 def lead(
     config: Config, way: Way, planner: Planner, work: Callable[[Leader], T]
 ) -> tuple[T, list[list[Order]]]:
-    """What `work` returns on rank 0, and the orders that each follower got."""
+    """The result of `work` on rank 0, and the orders that each follower got."""
     broadcast, ends = connected(way.size - 1) if way.size > 1 else (Broadcast([]), [])
     inboxes = [NotingInbox(inbox) for inbox, _ in ends]
     orders = Orders(broadcast)

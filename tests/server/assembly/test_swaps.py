@@ -129,7 +129,7 @@ class Script:
                     heard[event.request_id].take(event)
             self.core.audit()
             step += 1
-        assert step > max(plan, default=-1), "a swap was planned behind the end"
+        assert step > max(plan, default=-1), "a swap was planned after the end"
         return {name: record.token_ids for name, record in heard.items()}
 
 
