@@ -332,9 +332,9 @@ def _unsigned(values):
 
 
 @triton.jit
-def _leading(order, BITS_BEHIND: tl.constexpr):
+def _leading(order, BITS_AFTER: tl.constexpr):
     """The leading digits, int32; 0 when all 32 bits come after them."""
-    shifted = order ^ order if BITS_BEHIND == 32 else order >> BITS_BEHIND
+    shifted = order ^ order if BITS_AFTER == 32 else order >> BITS_AFTER
     return shifted.to(tl.int32)
 
 

@@ -1,4 +1,4 @@
-"""The check for GPUs: it skips itself, and one part's failure does not stop the others."""
+"""The GPU check: without a GPU it skips itself, and one part's failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on() -> None:
     assert found["three"]["x"] == 1
 
 
-def test_an_operation_is_held_against_the_time_its_bytes_take(
+def test_an_operation_is_compared_with_the_time_its_bytes_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run_quickly() -> object:
@@ -61,7 +61,7 @@ def test_an_operation_is_held_against_the_time_its_bytes_take(
     assert table(rows).count("\n") == 9
 
 
-def test_what_a_case_is_held_against_comes_before_it(reference_ops: Ops) -> None:
+def test_a_case_comes_after_its_peers(reference_ops: Ops) -> None:
     seen: set[str] = {FLOOR}
     for case in all_cases(reference_ops, torch.device("meta")):
         assert {bar.of for bar in case.bars} <= seen, case.name

@@ -1,4 +1,4 @@
-"""A tiny engine over the Triton kernels says what it says over the references."""
+"""A tiny engine gives the same text with the Triton kernels as with the references."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> HeadLab:
 
 
 def texts(lab: HeadLab, shape: TreeShape) -> tuple[dict[str, list[int]], int]:
-    """What two requests get, and how many trees were drafted."""
+    """The texts of two requests, and the number of drafted trees."""
     core, proposer = lab.build(FixedPlanner(shape))
     asked = [
         ask("greedy", [9, 8, 7], max_tokens=7, ignore_eos=True),
