@@ -13,7 +13,7 @@ from configs.training import TRAIN, TrainingConfig
 
 
 def this_host() -> HostFacts:
-    """What this machine offers to this process."""
+    """What this process may use of this machine."""
     return HostFacts(num_cpus(), default_cache_dir())
 
 
@@ -27,8 +27,8 @@ def host_config(path: Path | None, overrides: Iterable[str]) -> Config:
 
 
 def host_training_config(path: Path | None, overrides: Iterable[str]) -> TrainingConfig:
-    """What `aerie train-draft` is told: file and overrides merged, resolved for this machine. The
-    environment is the server's.
+    """The configuration of `aerie train-draft`: file and overrides merged, resolved for this
+    machine. AERIE_* variables are ignored: they configure the server.
 
     Raises:
         ConfigError: as `load_config`.

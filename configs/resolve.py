@@ -1,4 +1,4 @@
-"""Fill in everything the operator left open. Pure: facts in, configuration out."""
+"""Fill in every setting that the operator left open. Pure functions of facts and configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from configs.schema import Config
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What the machine offers."""
+    """What this process may use of the machine."""
 
     num_cpus: int
     cache_dir: Path
@@ -19,11 +19,11 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the loaded model needs."""
+    """What the loaded model can do, needs, and leaves free."""
 
-    context_length: int  # tokens it was made for
+    context_length: int  # tokens that the model was made for
     bytes_per_block: int
-    free_bytes: int  # memory left beside the weights
+    free_bytes: int  # memory that the weights leave free
 
 
 def resolve_host(config: Config, host: HostFacts) -> Config:
@@ -40,10 +40,10 @@ def resolve_host(config: Config, host: HostFacts) -> Config:
 
 
 def context_length(config: Config, of_model: int) -> int:
-    """Prompt + output tokens that one sequence may have, of the `of_model` it was made for.
+    """Prompt + output tokens that one sequence may have; the model was made for `of_model`.
 
     Raises:
-        ConfigError: a longer context is asked for.
+        ConfigError: the configuration asks for more.
     """
     length = config.model.max_model_len or of_model
     if length > of_model:

@@ -1,4 +1,4 @@
-"""Draft trees that can be named in the configuration: files under configs/tree."""
+"""Draft trees that the configuration can name: files under configs/tree."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shipped_trees() -> dict[str, Path]:
 
 
 def load_tree(name: str) -> TreeConfig:
-    """The tree of a shipped file, or of a path. ConfigError when there is none, or a bad one."""
+    """The tree of a shipped file, or of a path. ConfigError if it is missing or invalid."""
     path = shipped_trees().get(name, Path(name))
     try:
         tree = parse(path.read_text(encoding="utf-8"))

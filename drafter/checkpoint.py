@@ -1,4 +1,4 @@
-"""Published draft heads, from disk to loaded and back."""
+"""Load and save published draft heads."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def load_head(
     *,
     replicated: bool = False,
 ) -> LoadedHead:
-    """Load the head in the directory `path` for `target`, whose embedding and LM head it shares
-    where it has none of its own, or the same.
+    """Load the head in the directory `path` for `target`. It shares the target's embedding and LM
+    head if it has none of its own, or equal ones.
 
-    `max_len` positions can be drafted at; weights are packed from `dtype`. Of several ranks, each
-    loads its `shard`; with `replicated` layers and `fc` are whole on each, and only the vocabulary
-    is cut, as the target's is. Raises ValueError that names the file, and the tensor or the key at
-    fault.
+    `max_len` is the number of positions that it can draft at; weights are packed from `dtype`.
+    With several ranks each loads its `shard`; with `replicated`, layers and `fc` are whole on each
+    rank, and only the vocabulary is cut, like the target's. The ValueError for a bad head names the
+    file, and the tensor or key at fault.
     """
     config = read_head_config(path, target)
     found = open_tensors(path)
@@ -54,7 +54,7 @@ def load_head(
     if max_len > config.arch.max_position_embeddings:
         logger.warning(
             "%s was trained for %d positions and will draft at up to %d: expect fewer accepted "
-            "tokens behind them",
+            "tokens beyond them",
             *(path, config.arch.max_position_embeddings, max_len),
         )
     arch = config.arch
@@ -71,7 +71,7 @@ def load_head(
 
 def read_head_config(path: Path, target: LlamaArch) -> HeadConfig:
     """The checked configuration of the head in the directory `path`; ValueError unless it fits
-    `target`. Reads no weight."""
+    `target`. Reads no weights."""
     content = read_config(path)
     try:
         config = HeadConfig.from_json(content)
@@ -99,19 +99,19 @@ def save_eagle3(
     target_ids: Tensor | None,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write an EAGLE-3 head that this package and other engines load: config.json and weights
+    """Write an EAGLE-3 head that this package and other engines can load: config.json and weights
     under the published names.
 
     Args:
         path: A directory that does not exist yet; it appears complete or not at all.
         tensors: By common name (`manifest.common_name`), without d2t and t2d.
-        target_ids: [Vd] int64, target id of each draft id; None when they are the same.
-        max_shard_bytes: The largest file of weights; None: all weights in model.safetensors.
+        target_ids: [Vd] int64, target id of each draft id; None if they are equal.
+        max_shard_bytes: Limit of each file of weights; None: all weights in model.safetensors.
     """
     content = eagle3_json(config, target)
     ids = torch.arange(config.draft_vocab_size) if target_ids is None else target_ids.cpu()
     offsets = vocab.offsets_of(ids)
-    vocab.target_ids_of(offsets, target.vocab_size)  # refuses what could not be loaded
+    vocab.target_ids_of(offsets, target.vocab_size)  # refuses ids that could not be loaded
     mapping = {manifest.D2T: offsets, manifest.T2D: vocab.mask_of(ids, target.vocab_size)}
     stored = {manifest.published_name(name): each for name, each in {**tensors, **mapping}.items()}
     _save(path, config, target, content, stored, max_shard_bytes)
@@ -137,7 +137,7 @@ def _save(
     tensors: Mapping[str, Tensor],
     max_shard_bytes: int | None,
 ) -> None:
-    """`content` becomes config.json; `tensors` are named as in the files."""
+    """Write `content` as config.json, and `tensors`, which have their names in the files."""
     if path.exists():
         raise FileExistsError(f"{path} exists already; heads are not overwritten")
     _check_fits(config, target)

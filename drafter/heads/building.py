@@ -1,4 +1,4 @@
-"""From checked tensors to a head."""
+"""Build a head from checked tensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from engine.models.loading import LayerLoader
 from engine.parallel.shard import Shard
 from kernels.ops import LinearWeight, Ops
 
-COMPARED_ROWS = 4096  # of a vocabulary at a time
+COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
 
 LoadedHead = EagleHead | Eagle3Head
 
 
 @dataclass(frozen=True, slots=True)
 class TargetWeights:
-    """What a head may share: embedding and LM head, of each this rank's rows, packed."""
+    """Weights that a head may share: this rank's rows of the embedding and LM head, packed."""
 
     arch: LlamaArch
     shard: Shard
@@ -36,8 +36,8 @@ class TargetWeights:
 
 @dataclass(frozen=True, slots=True)
 class HeadBuilder:
-    """Builds a head of `config` from the tensors `names`, which `blocks` reads: layers and `fc` cut
-    as `blocks` says, the vocabulary as the target's."""
+    """Builds a head of `config` from the tensors `names`, which `blocks` reads. Layers and `fc` are
+    cut over ranks as in `blocks`, the vocabulary as the target's."""
 
     config: HeadConfig
     target: TargetWeights
@@ -45,7 +45,7 @@ class HeadBuilder:
     blocks: LayerLoader
 
     def build(self) -> LoadedHead:
-        """ValueError, without the file's name, where the vocabularies do not fit together."""
+        """ValueError, without the file's name, if the vocabularies do not fit together."""
         return self._eagle() if self.config.kind == "eagle" else self._eagle3()
 
     def _eagle(self) -> EagleHead:
@@ -106,7 +106,7 @@ class HeadBuilder:
         )
 
     def _own_or_shared(self, name: str, size: int, shared: LinearWeight) -> LinearWeight:
-        """This rank's rows of the file's weight, unless it has none or repeats the target's."""
+        """This rank's rows of the file's weight; `shared` if the file has none or an equal one."""
         if f"{name}.weight" not in self.names:
             return shared
         tables = replace(self.blocks, shard=self.target.shard)
@@ -127,7 +127,7 @@ class HeadBuilder:
 
 
 def same_rows(own: Tensor, packed: LinearWeight, ops: Ops) -> bool:
-    """Whether `packed`, read row by row, is `own` [V, H]."""
+    """Whether the rows of `packed` equal `own` [V, H]."""
     if own.shape != (packed.out_features, packed.in_features):
         return False
     for first in range(0, len(own), COMPARED_ROWS):

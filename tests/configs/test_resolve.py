@@ -1,4 +1,4 @@
-"""Filling in what the operator left open, given what the machine and the model are like."""
+"""Settings that the operator left open are filled in from facts of the machine and the model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_resolving_changes_nothing_else_and_is_idempotent() -> None:
         (["scheduler.max_num_seqs=2"], 100, 14),  # no more than 2 x 7 are ever in use
         (["cache.num_blocks=7"], 100, 7),
         (["cache.num_blocks=3"], 48, 3),
-        (["cache.num_blocks=1000"], 100, 1000),  # the operator's word
+        (["cache.num_blocks=1000"], 100, 1000),  # the operator set it
         (["model.max_model_len=100"], 100, 30),
         (["model.max_model_len=17", "scheduler.max_num_seqs=1"], 17, 2),
         (["model.max_model_len=16", "scheduler.max_num_seqs=1"], 16, 1),
@@ -92,7 +92,7 @@ def test_context_and_cache_fit_each_other(
     ],
     ids=["longer-than-the-model", "too-few-blocks", "too-little-memory", "no-block", "no-memory"],
 )
-def test_what_cannot_be_is_refused_with_both_numbers(
+def test_impossible_sizes_are_refused_with_both_numbers(
     overrides: list[str], facts: dict[str, int], explanation: str
 ) -> None:
     with pytest.raises(ConfigError, match=explanation):

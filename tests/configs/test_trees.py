@@ -1,4 +1,4 @@
-"""Trees that can be named in the configuration."""
+"""Trees that the configuration can name."""
 
 from __future__ import annotations
 

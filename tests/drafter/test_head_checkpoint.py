@@ -1,4 +1,4 @@
-"""Draft heads load completely or not at all, and what is written is read back."""
+"""Draft heads load completely or not at all, and a saved head is read back."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_tensor_at_fault_is_named(
         ),
     ],
 )
-def test_each_kind_asks_for_its_own_tensors(
+def test_each_kind_needs_its_own_tensors(
     name: str, change: Change, message: str, reference_ops: Ops, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -158,7 +158,7 @@ def test_head_of_another_target_is_refused(
 def test_a_target_of_few_layers_has_no_taps_for_eagle3(reference_ops: Ops, tmp_path: Path) -> None:
     target = dataclasses.replace(TARGET, num_layers=2)
     head = load(LAYOUTS["reference-eagle"].write(tmp_path / "eagle"), reference_ops, target)
-    assert head.tap_layers == (2,)  # behind the final norm, however many layers there are
+    assert head.tap_layers == (2,)  # the final norm's output: the target has 2 layers
     with pytest.raises(ValueError, match=r"config\.json: .*this target has layers 0 to 1"):
         load(EAGLE3.write(tmp_path / "eagle3"), reference_ops, target)
 
@@ -203,7 +203,7 @@ def test_rotary_tables_are_ignored_with_a_log_line(
     assert "inv_freq is ignored" in caplog.text
 
 
-def test_drafting_behind_the_trained_positions_is_warned_of(
+def test_drafting_beyond_the_trained_positions_logs_a_warning(
     reference_ops: Ops, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     load(EAGLE3.write(tmp_path), reference_ops)
@@ -226,7 +226,7 @@ def test_absent_and_repeated_weights_are_shared_with_the_target(
     assert absent.embedding.weight is shared.packed_embedding
     assert absent.lm_head.weight is shared.packed_lm_head
     repeated = replaced("model.embed_tokens.weight", shared.embedding.clone())
-    half = loaded("vllm-eagle", repeated)  # its lm_head is another one
+    half = loaded("vllm-eagle", repeated)  # its lm_head differs from the target's
     assert half.embedding.weight is shared.packed_embedding
     assert half.lm_head.weight is not shared.packed_lm_head
     whole_vocab = loaded("nvidia-eagle3", without("lm_head.weight"))

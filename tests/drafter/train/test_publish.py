@@ -1,4 +1,4 @@
-"""A published head is complete and finite, or is not there; its card says what was measured."""
+"""A published head is complete and finite, or does not exist; its card shows the measurements."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_the_card_shows_measured_trees_only() -> None:
     assert "up to 2 turns, up to 128 tokens per answer, 8 at a time" in about
 
 
-def test_a_card_without_sources_says_that_nobody_named_them() -> None:
+def test_a_card_without_sources_says_so() -> None:
     card = dataclasses.replace(CARD, sources=()).render()
-    assert "did not say where its training text comes from" in card
+    assert "source of this head's training text was not stated" in card
     assert "| source |" not in card

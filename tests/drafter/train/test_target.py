@@ -1,4 +1,4 @@
-"""What the frozen target says about a text is what transformers says."""
+"""The frozen target's features of a text equal those of transformers."""
 
 from __future__ import annotations
 

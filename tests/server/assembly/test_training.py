@@ -341,7 +341,7 @@ def test_publishing_needs_the_run_alone(run: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["EMPTY"], "holds no checkpoint of a training run"),
-        (["RUN", "loss.decay=0.5"], "'loss.decay=0.5': of a head that is trained, only card.*"),
+        (["RUN", "loss.decay=0.5"], "'loss.decay=0.5': only card.* can be set"),
         (["RUN", "card.colour=red"], "unknown key 'card.colour'"),
         (["RUN", "--report", "/nowhere"], "No such file or directory: '/nowhere'"),
     ],
