@@ -10,13 +10,13 @@ from engine.runner.step import shared
 from engine.sampling.spread import SpreadLogits, row_counts
 from engine.speculation.proposer import Drafted
 from engine.step.shape import chain
-from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from kernels.sampling.pipeline_reference import Scores
 from tests.engine.test_speculation_equality import SETTINGS
 from tests.support.engines import ask
 from tests.support.thread_group import ThreadGroup, run_ranks
 from tests.support.told_target import Text, sample
+from tests.support.trees import filled
 
 VOCAB = 131
 
@@ -101,7 +101,7 @@ def test_every_rank_gets_the_trees_of_rank_0() -> None:
     def own_trees(rank: int) -> Drafted:
         """Ranks disagree on the tokens, on how many nodes there are, and on what is sound."""
         tokens = torch.arange(8).view(2, 4) + 10 * rank
-        tree = DraftTree.of_shape(chain(3), tokens, torch.tensor([4 - rank, 1]))
+        tree = filled(chain(3), tokens, torch.tensor([4 - rank, 1]))
         return Drafted(tree, torch.tensor([rank > 0, rank == 0]))
 
     def on_rank(group: ThreadGroup) -> Drafted:

@@ -12,6 +12,7 @@ from engine.step.shape import StaticShape, ancestors_of, chain, signed
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from tests.support.scripted_proposer import random_parents, random_shape, tree_of
+from tests.support.trees import filled
 
 Row = tuple[list[int], list[int]]  # parents and tokens
 HAND = StaticShape("hand", (-1, 0, 0, 1, 3, 2))
@@ -56,14 +57,14 @@ def padded(tree: DraftTree, width: int, depth: int) -> DraftTree:
 @pytest.mark.parametrize("sizes", [[6, 6], [4, 2], [1, 5], [1, 1]])
 def test_a_shape_is_filled_and_cut_row_by_row(sizes: list[int]) -> None:
     tokens = torch.arange(12).view(2, 6) + 50
-    tree = DraftTree.of_shape(HAND, tokens, torch.tensor(sizes))
+    tree = filled(HAND, tokens, torch.tensor(sizes))
     rows = [(HAND.parents[:size], tokens[row, :size].tolist()) for row, size in enumerate(sizes)]
     same(tree, padded(tree_of(rows), HAND.num_nodes, HAND.max_depth))
 
 
 def test_the_last_of_64_nodes_has_the_sign_bit() -> None:
     shape = chain(63)
-    tree = DraftTree.of_shape(shape, torch.zeros(1, 64, dtype=torch.int64), torch.tensor([64]))
+    tree = filled(shape, torch.zeros(1, 64, dtype=torch.int64), torch.tensor([64]))
     assert tree.ancestors[0, 63] == -1
     assert tree.ancestors[0, 62] == 2**63 - 1
     assert tree.max_depth == 63
@@ -126,7 +127,7 @@ def test_a_narrowed_tree_has_the_width_and_depth_of_its_nodes(seed: int) -> None
 
 
 def test_unused_nodes_have_no_depth() -> None:
-    tree = DraftTree.of_shape(chain(5), torch.zeros(2, 6, dtype=torch.int64), torch.tensor([3, 1]))
+    tree = filled(chain(5), torch.zeros(2, 6, dtype=torch.int64), torch.tensor([3, 1]))
     assert tree.narrowed().max_depth == 2
     assert tree.cut(torch.tensor([1, 1])).narrowed().max_depth == 0
 
@@ -171,7 +172,7 @@ def test_walks_over_random_trees_equal_a_walk_in_python(
 @pytest.mark.parametrize("num_nodes", [4, 26, 64])
 def test_masks_of_a_shape_reach_the_tree(num_nodes: int) -> None:
     shape = random_shape(num_nodes)
-    tree = DraftTree.of_shape(
+    tree = filled(
         shape, torch.zeros(2, num_nodes, dtype=torch.int64), torch.tensor([num_nodes, num_nodes])
     )
     assert tree.ancestors[1].tolist() == [signed(mask) for mask in ancestors_of(shape.parents)]
