@@ -4,6 +4,7 @@ on it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def prompts(native_cache: Path) -> list[list[int]]:
 
 def texts(engine: OfflineEngine, prompts: list[list[int]], tree: str, heat: float) -> list[object]:
     """Token ids of all prompts, drafted in the shape `tree`."""
-    engine.core.plan_with(FixedPlanner(tree_shape(tree)))
+    policy = replace(engine.core.policy, planner=FixedPlanner(tree_shape(tree)))
+    engine.core.draft_with(policy)
     requests: list[Request] = [
         ask(f"{tree}-{heat}-{i}", ids, max_tokens=NUM_TOKENS, temperature=heat, seed=i)
         for i, ids in enumerate(prompts)
