@@ -21,7 +21,7 @@ from benchmarks.kernels import copy_bandwidth
 from benchmarks.peers.aerie import AerieTarget
 from benchmarks.timing import measure
 from configs.host import host_config
-from configs.schema import CacheConfig, Config, ModelConfig, SchedulerConfig
+from configs.resolve import ResolvedConfig, with_sizes
 from drafter.checkpoint import save_eagle3
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.static_levels import levels_of
@@ -31,11 +31,11 @@ from engine.core import EngineCore
 from engine.kv.slots import Scratch
 from engine.messages import Submit
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from engine.request import Request, SamplingParams
 from engine.runner.graphs import GraphedRound
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Ints, RootProposer, Roots
-from engine.step.group import TPGroup
 from engine.step.shape import ROOT, StaticShape, TreeShape, chain
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
@@ -173,13 +173,15 @@ class _Large:
     ops: Ops
     device: torch.device
     folder: Path
-    config: Config = field(
-        default_factory=lambda: Config(
-            model=ModelConfig(max_model_len=4096),
-            cache=CacheConfig(num_blocks=1024),
-            scheduler=SchedulerConfig(max_num_seqs=8),
+    config: ResolvedConfig = field(
+        default_factory=lambda: with_sizes(
+            host_config(None, ["scheduler.max_num_seqs=8"]), max_model_len=4096, num_blocks=1024
         )
     )
+
+    @property
+    def place(self) -> Place:
+        return Place(self.ops, torch.bfloat16, self.device)
 
     def target(self) -> Target:
         shapes = expected_tensors(LLAMA_8B)
@@ -188,7 +190,7 @@ class _Large:
             made = torch.randn(shapes[name], device=self.device, dtype=torch.bfloat16) * 0.02
             return torch.ones_like(made) if "norm" in name else made
 
-        loader = LlamaLoader(LLAMA_8B, read, self.ops, torch.bfloat16, self.device, 4096)
+        loader = LlamaLoader(LLAMA_8B, read, self.place, 4096)
         return Target(loader.load(), LLAMA_8B, frozenset({2}))
 
     def drafting(self, target: Target, shape: TreeShape) -> Drafting:
@@ -196,9 +198,8 @@ class _Large:
         config = eagle3_config(LLAMA_8B, DRAFT_VOCAB)
         tensors = random_eagle3(config, LLAMA_8B, seed=0)
         save_eagle3(self.folder, config, LLAMA_8B, tensors, torch.arange(DRAFT_VOCAB))
-        loader = HeadLoader(target, self.ops, torch.bfloat16, self.device, 4096)
-        head = loader.load(self.folder)
-        drafting = drafting_with(self.config, head, self.ops, self.device, TPGroup())
+        head = HeadLoader(target, self.place, 4096).load(self.folder)
+        drafting = drafting_with(self.config, head, self.place)
         return replace(drafting, planner=FixedPlanner(shape))
 
     def steps(
@@ -206,7 +207,7 @@ class _Large:
     ) -> dict[str, float]:
         scheduler = self.config.scheduler.model_copy(update={"run_ahead": run_ahead})
         config = self.config.model_copy(update={"scheduler": scheduler})
-        core = assemble(config, target, self.ops, self.device, drafting)
+        core = assemble(config, target, self.place, drafting)
         return _time_steps(core)
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from configs.redact import REDACTED, SECRETS
 from configs.schema import Config, Section
 
 Schema = TypeVar("Schema", bound=Section)
@@ -25,7 +26,6 @@ RESERVED_ENV = frozenset({"AERIE_CONFIG"})  # read by the command line: the file
 # Kubernetes sets these in every container beside a Service whose name begins with "aerie".
 SERVICE_ENV = re.compile(r"AERIE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-SECRETS = ("server.api_keys", "server.admin_keys")  # never shown in messages
 
 
 class ConfigError(ValueError):
@@ -155,7 +155,7 @@ def _explain(error: ValidationError, path: Path | None, schema: type[Section]) -
 def _problem(key: str, kind: str, message: str, value: object) -> str:
     if kind == "value_error" and isinstance(value, Mapping):
         return message.removeprefix("Value error, ")  # of a whole section; it names its keys
-    shown = "***" if key.startswith(SECRETS) else repr(value)
+    shown = REDACTED if key.startswith(SECRETS) else repr(value)
     return f"{key} = {shown}: {message}"
 
 

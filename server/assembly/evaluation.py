@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from drafter.source import ACCEPTED, resolve_draft
 from drafter.train.conversations import Prompt, read_prompts, sample_file
 from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
@@ -50,8 +50,8 @@ def sample_prompts() -> Path:
     return sample_file("prompts.jsonl")
 
 
-def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
-    """Measure the head that `config` (resolved for its host) names; tells its progress on stderr.
+def evaluate_draft(config: HostConfig, evaluation: Evaluation) -> Report:
+    """Measure the head that `config` names; tells its progress on stderr.
 
     Raises:
         OSError, ValueError: configuration, model, head, trees or prompts are at fault.
@@ -112,7 +112,7 @@ def show(report: Report) -> None:
     Console(width=150).print(table)
 
 
-def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
+def _engine(config: HostConfig, shared_noise: bool) -> OfflineEngine:
     """Plain at first: what `auto` would measure at start is not needed."""
     changes: dict[str, bool | str] = {"shared_noise": shared_noise, "tree": ROOT.name}
     speculation = config.speculation.model_copy(update=changes)
@@ -122,7 +122,7 @@ def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
 
 
 def _questions(
-    config: Config, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
+    config: HostConfig, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
 ) -> Iterator[list[Question]]:
     """By temperature."""
     codec = load_codec(config)

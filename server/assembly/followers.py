@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 
+from configs.resolve import HostConfig
 from configs.schema import Config
 from engine.parallel.board import Board
 from engine.parallel.channel import Broadcast, Channel
@@ -47,7 +48,7 @@ class Followers:
     folder: Path | None  # where ranks meet
 
     @classmethod
-    def start(cls, config: Config, parent: Path | None = None) -> Followers:
+    def start(cls, config: HostConfig, parent: Path | None = None) -> Followers:
         """Start `parallel.tensor` - 1 processes, which load their part at once. When one of them is
         lost, this process ends, too. `parent`: a folder for files, which somebody removes who
         outlives this process. OSError when a process or shared memory cannot be had."""
@@ -133,7 +134,9 @@ def device_of(rank: int, config: Config) -> torch.device:
     return device
 
 
-def _spawn(config: Config, rank: int, folder: Path, board: Board) -> tuple[Process, socket.socket]:
+def _spawn(
+    config: HostConfig, rank: int, folder: Path, board: Board
+) -> tuple[Process, socket.socket]:
     own, theirs = socket.socketpair()
     command = ["-P", "-m", "server.process.follower", str(rank), str(folder / STORE)]
     handles = [theirs.fileno(), board.memory, board.wake_handle]

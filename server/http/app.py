@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from server.http import admin_routes, ops_routes
 from server.http.admission import Admission
 from server.http.context import ServerContext, ServerInfo, context_of
@@ -31,7 +31,7 @@ POOL_THREADS = 2  # parsing and tokenising; both hold up the event loop when the
 
 
 def create_app(
-    config: Config,
+    config: HostConfig,
     client: EngineClient,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
@@ -67,7 +67,7 @@ def create_app(
 
 
 def _context(
-    config: Config,
+    config: HostConfig,
     client: EngineClient,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
