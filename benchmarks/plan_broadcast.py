@@ -21,12 +21,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
-
-from benchmarks.machine import facts
-from engine.parallel.board import Board
-from engine.parallel.channel import Broadcast, Channel, Inbox
 from engine.parallel.frames import Order, PlanFrame
 from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
+
+from benchmarks.machine import facts
+from engine.parallel.transport import Board, Broadcast, Channel, Inbox
 from engine.request import Request, SamplingParams
 from engine.step.plan import Admission, RowPlan, StepPlan
 from engine.step.shape import chain

@@ -60,9 +60,9 @@ class SchedulerConfig(Section):
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
     run_ahead: StrictBool | None = Field(
         None,
-        description="launch a decode round before the outcome of the one before is known, so that "
-        "the device does not wait for the host; default: true where decode rounds are CUDA graphs "
-        "of one rank and speculation.lookup is off. Needs a CUDA device",
+        description="launch a step before the outcome of the one before is known, so that the "
+        "device does not wait for the host; default: true where steps are CUDA graphs. Needs a "
+        "CUDA device",
     )
 
 
@@ -85,8 +85,7 @@ class SpeculationConfig(Section):
     lookup: StrictBool | None = Field(
         None,
         description="draft what followed when the newest tokens stood in the text before, where "
-        "that promises more than the head; works without a head, too; default: true, but false "
-        "where decode steps are CUDA graphs, which do not carry such drafts yet",
+        "that promises more than the head; works without a head, too; default: true",
     )
     draft_parallel: Literal["sharded", "replicated"] = Field(
         "sharded",
@@ -130,7 +129,7 @@ class KernelsConfig(Section):
     )
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
     graphs: Literal["auto", "off"] = Field(
-        "auto", description="auto: decode rounds are CUDA graphs on CUDA devices; off: eager"
+        "auto", description="auto: steps are CUDA graphs on CUDA devices; off: eager"
     )
 
 

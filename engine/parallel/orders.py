@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.parallel.channel import Broadcast
+from engine.parallel.transport import Broadcast
 from engine.step.plan import StepPlan
 
 

@@ -96,6 +96,12 @@ class Layout:
         """[R] int64 where each node lies among the T tokens."""
         return self.nodes.keep(self.roots[self.nodes.row_of] + self.nodes.place, 0)
 
+    def of_sampled(self, hidden: Tensor) -> Tensor:
+        """What lies at the nodes [R, H] of [T, H]. Padding reads zeros, for what a kernel leaves
+        behind where no row is may be NaN."""
+        rows = hidden[self.sampled]
+        return rows if self.nodes.used is None else torch.where(self.nodes.used[:, None], rows, 0)
+
     def nodes_of(self, values: Tensor, unused: int = -1) -> Tensor:
         """Values [R] of the nodes as [B, N]."""
         return self.nodes.spread(values, self.tree.tokens.shape[1], unused)

@@ -114,7 +114,16 @@ class StepBody:
     vocab_size: int
 
     def run(self, inputs: StepInputs, form: StepForm, laps: Laps) -> StepOutputs:
-        """`inputs` on the device; the outputs too. `laps` are times of the host."""
+        """`inputs` on the device; the outputs too. `laps` are times of the host.
+
+        What only the host can decide between draft and verification (which tokens a grammar allows
+        at each node, say) would come between the two halves, and each would be captured alone.
+        """
+        return self.verify(*self.draft(inputs, form, laps), laps)
+
+    def draft(self, inputs: StepInputs, form: StepForm, laps: Laps) -> tuple[Layout, Tensor]:
+        """The first half: where all tokens and nodes lie; and whose trees the head could not grow,
+        [B] bool."""
         state = self.state
         state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
         if form.follows and form.only_roots:
@@ -123,6 +132,10 @@ class StepBody:
             tables = state.tables[:, : form.num_columns][inputs.lines]  # [B, columns]
             drafted = self._draft(inputs, tables, form)
             layout = Layout.of(inputs, drafted.tree, form, tables, self.scratch, self.max_len)
+        return layout, drafted.faults
+
+    def verify(self, layout: Layout, faults: Tensor, laps: Laps) -> StepOutputs:
+        """The second half: what is emitted, and its traces in the caches."""
         with laps.time(VERIFY):
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
@@ -132,7 +145,18 @@ class StepBody:
             self._commit(layout, batch.slots, result)
         with laps.time(DRAFT):
             self._take(layout, result, hidden)
-        return _outputs(drafted, result, scores, echo)
+        return StepOutputs(
+            emitted=result.emitted,
+            path=result.path,
+            sizes=layout.tree.sizes,
+            top_ids=scores.top_ids,
+            echo_top_ids=echo.top_ids,
+            logprobs=scores.chosen,
+            top=scores.top,
+            echo_logprobs=echo.chosen,
+            echo_top=echo.top,
+            faults=faults,
+        )
 
     def _draft(self, inputs: StepInputs, tables: Tensor, form: StepForm) -> Drafted:
         """A tree for every row: the proposer's, a known chain, or the root alone."""
@@ -173,7 +197,7 @@ class StepBody:
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
             return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
-        local = self.model.logits(hidden[layout.sampled], context)
+        local = self.model.logits(layout.of_sampled(hidden), context)
         logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
         settings = _draw_settings(layout)
         drawn = logits.draw(settings, self._edits(layout, settings.positions))
@@ -307,18 +331,3 @@ def _parts(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
 def _no_scores(like: Tensor) -> Scores:
     nothing = torch.zeros(0, device=like.device)
     return Scores(nothing, nothing.long(), nothing)
-
-
-def _outputs(drafted: Drafted, result: VerifyResult, scores: Scores, echo: Scores) -> StepOutputs:
-    return StepOutputs(
-        emitted=result.emitted,
-        path=result.path,
-        sizes=drafted.tree.sizes,
-        top_ids=scores.top_ids,
-        echo_top_ids=echo.top_ids,
-        logprobs=scores.chosen,
-        top=scores.top,
-        echo_logprobs=echo.chosen,
-        echo_top=echo.top,
-        faults=drafted.faults,
-    )

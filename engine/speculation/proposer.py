@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.step.batch import FeatureTap
 from engine.step.shape import TreeShape
-from engine.step.taps import FeatureTap
 from engine.step.tree import DraftTree
 
 

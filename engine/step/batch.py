@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from engine.kv.storage import KVStorage
 from engine.step.group import TPGroup
-from engine.step.taps import FeatureTap
 from kernels.ops import AttentionMeta, Ops
 
 
@@ -22,6 +22,16 @@ class ForwardBatch:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64, where each token's KV goes
     attention: AttentionMeta
+
+
+class FeatureTap(Protocol):
+    """Receives hidden states while the target runs. No tap, no cost: the model skips the call."""
+
+    layers: frozenset[int]  # record the input of these layers; num_layers means the final norm
+
+    def record(self, layer: int, hidden: Tensor) -> None:
+        """Take `hidden` [T, H], the residual stream that enters `layer`. Must copy to keep it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from engine.step.shape import StaticShape, chain, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +34,6 @@ class DraftTree:
             max_depth=0,
         )
 
-    @classmethod
-    def of_shape(cls, shape: StaticShape, tokens: Tensor, sizes: Tensor) -> DraftTree:
-        """The same shape for all rows, filled with `tokens` [B, N]. Row b keeps its first
-        `sizes[b]` nodes, which are a tree again."""
-        masks = [signed(mask) for mask in shape.ancestors]
-
-        def spread(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64).to(tokens.device).expand_as(tokens)
-
-        tree = cls(
-            tokens=tokens,
-            parents=spread(shape.parents),
-            depths=spread(shape.depths),
-            ancestors=spread(masks),
-            sizes=sizes,
-            max_depth=shape.max_depth,
-        )
-        return tree.cut(sizes)
-
     def cut(self, sizes: Tensor) -> DraftTree:
         """Keep the first `sizes` [B] nodes of each row."""
         nodes = torch.arange(self.tokens.shape[1], device=sizes.device)
@@ -70,8 +48,10 @@ class DraftTree:
             lengths: [B] of the drafts, 0 where there is none.
         """
         known = torch.cat((self.tokens[:, :1], tokens), dim=1)
-        chains = DraftTree.of_shape(chain(tokens.shape[1]), known, 1 + lengths)
-        return chains.where(lengths > 0, self)
+        nodes = torch.arange(known.shape[1], device=known.device).expand_as(known)
+        up_to_node = torch.full_like(nodes, -1) ^ (torch.full_like(nodes, -2) << nodes)
+        chains = DraftTree(known, nodes - 1, nodes, up_to_node, 1 + lengths, tokens.shape[1])
+        return chains.cut(1 + lengths).where(lengths > 0, self)
 
     def where(self, rows: Tensor, other: DraftTree) -> DraftTree:
         """These trees where `rows` [B] bool, those of `other` elsewhere."""

@@ -21,11 +21,10 @@ import torch
 
 from configs.resolve import HostConfig
 from configs.schema import Config
-from engine.parallel.board import Board
-from engine.parallel.channel import Broadcast, Channel
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import Progress
 from engine.parallel.orders import Orders
+from engine.parallel.transport import Board, Broadcast, Channel
 from engine.parallel.watchdog import Watchdog
 from engine.step.group import TPGroup
 from server.assembly.meeting import RANKS, STORE

@@ -20,8 +20,6 @@ import msgspec
 
 from configs.resolve import HostConfig
 from engine.parallel.agreement import RefusedByAllError
-from engine.parallel.board import Board
-from engine.parallel.channel import Channel, Inbox
 from engine.parallel.lockstep import Following
 from engine.parallel.orders import (
     DraftLoaded,
@@ -33,6 +31,7 @@ from engine.parallel.orders import (
     Stop,
     UseDraft,
 )
+from engine.parallel.transport import Board, Channel, Inbox
 from engine.speculation.proposer import RootProposer
 from server.assembly.drafting import Drafting, LoadedDraft
 from server.assembly.followers import EXIT_LOST, device_of, join

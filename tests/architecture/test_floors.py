@@ -47,7 +47,6 @@ FLOORS: dict[str, Table] = {
         "cli": frozenset({"commands"}),
     },
 }
-EXCEPTIONS = {("engine/parallel/lockstep.py", "engine.runner.warmup")}
 
 
 def room_of(name: str, package: str) -> str | None:
@@ -75,15 +74,7 @@ def upward(module: Module, table: Table) -> list[tuple[str, str]]:
 
 
 def wrong_arrows(module: Module, table: Table) -> list[str]:
-    return [
-        line
-        for line, name in upward(module, table)
-        if not any(module.path == path and _is_of(name, other) for path, other in EXCEPTIONS)
-    ]
-
-
-def _is_of(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")
+    return [line for line, name in upward(module, table)]
 
 
 def misplaced(table: Table) -> list[str]:
@@ -142,17 +133,6 @@ def test_floors_have_an_order(package: str) -> None:
 @pytest.mark.parametrize("package", PRODUCT)
 def test_no_modules_import_each_other(package: str) -> None:
     assert circles(modules((package,))) == []
-
-
-def test_every_exception_is_needed() -> None:
-    needed = {
-        (module.path, other)
-        for module in modules(tuple(FLOORS))
-        for _, name in upward(module, FLOORS[module.package])
-        for _, other in EXCEPTIONS
-        if _is_of(name, other)
-    }
-    assert EXCEPTIONS - needed == set()
 
 
 @pytest.mark.parametrize(

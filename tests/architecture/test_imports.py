@@ -34,7 +34,8 @@ WITHOUT_TORCH = (
     "engine.step.plan",
     "engine.scheduler.waiting",
     "engine.scheduler.scheduler",
-    "engine.scheduler.stopping",
+    "engine.speculation.policy",
+    "engine.step.executor",
 )
 # What runs in the HTTP process, which starts in a moment and stays small.
 HTTP_SIDE = (
@@ -171,7 +172,7 @@ def test_a_wrong_direction_is_seen(path: str, text: str) -> None:
         ("engine/a/__init__.py", "from .b import c"),
         ("server/assembly/compose.py", "import kernels.registry\nfrom drafter import x"),
         ("server/assembly/training.py", "from drafter.train import x"),
-        ("drafter/a.py", "import torch, engine.step.taps"),
+        ("drafter/a.py", "import torch, engine.step.batch"),
     ],
 )
 def test_a_right_direction_is_left_alone(path: str, text: str) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from engine.parallel import channel
-from engine.parallel.board import MAX_FRAME, NUM_PLACES, Board
+from engine.parallel.transport import MAX_FRAME, NUM_PLACES, Board
 from tests.support.inboxes import connected
 
 WAIT = 60.0

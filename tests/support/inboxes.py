@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from engine.parallel.board import Board
-from engine.parallel.channel import Broadcast, Channel, Inbox
+from engine.parallel.transport import Board, Broadcast, Channel, Inbox
 
 
 def connected(num_followers: int) -> tuple[Broadcast, list[tuple[Inbox, Channel]]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
+from engine.step.batch import FeatureTap
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import (
     MAX_NODES,
@@ -26,7 +27,6 @@ from engine.step.shape import (
     depths_of,
     signed,
 )
-from engine.step.taps import FeatureTap
 from engine.step.tree import DraftTree
 
 BLOCK = 16

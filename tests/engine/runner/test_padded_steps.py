@@ -184,10 +184,31 @@ def test_an_engine_keeps_to_its_device(
     assert not proposer.failed
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_step_is_one_copy_each_way_and_no_wait(lab: HeadLab, shape: TreeShape) -> None:
+REPEATING = [5, 6, 7, 8, 9, 10] * 4
+PLAIN = ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "request_"),
+    [
+        *((shape, PLAIN) for shape in SHAPES.values()),
+        (SHAPES["tree"], ask("penalised", [3, 4, 5], max_tokens=30, presence_penalty=1.0)),
+        (SHAPES["tree"], ask("biased", [3, 4, 5], max_tokens=30, logit_bias={7: 3.0})),
+        (SHAPES["chain3"], ask("held back", [3, 4, 5], max_tokens=30, min_tokens=30)),
+        (SHAPES["tree"], ask("scored", [3, 4, 5], max_tokens=30, logprobs=4)),
+        (ROOT, ask("looked up", REPEATING, max_tokens=40, ignore_eos=True)),
+        (SHAPES["tree"], ask("in chunks", REPEATING * 4, max_tokens=5, prompt_logprobs=1)),
+    ],
+    ids=lambda value: value.request_id if isinstance(value, Request) else value.name,
+)
+def test_a_step_is_one_copy_each_way_and_no_wait(
+    lab: HeadLab, shape: TreeShape, request_: Request
+) -> None:
     """The second and later steps of a form: the first makes its buffers."""
     counts = []
+    lookup = request_.request_id == "looked up"
+    budget = 20 if request_.request_id == "in chunks" else 64
+    lab = replace(lab, engine=replace(lab.engine, lookup=lookup, max_num_batched_tokens=budget))
     launch = DeviceSteps.launch
     with torch.inference_mode(), PretendDevice() as device, pytest.MonkeyPatch.context() as patch:
 
@@ -200,9 +221,10 @@ def test_a_step_is_one_copy_each_way_and_no_wait(lab: HeadLab, shape: TreeShape)
 
         patch.setattr(DeviceSteps, "launch", counting)
         core, _ = on_pretended_device(lab).build(FixedPlanner(shape))
-        generate(core, [ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)])
+        generate(core, [request_])
     again = [count for at, (form, count) in enumerate(counts) if (form in dict(counts[:at]))]
     assert len(again) > 3
+    assert not lookup or any(form.num_known for form, _ in counts)
     assert set(again) == {(1, 1, 0)}
 
 

@@ -17,6 +17,7 @@ from engine.messages import Abort, Finished, Submit, Tokens
 from engine.request import FinishReason, Request
 from engine.runner import graphs
 from engine.runner.runner import ModelRunner
+from engine.speculation import pace
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.plan import StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
@@ -325,6 +326,24 @@ def test_what_has_landed_is_heard_although_all_is_aborted(
             record.take(event)
     assert record.finished is not None
     assert record.finished.num_output == len(record.token_ids) > 1
+
+
+def test_steps_ahead_and_looked_up_drafts_take_turns(
+    lab: HeadLab, plans: list[StepPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way is tried, and neither shows in the text."""
+    monkeypatch.setattr(pace, "PROBE_EVERY", 6)
+    monkeypatch.setattr(pace, "PROBE_STEPS", 3)
+    asked = [
+        ask(f"{at}", [5, 6, 7, 8, 9] * 3 + [at], max_tokens=60, seed=at, ignore_eos=True)
+        for at in range(3)
+    ]
+    expected = generate(lab.engine.build(), asked)
+    plans.clear()
+    core, _ = ahead(lab, lookup=True).build(FixedPlanner(chain(3)))
+    same(generate(core, asked), expected)
+    assert sum(plan.ahead for plan in plans) > 5
+    assert sum(any(row.draft for row in plan.rows) for plan in plans) > 2
 
 
 class LateFetch(transfer.Fetch):
