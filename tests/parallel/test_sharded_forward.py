@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from engine.runner.input_builder import InputBuilder
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
 from engine.models.llama import Llama, LlamaLoader
+from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
-from engine.runner.input_builder import InputBuilder
 from engine.step.batch import ForwardContext
 from engine.step.group import TPGroup
 from engine.step.plan import RowPlan, StepPlan
@@ -101,7 +102,7 @@ def run(runner: Runner) -> list[Tensor]:
 def load(oracle: LlamaForCausalLM, ops: Ops, shard: Shard) -> Llama:
     arch = LlamaArch.from_hf_config(oracle.config.to_dict())
     read = oracle.state_dict().__getitem__
-    return LlamaLoader(arch, read, ops, torch.float32, CPU, 64, shard).load()
+    return LlamaLoader(arch, read, Place(ops, torch.float32, CPU, shard), 64).load()
 
 
 def heads_of(kv: KVStorage, heads: slice) -> list[Tensor]:

@@ -11,11 +11,11 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.rounds import Rounds, RoundSettings
 
 from configs.load import load_config
-from configs.resolve import HostFacts, resolve_host
-from configs.schema import Config
+from configs.resolve import HostFacts, ResolvedConfig, resolve_host, with_sizes
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from engine.parallel.shard import Shard
 from engine.speculation.planner import FixedPlanner
 from engine.step.group import TPGroup
@@ -23,7 +23,7 @@ from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
 from server.assembly.compose import assemble
 from server.assembly.drafting import HeadLoader, Target, drafting_with
-from server.assembly.rank import Place, runner_parts
+from server.assembly.rank import runner_parts
 from tests.support.engines import ask, generate
 from tests.support.thread_group import run_ranks
 from tests.support.tiny_heads import write_tiny_head
@@ -46,7 +46,7 @@ SETTINGS: list[dict[str, object]] = [
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(tmp_path_factory: pytest.TempPathFactory) -> ResolvedConfig:
     """Four query heads and two KV heads: two ranks cut both, four ranks share KV heads."""
     base = tmp_path_factory.mktemp("rounds")
     spec = TinyLlama(num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=389)
@@ -57,28 +57,26 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         f"model.source={base / 'model'}",
         f"speculation.draft={head}",
         "model.dtype=float32",
-        "model.max_model_len=128",
-        "cache.num_blocks=64",
         "scheduler.max_num_seqs=6",
         "scheduler.max_num_batched_tokens=160",
         "speculation.lookup=false",
     ]
-    return resolve_host(load_config(None, settings), HostFacts(1, base))
+    config = resolve_host(load_config(None, settings), HostFacts(1, base))
+    return with_sizes(config, max_model_len=128, num_blocks=64)
 
 
 def texts(
-    config: Config, ops: Ops, group: TPGroup, shape: TreeShape, *, rounds: bool
+    config: ResolvedConfig, ops: Ops, group: TPGroup, shape: TreeShape, *, rounds: bool
 ) -> tuple[dict[str, list[int]], int]:
     """What this rank says, and how many drafts were accepted."""
     assert config.speculation.draft is not None
-    place = Place(group, Shard(group.rank, group.size), CPU, ops)
+    place = Place(ops, torch.float32, CPU, Shard(group.rank, group.size), group)
     checkpoint = open_checkpoint(resolve_source(config.model.source))
-    settings = (ops, torch.float32, CPU, 128, place.shard)
-    model = LlamaLoader(checkpoint.arch, checkpoint.stored, *settings).load()
+    model = LlamaLoader(checkpoint.arch, checkpoint.stored, place, 128).load()
     target = Target(model, checkpoint.arch, frozenset(checkpoint.eos_token_ids))
-    draft = HeadLoader(target, *settings, replicated=False).load(Path(config.speculation.draft))
-    drafting = drafting_with(config, draft, ops, CPU, group)
-    core = assemble(config, target, ops, CPU, replace(drafting, planner=FixedPlanner(shape)))
+    draft = HeadLoader(target, place, 128).load(Path(config.speculation.draft))
+    drafting = drafting_with(config, draft, place)
+    core = assemble(config, target, place, replace(drafting, planner=FixedPlanner(shape)))
     parts = runner_parts(config, target, place, drafting.proposer)
     round_settings = RoundSettings(6, graphs=False) if rounds else None
     core.executor = ModelRunner(replace(parts, rounds=round_settings))
@@ -93,7 +91,7 @@ def texts(
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_rounds_of_several_ranks_say_what_one_rank_says(
-    config: Config,
+    config: ResolvedConfig,
     reference_ops: Ops,
     size: int,
     shape: TreeShape,

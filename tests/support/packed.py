@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from engine.runner.input_builder import InputBuilder
 from torch import Tensor
 
 from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
 from engine.models.llama import Llama, LlamaLoader
 from engine.models.loading import ReadTensor
-from engine.runner.input_builder import InputBuilder
+from engine.models.place import Place
 from engine.step.batch import ForwardContext
 from engine.step.group import TPGroup
 from engine.step.plan import RowPlan, StepPlan
@@ -65,4 +66,4 @@ class PackedModel:
 def load_packed(
     arch: LlamaArch, read: ReadTensor, ops: Ops, dtype: torch.dtype, max_len: int = 1024
 ) -> PackedModel:
-    return PackedModel(LlamaLoader(arch, read, ops, dtype, CPU, max_len).load(), ops, dtype)
+    return PackedModel(LlamaLoader(arch, read, Place(ops, dtype, CPU), max_len).load(), ops, dtype)
