@@ -62,9 +62,9 @@ COPY . .
 # The build requirements are installed already; nothing is fetched here.
 RUN /opt/aerie/bin/pip install --no-cache-dir --no-index --no-deps --no-build-isolation \
     --target /opt/aerie/app .
-COPY --from=kernels /build/kernels/native/prebuilt /opt/aerie/app/kernels/native/prebuilt
+COPY --from=kernels /build/kernels/native/prebuilt /opt/aerie/app/aerie/kernels/native/prebuilt
 # Without them the server would run on plain torch, which is much slower: better to fail here.
-RUN /opt/aerie/bin/python -P -c 'from kernels.native import build; build.find_prebuilt(build.PREBUILT)'
+RUN /opt/aerie/bin/python -P -c 'from aerie.kernels.native import build; build.find_prebuilt(build.PREBUILT)'
 
 
 FROM base AS runtime

@@ -55,7 +55,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt
 
 # The C++ compiler comes from the machine, else from a wheel; then the kernels are compiled once.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) "$(TORCH)")
 	$(PIP) -e .

@@ -1,24 +1,22 @@
-"""The whole engine on a CUDA device: same tokens every way, and how long a round takes."""
+"""The whole engine on a CUDA device: same tokens every way, and how long a step takes."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks import bars
+from benchmarks.bars import Verdict
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.peers.aerie import AerieTarget
+from benchmarks.step_times import Load, time_steps
 from benchmarks.timing import measure
 from configs.host import host_config
 from configs.resolve import ResolvedConfig, with_sizes
@@ -27,15 +25,11 @@ from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.static_levels import levels_of
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.manifest import expected_tensors
-from engine.core import EngineCore
-from engine.kv.slots import Scratch
-from engine.messages import Submit
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from engine.request import Request, SamplingParams
-from engine.runner.graphs import GraphedRound
 from engine.speculation.planner import FixedPlanner
-from engine.speculation.proposer import Ints, RootProposer, Roots
+from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Roots
 from engine.step.shape import ROOT, StaticShape, TreeShape, chain
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
@@ -61,32 +55,43 @@ LLAMA_8B = LlamaArch(
     max_position_embeddings=8192,
 )
 DRAFT_VOCAB = 32000
-PROMPT, STEPS = 128, 60
+PROMPT = 128
 PROMPTS = [[(11 * i + 37 * row) % 40000 + 5 for i in range(20 + 9 * row)] for row in range(6)]
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "plain": [{"temperature": heat} for heat in (0.0, 1.0, 0.7)],
+    "edited": [
+        {"temperature": 0.7, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
+        {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 1},
+        {"temperature": 1.0, "logit_bias": {11: 2.0, 12: -100.0}, "min_tokens": 9},
+    ],
+}
 EIGHT = StaticShape("eight", (-1, 0, 0, 0, 1, 1, 2, 4))
 
 
-def _requests() -> list[Request]:
-    heats = (0.0, 1.0, 0.7)
+def _requests(name: str, kinds: Sequence[Mapping[str, Any]]) -> list[Request]:
+    shared = {"max_tokens": 48, "ignore_eos": True}
     return [
         Request(
-            request_id=str(row),
+            request_id=f"{name} {row}",
             prompt_ids=prompt,
-            params=SamplingParams(
-                max_tokens=48, temperature=heats[row % 3], seed=row, ignore_eos=True
-            ),
+            params=SamplingParams(**{**shared, "seed": row, **kinds[row % len(kinds)]}),
         )
         for row, prompt in enumerate(PROMPTS)
     ]
 
 
 def _texts(*settings: str) -> dict[str, list[int]]:
+    """Of plain rows, and of rows that want more of a step."""
     engine = OfflineEngine.from_config(host_config(None, ["cache.num_blocks=1024", *settings]))
-    return {name: heard.token_ids for name, heard in engine.generate(_requests()).items()}
+    found: dict[str, list[int]] = {}
+    for name, kinds in KINDS.items():
+        heard = engine.generate(_requests(name, kinds))
+        found |= {request: record.token_ids for request, record in heard.items()}
+    return found
 
 
 def same_tokens() -> dict[str, Any]:
-    """Graphs against eager rounds, in bfloat16: the same kernels on the same shapes. The head
+    """Graphs against eager steps, in bfloat16: the same kernels on the same shapes. The head
     against plain decoding, in float32, where sums in another order decide nothing."""
     pairs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "graphs = eager, plain": (
@@ -133,25 +138,19 @@ def speeds() -> dict[str, Any]:
             runs = [measure(target.run(prompts, 128)).tokens_per_second for _ in range(3)]
             found.setdefault(f"batch {batch}", {})[name] = round(statistics.median(runs), 1)
     print(found)
-    return {"tokens_per_second": found}
+    verdicts = [
+        Verdict(
+            f"plain / with the head, tokens per second, {batch}", 1.03, of["plain"] / of["auto"]
+        )
+        for batch, of in found.items()
+    ]
+    return {"tokens_per_second": found, "bars": bars.as_json(verdicts)}
 
 
 class RepeatingProposer(RootProposer):
     """Fills every node with the root's token: trees that cost nothing to draft."""
 
-    lookahead = 0
-
-    def knows(self, lines: Ints, positions: Ints) -> NDArray[np.bool_]:  # noqa: ARG002
-        return np.ones(len(lines), dtype=np.bool_)
-
-    def draft(
-        self,
-        roots: Roots,
-        shape: TreeShape,
-        max_context: int,  # noqa: ARG002
-        any_sampled: bool,  # noqa: ARG002
-        scratch: Scratch,  # noqa: ARG002
-    ) -> tuple[DraftTree, Tensor]:
+    def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:  # noqa: ARG002
         assert isinstance(shape, StaticShape)
         plan = levels_of(shape, roots.tokens.device)
         tokens = roots.tokens[:, None].repeat(1, shape.num_nodes)
@@ -163,7 +162,7 @@ class RepeatingProposer(RootProposer):
             sizes=roots.max_nodes,
             max_depth=shape.max_depth,
         )
-        return tree, torch.ones_like(roots.tokens, dtype=torch.bool)
+        return Drafted(tree.cut(roots.max_nodes), torch.zeros_like(roots.tokens, dtype=torch.bool))
 
 
 @dataclass
@@ -172,10 +171,10 @@ class _Large:
 
     ops: Ops
     device: torch.device
-    folder: Path
+    folder: Path  # exists; every head gets a folder of its own in it
     config: ResolvedConfig = field(
         default_factory=lambda: with_sizes(
-            host_config(None, ["scheduler.max_num_seqs=8"]), max_model_len=4096, num_blocks=1024
+            host_config(None, ["scheduler.max_num_seqs=16"]), max_model_len=4096, num_blocks=1024
         )
     )
 
@@ -197,109 +196,72 @@ class _Large:
         """An untrained EAGLE-3 head."""
         config = eagle3_config(LLAMA_8B, DRAFT_VOCAB)
         tensors = random_eagle3(config, LLAMA_8B, seed=0)
-        save_eagle3(self.folder, config, LLAMA_8B, tensors, torch.arange(DRAFT_VOCAB))
-        head = HeadLoader(target, self.place, 4096).load(self.folder)
+        folder = Path(tempfile.mkdtemp(dir=self.folder)) / "head"
+        save_eagle3(folder, config, LLAMA_8B, tensors, torch.arange(DRAFT_VOCAB))
+        head = HeadLoader(target, self.place, 4096).load(folder)
         drafting = drafting_with(self.config, head, self.place)
         return replace(drafting, planner=FixedPlanner(shape))
 
-    def steps(
-        self, target: Target, drafting: Drafting, *, run_ahead: bool = False
-    ) -> dict[str, float]:
-        scheduler = self.config.scheduler.model_copy(update={"run_ahead": run_ahead})
-        config = self.config.model_copy(update={"scheduler": scheduler})
-        core = assemble(config, target, self.place, drafting)
-        return _time_steps(core)
+    def steps(self, target: Target, drafting: Drafting, load: Load) -> dict[str, float]:
+        config = load.settings(self.config)
+        return time_steps(assemble(config, target, self.place, drafting), load)
 
 
-def _time_steps(core: EngineCore) -> dict[str, float]:
-    """Median milliseconds of a decode step, and of what the device does in it. `idle_us`: from the
-    end of one round to the begin of the next, by the device's clock; copies of inputs and outputs
-    lie in between. `gap_us` is what the host adds to a step."""
-    params = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
-    core.add(Submit(Request(request_id="r", prompt_ids=list(range(5, 5 + PROMPT)), params=params)))
-    walls = []
-    with _device_times() as spans:
-        for _ in range(STEPS + 10):
-            started = time.perf_counter()
-            core.step()
-            walls.append((time.perf_counter() - started) * 1000)
-    wall = statistics.median(walls[10:])
-    device = statistics.median(start.elapsed_time(end) for start, end in spans[5:])
-    idle = [1000 * end.elapsed_time(start) for (_, end), (start, _) in pairwise(spans[5:])]
-    return {
-        "step_ms": wall,
-        "device_ms": device,
-        "gap_us": (wall - device) * 1000,
-        "idle_us": statistics.median(idle),
-        "idle_us_p95": float(np.quantile(idle, 0.95)),
-    }
+ONE = Load()
+AHEAD = Load(run_ahead=True)
+SAME_TOKEN = {"logit_bias": {7: 100.0}}  # a text in which every lookup is right
+LOADS = {
+    "penalties": Load(params={"repetition_penalty": 1.1, "frequency_penalty": 0.2}),
+    "logprobs": Load(params={"logprobs": 5}),
+    "bias": Load(params=SAME_TOKEN),
+    "bias, lookup": Load(params=SAME_TOKEN, lookup=True),
+    "8 rows": Load(rows=8),
+    "8 rows, a chunk of 512": Load(rows=8, chunk=512),
+}
 
 
-@contextmanager
-def _device_times() -> Iterator[list[tuple[Any, Any]]]:
-    """CUDA events around every replay of a round."""
-    spans: list[tuple[Any, Any]] = []
-    launch = GraphedRound._launch
-
-    def timed(self: GraphedRound) -> Tensor:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        joined = launch(self)
-        end.record()
-        spans.append((start, end))
-        return joined
-
-    GraphedRound._launch = timed  # type: ignore[method-assign]
-    try:
-        yield spans
-    finally:
-        GraphedRound._launch = launch  # type: ignore[method-assign]
-
-
-def large_round() -> dict[str, Any]:
-    """Batch 1: the round against reading all weights once, verifying 8 nodes against 1, drafting a
-    chain of 3, and what the host adds."""
+def large_step() -> dict[str, Any]:
+    """The step against reading all weights once, verifying 8 nodes against 1, drafting a chain of
+    3, what the host adds, and what else a step may hold."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth()
     with tempfile.TemporaryDirectory() as folder:
         ops = build_ops("triton", device, torch.bfloat16, 1, Path(folder))
-        large = _Large(ops, device, Path(folder) / "head")
+        large = _Large(ops, device, Path(folder))
         target = large.target()
-        free = {
-            shape.name: large.steps(target, Drafting(RepeatingProposer(), FixedPlanner(shape)))
-            for shape in (ROOT, EIGHT, chain(3))
-        }
-        drafted = large.steps(target, large.drafting(target, chain(3)))
-        roots = Drafting(RepeatingProposer(), FixedPlanner(ROOT))
-        ahead = {
-            "root, run-ahead": large.steps(target, roots, run_ahead=True),
-            "eagle3 chain3, run-ahead": large.steps(
-                target, large.drafting(target, chain(3)), run_ahead=True
-            ),
-        }
+
+        def free(shape: TreeShape, load: Load) -> dict[str, float]:
+            drafting = Drafting(RepeatingProposer(), FixedPlanner(shape))
+            return large.steps(target, drafting, load)
+
+        def drafted(load: Load) -> dict[str, float]:
+            return large.steps(target, large.drafting(target, chain(3)), load)
+
+        found = {shape.name: free(shape, ONE) for shape in (ROOT, EIGHT, chain(3))}
+        found["eagle3 chain3"] = drafted(ONE)
+        found["root, run-ahead"] = free(ROOT, AHEAD)
+        found["eagle3 chain3, run-ahead"] = drafted(AHEAD)
+        found |= {f"root, {name}": free(ROOT, load) for name, load in LOADS.items()}
+    for name, times in found.items():
+        print(
+            f"{name}: {times['step_ms']:.2f} ms a step, {times['device_ms']:.2f} ms of them on the "
+            f"device, idle {times['idle_us']:.0f} us"
+        )
     read = sum(torch.Size(shape).numel() for shape in expected_tensors(LLAMA_8B).values())
     floor = 2 * (read - LLAMA_8B.vocab_size * LLAMA_8B.hidden_size) / bandwidth * 1000
-    one, eight, three = (free[name]["device_ms"] for name in (ROOT.name, EIGHT.name, "chain3"))
-    bars = {
-        "round / floor": (one / floor, 1.15),
-        "8 nodes / 1 node": (eight / one, 1.10),
-        "drafting, share of the round": (
-            (drafted["device_ms"] - three) / drafted["device_ms"],
-            0.15,
+    verdicts = _verdicts(found, floor)
+    return {"floor_ms": floor, "steps": found, "bars": bars.as_json(verdicts)}
+
+
+def _verdicts(found: Mapping[str, dict[str, float]], floor_ms: float) -> list[Verdict]:
+    device = {name: times["device_ms"] for name, times in found.items()}
+    drafted = device["eagle3 chain3"]
+    return [
+        Verdict("step of the 8B shape / reading its weights", 1.15, device["root"] / floor_ms),
+        Verdict("verifying 8 nodes / 1 node", 1.10, device["eight"] / device["root"]),
+        Verdict(
+            "drafting a chain of 3, share of the step", 0.15, (drafted - device["chain3"]) / drafted
         ),
-        "host gap, us": (free[ROOT.name]["gap_us"], 50.0),
-        "the same with run-ahead, us": (ahead["root, run-ahead"]["gap_us"], 50.0),
-    }
-    for name, (value, bar) in bars.items():
-        print(f"{name}: {value:.2f} (at most {bar})")
-    steps = {**free, "eagle3 chain3": drafted, **ahead}
-    for name, times in steps.items():
-        print(f"{name}: {times['step_ms']:.2f} ms a step, idle {times['idle_us']:.0f} us in it")
-    missed = [f"{n}: {value:.2f}, at most {bar}" for n, (value, bar) in bars.items() if value > bar]
-    found = {name: {"value": value, "at_most": bar} for name, (value, bar) in bars.items()}
-    return {
-        "floor_ms": floor,
-        "bars": found,
-        "steps": steps,
-        "missed": missed,
-    }
+        Verdict("what the host adds to a step, us", 50.0, found["root"]["gap_us"]),
+        Verdict("the same, running ahead, us", 50.0, found["root, run-ahead"]["gap_us"]),
+    ]

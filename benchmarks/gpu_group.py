@@ -1,10 +1,11 @@
-"""A group of one rank on one GPU: NCCL and symmetric memory can be had, sum right, and go into a
-CUDA graph. How fast they are between GPUs, only several can say."""
+"""A group of one rank on one GPU: NCCL can be had, every collective leaves a tensor as it is, and
+all of them go into a CUDA graph. Symmetric memory is for several ranks: only several GPUs show it.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,57 @@ import torch
 from torch import Tensor
 
 from engine.parallel.distributed import DistributedGroup
+from engine.step.group import TPGroup
 
-SIZES = (1024, 64 * 1024, 256 * 1024, 1 << 20)  # bytes: one-shot, its limit, two-shot, NCCL
+SIZES = (1024, 64 * 1024, 256 * 1024, 1 << 20)  # bytes
+WIDTH = 64
 TIMEOUT = 60.0
+
+Collective = Callable[[Tensor], Tensor]
 
 
 def one_rank() -> dict[str, Any]:
-    """Whether sums of all sizes come out right, eagerly and from a graph."""
+    """Whether the collectives of a group of one change nothing, eagerly and from a graph."""
     device = torch.device("cuda", torch.cuda.current_device())
     with tempfile.TemporaryDirectory() as folder:
         group = DistributedGroup.join(Path(folder) / "store", 0, 1, device, TIMEOUT)
         try:
-            return sums(group.all_reduce, device) | {"backend": group.backend}
+            found = changes(collectives(group), device)
         finally:
             group.close()
+    return {"sizes": list(SIZES), "backend": group.backend, "failed": found}
 
 
-def sums(all_reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Any]:
-    """Failures of a reduction over one rank, which must leave every tensor as it is."""
+def collectives(group: TPGroup) -> Mapping[str, Collective]:
+    """Each with a result of the shape of its input."""
+    return {
+        "all_reduce": group.all_reduce,
+        "stack": lambda x: group.stack(x)[0],
+        "to_owners": lambda x: group.to_owners(x, [len(x)]),
+        "from_first": group.from_first,
+    }
+
+
+def changes(operations: Mapping[str, Collective], device: torch.device) -> list[str]:
+    """The operations and sizes that do not give back what they were given."""
     failed = []
     for size in SIZES:
-        x = torch.randn(size // 2, device=device, dtype=torch.bfloat16)
-        if not torch.equal(all_reduce(x.clone()), x):
-            failed.append(f"{size} bytes: another sum")
-        if device.type == "cuda" and not torch.equal(_from_graph(all_reduce, x), x):
-            failed.append(f"{size} bytes: another sum from a CUDA graph")
-    return {"sizes": list(SIZES), "failed": failed}
+        x = torch.randn(size // 2 // WIDTH, WIDTH, device=device).to(torch.bfloat16)
+        for name, operation in operations.items():
+            if not torch.equal(operation(x.clone()), x):
+                failed.append(f"{name}, {size} bytes: another tensor")
+            if device.type == "cuda" and not torch.equal(_from_graph(operation, x), x):
+                failed.append(f"{name}, {size} bytes: another tensor from a CUDA graph")
+    return failed
 
 
-def _from_graph(all_reduce: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    graph, buffer = torch.cuda.CUDAGraph(), x.clone()
-    all_reduce(buffer.clone())  # workspaces are made before the capture
+def _from_graph(operation: Collective, x: Tensor) -> Tensor:
+    """The result of a replay, for an input that came after the capture."""
+    graph, buffer = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    operation(buffer.clone())  # workspaces are made before the capture
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        total = all_reduce(buffer.clone())
+        total = operation(buffer.clone())
     buffer.copy_(x)
     graph.replay()
     torch.cuda.synchronize()

@@ -7,9 +7,8 @@ which the same run copies memory.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,14 +16,22 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import bars, machine
+from benchmarks.bars import Verdict
+from benchmarks.device_timing import Timer, eager_seconds, graph_seconds
 from benchmarks.kernel_cases import FLOOR, Case, all_cases
+from kernels.ops import Ops
 from kernels.registry import build_ops
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COPY_BYTES = 2**30
-REPEATS = 30
-FLUSH_BYTES = 2**28  # written between two runs: nothing stays in the second-level cache
+
+Found = dict[str, Any]
+Tell = Callable[[Found], None]
+
+
+def _nobody(_found: Found) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,103 +39,137 @@ class Measured:
     """One operation at one shape."""
 
     name: str
-    microseconds: float
+    microseconds: float | None  # None: it failed
     floor_microseconds: float  # of its bytes; 0: none is known
-    share_of_floor: float  # floor / time: 1 is as fast as memory
-    bar: str  # what is asked for, and what came of it; "" without one
-    kept: bool | None  # whether all bars are kept
+    verdicts: tuple[Verdict, ...] = ()
+    error: str = ""
+    is_peer: bool = False
+
+    @property
+    def share_of_floor(self) -> float | None:
+        """Floor / time: 1 is as fast as memory."""
+        return None if self.microseconds is None else self.floor_microseconds / self.microseconds
 
 
-def seconds_of(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median of runs that find nothing in the cache."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1000)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a large copy."""
+def copy_bandwidth(timer: Timer = eager_seconds) -> float:
+    """Bytes per second, read and written, of a large copy. Not from a graph, where the same copy
+    was slower on an H200 (2.8 instead of 4.2 TB/s)."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / seconds_of(lambda: target.copy_(source))
+    return 2 * COPY_BYTES / timer(lambda: target.copy_(source))
 
 
-def measure(cases: Iterable[Case], bandwidth: float) -> Iterator[Measured]:
-    """In order; a case that fails is reported with a time of -1 and goes on with the next."""
+def measure(cases: Iterable[Case], bandwidth: float, timer: Timer) -> Iterator[Measured]:
+    """In order; a case that fails is reported and the next one goes on."""
     taken: dict[str, float] = {}  # seconds by name
     for case in cases:
-        try:
-            seconds = seconds_of(case.make())
-        except Exception as error:  # noqa: BLE001  (one kernel's failure must not hide the others)
-            kept = None if case.is_peer else False
-            yield Measured(case.name, -1.0, 0.0, 0.0, f"failed: {error}"[:300], kept)
-            continue
-        taken[case.name] = seconds
         floor = case.num_bytes / bandwidth
-        bar, kept = _judged(case, taken | {FLOOR: floor})
-        yield Measured(case.name, seconds * 1e6, floor * 1e6, floor / seconds, bar, kept)
+        seconds, error = _attempt(case, timer)
+        if seconds is not None:
+            taken[case.name] = seconds
+        verdicts = tuple(_verdicts(case, taken | {FLOOR: floor}))
+        micros = None if seconds is None else seconds * 1e6
+        yield Measured(case.name, micros, floor * 1e6, verdicts, error, case.is_peer)
 
 
-def _judged(case: Case, taken: Mapping[str, float]) -> tuple[str, bool | None]:
-    """What is asked for, with what came of it, and whether all of that is kept; what has no time to
-    compare with decides nothing."""
-    texts: list[str] = []
-    verdicts: list[bool] = []
+def _attempt(case: Case, timer: Timer) -> tuple[float | None, str]:
+    """Seconds, or what went wrong."""
+    try:
+        return timer(case.make()), ""
+    except Exception as error:  # noqa: BLE001  (one kernel's failure must not hide the others)
+        return None, f"{type(error).__name__}: {error}"[:300]
+
+
+def _verdicts(case: Case, taken: Mapping[str, float]) -> Iterator[Verdict]:
     for bar in case.bars:
-        asked = f"at most {bar.times:.2f} x {bar.of}"
-        if bar.of in taken:
-            ratio = taken[case.name] / taken[bar.of]
-            verdicts.append(ratio <= bar.times)
-            texts.append(f"{asked}: {ratio:.2f}")
-        else:
-            texts.append(f"{asked}: no time of it")
-    return "; ".join(texts), all(verdicts) if verdicts else None
+        both = case.name in taken and bar.of in taken
+        ratio = taken[case.name] / taken[bar.of] if both else None
+        yield Verdict(f"{case.name}, against {bar.of}", bar.times, ratio)
 
 
 def table(rows: Iterable[Measured]) -> str:
-    lines = ["| operation | us | floor us | share | bar | kept |", "| --- | ---: | ---: | ---: |"]
-    lines[1] += " --- | --- |"
+    """One line per operation; its bars are listed by `python -m benchmarks.gpu_check`."""
+    lines = ["| operation | us | floor us | share | bars |", "| --- | ---: | ---: | ---: | --- |"]
     for row in rows:
-        times = f"{row.microseconds:.1f} | {row.floor_microseconds:.1f}"
-        kept = "" if row.kept is None else "yes" if row.kept else "NO"
-        lines.append(f"| {row.name} | {times} | {row.share_of_floor:.2f} | {row.bar} | {kept} |")
+        if row.microseconds is None:
+            lines.append(f"| {row.name} | failed | | | {row.error.splitlines()[0]} |")
+            continue
+        share = f"{row.share_of_floor:.2f}" if row.floor_microseconds else ""
+        times = f"{row.microseconds:.1f} | {row.floor_microseconds:.1f} | {share}"
+        lines.append(f"| {row.name} | {times} | {_words(row.verdicts)} |")
     return "\n".join(lines)
 
 
-def report() -> dict[str, Any]:
-    """Bandwidth and all operations with the Triton kernels."""
-    device = torch.device("cuda")
-    ops = build_ops("triton", device, torch.bfloat16, 1, Path("unused"))
-    bandwidth = copy_bandwidth()
-    rows = list(measure(all_cases(ops, device), bandwidth))
+def _words(verdicts: Iterable[Verdict]) -> str:
+    kept = [verdict.kept for verdict in verdicts]
+    words = {True: "kept", False: "MISSED", None: "no value"}
+    return ", ".join(
+        f"{kept.count(value)} {word}" for value, word in words.items() if value in kept
+    )
+
+
+def report(
+    cases: Iterable[Case], bandwidth: float, timer: Timer = graph_seconds, tell: Tell = _nobody
+) -> Found:
+    """All cases. `tell` hears what is found so far, after every case."""
+    rows: list[Measured] = []
+    for row in measure(cases, bandwidth, timer):
+        rows.append(row)
+        tell(found_in(rows, bandwidth))
     print(f"copy: {bandwidth / 1e12:.2f} TB/s\n{table(rows)}")
+    return found_in(rows, bandwidth)
+
+
+def found_in(rows: Sequence[Measured], bandwidth: float) -> Found:
+    """As JSON. `failed` are operations of ours that raise; others' may."""
+    operations = [asdict(row) | {"share_of_floor": row.share_of_floor} for row in rows]
+    for operation in operations:
+        del operation["verdicts"]  # they are the bars
     return {
         "copy_bytes_per_second": bandwidth,
-        "operations": [asdict(row) for row in rows],
-        "failed": [
-            f"{row.name} {row.bar}" for row in rows if row.microseconds < 0 and row.kept is False
-        ],
-        "missed": [f"{row.name}: {row.bar}" for row in rows if row.kept is False],
+        "operations": operations,
+        "bars": bars.as_json(verdict for row in rows for verdict in row.verdicts),
+        "failed": [f"{row.name}: {row.error}" for row in rows if row.error and not row.is_peer],
     }
 
 
-def main() -> int:
+def triton_operations(tell: Tell = _nobody) -> Found:
+    """All operations with the Triton kernels on this device."""
+    ops, device = _triton()
+    return report(all_cases(ops, device), copy_bandwidth(), tell=tell)
+
+
+def compiled() -> Found:
+    """Runs every operation once. What is compiled goes into the caches on disk, where the part that
+    measures finds it."""
+    ops, device = _triton()
+    rows = list(measure(all_cases(ops, device), 1.0, once))
+    failed = [f"{row.name}: {row.error}" for row in rows if row.error and not row.is_peer]
+    return {"operations": len(rows), "failed": failed}
+
+
+def once(run: Callable[[], object]) -> float:
+    """A timer that only runs."""
+    torch.compiler.reset()
+    run()
+    torch.cuda.synchronize()
+    return 1.0
+
+
+def _triton() -> tuple[Ops, torch.device]:
+    device = torch.device("cuda")
+    return build_ops("triton", device, torch.bfloat16, 1, Path("unused")), device
+
+
+def main(results: Path = RESULTS) -> int:
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return 0
-    found = {"machine": machine.facts(), **report()}
+    found = {"machine": machine.facts(), **triton_operations()}
     name = f"kernels-{machine.device_slug()}-{datetime.now(UTC):%Y-%m-%d}.json"
-    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (results / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for verdict in map(bars.from_json, found["bars"]):
+        print(verdict.line())
     return 1 if found["failed"] else 0
 
 

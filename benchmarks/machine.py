@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("aerie", "torch", "triton", "transformers", "numpy")
+from server.version import version
+
+PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 def facts() -> dict[str, object]:
@@ -20,7 +22,7 @@ def facts() -> dict[str, object]:
         "cores": torch.get_num_threads() if torch.cuda.is_available() else _cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"aerie": version(), **{name: _version(name) for name in PACKAGES}},
     }
 
 

@@ -21,10 +21,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
-from engine.parallel.frames import Order, PlanFrame
-from engine.parallel.plan_codec import PlanDecoder, PlanEncoder
 
 from benchmarks.machine import facts
+from engine.parallel.orders import Order, RunStep
 from engine.parallel.transport import Board, Broadcast, Channel, Inbox
 from engine.request import Request, SamplingParams
 from engine.step.plan import Admission, RowPlan, StepPlan
@@ -39,18 +38,30 @@ WARM_UP = 10  # plans that are not counted
 def plans(num_rows: int, num_steps: int) -> Iterator[StepPlan]:
     """The admission of all rows, then decode steps."""
     params = SamplingParams(max_tokens=1 << 20)
-    names = [f"cmpl-{number:032x}" for number in range(num_rows)]
-    requests = [Request(request_id=name, prompt_ids=[1, 2, 3], params=params) for name in names]
-    yield StepPlan(admitted=tuple(Admission(request, ()) for request in requests))
-    for step in range(num_steps):
-        start = CONTEXT + step
-        blocks = list(range((start + 4) // BLOCK_SIZE + 1))
+    requests = [
+        Request(request_id=f"cmpl-{line:032x}", prompt_ids=[1, 2, 3], params=params)
+        for line in range(num_rows)
+    ]
+    yield StepPlan(admitted=tuple(itertools.starmap(Admission, enumerate(requests))))
+    num_known = 0  # blocks that earlier plans have told
+    for start in range(CONTEXT, CONTEXT + num_steps):
+        num_blocks = (start + 4) // BLOCK_SIZE + 1
         yield StepPlan(
-            tuple(
-                RowPlan(name, start, [7], list(blocks), samples=True, num_draft=3) for name in names
+            rows=tuple(
+                RowPlan(
+                    line=line,
+                    start=start,
+                    token_ids=(7,),
+                    first_block=num_known,
+                    new_blocks=tuple(range(num_known, num_blocks)),
+                    samples=True,
+                    num_draft=3,
+                )
+                for line in range(num_rows)
             ),
             shape=chain(3),
         )
+        num_known = num_blocks
 
 
 def follow(way: str, step: float, number: int, end: int, memory: int, wake: int) -> None:
@@ -58,12 +69,10 @@ def follow(way: str, step: float, number: int, end: int, memory: int, wake: int)
     channel = Channel(socket.socket(fileno=end))
     inbox = Inbox(channel, Board(memory, wake), number)
     receive = inbox.receive if way == BOARD else channel.receive
-    decoder, plan_decoder = msgspec.msgpack.Decoder(Order), PlanDecoder()
+    decoder = msgspec.msgpack.Decoder(Order)
     while (frame := receive()) is not None:
-        order = decoder.decode(frame)
-        if isinstance(order, PlanFrame):
-            plan_decoder.decode(order)
-            time.sleep(step)
+        decoder.decode(frame)
+        time.sleep(step)
 
 
 @contextmanager
@@ -94,20 +103,18 @@ def measure(
     way: str, num_followers: int, gap: float, chosen: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Microseconds of every plan."""
-    encoder, plan_decoder = PlanEncoder(BLOCK_SIZE), PlanDecoder()
-    decoder = msgspec.msgpack.Decoder(Order)
+    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Order)
     times: dict[str, list[float]] = {"encode": [], "send": [], "encode and send": [], "decode": []}
     with followers(way, num_followers, chosen.step) as send:
         for plan in plans(chosen.rows, chosen.steps):
             started = time.perf_counter()
-            frame = encoder.encode(plan)
+            frame = encoder.encode(RunStep(plan))
             encoded = time.perf_counter()
             send(frame)
             sent = time.perf_counter()
             order = decoder.decode(frame)
             times["decode"].append(time.perf_counter() - sent)
-            assert isinstance(order, PlanFrame)
-            assert plan_decoder.decode(order) == plan
+            assert order == RunStep(plan)
             times["encode"].append(encoded - started)
             times["send"].append(sent - encoded)
             times["encode and send"].append(sent - started)

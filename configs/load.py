@@ -6,8 +6,7 @@ Later sources win. Every key is checked: an unknown one is an error that names i
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping
-from importlib.resources import files
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from configs.redact import REDACTED, SECRETS
 from configs.schema import Config, Section
+from configs.values import Dumper, field_type, is_nothing, kinds_of, parse, parse_for, typed
 
 Schema = TypeVar("Schema", bound=Section)
 
@@ -26,6 +26,11 @@ RESERVED_ENV = frozenset({"AERIE_CONFIG"})  # read by the command line: the file
 # Kubernetes sets these in every container beside a Service whose name begins with "aerie".
 SERVICE_ENV = re.compile(r"AERIE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+ALLOWED = {  # by pydantic's kind of error
+    "bool_type": "give true or false, on or off, yes or no",
+    "tuple_type": "give a list, as [a, b]",
+    "string_type": "give a text",
+}
 
 
 class ConfigError(ValueError):
@@ -41,7 +46,7 @@ def load_config(
 
     Args:
         path: YAML file, or the name of one that is shipped (such as `smollm2`); None: defaults.
-        overrides: `section.key=value`; values are YAML, so `null`, `[a, b]` and `1e3` work.
+        overrides: `section.key=value`; values mean what configs/values.py says.
         environment: where `AERIE_*` variables are looked up.
 
     Raises:
@@ -62,14 +67,15 @@ def load_schema(
     for name, value in (environment or {}).items():
         if _is_ours(name, value):
             keys = name.removeprefix(ENV_PREFIX).lower().split(ENV_SEPARATOR)
-            _put(tree, keys, _parse(value, name), name)
+            _put(tree, keys, _parse(value, keys, schema, name), name)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        _put(tree, key.strip().split("."), _parse(value, key), key)
+        keys = key.strip().split(".")
+        _put(tree, keys, _parse(value, keys, schema, key), key)
     try:
-        return schema.model_validate(tree)
+        return schema.model_validate(typed(tree, schema))
     except ValidationError as error:
         raise ConfigError(_explain(error, path, schema)) from error
 
@@ -77,7 +83,7 @@ def load_schema(
 def as_yaml(config: Section, exclude: set[str]) -> str:
     """The text of a file that `load_schema` reads as `config` again, less some sections."""
     tree = config.model_dump(mode="json", exclude=exclude)
-    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -89,46 +95,40 @@ def _is_ours(name: str, value: str) -> bool:
 
 def shipped_configs(kind: str = SERVE) -> dict[str, Path]:
     """Names and paths of the files under configs/serve, or under another folder of configs."""
-    folder = Path(str(files("configs") / kind))
+    folder = Path(__file__).parent / kind
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def _read_yaml(path: Path, kind: str) -> dict[str, Any]:
     path = shipped_configs(kind).get(str(path), path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+        tree = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         known = ", ".join(shipped_configs(kind))
         raise ConfigError(f"no configuration file {str(path)!r}; shipped ones: {known}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, no such date
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    if tree is None:
+    if is_nothing(tree):
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (model:, cache:, ...), not {tree!r}")
     # a section whose keys are all commented out is None
-    return {section: {} if keys is None else keys for section, keys in tree.items()}
+    return {section: {} if is_nothing(keys) else keys for section, keys in tree.items()}
 
 
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} is written twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _parse(value: str, name: str) -> Any:
+def _parse(value: str, keys: list[str], schema: type[Section], name: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return parse_for(value, _type_at(schema, keys))
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"the value of {name} is not YAML") from error
+
+
+def _type_at(schema: type[Section], keys: list[str]) -> object:
+    """Of the field that `keys` name; Any when there is no such field."""
+    wanted: object = schema
+    for key in keys:
+        wanted = field_type(wanted, key)
+    return wanted
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
@@ -148,8 +148,17 @@ def _explain(error: ValidationError, path: Path | None, schema: type[Section]) -
             allowed = ", ".join(_siblings(detail["loc"], schema))
             problems.append(f"unknown key {key!r}; known here: {allowed}")
         else:
-            problems.append(_problem(key, detail["type"], detail["msg"], detail["input"]))
+            message = _allowed(detail["type"], detail["loc"], schema) or detail["msg"]
+            problems.append(_problem(key, detail["type"], message, detail["input"]))
     return f"configuration{f' {path}' if path else ''}: " + "; ".join(problems)
+
+
+def _allowed(kind: str, location: tuple[int | str, ...], schema: type[Section]) -> str:
+    """What may be written instead, where pydantic says it in words of Python; else ""."""
+    if kind not in ALLOWED:
+        return ""
+    may_be_none = type(None) in kinds_of(_type_at(schema, [str(part) for part in location]))
+    return ALLOWED[kind] + (", or null" if may_be_none else "")
 
 
 def _problem(key: str, kind: str, message: str, value: object) -> str:

@@ -17,7 +17,7 @@ def _refuse_truth(value: object) -> object:
 # Python takes true for 1; nobody who writes `threads: true` means that.
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[Integer, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_refuse_truth)]  # also "1e3", a text in YAML
+Number = Annotated[float, BeforeValidator(_refuse_truth)]
 
 
 class Section(BaseModel):
@@ -93,7 +93,7 @@ class SpeculationConfig(Section):
         "them (replicated); the vocabulary is cut either way, and the text is the same. Drafting "
         "takes as long as reading the head's weights: a part of them is read faster",
     )
-    shared_noise: bool = Field(
+    shared_noise: StrictBool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"
     )
     window: Positive | None = Field(

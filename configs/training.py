@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from configs.resolve import HostCacheDirConfig, HostKernelsConfig
 from configs.schema import (
     CacheDirConfig,
+    Integer,
     KernelsConfig,
     ModelConfig,
     Number,
@@ -61,7 +62,7 @@ class HeadConfig(Section):
         None, description="eagle3: the target's most used tokens; default: its whole vocabulary"
     )
     intermediate_size: Positive | None = Field(None, description="default: the target's")
-    aux_layers: tuple[int, ...] | None = Field(
+    aux_layers: tuple[Integer, ...] | None = Field(
         None, description="eagle3: target layers whose input is read; default: low, middle, high"
     )
     init: str = Field(
@@ -95,7 +96,7 @@ class OptimizerConfig(Section):
     muon_factor: Number = Field(2.0, gt=0, description="Muon's learning rate, in that of AdamW")
     learning_rate: Number = Field(1e-3, gt=0)
     final_share: Number = Field(0.05, ge=0, le=1, description="of the rate, at the end")
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: Integer = Field(100, ge=0)
     weight_decay: Number = Field(0.01, ge=0)
     beta1: Number = Field(0.9, ge=0, lt=1)
     beta2: Number = Field(0.95, ge=0, lt=1)
@@ -112,7 +113,7 @@ class RunConfig(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of matrix products; weights and sums are float32"
     )
-    seed: int = Field(0, ge=0)
+    seed: Integer = Field(0, ge=0)
     log_every: Positive = 10
     evaluate_every: Positive = 200
     checkpoint_every: Positive = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 from engine.checkpoints.source import BUNDLED_ALIAS, CONFIG, HUB_ID, fetch_from_hub
@@ -37,4 +36,4 @@ def resolve_draft(draft: str | None, model: str, *, config_only: bool = False) -
 
 def shipped_head(name: str) -> Path:
     """The directory of a head that comes with the package."""
-    return Path(str(files("drafter") / "pretrained" / name))
+    return Path(__file__).parent / "pretrained" / name

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from server.commands import drafts, plan, serve
+from server.version import version as own_version
 
 app = typer.Typer(
     help="Aerie serves Llama models over the OpenAI HTTP API.",
@@ -17,17 +20,28 @@ for commands in (serve, plan, drafts):
     commands.register(app)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(own_version())
+        raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     """Sub-commands share nothing."""
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    from importlib.metadata import version as installed
-
-    typer.echo(installed("aerie"))
+    typer.echo(own_version())
 
 
 def main() -> None:

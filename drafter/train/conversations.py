@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +55,7 @@ AnyConversation = Conversation | CapturedConversation
 
 def sample_file(name: str) -> Path:
     """A file of the sample that comes with the package: prompts.jsonl or conversations.jsonl."""
-    return Path(str(files("drafter") / "train" / "sample" / name))
+    return Path(__file__).parent / "sample" / name
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:

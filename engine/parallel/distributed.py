@@ -29,7 +29,10 @@ class DistributedGroup(TPGroup):
         super().__init__(host.rank(), host.size())
         self._host = host
         self._device = device
-        self._small = None if device is None else SmallAllReduce(device)
+        # One rank shares no memory with anybody: torch has no such sums for it.
+        self._small = None
+        if device is not None and self.size > 1:
+            self._small = SmallAllReduce(device)
 
     @classmethod
     def join(
@@ -50,6 +53,8 @@ class DistributedGroup(TPGroup):
         return "gloo" if self._device is None else "nccl"
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
         if not x.is_cuda:
             return self._sum_in_order(x)
         if self._small is not None and self._small.fits(x):

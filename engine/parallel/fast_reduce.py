@@ -35,7 +35,7 @@ def choose(num_bytes: int, size: int, *, multicast: bool) -> str:
 
 
 class SmallAllReduce:
-    """Sums tensors over the ranks of an NCCL group. One stream at a time."""
+    """Sums tensors over the ranks of an NCCL group of at least two. One stream at a time."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._name = group.group_name

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampling.lines import BiasList, Ints, LineSettings
@@ -17,6 +16,7 @@ from engine.step.plan import RowPlan, StepPlan
 from engine.step.shape import MAX_NODES, ROOT, TreeShape
 
 BLOCKS_PER_ROW = 8  # new ones in one step of a padded form; more are sent ahead of it
+NOTHING = torch.empty(0, dtype=torch.int64)  # what a form does not have
 FIRST_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 
 
@@ -195,47 +195,59 @@ class InputBuilder:
     def inputs(self, plan: StepPlan, form: StepForm, changes: TableChanges) -> StepInputs:
         """Host tensors, with padding rows after those of `plan`. `changes`: of the block tables, at
         most as many as the form has room for."""
-        rows, missing = plan.rows, form.num_rows - len(plan.rows)
-        lines = np.array([row.line for row in rows] + [self._padding_line] * missing)
-
-        def integers(values: Sequence[int], padding: int = 0) -> Tensor:
-            return torch.tensor([*values, *[padding] * missing], dtype=torch.int64)
-
-        def flags(values: Sequence[bool]) -> Tensor:
-            return torch.tensor([*values, *[False] * missing], dtype=torch.bool)
-
-        def of_line(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(values[lines])
-
-        settings = self.settings
+        rows, settings = plan.rows, self.settings
+        lines = self._lines(rows, form)
+        of_rows = torch.zeros(8, form.num_rows, dtype=torch.int64)
+        if rows:
+            of_rows[:, : len(rows)] = torch.tensor([self._of_row(row) for row in rows]).T
+        starts, lens, samples, next_tokens, limits, ends, num_known, scored = of_rows.unbind()
+        seeds, top_k = torch.from_numpy(settings.ints[:, lines]).unbind()
+        floats = torch.from_numpy(settings.floats[:, lines]).unbind()
+        temperatures, min_p, frequency, presence, top_p, repetition = floats
         places, blocks = self._padded_changes(changes, form)
-        ends = [min(row.num_blocks * self.block_size, self.max_len) for row in rows]
         return StepInputs(
             lines=torch.from_numpy(lines),
-            follows=flags([plan.ahead] * len(rows)),
-            starts=integers([row.start for row in rows]),
-            lens=integers([len(row.token_ids) for row in rows]),
+            follows=limits > 0 if plan.ahead else torch.zeros(form.num_rows, dtype=torch.bool),
+            starts=starts,
+            lens=lens,
             own_tokens=self._own_tokens(rows, form),
-            samples=flags([row.samples for row in rows]),
-            next_tokens=integers([row.next_token for row in rows]),
-            limits=integers([1 + row.num_draft for row in rows]),
-            ends=integers(ends),
+            samples=samples.bool(),
+            next_tokens=next_tokens,
+            limits=limits,
+            ends=ends,
             known=_matrix([row.draft for row in rows], form.num_rows, form.num_known, 0),
-            num_known=integers([len(row.draft) for row in rows]),
-            seeds=of_line(settings.seeds),
-            top_k=of_line(settings.top_k),
-            temperatures=of_line(settings.temperatures),
-            top_p=of_line(settings.top_p),
-            min_p=of_line(settings.min_p),
-            repetition=of_line(settings.repetition),
-            frequency=of_line(settings.frequency),
-            presence=of_line(settings.presence),
+            num_known=num_known,
+            seeds=seeds,
+            top_k=top_k,
+            temperatures=temperatures,
+            top_p=top_p,
+            min_p=min_p,
+            repetition=repetition,
+            frequency=frequency,
+            presence=presence,
             **self._bias_inputs(rows, form),
-            scored=of_line(settings.num_top >= 0),
+            scored=scored.bool(),
             **self._echo_inputs(rows, form),
-            table_places=torch.tensor(places, dtype=torch.int64),
-            table_blocks=torch.tensor(blocks, dtype=torch.int32),
+            table_places=_integers(places),
+            table_blocks=_integers(blocks).int(),
         )
+
+    def _of_row(self, row: RowPlan) -> tuple[int, ...]:
+        """In the order in which `inputs` takes them apart."""
+        return (
+            row.start,
+            len(row.token_ids),
+            int(row.samples),
+            row.next_token,
+            1 + row.num_draft,
+            min(row.num_blocks * self.block_size, self.max_len),
+            len(row.draft),
+            int(self.settings.num_top[row.line] >= 0),
+        )
+
+    def _lines(self, rows: Sequence[RowPlan], form: StepForm) -> Ints:
+        padding = [len(self.settings.seeds) - 1] * (form.num_rows - len(rows))
+        return np.array([*(row.line for row in rows), *padding], dtype=np.int64)
 
     def likely_forms(self, shapes: Iterable[TreeShape]) -> Iterator[StepForm]:
         """Of decode steps with these trees, for every number of rows, with filters and without; the
@@ -268,10 +280,6 @@ class InputBuilder:
             num_echo=0,
             num_echo_top=-1,
         )
-
-    @property
-    def _padding_line(self) -> int:
-        return len(self.settings.seeds) - 1
 
     def _shape(self, plan: StepPlan) -> TreeShape:
         """Of the proposer's trees, as far as some row has room for them."""
@@ -306,23 +314,23 @@ class InputBuilder:
     def _own_tokens(self, rows: Sequence[RowPlan], form: StepForm) -> Tensor:
         """A token that is not known yet stands as 0: the step before has left it on the device."""
         found = [max(token, 0) for row in rows for token in row.token_ids]
-        return torch.tensor(found + [0] * (form.num_own - len(found)), dtype=torch.int64)
+        return _integers(found + [0] * (form.num_own - len(found)))
 
     def _bias(self, row: RowPlan) -> list[BiasList]:
         return self.settings.bias(row.line, row.start + len(row.token_ids))
 
     def _bias_inputs(self, rows: Sequence[RowPlan], form: StepForm) -> dict[str, Tensor]:
-        lists = [self._bias(row) if row.samples and form.num_bias else [] for row in rows]
+        names = ("bias_ids", "bias_values", "bias_until")
+        if form.num_bias == 0:
+            return dict.fromkeys(names, NOTHING)
+        lists = [self._bias(row) if row.samples else [] for row in rows]
 
         def matrix(name: str, unused: int, dtype: Any = np.int64) -> Tensor:
             parts = [[x for part in found for x in getattr(part, name)] for found in lists]
             return _matrix(parts, form.num_rows, form.num_bias, unused, dtype)
 
-        return {
-            "bias_ids": matrix("ids", -1),
-            "bias_values": matrix("values", 0, np.float32),
-            "bias_until": matrix("until", 0),
-        }
+        found = matrix("ids", -1), matrix("values", 0, np.float32), matrix("until", 0)
+        return dict(zip(names, found, strict=True))
 
     def echo(self, row: RowPlan) -> Sequence[int]:
         """The prompt tokens that this row's chunk predicts, if they are to be scored."""
@@ -332,19 +340,18 @@ class InputBuilder:
         return prompt[row.start + 1 : row.start + 1 + len(row.token_ids)]
 
     def _echo_inputs(self, rows: Sequence[RowPlan], form: StepForm) -> dict[str, Tensor]:
-        found = [self.echo(row) if form.num_echo else () for row in rows]
+        names = ("echo_rows", "echo_places", "echo_tokens")
+        if form.num_echo == 0:
+            return dict.fromkeys(names, NOTHING)
+        found = [self.echo(row) for row in rows]
         numbers = [[row] * len(tokens) for row, tokens in enumerate(found)]
         places = [range(len(tokens)) for tokens in found]
 
         def padded(parts: Sequence[Sequence[int]]) -> Tensor:
             values = list(chain.from_iterable(parts))
-            return torch.tensor(values + [0] * (form.num_echo - len(values)), dtype=torch.int64)
+            return _integers(values + [0] * (form.num_echo - len(values)))
 
-        return {
-            "echo_rows": padded(numbers),
-            "echo_places": padded(places),
-            "echo_tokens": padded(found),
-        }
+        return dict(zip(names, (padded(numbers), padded(places), padded(found)), strict=True))
 
     def changes(self, rows: Sequence[RowPlan]) -> TableChanges:
         """What is new in the block tables."""
@@ -375,8 +382,13 @@ def _matrix(
     parts: Sequence[Sequence[Any]], num_rows: int, width: int, unused: int, dtype: Any = np.int64
 ) -> Tensor:
     """[num_rows, width], each part followed by `unused`."""
+    if width == 0:
+        return NOTHING
     values = np.full((num_rows, width), unused, dtype=dtype)
-    if width:
-        for row, part in enumerate(parts):
-            values[row, : len(part)] = part
+    for row, part in enumerate(parts):
+        values[row, : len(part)] = part
     return torch.from_numpy(values)
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int64)) if values else NOTHING

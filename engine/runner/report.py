@@ -34,6 +34,11 @@ class Report:
             [builder.echo(row) for row in rows],
         )
 
+    @property
+    def is_drafted(self) -> bool:
+        """Whether the proposer was asked."""
+        return any(row.is_drafted for row in self.rows)
+
     def outcomes(self, outputs: StepOutputs) -> tuple[RowOutcome, ...]:
         """`outputs` on the host."""
         emitted = [tuple(t for t in row if t >= 0) for row in outputs.emitted.tolist()]

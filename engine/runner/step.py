@@ -125,7 +125,8 @@ class StepBody:
         """The first half: where all tokens and nodes lie; and whose trees the head could not grow,
         [B] bool."""
         state = self.state
-        state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
+        if len(inputs.table_places):
+            state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
         if form.follows and form.only_roots:
             inputs = state.follow(inputs)
         with laps.time(DRAFT):
@@ -160,7 +161,9 @@ class StepBody:
 
     def _draft(self, inputs: StepInputs, tables: Tensor, form: StepForm) -> Drafted:
         """A tree for every row: the proposer's, a known chain, or the root alone."""
-        tokens = inputs.own_tokens[(inputs.lens.cumsum(0) - 1).clamp(min=0)]
+        tokens = inputs.own_tokens
+        if not form.only_roots:
+            tokens = tokens[(inputs.lens.cumsum(0) - 1).clamp(min=0)]
         if form.shape == ROOT:
             nothing = torch.zeros_like(tokens, dtype=torch.bool)
             drafted = Drafted(DraftTree.roots(tokens), nothing)
@@ -171,7 +174,9 @@ class StepBody:
         tree = drafted.tree
         if form.num_known:
             tree = tree.with_chains(inputs.known, inputs.num_known)
-        return Drafted(tree.narrowed() if form.exact else tree, drafted.faults)
+        if form.exact and form.max_nodes > 1:
+            tree = tree.narrowed()
+        return Drafted(tree, drafted.faults)
 
     def _roots(self, inputs: StepInputs, tokens: Tensor, tables: Tensor) -> Roots:
         is_known = inputs.num_known > 0
@@ -197,7 +202,7 @@ class StepBody:
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
             return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
-        local = self.model.logits(layout.of_sampled(hidden), context)
+        local = self.model.logits(layout.at_nodes(hidden), context)
         logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
         settings = _draw_settings(layout)
         drawn = logits.draw(settings, self._edits(layout, settings.positions))
@@ -246,9 +251,11 @@ class StepBody:
         if not layout.form.draws:
             return
         inputs, context = layout.inputs, self.context
-        node_slots = layout.nodes_of(slots[layout.sampled], self.scratch.first_slot)
-        commit(result, node_slots, context.kv, context.ops)
-        self.state.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
+        if layout.tree.max_depth:
+            node_slots = layout.nodes_of(layout.at_nodes(slots), self.scratch.first_slot)
+            commit(result, node_slots, context.kv, context.ops)
+        if layout.form.follows:
+            self.state.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
         if layout.form.is_penalised:
             self.state.count(inputs, result)
 

@@ -48,14 +48,15 @@ class LineSettings:
         def each(value: float, dtype: Any) -> NDArray[Any]:
             return np.full(num_lines + 1, value, dtype=dtype)
 
-        self.seeds = each(0, np.int64)  # the bits of the unsigned seed
-        self.top_k = each(vocab_size, np.int64)
-        self.temperatures = each(0, np.float32)  # 0 is greedy
-        self.top_p = each(1, np.float32)
-        self.min_p = each(0, np.float32)
-        self.repetition = each(1, np.float32)
-        self.frequency = each(0, np.float32)
-        self.presence = each(0, np.float32)
+        self.ints = np.zeros((2, num_lines + 1), dtype=np.int64)
+        self.seeds, self.top_k = (
+            self.ints
+        )  # the bits of the unsigned seed; vocabulary size when off
+        self.floats = np.zeros((6, num_lines + 1), dtype=np.float32)
+        self.temperatures, self.min_p, self.frequency, self.presence = self.floats[:4]  # 0 when off
+        self.top_p, self.repetition = self.floats[4:]  # 1 when off
+        self.top_k[:] = vocab_size
+        self.floats[4:] = 1
         self.is_filtered = each(False, np.bool_)  # sampled from a part of the vocabulary
         self.is_penalised = each(False, np.bool_)
         self.num_top = each(-1, np.int64)  # alternatives to report with log-probabilities; -1: none

@@ -20,6 +20,9 @@ def walk(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
 
     The token drawn at the last node reached is the bonus token, so every row emits at least one.
     """
+    if tree.max_depth == 0:
+        root = torch.zeros_like(drawn)
+        return VerifyResult(root, root[:, 0], drawn)
     return VerifyResult(*ops.tree_walk(tree.tokens, tree.parents, drawn, tree.max_depth))
 
 
@@ -34,7 +37,7 @@ def commit(result: VerifyResult, node_slots: Tensor, kv: KVStorage, ops: Ops) ->
     path = result.path[:, 1:]  # [B, max_depth] node ids, -1 after the end
     depths = torch.arange(1, path.shape[1] + 1, device=path.device)
     moved = (path > 0) & (path != depths)
-    if path.shape[1] == 0 or (path.device.type == "cpu" and not bool(moved.any())):
+    if path.device.type == "cpu" and not bool(moved.any()):
         return
     # How many move is not known to the host: for the others, the root's slot moves onto itself.
     root = node_slots[:, :1]

@@ -32,6 +32,8 @@ from server.assembly.meeting import RANKS, STORE
 EXIT_LOST = 4  # a rank is lost, and with it the engine: the launcher starts a new one
 LAST_STEP = 1.0  # seconds for followers to end once they are told to
 
+SERVER = __name__.partition(".assembly.")[0]  # "aerie.server" where Aerie is installed
+
 logger = logging.getLogger(__name__)
 Process = subprocess.Popen[bytes]
 
@@ -137,7 +139,7 @@ def _spawn(
     config: HostConfig, rank: int, folder: Path, board: Board
 ) -> tuple[Process, socket.socket]:
     own, theirs = socket.socketpair()
-    command = ["-P", "-m", "server.process.follower", str(rank), str(folder / STORE)]
+    command = ["-P", "-m", f"{SERVER}.process.follower", str(rank), str(folder / STORE)]
     handles = [theirs.fileno(), board.memory, board.wake_handle]
     with theirs:
         process = subprocess.Popen(

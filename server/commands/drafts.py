@@ -131,7 +131,7 @@ def train_draft(config: TrainingFile, overrides: Overrides = None) -> None:
     """Train a draft head; goes on where an earlier run into the same run.output stopped.
 
     run.output then holds the head (for speculation.draft), history.jsonl, learning-curve.svg and
-    checkpoints. `torchrun --nproc-per-node N -m server.cli train-draft ...` trains in N processes.
+    checkpoints. `torchrun --nproc-per-node N -m aerie train-draft ...` trains in N processes.
 
     Examples:
 

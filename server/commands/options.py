@@ -23,7 +23,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SECTION.KEY=VALUE]...",
-        help="Overrides, as `model.dtype=float32 cache.num_blocks=512`; values are YAML.",
+        help="Overrides, as `model.dtype=float32 kernels.graphs=off server.api_keys=[a, b]`.",
         show_default=False,
     ),
 ]

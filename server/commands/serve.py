@@ -83,7 +83,11 @@ def serve(
         "capture.dir": None if capture is None else str(capture),
         "capture.consent": capture_consent or None,
     }
-    extra = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    extra = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in options.items()
+        if value is not None
+    ]
     try:
         resolved = host_config(config, [*(overrides or ()), *extra])
         raise typer.Exit(run(resolved))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ from server.http.request_log import RequestLog, record_of
 from server.http.state import ServerState
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.version import version
 
 POOL_THREADS = 2  # parsing and tokenising; both hold up the event loop when there are more
 
@@ -47,8 +47,7 @@ def create_app(
         ValueError: the keys of the configuration cannot be used.
     """
     context = _context(config, client, tokenizer, chat_template, info)
-    version = importlib.metadata.version("aerie")
-    app = FastAPI(title="Aerie", version=version, redoc_url=None, lifespan=_lifespan)
+    app = FastAPI(title="Aerie", version=version(), redoc_url=None, lifespan=_lifespan)
     app.state.context = context
     routes = (*api, ops_routes.ROUTES, admin_routes.ROUTES)
     for each in routes:
@@ -61,7 +60,7 @@ def create_app(
     if keys:
         app.add_middleware(ApiKeys, keys=keys)
     app.add_middleware(RequestLog, state=context.state)
-    document = functools.partial(openapi, app, version, routes)
+    document = functools.partial(openapi, app, version(), routes)
     app.openapi = functools.cache(document)  # type: ignore[method-assign]
     return app
 

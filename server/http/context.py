@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.metadata
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from server.http.middleware import KeyRing
 from server.http.state import ServerState
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.version import version
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -39,8 +39,7 @@ class ServerInfo:
     @classmethod
     def from_config(cls, config: HostConfig) -> ServerInfo:
         settings = config.model.model_dump_json() + config.kernels.model_dump_json()
-        version = importlib.metadata.version("aerie")
-        digest = hashlib.sha256(f"{version} {settings}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{version()} {settings}".encode()).hexdigest()
         return cls(config.model.served_name, int(time.time()), f"fp_{digest[:12]}")
 
 

@@ -16,11 +16,11 @@ from configs.redact import redacted
 from engine.messages import EngineInfo
 from server.http.context import context_of
 from server.http.docs import Routes
+from server.version import version
 
 router = APIRouter()
 ROUTES = Routes(router)
 PACKAGES = (
-    "aerie",
     "torch",
     "transformers",
     "tokenizers",
@@ -79,7 +79,7 @@ def _facts(engine: EngineInfo) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter; nothing is imported."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "aerie": version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

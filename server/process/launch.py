@@ -284,7 +284,7 @@ async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
     program = sys.executable
     try:
         return await asyncio.create_subprocess_exec(
-            *(program, "-P", "-m", "server.process.engine_process", endpoint),
+            *(program, "-P", "-m", f"{__package__}.engine_process", endpoint),
             stdin=asyncio.subprocess.PIPE,
             env=engine_environment(),
             start_new_session=True,  # a terminal's Ctrl-C is the business of this process

@@ -38,13 +38,14 @@ FLOORS: dict[str, Table] = {
         "core",
     ),
     "server": {
+        "version": frozenset(),
         "text": frozenset(),
-        "http": frozenset({"text"}),
+        "http": frozenset({"version", "text"}),
         "openai": frozenset({"text", "http"}),
         "assembly": frozenset({"text"}),
         "process": frozenset({"text", "http", "openai", "assembly"}),
         "commands": frozenset({"text", "assembly", "process"}),
-        "cli": frozenset({"commands"}),
+        "cli": frozenset({"version", "commands"}),
     },
 }
 

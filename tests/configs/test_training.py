@@ -60,7 +60,7 @@ def test_eagle3_heads_learn_tokens() -> None:
         ([DATA, "head.kind=dense", "head.aux_layers=[1]"], "head.aux_layers is for eagle3 heads"),
         ([DATA, "head.kind=hawk"], "head.kind = 'hawk': Input should be 'eagle3', 'eagle' or"),
         ([DATA, "loss.decay=0"], "loss.decay = 0: Input should be greater than 0"),
-        ([DATA, "run.steps=true"], "run.steps = True: Input should be a valid integer"),
+        ([DATA, "run.steps=true"], "run.steps = 'true': Input should be a valid integer"),
         ([DATA, "head.kind=eagle", "loss.x=1"], "unknown key 'loss.x'; known here: unroll_steps"),
         ([DATA, "server.port=1"], "unknown key 'server'; known here: model, data, head"),
     ],

@@ -16,12 +16,15 @@ def committed(*rows: tuple[int, int, int], width: int = 1) -> Committed:
     tables = [[10 * line + column for column in range(width)] for line, _, _ in rows]
     return Committed(
         lines=torch.tensor([line for line, _, _ in rows]),
-        cu=counts.cumsum(0).int(),
+        cu=counts.cumsum(0),
         features=torch.arange(len(marks)),
         tokens=at + 1,
         positions=at % 1000,
         slots=at + 2,
         block_tables=torch.tensor(tables, dtype=torch.int32),
+        max_entries=max(count for _, _, count in rows),
+        max_context=max(start + count for _, start, count in rows),
+        exact=True,
     )
 
 
@@ -45,7 +48,9 @@ def test_steps_come_out_as_one() -> None:
         assert torch.equal(getattr(merged, name), getattr(whole, name)), name
     assert torch.equal(merged.block_tables[1:], whole.block_tables[1:])  # the newest ones
     assert merged.block_tables[0, 0] == 20
-    assert merged.block_tables.dtype == merged.cu.dtype == torch.int32
+    assert merged.block_tables.dtype == torch.int32
+    assert (merged.max_entries, merged.max_context) == (3, 23)
+    assert merged.exact
     assert torch.equal(features[0][merged.features, 0], whole.tokens * 1.0)
     assert torch.equal(features[1][merged.features, 0], whole.tokens * 2.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -24,9 +25,8 @@ from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
-from engine.speculation.proposer import Committed, Roots
+from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
-from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from server.assembly.drafting import Drafting
 from tests.support.engines import ask, generate
@@ -74,37 +74,34 @@ class Watched:
         return self.inner.tap
 
     @property
-    def num_faults(self) -> int:
-        return self.inner.num_faults
-
-    @property
     def failed(self) -> bool:
         return self.inner.failed
 
     def settle(self) -> None:
         self.inner.settle()
 
-    def admit(self, line: int) -> None:
-        self.inner.admit(line)
+    def admit(self, lines: Sequence[int]) -> None:
+        self.inner.admit(lines)
 
-    def extend(self, committed: Committed, hidden: Tensor) -> None:
-        self.inner.extend(committed, hidden)
+    def take(self, committed: Committed, hidden: Tensor) -> None:
+        self.inner.take(committed, hidden)
 
-    def propose(self, roots: Roots, shape: TreeShape) -> DraftTree:
-        tree = self.inner.propose(roots, shape)
+    def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
+        drafted = self.inner.draft(roots, shape, limits)
+        tree = drafted.tree
         for row, size in enumerate(tree.sizes.tolist()):
             if size > 1:
                 key = (int(roots.seeds[row]), int(roots.positions[row]))
                 nodes = tree.tokens[row, :size].tolist()
                 assert self.seen.setdefault(key, nodes) == nodes, "one position, two drafts"
-        return tree
+        return drafted
 
 
 def watched(head: DraftHead, ops: Ops, num_blocks: int, num_lines: int = 16) -> Watched:
-    """Pages full of NaN: reading an entry that was never written shows."""
+    """Pages full of NaN, the scratch block too: reading an entry that was never written shows."""
     arch = head.arch
     pages = KVStorage.allocate(
-        arch.num_layers, num_blocks, 16, arch.num_kv_heads, arch.head_dim, torch.float32, CPU
+        arch.num_layers, num_blocks + 1, 16, arch.num_kv_heads, arch.head_dim, torch.float32, CPU
     )
     for page in (*pages.keys, *pages.values):
         page.fill_(torch.nan)
@@ -147,7 +144,7 @@ def test_the_text_is_that_of_plain_decoding(
     core, texts = run(tiny_engine, watch, shape)
     assert texts == plain
     assert core.stats().num_drafts > 20
-    assert watch.inner.num_faults == 0
+    assert core.stats().num_draft_faults == 0
     assert set(core.stats().seconds_by_part) == {"draft", "verify", "commit"}
     assert min(core.stats().seconds_by_part.values()) > 0
     drafted = {token for nodes in watch.seen.values() for token in nodes[1:]}
@@ -183,8 +180,6 @@ def test_drafts_do_not_depend_on_how_the_head_got_there(
 
 class Switching:
     """Root only for a while, then a tree, and so on."""
-
-    measures = False
 
     def __init__(self, shape: TreeShape) -> None:
         self._shape = shape
@@ -248,8 +243,7 @@ def test_a_head_that_returns_nan_costs_speed_only(
         core, texts = run(tiny_engine, watch, SHAPES["chain3"])
     assert texts == plain
     assert core.stats().num_drafts == 0
-    assert watch.inner.num_faults > 0
-    assert core.stats().num_draft_faults == watch.inner.num_faults
+    assert core.stats().num_draft_faults > 0
     assert not core.stats().draft_failed
     assert len([r for r in caplog.records if "not finite" in r.message]) == 1
 
@@ -324,7 +318,7 @@ def test_entries_made_late_are_those_made_at_once(
         core = replace(tiny_engine, **changes, drafting=drafting).build()  # type: ignore[arg-type]
         generate(core, [*requests(), *requests("2")], per_step=1)
         core.step()  # the last rows leave
-        assert watch.inner.num_faults == 0
+        assert core.stats().num_draft_faults == 0
         assert watch.inner._pending.num_tokens == 0
         ends.append(pages_of(watch).nan_to_num(nan=1e9))
     assert (ends[0] < 1e9).any()
@@ -346,7 +340,7 @@ def test_a_prefix_that_was_decoded_without_drafts_has_its_entries(
     assert 32 < watch.inner._pending.num_tokens < 64
     if leaves:
         core.add(Abort("first"))
-    core.plan_with(FixedPlanner(chain(3)))
+    core.draft_with(replace(core.policy, planner=FixedPlanner(chain(3))))
     asked = ask("second", [*text, 5], max_tokens=20, ignore_eos=True, seed=5)
     heard = generate_beside(core, asked)
     fresh = watched(head, native_ops, tiny_engine.num_blocks)
@@ -355,7 +349,7 @@ def test_a_prefix_that_was_decoded_without_drafts_has_its_entries(
     assert heard.token_ids == plain.token_ids
     assert heard.finished is not None
     assert heard.finished.num_cached == 31
-    assert watch.inner.num_faults == 0
+    assert core.stats().num_draft_faults == 0
     common = {key for key in watch.seen.keys() & fresh.seen.keys() if key[0] == 5}
     assert len(common) > 5
     assert all(watch.seen[key] == fresh.seen[key] for key in common)

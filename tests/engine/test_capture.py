@@ -75,10 +75,9 @@ def line_size() -> int:
 
 
 def test_an_engine_captures_what_its_requests_said(tmp_path: Path) -> None:
-    fake = FakeEngine()
-    core = EngineCore(fake.scheduler, fake.executor, INFO)
     writer = open_writer(settings(tmp_path / "new" / "folder"))
-    core.capture_with(writer)
+    fake = FakeEngine(on_finish=writer.take)
+    core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
     writer.start()
     asked = [
         ask(f"r{n}", [1] * (n + 1), max_tokens=3 + n, ignore_eos=True, temperature=n / 4)
@@ -100,10 +99,9 @@ def test_an_engine_captures_what_its_requests_said(tmp_path: Path) -> None:
 
 
 def test_aborted_text_is_captured_and_what_failed_or_said_nothing_is_not(tmp_path: Path) -> None:
-    fake = FakeEngine()
-    core = EngineCore(fake.scheduler, fake.executor, INFO)
     writer = open_writer(settings(tmp_path))
-    core.capture_with(writer)
+    fake = FakeEngine(on_finish=writer.take)
+    core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
     writer.start()
     for name in ("stopped-by-client", "silent", "failed"):
         core.add(Submit(ask(name, [1, 2], max_tokens=50, ignore_eos=True)))

@@ -16,7 +16,6 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from engine.completion import Completion
 from engine.request import FinishReason
-from engine.step.plan import RowPlan
 from kernels.ops import Ops
 from server.assembly.offline import OfflineEngine
 from server.text.chat_template import ChatTemplate
@@ -24,7 +23,7 @@ from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_files import load_tokenizer
 from tests.support.engines import ask, generate
 from tests.support.greedy import greedy_margins
-from tests.support.packed import BLOCK, load_packed
+from tests.support.packed import BLOCK, load_packed, whole
 from tests.support.threads import own_torch_threads
 
 pytestmark = pytest.mark.slow
@@ -121,8 +120,7 @@ def test_logits_equal_those_of_transformers(
     for number in (1, 13, 14, 16):
         ids = prompts[number]
         end = first + -(-len(ids) // BLOCK)
-        rows.append(RowPlan(str(number), 0, ids, list(range(first, end)), True))
-        packed.admit(str(number))
+        rows.append(whole(len(rows), ids, range(first, end)))
         first = end
     for row, got in zip(rows, packed.run(*rows), strict=True):
         with torch.inference_mode():

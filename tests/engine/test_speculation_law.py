@@ -116,5 +116,5 @@ def near_miss(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
 def test_a_broken_walk_is_noticed(
     small: TinyEngine, monkeypatch: pytest.MonkeyPatch, broken: object
 ) -> None:
-    monkeypatch.setattr("engine.runner.model_runner.walk", broken)
+    monkeypatch.setattr("engine.runner.step.walk", broken)
     assert excess(texts(small, 1.5), exact_law(small.oracle, 1.5)) > 1.2

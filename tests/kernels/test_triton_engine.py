@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from engine.completion import Completion
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.registry import triton_ops
+from tests.engine.test_speculation_equality import assert_same
 from tests.kernels import triton_env
 from tests.support.engines import ask, generate
 from tests.support.head_lab import HeadLab, write_head
@@ -38,26 +39,38 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> HeadLab:
     return HeadLab(engine, write_head(engine, tmp_path_factory.mktemp("head") / "eagle3"))
 
 
-def texts(lab: HeadLab, shape: TreeShape) -> tuple[dict[str, list[int]], int]:
-    """What two requests get, and how many trees were drafted."""
+def texts(lab: HeadLab, shape: TreeShape) -> tuple[dict[str, Completion], int]:
+    """What three requests get, and how many trees were drafted."""
     core, proposer = lab.build(FixedPlanner(shape))
+    edited = {
+        "repetition_penalty": 1.4,
+        "frequency_penalty": 0.5,
+        "logit_bias": {7: 3.0, 8: -100.0},
+        "min_tokens": 2,
+        "logprobs": 2,
+        "prompt_logprobs": 1,
+    }
     asked = [
         ask("greedy", [9, 8, 7], max_tokens=7, ignore_eos=True),
         ask("hot", [5] * 17, max_tokens=5, temperature=0.9, top_p=0.8, seed=3, ignore_eos=True),
+        ask("edited", [7, 8, 7, 9], max_tokens=3, temperature=1.0, seed=4, **edited),
     ]
     heard = generate(core, asked)
     assert not proposer.failed
-    assert proposer.num_faults == 0
-    return {name: record.token_ids for name, record in heard.items()}, core.stats().num_drafts
+    assert core.stats().num_draft_faults == 0
+    return heard, core.stats().num_drafts
 
 
-@pytest.mark.parametrize("rounds", [False, True], ids=["through-the-host", "rounds"])
+@pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_tokens_and_drafts_are_those_of_the_reference(
-    lab: HeadLab, reference_ops: object, shape: TreeShape, rounds: bool, tmp_path: Path
+    lab: HeadLab, reference_ops: object, shape: TreeShape, padded: bool
 ) -> None:
     usual = replace(lab, engine=replace(lab.engine, ops=reference_ops))  # type: ignore[arg-type]
-    interpreted = replace(lab, engine=replace(lab.engine, rounds=rounds))
+    interpreted = replace(lab, engine=replace(lab.engine, padded=padded))
     expected, drafts = texts(usual, shape)
-    assert texts(interpreted, shape) == (expected, drafts)
+    heard, drafts_here = texts(interpreted, shape)
+    for name, record in heard.items():
+        assert_same(name, record, expected[name])
+    assert drafts_here == drafts
     assert (drafts > 0) == (shape is not ROOT)

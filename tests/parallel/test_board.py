@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine.parallel import channel
+from engine.parallel import transport
 from engine.parallel.transport import MAX_FRAME, NUM_PLACES, Board
 from tests.support.inboxes import connected
 
@@ -85,7 +85,7 @@ def test_every_follower_gets_all_frames_in_order(
     awake: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also those that sleep in between, and more frames than there are places."""
-    monkeypatch.setattr(channel, "AWAKE", awake)
+    monkeypatch.setattr(transport, "AWAKE", awake)
     broadcast, followers = connected(3)
     frames = mixed(600)
     with ThreadPoolExecutor(3) as threads:
@@ -118,7 +118,7 @@ def test_a_follower_that_lags_misses_nothing_and_holds_up_nobody() -> None:
 
 
 def test_the_end_wakes_a_follower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "AWAKE", 0.0)
+    monkeypatch.setattr(transport, "AWAKE", 0.0)
     broadcast, [(inbox, _)] = connected(1)
     with ThreadPoolExecutor(1) as thread:
         hearing = thread.submit(inbox.receive)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine.parallel import distributed
 from engine.parallel.distributed import DistributedGroup
 
 CPU = torch.device("cpu")
@@ -25,6 +27,31 @@ def reduced(folder: Path, parts: Tensor) -> list[Tensor]:
 
     with ThreadPoolExecutor(size) as ranks:
         return list(ranks.map(on_rank, range(size), timeout=WAIT))
+
+
+class Known:
+    """What a group's constructor asks of a process group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = lambda: size
+        self.rank = lambda: 0
+
+
+@pytest.mark.parametrize(("size", "shared"), [(1, 0), (2, 1)])
+def test_only_several_ranks_on_gpus_share_memory(
+    size: int, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(distributed, "SmallAllReduce", made.append)
+    known: Any = Known(size)
+    DistributedGroup(known, known)
+    assert len(made) == shared
+
+
+def test_the_sum_of_one_rank_is_its_tensor(tmp_path: Path) -> None:
+    group = DistributedGroup.join(tmp_path / "store", 0, 1, CPU, WAIT)
+    x = torch.randn(3, 5)
+    assert group.all_reduce(x) is x
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

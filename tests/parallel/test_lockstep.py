@@ -6,55 +6,185 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import msgspec
 import pytest
 
 from engine.parallel.agreement import RefusedByAllError, check_all, smallest
-from engine.parallel.frames import DraftLoaded, LoadDraft, Order
-from engine.parallel.lockstep import DriftCheck, Progress
-from engine.parallel.orders import Orders
+from engine.parallel.lockstep import DriftCheck, Following, GroupExecutor, Progress
+from engine.parallel.orders import DraftLoaded, LoadDraft, Order, Orders, RunStep, Stop
 from engine.parallel.watchdog import Watchdog
+from engine.step.executor import Executor, Launched, execute
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from tests.support.inboxes import connected
 from tests.support.thread_group import ThreadGroup, run_ranks
 
 WAIT = 30.0
-PLAN = StepPlan((RowPlan("r", 0, [3, 4], [0], samples=True),))
+
+
+def plan_of(number: int, *, ahead: bool = False) -> StepPlan:
+    row = RowPlan(
+        line=0, start=number, token_ids=(3,), first_block=0, new_blocks=(number,), samples=True
+    )
+    return StepPlan(rows=(row,), ahead=ahead)
+
+
+def plans_of(kinds: str) -> list[StepPlan]:
+    """A plan per letter: `a` is ahead, any other is not."""
+    return [plan_of(number, ahead=kind == "a") for number, kind in enumerate(kinds)]
 
 
 class Says:
-    """Emits one token per step; from some step on, another one."""
+    """Emits 7 at every step; after the first two, what `later` says."""
 
-    def __init__(self, token: int, later: int) -> None:
-        self._tokens = iter([token, token, later, later, later])
+    def __init__(self, later: int) -> None:
+        self._later = later
+        self.done: list[tuple[str, int]] = []
 
-    def execute(self, plan: StepPlan) -> StepOutcome:
-        return StepOutcome((RowOutcome((next(self._tokens),)),))
+    def launch(self, plan: StepPlan) -> Launched:
+        number = plan.rows[0].start
+        self.done.append(("launch", number))
+        token = 7 if number < 2 else self._later
+        return Launched(plan, lambda: StepOutcome((RowOutcome((token,)),)))
+
+    def collect(self, launched: Launched) -> StepOutcome:
+        self.done.append(("collect", launched.plan.rows[0].start))
+        return launched.wait()
 
 
-def run_steps(later: int, last: int) -> None:
-    """Steps of two ranks with a check after every second one; the check of step `last` fails."""
+def lead(executor: Executor, plans: Sequence[StepPlan]) -> None:
+    """As rank 0's core does: a step is waited for at once, unless the next one is ahead."""
+    flight: Launched | None = None
+    for plan, following in pairwise([*plans, StepPlan()]):
+        launched = executor.launch(plan)
+        if flight is not None:
+            executor.collect(flight)
+        flight = launched if following.ahead else None
+        if flight is None:
+            executor.collect(launched)
 
+
+def follow(executor: Executor, plans: Sequence[StepPlan]) -> None:
+    following = Following(executor)
+    for plan in plans:
+        following.run(plan)
+    following.land()
+
+
+def run_steps(kinds: str, later: int) -> list[tuple[str | None, int]]:
+    """What two ranks raise that compare every two steps, of which the second says `later` after two
+    steps; and how many steps each has launched."""
+    plans = plans_of(kinds)
+
+    def on_rank(group: ThreadGroup) -> tuple[str | None, int]:
+        says = Says(later if group.rank else 7)
+        checked = DriftCheck(says, group, 2)
+        error = None
+        try:
+            (follow if group.rank else lead)(checked, plans)
+        except RuntimeError as drift:
+            error = str(drift).partition(":")[0]
+        return error, sum(kind == "launch" for kind, _ in says.done)
+
+    return run_ranks(2, on_rank)
+
+
+KINDS = ["pppppppp", "paaaaaaa", "papapapa", "ppaapaaa"]
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_ranks_that_agree_go_on(kinds: str) -> None:
+    assert run_steps(kinds, later=7) == [(None, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("kinds", "steps", "launched"),
+    [
+        ("pppppppp", "2 of 4", 4),
+        ("paaaaaaa", "2 of 4", 5),  # one is in flight where ranks compare
+        ("papapapa", "2 of 4", 4),
+        ("ppaapaaa", "2 of 4", 4),
+        ("paapaaaa", "3 of 3", 3),  # what was in flight is collected before a plan not ahead
+    ],
+)
+def test_another_token_on_one_rank_is_noticed_by_all_at_the_next_check(
+    kinds: str, steps: str, launched: int
+) -> None:
+    error = f"ranks have drifted apart within the last {steps} steps"
+    assert run_steps(kinds, later=8) == [(error, launched)] * 2
+
+
+def test_another_plan_on_one_rank_is_noticed() -> None:
     def on_rank(group: ThreadGroup) -> None:
-        checked = DriftCheck(Says(7, later if group.rank else 7), group, 2)
-        for step in range(5):
-            if step == last:
-                with pytest.raises(RuntimeError, match="apart within the last 2 of 4 steps"):
-                    checked.execute(PLAN)
-                return
-            checked.execute(PLAN)
+        checked = DriftCheck(Says(7), group, 1)
+        execute(checked, plan_of(group.rank))
+        checked.launch(plan_of(0))
 
-    run_ranks(2, on_rank)
+    with pytest.raises(RuntimeError, match="apart within the last 1 of 1 steps"):
+        run_ranks(2, on_rank)
 
 
-def test_ranks_that_agree_go_on() -> None:
-    run_steps(later=7, last=5)
+def test_a_follower_launches_a_plan_that_is_ahead_before_it_collects_the_one_before() -> None:
+    says = Says(7)
+    follow(says, plans_of("paapp"))
+    assert says.done == [
+        ("launch", 0),
+        ("launch", 1),
+        ("collect", 0),
+        ("launch", 2),
+        ("collect", 1),
+        ("collect", 2),  # before a plan that is not ahead
+        ("launch", 3),
+        ("collect", 3),
+        ("launch", 4),
+        ("collect", 4),
+    ]
 
 
-def test_another_token_on_one_rank_is_noticed_by_all_at_the_next_check() -> None:
-    run_steps(later=8, last=3)
+@pytest.mark.parametrize("scratch", [False, True])
+def test_followers_hear_of_a_step_when_it_is_launched_and_nothing_when_it_is_collected(
+    scratch: bool,
+) -> None:
+    broadcast, ((follower, _),) = connected(1)
+    orders, progress, says = Orders(broadcast), Progress(WAIT), Says(7)
+    group = GroupExecutor(says, orders, progress, scratch=scratch)
+    launched = group.launch(plan_of(4))
+    assert says.done == [("launch", 4)]
+    assert group.collect(launched).rows[0].emitted == (7,)
+    orders.stop()
+    frames = [follower.receive() or b"" for _ in range(2)]
+    heard = [msgspec.msgpack.decode(frame, type=Order) for frame in frames]
+    assert heard == [RunStep(plan_of(4), scratch), Stop()]
+    follower.close()
+    broadcast.close()
+
+
+@pytest.mark.parametrize("part", ["launch", "collect"])
+def test_progress_tells_when_a_step_is_launched_or_waited_for(part: str) -> None:
+    broadcast, ((follower, _),) = connected(1)
+    progress, overdue = Progress(0.0), []
+
+    class Slow(Says):
+        def launch(self, plan: StepPlan) -> Launched:
+            self._look("launch")
+            return super().launch(plan)
+
+        def collect(self, launched: Launched) -> StepOutcome:
+            self._look("collect")
+            return super().collect(launched)
+
+        def _look(self, where: str) -> None:
+            while where == part and not progress.overdue:
+                pass
+            overdue.append(progress.overdue)
+
+    execute(GroupExecutor(Slow(7), Orders(broadcast), progress), plan_of(0))
+    assert any(overdue)
+    assert not progress.overdue
+    follower.close()
+    broadcast.close()
 
 
 def test_ranks_refuse_together() -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from engine.runner.input_builder import InputBuilder
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -17,17 +16,15 @@ from engine.kv.storage import KVStorage
 from engine.models.llama import Llama, LlamaLoader
 from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
-from engine.step.batch import ForwardContext
 from engine.step.group import TPGroup
-from engine.step.plan import RowPlan, StepPlan
-from engine.step.tree import DraftTree
 from kernels.ops import Ops
 from kernels.registry import build_ops
+from tests.support.packed import PackedModel, whole
 from tests.support.thread_group import run_ranks
 from tests.support.tiny_engine import random_llama
 
 CPU = torch.device("cpu")
-BLOCK, NUM_BLOCKS = 16, 8
+NUM_BLOCKS = 8
 TOLERANCE = 1e-4  # float32 sums in another order
 VOCAB = 131  # prime
 SHAPE = {"num_attention_heads": 12, "head_dim": 16, "intermediate_size": 144, "hidden_size": 72}
@@ -54,49 +51,22 @@ CASES = {
 }
 
 
-class Runner:
-    """One rank's model over pages full of NaN, so that reading an unwritten slot shows."""
-
-    def __init__(self, model: Llama, ops: Ops, group: TPGroup, shard: Shard) -> None:
-        arch = model.arch
-        heads = shard.num_kv_heads(arch.num_kv_heads)
-        shape = (arch.num_layers, NUM_BLOCKS, BLOCK, heads, arch.head_dim)
-        self.kv = KVStorage.allocate(*shape, torch.float32, CPU)
-        for pages in (*self.kv.keys, *self.kv.values):
-            pages.fill_(torch.nan)
-        self.model = model
-        self.context = ForwardContext(ops, self.kv, group)
-        self.inputs = InputBuilder(4, NUM_BLOCKS * BLOCK, BLOCK)
-        for request_id in "ab":
-            self.inputs.admit(request_id)
-
-    @torch.inference_mode()
-    def logits(self, *rows: RowPlan) -> Tensor:
-        """[T, V]"""
-        roots = torch.tensor([row.token_ids[-1] for row in rows if row.samples])
-        batch = self.inputs.build(StepPlan(rows=rows), DraftTree.roots(roots))
-        hidden = self.model.forward(batch, self.context)
-        local = self.model.logits(hidden, self.context)
-        whole = self.context.group.all_gather(local)
-        return whole[:, : self.model.arch.vocab_size]
+def packed(model: Llama, ops: Ops, group: TPGroup, shard: Shard) -> PackedModel:
+    """One rank's model over pages full of NaN."""
+    return PackedModel(model, ops, torch.float32, NUM_BLOCKS, group=group, shard=shard)
 
 
-def run(runner: Runner) -> list[Tensor]:
-    """Chunks of two prompts, in one batch with each other, then a token of both."""
-    vocab = runner.model.arch.vocab_size
+def run(ranked: PackedModel) -> list[Tensor]:
+    """Logits [T, V] of chunks of two prompts, in one batch with each other, then a token of
+    both."""
+    vocab = ranked.model.arch.vocab_size
     one, two = ([at * step % vocab for at in range(1, 40)] for step in (7, 11))
     steps = [
-        [RowPlan("a", 0, one[:20], [3, 5], samples=True)],
-        [
-            RowPlan("a", 20, one[20:33], [3, 5, 0], samples=True),
-            RowPlan("b", 0, two[:38], [1, 6, 2], samples=True),
-        ],
-        [
-            RowPlan("b", 38, two[38:], [1, 6, 2], samples=True),
-            RowPlan("a", 33, one[33:34], [3, 5, 0], samples=True),
-        ],
+        [whole(0, one[:20], [3, 5])],
+        [whole(0, one[20:33], [3, 5, 0], start=20), whole(1, two[:38], [1, 6, 2])],
+        [whole(1, two[38:], [1, 6, 2], start=38), whole(0, one[33:34], [3, 5, 0], start=33)],
     ]
-    return [runner.logits(*rows) for rows in steps]
+    return [torch.cat(ranked.run(*rows)) for rows in steps]
 
 
 def load(oracle: LlamaForCausalLM, ops: Ops, shard: Shard) -> Llama:
@@ -106,7 +76,7 @@ def load(oracle: LlamaForCausalLM, ops: Ops, shard: Shard) -> Llama:
 
 
 def heads_of(kv: KVStorage, heads: slice) -> list[Tensor]:
-    return [pages[:, :, heads] for pages in (*kv.keys, *kv.values)]
+    return [pages[:NUM_BLOCKS, :, heads] for pages in (*kv.keys, *kv.values)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -122,25 +92,25 @@ def test_ranks_together_compute_what_one_computes(
         return build_ops(backend, CPU, torch.float32, 1, native_cache)
 
     alone_ops = ops()
-    alone = Runner(load(oracle, alone_ops, WHOLE), alone_ops, TPGroup(), WHOLE)
+    alone = packed(load(oracle, alone_ops, WHOLE), alone_ops, TPGroup(), WHOLE)
     expected = run(alone)
 
     def work(group: TPGroup) -> tuple[list[Tensor], list[Tensor]]:
         shard, own = Shard(group.rank, group.size), ops()
-        runner = Runner(load(oracle, own, shard), own, group, shard)
-        return run(runner), heads_of(runner.kv, slice(None))
+        ranked = packed(load(oracle, own, shard), own, group, shard)
+        return run(ranked), heads_of(ranked.context.kv, slice(None))
 
     for rank, (found, pages) in enumerate(run_ranks(case.size, work)):
         for logits, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(logits, wanted, atol=TOLERANCE, rtol=TOLERANCE)
         held = Shard(rank, case.size).kv_heads(case.num_kv_heads)
         close = {"atol": TOLERANCE, "rtol": TOLERANCE, "equal_nan": True}
-        torch.testing.assert_close(pages, heads_of(alone.kv, held), **close)
+        torch.testing.assert_close(pages, heads_of(alone.context.kv, held), **close)
 
 
 def test_the_oracle_of_ranks_is_that_of_transformers(reference_ops: Ops) -> None:
     oracle = random_llama(**SHAPE, vocab_size=VOCAB, **BIASED, num_key_value_heads=4)
-    runner = Runner(load(oracle, reference_ops, WHOLE), reference_ops, TPGroup(), WHOLE)
+    ranked = packed(load(oracle, reference_ops, WHOLE), reference_ops, TPGroup(), WHOLE)
     with torch.inference_mode():
         wanted = oracle(torch.tensor([[at * 7 % VOCAB for at in range(1, 21)]])).logits[0]
-    torch.testing.assert_close(run(runner)[0], wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(run(ranked)[0], wanted, atol=TOLERANCE, rtol=TOLERANCE)

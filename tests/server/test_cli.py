@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 import yaml
 
 from configs.schema import Config
+from server.version import UNKNOWN, version
+from tests.architecture.source_tree import modules
 from tests.support.live_server import child_environment, run_aerie
 
 COMMANDS = ("serve", "config", "prepare", "plan-memory", "version")
@@ -75,7 +78,7 @@ def test_config_hides_keys() -> None:
         (["cache.num_blocks"], "override 'cache.num_blocks' is not of the form section.key=value"),
         (["cache.num_blocks=0"], "cache.num_blocks = 0"),
         (["cache.num_blocks=many"], "cache.num_blocks = 'many'"),
-        (["cache.num_blocks=[1"], "the value of cache.num_blocks is not YAML"),
+        (["server.api_keys=[1"], "the value of server.api_keys is not YAML"),
         (["kernels.backend=cuda"], "kernels.backend = 'cuda'"),
         (["--config", "nowhere"], "no configuration file 'nowhere'; shipped ones: llama31-8b"),
     ],
@@ -106,6 +109,28 @@ def test_unknown_options_and_commands_are_exit_code_2(arguments: list[str]) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_version_is_one_line() -> None:
-    done = run_aerie("version")
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+@pytest.mark.parametrize("word", ["version", "--version"])
+def test_version_is_one_line(word: str) -> None:
+    done = run_aerie(word)
+    assert (done.returncode, done.stdout) == (0, f"{version()}\n")
+
+
+NOT_INSTALLED = """
+import importlib.metadata as metadata
+find = metadata.distribution
+def distribution(name):
+    if name == 'aerie':
+        raise metadata.PackageNotFoundError(name)
+    return find(name)
+metadata.distribution = distribution
+"""
+
+
+def test_code_that_is_not_installed_has_an_unknown_version() -> None:
+    done = run_aerie("--version", prelude=NOT_INSTALLED)
+    assert (done.stderr, done.stdout) == ("", f"{UNKNOWN}\n")
+
+
+def test_only_one_place_asks_for_the_version() -> None:
+    asking = [m.path for m in modules() if re.search(r"version\(\s*[\"']aerie", m.text)]
+    assert asking == ["server/version.py"]

@@ -8,7 +8,7 @@ draft head keeps entries of its own in the slots, as its own KV would be kept.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,6 +17,7 @@ from engine.completion import Completion
 from engine.kv.manager import KVManager
 from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
+from engine.request import Sequence as SequenceState
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
 from engine.step.executor import Launched, execute
@@ -269,6 +270,7 @@ class FakeEngine:
     lookahead: int = 0  # 1: with a draft head
     shapes: tuple[TreeShape, ...] = (ROOT,)  # one after the other, step by step
     lookup: bool = False
+    on_finish: Callable[[SequenceState, FinishReason], None] | None = None
     scheduler: Scheduler = field(init=False)
     executor: FakeExecutor = field(init=False)
     heard: dict[str, Completion] = field(default_factory=dict)
@@ -290,6 +292,7 @@ class FakeEngine:
             frozenset({EOS}),
             vocab_size=PROMPT_VOCAB,
             clock=lambda: self.now,
+            on_finish=self.on_finish,
         )
         self.scheduler.draft_with(self.lookahead, Lookup() if self.lookup else None)
         self.executor = FakeExecutor(
@@ -333,6 +336,16 @@ class FakeEngine:
             plans.append(self.step())
         self.check_idle()
         return [plan for plan in plans if plan.rows]
+
+    def run_shapes(self) -> list[list[tuple[str, int, int, bool]]]:
+        """The same, as `shape` says it: a line may pass from one request to another."""
+        found = []
+        while self.scheduler.has_work():
+            plan = self.step()
+            if plan.rows:
+                found.append(shape(plan, self.names))
+        self.check_idle()
+        return found
 
     def check_idle(self) -> None:
         """Assert that every request has had its end, with the text it has alone, and that no

@@ -47,7 +47,7 @@ def run_aerie(
     """Run a command that ends by itself; `prelude` is Python that runs before it."""
     command = aerie_command(*arguments)
     if prelude:
-        program = f"{prelude}; from server.cli import main; main()"
+        program = f"{prelude}\nfrom server.cli import main; main()"
         command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
         command,

@@ -14,6 +14,7 @@ from engine.kv.manager import KVManager
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import FixedPlanner, Planner
+from engine.speculation.policy import DraftPolicy
 from server.assembly.compose import Engine, build_swappable_engine
 from tests.support.threads import own_torch_threads
 
@@ -39,21 +40,22 @@ class Ranks:
         lookup: bool = False,
     ) -> Iterator[EngineCore]:
         """A scheduler of its own, with an empty cache, before the same ranks."""
-        info = self.engine.core.info
-        lookahead = 0 if info.draft is None else 1
-        limits = SchedulerLimits(
-            max_num_seqs, max_num_batched_tokens, max_model_len, lookahead, lookback=lookahead
-        )
-        kv = KVManager(num_blocks, info.block_size, prefix_caching)
-        ends = frozenset(info.eos_token_ids)
+        own = self.engine.core
+        limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, max_model_len)
         scheduler = Scheduler(
             limits,
-            kv,
-            ends,
-            vocab_size=info.vocab_size,
-            lookup=Lookup() if lookup else None,
+            KVManager(num_blocks, own.info.block_size, prefix_caching),
+            frozenset(own.info.eos_token_ids),
+            vocab_size=own.info.vocab_size,
         )
-        core = EngineCore(scheduler, self.engine.core.executor, info, planner or FixedPlanner())
+        policy = DraftPolicy(
+            planner or FixedPlanner(),
+            lookahead=own.policy.lookahead,
+            lookup=Lookup() if lookup else None,
+            facts=own.policy.facts,
+        )
+        # Ranks count their steps: the executor that has counted so far must go on.
+        core = EngineCore(scheduler, own._executor, own.info, policy)
         yield core
         core.abort_all("the case is over")
         core.step()  # ranks hear which rows have left

@@ -15,8 +15,7 @@ from drafter.train.report import Measurement, Report
 from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import Request
-from engine.speculation.lookup import Lookup
-from engine.speculation.planner import Planner
+from engine.speculation.policy import DraftPolicy
 from engine.step.shape import ROOT, TreeShape, chain, depths_of
 from server.assembly.compose import Drafting
 from server.assembly.offline import OfflineEngine
@@ -100,12 +99,10 @@ class Told:
     """A core whose counters are made up."""
 
     stats: Callable[[], EngineStats]
+    policy: DraftPolicy = field(default_factory=DraftPolicy)
 
-    def plan_with(self, planner: Planner) -> None:
+    def draft_with(self, policy: DraftPolicy) -> None:
         """Whatever it is, the counters are told."""
-
-    def look_up(self, lookup: Lookup | None) -> None:
-        """Neither this."""
 
 
 @dataclass

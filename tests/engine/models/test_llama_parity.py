@@ -9,9 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.checkpoints.arch import LlamaArch
-from engine.step.plan import RowPlan
 from kernels.ops import Ops
-from tests.support.packed import PackedModel, load_packed
+from tests.support.packed import PackedModel, load_packed, whole
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -84,11 +83,10 @@ def test_logits_of_a_mixed_batch_equal_transformers(
     oracle: LlamaForCausalLM, packed: PackedModel
 ) -> None:
     ids = prompts(1, 17, 130)
-    packed.admit("a", "b", "c")
     blocks = ([3], [9, 5], [20, 2, 30, 4, 40, 6, 50, 8, 60])
     rows = [
-        RowPlan(name, 0, tokens, list(table), True)
-        for name, tokens, table in zip("abc", ids, blocks, strict=True)
+        whole(line, tokens, table)
+        for line, (tokens, table) in enumerate(zip(ids, blocks, strict=True))
     ]
     for got, token_ids in zip(packed.run(*rows), ids, strict=True):
         torch.testing.assert_close(got, expected(oracle, token_ids), atol=1e-4, rtol=0)
@@ -98,10 +96,8 @@ def test_chunks_and_single_tokens_continue_from_the_cache(
     oracle: LlamaForCausalLM, packed: PackedModel
 ) -> None:
     (ids,) = prompts(75)
-    packed.admit("a")
     table = [7, 1, 12, 3, 9]
     pieces = []
     for start, end in ((0, 30), (30, 31), (31, 64), (64, 75)):
-        row = RowPlan("a", start, ids[start:end], table[: (end + 15) // 16], True)
-        pieces += packed.run(row)
+        pieces += packed.run(whole(0, ids[start:end], table[: (end + 15) // 16], start))
     torch.testing.assert_close(torch.cat(pieces), expected(oracle, ids), atol=1e-4, rtol=0)

@@ -9,18 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine.request import Request, SamplingParams
-from engine.sampling.batch import draw_settings
-from engine.sampling.history import TokenHistory
-from engine.sampling.rows import RowState, is_penalised
-from engine.sampling.sampler import Sampler
 from kernels.ops import Ops
-from tests.support.trees import roots
+from tests.support.told_target import Text, sample
 
 LOGITS = [2.0, 1.5, 1.0, 0.7, 0.3, 0.0, -0.4, -1.0, -1.6, -2.5]
 VOCAB = len(LOGITS)
@@ -37,18 +33,16 @@ def critical(freedom: int) -> float:
     return freedom * (1 - spread + MILLIONTH * math.sqrt(spread)) ** 3
 
 
-def rows(params: SamplingParams, num: int, *, along: str) -> list[RowState]:
-    """`num` nodes that differ in their seed, or in their position, and share their history."""
-    history = TokenHistory(PROMPT, OUTPUT) if is_penalised(params) else None
+def rows(params: SamplingParams, num: int, *, along: str) -> list[Text]:
+    """`num` texts that differ in their seed, or in their position, and share their history."""
     request = Request(request_id="r", prompt_ids=PROMPT, params=params)
     if along == "positions":
-        return [RowState(request, len(OUTPUT) + step, history) for step in range(num)]
+        return [Text(request, OUTPUT, skipped=step) for step in range(num)]
     fields = {name: getattr(params, name) for name in params.__struct_fields__}
     return [
-        RowState(
+        Text(
             Request(request_id="r", prompt_ids=PROMPT, params=SamplingParams(**fields | change)),
-            len(OUTPUT),
-            history,
+            OUTPUT,
         )
         for change in ({"seed": params.seed + step} for step in range(num))
     ]
@@ -58,10 +52,8 @@ def sampling(**params: object) -> SamplingParams:
     return SamplingParams(**({"max_tokens": 10**6} | params))  # type: ignore[arg-type]
 
 
-def draw(ops: Ops, states: list[RowState], logits: list[float] = LOGITS) -> list[int]:
-    batch = draw_settings(states, roots(len(states)), [EOS], VOCAB)
-    drawn = Sampler(ops).draw(torch.tensor(logits).repeat(len(states), 1), batch)
-    return drawn.tolist()  # type: ignore[no-any-return]
+def draw(ops: Ops, texts: list[Text], logits: list[float] = LOGITS) -> list[int]:
+    return sample(ops, texts, torch.tensor(logits).repeat(len(texts), 1), eos=[EOS]).drawn
 
 
 def edited_logits(params: SamplingParams) -> list[float]:
@@ -179,7 +171,7 @@ def test_one_position_says_nothing_about_the_next_of_another_seed(
     """seed + n at position p and seed at p + n would be equal if the key were their sum."""
     params = sampling(seed=100)
     here = rows(params, NUM_DRAWS, along="seeds")
-    there = [RowState(state.request, state.num_output + shift, state.history) for state in here]
+    there = [replace(text, skipped=shift) for text in here]
     drawn, later = draw(reference_ops, here), draw(reference_ops, there)
     assert_independent(list(zip(drawn[shift:], later[:-shift], strict=True)))
     assert_independent(list(zip(drawn, later, strict=True)))
@@ -188,20 +180,20 @@ def test_one_position_says_nothing_about_the_next_of_another_seed(
 def test_the_noise_of_two_tokens_is_independent(reference_ops: Ops) -> None:
     """Whether 0 beats 1 says nothing about whether 2 beats 3."""
     params = sampling(seed=1)
-    states = rows(params, NUM_DRAWS, along="seeds")
+    texts = rows(params, NUM_DRAWS, along="seeds")
     impossible = [-torch.inf] * VOCAB
     pairs = [
-        draw(reference_ops, states, [*impossible[:a], 0.0, 0.0, *impossible[a + 2 :]])
+        draw(reference_ops, texts, [*impossible[:a], 0.0, 0.0, *impossible[a + 2 :]])
         for a in (0, 2)
     ]
     assert_independent(list(zip(*pairs, strict=True)))
 
 
 def test_a_seed_and_a_position_give_one_token_whatever_the_batch(reference_ops: Ops) -> None:
-    states = rows(sampling(seed=5), 64, along="positions")
-    together = draw(reference_ops, states)
-    assert [draw(reference_ops, [state])[0] for state in states] == together
-    assert draw(reference_ops, states[::-1]) == together[::-1]
+    texts = rows(sampling(seed=5), 64, along="positions")
+    together = draw(reference_ops, texts)
+    assert [draw(reference_ops, [text])[0] for text in texts] == together
+    assert draw(reference_ops, texts[::-1]) == together[::-1]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +222,7 @@ def test_temperature_0_takes_the_best_token(
 def test_greedy_and_sampled_rows_share_a_batch(reference_ops: Ops) -> None:
     greedy = rows(sampling(temperature=0.0), 50, along="seeds")
     warm = rows(sampling(seed=3, top_k=6), 50, along="seeds")
-    mixed = [state for pair in zip(greedy, warm, strict=True) for state in pair]
+    mixed = [text for pair in zip(greedy, warm, strict=True) for text in pair]
     drawn = draw(reference_ops, mixed)
     assert drawn[::2] == [0] * 50
     assert drawn[1::2] == draw(reference_ops, warm)
@@ -244,11 +236,8 @@ def test_equal_logits_give_the_lowest_token_when_greedy(reference_ops: Ops) -> N
 
 def test_a_long_row_is_drawn_evenly(reference_ops: Ops) -> None:
     """20 000 equal logits, by their 100 groups of neighbours."""
-    vocab, num = 20_000, 1_000
-    keys = torch.arange(num, dtype=torch.int64) * 7 + 11
-    groups = Counter[int]()
-    logits = torch.zeros(100, vocab)
-    for start in range(0, num, 100):
-        drawn: Tensor = reference_ops.gumbel_argmax(logits, keys[start : start + 100])
-        groups.update((drawn // 200).tolist())
+    vocab, groups = 20_000, Counter[int]()
+    for seed in range(11, 1_011, 100):
+        drawn = draw(reference_ops, rows(sampling(seed=seed), 100, along="seeds"), [0.0] * vocab)
+        groups.update(token // 200 for token in drawn)
     assert_law(list(groups.elements()), dict.fromkeys(range(100), 0.01))

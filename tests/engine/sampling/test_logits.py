@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.request import Request, SamplingParams
-from engine.sampling.batch import draw_settings
-from engine.sampling.rows import RowState
-from kernels.sampling.pipeline_reference import DrawSettings
-from kernels.sampling.torch_draw import edit_logits, filter_logits
-from tests.support.trees import roots
+from kernels.ops import Ops
+from kernels.sampling.torch_draw import filter_logits
+from tests.support.told_target import Sampled, Text, sample
 
 VOCAB = 1000
 OFF = {"top_k": VOCAB, "top_p": 1.0, "min_p": 0.0}
@@ -85,65 +83,61 @@ def test_tokens_that_tie_with_the_last_kept_one_are_kept() -> None:
     assert kept(filter_rows(logits, [{"top_k": 2, "top_p": 1.0, "min_p": 0.0}])[0]) == {0, 1, 2, 3}
 
 
-def row_state(prompt: list[int], output: list[int], **params: object) -> RowState:
+def text(prompt: list[int], output: list[int], **params: object) -> Text:
     sampling = SamplingParams(max_tokens=64, **params)  # type: ignore[arg-type]
-    return RowState.admit(Request(request_id="r", prompt_ids=prompt, params=sampling), output)
+    return Text(Request(request_id="r", prompt_ids=prompt, params=sampling), output)
 
 
-def batch_of(*rows: RowState) -> DrawSettings:
-    return draw_settings(rows, roots(len(rows)), [2], VOCAB)
+def step(ops: Ops, *texts: Text, logits: Tensor | None = None) -> Sampled:
+    told = torch.zeros(len(texts), VOCAB) if logits is None else logits
+    return sample(ops, texts, told, eos=[2])
 
 
-def test_no_edit_returns_the_very_same_tensor() -> None:
-    logits = torch.randn(1, VOCAB)
-    assert edit_logits(logits, batch_of(row_state([1], []))) is logits
+def test_without_an_edit_logits_are_drawn_from_as_they_are(reference_ops: Ops) -> None:
+    assert step(reference_ops, text([1], [])).edited is None
 
 
-def test_frequency_and_presence_count_output_tokens_only() -> None:
-    logits = torch.zeros(1, VOCAB)
-    row = row_state([5, 6], [6, 6, 7], frequency_penalty=0.5, presence_penalty=0.25)
-    edited = edit_logits(logits, batch_of(row))[0]
+def test_frequency_and_presence_count_output_tokens_only(reference_ops: Ops) -> None:
+    row = text([5, 6], [6, 6, 7], frequency_penalty=0.5, presence_penalty=0.25)
+    edited = step(reference_ops, row).after_edits[0]
     assert edited[5] == 0.0
     assert edited[6] == -(2 * 0.5 + 0.25)
     assert edited[7] == -(0.5 + 0.25)
     assert (edited != 0).sum() == 2
 
 
-def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits(
+    reference_ops: Ops,
+) -> None:
     logits = torch.full((1, VOCAB), 2.0)
     logits[0, 7] = -2.0
-    edited = edit_logits(logits, batch_of(row_state([5], [7], repetition_penalty=2.0)))[0]
+    row = text([5], [7], repetition_penalty=2.0)
+    edited = step(reference_ops, row, logits=logits).after_edits[0]
     assert (edited[5], edited[7], edited[8]) == (1.0, -4.0, 2.0)
 
 
-def test_penalty_grows_with_every_committed_token_of_a_block() -> None:
-    row = row_state([1], [], frequency_penalty=1.0)
-    row.extend([9, 9, 9])
-    row.extend([9])
-    assert edit_logits(torch.zeros(1, VOCAB), batch_of(row))[0, 9] == -4.0
+def test_a_long_history_counts_whole(reference_ops: Ops) -> None:
+    row = text([1], [*range(500), *range(400, 600)], presence_penalty=1.0)
+    edited = step(reference_ops, row).after_edits
+    assert torch.equal(edited[0] == -1.0, torch.arange(VOCAB) < 600)
 
 
-def test_history_survives_growth_past_its_first_room() -> None:
-    row = row_state([], list(range(500)), presence_penalty=1.0)
-    row.extend(range(400, 600))
-    edited = edit_logits(torch.zeros(1, VOCAB), batch_of(row))[0]
-    assert torch.equal(edited == -1.0, torch.arange(VOCAB) < 600)
-
-
-def test_bias_is_added_and_forbidden_tokens_are_impossible_until_min_tokens() -> None:
+def test_bias_is_added_and_forbidden_tokens_are_impossible_until_min_tokens(
+    reference_ops: Ops,
+) -> None:
     params = {"logit_bias": {4: 3.0, 5: -100.0}, "min_tokens": 2, "stop_token_ids": (8,)}
-    early = edit_logits(torch.zeros(1, VOCAB), batch_of(row_state([1], [3], **params)))[0]
-    late = edit_logits(torch.zeros(1, VOCAB), batch_of(row_state([1], [3, 3], **params)))[0]
+    early, late = (
+        step(reference_ops, text([1], output, **params)).after_edits[0] for output in ([3], [3, 3])
+    )
     assert (early[4], early[5]) == (3.0, -100.0)
     assert torch.isneginf(early[[2, 8]]).all()
     assert torch.equal(late[[2, 8]], torch.zeros(2))
 
 
-def test_edits_of_one_row_leave_the_others_alone() -> None:
+def test_edits_of_one_row_leave_the_others_alone(reference_ops: Ops) -> None:
     rows = (
-        row_state([1], [3], presence_penalty=1.0),
-        row_state([1], [3]),
-        row_state([1], [], logit_bias={3: 1.0}),
+        text([1], [3], presence_penalty=1.0),
+        text([1], [3]),
+        text([1], [], logit_bias={3: 1.0}),
     )
-    edited = edit_logits(torch.zeros(3, VOCAB), batch_of(*rows))
-    assert edited[:, 3].tolist() == [-1.0, 0.0, 1.0]
+    assert step(reference_ops, *rows).after_edits[:, 3].tolist() == [-1.0, 0.0, 1.0]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from engine.parallel.shard import Shard
-from engine.parallel.trees import share_tree
-from engine.sampling.batch import draw_settings
-from engine.sampling.rows import RowState
-from engine.sampling.sampler import Sampler
+from engine.runner.step import shared
 from engine.sampling.spread import SpreadLogits, row_counts
-from engine.step.shape import DynamicShape, chain
-from engine.step.tree import DraftTree
+from engine.speculation.proposer import Drafted
+from engine.step.shape import chain
 from kernels.ops import Ops
+from kernels.sampling.pipeline_reference import Scores
 from tests.engine.test_speculation_equality import SETTINGS
 from tests.support.engines import ask
 from tests.support.thread_group import ThreadGroup, run_ranks
+from tests.support.told_target import Text, sample
+from tests.support.trees import filled
 
 VOCAB = 131
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
@@ -31,9 +29,15 @@ def test_every_row_belongs_to_one_rank(num_rows: int, size: int) -> None:
     assert max(counts) - -(-num_rows // size) == 0
 
 
-def states() -> list[RowState]:
+def texts(per_row: int) -> list[Text]:
+    """One of every kind of request, with a chain of `per_row` nodes."""
+    parents = tuple(range(-1, per_row - 1))
     return [
-        RowState.admit(ask(name, [3, 5, 5, at + 7], **({"seed": at} | settings)), (9, 9, at + 4))
+        Text(
+            ask(name, [3, 5, 5, at + 7], **({"seed": at} | settings)),
+            (9, 9, at + 4),
+            (parents, tuple((at * per_row + node) % VOCAB for node in range(per_row))),
+        )
         for at, (name, settings) in enumerate(SETTINGS.items())
     ]
 
@@ -43,49 +47,69 @@ def states() -> list[RowState]:
 def test_ranks_draw_and_score_what_one_rank_does(
     reference_ops: Ops, size: int, per_row: int
 ) -> None:
-    rows, sampler = states(), Sampler(reference_ops)
-    tokens = torch.arange(len(rows) * per_row).view(len(rows), per_row) % VOCAB
-    sizes = torch.full((len(rows),), per_row)
-    tree = DraftTree.of_shape(chain(per_row - 1), tokens, sizes)
+    rows, ops = texts(per_row), reference_ops
     num_nodes = len(rows) * per_row
     logits = 3 * torch.randn(num_nodes, VOCAB, generator=torch.Generator().manual_seed(1))
-    settings = draw_settings(rows, tree, [2], VOCAB)
+    alone = sample(ops, rows, logits, eos=[2])
+    settings, edits = alone.settings, alone.edits
+    assert settings is not None
+    assert edits is not None
     at = torch.tensor([0, num_nodes - 1, 3, 3])
-    expected = sampler.draw(logits, settings)
-    scores = sampler.logprobs(logits[at], expected[at], 3)
+    tokens = torch.tensor(alone.drawn)[at]
+    scores = ops.score(logits[at], tokens, 3)
 
-    def on_rank(group: ThreadGroup) -> tuple[list[int], object]:
+    def on_rank(group: ThreadGroup) -> tuple[list[int], Scores]:
         shard = Shard(group.rank, size)
         local = torch.full((num_nodes, shard.padded_width(VOCAB)), torch.nan)
         part = logits[:, shard.padded(VOCAB)]
         local[:, : part.shape[1]] = part
-        spread = SpreadLogits.of(local, VOCAB, group)
+        spread = SpreadLogits.of(local, VOCAB, group, ops)
         assert spread.own.shape[1] == VOCAB
         assert len(spread.own) < num_nodes
-        drawn = spread.draw(sampler, settings)
-        return drawn.tolist(), spread.logprobs(sampler, at, expected[at], 3)
+        return spread.draw(settings, edits).tolist(), spread.score(at, tokens, 3)
 
     for drawn, found in run_ranks(size, on_rank):
-        assert drawn == expected.tolist()
-        assert found == scores
+        assert drawn == alone.drawn
+        for part in ("chosen", "top_ids", "top"):
+            assert torch.equal(getattr(found, part), getattr(scores, part)), part
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_rank_without_rows_takes_part(reference_ops: Ops, num_rows: int) -> None:
+    rows = texts(1)[:num_rows]
+    logits = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(2))
+    alone = sample(reference_ops, rows, logits)
+    at, tokens = torch.arange(num_rows), torch.tensor(alone.drawn)
+    scores = reference_ops.score(logits, tokens, 2)
+
+    def on_rank(group: ThreadGroup) -> tuple[list[int], Scores]:
+        shard = Shard(group.rank, 4)
+        local = torch.full((num_rows, shard.padded_width(VOCAB)), torch.nan)
+        part = logits[:, shard.padded(VOCAB)]
+        local[:, : part.shape[1]] = part
+        spread = SpreadLogits.of(local, VOCAB, group, reference_ops)
+        assert alone.settings is not None
+        return spread.draw(alone.settings, alone.edits).tolist(), spread.score(at, tokens, 2)
+
+    for drawn, found in run_ranks(4, on_rank):
+        assert drawn == alone.drawn
+        for part in ("chosen", "top_ids", "top"):
+            assert torch.equal(getattr(found, part), getattr(scores, part)), part
 
 
 def test_every_rank_gets_the_trees_of_rank_0() -> None:
-    shape = DynamicShape("dynamic9", 9, 3, 4)
+    def own_trees(rank: int) -> Drafted:
+        """Ranks disagree on the tokens, on how many nodes there are, and on what is sound."""
+        tokens = torch.arange(8).view(2, 4) + 10 * rank
+        tree = filled(chain(3), tokens, torch.tensor([4 - rank, 1]))
+        return Drafted(tree, torch.tensor([rank > 0, rank == 0]))
 
-    def own_tree(rank: int) -> DraftTree:
-        """Ranks disagree on the tokens and on how many nodes there are."""
-        width = 4 - rank
-        tokens = torch.arange(2 * width).view(2, width) + 10 * rank
-        return DraftTree.of_shape(chain(width - 1), tokens, torch.tensor([width, 1]))
+    def on_rank(group: ThreadGroup) -> Drafted:
+        return shared(own_trees(group.rank), group)
 
-    def on_rank(group: ThreadGroup) -> DraftTree:
-        return share_tree(own_tree(group.rank), shape, group, CPU)
-
-    first = own_tree(0)
-    for tree in run_ranks(3, on_rank):
-        assert tree.max_depth == first.max_depth
-        for part in ("tokens", "parents", "depths", "sizes"):
-            assert torch.equal(getattr(tree, part), getattr(first, part)), part
-        seen = np.arange(4) < first.sizes.numpy()[:, None]
-        assert (tree.ancestors.numpy()[seen] == first.ancestors.numpy()[seen]).all()
+    first = own_trees(0)
+    for found in run_ranks(3, on_rank):
+        assert found.tree.max_depth == first.tree.max_depth
+        for part in ("tokens", "parents", "depths", "sizes", "ancestors"):
+            assert torch.equal(getattr(found.tree, part), getattr(first.tree, part)), part
+        assert torch.equal(found.faults, first.faults)

@@ -6,6 +6,7 @@ finds its entries, and that no slot of a rejected node is ever read as text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import msgspec
@@ -39,8 +40,8 @@ SHAPES: tuple[TreeShape, ...] = (
 LIMITS = (None, None, 0, 1, 3)
 
 
-def num_draft(plan: StepPlan) -> dict[str, int]:
-    return {row.request_id: row.num_draft for row in plan.rows}
+def num_draft(plan: StepPlan, names: Mapping[int, str]) -> dict[str, int]:
+    return {names[row.line]: row.num_draft for row in plan.rows}
 
 
 @st.composite
@@ -108,12 +109,12 @@ def test_nodes_preempt_nobody(
 def test_a_chain_of_slots_follows_the_root() -> None:
     engine = FakeEngine(shapes=(chain(5),))
     engine.submit(request("a", prompt_of(6), max_tokens=20))
-    assert num_draft(engine.step()) == {"a": 0}
+    assert num_draft(engine.step(), engine.names) == {"a": 0}
     plan = engine.step()
-    assert shape(plan) == [("a", 6, 1, True)]
-    assert num_draft(plan) == {"a": 5}
+    assert shape(plan, engine.names) == [("a", 6, 1, True)]
+    assert num_draft(plan, engine.names) == {"a": 5}
     assert plan.num_tokens == 6
-    assert len(plan.rows[0].block_ids) == 3
+    assert plan.rows[0].num_blocks == 3
     engine.run()
 
 
@@ -125,7 +126,7 @@ def test_a_request_may_limit_its_own_tree(limit: int | None, expected: int) -> N
     asked = request("a", prompt_of(6), max_tokens=20)
     engine.submit(msgspec.structs.replace(asked, max_draft_nodes=limit))
     engine.step()
-    assert num_draft(engine.step()) == {"a": expected}
+    assert num_draft(engine.step(), engine.names) == {"a": expected}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_only_rows_that_could_carry_a_tree_count_for_the_planner(
         engine.submit(msgspec.structs.replace(asked, max_draft_nodes=limit))
     engine.step()
     assert engine.scheduler.num_drafting == expected
-    assert sum(count > 0 for count in num_draft(engine.step()).values()) == expected
+    assert sum(count > 0 for count in num_draft(engine.step(), engine.names).values()) == expected
 
 
 def test_rows_at_the_end_of_the_context_do_not_count_for_the_planner() -> None:
@@ -158,7 +159,7 @@ def test_no_draft_when_one_token_is_missing(max_tokens: int, expected: int | Non
     engine = FakeEngine(shapes=(chain(5),))
     engine.submit(request("a", prompt_of(6), max_tokens=max_tokens))
     engine.step()
-    assert num_draft(engine.step()).get("a") == expected
+    assert num_draft(engine.step(), engine.names).get("a") == expected
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_nodes_and_the_bonus_token_stay_within_the_context(length: int, expected
     engine = FakeEngine(shapes=(chain(5),), lookahead=1)
     engine.submit(request("a", prompt_of(length), max_tokens=100))
     engine.step()
-    assert num_draft(engine.step()) == {"a": expected}
+    assert num_draft(engine.step(), engine.names) == {"a": expected}
     engine.run()
 
 
@@ -177,7 +178,7 @@ def test_every_root_comes_before_the_first_node() -> None:
     for name in "abcd":
         engine.submit(request(name, prompt_of(2, ord(name) * 100), max_tokens=30))
     engine.step()
-    assert num_draft(engine.step()) == {"a": 4, "b": 0, "c": 0, "d": 0}
+    assert num_draft(engine.step(), engine.names) == {"a": 4, "b": 0, "c": 0, "d": 0}
     engine.run()
 
 
@@ -185,11 +186,11 @@ def test_trees_leave_half_of_the_budget_to_prompts() -> None:
     engine = FakeEngine(max_num_batched_tokens=16, shapes=(chain(15),))
     engine.submit(request("old", prompt_of(3), max_tokens=40))
     engine.step()
-    assert num_draft(engine.step()) == {"old": 15}
+    assert num_draft(engine.step(), engine.names) == {"old": 15}
     engine.submit(request("new", prompt_of(20, first=2000), max_tokens=2))
     plan = engine.step()
-    assert num_draft(plan) == {"old": 7, "new": 0}
-    assert shape(plan)[1] == ("new", 0, 8, False)
+    assert num_draft(plan, engine.names) == {"old": 7, "new": 0}
+    assert shape(plan, engine.names)[1] == ("new", 0, 8, False)
     engine.run()
 
 
@@ -198,7 +199,7 @@ def test_trees_may_take_all_while_no_row_is_free_for_the_waiting() -> None:
     engine.submit(request("old", prompt_of(3), max_tokens=40))
     engine.step()
     engine.submit(request("new", prompt_of(20, first=2000), max_tokens=2))
-    assert num_draft(engine.step()) == {"old": 15}
+    assert num_draft(engine.step(), engine.names) == {"old": 15}
 
 
 def test_nodes_get_no_block_that_another_root_needs() -> None:
@@ -207,8 +208,8 @@ def test_nodes_get_no_block_that_another_root_needs() -> None:
     engine.submit(request("b", prompt_of(4, 2000), max_tokens=3, arrival=1.0))
     engine.step()
     plan = engine.step()
-    assert shape(plan) == [("a", 4, 1, True), ("b", 4, 1, True)]
-    assert [len(row.block_ids) for row in plan.rows] == [2, 2]
+    assert shape(plan, engine.names) == [("a", 4, 1, True), ("b", 4, 1, True)]
+    assert [row.num_blocks for row in plan.rows] == [2, 2]
     engine.run()
     assert engine.scheduler.stats().num_preemptions == 0
 
@@ -218,10 +219,10 @@ def test_blocks_of_rejected_nodes_go_to_whoever_needs_them() -> None:
     engine.executor.always_reject = True
     engine.submit(request("a", prompt_of(4), max_tokens=8))
     engine.step()
-    assert len(engine.step().rows[0].block_ids) == 5
+    assert engine.step().rows[0].num_blocks == 5
     engine.submit(request("b", prompt_of(11, 2000), max_tokens=3))
     plan = engine.step()
-    assert shape(plan) == [("a", 5, 1, True), ("b", 0, 11, True)]
+    assert shape(plan, engine.names) == [("a", 5, 1, True), ("b", 0, 11, True)]
     engine.run()
     assert engine.scheduler.stats().num_preemptions == 0
 
@@ -248,7 +249,7 @@ def test_accepted_tokens_are_cached_for_the_next_turn() -> None:
     engine.run()
     history = prompt_of(6) + engine.heard["turn 1"].token_ids
     engine.submit(request("turn 2", [*history, 1, 2, 3], max_tokens=1))
-    assert shape(engine.run()[0]) == [("turn 2", 19, 7, True)]
+    assert engine.run_shapes()[0] == [("turn 2", 19, 7, True)]
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 13, 30])

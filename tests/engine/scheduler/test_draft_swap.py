@@ -12,14 +12,14 @@ def test_rows_that_run_get_the_slot_that_a_new_proposer_needs() -> None:
     fake = FakeEngine(num_blocks=8, block_size=4)
     fake.submit(request("a", prompt_of(4), max_tokens=20))
     (row,) = fake.step().rows
-    assert len(row.block_ids) == 1
-    fake.scheduler.draft_with(1)
+    assert row.num_blocks == 1
+    fake.scheduler.draft_with(1, None)
     (row,) = fake.step().rows  # its one token at position 4, and an entry for the next
-    assert len(row.block_ids) * 4 >= row.start + 2
+    assert row.num_blocks * 4 >= row.start + 2
     for _ in range(6):
         (row,) = fake.step().rows
-        assert len(row.block_ids) * 4 >= row.start + 2
-    fake.scheduler.draft_with(0)
+        assert row.num_blocks * 4 >= row.start + 2
+    fake.scheduler.draft_with(0, None)
     fake.run()
 
 
@@ -28,8 +28,8 @@ def test_prefix_hits_leave_what_the_newest_proposer_has_to_see(lookahead: int, a
     fake = FakeEngine(lookahead=1, shapes=(ROOT, chain(3)))
     fake.submit(request("first", prompt_of(17), max_tokens=2))
     fake.run()
-    fake.scheduler.draft_with(1 - lookahead)
-    fake.scheduler.draft_with(lookahead)
+    fake.scheduler.draft_with(1 - lookahead, None)
+    fake.scheduler.draft_with(lookahead, None)
     fake.submit(request("second", prompt_of(17), max_tokens=2))
     (row,) = fake.step().rows
     assert row.start == 16 - again

@@ -25,7 +25,8 @@ def test_a_preempted_sequence_gets_back_the_blocks_that_are_still_cached() -> No
     engine = FakeEngine(num_blocks=8, max_model_len=32)
     engine.submit(request("urgent", prompt_of(8), max_tokens=10))
     engine.submit(request("mild", prompt_of(8, first=2000), priority=1, max_tokens=14))
-    starts = [row.start for plan in engine.run() for row in plan.rows if row.request_id == "mild"]
+    rows = [row for rows in engine.run_shapes() for row in rows]
+    starts = [start for name, start, *_ in rows if name == "mild"]
     assert min(starts[1:]) > 0  # never again from the beginning
     assert engine.scheduler.stats().num_preemptions == 1
     finished = engine.heard["mild"].finished
@@ -51,9 +52,9 @@ def test_nobody_passes_the_first_in_the_queue_that_does_not_fit() -> None:
     engine.step()
     engine.submit(request("large", prompt_of(16, first=2000), max_tokens=1))
     engine.submit(request("small", prompt_of(2, first=3000), max_tokens=1))
-    assert shape(engine.step()) == [("running", 16, 1, True)]
-    assert shape(engine.step()) == [("running", 17, 1, True)]
-    assert [name for name, *_ in shape(engine.step())] == ["large", "small"]
+    assert shape(engine.step(), engine.names) == [("running", 16, 1, True)]
+    assert shape(engine.step(), engine.names) == [("running", 17, 1, True)]
+    assert [name for name, *_ in shape(engine.step(), engine.names)] == ["large", "small"]
     engine.run()
 
 
@@ -70,7 +71,7 @@ def test_chunks_of_a_prompt_are_found_before_the_prompt_is_finished() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     engine.submit(request("first", prompt_of(20), max_tokens=1))
     engine.submit(request("second", prompt_of(20), max_tokens=1))
-    assert shape(engine.step()) == [("first", 0, 8, False)]
-    assert shape(engine.step()) == [("first", 8, 8, False)]
-    assert shape(engine.step()) == [("first", 16, 4, True), ("second", 16, 4, True)]
+    assert shape(engine.step(), engine.names) == [("first", 0, 8, False)]
+    assert shape(engine.step(), engine.names) == [("first", 8, 8, False)]
+    assert shape(engine.step(), engine.names) == [("first", 16, 4, True), ("second", 16, 4, True)]
     engine.run()

@@ -10,6 +10,7 @@ import pytest
 from engine.messages import ErrorCode
 from engine.request import FinishReason
 from engine.scheduler.scheduler import SchedulerLimits
+from engine.step.executor import execute
 from tests.support.fake_executor import FakeEngine, prompt_of, request, shape
 
 
@@ -30,7 +31,7 @@ def test_limits_leave_room_for_one_token_of_every_sequence() -> None:
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     engine.submit(request("a", prompt_of(20), max_tokens=2))
-    assert [shape(plan) for plan in engine.run()] == [
+    assert engine.run_shapes() == [
         [("a", 0, 8, False)],
         [("a", 8, 8, False)],
         [("a", 16, 4, True)],
@@ -43,7 +44,7 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
     engine.submit(request("old", prompt_of(3), max_tokens=5))
     engine.step()
     engine.submit(request("new", prompt_of(17, first=2000), max_tokens=2))
-    assert [shape(plan) for plan in engine.run()] == [
+    assert engine.run_shapes() == [
         [("old", 3, 1, True), ("new", 0, 7, False)],
         [("old", 4, 1, True), ("new", 7, 7, False)],
         [("old", 5, 1, True), ("new", 14, 3, True)],
@@ -59,12 +60,14 @@ def test_behind_a_long_context_chunks_shrink_while_others_decode(
     engine.submit(request("old", prompt_of(3), max_tokens=8))
     engine.step()
     engine.submit(request("new", prompt_of(60, first=2000), max_tokens=1))
-    chunks = [dict(zip(["old", "new"], shape(engine.step()), strict=True)) for _ in range(7)]
+    chunks = [
+        dict(zip(["old", "new"], shape(engine.step(), engine.names), strict=True)) for _ in range(7)
+    ]
     assert [plan["old"][2] for plan in chunks] == [1] * 7
     assert [plan["new"][1:3] for plan in chunks] == [
         (0, 8), (8, 8), (16, 8), (24, 5), (29, 4), (33, 3), (36, 3),
     ]  # fmt: skip
-    alone = [shape(plan) for plan in engine.run()]
+    alone = engine.run_shapes()
     assert alone[0] == [("new", 39, 9, False)]
 
 
@@ -73,15 +76,15 @@ def test_decoding_comes_before_a_more_important_prompt() -> None:
     engine.submit(request("mild", prompt_of(3), priority=5, max_tokens=4))
     engine.step()
     engine.submit(request("urgent", prompt_of(9, first=2000), priority=-1, max_tokens=1))
-    assert shape(engine.step()) == [("mild", 3, 1, True), ("urgent", 0, 7, False)]
-    assert shape(engine.step()) == [("mild", 4, 1, True), ("urgent", 7, 2, True)]
+    assert shape(engine.step(), engine.names) == [("mild", 3, 1, True), ("urgent", 0, 7, False)]
+    assert shape(engine.step(), engine.names) == [("mild", 4, 1, True), ("urgent", 7, 2, True)]
 
 
 def test_a_running_prompt_comes_before_new_admissions() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     engine.submit(request("a", prompt_of(12)), request("b", prompt_of(12, first=2000)))
-    assert shape(engine.step()) == [("a", 0, 8, False)]
-    assert shape(engine.step()) == [("a", 8, 4, True), ("b", 0, 4, False)]
+    assert shape(engine.step(), engine.names) == [("a", 0, 8, False)]
+    assert shape(engine.step(), engine.names) == [("a", 8, 4, True), ("b", 0, 4, False)]
 
 
 def test_priority_then_arrival_then_submission_decide_who_goes_first() -> None:
@@ -93,7 +96,7 @@ def test_priority_then_arrival_then_submission_decide_who_goes_first() -> None:
         request("early too", prompt_of(3), arrival=1.0, max_tokens=1),
         request("urgent", prompt_of(3), priority=-3, arrival=9.0, max_tokens=1),
     )
-    order = [row.request_id for plan in engine.run() for row in plan.rows]
+    order = [name for rows in engine.run_shapes() for name, *_ in rows]
     assert order == ["urgent", "early", "early too", "late", "mild"]
 
 
@@ -112,10 +115,10 @@ def test_a_repeated_prompt_is_cached_up_to_its_last_whole_block(length: int, cac
     engine = FakeEngine()
     for name in ("first", "second"):
         engine.submit(request(name, prompt_of(length), max_tokens=1))
-        plans = engine.run()
+        shapes = engine.run_shapes()
     assert engine.heard["second"].finished is not None
     assert engine.heard["second"].finished.num_cached == cached
-    assert shape(plans[0]) == [("second", cached, length - cached, True)]
+    assert shapes[0] == [("second", cached, length - cached, True)]
     stats = engine.scheduler.stats()
     assert (stats.prefix_queries, stats.prefix_hits) == (2 * length, cached)
 
@@ -126,9 +129,9 @@ def test_a_prefix_is_shared_while_its_first_user_still_runs() -> None:
     engine.step()
     engine.submit(request("second", prompt_of(9), max_tokens=9))
     plan = engine.step()
-    first, second = plan.rows
-    assert first.block_ids[:2] == second.block_ids[:2]
-    assert first.block_ids[2] != second.block_ids[2]
+    first, second = (engine.executor.rows[row.line].block_ids for row in plan.rows)
+    assert first[:2] == second[:2]
+    assert first[2] != second[2]
     engine.run()
 
 
@@ -138,14 +141,14 @@ def test_output_is_cached_for_the_next_turn_of_a_conversation() -> None:
     engine.run()
     history = prompt_of(6) + engine.heard["turn 1"].token_ids
     engine.submit(request("turn 2", [*history, 1, 2, 3], max_tokens=1))
-    assert shape(engine.run()[0]) == [("turn 2", 12, 4, True)]
+    assert engine.run_shapes()[0] == [("turn 2", 12, 4, True)]
 
 
 def test_without_prefix_caching_nothing_is_looked_up() -> None:
     engine = FakeEngine(prefix_caching=False)
     for name in ("first", "second"):
         engine.submit(request(name, prompt_of(12), max_tokens=1))
-        assert shape(engine.run()[0]) == [(name, 0, 12, True)]
+        assert engine.run_shapes()[0] == [(name, 0, 12, True)]
     assert engine.scheduler.stats().prefix_queries == 0
 
 
@@ -154,7 +157,7 @@ def test_prompt_logprobs_need_every_prompt_token_computed() -> None:
     engine.submit(request("first", prompt_of(12), max_tokens=1))
     engine.run()
     engine.submit(request("second", prompt_of(12), max_tokens=1, prompt_logprobs=0))
-    assert shape(engine.run()[0]) == [("second", 0, 12, True)]
+    assert engine.run_shapes()[0] == [("second", 0, 12, True)]
 
 
 def test_an_abort_ends_a_waiting_request() -> None:
@@ -174,7 +177,8 @@ def test_an_abort_ends_a_running_request_and_frees_its_blocks() -> None:
     engine.scheduler.abort("a")
     assert engine.scheduler.stats().kv_usage == 0
     plan = engine.step()
-    assert (plan.rows, plan.released) == ((), ("a",))
+    assert plan.rows == ()
+    assert [engine.names[line] for line in plan.released] == ["a"]
     assert_aborted(engine, "a", num_output=2)
 
 
@@ -228,7 +232,7 @@ def test_an_id_may_come_again_before_the_executor_has_heard_of_its_end() -> None
     engine.step()
     engine.submit(request("a", prompt_of(5, first=2000), max_tokens=2))
     plan = engine.step()
-    assert plan.released == ("a",)
+    assert [engine.names[line] for line in plan.released] == ["a"]
     assert [admission.request.request_id for admission in plan.admitted] == ["a"]
     engine.run()
 
@@ -273,8 +277,9 @@ def test_abort_all_ends_every_request_with_the_reason() -> None:
     ]
     engine.scheduler.audit()
     plan = engine.scheduler.schedule()
-    assert (plan.rows, plan.released) == ((), ("a",))
-    assert engine.scheduler.update(plan, engine.executor.execute(plan)) == []
+    assert plan.rows == ()
+    assert [engine.names[line] for line in plan.released] == ["a"]
+    assert engine.scheduler.update(plan, execute(engine.executor, plan)) == []
     assert not engine.scheduler.has_work()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.request import FinishReason, Sequence
-from engine.scheduler.stopping import cut_emitted
+from engine.scheduler.scheduler import cut_emitted
 from tests.support.engines import ask
 
 EOS, STOP_TOKEN, OTHER = 2, 7, 5
@@ -45,7 +45,7 @@ GOING_ON = [
 
 @pytest.mark.parametrize("offset", range(4))
 @pytest.mark.parametrize(("special", "params"), ENDING, ids=str)
-def test_an_ending_token_is_kept_and_nothing_behind_it(
+def test_an_ending_token_is_kept_and_nothing_after_it(
     special: int, params: dict[str, object], offset: int
 ) -> None:
     kept, reason = cut(block(4, special, offset), **params)
@@ -64,7 +64,7 @@ def test_a_token_that_ends_nothing_is_text(
 
 @pytest.mark.parametrize("num_output", range(4))
 @pytest.mark.parametrize("min_tokens", range(6))
-def test_an_ending_token_counts_only_behind_min_tokens(min_tokens: int, num_output: int) -> None:
+def test_an_ending_token_counts_only_after_min_tokens(min_tokens: int, num_output: int) -> None:
     kept, reason = cut([EOS] * 4, num_output=num_output, min_tokens=min_tokens)
     wanted = min_tokens + 1 - num_output  # the first one that may end the text
     assert len(kept) == min(max(wanted, 1), 4)
@@ -96,7 +96,7 @@ def test_an_ending_token_in_the_last_place_is_a_stop(limit: dict[str, int]) -> N
 
 
 @pytest.mark.parametrize("limit", [{"max_tokens": 2}, {"max_len": NUM_PROMPT + 2}], ids=str)
-def test_an_ending_token_behind_the_last_place_is_never_seen(limit: dict[str, int]) -> None:
+def test_an_ending_token_after_the_last_place_is_never_seen(limit: dict[str, int]) -> None:
     assert cut([OTHER, OTHER, EOS], **limit) == ([OTHER, OTHER], FinishReason.LENGTH)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kv.storage import KVStorage
-from engine.speculation.commit import commit
+from engine.speculation.verify import commit
 from engine.step.tree import VerifyResult
 from kernels.ops import Ops
 from tests.support.scripted_proposer import random_parents

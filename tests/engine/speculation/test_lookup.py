@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.request import Sequence
-from engine.speculation.lookup import MAX_DRAFT, PROBE_EVERY, Lookup, StepTime, tree_name
-from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.speculation.lookup import (
+    LENGTHS,
+    MAX_DRAFT,
+    PROBE_EVERY,
+    Lookup,
+    StepTime,
+    TokenText,
+    tree_name,
+)
+from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import chain
 from tests.support.engines import ask
+from tests.support.plans import decoding
 
 REPEATING = [5, 6, 7, 8, 9, 5, 6, 7]
 
 
 def sequence(token_ids: list[int], **params: object) -> Sequence:
-    return Sequence.from_request(ask("a", token_ids, **params))
+    seq = Sequence.from_request(ask("a", token_ids, **params))
+    seq.line = 0
+    return seq
 
 
-def decode(draft: tuple[int, ...], num_draft: int, request_id: str = "a") -> StepPlan:
-    row = RowPlan(request_id, 7, [7], [0], samples=True, num_draft=num_draft, draft=draft)
-    return StepPlan((row,), shape=chain(3))
+def decode(draft: tuple[int, ...], num_draft: int, line: int = 0) -> StepPlan:
+    row = decoding(line, num_draft, draft)
+    return StepPlan(rows=(row,), shape=chain(3))
 
 
 def teach(lookup: Lookup, seq: Sequence, num_accepted: int, times: int = 100) -> None:
@@ -37,7 +50,7 @@ def teach_head(lookup: Lookup, num_accepted: int, draft_seconds: float) -> None:
     result = RowOutcome((1,) * (num_accepted + 1), 3, tuple(range(1, num_accepted + 1)))
     outcome = StepOutcome((result,), {"draft": draft_seconds, "verify": 1.0})
     for _ in range(200):
-        lookup.observe(decode((), 3, "other"), outcome)
+        lookup.observe(decode((), 3, line=1), outcome)
 
 
 def test_what_followed_before_is_drafted() -> None:
@@ -92,7 +105,7 @@ def test_a_head_that_ceases_to_draft_is_no_rival_for_long() -> None:
     lookup, seq = Lookup(), sequence(REPEATING)
     teach_head(lookup, num_accepted=3, draft_seconds=0.0)
     for _ in range(100):
-        lookup.observe(decode((), 3, "other"), StepOutcome((RowOutcome((1,)),)))
+        lookup.observe(decode((), 3, line=1), StepOutcome((RowOutcome((1,)),)))
     assert lookup.draft(seq, 3, 2, has_rival=True) != []
 
 
@@ -107,7 +120,7 @@ def test_a_row_alone_prefers_the_draft_that_costs_nothing() -> None:
 def test_an_ended_text_is_forgotten() -> None:
     lookup = Lookup()
     lookup.draft(sequence(REPEATING), 3, 1, has_rival=False)
-    lookup.forget("a")
+    lookup.forget(0)
     assert lookup.draft(sequence([1, 2, 3]), 3, 1, has_rival=False) == []
 
 
@@ -129,9 +142,9 @@ def test_nodes_are_not_worth_it_where_every_token_costs_the_same() -> None:
     lookup = Lookup()
     for at in range(200):
         tokens = 1 + at % 40
-        rows = tuple(RowPlan(f"{r}", 7, [7], [0], samples=True) for r in range(tokens))
+        rows = tuple(decoding(line) for line in range(tokens))
         outcome = StepOutcome((RowOutcome((1,)),) * tokens, {"verify": 0.001 * tokens})
-        lookup.observe(StepPlan(rows), outcome)
+        lookup.observe(StepPlan(rows=rows), outcome)
     assert lookup.draft(sequence(REPEATING), 3, 1, has_rival=False) == []
 
 
@@ -139,3 +152,47 @@ def test_steps_are_counted_as_what_drafted() -> None:
     assert tree_name(decode((), 0)) == "root"
     assert tree_name(decode((), 2)) == "chain3"
     assert tree_name(decode((5,), 1)) == "lookup"
+
+
+# Ids whose bytes repeat, so that matches begin inside tokens, too.
+TOKENS = st.lists(st.sampled_from([0, 1, 256, 0x01010101, 0x00010001, 7]), max_size=40)
+
+
+def text_of(token_ids: list[int]) -> TokenText:
+    text = TokenText()
+    text.follow(token_ids)
+    return text
+
+
+def brute_force(token_ids: list[int]) -> tuple[int, int]:
+    found = (0, 0)
+    for length in LENGTHS:
+        ends = range(len(token_ids) - 1, length - 1, -1)
+        places = [end for end in ends if token_ids[end - length : end] == token_ids[-length:]]
+        if not places:
+            break
+        found = (length, places[0])
+    return found
+
+
+@given(TOKENS)
+def test_the_longest_and_newest_match_is_found(token_ids: list[int]) -> None:
+    assert text_of(token_ids).longest_match() == brute_force(token_ids)
+
+
+@given(TOKENS, st.integers(0, 40))
+def test_a_text_may_come_in_parts(token_ids: list[int], cut: int) -> None:
+    text = text_of(token_ids[:cut])
+    text.follow(token_ids)
+    assert len(text) == len(token_ids)
+    assert text.longest_match() == brute_force(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "expected"),
+    [(1, 3, [2, 3, 4]), (3, 2, [4, 5]), (3, 5, [4, 5, 4, 5, 4]), (4, 3, [5, 5, 5])],
+)
+def test_what_follows_goes_on_with_its_own_repetition(
+    place: int, count: int, expected: list[int]
+) -> None:
+    assert text_of([1, 2, 3, 4, 5]).continued(place, count) == expected

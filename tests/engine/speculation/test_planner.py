@@ -7,8 +7,9 @@ import random
 import pytest
 
 from engine.speculation.planner import PRIOR, Acceptance, AdaptivePlanner, FixedPlanner, StepCosts
-from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
-from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
+from engine.step.plan import RowOutcome, StepOutcome, StepPlan
+from engine.step.shape import ROOT, StaticShape, TreeShape, chain
+from tests.support.plans import decoding
 
 WIDE = StaticShape("wide", (-1, 0, 0, 0))
 
@@ -35,14 +36,14 @@ def step(planner: AdaptivePlanner, num_draft: int) -> TreeShape:
     """Choose, and report a step in which the row got room for `num_draft` nodes; none is right."""
     shape = planner.choose(1)
     given = min(num_draft, shape.num_nodes - 1)
-    row = RowPlan("a", 5, [1], [0], samples=True, num_draft=given)
-    planner.observe(StepPlan((row,), shape=shape), StepOutcome((RowOutcome((1,), given),)))
+    row = decoding(0, given)
+    planner.observe(StepPlan(rows=(row,), shape=shape), StepOutcome((RowOutcome((1,), given),)))
     return shape
 
 
 def teach(planner: AdaptivePlanner, chance: float, trees: int = 400) -> None:
-    rows = tuple(RowPlan(f"{at}", 5, [1], [0], samples=True, num_draft=3) for at in range(trees))
-    planner.observe(StepPlan(rows, shape=chain(3)), observed(chain(3), chance, trees))
+    rows = tuple(decoding(at, 3) for at in range(trees))
+    planner.observe(StepPlan(rows=rows, shape=chain(3)), observed(chain(3), chance, trees))
 
 
 @pytest.mark.parametrize(
@@ -75,11 +76,6 @@ def test_ranks_are_told_apart() -> None:
 
 def test_before_any_tree_the_prior_speaks() -> None:
     assert Acceptance().expected_emitted(chain(1)) == pytest.approx(1 + PRIOR[0])
-
-
-def test_shapes_of_which_nothing_can_be_learned_are_no_candidates() -> None:
-    with pytest.raises(AssertionError, match="dynamic"):
-        AdaptivePlanner([DynamicShape("dynamic", 8, 3, 4)], costs(**CHEAP))
 
 
 CHEAP = {"root": [(1, 1.0), (64, 10.0)], "chain3": [(1, 1.3), (64, 60.0)]}

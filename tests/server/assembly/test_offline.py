@@ -107,7 +107,7 @@ def test_without_requests_nothing_happens(engine: OfflineEngine) -> None:
 
 
 def test_the_engine_is_told_about_through_its_info(engine: OfflineEngine) -> None:
-    assert engine.info is engine.core.info
+    assert engine.info == engine.core.info
     assert engine.info.vocab_size == VOCAB
 
 

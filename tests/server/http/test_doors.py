@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import logging
 import subprocess
 import sys
@@ -167,6 +168,22 @@ def test_info_shows_configuration_versions_and_kernels_but_no_key(make_server: M
     assert content["config"]["server"]["api_keys"] == ["***", "***"]
     assert content["engine"]["ops"] == {"linear": "scripted"}
     assert {"python", "aerie", "torch"} <= set(content["versions"])
+
+
+def test_a_server_that_is_not_installed_has_an_unknown_version(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.metadata.distribution
+
+    def missing(name: str) -> importlib.metadata.Distribution:
+        if name == "aerie":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    server = make_server()
+    assert server.get("/info").json()["versions"]["aerie"] == "0+unknown"
+    assert server.get("/openapi.json").json()["info"]["version"] == "0+unknown"
 
 
 def metric(server: Server, name: str) -> float:

@@ -193,14 +193,15 @@ def test_an_abort_ends_a_request(front: Front, endpoint: str) -> None:
     assert engine.ended()
 
 
+@pytest.mark.parametrize("part", ["launch", "collect"])
 def test_what_a_step_raises_ends_every_request_and_the_process(
-    front: Front, endpoint: str, monkeypatch: pytest.MonkeyPatch
+    front: Front, endpoint: str, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    def fail(plan: object) -> None:
+    def fail(step: object) -> None:
         raise RuntimeError("device lost at 0xdead")
 
     fake = FakeEngine()
-    monkeypatch.setattr(fake.executor, "execute", fail)
+    monkeypatch.setattr(fake.executor, part, fail)
     engine = Engine(core_of(fake), endpoint)
     engine.start()
     front.say(*(Submit(ask(name, [1, 2])) for name in ("a", "b")))

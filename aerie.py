@@ -1,0 +1,15 @@
+"""Aerie: an inference server for Llama models with EAGLE speculative decoding."""
+
+# The source's `python -m aerie`. In the installed package, both __init__.py and __main__.py
+# (setup.py).
+
+
+def main() -> None:
+    """The command `aerie`."""
+    from server.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What of the engine's benchmark runs without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_engine
+from benchmarks.gpu_engine import RepeatingProposer
+from engine.speculation.planner import FixedPlanner
+from engine.step.shape import ROOT, chain
+from kernels.ops import Ops
+from server.assembly.drafting import Drafting
+
+
+def test_every_head_of_the_benchmark_has_a_folder_of_its_own(
+    tmp_path: Path, reference_ops: Ops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+
+    def save(folder: Path, *_: object) -> None:
+        folder.mkdir()  # a head is never written over another
+        saved.append(folder)
+
+    def joined(*_: object) -> Drafting:
+        return Drafting(RepeatingProposer(), FixedPlanner(ROOT))
+
+    class Loader:
+        def __init__(self, *_: object) -> None: ...
+
+        def load(self, folder: Path) -> Path:
+            return folder
+
+    monkeypatch.setattr(gpu_engine, "random_eagle3", lambda *_, **__: {})
+    monkeypatch.setattr(gpu_engine, "save_eagle3", save)
+    monkeypatch.setattr(gpu_engine, "HeadLoader", Loader)
+    monkeypatch.setattr(gpu_engine, "drafting_with", joined)
+    large = gpu_engine._Large(reference_ops, torch.device("cpu"), tmp_path)
+    target: Any = None
+    for _ in range(2):
+        large.drafting(target, chain(3))
+    assert len(set(saved)) == 2
