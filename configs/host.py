@@ -7,9 +7,9 @@ from pathlib import Path
 
 from configs.env import default_cache_dir, environment, num_cpus
 from configs.load import load_config, load_schema
-from configs.resolve import HostFacts, resolve_host
+from configs.resolve import HostConfig, HostFacts, resolve_host
 from configs.schema import Config
-from configs.training import TRAIN, TrainingConfig
+from configs.training import TRAIN, HostTrainingConfig, TrainingConfig
 
 
 def this_host() -> HostFacts:
@@ -17,7 +17,7 @@ def this_host() -> HostFacts:
     return HostFacts(num_cpus(), default_cache_dir())
 
 
-def host_config(path: Path | None, overrides: Iterable[str]) -> Config:
+def host_config(path: Path | None, overrides: Iterable[str]) -> HostConfig:
     """File, environment and overrides merged, and resolved for this machine.
 
     Raises:
@@ -26,9 +26,9 @@ def host_config(path: Path | None, overrides: Iterable[str]) -> Config:
     return resolve_host(load_config(path, overrides, environment()), this_host())
 
 
-def host_training_config(path: Path | None, overrides: Iterable[str]) -> TrainingConfig:
-    """The configuration of `aerie train-draft`: file and overrides merged, resolved for this
-    machine. AERIE_* variables are ignored: they configure the server.
+def host_training_config(path: Path | None, overrides: Iterable[str]) -> HostTrainingConfig:
+    """What `aerie train-draft` is told: file and overrides merged, resolved for this machine. The
+    environment is the server's.
 
     Raises:
         ConfigError: as `load_config`.
@@ -37,4 +37,5 @@ def host_training_config(path: Path | None, overrides: Iterable[str]) -> Trainin
     host = resolve_host(
         Config(model=config.model, kernels=config.kernels, files=config.files), this_host()
     )
-    return config.model_copy(update={"kernels": host.kernels, "files": host.files})
+    found = {"kernels": host.kernels.model_dump(), "files": host.files.model_dump()}
+    return HostTrainingConfig.model_validate(config.model_dump() | found)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from configs.redact import REDACTED, SECRETS
 from configs.schema import Config, Section
 from configs.values import Dumper, field_type, is_nothing, kinds_of, parse, parse_for, typed
 
@@ -30,7 +31,6 @@ ALLOWED = {  # by pydantic's kind of error
     "tuple_type": "give a list, as [a, b]",
     "string_type": "give a text",
 }
-SECRETS = ("server.api_keys", "server.admin_keys")  # never shown in messages
 
 
 class ConfigError(ValueError):
@@ -163,8 +163,8 @@ def _allowed(kind: str, location: tuple[int | str, ...], schema: type[Section]) 
 
 def _problem(key: str, kind: str, message: str, value: object) -> str:
     if kind == "value_error" and isinstance(value, Mapping):
-        return message.removeprefix("Value error, ")  # about a whole section; names its keys
-    shown = "***" if key.startswith(SECRETS) else repr(value)
+        return message.removeprefix("Value error, ")  # of a whole section; it names its keys
+    shown = REDACTED if key.startswith(SECRETS) else repr(value)
     return f"{key} = {shown}: {message}"
 
 

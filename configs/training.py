@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from configs.resolve import HostCacheDirConfig, HostKernelsConfig
 from configs.schema import (
     CacheDirConfig,
     Integer,
@@ -190,3 +191,10 @@ class TrainingConfig(Section):
                 raise ValueError(f"head.{key} is for eagle3 heads; head.kind is {kind!r}")
         if self.head.init == "target":
             raise ValueError(f"head.init 'target' is for eagle3 heads; head.kind is {kind!r}")
+
+
+class HostTrainingConfig(TrainingConfig):
+    """What this machine decides is known."""
+
+    kernels: HostKernelsConfig
+    files: HostCacheDirConfig

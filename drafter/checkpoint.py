@@ -15,56 +15,33 @@ from torch import Tensor
 from drafter import manifest, vocab
 from drafter.head_files import check_tensors, open_tensors, read_config
 from drafter.head_shards import write_json, write_tensors
-from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
+from drafter.heads.building import HeadBuilder, LoadedHead
 from drafter.heads.config import HeadConfig
 from drafter.heads.published import eagle3_json, eagle_json
 from engine.checkpoints.arch import LlamaArch
-from engine.models.layers import cos_sin_table
-from engine.models.loading import LayerLoader
-from engine.parallel.shard import WHOLE, Shard, check_degree
-from kernels.ops import LinearWeight, Ops
 
 logger = logging.getLogger(__name__)
 
 
-def load_head(
-    path: Path,
-    target: LlamaArch,
-    target_embedding: LinearWeight,
-    target_lm_head: LinearWeight,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_len: int,
-    shard: Shard = WHOLE,
-    *,
-    replicated: bool = False,
-) -> LoadedHead:
-    """Load the head in the directory `path` for `target`. It shares the target's embedding and LM
-    head if it has none of its own, or equal ones.
-
-    `max_len` is the number of positions that it can draft at; weights are packed from `dtype`.
-    With several ranks each loads its `shard`; with `replicated`, layers and `fc` are whole on each
-    rank, and only the vocabulary is cut, like the target's. The ValueError for a bad head names the
-    file, and the tensor or key at fault.
+def load_head(path: Path, builder: HeadBuilder) -> LoadedHead:
+    """Load the head in the directory `path` for the target of `builder`, whose embedding and LM
+    head it shares where it has none of its own, or the same. Raises ValueError that names the file,
+    and the tensor or the key at fault.
     """
+    target, max_len = builder.target.arch, builder.max_len
     config = read_head_config(path, target)
     found = open_tensors(path)
     check_tensors(manifest.head_tensors(config, target, found), found, path)
     if max_len > config.arch.max_position_embeddings:
         logger.warning(
             "%s was trained for %d positions and will draft at up to %d: expect fewer accepted "
-            "tokens beyond them",
-            *(path, config.arch.max_position_embeddings, max_len),
+            "tokens behind them",
+            path,
+            config.arch.max_position_embeddings,
+            max_len,
         )
-    arch = config.arch
-    table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling).to(device)
-    own = WHOLE if replicated else shard
-    blocks = LayerLoader(arch, found.__getitem__, ops, dtype, device, table, own)
-    shared = TargetWeights(target, shard, target_embedding, target_lm_head)
     try:
-        check_degree(arch, own.size, "speculation.draft_parallel = sharded, parallel.tensor")
-        return HeadBuilder(config, shared, found.keys(), blocks).build()
+        return builder.build(config, found.keys(), found.__getitem__)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

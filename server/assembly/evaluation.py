@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from drafter.source import ACCEPTED, resolve_draft
 from drafter.train.conversations import Prompt, read_prompts, sample_file
 from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
@@ -50,8 +50,8 @@ def sample_prompts() -> Path:
     return sample_file("prompts.jsonl")
 
 
-def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
-    """Measure the head of `config` (resolved for its host); prints progress on stderr.
+def evaluate_draft(config: HostConfig, evaluation: Evaluation) -> Report:
+    """Measure the head that `config` names; tells its progress on stderr.
 
     Raises:
         OSError, ValueError: configuration, model, head, trees or prompts are invalid.
@@ -112,8 +112,8 @@ def show(report: Report) -> None:
     Console(width=150).print(table)
 
 
-def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
-    """An engine that decodes plainly at first, so that `auto` measures nothing at start."""
+def _engine(config: HostConfig, shared_noise: bool) -> OfflineEngine:
+    """Plain at first: what `auto` would measure at start is not needed."""
     changes: dict[str, bool | str] = {"shared_noise": shared_noise, "tree": ROOT.name}
     speculation = config.speculation.model_copy(update=changes)
     with backend_can_be_had(config.kernels):
@@ -122,7 +122,7 @@ def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
 
 
 def _questions(
-    config: Config, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
+    config: HostConfig, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
 ) -> Iterator[list[Question]]:
     """Questions with their plain answers, for each temperature."""
     codec = load_codec(config)

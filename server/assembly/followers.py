@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 
+from configs.resolve import HostConfig
 from configs.schema import Config
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import Progress
@@ -48,10 +49,10 @@ class Followers:
     folder: Path | None  # where ranks meet
 
     @classmethod
-    def start(cls, config: Config, parent: Path | None = None) -> Followers:
-        """Start `parallel.tensor` - 1 processes, which load their parts at once. When one is lost,
-        this process ends, too. `parent`: a folder for files; the launcher removes it. OSError when
-        a process or shared memory cannot be created."""
+    def start(cls, config: HostConfig, parent: Path | None = None) -> Followers:
+        """Start `parallel.tensor` - 1 processes, which load their part at once. When one of them is
+        lost, this process ends, too. `parent`: a folder for files, which somebody removes who
+        outlives this process. OSError when a process or shared memory cannot be had."""
         progress = Progress(config.parallel.start_timeout)
         if config.parallel.tensor == 1:
             return cls((), Broadcast(()), progress, Watchdog((), progress, _ignore), None)
@@ -134,7 +135,9 @@ def device_of(rank: int, config: Config) -> torch.device:
     return device
 
 
-def _spawn(config: Config, rank: int, folder: Path, board: Board) -> tuple[Process, socket.socket]:
+def _spawn(
+    config: HostConfig, rank: int, folder: Path, board: Board
+) -> tuple[Process, socket.socket]:
     own, theirs = socket.socketpair()
     command = ["-P", "-m", f"{SERVER}.process.follower", str(rank), str(folder / STORE)]
     handles = [theirs.fileno(), board.memory, board.wake_handle]

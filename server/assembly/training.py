@@ -14,8 +14,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from configs.resolve import HostConfig, HostFacts, resolve_host
 from configs.schema import Config
-from configs.training import SAMPLE, TrainingConfig
+from configs.training import SAMPLE, HostTrainingConfig, TrainingConfig
 from drafter.train.building import TargetTensors
 from drafter.train.conversations import (
     AnyConversation,
@@ -40,6 +41,7 @@ from drafter.train.trainer import Worker
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from kernels.registry import build_ops
 from server.assembly.compose import backend_can_be_had, build_engine
 from server.assembly.drafting import torch_dtype
@@ -51,8 +53,8 @@ ANSWERS, CURVE, HEAD = "answers.jsonl", "learning-curve.svg", "head"
 PATIENCE = timedelta(days=1)
 
 
-def train_draft(config: TrainingConfig) -> None:
-    """Train by `config` (resolved for its host), in each process of `torchrun` or in a single one.
+def train_draft(config: HostTrainingConfig) -> None:
+    """Train as `config` says; in each process of `torchrun`, or alone.
 
     Resumes from the newest checkpoint of run.output. Writes history.jsonl, checkpoints,
     learning-curve.svg, the files for `publish_run` and the head (for `speculation.draft`) there,
@@ -78,8 +80,8 @@ def train_draft(config: TrainingConfig) -> None:
             print(f"{output / HEAD}{'' if done else ' (run.max_seconds came first)'}", flush=True)
 
 
-def _prepared(config: TrainingConfig, worker: Worker) -> Run:
-    """Target, examples and trainer. Loads the target twice if it has to answer prompts."""
+def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
+    """Target, examples and trainer. Loads the target twice where prompts are to be answered."""
     serving = _serving(config)
     codec = load_codec(serving)
     conversations = [read_conversations(_found(path)) for path in config.data.conversations]
@@ -129,7 +131,7 @@ def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:
 
 
 def _answered(
-    config: TrainingConfig, serving: Config, codec: ChatCodec, worker: Worker
+    config: TrainingConfig, serving: HostConfig, codec: ChatCodec, worker: Worker
 ) -> Iterator[AnyConversation]:
     """The target's answers to data.prompts; the first process writes them to a file."""
     output = config.run.output / ANSWERS
@@ -168,12 +170,9 @@ def _answer_facts(report: GenerationReport) -> str:
     )
 
 
-def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, frozenset[int]]:
+def _load_target(config: HostTrainingConfig, worker: Worker) -> tuple[LoadedTarget, frozenset[int]]:
     """The frozen target and its end-of-text ids."""
-    assert config.files.dir is not None
-    threads = config.kernels.threads
-    assert threads is not None
-    threads = max(1, threads // worker.count)
+    threads = max(1, config.kernels.threads // worker.count)
     device = _device(worker)
     dtype = torch_dtype(config.model.dtype)
     files = resolve_source(config.model.source, config.model.revision)
@@ -182,7 +181,8 @@ def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, 
         ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     torch.set_num_threads(threads)
     arch, read = checkpoint.arch, checkpoint.tensor
-    model = LlamaLoader(arch, read, ops, dtype, device, config.data.max_tokens).load()
+    place = Place(ops, dtype, device)
+    model = LlamaLoader(arch, read, place, config.data.max_tokens).load()
     tensors = TargetTensors(arch, read)
     target = LoadedTarget(model, ops, tensors, dtype, device, files.version())
     return target, frozenset(checkpoint.eos_token_ids)
@@ -194,9 +194,10 @@ def _device(worker: Worker) -> torch.device:
     return torch.device("cuda", worker.rank % torch.cuda.device_count())
 
 
-def _serving(config: TrainingConfig) -> Config:
-    """The configuration of an engine with the same target."""
-    return Config(model=config.model, kernels=config.kernels, files=config.files)
+def _serving(config: HostTrainingConfig) -> HostConfig:
+    """The configuration of an engine for the same target."""
+    same = Config(model=config.model, kernels=config.kernels, files=config.files)
+    return resolve_host(same, HostFacts(config.kernels.threads, config.files.dir))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from configs.host import host_config
+from configs.redact import redacted
 from configs.schema import Config
 from server.commands.options import ConfigFile, Overrides, failed
 
@@ -27,14 +28,11 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
         resolved = host_config(config, overrides or ())
     except (ValueError, OSError) as error:
         raise failed(error) from None
-    for name in Config.model_fields:
-        section = getattr(resolved, name)
+    values = redacted(resolved)
+    for name, section in Config():  # the schema's own sections: they describe their keys
         typer.echo(f"{name}:  # {type(section).__doc__}")
         for key, about in type(section).model_fields.items():
-            value = section.model_dump(mode="json")[key]
-            if key in ("api_keys", "admin_keys"):
-                value = ["***"] * len(value)
-            text = f"{key}: {json.dumps(value)}"
+            text = f"{key}: {json.dumps(values[name][key])}"
             typer.echo(f"  {text}" + (f"  # {about.description}" if about.description else ""))
 
 

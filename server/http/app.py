@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from server.http import admin_routes, ops_routes
 from server.http.admission import Admission
 from server.http.context import ServerContext, ServerInfo, context_of
@@ -31,7 +31,7 @@ POOL_THREADS = 2  # for parsing and tokenising; more threads slow down the event
 
 
 def create_app(
-    config: Config,
+    config: HostConfig,
     client: EngineClient,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
@@ -66,7 +66,7 @@ def create_app(
 
 
 def _context(
-    config: Config,
+    config: HostConfig,
     client: EngineClient,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from configs.schema import Config
+from configs.resolve import HostConfig, ResolvedConfig, with_sizes
 from engine.messages import EngineInfo
 from server.http.admission import Admission
 from server.http.engine_client import EngineClient
@@ -37,18 +37,17 @@ class ServerInfo:
     fingerprint: str  # changes with every setting that may change the text of a seeded request
 
     @classmethod
-    def from_config(cls, config: Config) -> ServerInfo:
+    def from_config(cls, config: HostConfig) -> ServerInfo:
         settings = config.model.model_dump_json() + config.kernels.model_dump_json()
         digest = hashlib.sha256(f"{version()} {settings}".encode()).hexdigest()
-        name = config.model.served_name or config.model.source
-        return cls(name, int(time.time()), f"fp_{digest[:12]}")
+        return cls(config.model.served_name, int(time.time()), f"fp_{digest[:12]}")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """Everything a route needs. There is one per application."""
 
-    config: Config
+    config: HostConfig
     client: EngineClient
     tokenizer: Tokenizer
     chat_template: ChatTemplate
@@ -79,8 +78,8 @@ class ServerContext:
             raise self.admission.engine_not_ready()
         return info
 
-    def resolved_config(self) -> Config:
-        """The configuration with the sizes that the engine chose at load."""
+    def resolved_config(self) -> HostConfig:
+        """The configuration with what the engine settled when it loaded the model."""
         info = self.client.info
         return self.config if info is None else with_engine_facts(self.config, info)
 
@@ -90,12 +89,9 @@ class ServerContext:
             raise model_not_found(name)
 
 
-def with_engine_facts(config: Config, info: EngineInfo) -> Config:
+def with_engine_facts(config: HostConfig, info: EngineInfo) -> ResolvedConfig:
     """`config` with the sizes that the engine chose."""
-    sizes = {"max_model_len": info.max_model_len}
-    cache = config.cache.model_copy(update={"num_blocks": info.num_blocks})
-    model = config.model.model_copy(update=sizes)
-    return config.model_copy(update={"model": model, "cache": cache})
+    return with_sizes(config, max_model_len=info.max_model_len, num_blocks=info.num_blocks)
 
 
 def context_of(request: HttpRequest) -> ServerContext:

@@ -12,7 +12,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from configs.schema import Config
+from configs.redact import redacted
+from engine.messages import EngineInfo
 from server.http.context import context_of
 from server.http.docs import Routes
 from server.version import version
@@ -29,7 +30,6 @@ PACKAGES = (
     "msgspec",
     "pyzmq",
 )
-REDACTED = "***"
 
 
 @router.head("/health", include_in_schema=False)
@@ -67,17 +67,14 @@ async def info(http: HttpRequest) -> Response:
             "draining": context.state.draining,
             "config": redacted(context.resolved_config()),
             "versions": versions(),
-            "engine": None if engine is None else msgspec.to_builtins(engine),
+            "engine": None if engine is None else _facts(engine),
         }
     )
 
 
-def redacted(config: Config) -> dict[str, Any]:
-    """The configuration with every key replaced."""
-    content = config.model_dump(mode="json")
-    for name in ("api_keys", "admin_keys"):
-        content["server"][name] = [REDACTED] * len(content["server"][name])
-    return content
+def _facts(engine: EngineInfo) -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.to_builtins(engine)
+    return facts | {"ops": engine.ops_in_words}
 
 
 def versions() -> dict[str, str]:

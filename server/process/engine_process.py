@@ -13,8 +13,9 @@ from typing import Protocol
 
 import zmq
 
-from configs.schema import CaptureConfig, Config
-from engine.capture import CaptureWriter
+from configs.resolve import HostConfig
+from configs.schema import CaptureConfig
+from engine.capture import CaptureWriter, ShardWriter
 from engine.core import EngineCore
 from engine.messages import ClientMessage, DraftSwapped, ErrorCode, Shutdown, SwapDraft
 from server.process.logs import set_up_logging
@@ -101,7 +102,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles a terminal's Ctrl-C
     endpoint = sys.argv[1]
     pipe = open_pipe()
-    config = Config.model_validate_json(pipe.readline())
+    config = HostConfig.model_validate_json(pipe.readline())
     set_up_logging(config.log)
     die_with_parent(pipe)
     try:
@@ -135,8 +136,12 @@ def _serve(endpoint: str, core: EngineCore, swaps: Swaps, capture: CaptureWriter
 
 
 def open_capture(config: CaptureConfig) -> CaptureWriter | None:
-    """The writer of captured sequences, None if capture is off. ValueError for a bad folder."""
-    return None if config.dir is None else CaptureWriter(config)
+    """What writes sequences down, None unless the operator wants it. ValueError when the directory
+    cannot be used."""
+    if config.dir is None:
+        return None
+    shards = ShardWriter(config.dir, config.max_bytes, config.shard_tokens)
+    return CaptureWriter(shards, config.sample_rate)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import msgspec
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from engine.parallel.agreement import RefusedByAllError
 from engine.parallel.lockstep import Following
 from engine.parallel.orders import (
@@ -105,7 +105,7 @@ def main() -> None:
     number, store = int(sys.argv[1]), Path(sys.argv[2])
     end, memory, wake = map(int, sys.argv[3:])
     pipe = open_pipe()
-    config = Config.model_validate_json(pipe.readline())
+    config = HostConfig.model_validate_json(pipe.readline())
     set_up_logging(config.log)
     die_with_parent(pipe)
     channel = Channel(socket.socket(fileno=end))

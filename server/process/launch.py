@@ -20,11 +20,11 @@ import zmq
 from fastapi import FastAPI
 
 from configs.env import engine_environment
-from configs.schema import Config
+from configs.redact import redacted
+from configs.resolve import HostConfig
 from engine.messages import EngineInfo, ErrorCode
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo, with_engine_facts
-from server.http.ops_routes import redacted
 from server.http.protocol import HttpProtocol
 from server.openai.routes import ROUTES
 from server.process.client import ENGINE_LOST, ZmqEngineClient
@@ -33,19 +33,15 @@ from server.process.logs import set_up_logging
 from server.process.socket_folder import private_endpoint, remove_stale_folders
 from server.text.chat_codec import load_codec
 
-LAST_WORDS = 2.0  # seconds for connections to close after all requests have ended
-GROUP_POLL = 0.02  # seconds between polls of the processes of an ended engine
-FALLBACK = "reference ("  # begins the name of a backend that replaces an unavailable one
+LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
+GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
 
 logger = logging.getLogger(__name__)
 
 
-def serve(config: Config) -> int:
-    """Run the server until it is told to stop; return the exit code.
-
-    Args:
-        config: resolved for its host (`resolve_host`).
+def serve(config: HostConfig) -> int:
+    """Run the server until it is told to stop; returns the exit code.
 
     Raises:
         OSError, ValueError: the port, the model's files or the API keys cannot be used.
@@ -75,8 +71,8 @@ def open_port(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(config: Config, listener: socket.socket) -> int:
-    stop = _stop_signals()  # first: PID 1 of a container has no default handlers
+async def _serve(config: HostConfig, listener: socket.socket) -> int:
+    stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
     client = ZmqEngineClient()
     engine = EngineKeeper(config, client)
     engine.start()  # loads the model while this process loads the tokenizer
@@ -95,7 +91,7 @@ async def _serve(config: Config, listener: socket.socket) -> int:
 
 
 async def _run(
-    config: Config,
+    config: HostConfig,
     app: FastAPI,
     client: ZmqEngineClient,
     engine: EngineKeeper,
@@ -125,7 +121,7 @@ def web_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-async def _announce(config: Config, client: ZmqEngineClient, listener: socket.socket) -> None:
+async def _announce(config: HostConfig, client: ZmqEngineClient, listener: socket.socket) -> None:
     """Print the resolved configuration, then where the server can be reached."""
     info = await client.wait_ready()
     warn_of_fallback(info)
@@ -133,17 +129,17 @@ async def _announce(config: Config, client: ZmqEngineClient, listener: socket.so
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{port}"
-    sys.stdout.write(yaml.safe_dump({"config": resolved, "ops": info.ops}, sort_keys=False))
+    facts = {"config": resolved, "ops": info.ops_in_words}
+    sys.stdout.write(yaml.safe_dump(facts, sort_keys=False))
     sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
     sys.stdout.flush()
 
 
 def warn_of_fallback(info: EngineInfo) -> None:
-    """Log why native kernels are not available."""
-    reasons = {name for name in info.ops.values() if name.startswith(FALLBACK)}
-    for reason in sorted(reasons):
-        operations = ", ".join(name for name, backend in info.ops.items() if backend == reason)
-        logger.warning("slow kernels are used for %s: %s", operations, reason)
+    """Log why native kernels, which were to be used where possible, could not be had."""
+    for fallback in dict.fromkeys(one for one in info.ops.values() if one.is_fallback):
+        operations = ", ".join(name for name, backend in info.ops.items() if backend == fallback)
+        logger.warning("slow kernels are used for %s: %s", operations, fallback)
 
 
 async def _drain(context: ServerContext, timeout: float, stop: asyncio.Event) -> None:
@@ -192,7 +188,7 @@ class _WebServer(uvicorn.Server):
 class EngineKeeper:
     """Starts the engine process, and restarts it when it dies."""
 
-    def __init__(self, config: Config, client: ZmqEngineClient) -> None:
+    def __init__(self, config: HostConfig, client: ZmqEngineClient) -> None:
         self._config = config
         self._client = client
         self._process: asyncio.subprocess.Process | None = None
@@ -298,8 +294,8 @@ async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
         raise OSError(f"{program}: {reason}") from error
 
 
-def _without_secrets(config: Config) -> str:
-    """The configuration for the engine: everything but the keys."""
+def _without_secrets(config: HostConfig) -> str:
+    """What the engine is told: everything but the keys."""
     no_keys = {"api_keys": (), "api_key_file": None, "admin_keys": (), "admin_key_file": None}
     server = config.server.model_copy(update=no_keys)
     return config.model_copy(update={"server": server}).model_dump_json()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from engine.checkpoints.source import resolve_source
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -30,13 +30,12 @@ class ChatCodec:
         return self.tokenizer.decode(token_ids)
 
 
-def load_codec(config: Config) -> ChatCodec:
-    """The codec of the configured model; `config` must be resolved for its host.
+def load_codec(config: HostConfig) -> ChatCodec:
+    """The codec of the model that `config` names.
 
     Raises:
         OSError, ValueError: the model's files are missing or invalid.
     """
-    assert config.files.dir is not None
     path = config.model.chat_template
     source = None if path is None else path.read_text(encoding="utf-8")
     files = resolve_source(config.model.source, config.model.revision)

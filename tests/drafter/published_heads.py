@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drafter.heads import building
+from drafter.heads.building import HeadBuilder
 from engine.checkpoints.arch import LlamaArch
+from engine.models.place import Place
 from kernels.ops import LinearWeight, Ops
 
 CPU = torch.device("cpu")
@@ -289,3 +292,8 @@ class TargetWeights:
             ops.pack_linear(embedding, None),
             ops.pack_linear(lm_head, None),
         )
+
+    def builder(self, target: LlamaArch = TARGET, max_len: int = 64) -> HeadBuilder:
+        """Of heads for a whole target in float32."""
+        shared = building.TargetWeights(target, self.packed_embedding, self.packed_lm_head)
+        return HeadBuilder(shared, Place(self.ops, torch.float32, CPU), max_len)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drafter.checkpoint import load_head, save_eagle3
-from drafter.heads.building import LoadedHead
+from drafter.heads import building
+from drafter.heads.building import HeadBuilder, LoadedHead
 from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
@@ -22,6 +23,7 @@ from drafter.heads.interface import DraftContext
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
+from engine.models.place import Place
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from tests.drafter.published_heads import (
@@ -40,9 +42,7 @@ Q_PROJ = "midlayer.self_attn.q_proj.weight"
 
 
 def load(folder: Path, ops: Ops, target: LlamaArch = TARGET) -> LoadedHead:
-    shared = TargetWeights.of(ops)
-    weights = shared.packed_embedding, shared.packed_lm_head
-    return load_head(folder, target, *weights, ops, torch.float32, CPU, 64)
+    return load_head(folder, TargetWeights.of(ops).builder(target))
 
 
 def replaced(name: str, tensor: Tensor) -> Change:
@@ -218,9 +218,7 @@ def test_absent_and_repeated_weights_are_shared_with_the_target(
     shared = TargetWeights.of(native_ops)
 
     def loaded(layout: str, change: Change) -> LoadedHead:
-        weights = shared.packed_embedding, shared.packed_lm_head
-        folder = LAYOUTS[layout].write(tmp_path / layout, change)
-        return load_head(folder, TARGET, *weights, native_ops, torch.float32, CPU, 64)
+        return load_head(LAYOUTS[layout].write(tmp_path / layout, change), shared.builder())
 
     absent = loaded("reference-eagle", lambda tensors: None)
     assert absent.embedding.weight is shared.packed_embedding
@@ -239,7 +237,8 @@ def test_weights_are_compared_as_they_are_packed(native_cache: Path, tmp_path: P
     packed = ops.pack_linear(embedding.bfloat16(), None)
     wide = replaced("model.embed_tokens.weight", embedding)  # float32 in the file
     folder = LAYOUTS["vllm-eagle"].write(tmp_path, wide)
-    head = load_head(folder, TARGET, packed, packed, ops, torch.bfloat16, CPU, 64)
+    place = Place(ops, torch.bfloat16, CPU)
+    head = load_head(folder, HeadBuilder(building.TargetWeights(TARGET, packed, packed), place, 64))
     assert head.embedding.weight is packed
     assert head.lm_head.weight.data.dtype == torch.bfloat16
 

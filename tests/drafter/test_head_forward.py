@@ -20,7 +20,6 @@ from tests.drafter.published_heads import (
     CPU,
     HIDDEN,
     LAYOUTS,
-    TARGET,
     VOCAB,
     Layout,
     TargetWeights,
@@ -100,16 +99,7 @@ class PagedHead:
 
 
 def load(layout: Layout, folder: Path, target: TargetWeights) -> LoadedHead:
-    return load_head(
-        layout.write(folder),
-        TARGET,
-        target.packed_embedding,
-        target.packed_lm_head,
-        target.ops,
-        torch.float32,
-        CPU,
-        MAX_LEN,
-    )
+    return load_head(layout.write(folder), target.builder(max_len=MAX_LEN))
 
 
 def run_chunks(paged: PagedHead, generator: torch.Generator) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drafter.checkpoint import load_head, save_eagle3
+from drafter.heads.building import HeadBuilder, TargetWeights
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.proposer import DraftProposer
@@ -20,8 +21,8 @@ from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.storage import KVStorage
 from engine.messages import Abort, Finished, Submit, Tokens
-from engine.models.layers import cos_sin_table
 from engine.models.loading import LayerLoader
+from engine.models.place import Place
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
@@ -53,14 +54,11 @@ def head(native_ops: Ops, tmp_path_factory: pytest.TempPathFactory) -> DraftHead
     folder = tmp_path_factory.mktemp("head") / "eagle3"
     tensors = random_eagle3(config, target, seed=1, std=0.3)
     save_eagle3(folder, config, target, tensors, DRAFT_IDS)
-    table = cos_sin_table(target.head_dim, 256, target.rope_theta, None)
-    read = oracle.state_dict().__getitem__
-    blocks = LayerLoader(target, read, native_ops, torch.float32, CPU, table)
+    place = Place(native_ops, torch.float32, CPU)
+    blocks = LayerLoader.of(target, oracle.state_dict().__getitem__, place, 256)
     embedding = blocks.pack_padded("model.embed_tokens", target.vocab_size)
     lm_head = blocks.pack_padded("lm_head", target.vocab_size)
-    return load_head(
-        folder, target, embedding, lm_head, native_ops, torch.float32, CPU, max_len=256
-    )
+    return load_head(folder, HeadBuilder(TargetWeights(target, embedding, lm_head), place, 256))
 
 
 @dataclass

@@ -13,6 +13,7 @@ from configs.load import load_config, shipped_configs
 from engine.checkpoints.source import BUNDLED_ALIAS
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
+from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.live_server import LiveServer
 from tests.support.threads import own_torch_threads
@@ -84,7 +85,7 @@ def test_the_server_answers_as_the_engine_alone_does(
 ) -> None:
     overrides = [NUM_BLOCKS, f"files.dir={native_cache}"]
     config = load_config(shipped_configs()["smollm2"], overrides)
-    codec = load_codec(config)
+    codec = load_codec(hosted(config))
     prompt = codec.encode(QUESTION, True)
     requests = [
         ask("greedy", prompt, max_tokens=24),

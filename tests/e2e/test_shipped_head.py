@@ -17,6 +17,7 @@ from server.assembly.drafting import tree_shape
 from server.assembly.evaluation import sample_prompts
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
+from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.threads import own_torch_threads
 
@@ -32,7 +33,7 @@ def engine(native_cache: Path) -> Iterator[OfflineEngine]:
 
 @pytest.fixture(scope="module")
 def prompts(native_cache: Path) -> list[list[int]]:
-    codec = load_codec(load_config(None, [f"files.dir={native_cache}"]))
+    codec = load_codec(hosted(load_config(None, [f"files.dir={native_cache}"])))
     found = list(read_prompts(sample_prompts()))[:NUM_PROMPTS]
     return [codec.encode(list(prompt.messages), True) for prompt in found]
 

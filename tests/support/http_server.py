@@ -18,6 +18,7 @@ from server.http.context import ServerContext, ServerInfo
 from server.openai.routes import ROUTES
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from tests.support.configurations import hosted
 from tests.support.scripted_engine import Script, ScriptedEngine, say
 from tests.support.tiny_llama import BOS, CHAT_TEMPLATE, EOS, SPECIALS, write_tokenizer
 
@@ -50,10 +51,12 @@ class Server:
     ) -> None:
         self.tokenizer = tokenizer
         self.engine = ScriptedEngine(script or say([*self.ids("hello there"), EOS]))
-        self.config = Config(
-            model=ModelConfig(served_name=MODEL),
-            server=ServerConfig(**limits),
-            log=LogConfig(prompts=log_prompts),
+        self.config = hosted(
+            Config(
+                model=ModelConfig(served_name=MODEL),
+                server=ServerConfig(**limits),
+                log=LogConfig(prompts=log_prompts),
+            )
         )
         self.app = create_app(
             self.config,

@@ -14,6 +14,7 @@ from engine.messages import (
     EngineStats,
     ErrorCode,
     Finished,
+    OperationBackend,
     TokenLogprob,
     Tokens,
 )
@@ -27,7 +28,7 @@ INFO = EngineInfo(
     num_blocks=32,
     block_size=16,
     eos_token_ids=[2],
-    ops={"linear": "scripted"},
+    ops={"linear": OperationBackend("scripted")},
     device="none",
 )
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
@@ -88,7 +88,11 @@ class NotingInbox:
 
 
 def answer(
-    config: Config, way: Way, requests: list[Request], planner: Planner, per_step: int | None = None
+    config: HostConfig,
+    way: Way,
+    requests: list[Request],
+    planner: Planner,
+    per_step: int | None = None,
 ) -> Heard:
     """The messages of an engine whose ranks all run in this process."""
 
@@ -101,7 +105,7 @@ def answer(
 
 
 def lead(
-    config: Config, way: Way, planner: Planner, work: Callable[[Leader], T]
+    config: HostConfig, way: Way, planner: Planner, work: Callable[[Leader], T]
 ) -> tuple[T, list[list[Order]]]:
     """The result of `work` on rank 0, and the orders that each follower got."""
     broadcast, ends = connected(way.size - 1) if way.size > 1 else (Broadcast([]), [])
@@ -127,7 +131,7 @@ def lead(
     return found, [inbox.orders for inbox in inboxes]
 
 
-def _rank(config: Config, group: TPGroup, way: Way) -> Rank:
+def _rank(config: HostConfig, group: TPGroup, way: Way) -> Rank:
     rank = build_rank(config, group, torch.device("cpu"))
     parts = runner_parts(rank.config, rank.target, rank.place, rank.drafting.proposer)
     return replace(rank, runner=ModelRunner(replace(parts, steps=way.steps)))
@@ -143,9 +147,10 @@ def _leader(rank: Rank, orders: Orders, way: Way, planner: Planner) -> Leader:
 
 
 def _scheduler(rank: Rank) -> Scheduler:
-    settings, cache, max_len = rank.config.scheduler, rank.config.cache, _max_len(rank)
+    settings, cache = rank.config.scheduler, rank.config.cache
+    max_len = rank.config.model.max_model_len
     limits = SchedulerLimits(settings.max_num_seqs, settings.max_num_batched_tokens, max_len)
-    kv = KVManager(_num_blocks(rank), cache.block_size, cache.prefix_caching)
+    kv = KVManager(cache.num_blocks, cache.block_size, cache.prefix_caching)
     target = rank.target
     return Scheduler(limits, kv, target.eos_token_ids, vocab_size=target.arch.vocab_size)
 
@@ -153,23 +158,13 @@ def _scheduler(rank: Rank) -> Scheduler:
 def _info(rank: Rank) -> EngineInfo:
     return EngineInfo(
         vocab_size=rank.target.arch.vocab_size,
-        max_model_len=_max_len(rank),
-        num_blocks=_num_blocks(rank),
+        max_model_len=rank.config.model.max_model_len,
+        num_blocks=rank.config.cache.num_blocks,
         block_size=rank.config.cache.block_size,
         eos_token_ids=sorted(rank.target.eos_token_ids),
         ops={},
         device="cpu",
     )
-
-
-def _max_len(rank: Rank) -> int:
-    assert rank.config.model.max_model_len is not None
-    return rank.config.model.max_model_len
-
-
-def _num_blocks(rank: Rank) -> int:
-    assert rank.config.cache.num_blocks is not None
-    return rank.config.cache.num_blocks
 
 
 def _no_scratch(draft: LoadedDraft) -> WarmUp:

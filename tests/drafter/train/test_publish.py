@@ -24,7 +24,7 @@ from drafter.train.model_card import DataSource, ModelCard
 from drafter.train.publish import publish
 from drafter.train.report import Measurement, Report
 from kernels.ops import Ops
-from tests.drafter.published_heads import CPU, DRAFT_VOCAB, LAYOUTS, TARGET, TargetWeights
+from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET, TargetWeights
 
 CONFIG = eagle3_config(TARGET, DRAFT_VOCAB)
 IDS = LAYOUTS["reference-eagle3"].target_ids()
@@ -55,9 +55,7 @@ def put(path: Path, weights: Tensors, **options: bool | int) -> None:
 
 
 def load(path: Path, ops: Ops) -> LoadedHead:
-    shared = TargetWeights.of(ops)
-    packed = shared.packed_embedding, shared.packed_lm_head
-    return load_head(path, TARGET, *packed, ops, torch.float32, CPU, 64)
+    return load_head(path, TargetWeights.of(ops).builder())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -64,7 +64,8 @@ def test_an_engine_reports_its_parts(folder: Path, native_cache: Path, native_op
     assert (info.vocab_size, info.max_model_len) == (384, 512)
     assert (info.num_blocks, info.block_size) == (32, 16)
     assert info.eos_token_ids == [EOS]
-    assert info.ops == {name: str(own) for name, own in native_ops.backends.items()}
+    assert info.ops_in_words == {name: str(own) for name, own in native_ops.backends.items()}
+    assert not any(backend.is_fallback for backend in info.ops.values())
     assert info.device == "cpu"
 
 
@@ -178,7 +179,9 @@ def test_unavailable_native_kernels_are_an_error_only_if_configured(
     with pytest.raises(NativeUnavailableError, match="compiler"):
         build_engine(configure(folder, tmp_path, "kernels.backend=native"))
     core = build_engine(configure(folder, tmp_path))
-    assert core.info.ops["linear"].startswith("reference (no C++ compiler")
+    backend = core.info.ops["linear"]
+    assert backend.is_fallback
+    assert str(backend).startswith("reference (no C++ compiler")
     assert len(generate(core, [ask("a", PROMPT)])["a"].token_ids) > 0
 
 

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from configs.host import this_host
-from configs.resolve import resolve_host
+from configs.resolve import HostConfig, resolve_host
 from configs.schema import (
     CacheConfig,
     CacheDirConfig,
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_and_data(tmp_path_factory.mktemp("model"))
 
 
-def engine(folder: Path, cache: Path, head: Path | None) -> Config:
+def engine(folder: Path, cache: Path, head: Path | None) -> HostConfig:
     tree = "root" if head is None else "chain3"
     config = Config(
         model=ModelConfig(source=str(folder / "model"), dtype="float32"),

@@ -16,8 +16,9 @@ import msgspec
 import pytest
 import uvloop
 
+from configs.resolve import HostConfig
 from configs.schema import Config, ModelConfig, ServerConfig
-from engine.messages import ErrorCode, Finished
+from engine.messages import ErrorCode, Finished, OperationBackend
 from server.http.app import create_app
 from server.http.context import ServerInfo
 from server.openai.routes import ROUTES
@@ -26,6 +27,7 @@ from server.process.client import ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.launch import EngineKeeper, open_port, warn_of_fallback
 from server.text.chat_template import ChatTemplate
+from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.http_server import tiny_tokenizer
 from tests.support.live_server import wait_gone
@@ -80,7 +82,7 @@ def keep(
 
     async def main() -> int:
         client = ZmqEngineClient()
-        keeper = EngineKeeper(config, client)
+        keeper = EngineKeeper(hosted(config), client)
         keeper.start()
         try:
             await asyncio.wait_for(work(keeper), WAIT)
@@ -133,7 +135,7 @@ def test_keys_are_not_sent_to_the_engine(
     trace = stub_engine(f'head -n 1 > "$trace"; exit {EXIT_BAD_SETUP}')
     server = ServerConfig(api_keys=("sk-secret",), api_key_file=tmp_path / "keys", port=1234)
     keep(Config(server=server), EngineKeeper.failed)
-    told = Config.model_validate_json(trace.read_text())
+    told = HostConfig.model_validate_json(trace.read_text())
     assert (told.server.api_keys, told.server.api_key_file, told.server.port) == ((), None, 1234)
 
 
@@ -173,15 +175,15 @@ def test_a_socket_that_cannot_be_created_is_the_end(
 @pytest.mark.parametrize(
     ("ops", "warnings"),
     [
-        ({"linear": "native", "sample": "reference"}, []),
+        ({"linear": OperationBackend("native", "AMX"), "draw": OperationBackend("reference")}, []),
         (
-            {"linear": "reference (no C++ compiler)", "sample": "reference (no C++ compiler)"},
-            ["slow kernels are used for linear, sample: reference (no C++ compiler)"],
+            dict.fromkeys(("linear", "draw"), OperationBackend("reference", "no C++ compiler")),
+            ["slow kernels are used for linear, draw: reference (no C++ compiler)"],
         ),
     ],
 )
-def test_fallback_kernels_are_warned_of(
-    caplog: pytest.LogCaptureFixture, ops: dict[str, str], warnings: list[str]
+def test_kernels_that_stand_in_for_others_are_warned_of(
+    caplog: pytest.LogCaptureFixture, ops: dict[str, OperationBackend], warnings: list[str]
 ) -> None:
     warn_of_fallback(msgspec.structs.replace(INFO, ops=ops))
     assert [r.getMessage() for r in caplog.records] == warnings
@@ -195,7 +197,7 @@ def test_open_requests_of_an_engine_killed_at_the_end_get_the_shutdown_error(
 
     async def main() -> tuple[str | None, ErrorCode | None]:
         client = ZmqEngineClient()
-        keeper = EngineKeeper(Config(), client)
+        keeper = EngineKeeper(hosted(), client)
         keeper.start()
         while keeper._process is None:
             await asyncio.sleep(0)
@@ -260,8 +262,8 @@ def test_an_engine_that_is_not_ready_is_killed(
 def test_while_the_engine_loads_the_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
     async def main() -> list[tuple[str, int]]:
         client = ZmqEngineClient()
-        client.attach(f"ipc://{tmp_path}/engine")  # no engine is going to connect here
-        config = Config(model=ModelConfig(served_name="tiny"))
+        client.attach(f"ipc://{tmp_path}/engine")  # where nobody is going to connect
+        config = hosted(Config(model=ModelConfig(served_name="tiny")))
         template = ChatTemplate("{{ messages }}", {})
         info = ServerInfo.from_config(config)
         app = create_app(config, client, tiny_tokenizer(tmp_path), template, info, ROUTES)
