@@ -1,4 +1,4 @@
-"""Times of operations, with a stand-in for the device's clock."""
+"""Times of operations, with a fake device clock."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_findings_are_json_and_told_after_every_case() -> None:
 
 
 def test_every_case_can_be_made(reference_ops: Ops) -> None:
-    """All that is allocated for the cases of a GPU, on a device that has no memory."""
+    """Runs all allocations of the GPU cases, on a device without memory."""
     found = report(all_cases(reference_ops, META), 1e12, two_microseconds)
     assert found["failed"] == []
     assert len(found["bars"]) > 20
@@ -127,7 +127,7 @@ def test_flushes_between_runs_are_taken_off() -> None:
 
 
 class Event:
-    """An event that, as on a device, has no time before it was waited for."""
+    """An event that, as on a device, has no time until it was waited for."""
 
     def __init__(self, at: float) -> None:
         self.at = at

@@ -1,4 +1,4 @@
-"""Sequences on disk: whole shards, within bounds, never in the way of a step."""
+"""Sequences on disk: complete shards, within limits, without delaying a step."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_capturing_stops_at_max_bytes_with_one_line(
 
 def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
     writer = CaptureWriter(settings(tmp_path), queue_size=2)
-    for n in range(5):  # nobody takes from the queue yet
+    for n in range(5):  # nothing takes from the queue yet
         writer.take(ended(str(n)), FinishReason.LENGTH)
     assert (writer.num_captured, writer.num_dropped) == (2, 3)
     writer.start()
@@ -175,7 +175,7 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """A file on a disk that takes `room` lines."""
+    """A file on a disk with room for `room` lines."""
 
     def __init__(self, room: int) -> None:
         self.room = room

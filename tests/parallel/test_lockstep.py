@@ -37,7 +37,7 @@ def plans_of(kinds: str) -> list[StepPlan]:
 
 
 class Says:
-    """Emits 7 at every step; after the first two, what `later` says."""
+    """Emits 7 in the first two steps, then `later`."""
 
     def __init__(self, later: int) -> None:
         self._later = later
@@ -55,7 +55,7 @@ class Says:
 
 
 def lead(executor: Executor, plans: Sequence[StepPlan]) -> None:
-    """As rank 0's core does: a step is waited for at once, unless the next one is ahead."""
+    """As rank 0's core does: collect a step at once, unless the next one is ahead."""
     flight: Launched | None = None
     for plan, following in pairwise([*plans, StepPlan()]):
         launched = executor.launch(plan)
@@ -74,8 +74,8 @@ def follow(executor: Executor, plans: Sequence[StepPlan]) -> None:
 
 
 def run_steps(kinds: str, later: int) -> list[tuple[str | None, int]]:
-    """What two ranks raise that compare every two steps, of which the second says `later` after two
-    steps; and how many steps each has launched."""
+    """Run two ranks that compare every two steps; the second emits `later` after two steps. Returns
+    what each raised, and how many steps it launched."""
     plans = plans_of(kinds)
 
     def on_rank(group: ThreadGroup) -> tuple[str | None, int]:
@@ -103,10 +103,10 @@ def test_ranks_that_agree_go_on(kinds: str) -> None:
     ("kinds", "steps", "launched"),
     [
         ("pppppppp", "2 of 4", 4),
-        ("paaaaaaa", "2 of 4", 5),  # one is in flight where ranks compare
+        ("paaaaaaa", "2 of 4", 5),  # one step is in flight when ranks compare
         ("papapapa", "2 of 4", 4),
         ("ppaapaaa", "2 of 4", 4),
-        ("paapaaaa", "3 of 3", 3),  # what was in flight is collected before a plan not ahead
+        ("paapaaaa", "3 of 3", 3),  # before a plan that is not ahead, all steps are collected
     ],
 )
 def test_another_token_on_one_rank_is_noticed_by_all_at_the_next_check(

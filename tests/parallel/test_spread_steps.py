@@ -1,4 +1,4 @@
-"""Several ranks say what one says in padded steps too, one by one and ahead of the host."""
+"""Several ranks give the texts of one rank in padded steps too, with and without running ahead."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def table() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> dict[str, Completion]:
-    """What one rank says without drafts, in exact steps."""
+    """The texts of one rank without drafts, in exact steps."""
     return answer(configure(folder, None), Way(), table(), FixedPlanner()).texts
 
 
@@ -152,7 +152,7 @@ def test_drafts_found_in_the_text_are_the_same_on_ranks_that_run_ahead(
 
 
 def test_followers_that_run_ahead_are_told_nothing_but_plans(folder: Path) -> None:
-    """Of a step in flight a plan holds no token: every rank has drawn it itself."""
+    """A plan holds no token of a step in flight: every rank has drawn it itself."""
     way = Way(4, PADDED, run_ahead=True)
     heard = answer(configure(folder, None), way, table()[:4], FixedPlanner())
     one, *others = heard.orders

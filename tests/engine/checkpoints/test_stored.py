@@ -1,4 +1,4 @@
-"""Tensors are read in part, and what is loaded can be counted."""
+"""Tensors are read in part, and the bytes of a model are counted."""
 
 from __future__ import annotations
 

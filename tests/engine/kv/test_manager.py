@@ -1,4 +1,4 @@
-"""Blocks of sequences: prefix hits, growth, publication, release."""
+"""Blocks of sequences: prefix hits, growth, publishing, release."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def manager(num_blocks: int = 8, prefix_caching: bool = True) -> KVManager:
 
 
 def computed(kv: KVManager, name: str, token_ids: list[int], num_computed: int) -> Sequence:
-    """A sequence whose first `num_computed` tokens have been run."""
+    """A sequence whose first `num_computed` tokens are computed."""
     seq = sequence(name, token_ids)
     assert kv.start(seq, len(token_ids), match=True) is not None
     seq.num_computed = num_computed
@@ -31,7 +31,7 @@ def computed(kv: KVManager, name: str, token_ids: list[int], num_computed: int) 
 
 
 def chain(token_ids: list[int]) -> list[bytes]:
-    """Contents of the whole blocks of a sequence."""
+    """Contents of the full blocks of a sequence."""
     contents, parent = [], ROOT
     for start in range(0, len(token_ids) - SIZE + 1, SIZE):
         parent = chained_hash(parent, token_ids[start : start + SIZE])

@@ -1,4 +1,4 @@
-"""How much memory a cache may take, as /proc and cgroup v2 tell it."""
+"""How much memory a cache may take, according to /proc and cgroup v2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AVAILABLE = 2000 * 1024
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `meminfo` and, below `cgroup`, what a test writes there."""
+    """A folder with `meminfo`, and `cgroup` with the files that a test writes."""
     (tmp_path / "cgroup").mkdir()
     (tmp_path / "meminfo").write_text(MEMINFO)
     monkeypatch.setattr(sizing, "MEMINFO", tmp_path / "meminfo")

@@ -1,4 +1,4 @@
-"""Steps packed as on a device, whose host sees nothing, give what steps of exact sizes give."""
+"""Padded steps, as on a GPU, give the same results as steps of exact sizes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def admission(line: int) -> Admission:
 
 
 def with_blocks(row: RowPlan, first: int, blocks: tuple[int, ...]) -> RowPlan:
-    """The next row of its line, at the end of the first one's tokens."""
+    """The line's next row, at position 1, with new blocks after its first `first` ones."""
     return msgspec.structs.replace(row, start=1, first_block=first, new_blocks=blocks)
 
 
@@ -76,7 +76,7 @@ def texts_of(core: EngineCore, only: slice = slice(None)) -> dict[str, list[int]
 
 @pytest.fixture
 def forms(monkeypatch: pytest.MonkeyPatch) -> list[StepForm]:
-    """Of the padded steps that were run."""
+    """The forms of the padded steps that ran."""
     seen: list[StepForm] = []
     launch = DeviceSteps.launch
 
@@ -204,7 +204,7 @@ PLAIN = ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)
 def test_a_step_is_one_copy_each_way_and_no_wait(
     lab: HeadLab, shape: TreeShape, request_: Request
 ) -> None:
-    """The second and later steps of a form: the first makes its buffers."""
+    """From the second step of a form on: the first allocates its buffers."""
     counts = []
     lookup = request_.request_id == "looked up"
     budget = 20 if request_.request_id == "in chunks" else 64
@@ -258,7 +258,7 @@ def feature_requests(feature: str) -> list[Request]:
 def test_every_feature_is_part_of_the_step(
     lab: HeadLab, feature: str, shape: TreeShape, forms: list[StepForm]
 ) -> None:
-    """With neighbours that lack it, prompts in chunks, and everything that clients hear."""
+    """With neighbours that lack it and prompts in chunks; compares everything that clients get."""
     small = replace(lab, engine=replace(lab.engine, max_num_batched_tokens=24))
     usual, _ = small.build(FixedPlanner(shape))
     expected = generate(usual, feature_requests(feature), per_step=1)

@@ -1,4 +1,4 @@
-"""Scripted steps: who is planned when, and what clients hear."""
+"""Scripted steps: which rows are planned, and which events clients get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which chains are drafted from a text, and what is learnt from their fate."""
+"""Which chains are drafted from a text, and what is learnt from their acceptance."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def decode(draft: tuple[int, ...], num_draft: int, line: int = 0) -> StepPlan:
 
 
 def teach(lookup: Lookup, seq: Sequence, num_accepted: int, times: int = 100) -> None:
-    """Let drafts for `seq` be accepted up to `num_accepted` tokens each."""
+    """Accept up to `num_accepted` tokens of each draft for `seq`."""
     for _ in range(times):
         draft = lookup.draft(seq, 4, 1, has_rival=False)
         if not draft:

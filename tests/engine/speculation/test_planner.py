@@ -1,4 +1,4 @@
-"""Which tree the planner takes, for costs and acceptance that are known."""
+"""Which tree the planner chooses for known costs and acceptance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def observed(shape: StaticShape, chance: float, trees: int, seed: int = 0) -> St
 
 
 def step(planner: AdaptivePlanner, num_draft: int) -> TreeShape:
-    """Choose, and report a step in which the row got room for `num_draft` nodes; none is right."""
+    """Choose, and report a step in which the row had `num_draft` nodes, none of them accepted."""
     shape = planner.choose(1)
     given = min(num_draft, shape.num_nodes - 1)
     row = decoding(0, given)
