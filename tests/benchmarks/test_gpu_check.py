@@ -49,7 +49,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(
     assert "8B step" in capsys.readouterr().err
 
 
-def test_missed_bars_are_told_and_are_no_failure(
+def test_missed_bars_are_printed_and_are_no_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "gpu.json"

@@ -62,7 +62,7 @@ def line_size() -> int:
     return len(msgspec.json.encode(CapturedSequence(seq.token_ids, seq.num_prompt, 0.5))) + 1
 
 
-def test_an_engine_captures_what_its_requests_said(tmp_path: Path) -> None:
+def test_an_engine_captures_the_texts_of_its_requests(tmp_path: Path) -> None:
     writer = CaptureWriter(settings(tmp_path / "new" / "folder"))
     fake = FakeEngine(on_finish=writer.take)
     core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
@@ -86,7 +86,7 @@ def test_an_engine_captures_what_its_requests_said(tmp_path: Path) -> None:
     assert (core.stats().num_captured, core.stats().num_capture_dropped) == (5, 0)
 
 
-def test_aborted_text_is_captured_and_what_failed_or_said_nothing_is_not(tmp_path: Path) -> None:
+def test_aborted_text_is_captured_and_failed_or_empty_text_is_not(tmp_path: Path) -> None:
     writer = CaptureWriter(settings(tmp_path))
     fake = FakeEngine(on_finish=writer.take)
     core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
@@ -105,7 +105,7 @@ def test_aborted_text_is_captured_and_what_failed_or_said_nothing_is_not(tmp_pat
     assert [len(row["token_ids"]) > row["num_prompt"] for row in found] == [True]
 
 
-def test_shards_end_behind_their_tokens_and_numbers_go_on(tmp_path: Path) -> None:
+def test_shards_end_after_their_tokens_and_numbers_continue(tmp_path: Path) -> None:
     sequences = [ended(str(n), num_prompt=4 + n % 3) for n in range(9)]
     config = settings(tmp_path, shard_tokens=12)  # two sequences
     write(config, *sequences[:5])

@@ -82,7 +82,7 @@ def test_a_request_gives_the_same_tokens_in_any_company(
 
 
 @pytest.mark.parametrize("budget", [1, 2, 15, 16, 33, 64])
-def test_prompt_chunking_does_not_show(
+def test_prompt_chunking_does_not_change_texts(
     tiny_engine: TinyEngine, alone: dict[str, list[int]], budget: int
 ) -> None:
     engine = replace(tiny_engine, max_num_batched_tokens=budget, max_num_seqs=1).build()

@@ -219,7 +219,7 @@ MIXED = (chain(3), ROOT, TREES[2], DYNAMIC[0], ROOT, TREES[-1], chain(1))
     ],
 )
 @pytest.mark.parametrize(("whims", "lookup"), [(False, False), (True, False), (False, True)])
-def test_company_memory_and_changing_shapes_do_not_show(
+def test_batches_memory_and_changing_shapes_do_not_change_texts(
     truth: Truth, changes: dict[str, object], whims: bool, lookup: bool
 ) -> None:
     core = truth.with_features().speculating(
@@ -261,7 +261,7 @@ def test_lookups_without_a_head_give_the_same_text_in_fewer_steps(
     assert ends["circle"].num_accepted > 0  # how many depends on measured step times
 
 
-def test_aborted_neighbours_do_not_show(truth: Truth) -> None:
+def test_aborted_neighbours_do_not_change_texts(truth: Truth) -> None:
     core = truth.with_features().speculating(CyclingPlanner(MIXED), 0.8)
     for request in truth.requests:
         core.add(Submit(request))

@@ -103,7 +103,7 @@ def test_every_follower_gets_all_frames_in_order(
         inbox.close()
 
 
-def test_a_follower_that_lags_misses_nothing_and_holds_up_nobody() -> None:
+def test_a_follower_that_lags_misses_nothing_and_delays_no_other() -> None:
     broadcast, followers = connected(2)
     (quick, _), (slow, _) = followers
     frames = [b"%d" % number for number in range(5 * NUM_PLACES)]

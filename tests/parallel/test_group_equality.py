@@ -182,7 +182,7 @@ def test_drafts_found_in_the_text_are_the_same_on_all_ranks(group: Group, head: 
     ],
     ids=["chunks-of-17", "chunks-of-5", "three-rows-no-prefix-cache"],
 )
-def test_chunks_and_company_do_not_show(group: Group, limits: dict[str, int]) -> None:
+def test_chunks_and_batches_do_not_change_texts(group: Group, limits: dict[str, int]) -> None:
     group.swap("eagle")
     with group.ranks.core(CyclingPlanner(MIXED), **limits) as core:
         group.check(generate(core, table(), per_step=2))
@@ -204,7 +204,7 @@ def test_what_is_found_in_the_prefix_cache_serves_all_ranks(group: Group) -> Non
         assert core.stats().prefix_hits > 300
 
 
-def test_aborted_neighbours_do_not_show(group: Group) -> None:
+def test_aborted_neighbours_do_not_change_texts(group: Group) -> None:
     group.swap("eagle")
     names = [request.request_id for request in table()]
     kept, gone = {name: Completion() for name in names[::2]}, iter(names[1::2])
@@ -226,7 +226,7 @@ def test_few_rows_leave_ranks_without_any_to_sample(group: Group) -> None:
             group.check(generate(core, [request]))
 
 
-def test_a_head_swapped_while_rows_run_does_not_show(group: Group) -> None:
+def test_a_head_swapped_while_rows_run_does_not_change_texts(group: Group) -> None:
     """Uses the engine's own core, which plans for the new head after the swap."""
     group.swap(None)
     core, swapper = group.ranks.engine.core, group.ranks.engine.swapper

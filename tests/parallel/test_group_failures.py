@@ -28,7 +28,7 @@ ENDLESS = SHORT | {"max_tokens": MAX_LEN - 100, "extra_body": {"ignore_eos": Tru
 
 @pytest.fixture(scope="module")
 def wish(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file; rank 1 runs out of memory at the size written in it."""
+    """A file: rank 1 runs out of the kind of memory that is written in it."""
     return tmp_path_factory.mktemp("wish") / "wish"
 
 

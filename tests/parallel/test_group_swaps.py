@@ -78,7 +78,7 @@ def test_ranks_measure_a_new_head_beside_their_rows(group: Group) -> None:
     group.check_text()
 
 
-def test_a_head_that_cannot_be_loaded_is_nobodys(group: Group) -> None:
+def test_a_head_that_one_rank_cannot_load_is_used_by_none(group: Group) -> None:
     broken = group.base / "broken"
     shutil.copytree(group.base / "copied", broken)
     config = json.loads((broken / "config.json").read_text(encoding="utf-8"))

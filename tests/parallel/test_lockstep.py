@@ -95,7 +95,7 @@ KINDS = ["pppppppp", "paaaaaaa", "papapapa", "ppaapaaa"]
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_ranks_that_agree_go_on(kinds: str) -> None:
+def test_ranks_that_agree_continue(kinds: str) -> None:
     assert run_steps(kinds, later=7) == [(None, 8)] * 2
 
 
@@ -144,7 +144,7 @@ def test_a_follower_launches_a_plan_that_is_ahead_before_it_collects_the_one_bef
 
 
 @pytest.mark.parametrize("scratch", [False, True])
-def test_followers_hear_of_a_step_when_it_is_launched_and_nothing_when_it_is_collected(
+def test_followers_get_a_step_when_it_is_launched_and_nothing_when_it_is_collected(
     scratch: bool,
 ) -> None:
     broadcast, ((follower, _),) = connected(1)
@@ -200,7 +200,7 @@ def test_ranks_agree_on_the_smallest() -> None:
     assert run_ranks(3, lambda group: smallest(7 - group.rank, group)) == [5, 5, 5]
 
 
-def test_followers_say_who_cannot_load_a_head_and_why() -> None:
+def test_followers_report_which_rank_cannot_load_a_head_and_why() -> None:
     broadcast, followers = connected(3)
     orders = Orders(broadcast)
     orders.load_draft("/heads/new")

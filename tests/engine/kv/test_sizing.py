@@ -67,7 +67,7 @@ def test_cached_files_do_not_count_as_used(machine: Path, stat: str, free: int) 
     assert sizing.free_bytes(CPU) == free
 
 
-def test_a_kernel_that_does_not_tell_is_an_error_that_says_so(machine: Path) -> None:
+def test_a_kernel_without_memavailable_is_a_clear_error(machine: Path) -> None:
     (machine / "meminfo").write_text("MemTotal: 16000 kB\n")
     with pytest.raises(OSError, match="meminfo has no MemAvailable"):
         sizing.free_bytes(CPU)

@@ -129,7 +129,7 @@ def test_texts_and_drafts_are_those_of_exact_steps(
     ],
     ids=["chunked", "preempted", "six-rows"],
 )
-def test_changing_shapes_company_and_memory_do_not_show(
+def test_changing_shapes_batches_and_memory_do_not_change_texts(
     lab: HeadLab, plain: dict[str, list[int]], changes: dict[str, Any], forms: list[StepForm]
 ) -> None:
     shapes = (*SHAPES.values(), chain(1), ROOT)
@@ -313,7 +313,7 @@ def test_drafts_found_in_the_text_are_part_of_the_step(
     assert any(form.num_known for form in forms)
 
 
-def test_the_pretended_device_sees_what_must_not_be() -> None:
+def test_the_pretended_device_sees_forbidden_operations() -> None:
     with PretendDevice() as device:
         there, here = torch.ones(3).to(pretend_device.DEVICE), torch.ones(3)
         with pytest.raises(RuntimeError, match="of the host and of the device"):

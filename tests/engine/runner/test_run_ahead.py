@@ -122,7 +122,7 @@ def test_texts_are_those_of_ordinary_steps(
     ],
     ids=["chunked", "preempted", "uncached", "queued"],
 )
-def test_company_and_memory_do_not_show(
+def test_batches_and_memory_do_not_change_texts(
     lab: HeadLab, plain: dict[str, Completion], changes: dict[str, Any], plans: list[StepPlan]
 ) -> None:
     shapes = (*SHAPES.values(), chain(1), ROOT)
@@ -184,7 +184,7 @@ def test_ends_in_the_middle_of_accepted_paths_are_those_of_plain_decoding(
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_arrives_and_is_aborted_when(
+def test_random_arrivals_and_aborts_do_not_change_texts(
     lab: HeadLab, truth: list[list[int]], seed: int, plans: list[StepPlan]
 ) -> None:
     """Two waves, the second with prompts that the first left in the prefix cache: steps that ran
@@ -313,7 +313,7 @@ def test_what_is_left_in_flight_is_work(lab: HeadLab, truth: list[list[int]]) ->
     assert core._flight is None
 
 
-def test_what_has_landed_is_heard_although_all_is_aborted(
+def test_collected_events_are_returned_although_all_is_aborted(
     lab: HeadLab, truth: list[list[int]]
 ) -> None:
     core = knowing(lab, truth, FixedPlanner(chain(3)))

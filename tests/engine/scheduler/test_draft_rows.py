@@ -89,7 +89,7 @@ def test_every_trace_with_trees_keeps_the_rules_and_gives_every_request_its_own_
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(engines(), TRACES, st.sampled_from(SHAPES))
-def test_nodes_preempt_nobody(
+def test_nodes_preempt_no_sequence(
     plain: FakeEngine, trace: list[Arrival | Abort | Step], tree: TreeShape
 ) -> None:
     """While there is a block for every root, all roots make progress."""
@@ -214,7 +214,7 @@ def test_nodes_get_no_block_that_another_root_needs() -> None:
     assert engine.scheduler.stats().num_preemptions == 0
 
 
-def test_blocks_of_rejected_nodes_go_to_whoever_needs_them() -> None:
+def test_blocks_of_rejected_nodes_go_to_rows_that_need_them() -> None:
     engine = FakeEngine(num_blocks=7, max_model_len=28, shapes=(chain(15),))
     engine.executor.always_reject = True
     engine.submit(request("a", prompt_of(4), max_tokens=8))

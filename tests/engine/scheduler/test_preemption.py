@@ -46,7 +46,7 @@ def test_prompt_logprobs_are_sent_once_although_the_sequence_was_preempted() -> 
     assert [score.token_id for score in scores[1:] if score is not None] == prompt_of(7, 2001)
 
 
-def test_nobody_passes_the_first_in_the_queue_that_does_not_fit() -> None:
+def test_none_passes_the_first_in_the_queue_that_does_not_fit() -> None:
     engine = FakeEngine(num_blocks=8)
     engine.submit(request("running", prompt_of(16), max_tokens=3))
     engine.step()

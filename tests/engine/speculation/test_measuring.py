@@ -107,7 +107,7 @@ def test_nothing_is_launched_ahead_before_it_is_decided() -> None:
     assert journal.num_ahead > 0
 
 
-def test_what_is_in_flight_is_taken_in_before_another_way_of_drafting_is_measured() -> None:
+def test_the_step_in_flight_is_collected_before_a_new_policy_is_measured() -> None:
     journal = Journal()
     core = core_over(journal)
     for _ in range(3):
