@@ -19,17 +19,17 @@ from benchmarks.peers.aerie import AerieTarget
 from benchmarks.step_times import Load, time_steps
 from benchmarks.timing import measure
 from configs.host import host_config
-from configs.schema import CacheConfig, Config, ModelConfig, SchedulerConfig
+from configs.resolve import ResolvedConfig, with_sizes
 from drafter.checkpoint import save_eagle3
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.static_levels import levels_of
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.manifest import expected_tensors
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from engine.request import Request, SamplingParams
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Roots
-from engine.step.group import TPGroup
 from engine.step.shape import ROOT, StaticShape, TreeShape, chain
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
@@ -172,13 +172,15 @@ class _Large:
     ops: Ops
     device: torch.device
     folder: Path  # must exist; every head gets its own folder in it
-    config: Config = field(
-        default_factory=lambda: Config(
-            model=ModelConfig(max_model_len=4096),
-            cache=CacheConfig(num_blocks=1024),
-            scheduler=SchedulerConfig(max_num_seqs=16),
+    config: ResolvedConfig = field(
+        default_factory=lambda: with_sizes(
+            host_config(None, ["scheduler.max_num_seqs=16"]), max_model_len=4096, num_blocks=1024
         )
     )
+
+    @property
+    def place(self) -> Place:
+        return Place(self.ops, torch.bfloat16, self.device)
 
     def target(self) -> Target:
         shapes = expected_tensors(LLAMA_8B)
@@ -187,7 +189,7 @@ class _Large:
             made = torch.randn(shapes[name], device=self.device, dtype=torch.bfloat16) * 0.02
             return torch.ones_like(made) if "norm" in name else made
 
-        loader = LlamaLoader(LLAMA_8B, read, self.ops, torch.bfloat16, self.device, 4096)
+        loader = LlamaLoader(LLAMA_8B, read, self.place, 4096)
         return Target(loader.load(), LLAMA_8B, frozenset({2}))
 
     def drafting(self, target: Target, shape: TreeShape) -> Drafting:
@@ -196,14 +198,13 @@ class _Large:
         tensors = random_eagle3(config, LLAMA_8B, seed=0)
         folder = Path(tempfile.mkdtemp(dir=self.folder)) / "head"
         save_eagle3(folder, config, LLAMA_8B, tensors, torch.arange(DRAFT_VOCAB))
-        loader = HeadLoader(target, self.ops, torch.bfloat16, self.device, 4096)
-        head = loader.load(folder)
-        drafting = drafting_with(self.config, head, self.ops, self.device, TPGroup())
+        head = HeadLoader(target, self.place, 4096).load(folder)
+        drafting = drafting_with(self.config, head, self.place)
         return replace(drafting, planner=FixedPlanner(shape))
 
     def steps(self, target: Target, drafting: Drafting, load: Load) -> dict[str, float]:
         config = load.settings(self.config)
-        return time_steps(assemble(config, target, self.ops, self.device, drafting), load)
+        return time_steps(assemble(config, target, self.place, drafting), load)
 
 
 ONE = Load()

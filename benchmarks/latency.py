@@ -26,7 +26,7 @@ from benchmarks.peers.aerie import AerieTarget
 from benchmarks.peers.openai_url import UrlTarget
 from benchmarks.timing import Measured, Spread, Target, measure
 from configs.host import host_config
-from configs.schema import Config
+from configs.resolve import HostConfig
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from server.assembly.compose import build_engine
@@ -98,7 +98,7 @@ def main(
 
 
 def build_targets(
-    config: Config, urls: Sequence[str], in_process: bool, transformers: bool
+    config: HostConfig, urls: Sequence[str], in_process: bool, transformers: bool
 ) -> tuple[list[Target], int]:
     """Load all targets; also returns the vocabulary size."""
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
@@ -111,7 +111,6 @@ def build_targets(
     if transformers:
         from benchmarks.peers.transformers_generate import TransformersTarget
 
-        assert config.kernels.threads is not None
         dtype = torch_dtype(config.model.dtype)
         targets.append(TransformersTarget(checkpoint, dtype, config.kernels.threads))
     return targets, checkpoint.arch.vocab_size
@@ -157,9 +156,8 @@ def summarise(runs: Runs, targets: Sequence[Target], size: int) -> list[Row]:
     return rows
 
 
-def floor_ms(config: Config) -> float:
+def floor_ms(config: HostConfig) -> float:
     """Milliseconds to read all weights once."""
-    assert config.kernels.threads is not None
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
     size = weight_bytes(checkpoint, torch_dtype(config.model.dtype).itemsize)
     return read_seconds(size, config.kernels.threads) * 1000
@@ -187,7 +185,9 @@ def _cell(spread: Spread) -> str:
     return f"{spread.median:.1f} ({spread.low:.1f}-{spread.high:.1f})"
 
 
-def write_json(path: Path, config: Config, plan: Plan, rows: Sequence[Row], floor: float) -> None:
+def write_json(
+    path: Path, config: HostConfig, plan: Plan, rows: Sequence[Row], floor: float
+) -> None:
     """Write all results, with the machine and the settings."""
     content = {
         "benchmark": "latency",

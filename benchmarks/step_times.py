@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.device_timing import Span, durations_ms, new_span, pauses_ms
-from configs.schema import Config
+from configs.resolve import ResolvedConfig
 from engine.core import EngineCore
 from engine.messages import Finished, Submit, Tokens
 from engine.request import Request, SamplingParams
@@ -36,7 +36,7 @@ class Load:
     lookup: bool = False
     run_ahead: bool = False
 
-    def settings(self, config: Config) -> Config:
+    def settings(self, config: ResolvedConfig) -> ResolvedConfig:
         """`config` for this load."""
         scheduler: dict[str, object] = {"run_ahead": self.run_ahead}
         if self.chunk:

@@ -14,7 +14,7 @@ def environment() -> Mapping[str, str]:
 
 
 def engine_environment() -> dict[str, str]:
-    """What the engine process is given: ranks of one machine meet on its loopback interface."""
+    """The engine process's variables: ranks of one machine connect over its loopback interface."""
     return {"NCCL_SOCKET_IFNAME": "lo"} | dict(os.environ)
 
 
@@ -25,7 +25,7 @@ def default_cache_dir() -> Path:
 
 
 def num_cpus(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use: its affinity, and a container's CPU quota (cgroup v2)."""
+    """Cores that this process may use: the smaller of its affinity and its cgroup v2 CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         quota, period = cpu_max.read_text(encoding="ascii").split()

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from configs.env import default_cache_dir, environment, num_cpus
 from configs.load import load_config, load_schema
-from configs.resolve import HostFacts, resolve_host
+from configs.resolve import HostConfig, HostFacts, resolve_host
 from configs.schema import Config
-from configs.training import TRAIN, TrainingConfig
+from configs.training import TRAIN, HostTrainingConfig, TrainingConfig
 
 
 def this_host() -> HostFacts:
-    """What this machine offers to this process."""
+    """What this process may use of this machine."""
     return HostFacts(num_cpus(), default_cache_dir())
 
 
-def host_config(path: Path | None, overrides: Iterable[str]) -> Config:
+def host_config(path: Path | None, overrides: Iterable[str]) -> HostConfig:
     """File, environment and overrides merged, and resolved for this machine.
 
     Raises:
@@ -26,7 +26,7 @@ def host_config(path: Path | None, overrides: Iterable[str]) -> Config:
     return resolve_host(load_config(path, overrides, environment()), this_host())
 
 
-def host_training_config(path: Path | None, overrides: Iterable[str]) -> TrainingConfig:
+def host_training_config(path: Path | None, overrides: Iterable[str]) -> HostTrainingConfig:
     """What `aerie train-draft` is told: file and overrides merged, resolved for this machine. The
     environment is the server's.
 
@@ -37,4 +37,5 @@ def host_training_config(path: Path | None, overrides: Iterable[str]) -> Trainin
     host = resolve_host(
         Config(model=config.model, kernels=config.kernels, files=config.files), this_host()
     )
-    return config.model_copy(update={"kernels": host.kernels, "files": host.files})
+    found = {"kernels": host.kernels.model_dump(), "files": host.files.model_dump()}
+    return HostTrainingConfig.model_validate(config.model_dump() | found)

@@ -1,6 +1,6 @@
 """Read the configuration: YAML file, then AERIE_* environment variables, then key=value overrides.
 
-Later sources win. Every key is checked: an unknown one is an error that names it.
+Later sources win. Every key is checked; the error for an unknown key names it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from configs.redact import REDACTED, SECRETS
 from configs.schema import Config, Section
 from configs.values import Dumper, field_type, is_nothing, kinds_of, parse, parse_for, typed
 
 Schema = TypeVar("Schema", bound=Section)
 
-SERVE = "serve"  # folder of configs/ with the files that `aerie serve` takes
+SERVE = "serve"  # folder of configs/ with the files for `aerie serve`
 ENV_PREFIX = "AERIE_"
 ENV_SEPARATOR = "__"  # AERIE_MODEL__DTYPE=float32 is model.dtype
 RESERVED_ENV = frozenset({"AERIE_CONFIG"})  # read by the command line: the file's path
-# Kubernetes sets these in every container beside a Service whose name begins with "aerie".
+# Kubernetes sets these in containers of a namespace with a Service whose name begins with "aerie".
 SERVICE_ENV = re.compile(r"AERIE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 ALLOWED = {  # by pydantic's kind of error
@@ -30,7 +31,6 @@ ALLOWED = {  # by pydantic's kind of error
     "tuple_type": "give a list, as [a, b]",
     "string_type": "give a text",
 }
-SECRETS = ("server.api_keys", "server.admin_keys")  # never shown in messages
 
 
 class ConfigError(ValueError):
@@ -62,7 +62,7 @@ def load_schema(
     overrides: Iterable[str],
     environment: Mapping[str, str] | None = None,
 ) -> Schema:
-    """`load_config` for any schema of sections; `kind` is the folder of its shipped files."""
+    """As `load_config`, for any schema; `kind` is the folder of its shipped files."""
     tree: dict[str, Any] = {} if path is None else _read_yaml(path, kind)
     for name, value in (environment or {}).items():
         if _is_ours(name, value):
@@ -81,7 +81,7 @@ def load_schema(
 
 
 def as_yaml(config: Section, exclude: set[str]) -> str:
-    """The text of a file that `load_schema` reads as `config` again, less some sections."""
+    """YAML that `load_schema` reads back as `config`, without the sections in `exclude`."""
     tree = config.model_dump(mode="json", exclude=exclude)
     text: str = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     return text
@@ -164,12 +164,12 @@ def _allowed(kind: str, location: tuple[int | str, ...], schema: type[Section]) 
 def _problem(key: str, kind: str, message: str, value: object) -> str:
     if kind == "value_error" and isinstance(value, Mapping):
         return message.removeprefix("Value error, ")  # of a whole section; it names its keys
-    shown = "***" if key.startswith(SECRETS) else repr(value)
+    shown = REDACTED if key.startswith(SECRETS) else repr(value)
     return f"{key} = {shown}: {message}"
 
 
 def _siblings(location: tuple[int | str, ...], schema: type[Section]) -> list[str]:
-    """The keys that are known where `location` points to."""
+    """The known keys at `location`."""
     if len(location) == 1:
         return list(schema.model_fields)
     section = schema.model_fields[str(location[0])].annotation

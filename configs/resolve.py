@@ -1,17 +1,76 @@
-"""Fill in everything the operator left open. Pure: facts in, configuration out."""
+"""Fill in everything the operator left open. Pure: facts in, configuration out.
+
+The types say what is known: of a `Config` what the operator wrote, of a `HostConfig` also what the
+machine decides, of a `ResolvedConfig` everything. All three have the same keys, so that the JSON of
+one is read as another, and refused where a key is still open.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.load import ConfigError
-from configs.schema import Config
+from configs.schema import (
+    CacheConfig,
+    CacheDirConfig,
+    Config,
+    KernelsConfig,
+    ModelConfig,
+    Positive,
+)
+
+
+class HostModelConfig(ModelConfig):
+    """Its name in the API is known."""
+
+    served_name: str
+
+
+class HostKernelsConfig(KernelsConfig):
+    """The number of threads is known."""
+
+    threads: Positive
+
+
+class HostCacheDirConfig(CacheDirConfig):
+    """The folder is known."""
+
+    dir: Path
+
+
+class HostConfig(Config):
+    """What this machine decides is known; the model has not been looked at."""
+
+    model: HostModelConfig
+    kernels: HostKernelsConfig
+    files: HostCacheDirConfig
+
+
+class ResolvedModelConfig(HostModelConfig):
+    """The context length is known."""
+
+    max_model_len: Positive
+
+
+class ResolvedCacheConfig(CacheConfig):
+    """The number of blocks is known."""
+
+    num_blocks: Positive
+
+
+class ResolvedConfig(HostConfig):
+    """No size is left open."""
+
+    model: ResolvedModelConfig
+    cache: ResolvedCacheConfig
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What the machine offers."""
+    """What this process may use of the machine."""
 
     num_cpus: int
     cache_dir: Path
@@ -19,31 +78,28 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the loaded model needs."""
+    """What the loaded model can do, needs, and leaves free."""
 
-    context_length: int  # tokens it was made for
+    context_length: int  # tokens that the model was made for
     bytes_per_block: int
-    free_bytes: int  # memory left beside the weights
+    free_bytes: int  # memory that the weights leave free
 
 
-def resolve_host(config: Config, host: HostFacts) -> Config:
+def resolve_host(config: Config, host: HostFacts) -> HostConfig:
     """Set threads, cache folder and the model's name in the API."""
-    served_name = config.model.served_name or config.model.source
-    threads = config.kernels.threads or host.num_cpus
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"served_name": served_name}),
-            "kernels": config.kernels.model_copy(update={"threads": threads}),
-            "files": config.files.model_copy(update={"dir": config.files.dir or host.cache_dir}),
-        }
-    )
+    found: dict[str, dict[str, Any]] = {
+        "model": {"served_name": config.model.served_name or config.model.source},
+        "kernels": {"threads": config.kernels.threads or host.num_cpus},
+        "files": {"dir": config.files.dir or host.cache_dir},
+    }
+    return HostConfig.model_validate(_filled(config, found))
 
 
 def context_length(config: Config, of_model: int) -> int:
-    """Prompt + output tokens that one sequence may have, of the `of_model` it was made for.
+    """Prompt + output tokens that one sequence may have; the model was made for `of_model`.
 
     Raises:
-        ConfigError: a longer context is asked for.
+        ConfigError: the configuration asks for more.
     """
     length = config.model.max_model_len or of_model
     if length > of_model:
@@ -53,7 +109,7 @@ def context_length(config: Config, of_model: int) -> int:
     return length
 
 
-def resolve_model(config: Config, facts: ModelFacts) -> Config:
+def resolve_model(config: HostConfig, facts: ModelFacts) -> ResolvedConfig:
     """Set the context length and the number of cache blocks.
 
     Raises:
@@ -69,12 +125,19 @@ def resolve_model(config: Config, facts: ModelFacts) -> Config:
             f"cache.num_blocks = {num_blocks}: one sequence of model.max_model_len = {length} "
             f"tokens needs {per_sequence} blocks of {config.cache.block_size}"
         )
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"max_model_len": length}),
-            "cache": config.cache.model_copy(update={"num_blocks": num_blocks}),
-        }
-    )
+    return with_sizes(config, max_model_len=length, num_blocks=num_blocks)
+
+
+def with_sizes(config: HostConfig, *, max_model_len: int, num_blocks: int) -> ResolvedConfig:
+    """`config` with sizes that were chosen for it."""
+    sizes = {"model": {"max_model_len": max_model_len}, "cache": {"num_blocks": num_blocks}}
+    return ResolvedConfig.model_validate(_filled(config, sizes))
+
+
+def _filled(config: Config, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The keys and values of `config`, with what was found for some of its sections."""
+    tree = config.model_dump()
+    return tree | {section: tree[section] | keys for section, keys in found.items()}
 
 
 def _affordable_blocks(config: Config, facts: ModelFacts, per_sequence: int) -> int:

@@ -14,7 +14,7 @@ def _refuse_truth(value: object) -> object:
     return value
 
 
-# Python takes true for 1; nobody who writes `threads: true` means that.
+# Python takes true for 1, but `threads: true` is a mistake.
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_refuse_truth)]
@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Which model, and how it is held in memory."""
+    """Which model, and how it is kept in memory."""
 
     source: str = Field(
         "smollm2-135m-instruct",
@@ -34,7 +34,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     served_name: str | None = Field(None, description="name in the API; default: `source`")
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="of weights and KV cache; on a CPU activations are float32"
+        "bfloat16", description="type of weights and KV cache; on a CPU activations are float32"
     )
     max_model_len: Positive | None = Field(
         None, description="prompt + output tokens; default: the model's own context length"
@@ -54,20 +54,20 @@ class CacheConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """How much one step may do."""
+    """Limits of one step."""
 
     max_num_seqs: Positive = Field(64, description="sequences in one step")
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
     run_ahead: StrictBool | None = Field(
         None,
-        description="launch a step before the outcome of the one before is known, so that the "
+        description="launch a step before the result of the previous one is known, so that the "
         "device does not wait for the host; default: true where steps are CUDA graphs. Needs a "
         "CUDA device",
     )
 
 
 class SpeculationConfig(Section):
-    """Drafting ahead of the target. Changes speed only, never the text."""
+    """Drafting. It changes only the speed, never the text."""
 
     draft: str | None = Field(
         "auto",
@@ -75,29 +75,29 @@ class SpeculationConfig(Section):
         "shipped name, a directory or a hub id; null: no drafting",
     )
     tree: str = Field(
-        "auto", description="auto, root, or a tree to use always: a name or file of configs/tree"
+        "auto", description="auto, root, or one tree for every step: a name or file of configs/tree"
     )
     candidates: tuple[str, ...] = Field(
         ("chain1", "chain2", "chain3", "chain5"),
-        description="trees that auto chooses from, the cheapest first; each takes about half a "
-        "second to measure at start",
+        description="trees that auto chooses from, the cheapest first; measuring each takes about "
+        "half a second at start",
     )
     lookup: StrictBool | None = Field(
         None,
-        description="draft what followed when the newest tokens stood in the text before, where "
-        "that promises more than the head; works without a head, too; default: true",
+        description="prompt lookup: draft the tokens that followed an earlier occurrence of the "
+        "newest tokens, where that promises more than the head; needs no head; default: true",
     )
     draft_parallel: Literal["sharded", "replicated"] = Field(
         "sharded",
-        description="of several ranks, each runs a part of the head's layers (sharded), or all of "
-        "them (replicated); the vocabulary is cut either way, and the text is the same. Drafting "
-        "takes as long as reading the head's weights: a part of them is read faster",
+        description="with several ranks, each runs a part of every layer of the head (sharded, "
+        "faster: each reads fewer weights), or whole layers (replicated); the vocabulary is cut "
+        "either way, and the text is the same",
     )
     shared_noise: StrictBool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"
     )
     window: Positive | None = Field(
-        None, description="draft entries further back are not looked at; default: all are"
+        None, description="the head attends only to so many of the newest positions; default: all"
     )
 
 
@@ -108,11 +108,11 @@ class ParallelConfig(Section):
     timeout: Number = Field(
         10.0,
         gt=0,
-        description="seconds a step may take before its ranks count as lost and the engine starts "
-        "again; idle ranks are not asked",
+        description="seconds a step may take before its ranks count as lost and the engine "
+        "restarts; idle ranks are not monitored",
     )
     start_timeout: Number = Field(
-        1800.0, gt=0, description="seconds to load the model and to measure trees, at most"
+        1800.0, gt=0, description="most seconds to load the model and measure trees"
     )
     check_every: Integer = Field(
         0, ge=0, description="steps between checks that all ranks did the same; 0: never"
@@ -120,12 +120,12 @@ class ParallelConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Which implementation serves each operation."""
+    """Which implementation runs each operation."""
 
     backend: Literal["auto", "reference", "native", "triton"] = Field(
         "auto",
         description="native: C++ for CPUs; triton: for CUDA devices; reference: plain torch; "
-        "auto: the fastest here",
+        "auto: the fastest for the device",
     )
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
     graphs: Literal["auto", "off"] = Field(
@@ -150,18 +150,18 @@ class ServerConfig(Section):
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
-    restart_engine: StrictBool = Field(True, description="start the engine again when it dies")
+    restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
 
 
 class CaptureConfig(Section):
-    """Live sequences as token ids, to train draft heads on; ids can be turned back into text."""
+    """Storage of live sequences as token ids, for training; ids can be turned back into text."""
 
-    dir: Path | None = Field(None, description="where shards go; null: nothing is captured")
+    dir: Path | None = Field(None, description="folder of the shards; null: no capture")
     consent: StrictBool = Field(
         False, description="you may store what clients send; required when dir is set"
     )
     sample_rate: Number = Field(0.1, ge=0, le=1, description="share of the sequences")
-    max_bytes: Positive = Field(268_435_456, description="of all shards in dir; then it stops")
+    max_bytes: Positive = Field(268_435_456, description="total of the shards; then capture stops")
     shard_tokens: Positive = Field(1_000_000, description="tokens after which a shard is complete")
 
     @model_validator(mode="after")
@@ -176,7 +176,7 @@ class CaptureConfig(Section):
 
 
 class LogConfig(Section):
-    """What the server writes about itself."""
+    """The server's log."""
 
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -184,13 +184,13 @@ class LogConfig(Section):
 
 
 class CacheDirConfig(Section):
-    """Files made once per machine: converted tokenizers, compiled kernels."""
+    """Cache of files made once per machine: converted tokenizers, compiled kernels."""
 
     dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/aerie or ~/.cache/aerie")
 
 
 class Config(Section):
-    """Everything `aerie serve` can be told."""
+    """All settings of `aerie serve`."""
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()

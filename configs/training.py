@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from configs.resolve import HostCacheDirConfig, HostKernelsConfig
 from configs.schema import (
     CacheDirConfig,
     Integer,
@@ -18,8 +19,8 @@ from configs.schema import (
     Section,
 )
 
-TRAIN = "train"  # folder of configs/ with the files that `aerie train-draft` takes
-SAMPLE = "sample"  # in place of a file: the conversations that ship with Aerie
+TRAIN = "train"  # folder of configs/ with the files for `aerie train-draft`
+SAMPLE = "sample"  # written instead of a file: the conversations that ship with Aerie
 FEATURE_KINDS = ("eagle", "dense")  # learn the target's features, as in EAGLE-1 and 2508.08192
 FEATURE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "head": {"init": "random"},
@@ -32,16 +33,16 @@ class DataConfig(Section):
 
     conversations: tuple[Path, ...] = Field(
         (),
-        description="JSONL files of conversations with answers, or captured token ids; the word "
-        f"{SAMPLE}: those that ship with Aerie",
+        description="JSONL files of conversations with answers, or of captured token ids; "
+        f"{SAMPLE}: the conversations that ship with Aerie",
     )
     prompts: tuple[Path, ...] = Field(
-        (), description="JSONL files of prompts, to be answered by the target before training"
+        (), description="JSONL files of prompts; the target answers them before training"
     )
     limit: Positive | None = Field(None, description="prompts to answer; default: all")
-    max_new_tokens: Positive = Field(256, description="of a generated answer")
-    max_tokens: Positive = Field(1024, description="of one example; the rest is cut off")
-    held_out: Positive = Field(64, description="examples that are never trained on, for measuring")
+    max_new_tokens: Positive = Field(256, description="limit of a generated answer")
+    max_tokens: Positive = Field(1024, description="limit of one example; the rest is cut off")
+    held_out: Positive = Field(64, description="examples kept from training, to measure the head")
     cache_dir: Path | None = Field(
         None, description="keep the target's features here after the first epoch; null: recompute"
     )
@@ -66,17 +67,17 @@ class HeadConfig(Section):
     )
     init: str = Field(
         "target",
-        description="target: from the target's last layers (eagle3); random (default of the other "
-        "kinds); or the directory of a published head to go on from, which may have fewer layers "
-        "(eagle3)",
+        description="first weights: target, that is from its last layers (eagle3); random (default "
+        "of the other kinds); or the directory of a published head to train further, which may "
+        "have fewer layers (eagle3)",
     )
 
 
 class LossConfig(Section):
-    """What is minimised."""
+    """The training loss."""
 
-    unroll_steps: Positive = Field(5, description="drafts ahead, on the head's own states")
-    decay: Number = Field(0.8, gt=0, le=1, description="weight of each step against the last")
+    unroll_steps: Positive = Field(5, description="tokens drafted ahead, on the head's own states")
+    decay: Number = Field(0.8, gt=0, le=1, description="factor of the weight from step to step")
     tokens: Number = Field(
         1.0, ge=0, description="cross-entropy with the target's distribution; eagle, dense: 0.1"
     )
@@ -87,12 +88,12 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, or Muon for matrices, with a linear warm-up and a cosine."""
+    """AdamW, or Muon for matrices, with linear warm-up and cosine decay."""
 
     matrices: Literal["adamw", "muon"] = Field(
-        "adamw", description="what steps the matrices of `fc` and layers; AdamW has the rest"
+        "adamw", description="optimizer of the matrices of `fc` and layers; AdamW has the rest"
     )
-    muon_factor: Number = Field(2.0, gt=0, description="Muon's learning rate, in that of AdamW")
+    muon_factor: Number = Field(2.0, gt=0, description="Muon's learning rate divided by AdamW's")
     learning_rate: Number = Field(1e-3, gt=0)
     final_share: Number = Field(0.05, ge=0, le=1, description="of the rate, at the end")
     warmup_steps: Integer = Field(100, ge=0)
@@ -103,14 +104,14 @@ class OptimizerConfig(Section):
 
 
 class RunConfig(Section):
-    """How long, how large, and what is kept."""
+    """Length, batch size and output of a run."""
 
     output: Path = Field(Path("draft-head"), description="folder of the run")
     steps: Positive = Field(1000, description="optimizer steps")
     batch_tokens: Positive = Field(4096, description="tokens of one batch, with padding")
     accumulation: Positive = Field(1, description="batches per optimizer step and process")
     precision: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="of matrix products; weights and sums are float32"
+        "bfloat16", description="type of matrix products; weights and sums are float32"
     )
     seed: Integer = Field(0, ge=0)
     log_every: Positive = 10
@@ -118,7 +119,7 @@ class RunConfig(Section):
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
     max_seconds: Positive | None = Field(
-        None, description="stop, resumable, after this time; the schedule stays that of `steps`"
+        None, description="stop after this time, resumable; the schedule still follows `steps`"
     )
 
 
@@ -128,21 +129,21 @@ class SourceConfig(Section):
     name: str
     url: str
     licence: str
-    use: str = Field(description="what was taken of it, and how much")
+    use: str = Field(description="what was used of it, and how much")
 
 
 class CardConfig(Section):
-    """What the model card of the published head says."""
+    """Content of the published head's model card."""
 
-    name: str = Field("draft head", description="of the head")
+    name: str = Field("draft head", description="name of the head")
     target: str | None = Field(None, description="hub id of the target; default: model.source")
     summary: str = "An EAGLE draft head for speculative decoding, trained with `aerie train-draft`."
-    licence: str = Field("unknown", description="SPDX name, of the weights")
+    licence: str = Field("unknown", description="SPDX name of the weights' licence")
     sources: tuple[SourceConfig, ...] = ()
 
 
 class TrainingConfig(Section):
-    """Everything `aerie train-draft` can be told."""
+    """All settings of `aerie train-draft`."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -190,3 +191,10 @@ class TrainingConfig(Section):
                 raise ValueError(f"head.{key} is for eagle3 heads; head.kind is {kind!r}")
         if self.head.init == "target":
             raise ValueError(f"head.init 'target' is for eagle3 heads; head.kind is {kind!r}")
+
+
+class HostTrainingConfig(TrainingConfig):
+    """What this machine decides is known."""
+
+    kernels: HostKernelsConfig
+    files: HostCacheDirConfig

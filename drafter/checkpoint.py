@@ -1,4 +1,4 @@
-"""Published draft heads, from disk to loaded and back."""
+"""Load and save published draft heads."""
 
 from __future__ import annotations
 
@@ -15,39 +15,20 @@ from torch import Tensor
 from drafter import manifest, vocab
 from drafter.head_files import check_tensors, open_tensors, read_config
 from drafter.head_shards import write_json, write_tensors
-from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
+from drafter.heads.building import HeadBuilder, LoadedHead
 from drafter.heads.config import HeadConfig
 from drafter.heads.published import eagle3_json, eagle_json
 from engine.checkpoints.arch import LlamaArch
-from engine.models.layers import cos_sin_table
-from engine.models.loading import LayerLoader
-from engine.parallel.shard import WHOLE, Shard, check_degree
-from kernels.ops import LinearWeight, Ops
 
 logger = logging.getLogger(__name__)
 
 
-def load_head(
-    path: Path,
-    target: LlamaArch,
-    target_embedding: LinearWeight,
-    target_lm_head: LinearWeight,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_len: int,
-    shard: Shard = WHOLE,
-    *,
-    replicated: bool = False,
-) -> LoadedHead:
-    """Load the head in the directory `path` for `target`, whose embedding and LM head it shares
-    where it has none of its own, or the same.
-
-    `max_len` positions can be drafted at; weights are packed from `dtype`. Of several ranks, each
-    loads its `shard`; with `replicated` layers and `fc` are whole on each, and only the vocabulary
-    is cut, as the target's is. Raises ValueError that names the file, and the tensor or the key at
-    fault.
+def load_head(path: Path, builder: HeadBuilder) -> LoadedHead:
+    """Load the head in the directory `path` for the target of `builder`, whose embedding and LM
+    head it shares where it has none of its own, or the same. Raises ValueError that names the file,
+    and the tensor or the key at fault.
     """
+    target, max_len = builder.target.arch, builder.max_len
     config = read_head_config(path, target)
     found = open_tensors(path)
     check_tensors(manifest.head_tensors(config, target, found), found, path)
@@ -55,23 +36,19 @@ def load_head(
         logger.warning(
             "%s was trained for %d positions and will draft at up to %d: expect fewer accepted "
             "tokens behind them",
-            *(path, config.arch.max_position_embeddings, max_len),
+            path,
+            config.arch.max_position_embeddings,
+            max_len,
         )
-    arch = config.arch
-    table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling).to(device)
-    own = WHOLE if replicated else shard
-    blocks = LayerLoader(arch, found.__getitem__, ops, dtype, device, table, own)
-    shared = TargetWeights(target, shard, target_embedding, target_lm_head)
     try:
-        check_degree(arch, own.size, "speculation.draft_parallel = sharded, parallel.tensor")
-        return HeadBuilder(config, shared, found.keys(), blocks).build()
+        return builder.build(config, found.keys(), found.__getitem__)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def read_head_config(path: Path, target: LlamaArch) -> HeadConfig:
     """The checked configuration of the head in the directory `path`; ValueError unless it fits
-    `target`. Reads no weight."""
+    `target`. Reads no weights."""
     content = read_config(path)
     try:
         config = HeadConfig.from_json(content)
@@ -99,19 +76,19 @@ def save_eagle3(
     target_ids: Tensor | None,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write an EAGLE-3 head that this package and other engines load: config.json and weights
+    """Write an EAGLE-3 head that this package and other engines can load: config.json and weights
     under the published names.
 
     Args:
         path: A directory that does not exist yet; it appears complete or not at all.
         tensors: By common name (`manifest.common_name`), without d2t and t2d.
-        target_ids: [Vd] int64, target id of each draft id; None when they are the same.
-        max_shard_bytes: The largest file of weights; None: all weights in model.safetensors.
+        target_ids: [Vd] int64, target id of each draft id; None if they are equal.
+        max_shard_bytes: Limit of each file of weights; None: all weights in model.safetensors.
     """
     content = eagle3_json(config, target)
     ids = torch.arange(config.draft_vocab_size) if target_ids is None else target_ids.cpu()
     offsets = vocab.offsets_of(ids)
-    vocab.target_ids_of(offsets, target.vocab_size)  # refuses what could not be loaded
+    vocab.target_ids_of(offsets, target.vocab_size)  # refuses ids that could not be loaded
     mapping = {manifest.D2T: offsets, manifest.T2D: vocab.mask_of(ids, target.vocab_size)}
     stored = {manifest.published_name(name): each for name, each in {**tensors, **mapping}.items()}
     _save(path, config, target, content, stored, max_shard_bytes)
@@ -137,7 +114,7 @@ def _save(
     tensors: Mapping[str, Tensor],
     max_shard_bytes: int | None,
 ) -> None:
-    """`content` becomes config.json; `tensors` are named as in the files."""
+    """Write `content` as config.json, and `tensors`, which have their names in the files."""
     if path.exists():
         raise FileExistsError(f"{path} exists already; heads are not overwritten")
     _check_fits(config, target)

@@ -1,5 +1,5 @@
-"""Grow draft trees level by level with batched draft forwards. Nothing here waits for the device:
-shapes follow from the tree's shape and from what the host knows."""
+"""Grow draft trees level by level with batched draft forwards. No function here waits for the
+device: tensor shapes depend only on the tree's shape and on numbers that the host knows."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Grower:
     head: DraftHead
     ctx: DraftContext
     roots: Roots
-    num_slots: Tensor  # [B] int64 that a row has for drafted nodes, the root's included
-    first_keys: Tensor  # [B] int32, cache position of the first entry that is looked at
+    num_slots: Tensor  # [B] int64 slots of a row for drafted nodes, the root's included
+    first_keys: Tensor  # [B] int32, cache position of the first entry that is attended to
     limits: DraftLimits
-    scratch: Scratch  # for nodes without a slot
+    scratch: Scratch  # slots for nodes that have none of their own
 
     @property
     def num_rows(self) -> int:
         return len(self.roots.tokens)
 
     def children(self, states: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
-        """The best tokens behind nodes of one depth, and their scores.
+        """The best tokens after nodes of one depth, and their scores.
 
         Args:
             states: [B, n, H].
 
         Returns:
-            two [B, n, count] tensors.
+            Two [B, n, count] tensors.
         """
         per_row = states.shape[1]
         noise = Noise(
@@ -81,7 +81,7 @@ class Grower:
                 prefix_lens=roots.positions.int(),
                 first_keys=self.first_keys,
                 block_tables=roots.block_tables,
-                # One node per row of a static shape: a view that repeats one number.
+                # With one node per row, a static shape's masks are a view that repeats one number.
                 ancestors=self._seen(nodes, masks).flatten().contiguous(),
                 max_q=per_row,
                 max_context=self.limits.max_context,
@@ -91,8 +91,8 @@ class Grower:
         return states.view(num_rows, per_row, -1)
 
     def _positions(self, depth: int) -> Tensor:
-        """Of nodes of one depth, [B]; those beyond the last position of a sequence are of no use,
-        and rotary tables end there."""
+        """Positions of the nodes of one depth, [B]. They are clamped to a sequence's last position,
+        where rotary tables end; nodes beyond it are useless anyway."""
         return (self.roots.positions + depth).clamp(max=self.limits.max_len - 1)
 
     def _slots(self, nodes: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ class Grower:
 
 @functools.singledispatch
 def grow(shape: TreeShape, grower: Grower, root_states: Tensor) -> DraftTree:  # noqa: ARG001
-    """Trees of one shape for all rows, from the states [B, H] of their roots. In an order of nodes
-    such that the first `max_nodes` of a row are a tree of their own."""
+    """Trees of one shape for all rows, from the states [B, H] of their roots. Nodes are ordered so
+    that the first `max_nodes` of a row are a tree, too."""
     raise TypeError(f"no way to grow a {type(shape).__name__}")
 
 
@@ -145,7 +145,7 @@ def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> Draf
 
 @grow.register
 def grow_dynamic(shape: DynamicShape, grower: Grower, root_states: Tensor) -> DraftTree:
-    """EAGLE-2: widen the likeliest frontier, then keep the likeliest nodes of all.
+    """EAGLE-2: expand the likeliest frontier, then keep the likeliest of all nodes.
 
     While drafting, frontier node j of level d has the number 1 + (d - 1) * top_k + j.
     """
@@ -193,7 +193,7 @@ class _Drafted:
             scores=[scores.flatten(1)],
             frontier=frontier,
             features=root_states[:, None].expand(-1, k, -1),
-            masks=torch.ones_like(frontier),  # the root
+            masks=torch.ones_like(frontier),  # only the root
         )
 
     def widen(self, grower: Grower, depth: int, numbers: Tensor, k: int) -> None:
@@ -208,6 +208,6 @@ class _Drafted:
         places, scores, self.frontier = grower.ctx.ops.tree_expand(above, local, k)
         self.tokens.append(found.gather(2, places).flatten(1))
         self.scores.append(scores.flatten(1))
-        owner = self.frontier // k  # which frontier node each belongs to
+        owner = self.frontier // k  # the frontier node above each
         self.features = states.gather(1, owner[:, :, None].expand(-1, -1, states.shape[2]))
         self.masks = masks.gather(1, owner)

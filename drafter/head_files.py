@@ -58,8 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the directory under its common name. Shards need no index: a head is
-    complete or refused."""
+    """Every tensor of the directory under its common name. Shards need no index, because
+    `check_tensors` refuses an incomplete head."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise _no_safetensors(folder)
@@ -74,8 +74,8 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(expected: HeadTensors, found: dict[str, StoredTensor], folder: Path) -> None:
-    """Raise ValueError unless `found` is what a head needs, give or take leftovers that carry
-    nothing."""
+    """Raise ValueError unless `found` is what a head needs. Tensors that the head computes itself
+    may be there, too."""
     for name, shape in expected.required.items():
         if name not in found:
             raise ValueError(f"{folder}: missing tensor {name}, of shape {list(shape)}")

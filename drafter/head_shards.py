@@ -1,4 +1,4 @@
-"""Weights of a draft head on their way to disk, cut into files of a bounded size."""
+"""Write the weights of a draft head to disk, in files of bounded size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-HEADER_PER_FILE, HEADER_PER_TENSOR = 256, 128  # bytes, besides the names; more than is ever needed
+HEADER_PER_FILE, HEADER_PER_TENSOR = 256, 128  # bytes without the names; upper bounds
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -22,10 +22,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_tensors(
     folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int | None = None
 ) -> None:
-    """Write model.safetensors, or, where that would be larger than `max_shard_bytes`, numbered
-    files and their index, as Hugging Face lays them out. Tensors are contiguous and on the CPU.
+    """Write model.safetensors or, if that would exceed `max_shard_bytes`, numbered files and their
+    index in Hugging Face's layout. Tensors must be contiguous and on the CPU.
 
-    ValueError for a tensor that does not fit into one file: the layout cannot cut it.
+    ValueError for a tensor that does not fit into one file, since the layout cannot cut it.
     """
     tensors = dict(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -48,9 +48,9 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors leaves a file that its owner alone can read
+    path.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """At most, of any file with some of the tensors."""
+    """The largest header of a file with some of the tensors."""
     return HEADER_PER_FILE + sum(HEADER_PER_TENSOR + len(name) for name in tensors)

@@ -1,4 +1,4 @@
-"""Which tensors a head's file must and may hold, under one set of names for all layouts."""
+"""The tensors that a head's file must and may hold, under one set of names for all layouts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HIDDEN_NORM = "layers.0.hidden_norm.weight"
 D2T, T2D = "d2t", "t2d"
 
 FLOATS = ("F32", "F16", "BF16")
-DTYPES = {D2T: ("I64", "I32"), T2D: ("BOOL", "U8")}  # of the others: FLOATS
+DTYPES = {D2T: ("I64", "I32"), T2D: ("BOOL", "U8")}  # all others: FLOATS
 
-# As written by the EAGLE trainer, SpecForge and NVIDIA (midlayer), speculators (transformer,
-# fusion_fc), Meta (feed_forward) and vLLM (model, draft_id_to_target_id).
+# The EAGLE trainer, SpecForge and NVIDIA write midlayer; speculators transformer and fusion_fc;
+# Meta feed_forward; vLLM model and draft_id_to_target_id.
 PREFIXES = (
     ("model.", ""),
     ("midlayer.", "layers.0."),
@@ -34,15 +34,15 @@ WHOLE_NAMES = {"draft_id_to_target_id": D2T}
 
 @dataclass(frozen=True, slots=True)
 class HeadTensors:
-    """Name -> shape. What is optional and absent, the target or the configuration stands in for."""
+    """Name -> shape. The target or the configuration replaces an absent optional tensor."""
 
     required: dict[str, Shape]
     optional: dict[str, Shape]
 
 
 def common_name(name: str) -> str:
-    """The name that this package uses for the tensor `name` of any layout: `fc`, `layers.0`, ...,
-    `norm`, `lm_head`, `embed_tokens`, `d2t`, `t2d`."""
+    """This package's name of the tensor `name` of any layout: `fc`, `layers.0`, ..., `norm`,
+    `lm_head`, `embed_tokens`, `d2t`, `t2d`."""
     for prefix, replacement in PREFIXES:
         if name.startswith(prefix):
             name = replacement + name.removeprefix(prefix)
@@ -50,19 +50,20 @@ def common_name(name: str) -> str:
 
 
 def published_name(name: str) -> str:
-    """The name in files of EAGLE-3 heads for a `common_name`."""
+    """The name of a `common_name` in files of EAGLE-3 heads."""
     first = "layers.0."
     return "midlayer." + name.removeprefix(first) if name.startswith(first) else name
 
 
 def is_harmless(name: str) -> bool:
-    """Rotary tables are recomputed."""
+    """Whether the tensor can be ignored: the head recomputes rotary tables."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def head_tensors(config: HeadConfig, target: LlamaArch, found: Collection[str]) -> HeadTensors:
-    """What a file must hold. `found`, the names in it, decides where no configuration does: whether
-    an EAGLE head is the dense kind with all norms, and whether `fc` has a bias."""
+    """The tensors that a file must and may hold. Where the configuration says nothing, `found`, the
+    names in the file, decides: whether an EAGLE head is the dense kind with all norms, and whether
+    `fc` has a bias."""
     arch, hidden = config.arch, config.arch.hidden_size
     required = _layers(arch)
     inputs = config.feature_size + (hidden if config.kind == "eagle" else 0)
@@ -95,13 +96,13 @@ def _add_eagle3(
     whole_vocab = config.draft_vocab_size == arch.vocab_size
     if not whole_vocab:
         required[D2T] = optional.pop(D2T)
-    if hidden != target.hidden_size:  # the target's rows are of another width
+    if hidden != target.hidden_size:  # the target's rows have another width
         required[EMBEDDING] = optional.pop(EMBEDDING)
     if hidden != target.hidden_size or not whole_vocab:
         required[LM_HEAD] = optional.pop(LM_HEAD)
 
 
 def _layers(arch: LlamaArch) -> dict[str, Shape]:
-    """The tensors of ordinary layers and of the final norm."""
+    """The tensors of ordinary layers and the final norm."""
     names = {name.removeprefix("model."): shape for name, shape in expected_tensors(arch).items()}
     return {n: shape for n, shape in names.items() if n.startswith("layers.") or n == FINAL_NORM}

@@ -1,4 +1,4 @@
-"""Committed tokens that a draft head has yet to take in, where the host may look at values."""
+"""Committed tokens that a draft head has not processed yet. The host reads their values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Features = tuple[Tensor, ...]  # one [C, H target] per tapped layer
 
 @dataclass(slots=True)
 class Pending:
-    """Tokens of the running rows, step after step, each with the target's features."""
+    """Tokens of the running rows over several steps, each with the target's features."""
 
     num_tokens: int = 0
     _parts: list[Committed] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Pending:
     _ends: dict[int, int] = field(default_factory=dict)  # line -> position after its newest token
 
     def add(self, committed: Committed, features: Features) -> None:
-        """Keep tokens, which must follow those before, and their features [C, H]."""
+        """Keep tokens and their features [C, H]. They must follow the tokens kept before."""
         assert self.followed_by(committed)
         self._parts.append(committed)
         self._features.append(features)
@@ -31,25 +31,25 @@ class Pending:
         self._ends |= {line: end for line, _, end in _spans(committed)}
 
     def followed_by(self, committed: Committed) -> bool:
-        """Whether every row continues where its tokens in here end."""
+        """Whether every row continues where its pending tokens end."""
         return all(self._ends.get(line, start) == start for line, start, _ in _spans(committed))
 
     def merge(self) -> tuple[Committed, Features]:
-        """All of them, one span per row that has any, and all features [C, H] as they came:
-        `features` of the tokens counts them."""
+        """All pending tokens, one span per row that has any, and all features [C, H] in order of
+        arrival; `features` of the tokens are indices into these."""
         by_layer = zip(*self._features, strict=True)
         return _merge(self._parts), tuple(torch.cat(seen) for seen in by_layer)
 
 
 def _spans(committed: Committed) -> list[tuple[int, int, int]]:
-    """Line, first position and position after the last one of every row that has tokens."""
+    """Line, first position and end position of every row that has tokens."""
     cu, positions = committed.cu.tolist(), committed.positions.tolist()
     spans = zip(committed.lines.tolist(), cu[:-1], cu[1:], strict=True)
     return [(line, positions[a], positions[b - 1] + 1) for line, a, b in spans if b > a]
 
 
 def _merge(parts: Sequence[Committed]) -> Committed:
-    """Rows without tokens left out. `features` counts the tokens of all parts in order."""
+    """Merge the parts, without empty rows. `features` numbers the tokens of all parts in order."""
     line_of = torch.cat([part.lines.repeat_interleave(part.cu.diff()) for part in parts])
     order = line_of.argsort(stable=True)
     counts = line_of.bincount()
@@ -69,7 +69,7 @@ def _merge(parts: Sequence[Committed]) -> Committed:
 
 
 def _newest_tables(parts: Sequence[Committed], lines: Tensor) -> Tensor:
-    """Block tables of `lines` [B] as they were given last."""
+    """The most recent block tables of `lines` [B]."""
     width = max(part.block_tables.shape[1] for part in parts)
     known = parts[0].block_tables.new_zeros(max(int(part.lines.max()) for part in parts) + 1, width)
     for part in parts:

@@ -19,8 +19,8 @@ from engine.step.shape import TreeShape
 from engine.step.tree import DraftTree
 from kernels.ops import AttentionMeta
 
-FIRST_ENTRY = 1  # there is no entry for position 0: no token before it, so no feature
-MAX_PENDING = 64  # tokens; linear layers do not get cheaper per token with more of them
+FIRST_ENTRY = 1  # position 0 has no entry: no token is before it, so there is no feature
+MAX_PENDING = 64  # tokens; with more, linear layers do not get cheaper per token
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 class DraftProposer:
     """Implements `Proposer`.
 
-    The entry made from token i and the target's feature of token i - 1 lies in slot i, in pages of
-    its own under the target's block tables: prefix hits, preemption and release follow by
-    themselves. After each step the newest token of a row (its next root) has its entry already, and
-    its state is kept per line until `draft` grows a tree from it.
+    The entry of token i is computed from that token and the target's feature of token i - 1. It
+    lies in slot i of the head's own pages, under the target's block tables, so prefix hits,
+    preemption and release need no extra work. After each step the newest token of a row (its next
+    root) already has its entry, and its state is kept per line until `draft` grows a tree from it.
 
-    Where the host may look at values and no tree is asked for, steps only collect features, and the
-    head takes them in together: once there are `max_pending` tokens, before its next tree, and
-    before rows come or go. So no block of the prefix cache is found without its entries, and no
-    entry is written to a block that has passed to another row.
+    If the host may read values and no tree is wanted, steps only collect features. The head
+    processes them together: once there are `max_pending` tokens, before its next tree, and before
+    rows come or go. So every block of the prefix cache has its entries, and no entry is written to
+    a block that has passed to another row.
     """
 
     lookahead = 1
@@ -51,9 +51,9 @@ class DraftProposer:
         shared_noise: bool = True,
         max_pending: int = MAX_PENDING,
     ) -> None:
-        """`window`: entries further back are not looked at; None for all. Without `shared_noise`
-        drafts are ranked by likelihood alone, as if all requests were greedy. `max_pending`: 1 puts
-        nothing off."""
+        """`window`: number of newest entries that the head attends to; None: all. Without
+        `shared_noise` drafts are ranked by likelihood alone, as if all requests were greedy.
+        `max_pending`: 1 processes tokens at once."""
         self.tap = FeatureCollector(head.tap_layers)
         self.failed = False
         self._head = head
@@ -62,14 +62,14 @@ class DraftProposer:
         self._shared_noise = shared_noise
         self._scratch = Scratch(ctx.kv.num_blocks - 1, ctx.kv.block_size)
         device = ctx.kv.device
-        # By line; the last line is that of padding rows.
+        # By line; padding rows use the last line.
         self._states = torch.zeros(
             num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=device
         )
         self._positions = torch.full((num_lines + 1,), -1, dtype=torch.int64, device=device)
         self._max_pending = max_pending
         self._pending = Pending()
-        self._drafted = False  # whether trees were asked for in this step
+        self._drafted = False  # whether this step grew trees
 
     def admit(self, lines: Sequence[int]) -> None:
         if lines:
@@ -102,8 +102,8 @@ class DraftProposer:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Draft nothing any more: what the head has in its cache can no longer be trusted. Of
-        several ranks, others may wait for this one's part: then the exception passes."""
+        """Stop drafting: the head's cache can no longer be trusted. With several ranks the
+        exception is raised again, since others may wait for this rank's part."""
         if self._ctx.group.size > 1:
             raise
         self.failed = True
@@ -111,7 +111,7 @@ class DraftProposer:
         logger.exception("the draft head failed; decoding continues without it")
 
     def _draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
-        """Rows whose root's state is known and sound draft; the others keep their root."""
+        """Rows draft if the state of their root is known and finite; others keep their root."""
         self._drafted = True
         self._settle()
         wanted = (roots.max_nodes > 1) & (self._positions[roots.lines] == roots.positions)
@@ -131,9 +131,9 @@ class DraftProposer:
     def _grow(
         self, roots: Roots, ready: Tensor, shape: TreeShape, limits: DraftLimits
     ) -> DraftTree:
-        """Trees of `shape`, cut to the nodes that rows have room for."""
+        """Trees of `shape`, cut to the nodes that each row has room for."""
         states = self._states[roots.lines]
-        # A row that drafts at all has slots for what the shape drafts besides its nodes.
+        # A row that drafts also has slots for nodes that the shape drafts but does not keep.
         room = torch.where(roots.max_nodes > 1, shape.slots_for(1), roots.max_nodes)
         grower = Grower(
             head=self._head,
@@ -152,7 +152,7 @@ class DraftProposer:
         if not committed.exact:
             self._take_in(committed, features)
             return
-        if not self._pending.followed_by(committed):  # a step done once more, to measure it
+        if not self._pending.followed_by(committed):  # a step that is repeated to measure it
             self._settle()
         self._pending.add(committed, features)
         drafted, self._drafted = self._drafted, False
@@ -160,7 +160,7 @@ class DraftProposer:
             self._settle()
 
     def _settle(self) -> None:
-        """Let the head take in what is pending."""
+        """Run the pending tokens through the head."""
         if self._pending.num_tokens == 0:
             return
         committed, by_layer = self._pending.merge()
@@ -168,7 +168,7 @@ class DraftProposer:
         self._take_in(committed, tuple(seen[committed.features] for seen in by_layer))
 
     def _take_in(self, committed: Committed, features: Features) -> None:
-        """Run entries through the head; the last entry of each row leaves the state of its line."""
+        """Run entries through the head, and keep the state of each row's last entry by line."""
         counts = committed.cu.diff()
         last = (committed.cu[1:] - 1).clamp(min=0)
         newest = committed.positions[last]
@@ -190,11 +190,11 @@ class DraftProposer:
         states = self._head.forward(self._head.fuse(features, self._ctx), batch, self._ctx)
         lines = committed.lines
         self._states.index_put_((lines,), states[last])
-        # A row without entries is at its end: what its line knows is of no use.
+        # A row without entries is at its end, so the state of its line is useless.
         self._positions.index_put_((lines,), torch.where(counts > 0, newest, -1))
 
     def _first_keys(self, prefix_lens: Tensor) -> Tensor:
-        """The first entry that is looked at, [B] int32; padding rows have no prefix."""
+        """The first entry that is attended to, [B] int32; padding rows have no prefix."""
         if self._window is None:
             return prefix_lens.clamp(max=FIRST_ENTRY).int()
         first = (prefix_lens - self._window).clamp(min=FIRST_ENTRY)

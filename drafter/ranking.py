@@ -1,8 +1,8 @@
-"""Which tokens to put behind a node: the likeliest, seen with the noise of the position.
+"""Choose the tokens after a node: the likeliest, given the noise of the position.
 
-The target will draw argmax(log p / T + noise), and the noise is known: it belongs to (seed,
-position, token). So the best guess is argmax(log q / T + noise). That changes the output in no way
-and lifts acceptance at temperature 1 close to that of greedy decoding.
+The target will draw argmax(log p / T + noise), and the noise is known: it is a function of (seed,
+position, token). So the best guess is argmax(log q / T + noise). This never changes the output, and
+it raises acceptance at temperature 1 close to that of greedy decoding.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from torch import Tensor
 
 from kernels.sampling.reference import gumbel, noise_bits, noise_keys
 
-NUM_CANDIDATES = 64  # per node: noise is looked at for these only, the likeliest without it
+NUM_CANDIDATES = 64  # per node: only these, the likeliest without noise, get their noise
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What decides the draws of the nodes at hand, R of them."""
+    """What determines the draws of R nodes."""
 
     temperatures: Tensor  # [R] float32, 0 is greedy
     seeds: Tensor  # [R] int64
-    positions: Tensor  # [R] int64, of the token behind each node
+    positions: Tensor  # [R] int64, of the token after each node
     any_sampled: bool  # False: all are greedy
 
 
 def best_children(
     logits: Tensor, count: int, noise: Noise, target_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The `count` best tokens behind each node, the best first.
+    """The `count` best tokens after each node, the best first.
 
     Args:
         logits: [R, Vd] of the draft head.
-        target_ids: [Vd] the target's id of each draft token; None when they are the same.
+        target_ids: [Vd] the target's id of each draft token; None if they are equal.
 
     Returns:
-        [R, count] target token ids, and [R, count] float32 scores: how likely each is to be drawn
-        (log-probability, given the noise).
+        [R, count] target token ids, and [R, count] float32 scores: the log-probability that each is
+        drawn, given the noise.
     """
     width = min(max(NUM_CANDIDATES, count), logits.shape[1])
     if not noise.any_sampled:

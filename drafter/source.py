@@ -1,4 +1,4 @@
-"""Turn what the user calls a draft head into a directory on this machine. Imports no torch."""
+"""Find the directory of the draft head that the user names. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ACCEPTED = (
 
 
 def resolve_draft(draft: str | None, model: str, *, config_only: bool = False) -> Path | None:
-    """The directory of the head `draft` (see `ACCEPTED`) for `model`, a source of the target; None
-    for no head. With `config_only` a hub is asked for the configuration alone. FileNotFoundError
-    says what is accepted, or why the hub gave nothing."""
+    """The directory of the head `draft` (see `ACCEPTED`) for the target named `model`; None for no
+    head. With `config_only` only the configuration is fetched from a hub. FileNotFoundError says
+    what is accepted, or why the hub gave nothing."""
     if draft == AUTO:
         draft = next((head for head, target in SHIPPED.items() if target == model), None)
     if draft is None:

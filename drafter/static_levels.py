@@ -1,4 +1,4 @@
-"""Static shapes level by level, as tensors of the device that grows them; made once."""
+"""Static tree shapes by level, as tensors on the drafting device; made once per shape."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from engine.step.shape import StaticShape, signed
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The nodes of one depth that have children: only these go through the head."""
+    """The nodes of one depth that have children; only these go through the head."""
 
     nodes: Tensor  # [n] int64
-    above: Tensor  # [n] int64, their parents; the root's is the root
+    above: Tensor  # [n] int64, their parents; the root counts as its own parent
     most_children: int
 
 
@@ -51,11 +51,11 @@ def levels_of(shape: StaticShape, device: torch.device) -> Levels:
 def children_of(
     shape: StaticShape, depth: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Which nodes are filled with which candidates of the nodes above, `width` of each.
+    """Which child takes which candidate; each of the level's n nodes has `width` candidates.
 
     Returns:
         nodes: [m] int64, of depth `depth` + 1.
-        candidates: [m] int64, place among the n * width candidates of the level.
+        candidates: [m] int64, index among the n * width candidates of the level.
     """
     nodes, candidates = [], []
     for place, parent in enumerate(_with_children(shape, depth)):

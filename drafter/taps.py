@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 class FeatureCollector:
-    """Implements `FeatureTap`: keeps what passed by in the current forward, by reference (the model
-    makes a new tensor for every tap)."""
+    """Implements `FeatureTap`: keeps references to the current forward's hidden states. The model
+    makes a new tensor for every tap."""
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         self._order = layers

@@ -1,5 +1,5 @@
-"""Between a head's draft vocabulary and the target's, as EAGLE-3 heads store it: `d2t` holds
-target id minus draft id, `t2d` marks the target ids that a draft can name."""
+"""The map from a head's draft vocabulary to the target's, as EAGLE-3 heads store it: `d2t` holds
+target id minus draft id, `t2d` marks the target ids in the draft vocabulary."""
 
 from __future__ import annotations
 
@@ -47,5 +47,6 @@ def check_mask(t2d: Tensor, target_ids: Tensor) -> None:
 
 
 def is_identity(target_ids: Tensor, vocab_size: int) -> bool:
-    """Whether the draft vocabulary is the target's, id by id."""
+    """Whether every draft id equals its target id, and the vocabularies have the same size."""
+
     return len(target_ids) == vocab_size and not offsets_of(target_ids).any()

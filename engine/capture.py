@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 import msgspec
 
-from configs.schema import CaptureConfig
 from engine.request import FinishReason, Sequence
 
 QUEUE_SIZE = 256  # sequences that wait for the disk
@@ -40,11 +39,12 @@ class CapturedSequence(msgspec.Struct, frozen=True):
 class CaptureWriter:
     """Implements `SequenceSink`. Only the thread that steps the engine calls `take` and `close`."""
 
-    def __init__(self, config: CaptureConfig, queue_size: int = QUEUE_SIZE) -> None:
-        """Raises OSError or ValueError unless files can be made in `config.dir`."""
-        assert config.dir is not None
-        self._shards = ShardWriter(config.dir, config.max_bytes, config.shard_tokens)
-        self._sample_rate = config.sample_rate
+    def __init__(
+        self, shards: ShardWriter, sample_rate: float, queue_size: int = QUEUE_SIZE
+    ) -> None:
+        """`shards`: used only by the writing thread. `sample_rate`: share of the sequences."""
+        self._shards = shards
+        self._sample_rate = sample_rate
         self._queue: queue.Queue[CapturedSequence | None] = queue.Queue(queue_size)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._write, name="capture", daemon=True)
@@ -119,7 +119,8 @@ class ShardWriter:
     """Shards of one directory. Not thread-safe."""
 
     def __init__(self, folder: Path, max_bytes: int, shard_tokens: int) -> None:
-        """`max_bytes` bounds all shards in the folder, those of earlier runs too."""
+        """`max_bytes` bounds all shards in the folder, those of earlier runs too. ValueError unless
+        files can be made there."""
         self.folder = folder
         self._shard_tokens = shard_tokens
         self._file: BinaryIO | None = None
@@ -140,13 +141,11 @@ class ShardWriter:
 
     def write(self, line: bytes, num_tokens: int) -> None:
         """Add a line; complete the shard once it has `shard_tokens`. OSError when that fails."""
-        if self._file is None:
-            self._open()
-        assert self._file is not None
+        file = self._file or self._open()
         self._num_lines += 1
         self._num_tokens += num_tokens
         self._left -= len(line)
-        self._file.write(line)
+        file.write(line)
         if self._num_tokens >= self._shard_tokens:
             self.finish()
 
@@ -171,7 +170,7 @@ class ShardWriter:
             self._path.with_name(self._path.name + PART).unlink()
         return self._num_lines
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
         """Open a new shard, numbered after all others, complete or not."""
         self._path = self.folder / f"captured-{self._next:05}.jsonl"
         part = f"{self._path}{PART}"
@@ -179,6 +178,7 @@ class ShardWriter:
         self._file = os.fdopen(number, "wb")
         self._next += 1
         self._num_lines = self._num_tokens = 0
+        return self._file
 
 
 def is_sampled(request_id: str, rate: float) -> bool:

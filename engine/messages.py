@@ -93,6 +93,21 @@ class DraftSwapped(msgspec.Struct, frozen=True, tag="draft_swapped"):
     error: str | None = None
 
 
+class OperationBackend(msgspec.Struct, frozen=True):
+    """The backend of an operation: `kernels.ops.Backend` for a process without torch."""
+
+    name: str
+    reason: str | None = None
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether plain torch replaces a faster backend that is not available."""
+        return self.name == "reference" and self.reason is not None
+
+    def __str__(self) -> str:
+        return self.name if self.reason is None else f"{self.name} ({self.reason})"
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Sent once, when the engine can take requests."""
 
@@ -101,9 +116,14 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     num_blocks: int
     block_size: int
     eos_token_ids: list[int]
-    ops: dict[str, str]  # operation -> backend
+    ops: dict[str, OperationBackend]  # by operation
     device: str
     draft: DraftFacts | None = None  # None: no draft head
+
+    @property
+    def ops_in_words(self) -> dict[str, str]:
+        """The backends as text, for people."""
+        return {name: str(backend) for name, backend in self.ops.items()}
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):

@@ -21,9 +21,9 @@ from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
-    """A weight in the layout its backend wants, made once by `ops.pack_linear`."""
+    """A weight in its backend's layout, made once by `ops.pack_linear`."""
 
-    data: Tensor  # backend's own layout
+    data: Tensor  # in the backend's layout
     bias: Tensor | None  # [N] float32
     out_features: int
     in_features: int
@@ -35,12 +35,11 @@ class AttentionMeta:
 
     Row b owns queries cu_q[b] .. cu_q[b+1]-1. They attend to cache positions
     first_keys[b] .. prefix_lens[b]-1 without a mask, and to the row's own suffix, whose KV was
-    written to cache positions prefix_lens[b] + i. `ancestors[t]` is a bit mask over suffix entries
-    (bit i set: query t sees entry i; its own bit is set, unless nobody looks at its result; entries
-    may come from an earlier forward); 0 means causal, as in a prefill chunk, which may be longer
-    than 64. A position p of row b lies at slot block_tables[b, p // S] * S + p % S. All but the
-    tables are contiguous, and so is each row of those: kernels take entry i to lie i places after
-    the first.
+    written to cache positions prefix_lens[b] + i. `ancestors[t]` is a bit mask over suffix entries:
+    bit i set means that query t sees entry i. Its own bit is set, unless nothing reads its result;
+    entries may come from an earlier forward. A mask of 0 means causal, as in a prefill chunk, which
+    may be longer than 64. Position p of row b lies at slot block_tables[b, p // S] * S + p % S.
+    All tensors are contiguous, except that the rows of block_tables may lie apart.
     """
 
     cu_q: Tensor  # [B + 1] int32
@@ -54,10 +53,10 @@ class AttentionMeta:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What carries out an operation."""
+    """The implementation of an operation."""
 
     name: str  # "reference" | "native" | "triton" | "cublas"
-    # Why the reference stands in for something quicker, or the instructions that the name omits
+    # Why the slower reference is used, or a special instruction set ("amx")
     reason: str | None = None
 
     def __str__(self) -> str:
@@ -66,7 +65,7 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """All operations of one backend mix, plus the backend of each."""
+    """All operations, and the backend of each."""
 
     # (weight [N, K] of the storage dtype, bias [N] or None) -> LinearWeight
     pack_linear: Callable[[Tensor, Tensor | None], LinearWeight]
@@ -90,10 +89,10 @@ class Ops:
     silu_and_mul: Callable[[Tensor], Tensor]
     # (logits [R, V] float32) -> [R] int64
     argmax: Callable[[Tensor], Tensor]
-    # (logits [R, V] float32, edits) -> [R, V] a copy after penalties and bias. This and the next
-    # two: see kernels/sampling/pipeline_reference.py
+    # (logits [R, V] float32, edits) -> [R, V] a copy after penalties and bias. For this and the
+    # next two see kernels/sampling/pipeline_reference.py
     edit_logits: Callable[[Tensor, LogitEdits], Tensor]
-    # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits are left as they are
+    # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits stay unchanged
     draw: Callable[[Tensor, DrawSettings], Tensor]
     # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
     # best under the raw logits

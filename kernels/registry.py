@@ -1,4 +1,4 @@
-"""Fills the operation table: one backend per operation, chosen once, never replaced afterwards."""
+"""Fills the operation table: one backend per operation, chosen once and never replaced."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPERATIONS = (
     "tree_ancestors",
     "tree_walk",
 )
-# In plain torch on every CPU
+# The native backend runs these in plain torch
 TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors", "tree_walk")
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -57,16 +57,16 @@ def build_ops(
     """Choose a backend for every operation.
 
     Args:
-        backend: "reference", "native" (C++, CPU only), "triton" (CUDA only) or "auto": native or
-            Triton, whichever the device runs, where it can be had, else reference; `Ops.backends`
-            then says why.
-        storage_dtype: of weights and KV cache.
+        backend: "reference", "native" (C++, CPU only), "triton" (CUDA only) or "auto": native on a
+            CPU, Triton on a CUDA device, and reference where these cannot run; `Ops.backends` then
+            says why.
+        storage_dtype: type of the weights and the KV cache.
         num_threads: CPU threads of the native operations.
-        cache_dir: where the native library is compiled to and found again.
+        cache_dir: folder of the compiled native library.
 
     Raises:
-        ValueError: no such backend, "native" on a device other than a CPU, "triton" on one other
-            than a CUDA device or where Triton is not installed.
+        ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
+            other than CUDA or without Triton installed.
         NativeUnavailableError: "native" was asked for and cannot be built here.
     """
     if backend not in BACKENDS:
@@ -102,10 +102,10 @@ def _triton_or_reference(backend: str, device: torch.device, storage_dtype: torc
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    """None where Triton's kernels run: on CUDA devices, in its interpreter (for tests) anywhere."""
+    """None if Triton's kernels can run: on CUDA devices, and in its interpreter (for tests)."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    import triton  # not above: HTTP processes and machines without a GPU do without it
+    import triton  # imported late: HTTP processes and machines without a GPU do not need it
 
     if device.type == "cuda" or triton.knobs.runtime.interpret:
         return None
@@ -116,12 +116,12 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
     path = build_library(cache_dir)
     try:
         return NativeLibrary(path, num_threads)
-    except OSError as error:  # a damaged file, or a folder mounted without execution
+    except OSError as error:  # a damaged file, or a folder mounted noexec
         raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
 
 
 def native_ops(native: NativeOps) -> Ops:
-    """The C++ kernels for every operation but edits and those on trees, which are small."""
+    """C++ kernels for all operations except logit edits and trees, which are small."""
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -187,8 +187,8 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
 def reference_ops(
     device: torch.device, storage_dtype: torch.dtype, reason: str | None = None
 ) -> Ops:
-    """Plain torch for everything; `reason` says why, unless it was asked for. On a CPU activations
-    are float32, elsewhere as stored."""
+    """Plain torch for everything; `reason` says why, or is None if the user chose it. Activations
+    are float32 on a CPU, elsewhere of the storage dtype."""
     on_cpu = device.type == "cpu"
     draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else pipeline.draw
     return Ops(

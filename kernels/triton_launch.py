@@ -1,8 +1,8 @@
-"""One launch of a Triton kernel as a value: it is run, or compiled for Hopper without a GPU.
+"""One launch of a Triton kernel as a value: run it, or compile it for Hopper without a GPU.
 
-Every `kernels/<operation>/triton_kernel.py` builds its launches with the function that also serves
-the engine, and lists in `launches()` those of the models we know, over tensors of the `meta`
-device. So what the tests compile for sm_90a is what the engine launches.
+Every `kernels/<operation>/triton_kernel.py` lists in `launches()` the launches of the models we
+know, over tensors of the `meta` device. The engine's function builds them, so the tests compile
+for sm_90a what the engine launches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-SM90 = GPUTarget("cuda", 90, 32)  # Triton makes it sm_90a
-SM90_SHARED_BYTES = 227 * 1024  # that one program can have
+SM90 = GPUTarget("cuda", 90, 32)  # Triton compiles it as sm_90a
+SM90_SHARED_BYTES = 227 * 1024  # most that one program can have
 WIDEST_LOAD = 128  # bits of one load of one thread
-_DIVISIBLE = 16  # what Triton compiles another kernel for, of integers and of addresses
+_DIVISIBLE = 16  # Triton specialises kernels for integers and addresses divisible by this
 _POINTEES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -43,28 +43,27 @@ _POINTEES = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel with all that it is launched with.
+    """A kernel with its arguments, grid and options.
 
     `arguments` holds every parameter of the kernel that has no default: tensors, numbers and
-    compile-time constants. `grid` may depend on shapes and on host integers only.
+    compile-time constants. `grid` may depend only on shapes and host integers.
     """
 
-    name: str  # unique: the operation and what tells its configurations apart
-    kernel: Any  # what @triton.jit made
+    name: str  # unique: the operation and the parameters that distinguish its configurations
+    kernel: Any  # result of @triton.jit
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    wgmma: bool = False  # its matrix products are large enough for Hopper's own instruction
-    min_load_bits: int = 0  # what the widest loads from global memory must have at least
+    wgmma: bool = False  # its matrix products are large enough for Hopper's wgmma instruction
+    min_load_bits: int = 0  # its widest load from global memory must be at least this wide
 
     def run(self) -> None:
         if 0 not in self.grid:
             self.kernel[self.grid](**self.arguments, **self.options())
 
     def options(self) -> dict[str, Any]:
-        """What the compiler is told besides the arguments. Fused multiply-add is asked for, since
-        Triton changes its default."""
+        """Compiler options. They set fused multiply-add, because Triton's default varies."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -74,10 +73,10 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What ptxas gave a kernel, and which instructions it chose."""
+    """Resources and instructions of a kernel that ptxas compiled."""
 
     registers: int  # per thread
-    spill_bytes: int  # of local memory per thread: registers that did not fit
+    spill_bytes: int  # local memory per thread for registers that did not fit
     spill_accesses: int  # loads and stores of local memory
     shared_bytes: int  # per program
     wgmma: int  # instructions
@@ -93,7 +92,7 @@ def compile_for_sm90a(launch: Launch) -> Resources:
     """Compile a launch for Hopper; no GPU is needed.
 
     Raises:
-        triton.CompilationError and what else the compiler finds.
+        triton.CompilationError and other errors of the compiler.
     """
     assert isinstance(launch.kernel, JITFunction), "interpreted kernels cannot be compiled"
     compiled = triton.compile(_source(launch), target=SM90, options=launch.options())
@@ -101,7 +100,7 @@ def compile_for_sm90a(launch: Launch) -> Resources:
 
 
 def problems(launch: Launch, found: Resources) -> list[str]:
-    """What a compiled launch must not have."""
+    """Faults of a compiled launch, one a line; empty if there are none."""
     lines = []
     if found.spill_bytes or found.spill_accesses:
         lines.append(f"spills {found.spill_bytes} bytes, {found.spill_accesses} accesses")
@@ -115,8 +114,8 @@ def problems(launch: Launch, found: Resources) -> list[str]:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The arguments typed and specialised as Triton does when it launches: the integer 1 and None
-    become constants, divisibility by 16 is made known."""
+    """The arguments, typed and specialised as Triton does at launch: the integer 1 and None become
+    constants, and divisibility by 16 is recorded."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments.get(parameter.name, parameter.default)
@@ -181,7 +180,7 @@ _COUNTED = ("STL", "LDL", "HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA")
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """What the kernel takes, and its machine code as text."""
+    """The kernel's resource usage and its machine code, both as text."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -200,7 +199,7 @@ def _instructions(sass: str) -> Iterator[str]:
 
 
 def _load_bits(instruction: str) -> int:
-    """Bits that one thread loads: 32 where the name says nothing."""
+    """Bits that one thread loads: 32 if the name gives no width."""
     for part in instruction.split("."):
         if part in ("U8", "S8"):
             return 8

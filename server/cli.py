@@ -35,7 +35,7 @@ def _group(
         ),
     ] = False,
 ) -> None:
-    """Sub-commands share nothing."""
+    """Options before the sub-command."""
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Which Aerie this is."""
+"""The version of Aerie."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ UNKNOWN = "0+unknown"
 
 
 def version() -> str:
-    """Of the installed distribution; `UNKNOWN` where the code runs without being installed."""
+    """Version of the installed distribution; `UNKNOWN` if the code runs without installation."""
     try:
         return importlib.metadata.version("aerie")
     except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the native library is compiled, once per test session."""
+    """The folder of the native library, which is compiled once per test session."""
     return tmp_path_factory.mktemp("native")
 
 
@@ -30,7 +30,7 @@ def reference_ops(native_cache: Path) -> Ops:
 
 @pytest.fixture(scope="session")
 def native_ops(native_cache: Path) -> Ops:
-    """Native operations over float32 storage; skipped, with the reason, where none can be built."""
+    """Native operations over float32 storage; skips tests, with the reason, without them."""
     ops = build_ops("auto", CPU, torch.float32, 2, native_cache)
     if ops.backends["linear"].name != "native":
         pytest.skip(f"no native kernels here: {ops.backends['linear']}")
@@ -39,7 +39,7 @@ def native_ops(native_cache: Path) -> Ops:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch's products in tests are so small that they only wait for a second one."""
+    """One torch thread: products in tests are so small that a second one only costs time."""
     with own_torch_threads():
         torch.set_num_threads(1)
         yield
@@ -47,5 +47,5 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny_engine(native_ops: Ops) -> TinyEngine:
-    """A tiny random model over the native operations, whose results do not depend on the batch."""
+    """A tiny random model over the native operations: results do not depend on the batch."""
     return TinyEngine(random_llama(), native_ops)

@@ -1,4 +1,4 @@
-"""From checked tensors to a head."""
+"""Build a head from checked tensors."""
 
 from __future__ import annotations
 
@@ -14,45 +14,71 @@ from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
 from drafter.heads.layer import DraftLayer
 from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.stored import ReadStored
 from engine.models.layers import GatheredLinear, VocabParallelEmbedding
 from engine.models.loading import LayerLoader
-from engine.parallel.shard import Shard
+from engine.models.place import Place
+from engine.parallel.shard import WHOLE, check_degree
 from kernels.ops import LinearWeight, Ops
 
-COMPARED_ROWS = 4096  # of a vocabulary at a time
+COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
 
 LoadedHead = EagleHead | Eagle3Head
 
 
 @dataclass(frozen=True, slots=True)
 class TargetWeights:
-    """What a head may share: embedding and LM head, of each this rank's rows, packed."""
+    """Weights that a head may share: this rank's rows of the embedding and LM head, packed."""
 
     arch: LlamaArch
-    shard: Shard
     embedding: LinearWeight
     lm_head: LinearWeight
 
 
 @dataclass(frozen=True, slots=True)
 class HeadBuilder:
-    """Builds a head of `config` from the tensors `names`, which `blocks` reads: layers and `fc` cut
-    as `blocks` says, the vocabulary as the target's."""
+    """Builds heads for one target at its place: layers and `fc` cut as the target is, or
+    `replicated`, whole on each rank; the vocabulary always as the target's."""
+
+    target: TargetWeights
+    place: Place
+    max_len: int  # positions that can be drafted at
+    replicated: bool = False
+
+    @property
+    def layers_place(self) -> Place:
+        """Where layers and `fc` lie, and their pages."""
+        return replace(self.place, shard=WHOLE) if self.replicated else self.place
+
+    def build(self, config: HeadConfig, names: Collection[str], read: ReadStored) -> LoadedHead:
+        """A head of `config` from the tensors `names`. ValueError, without the file's name, where
+        it cannot be cut over so many ranks or the vocabularies do not fit together."""
+        place = self.layers_place
+        setting = "speculation.draft_parallel = sharded, parallel.tensor"
+        check_degree(config.arch, place.shard.size, setting)
+        blocks = LayerLoader.of(config.arch, read, place, self.max_len)
+        tables = replace(blocks, place=self.place)
+        return _Parts(config, self.target, names, blocks, tables).head()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Reads the parts of one head."""
 
     config: HeadConfig
     target: TargetWeights
     names: Collection[str]
-    blocks: LayerLoader
+    blocks: LayerLoader  # of layers and `fc`
+    tables: LayerLoader  # of what has a row for every token
 
-    def build(self) -> LoadedHead:
-        """ValueError, without the file's name, where the vocabularies do not fit together."""
+    def head(self) -> LoadedHead:
         return self._eagle() if self.config.kind == "eagle" else self._eagle3()
 
     def _eagle(self) -> EagleHead:
         has_norm = manifest.FINAL_NORM in self.names
         return EagleHead(
             arch=self.config.arch,
-            shard=self.blocks.shard,
+            shard=self.blocks.place.shard,
             tap_layers=self.config.tap_layers(self.target.arch),
             embedding=self._embedding(),
             fc=self._fc(),
@@ -64,7 +90,7 @@ class HeadBuilder:
     def _eagle3(self) -> Eagle3Head:
         return Eagle3Head(
             arch=self.config.arch,
-            shard=self.blocks.shard,
+            shard=self.blocks.place.shard,
             tap_layers=self.config.tap_layers(self.target.arch),
             target_ids=self._target_ids(),
             embedding=self._embedding(),
@@ -106,28 +132,26 @@ class HeadBuilder:
         )
 
     def _own_or_shared(self, name: str, size: int, shared: LinearWeight) -> LinearWeight:
-        """This rank's rows of the file's weight, unless it has none or repeats the target's."""
+        """This rank's rows of the file's weight; `shared` if the file has none or an equal one."""
         if f"{name}.weight" not in self.names:
             return shared
-        tables = replace(self.blocks, shard=self.target.shard)
-        own = tables.padded(f"{name}.weight", size, self.blocks.dtype)
-        if same_rows(own, shared, self.blocks.ops):
-            return shared
-        return self.blocks.ops.pack_linear(own, None)
+        place = self.tables.place
+        own = self.tables.padded(f"{name}.weight", size, place.dtype)
+        return shared if same_rows(own, shared, place.ops) else place.ops.pack_linear(own, None)
 
     def _target_ids(self) -> Tensor | None:
         size = self.config.arch.vocab_size
         if manifest.D2T in self.names:
-            ids = vocab.target_ids_of(self.blocks.read(manifest.D2T)[:], size)
+            ids = vocab.target_ids_of(self.tables.read(manifest.D2T)[:], size)
         else:
             ids = torch.arange(size)
         if manifest.T2D in self.names:
-            vocab.check_mask(self.blocks.read(manifest.T2D)[:], ids)
-        return None if vocab.is_identity(ids, size) else ids.to(self.blocks.device)
+            vocab.check_mask(self.tables.read(manifest.T2D)[:], ids)
+        return None if vocab.is_identity(ids, size) else ids.to(self.tables.place.device)
 
 
 def same_rows(own: Tensor, packed: LinearWeight, ops: Ops) -> bool:
-    """Whether `packed`, read row by row, is `own` [V, H]."""
+    """Whether the rows of `packed` equal `own` [V, H]."""
     if own.shape != (packed.out_features, packed.in_features):
         return False
     for first in range(0, len(own), COMPARED_ROWS):

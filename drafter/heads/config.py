@@ -12,8 +12,8 @@ Json = Mapping[str, Any]
 Kind = Literal["eagle", "eagle3"]
 T = TypeVar("T", int, bool)
 
-# Names given by the reference, SGLang, SpecForge, NVIDIA, vLLM and speculators. Files of the
-# reference call both kinds LlamaForCausalLM, and only those of EAGLE-3 have the keys below.
+# Names used by the reference, SGLang, SpecForge, NVIDIA, vLLM and speculators. Files of the
+# reference call both kinds LlamaForCausalLM; only EAGLE-3 files have the keys below.
 EAGLE_ARCHITECTURES = frozenset(
     {ARCHITECTURE, "LlamaForCausalLMEagle", "EagleLlamaForCausalLM", "EagleSpeculator"}
 )
@@ -24,7 +24,7 @@ EAGLE3_KEYS = ("draft_vocab_size", "eagle_config")
 FC_BIAS_KEYS = ("fusion_bias", "eagle_fc_bias", "bias")
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 
-# Options of some heads, with the one value whose arithmetic is built here.
+# Options of some heads, with the only value that is implemented here.
 ONLY = {
     "layernorms": False,
     "add_para_norm": False,
@@ -40,18 +40,18 @@ ONLY = {
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """Everything about a head but its weights and its target.
+    """Everything about a head except its weights and its target.
 
-    `arch` is the shape of its decoder layers, as if they were a small Llama; its `vocab_size` is
-    the target's, its `rope_theta` the file's own (10000 where the file names none, as in the
-    reference), whatever the target uses.
+    `arch` describes its decoder layers as a small Llama. Its `vocab_size` is the target's. Its
+    `rope_theta` is the file's (10000 if the file has none, as in the reference) and may differ from
+    the target's.
     """
 
     kind: Kind
     arch: LlamaArch
     draft_vocab_size: int  # rows of the LM head
     target_hidden_size: int
-    fc_bias: bool | None = None  # None: the file says by holding `fc.bias` or not
+    fc_bias: bool | None = None  # None: there is one if the file holds `fc.bias`
     norm_before_residual: bool = False  # EAGLE-3: the residual starts after `hidden_norm`
     aux_layers: tuple[int, ...] | None = None  # EAGLE-3: target layers whose input is read
 
@@ -70,7 +70,7 @@ class HeadConfig:
 
     @classmethod
     def from_json(cls, config: Json) -> HeadConfig:
-        """Read a config.json. Anything that would need other arithmetic raises ValueError."""
+        """Read a config.json. ValueError for an option that is not implemented."""
         kind = _kind(config)
         _refuse_unsupported(config)
         layers = _layers(config)
@@ -89,13 +89,13 @@ class HeadConfig:
 
     @property
     def feature_size(self) -> int:
-        """Width of what `fc` reads of the target, [C, feature_size]."""
+        """Width of the target's features [C, feature_size] that `fc` reads."""
         if self.kind == "eagle":
             return self.target_hidden_size
         return self.target_hidden_size * (3 if self.aux_layers is None else len(self.aux_layers))
 
     def tap_layers(self, target: LlamaArch) -> tuple[int, ...]:
-        """Target layers whose input the head reads; `num_layers` is behind the final norm."""
+        """Target layers whose input the head reads; `num_layers` is the final norm's output."""
         if self.kind == "eagle":
             return (target.num_layers,)
         layers = self.aux_layers
@@ -128,7 +128,7 @@ def _kind(config: Json) -> Kind:
 
 
 def _layers(config: Json) -> Json:
-    """The part that describes decoder layers; speculators nests it."""
+    """The part that describes decoder layers; speculators nests it in its own key."""
     if config.get("speculators_model_type") is None:
         return config
     if config.get("transformer_layer_config") is None:
@@ -154,8 +154,8 @@ def _fc_bias(config: Json) -> bool | None:
 
 
 def _aux_layers(config: Json) -> tuple[int, ...] | None:
-    """vLLM and speculators name, at the top, layers whose input is read; NVIDIA and SGLang name,
-    in `eagle_config`, layers whose output is read."""
+    """vLLM and speculators list layers whose input is read, at the top level; NVIDIA and SGLang
+    list layers whose output is read, in `eagle_config`."""
     inputs = _ids(config.get(AUX_IDS))
     outputs = _ids(_table(config, "eagle_config").get(AUX_IDS))
     if outputs is None:

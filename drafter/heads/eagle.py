@@ -20,8 +20,8 @@ class EagleHead:
     """Predicts the target's next feature from a token's embedding and the feature before it
     (implements `DraftHead`).
 
-    Without `norm`, the stream behind the last layer is the state. With `norm` (the dense head), the
-    normalised stream is. The state goes to the LM head and back in as the next feature.
+    The state is the stream after the last layer, normalised if there is a `norm` (the dense head).
+    The LM head reads it, and it is the feature of the next entry.
     """
 
     arch: LlamaArch  # of the layers

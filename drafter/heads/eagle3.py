@@ -54,5 +54,5 @@ class Eagle3Head:
         embedded = self.embedding_norm(self.embedding(batch.token_ids, whole), whole)
         normed = self.feature_norm(features, whole)
         x = torch.cat((embedded, normed), dim=-1)
-        # Layers add to the stream in place, and the features are the caller's.
+        # Layers add to the stream in place, but the features belong to the caller.
         return x, normed if self.norm_before_residual else features.clone()

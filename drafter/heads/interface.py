@@ -16,8 +16,8 @@ from kernels.ops import AttentionMeta, Ops
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
-    """Packed entries of one draft forward. Entry c is made from the token at `positions[c]` and the
-    feature of the token before it, and lies in the slot of `positions[c]`."""
+    """Packed entries of one draft forward. Entry c is computed from the token at `positions[c]` and
+    the feature of the token before it; its KV lies in the slot of `positions[c]`."""
 
     token_ids: Tensor  # [C] int64, ids of the target's vocabulary
     positions: Tensor  # [C] int64
@@ -30,13 +30,13 @@ class DraftContext:
     """What a draft forward needs besides its batch."""
 
     ops: Ops
-    kv: KVStorage  # the head's own pages, one tensor pair per head layer
+    kv: KVStorage  # the head's own pages, one pair of tensors per layer of the head
     group: TPGroup = field(default_factory=TPGroup)  # the target's
 
 
 class DraftHead(Protocol):
-    """A loaded draft head. Stateless. Where several ranks share the target, each calls the same
-    methods with the same input and gets the same output, whole."""
+    """A loaded draft head, stateless. If several ranks share the target, each calls the same
+    methods with the same input and gets the same, whole output."""
 
     @property
     def arch(self) -> LlamaArch:
@@ -45,18 +45,18 @@ class DraftHead(Protocol):
 
     @property
     def shard(self) -> Shard:
-        """This rank's part of its layers; pages hold `shard.num_kv_heads` of them."""
+        """This rank's part of the layers; its pages hold `shard.num_kv_heads` KV heads."""
         ...
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
-        """Target layers whose input is fed to `fuse`, in order; the number of target layers stands
-        for the output of the final norm."""
+        """Target layers whose input `fuse` takes, in order; the number of target layers means the
+        output of the final norm."""
         ...
 
     @property
     def target_ids(self) -> Tensor | None:
-        """[Vd] int64, the target's token id of each draft id; None when they are the same."""
+        """[Vd] int64, the target's token id of each draft id; None if they are equal."""
         ...
 
     def fuse(self, features: tuple[Tensor, ...], ctx: DraftContext) -> Tensor:
@@ -64,10 +64,10 @@ class DraftHead(Protocol):
         ...
 
     def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
-        """[C, H] features -> [C, H] states: what `logits` takes, and the feature of the next
-        drafted token. Writes the entries' keys and values to their slots."""
+        """[C, H] features -> [C, H] states. `logits` takes a state, and it is the feature of the
+        next drafted token. Writes the entries' keys and values to their slots."""
         ...
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
-        """[C, H] -> [C, Vd] float32 over the draft vocabulary, for the token behind each entry."""
+        """[C, H] -> [C, Vd] float32 over the draft vocabulary, for the token after each entry."""
         ...

@@ -1,4 +1,4 @@
-"""The config.json of draft heads as others read it too."""
+"""The config.json of draft heads, in the layouts that other engines read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 
 
 def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
-    """For the reference, vLLM and SGLang alike; what `HeadConfig.from_json` reads back. ValueError
-    for a head of another kind, or whose layers `target` does not have."""
+    """For the reference, vLLM and SGLang; `HeadConfig.from_json` reads it back. ValueError for a
+    head of another kind, or one that reads layers which `target` does not have."""
     if config.kind != "eagle3":
         raise ValueError(f"a head of kind {config.kind!r} cannot be written as 'eagle3'")
     inputs = config.tap_layers(target)
@@ -24,7 +24,7 @@ def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,
-        # The same tensors twice: as the layers they enter, and as the layers they leave.
+        # The same tensors twice: as inputs and as outputs of layers.
         AUX_IDS: list(inputs),
         "eagle_config": {
             AUX_IDS: [layer - 1 for layer in inputs],
@@ -34,8 +34,8 @@ def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
 
 
 def eagle_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
-    """For the reference and vLLM, whose EAGLE heads are called Llamas; what `HeadConfig.from_json`
-    reads back. ValueError for a head of another kind, or with parts that this kind has not."""
+    """For the reference and vLLM, which call EAGLE heads Llamas; `HeadConfig.from_json` reads it
+    back. ValueError for a head of another kind, or with parts that this kind lacks."""
     if config.kind != "eagle":
         raise ValueError(f"a head of kind {config.kind!r} cannot be written as 'eagle'")
     for name, own, only in (

@@ -1,4 +1,4 @@
-"""Draft heads that were never trained: where training begins, and for tests and benchmarks."""
+"""Untrained draft heads: the start of training, and for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INIT_STD = 0.02  # of linear weights, as in transformers' Llama
 def eagle3_config(
     target: LlamaArch, draft_vocab_size: int | None = None, num_layers: int = 1
 ) -> HeadConfig:
-    """An EAGLE-3 head of the target's own widths, and of its vocabulary if no size is given."""
+    """An EAGLE-3 head with the target's widths, and with its vocabulary if no size is given."""
     arch = dataclasses.replace(
         target,
         num_layers=num_layers,
@@ -34,8 +34,8 @@ def random_eagle3(
     config: HeadConfig, target: LlamaArch, seed: int, std: float = INIT_STD
 ) -> dict[str, Tensor]:
     """Float32 tensors by common name, for `save_eagle3`: norms of ones, biases of zeros, the rest
-    drawn from N(0, std). The embedding is the target's, so it is among them only if the widths
-    differ."""
+    drawn from N(0, std). The embedding is shared with the target, so it is included only if the
+    widths differ."""
     if config.kind != "eagle3":
         raise ValueError(f"a head of kind {config.kind!r} is not 'eagle3'")
     expected = head_tensors(config, target, ())

@@ -1,1 +1,1 @@
-"""Training of draft heads: answers of the target, their tokens, and the head that learns them."""
+"""Training of draft heads on answers of the target."""

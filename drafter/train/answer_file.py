@@ -1,4 +1,4 @@
-"""A JSONL file of answered prompts that grows line by line and survives being stopped anywhere."""
+"""A JSONL file of answered prompts that grows line by line and survives interruption anywhere."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ START = b'{"id": '  # of every line
 
 
 class AnswerFile:
-    """Appends whole lines. `done` has the messages of what was there when it was opened, by id."""
+    """Appends whole lines. `done` has the messages of the lines found at opening, by id."""
 
     def __init__(self, path: Path) -> None:
         """Open or create; a torn last line, left by a killed process, is cut off.
 
         Raises:
             OSError: the file cannot be read or written.
-            ValueError: the file holds something else than answers; it is left as it is.
+            ValueError: the file holds something other than answers; it stays unchanged.
         """
         self._path = path
         self.done, self._size = _scan(path)
@@ -39,8 +39,8 @@ class AnswerFile:
         self._file.close()
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add one line; `id` must be the first key. OSError, with the file as before, when it
-        cannot be written whole."""
+        """Add one line; `id` must be the first key. OSError if it cannot be written whole; the file
+        is then as before."""
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
         assert line.startswith(START)
         try:
@@ -49,7 +49,7 @@ class AnswerFile:
                 written += self._file.write(line[written:])
         except OSError as error:
             self._file.truncate(self._size)
-            reason = f"{error.strerror}; the lines before are complete, run again to go on"
+            reason = f"{error.strerror}; the lines before are complete; run again to continue"
             raise OSError(error.errno, reason, str(self._path)) from error
         self._size += len(line)
 

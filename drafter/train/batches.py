@@ -1,4 +1,4 @@
-"""Which examples make which batch: a function of the seed alone, so that a run can resume."""
+"""Batches of examples. They depend only on the seed, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from drafter.train.encoding import Example
 from drafter.train.target import TargetFeatures
 from drafter.train.unroll import TrainBatch
 
-POOL = 2048  # examples that are sorted by length together, so that batches need little padding
+POOL = 2048  # examples sorted by length together, so that batches need little padding
 
 
 def batch_stream(lengths: Sequence[int], max_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of example numbers, each of at most `max_tokens` with padding (or of one
-    example); every example comes once per epoch."""
+    """Endless batches of example numbers. Each has at most `max_tokens` with padding, or is one
+    example; every example comes once per epoch."""
     for epoch in itertools.count():
         yield from epoch_batches(lengths, max_tokens, seed, epoch)
 
@@ -50,7 +50,7 @@ def cut(numbers: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list
 def collate(
     examples: Sequence[Example], features: Sequence[TargetFeatures], device: torch.device
 ) -> TrainBatch:
-    """Pad examples and what the target says about them."""
+    """Pad examples and the target's features of them."""
     longest = max(len(example.token_ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)
     is_answer = torch.zeros(len(examples), longest, dtype=torch.bool)
@@ -68,7 +68,7 @@ def collate(
 
 
 def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
-    """[B, length, ...], zeros behind each part."""
+    """[B, length, ...], with zeros after each part."""
     result = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
     for row, part in enumerate(parts):
         result[row, : len(part)] = part

@@ -1,4 +1,4 @@
-"""From a training configuration to a network with its first weights."""
+"""Build a network with its first weights from a training configuration."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class TargetTensors:
 
 
 def head_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
-    """The head that `settings` describe, or the published one that they say to go on from.
-    ValueError where the target cannot have it, or the published one is not what they describe."""
+    """The head that `settings` describe, or the published head that they train further. ValueError
+    if the head does not fit the target, or the published head does not match the settings."""
     if settings.init not in (FROM_TARGET, RANDOM):
         return published_config(settings, target)
     size = settings.draft_vocab_size
@@ -70,8 +70,8 @@ def build_network(
     dtype: torch.dtype,
     seed: int,
 ) -> DraftNetwork:
-    """A network with its first weights. `dtype`: in which the target's frozen rows are held;
-    `max_len`: positions that are trained.
+    """A network with its first weights. `dtype`: type of the target's frozen rows; `max_len`:
+    positions that are trained.
 
     Raises:
         ValueError: head.init does not fit the head.
@@ -95,8 +95,8 @@ def build_network(
 
 
 def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
-    """The configuration of the head in the directory that `settings.init` names. ValueError where
-    the head is not what the other settings describe, or cannot be trained."""
+    """The configuration of the head in the directory `settings.init`. ValueError if the head does
+    not match the other settings, or cannot be trained."""
     path = _published(settings)
     found, config = open_tensors(path), read_head_config(path, target)
     check_tensors(manifest.head_tensors(config, target, found), found, path)
@@ -124,8 +124,8 @@ def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
 
 
 def published_weights(path: Path, config: HeadConfig, target: TargetTensors) -> dict[str, Tensor]:
-    """Float32 weights of the head in the directory `path`, whose configuration `config` is.
-    ValueError where it has its own of what training shares with the target."""
+    """Float32 weights of the head in the directory `path`, which has the configuration `config`.
+    ValueError if the head has its own copy of a tensor that training shares with the target."""
     found = open_tensors(path)
     shared = {manifest.EMBEDDING: target.embedding}
     if config.kind == "eagle":

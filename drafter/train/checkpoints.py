@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: everything a resumed run needs to go on as if never stopped."""
+"""Checkpoints of a training run: all that a resumed run needs to continue as if never stopped."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
-SCRATCH = ".step-"  # begins the names of folders that are being written
+SCRATCH = ".step-"  # prefix of folders that are being written
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run has come. Order and noise of the data follow from seed and step alone."""
+    """How far a run has come. Seed and step alone determine order and noise of the data."""
 
     step: int  # optimizer steps done
     num_answer_tokens: int  # learnt from, over all processes
-    seconds: float  # of training, over all sittings
-    fingerprint: str  # of configuration and data: another run must not go on from here
+    seconds: float  # of training, before and after interruptions
+    fingerprint: str  # of configuration and data: another run must not resume from here
     num_skipped: int = 0  # steps whose gradient was not finite
 
 
@@ -38,10 +38,10 @@ class CheckpointFolder:
     def save(
         self, progress: Progress, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
     ) -> None:
-        """Write one, then drop the oldest beyond `keep`. OSError (a full disk, say) leaves earlier
-        ones as they were, and nothing half-written."""
+        """Write a checkpoint, then drop the oldest beyond `keep`. After an OSError (such as a full
+        disk) earlier ones are unchanged, and nothing half-written remains."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for torn in self.path.glob(f"{SCRATCH}*"):  # of a process that was killed
+        for torn in self.path.glob(f"{SCRATCH}*"):  # left by a killed process
             shutil.rmtree(torn)
         target = self.path / f"step-{progress.step:06d}"
         with tempfile.TemporaryDirectory(dir=self.path, prefix=SCRATCH) as scratch:
@@ -71,12 +71,12 @@ class CheckpointFolder:
 
 
 def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-    """Progress, weights and optimizer state. ValueError naming the file at fault."""
+    """Progress, weights and optimizer state. A ValueError names the bad file."""
     return load_progress(path), _tensors(path / WEIGHTS), _tensors(path / OPTIMIZER)
 
 
 def load_progress(path: Path) -> Progress:
-    """How far a checkpoint is. ValueError naming the file at fault."""
+    """The progress at a checkpoint. A ValueError names the bad file."""
     file = path / PROGRESS
     try:
         return Progress(**json.loads(file.read_text(encoding="utf-8")))
@@ -85,7 +85,7 @@ def load_progress(path: Path) -> Progress:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The float32 weights of a checkpoint. ValueError naming the file at fault."""
+    """The float32 weights of a checkpoint. A ValueError names the bad file."""
     return _tensors(path / WEIGHTS)
 
 
@@ -98,5 +98,5 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _damaged(file: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{file} is damaged: {error}; remove {file.parent}, to go on from an earlier checkpoint"
+        f"{file} is damaged: {error}; remove {file.parent} to resume from an earlier checkpoint"
     )

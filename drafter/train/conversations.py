@@ -1,7 +1,7 @@
 """Prompts and conversations in JSONL files, checked line by line.
 
 A line of prompts is `{"messages": [...]}` up to a user message, or `{"turns": ["text", ...]}`; a
-line of conversations is `{"messages": [...]}` with answers or, as a server saw them,
+line of conversations is `{"messages": [...]}` with answers or, captured by a server,
 `{"token_ids": [...], "num_prompt": n}`. Blank lines are skipped and further keys are allowed.
 """
 
@@ -23,18 +23,18 @@ SHOWN = 60  # characters of a wrong value
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a user asks: `messages` end with the first turn to answer, `later_turns` follow."""
+    """A user's questions: `messages` end with the first turn to answer, `later_turns` follow."""
 
     where: str  # file:line
-    id: str  # "FILE-N" where the line, N of FILE.jsonl, has none
+    id: str  # "FILE-N" if the line, number N of FILE.jsonl, has none
     messages: tuple[Message, ...]
     later_turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A system message or none, then user and assistant in turn, with one answer or more.
-    `finish_reason` is that of the last answer."""
+    """An optional system message, then user and assistant messages in turn, with at least one
+    answer. `finish_reason` is that of the last answer."""
 
     where: str  # file:line
     messages: tuple[Message, ...]
@@ -43,7 +43,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class CapturedConversation:
-    """Tokens as a server saw them: all behind the first `num_prompt` are the answer."""
+    """Tokens captured by a server: all after the first `num_prompt` are the answer."""
 
     where: str  # file:line
     token_ids: tuple[int, ...]
@@ -59,7 +59,7 @@ def sample_file(name: str) -> Path:
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """Prompts one by one. An id is a text or an integer; without one, file and line make it.
+    """Prompts one by one. An id is a string or an integer; the default is file name and line.
 
     Raises:
         OSError: the file cannot be read.
@@ -75,7 +75,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 
 
 def read_conversations(path: Path, ids: Collection[str] | None = None) -> Iterator[AnyConversation]:
-    """Conversations one by one; with `ids`, those of generated answers to these prompts alone.
+    """Conversations one by one; with `ids`, only generated answers to these prompts.
 
     Raises:
         OSError: the file cannot be read.
@@ -91,7 +91,7 @@ def read_conversations(path: Path, ids: Collection[str] | None = None) -> Iterat
 
 
 def read_object(where: str, line: bytes) -> dict[str, Any]:
-    """The JSON object of one line. ValueError, naming `where`, for anything else."""
+    """The JSON object of one line. For anything else a ValueError names `where`."""
     try:
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -124,7 +124,7 @@ def _prompt(where: str, own_id: str, entry: dict[str, Any]) -> Prompt:
     if "messages" not in entry and "turns" not in entry:
         raise ValueError(f"{where}: neither messages nor turns; a line is {PROMPT_LINE}")
     messages = _messages(where, entry["messages"]) if "messages" in entry else ()
-    if "turns" in entry:  # all user texts, of which `messages` may have the first only
+    if "turns" in entry:  # all user texts; `messages` may have only the first
         turns = _turns(where, entry["turns"])
         first = {"role": "user", "content": turns[0]}
         system = tuple(message for message in messages[:1] if message["role"] == "system")
@@ -160,7 +160,7 @@ def _conversation(where: str, entry: dict[str, Any]) -> Conversation:
 
 
 def _messages(where: str, value: object) -> tuple[Message, ...]:
-    """Checked messages: each with a text, roles in turn."""
+    """Checked messages: each has a text, and roles take turns."""
     if not isinstance(value, list) or not value:
         _refuse(where, "messages", value, "a list of messages")
     allowed: tuple[str, ...] = ("system", "user")
@@ -178,7 +178,7 @@ def _message(where: str, field: str, entry: object, roles: tuple[str, ...]) -> M
     if role not in roles:
         _refuse(where, f"{field}.role", role, " or ".join(f'"{name}"' for name in roles))
     for key, value in entry.items():
-        if key not in ("role", "content") and value is not None:  # a template might render it
+        if key not in ("role", "content") and value is not None:  # a template might use it
             raise ValueError(f"{where}: {field}.{key} is not supported; role and content are")
     return {"role": role, "content": _text(where, f"{field}.content", entry.get("content"))}
 

@@ -1,5 +1,5 @@
-"""The learning curve of a run, as SVG. A plotting library would be the largest dependency of the
-server; the small one there is (pygal) changes Python's import system when it is imported."""
+"""The learning curve of a run, as SVG. Most plotting libraries would be the server's largest
+dependency; the small one (pygal) changes Python's import system when it is imported."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from drafter.train.history import Entry, write_whole
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 50, 170, 30, 45  # margins; names of the lines stand on the right
+LEFT, RIGHT, TOP, BOTTOM = 50, 170, 30, 45  # margins; line names are on the right
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 
 
 def write_curve(path: Path, entries: Sequence[Entry]) -> None:
     """Acceptance length on held-out examples, and the share of right drafts by unrolled step, over
-    the answer tokens learnt from. Points say their values when pointed at."""
+    the answer tokens learnt from. Hovering over a point shows its values."""
     measured = [entry for entry in entries if entry.kind == "held out"]
     tokens = [float(entry.num_answer_tokens) for entry in measured]
     lines = {"acceptance length": [entry.acceptance_length for entry in measured]}
@@ -52,7 +52,7 @@ def _chart(xs: Sequence[float], lines: dict[str, list[float]]) -> ElementTree.El
 
 
 def _place(x: float, y: float, far: float, top: float) -> Point:
-    """Where a value lies in the picture."""
+    """The place of a value in the picture."""
     across = LEFT + x / far * (WIDTH - LEFT - RIGHT)
     return across, HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
 

@@ -1,4 +1,4 @@
-"""The draft vocabulary: the target's tokens that answers use most."""
+"""The draft vocabulary: the tokens that the target's answers use most."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def count_answers(examples: Iterable[Example], vocab_size: int) -> Tensor:
 
 
 def choose(counts: Tensor, size: int) -> DraftVocabulary:
-    """The `size` most frequent ids; ties, also among tokens never seen, go to the lower id (byte
-    pair vocabularies list what is frequent first)."""
+    """The `size` most frequent ids. Ties, even among tokens never seen, go to the lower id, since
+    byte pair vocabularies list frequent tokens first."""
     if not 1 <= size <= len(counts):
         raise ValueError(f"draft_vocab_size {size} must be 1 to {len(counts)}, the vocabulary")
     total = int(counts.sum())

@@ -1,4 +1,4 @@
-"""Conversations as token ids, with a mark on every token that the target itself would write."""
+"""Conversations as token ids. Every token that the target itself would write is marked."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from drafter.train.conversations import AnyConversation, CapturedConversation, C
 
 
 class Encode(Protocol):
-    """Chat template and tokenizer: messages to the ids that the target sees."""
+    """Chat template and tokenizer: turns messages into the ids that the target sees."""
 
     def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Raises ValueError when the template refuses the messages."""
+        """Raises ValueError if the template refuses the messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodingSettings:
-    """What the ids must fit: the target's vocabulary and end-of-text ids, and a length."""
+    """Limits of the ids: the target's vocabulary and end-of-text ids, and a length."""
 
     vocab_size: int
     eos_ids: frozenset[int]
-    max_tokens: int = 2048  # of one example; what lies behind is cut off
+    max_tokens: int = 2048  # of one example; the rest is cut off
 
     def __post_init__(self) -> None:
         if self.max_tokens < 2:
@@ -39,23 +39,23 @@ class Example:
 
 @dataclass(slots=True)
 class Coverage:
-    """What became of the conversations. Only `encode_conversations` counts."""
+    """Counts of the conversations and their tokens. Only `encode_conversations` changes them."""
 
     num_examples: int = 0
     num_truncated: int = 0  # examples that lost tokens to `max_tokens`
-    num_dropped: int = 0  # conversations that lost all of their answers to it
-    num_merged: int = 0  # conversations cut before an answer that begins inside a template's token
+    num_dropped: int = 0  # conversations that lost all of their answers to `max_tokens`
+    num_merged: int = 0  # conversations cut before an answer that begins inside a template token
     num_tokens: int = 0
     num_answer_tokens: int = 0
 
 
 @dataclass(slots=True)
 class _Draft:
-    """An example while its conversation is walked through."""
+    """An example while its conversation is encoded."""
 
     token_ids: list[int]
     answers: list[range]  # positions of answer tokens
-    more: bool = False  # there are answers behind `max_tokens`
+    more: bool = False  # there are answers after `max_tokens`
     merged: bool = False
 
 
@@ -67,12 +67,12 @@ def encode_conversations(
 ) -> Iterator[Example]:
     """One example per conversation, in order, one at a time; adds to `coverage`.
 
-    Answer tokens are what the target writes behind the generation prompt, up to the first
-    end-of-text id and with it. An answer that ended by length has none.
+    Answer tokens are those that the target writes after the generation prompt, up to and including
+    the first end-of-text id. An answer that ended by length has no such id.
 
     Raises:
-        ValueError: naming file:line, for an id outside of the vocabulary, a chat template that
-            renders earlier messages differently later on, or one that refuses the messages.
+        ValueError: an id is outside of the vocabulary, or the chat template renders earlier
+            messages differently later on or refuses the messages. The error names file:line.
     """
     for conversation in conversations:
         if isinstance(conversation, CapturedConversation):
@@ -87,7 +87,7 @@ def encode_conversations(
 
 
 def _walk(conversation: Conversation, encode: Encode, settings: EncodingSettings) -> _Draft:
-    """Encode answer by answer, no further than `max_tokens`: a longer history is never seen."""
+    """Encode answer by answer, no further than `max_tokens`, since the rest is cut off."""
     where, messages = conversation.where, conversation.messages
     indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     draft = _Draft([], [])
@@ -99,7 +99,7 @@ def _walk(conversation: Conversation, encode: Encode, settings: EncodingSettings
         whole = _encoded(where, encode, messages[: index + 1], False)
         _check_prefix(where, draft.token_ids, prompt, index)
         if whole[: len(prompt)] != prompt:
-            # "\n" of the template and "\n" of an answer may be one token: the target never saw it.
+            # The template's "\n" and the answer's may be one token, which the target never saw.
             _check_prefix(where, prompt[:-1], whole, index)
             draft.merged = True
             break
@@ -128,7 +128,7 @@ def _check_prefix(where: str, earlier: list[int], later: list[int], index: int) 
 
 
 def _answer_end(ids: list[int], start: int, eos_ids: frozenset[int], with_eos: bool) -> int:
-    """Where the answer that begins at `start` ends; without any end-of-text id, at the end."""
+    """End of the answer that begins at `start`; without an end-of-text id, the end of `ids`."""
     for position in range(start, len(ids)):
         if ids[position] in eos_ids:
             return position + with_eos
@@ -144,7 +144,7 @@ def _check_ids(where: str, ids: list[int], vocab_size: int) -> None:
 
 
 def _finished(draft: _Draft, max_tokens: int, coverage: Coverage) -> Example | None:
-    """The example up to its last answer token within `max_tokens`; None if none is there."""
+    """The example up to its last answer token within `max_tokens`; None if there is none."""
     coverage.num_merged += draft.merged
     answers = [found for found in draft.answers if len(found) and found.start < max_tokens]
     if not answers:

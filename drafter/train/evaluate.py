@@ -1,7 +1,7 @@
-"""How much of what a draft head proposes is accepted: by tree and temperature, on real prompts,
-through the real engine.
+"""Measure how many drafts of a head are accepted, by tree and temperature, on real prompts, with
+the real engine.
 
-The text of an answer does not depend on the tree, so every tree is given the same conversations.
+The text of an answer does not depend on the tree, so every tree gets the same conversations.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class Chat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the answers are drawn; the seed of an answer is its place among all."""
+    """How the answers are drawn; the seed of an answer is its index among all answers."""
 
     temperature: float
     output_tokens: int
-    num_turns: int  # of each prompt, as far as it has them
+    num_turns: int  # of each prompt, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One answer to generate, and what plain decoding answers."""
+    """One answer to generate, and the answer of plain decoding."""
 
     where: str  # file:line of its prompt
     token_ids: list[int]
@@ -79,7 +79,7 @@ def ask_plainly(
     """Answer every turn by plain decoding; later turns have the model's own answers before them.
 
     Raises:
-        ValueError: a prompt that the chat template or the engine refuses.
+        ValueError: the chat template or the engine refuses a prompt.
     """
     _draft_with(engine, ROOT, lookup=False)
     questions: list[Question] = []
@@ -110,12 +110,12 @@ def measure_trees(
     *,
     with_lookup: bool = False,
 ) -> Iterator[Measurement]:
-    """One measurement per tree as it is made, the root alone first.
+    """Yield one measurement per tree, that of the root alone first.
 
     Args:
         batch: requests that run at a time.
-        shared_noise: how the engine's head ranks its candidates.
-        with_lookup: all of them again, beside drafts from the text itself.
+        shared_noise: whether the engine's head ranks candidates with the target's noise.
+        with_lookup: measure all trees again together with prompt lookup.
     """
     _draft_with(engine, ROOT, lookup=False)
     _answer(engine, [_shortened(question) for question in questions], batch)  # fills the caches
@@ -175,8 +175,8 @@ def _draft_with(engine: EvaluatedEngine, shape: TreeShape, *, lookup: bool) -> N
 def _reached(
     before: EngineStats, after: EngineStats, shape: TreeShape, num_drafts: int
 ) -> tuple[float, ...]:
-    """Shares of the trees verified in between; one entry per depth of the shape, and per depth
-    behind it that a lookup reached."""
+    """Shares of the trees verified in between: one per depth of the shape, and one per greater
+    depth that a lookup reached."""
     counts = zip_longest(after.accepted_per_position, before.accepted_per_position, fillvalue=0)
     shares = [(now - then) / max(1, num_drafts) for now, then in counts]
     shares += [0.0] * (shape.max_depth - len(shares))

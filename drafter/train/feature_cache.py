@@ -1,4 +1,4 @@
-"""Where a batch gets the target's features from: the target itself, or what it said last time."""
+"""Sources of the target's features for a batch: the target itself, or a cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FeatureSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LiveFeatures:
-    """Runs the target every time: nothing is stored (online distillation)."""
+    """Runs the target every time and stores nothing (online distillation)."""
 
     target: FrozenTarget
     examples: Sequence[Example]
@@ -39,9 +39,9 @@ class LiveFeatures:
 class CachedFeatures:
     """Keeps the features of as many examples as fit into `max_bytes`, in memory-mapped files.
 
-    The files are named by what they depend on, so another target or other data never meets them,
-    and an interrupted run finds its own again. Each example has a checksum, written last: what a
-    killed process or a machine without power left behind incomplete is computed again.
+    The name of a file is a hash of all that it depends on. So another target or other data never
+    uses it, and an interrupted run finds it again. Each example has a checksum, written last: an
+    example left incomplete by a killed process or a power failure is computed again.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class CachedFeatures:
         dtype: torch.dtype,
         identity: str,
     ) -> None:
-        """`width`: of the taps, `hidden_size`: of the final norm's output, both of `dtype`;
-        `identity`: of the target. OSError if the disk cannot hold the files."""
+        """`width`: size of the taps; `hidden_size`: size of the final norm's output; both have
+        `dtype`. `identity`: identifies the target. OSError if the disk cannot hold the files."""
         self._live = live
         lengths = np.array([len(example.token_ids) for example in live.examples], dtype=np.int64)
         costs = lengths * ((width + hidden_size) * dtype.itemsize + 4) + torch.int64.itemsize
@@ -69,7 +69,7 @@ class CachedFeatures:
                 folder / f"{name}.taps": ((tokens, width), dtype),
                 folder / f"{name}.hidden": ((tokens, hidden_size), dtype),
                 folder / f"{name}.best": ((tokens,), torch.int32),
-                folder / f"{name}.sums": ((self._num_kept,), torch.int64),  # 0: not there
+                folder / f"{name}.sums": ((self._num_kept,), torch.int64),  # 0: not stored
             }
         )
         self._trusted: set[int] = set()  # examples that this process wrote or checked
@@ -123,8 +123,8 @@ def _mapped(files: Mapping[Path, tuple[tuple[int, ...], torch.dtype]]) -> list[T
 
 
 def _allocate(sizes: Mapping[Path, int]) -> None:
-    """Take the space of all files at once: a disk that fills up later would kill the process
-    instead of raising OSError. Where there is no room, files that are new do not stay."""
+    """Reserve the space of all files at once: if the disk filled up later, the process would be
+    killed instead of raising OSError. If there is no room, new files are removed."""
     new = [path for path in sizes if not path.exists()]
     path = Path()
     try:

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines. What is not a finite number is null there."""
+"""The log of a run: JSON lines. A number that is not finite is written as null."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What one step, or one measurement on held-out examples, showed."""
+    """The results of one step, or of one measurement on held-out examples."""
 
     kind: str  # "train" or "held out"
     step: int
@@ -22,15 +22,15 @@ class Entry:
     acceptance_length: float  # of a chain of L greedy drafts, the bonus counted
     gradient_norm: float
     tokens_per_second: float  # answer tokens learnt from
-    num_skipped: int = 0  # steps so far whose gradient was not finite, so that no weight changed
+    num_skipped: int = 0  # steps so far that changed no weight, since the gradient was not finite
 
 
 class History:
     """Entries in order of their steps, in memory and in a file (or in memory alone)."""
 
     def __init__(self, path: Path | None) -> None:
-        """Take up what the file holds; a torn last line, left by a killed process, is forgotten.
-        ValueError for anything else than entries."""
+        """Read the file's entries; a torn last line, left by a killed process, is ignored.
+        ValueError if the file holds anything else."""
         self._path = path
         self.entries: list[Entry] = []
         if path is not None and path.exists():
@@ -40,7 +40,7 @@ class History:
                 self._rewrite(path)
 
     def add(self, entry: Entry) -> None:
-        """OSError, naming the file, when it cannot be written."""
+        """If the file cannot be written, an OSError names it."""
         self.entries.append(entry)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class History:
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def cut(self, step: int) -> None:
-        """Forget what came behind `step`: a resumed run will say it again."""
+        """Drop entries after `step`: a resumed run writes them again."""
         self.entries = [entry for entry in self.entries if entry.step <= step]
         if self._path is not None and self._path.exists():
             self._rewrite(self._path)
@@ -61,7 +61,7 @@ class History:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put a file there, complete or not at all. OSError, naming it, when it cannot be written."""
+    """Write a file, complete or not at all. If that fails, an OSError names it."""
     scratch = path.with_name(f".{path.name}.part")
     try:
         scratch.write_bytes(content)

@@ -9,8 +9,8 @@ from drafter.heads.config import HeadConfig
 from engine.checkpoints.arch import LlamaArch
 from engine.models.loading import ReadTensor
 
-SMALL = 0.1  # of the usual spread
-OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # all that a layer adds to its stream
+SMALL = 0.1  # share of the usual standard deviation
+OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # these add to the layer's stream
 
 
 def weights_from_target(
@@ -20,10 +20,10 @@ def weights_from_target(
     read: ReadTensor,
     target_ids: Tensor | None,
 ) -> dict[str, Tensor]:
-    """An EAGLE-3 head that begins by reading the highest tap with the target's final norm and LM
-    head, and whose layers are the target's last ones: it starts near "the target, a few layers
-    early" instead of at noise. What the target has no counterpart for stays as in `weights`, which
-    are random. Needs the target's own widths; ValueError otherwise.
+    """An EAGLE-3 head with the target's last layers, final norm and LM head, and an `fc` that
+    passes on the highest tap: it starts like a target without some layers, not as noise. Tensors
+    that the target lacks stay as in `weights`, which are random. ValueError unless the head has the
+    target's widths.
     """
     _check_widths(config, target)
     hidden, weights = target.hidden_size, dict(weights)
@@ -46,9 +46,9 @@ def deepened(
     target: LlamaArch,
     read: ReadTensor,
 ) -> dict[str, Tensor]:
-    """`given`, a head that may have fewer layers than `config`, with those that it lacks: the
-    target's last ones, silent, so that the head begins by saying what it said. `weights`: tensors
-    of all shapes. ValueError where layers are added and the target's widths are not the head's."""
+    """The head `given` with the layers of `config` that it lacks. These are the target's last
+    layers with outputs set to zero, so the head at first predicts as before. `weights`: tensors of
+    all shapes. ValueError if layers are added and the head does not have the target's widths."""
     depth = config.arch.num_layers
     missing = [i for i in range(depth) if f"layers.{i}.{OUTPUTS[0]}" not in given]
     if not missing:
@@ -63,15 +63,15 @@ def deepened(
 
 
 def _copy_layer(weights: dict[str, Tensor], index: int, source: int, read: ReadTensor) -> None:
-    """Layer `source` of the target becomes layer `index`. The first reads [embedding; feature]:
-    what the target's reads of its stream, this one reads of the feature."""
+    """Copy layer `source` of the target to layer `index`. The head's first layer reads [embedding;
+    feature]; the copied weights then multiply the feature."""
     ours, theirs = f"layers.{index}.", f"model.layers.{source}."
     for name in [name for name in weights if name.startswith(ours)]:
         part = name.removeprefix(ours)
         if part == "hidden_norm.weight":
             weights[name] = read(f"{theirs}input_layernorm.weight").float()
         elif part == "input_layernorm.weight" and index == 0:
-            continue  # of the embedding, which the target's layer never saw
+            continue  # norm of the embedding, which the target's layer does not read
         elif index == 0 and part.startswith("self_attn.") and weights[name].dim() == 2:
             copied = read(theirs + part).float()
             fresh = weights[name].clone()

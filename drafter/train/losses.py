@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK = 128  # rows of logits at a time: some MB at most vocabularies, so they stay in the cache
+CHUNK = 128  # rows of logits at a time: some MB for most vocabularies, so they stay in the cache
 
 
 def teacher_probabilities(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
-    """The target's distribution restricted to the rows of `head`: softmax of hidden [N, H] times
+    """The target's distribution over the rows of `head`: the softmax of hidden [N, H] times
     head [V, H], as [N, V] of `dtype`."""
     head = head.to(dtype)
     result = torch.empty(len(hidden), len(head), dtype=dtype, device=hidden.device)
@@ -33,20 +33,20 @@ def soft_cross_entropy(
         head: [V, H] the LM head.
         teacher: [M, V] probabilities.
         rows: [N] int64, the teacher's row of each input.
-        dtype: of the matrix products; sums are float32.
+        dtype: type of the matrix products; sums are float32.
 
     Returns:
-        The loss (a scalar, differentiable by `inputs` and `head`), and the likeliest draft ids [N].
+        The loss (a scalar with gradients for `inputs` and `head`), and the likeliest draft ids [N].
     """
-    if not torch.is_grad_enabled():  # autograd would still ask `forward` for the gradients
+    if not torch.is_grad_enabled():  # `forward` would compute gradients even so
         inputs, head = inputs.detach(), head.detach()
     found: tuple[Tensor, Tensor] = _SoftCrossEntropy.apply(inputs, head, teacher, rows, dtype)  # type: ignore[no-untyped-call]
     return found
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """Product, softmax, loss and both gradients in one pass over chunks of rows: the logits of all
-    rows never exist at once in float32. d loss / d logits = softmax(logits) - teacher."""
+    """Product, softmax, loss and both gradients in one pass over chunks of rows, so the float32
+    logits of all rows never exist at once. d loss / d logits = softmax(logits) - teacher."""
 
     @staticmethod
     def forward(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from drafter.train.report import Measurement, Report
 
-UNSAID = "Whoever trained this head did not say where its training text comes from."
+UNSAID = "The source of this head's training text was not stated."
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +18,13 @@ class DataSource:
     name: str
     url: str
     licence: str
-    use: str  # what was taken of it, and how much
+    use: str  # what was used of it, and how much
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a reader must know of a head. Licences are SPDX names in lower case, as the hub wants
-    them; `report` holds the numbers that `aerie eval-draft` measured."""
+    """Facts about a head for its users. Licences are lower-case SPDX names, as the hub requires;
+    `report` holds the numbers that `aerie eval-draft` measured."""
 
     name: str
     summary: str  # a paragraph: what it is and how to use it
@@ -51,7 +51,7 @@ class ModelCard:
             "library_name": "safetensors",
             "tags": ["eagle", "speculative-decoding", "draft-model"],
         }
-        # JSON is YAML, and quotes what would otherwise be read as something else.
+        # JSON is valid YAML; its quotes keep every text a string.
         body = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in lines.items()]
         return "\n".join(["---", *body, "---"])
 
@@ -65,13 +65,13 @@ def _source_table(sources: Sequence[DataSource]) -> str:
 
 
 def _measured(report: Report) -> list[str]:
-    """A paragraph on what was measured, and the table."""
+    """A paragraph about the measurement, and its table."""
     about = (
         f"{report.num_prompts} prompts of {report.prompts}, up to {report.num_turns} turns, "
         f"up to {report.output_tokens} tokens per answer, {report.batch} at a time, with "
         f"{report.target} in {report.dtype} on {report.device}. Acceptance length is the mean "
         "number of tokens per verified tree, the bonus token counted. Position d is the share of "
-        "accepted nodes of depth d - 1 behind which one of depth d was accepted too."
+        "accepted nodes of depth d - 1 after which one of depth d was accepted too."
     )
     headings = ("temperature", "tree", "noise shared", "acceptance length", "per position")
     rows = [_row(one) for one in report.measurements if one.num_drafts and not one.lookup]

@@ -34,11 +34,11 @@ class TrainableNorm(nn.Module):
 @dataclass(slots=True)
 class StepKeys:
     """Keys and values that the queries of a layer may see: those of the true entries, and one more
-    per unrolled step behind them."""
+    pair per unrolled step."""
 
     keys: Tensor  # [B, S, Hkv, D] of step 0
     values: Tensor
-    visible: Tensor  # [B, R, S] bool: which of them each row sees
+    visible: Tensor  # [B, R, S] bool: the keys that each row sees
     later: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # [B, R, Hkv, D] each
 
 
@@ -69,7 +69,7 @@ class TrainableAttention(nn.Module):
 
 def attend(queries: Tensor, seen: StepKeys) -> Tensor:
     """[B, R, Hq, D] rotated queries -> [B, R, Hq D]. Row r sees the true entries that `visible`
-    marks and, of each later step, its own entry alone (EAGLE-3's training-time test)."""
+    marks, and only its own entry of each later step (EAGLE-3's training-time test)."""
     num_kv_heads, dim = seen.keys.shape[2:]
     batch_size, num_rows = queries.shape[:2]
     grouped = queries.view(batch_size, num_rows, num_kv_heads, -1, dim) * dim**-0.5
@@ -109,7 +109,7 @@ class TrainableMLP(nn.Module):
 
 
 class TrainableLayer(nn.Module):
-    """A decoder layer; the norms before it depend on the kind of the head and its place."""
+    """A decoder layer; the norms before it depend on the kind of head and the layer's place."""
 
     input_layernorm: TrainableNorm
     hidden_norm: TrainableNorm  # EAGLE-3, first layer
@@ -123,24 +123,23 @@ class TrainableLayer(nn.Module):
             setattr(self, name, TrainableNorm(arch.hidden_size, arch.rms_norm_eps))
 
     def forward(self, x: Tensor, stream: Tensor, rotary: Tensor, seen: StepKeys) -> Tensor:
-        """The prepared input and the residual stream [B, R, H] -> the stream behind the layer."""
+        """The prepared input and the residual stream [B, R, H] -> the stream after the layer."""
         stream = stream + self.self_attn(x, rotary, seen)
         out: Tensor = stream + self.mlp(self.post_attention_layernorm(stream))
         return out
 
 
 class DraftNetwork(nn.Module, ABC):
-    """What training needs of any head: `fuse`, `enter`, its layers, `leave`.
+    """The parts of any head that training calls: `fuse`, `enter`, the layers, `leave`.
 
-    A state goes back in as the feature of the next entry; `leave` gives it together with what the
-    LM head reads.
+    `leave` returns the state, which is the feature of the next entry, and the input of the LM head.
     """
 
     embedding: Tensor  # [V, H target], frozen
     rotary: Tensor  # [max_len, D] cosines, then sines
 
     def __init__(self, config: HeadConfig, embedding: Tensor, max_len: int) -> None:
-        """`max_len`: positions, those of unrolled steps included."""
+        """`max_len`: number of positions, those of unrolled steps included."""
         super().__init__()
         arch = config.arch
         self.config = config
@@ -151,7 +150,7 @@ class DraftNetwork(nn.Module, ABC):
 
     @abstractmethod
     def fuse(self, taps: Tensor) -> Tensor:
-        """[B, S, feature_size] of the target -> [B, S, H] features."""
+        """[B, S, feature_size] taps of the target -> [B, S, H] features."""
 
     @abstractmethod
     def enter(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,15 +158,15 @@ class DraftNetwork(nn.Module, ABC):
 
     @abstractmethod
     def leave(self, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """The state, and what the LM head reads, each [B, N, H]."""
+        """The state and the input of the LM head, each [B, N, H]."""
 
     @property
     @abstractmethod
     def head_weight(self) -> Tensor:
-        """[Vd, H] LM head, trained or the target's."""
+        """[Vd, H] LM head: trained, or the target's."""
 
     def layer_input(self, index: int, x: Tensor, stream: Tensor) -> Tensor:
-        """What layer `index` takes: `x` from `enter` for the first."""
+        """The input of layer `index`; for the first, `x` from `enter`."""
         if index == 0:
             return x
         normed: Tensor = self.layer(index).input_layernorm(stream)
@@ -217,8 +216,8 @@ class Eagle3Network(DraftNetwork):
 
 
 class EagleNetwork(DraftNetwork):
-    """EAGLE-1/2 (arXiv:2401.15077) and, with `dense`, the head of several ordinary layers with all
-    norms of arXiv:2508.08192. The LM head is the target's and frozen."""
+    """EAGLE-1/2 (arXiv:2401.15077) and, with `dense`, the head of arXiv:2508.08192, which has
+    several ordinary layers with all norms. The LM head is the target's, frozen."""
 
     target_head: Tensor  # [V, H]
 

@@ -1,4 +1,4 @@
-"""From a batch to the loss of all unrolled steps, and to what it says about acceptance."""
+"""The loss of a batch over all unrolled steps, and estimates of acceptance."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from drafter.train.unroll import TrainBatch, UnrolledStep, unroll
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """What counts how much."""
+    """Weights of the loss's parts and steps."""
 
-    num_steps: int  # unrolled
-    decay: float = 0.8  # step j counts decay ** j (EAGLE-3)
+    num_steps: int  # unrolled steps
+    decay: float = 0.8  # step j has weight decay ** j (EAGLE-3)
     tokens: float = 1.0  # cross-entropy against the target's distribution
     features: float = 0.0  # smooth L1 against the target's features (EAGLE-1)
 
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over answer tokens, by step [L] float64; they add up over batches and processes."""
+    """Sums over answer tokens, per step [L] float64, to be added over batches and processes."""
 
     loss: Tensor  # cross-entropy
     num: Tensor  # tokens to predict
     correct: Tensor  # drafts that are the target's likeliest token
-    chained: Tensor  # of them, those with all drafts before them correct too
+    chained: Tensor  # correct drafts for which all drafts before are correct, too
     distance: Tensor  # to the target's features
-    chains: Tensor  # tokens to predict that only answer tokens are drafted before
+    chains: Tensor  # tokens to predict for which all drafts before are answer tokens
 
     @classmethod
     def zeros(cls, num_steps: int, device: torch.device) -> Tally:
@@ -67,7 +67,7 @@ class Objective:
         dtype: torch.dtype,
     ) -> None:
         """`target_head` [V, H]: the target's LM head. `target_ids` [Vd]: the draft vocabulary.
-        `dtype`: of matrix products."""
+        `dtype`: type of matrix products."""
         self.network = network
         self.weights = weights
         self._dtype = dtype
@@ -85,7 +85,7 @@ class Objective:
         total = torch.zeros((), device=device)
         teacher = teacher_probabilities(batch.hidden.flatten(0, 1), self._teacher_head, self._dtype)
         chain: Tensor | None = None
-        inside: Tensor | None = None  # rows that have drafted nothing but answer tokens
+        inside: Tensor | None = None  # rows that have drafted only answer tokens
         with torch.autocast(device.type, torch.bfloat16, self._dtype == torch.bfloat16):
             for index, step in enumerate(unroll(self.network, batch, self.weights.num_steps)):
                 loss, right = self._step(index, step, batch, teacher, tally)
@@ -99,12 +99,12 @@ class Objective:
     def _step(
         self, index: int, step: UnrolledStep, batch: TrainBatch, teacher: Tensor, tally: Tally
     ) -> tuple[Tensor, Tensor]:
-        """The loss of one step, and which rows [B, R] drafted the target's likeliest token."""
+        """The loss of one step, and the rows [B, R] that drafted the target's likeliest token."""
         length = batch.token_ids.shape[1]
         sequence = torch.arange(len(step.places), device=step.places.device).unsqueeze(1)
         flat = (sequence * length + step.places)[step.counts]  # [N] of B * S
         wanted = batch.best.flatten()[flat]
-        known = self._is_draft[wanted]  # elsewhere the restricted distribution says nothing
+        known = self._is_draft[wanted]  # the teacher knows only draft tokens
         inputs, rows = step.head_inputs[step.counts], flat
         loss, best = soft_cross_entropy(
             inputs[known], self.network.head_weight, teacher, rows[known], self._dtype

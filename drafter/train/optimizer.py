@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up and cosine, over gradients that may come from several processes."""
+"""AdamW or Muon with warm-up and cosine decay; gradients may come from several processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from drafter.manifest import LM_HEAD
 
 
 def rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of optimizer step `step`, counted from 0: linear up to its full value, then
-    a cosine down to `final_share` of it."""
+    """The learning rate of optimizer step `step`, counted from 0. It rises linearly to its full
+    value, then falls as a cosine to `final_share` of it."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     span = max(1, num_steps - config.warmup_steps)
@@ -25,8 +25,8 @@ def rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
 
 
 class HeadOptimizer:
-    """Steps the parameters of a head that take gradients: all by AdamW, or the matrices of `fc` and
-    layers by Muon (Jordan et al. 2024), whose steps are scaled to have AdamW's size."""
+    """Updates a head's trainable parameters: all by AdamW, or the matrices of `fc` and layers by
+    Muon (Jordan et al. 2024), whose steps are scaled to AdamW's size."""
 
     def __init__(self, network: nn.Module, config: OptimizerConfig, num_steps: int) -> None:
         self._config = config
@@ -65,8 +65,8 @@ class HeadOptimizer:
         return by_muon, decayed, others
 
     def step(self, index: int, num_tokens: float) -> float:
-        """Divide the summed gradients by `num_tokens`, clip, and take step `index`. Returns the
-        gradients' norm before clipping; a norm that is not finite changes no weight."""
+        """Divide the summed gradients by `num_tokens`, clip them, and take step `index`. Returns
+        their norm before clipping. If it is not finite, no weight changes."""
         for parameter in self._named.values():
             if parameter.grad is not None:
                 parameter.grad /= num_tokens
@@ -91,7 +91,7 @@ class HeadOptimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `state` gave. ValueError if it is of another network."""
+        """Restore the result of `state`. ValueError if it belongs to another network."""
         state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self._named.values()}
         for name, tensor in tensors.items():
             owner, _, key = name.rpartition(".")
@@ -110,7 +110,7 @@ class HeadOptimizer:
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Add up each tensor over all processes, in place; one exchange for all of a dtype."""
+    """Sum each tensor over all processes, in place; all tensors of a dtype share one exchange."""
     if not dist.is_initialized():
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""From trained tensors to a directory that others can load, with its model card."""
+"""Write trained tensors to a directory that other engines can load, with its model card."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def publish(
 ) -> None:
     """Write the head in bfloat16, and README.md beside it.
 
-    Whatever fails, `path` holds what it held before. With `replace`, a directory that is there
-    already gives way by two renames: at every moment `path` is a complete head, or is not there.
+    After any error `path` holds what it held before. With `replace`, two renames exchange an
+    existing directory: at any moment `path` is a complete head, or does not exist.
 
     Args:
         tensors: By common name, of any floating dtype, without d2t and t2d.
-        target_ids: [Vd] int64, target id of each draft id; None when they are the same.
-        max_shard_bytes: The largest file of weights; None: all weights in one file.
+        target_ids: [Vd] int64, target id of each draft id; None if they are equal.
+        max_shard_bytes: Limit of each file of weights; None: all weights in one file.
 
     Raises:
-        FileExistsError: `path` exists, and `replace` is not set or it is no head.
-        ValueError: weights that are not finite, do not fit `config` and `target`, or do not fit
-            into files of `max_shard_bytes`.
-        OSError: it cannot be written; nothing half-written remains.
+        FileExistsError: `path` exists, and `replace` is not set or `path` is not a head.
+        ValueError: weights are not finite, do not fit `config` and `target`, or do not fit into
+            files of `max_shard_bytes`.
+        OSError: the head cannot be written; nothing half-written remains.
     """
     if path.exists():
         _check_can_go(path, replace=replace)
@@ -62,7 +62,7 @@ def publish(
 
 
 def _check_can_go(path: Path, *, replace: bool) -> None:
-    """A path given by mistake must cost nobody a training run, or a home directory."""
+    """A wrong path must not destroy a training run or a home directory, so only a head can go."""
     if not replace:
         raise FileExistsError(f"{path} exists already; --replace puts the new head there")
     if not path.is_dir():
@@ -76,7 +76,7 @@ def _check_can_go(path: Path, *, replace: bool) -> None:
 
 
 def _rounded(name: str, tensor: Tensor) -> Tensor:
-    """In bfloat16. A value that only overflows by rounding is refused too."""
+    """The tensor in bfloat16. ValueError if a value is not finite, or overflows by rounding."""
     rounded = tensor.detach().to("cpu", torch.bfloat16)
     if not bool(rounded.isfinite().all()):
         bad = int((~rounded.isfinite()).sum())
@@ -85,7 +85,7 @@ def _rounded(name: str, tensor: Tensor) -> Tensor:
 
 
 def _put(new: Path, path: Path, old: Path) -> None:
-    """Rename `new` to `path`; what is there goes to `old`, and comes back if that fails."""
+    """Rename `new` to `path`. An existing `path` moves to `old`, and back if that fails."""
     if not path.exists():
         new.rename(path)
         return

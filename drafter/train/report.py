@@ -1,4 +1,4 @@
-"""What an evaluation of a draft head found, as it is kept on disk."""
+"""The results of a draft head's evaluation, as stored on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Measurement:
     """One tree at one temperature.
 
     `acceptance_length` is the mean number of tokens that a verified tree emits, the bonus token
-    counted; steps without a draft do not enter. Tokens behind the end of a text do not count.
+    counted; steps without a draft are left out. Tokens after the end of a text do not count.
     """
 
     tree: str
@@ -22,17 +22,17 @@ class Measurement:
     num_drafts: int  # trees that were verified
     acceptance_length: float
     reached: tuple[float, ...]  # [d]: share of trees whose accepted path has depth d + 1 or more
-    conditional: tuple[float, ...]  # [d]: share of those that reached depth d; up to where any did
+    conditional: tuple[float, ...]  # [d]: reached[d] / reached[d - 1], as far as any path reached
     num_tokens: int
     tokens_per_second: float
     speedup: float  # against the root alone, same questions, same run
-    num_changed: int  # answers unlike those of plain decoding; native kernels: none
-    lookup: bool = False  # chains from the text itself, too, where they promise more
+    num_changed: int  # answers that differ from plain decoding; native kernels: none
+    lookup: bool = False  # also chains of prompt lookup, where they promise more
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured, and on what. The JSON that `aerie eval-draft` writes."""
+    """The measurements and their conditions: the JSON that `aerie eval-draft` writes."""
 
     target: str
     draft: str
@@ -51,7 +51,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """ValueError that names the file unless it holds a report."""
+        """ValueError, naming the file, unless it holds a report."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except msgspec.DecodeError as error:

@@ -1,4 +1,4 @@
-"""A training run put together: from a configuration, a loaded target and examples to a trainer."""
+"""Assemble a training run: from a configuration, a loaded target and examples to a trainer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from engine.models.llama import Llama
 from kernels.ops import Ops
 
 CHECKPOINTS, HISTORY = "checkpoints", "history.jsonl"
-# What a run may change between sittings: none of it touches what is learnt.
+# Keys that may change when a run is resumed: none of them affects what is learnt.
 FREE_KEYS: dict[str, set[str] | bool] = {
     "run": {
         "output",
@@ -46,19 +46,19 @@ FREE_KEYS: dict[str, set[str] | bool] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadedTarget:
-    """The frozen target: runnable, and its tensors as they are stored."""
+    """The frozen target as a runnable model, and its stored tensors."""
 
     model: Llama
     ops: Ops
     tensors: building.TargetTensors
     dtype: torch.dtype  # of weights, pages and handed-out features
     device: torch.device
-    version: str  # of its weight files: what it said holds as long as this stays the same
+    version: str  # of its weight files: cached features are valid for this version only
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What trains, and what publishing needs besides the weights."""
+    """The trainer, and the facts that publishing needs besides the weights."""
 
     trainer: Trainer
     record: RunRecord
@@ -70,7 +70,7 @@ def prepare(
     examples: Sequence[Example],
     worker: Worker,
 ) -> Run:
-    """Everything is ready to train; nothing is resumed yet.
+    """A run that is ready to train, but not resumed yet.
 
     Raises:
         ValueError: the configuration does not fit the target or the examples.
@@ -126,7 +126,7 @@ def prepare(
 def split(
     examples: Sequence[Example], num_held_out: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Examples to train on, and those held out, drawn at random."""
+    """Examples to train on, and randomly drawn examples to hold out."""
     if len(examples) <= num_held_out:
         raise ValueError(
             f"there are {len(examples)} examples; data.held_out {num_held_out} would leave none "
@@ -140,7 +140,7 @@ def split(
 def _vocabulary(
     config: TrainingConfig, training: Sequence[Example], target: LoadedTarget
 ) -> DraftVocabulary | None:
-    """The draft vocabulary: counted, or that of the head which is trained further."""
+    """The draft vocabulary: counted, or taken from the published head that is trained further."""
     size, arch = config.head.draft_vocab_size, target.tensors.arch
     if size is None or size == arch.vocab_size:
         return None
@@ -168,7 +168,7 @@ def _corpus(
 
 
 def _fingerprint(config: TrainingConfig, examples: Sequence[Example], worker: Worker) -> str:
-    """Of all that decides what is learnt."""
+    """Hash of everything that affects what is learnt."""
     digest = hashlib.sha256(config.model_dump_json(exclude=FREE_KEYS).encode())
     digest.update(str(worker.count).encode())
     for example in examples:

@@ -1,5 +1,5 @@
-"""The folder of a training run, and how its newest checkpoint becomes a head with a model card.
-That needs neither the target nor the data."""
+"""The folder of a training run. Its newest checkpoint is published as a head with a model card;
+that needs neither the target nor the data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from drafter.train.run import CHECKPOINTS, FREE_KEYS
 from drafter.train.run_record import RunRecord
 
 SETTINGS, RECORD = "config.yaml", "run.json"
-HOST_SECTIONS = {"kernels", "files"}  # of a machine, not of a run
+HOST_SECTIONS = {"kernels", "files"}  # settings of a machine, not of a run
 
 
 def record_run(config: TrainingConfig, record: RunRecord) -> None:
-    """Put into run.output what `publish_run` and `check_same_settings` read there."""
+    """Write the files in run.output that `publish_run` and `check_same_settings` read."""
     output = config.run.output
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / SETTINGS, as_yaml(config, HOST_SECTIONS).encode())
@@ -32,7 +32,7 @@ def record_run(config: TrainingConfig, record: RunRecord) -> None:
 
 
 def check_same_settings(config: TrainingConfig) -> None:
-    """ValueError, naming the keys, where run.output holds checkpoints of other settings."""
+    """ValueError, naming the keys, if run.output holds checkpoints with other settings."""
     output = config.run.output
     if _newest(output) is None or not (output / SETTINGS).is_file():
         return
@@ -41,7 +41,7 @@ def check_same_settings(config: TrainingConfig) -> None:
     if changes:
         raise ValueError(
             f"{output} holds a run with other settings: {'; '.join(changes)}. Set run.output to "
-            "another folder, or go on from its weights with head.init"
+            "another folder, or train its weights further with head.init"
         )
 
 
@@ -57,18 +57,18 @@ def publish_run(
     """Write the newest checkpoint of the folder `run` (run.output of a training run) as a head.
 
     Args:
-        overrides: `card.key=value`, what the model card says.
+        overrides: `card.key=value`, settings of the model card.
         report: numbers for the card, a file that `aerie eval-draft` wrote.
-        max_file_bytes: the largest file of weights; None: one file.
+        max_file_bytes: limit of each file of weights; None: one file.
 
     Raises:
-        FileExistsError: `output` exists, and `replace` is not set or it is no head.
-        OSError, ValueError: `run` holds no checkpoint, or a damaged one; or the disk is full.
+        FileExistsError: `output` exists, and `replace` is not set or `output` is not a head.
+        OSError, ValueError: `run` holds no checkpoint or a damaged one, or the disk is full.
     """
     overrides = list(overrides)
     for text in overrides:
         if not text.startswith("card."):
-            raise ValueError(f"{text!r}: of a head that is trained, only card.* can be set")
+            raise ValueError(f"{text!r}: only card.* can be set for a trained head")
     checkpoint = _newest(run)
     if checkpoint is None or not (run / SETTINGS).is_file():
         raise ValueError(f"{run} holds no checkpoint of a training run (aerie train-draft)")
@@ -96,7 +96,7 @@ def _newest(run: Path) -> Path | None:
 
 
 def _decisive(config: TrainingConfig) -> dict[str, Any]:
-    """Of each section, what decides what is learnt."""
+    """The settings of each section that affect what is learnt."""
     return config.model_dump(mode="json", exclude=FREE_KEYS)
 
 

@@ -1,4 +1,4 @@
-"""What publishing needs of a training run besides its weights: neither target nor data."""
+"""Facts of a training run that publishing needs besides the weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from engine.checkpoints.arch import LlamaArch
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Lies beside the checkpoints, as JSON."""
+    """A JSON file beside the checkpoints."""
 
     fingerprint: str  # of the checkpoints that it belongs to
     num_processes: int
     target: LlamaArch
     head: HeadConfig
     target_ids: list[int] | None  # [Vd] the draft vocabulary; None: the target's
-    coverage: float | None  # 0..1, of answer tokens by the draft vocabulary
+    coverage: float | None  # 0..1, share of answer tokens in the draft vocabulary
 
     def write(self, path: Path) -> None:
-        """OSError when it cannot be written; what was there stays."""
+        """OSError if it cannot be written; an earlier record stays."""
         write_whole(path, msgspec.json.encode(self) + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
-        """ValueError naming the file, for one that is missing or damaged."""
+        """ValueError, naming the file, if it is missing or damaged."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, ValueError, msgspec.MsgspecError) as error:

@@ -1,4 +1,4 @@
-"""The frozen target in the training loop: our own engine's model, without cache and scheduler."""
+"""The frozen target in the training loop: the engine's model, without cache and scheduler."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 
 BLOCK_SIZE = 16
-LOGIT_ROWS = 128  # some 25 MB at 49k tokens: memory that is kept, not mapped anew each time
+LOGIT_ROWS = 128  # about 25 MB at 49k tokens: small enough for the allocator to keep and reuse
 
 
 @dataclass(frozen=True, slots=True)
 class TargetFeatures:
-    """What the target says about one text of S tokens."""
+    """The target's features of one text of S tokens."""
 
-    taps: Tensor  # [S, feature_size] storage dtype: the tapped layers side by side
+    taps: Tensor  # [S, feature_size] storage dtype: the tapped layers, concatenated
     hidden: Tensor  # [S, H] storage dtype, after the final norm
     best: Tensor  # [S] int32, the likeliest next token
 
@@ -34,7 +34,7 @@ class FrozenTarget:
     def __init__(
         self, model: Llama, ops: Ops, tap_layers: tuple[int, ...], dtype: torch.dtype
     ) -> None:
-        """`dtype`: of the pages, and of what is handed out."""
+        """`dtype`: type of the pages and the features."""
         self._model = model
         self._ops = ops
         self._order = tap_layers
@@ -59,7 +59,7 @@ class FrozenTarget:
         return [TargetFeatures(taps[part], hidden[part], best[part]) for part in parts]
 
     def _best(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
-        """[T] int32, the likeliest next token; the logits of all T never exist at once."""
+        """[T] int32, the likeliest next token. The logits of all T never exist at once."""
         found = [
             self._ops.argmax(self._model.logits(hidden[first : first + LOGIT_ROWS], ctx))
             for first in range(0, len(hidden), LOGIT_ROWS)
@@ -91,7 +91,7 @@ class FrozenTarget:
         )
 
     def _pages(self, lengths: list[int]) -> KVStorage:
-        """Pages for texts of these lengths; kept for the next batch."""
+        """Pages for texts of these lengths, reused for the next batch."""
         needed = sum(_num_blocks(length) for length in lengths)
         arch = self._model.arch
         if self._storage is None or len(self._storage.keys[0]) < needed:
@@ -112,7 +112,7 @@ def _num_blocks(length: int) -> int:
 
 
 def _tables(lengths: list[int]) -> Tensor:
-    """[B, max_blocks] int32: each text has blocks of its own, in order."""
+    """[B, max_blocks] int32: each text has its own blocks, in order."""
     tables = torch.zeros(len(lengths), _num_blocks(max(lengths)), dtype=torch.int32)
     first = 0
     for row, length in enumerate(lengths):

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """This process among those that train together."""
+    """This process's number among those that train together."""
 
     rank: int = 0
     count: int = 1
@@ -35,7 +35,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Examples, and what the target says about them."""
+    """Examples, and the source of the target's features of them."""
 
     examples: Sequence[Example]
     source: FeatureSource
@@ -52,8 +52,8 @@ class Corpus:
 
 @dataclass(slots=True)
 class Trainer:
-    """One process of a run. What is learnt depends on configuration, data and number of processes
-    alone, not on interruptions."""
+    """One process of a run. What is learnt depends only on the configuration, the data and the
+    number of processes, not on interruptions."""
 
     objective: Objective
     optimizer: HeadOptimizer
@@ -71,20 +71,20 @@ class Trainer:
     seconds: float = 0.0
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint, if there is one. ValueError if it is of another run."""
+        """Continue from the newest checkpoint, if any. ValueError if it belongs to another run."""
         path = self.checkpoints.latest()
         if path is None:
-            self.history.cut(-1)  # of a run that ended before its first checkpoint
+            self.history.cut(-1)  # left by a run that ended before its first checkpoint
             return False
         progress, weights, state = load_checkpoint(path)
         if progress.fingerprint != self.fingerprint:
             raise ValueError(
                 f"{path} was made with another configuration or other data; set run.output to "
-                "another folder, or go on from its weights with head.init"
+                "another folder, or train its weights further with head.init"
             )
         try:
             self.objective.network.load_state_dict(weights)
-        except RuntimeError as error:  # torch lists every tensor that does not fit
+        except RuntimeError as error:  # torch's message lists every tensor that does not fit
             raise ValueError(f"{path} does not fit this head or its target") from error
         self.optimizer.load_state(state)
         self.step, self.seconds = progress.step, progress.seconds
@@ -94,8 +94,8 @@ class Trainer:
         return True
 
     def run(self, on_step: Callable[[Entry], None] | None = None) -> bool:
-        """Train until `config.steps` or `config.max_seconds`; True if the former. OSError where the
-        log or a checkpoint cannot be written: what was written before stays."""
+        """Train until `config.steps` (True) or `config.max_seconds` (False). OSError if the log or
+        a checkpoint cannot be written; earlier ones stay."""
         deadline = time.monotonic() + (self.config.max_seconds or float("inf"))
         stream = self._own_batches()
         if self.step == 0:
@@ -124,7 +124,7 @@ class Trainer:
         return tally
 
     def _is_late(self, deadline: float) -> bool:
-        """Whether any process is: all of them must stop behind the same step."""
+        """Whether any process is late, since all of them must stop after the same step."""
         if self.config.max_seconds is None:
             return False
         late = torch.tensor([float(time.monotonic() >= deadline)], device=self._device)
@@ -155,14 +155,14 @@ class Trainer:
         return entry
 
     def _own_batches(self) -> Iterator[tuple[int, list[int]]]:
-        """This process's batches from the current step on, each with its number in the whole."""
+        """This process's batches from the current step on, each with its number in the run."""
         done = self.step * self.config.accumulation * self.worker.count
         stream = batch_stream(self.corpus.lengths, self.config.batch_tokens, self.config.seed)
         return itertools.islice(enumerate(stream), done + self.worker.rank, None, self.worker.count)
 
     def _noisy(self, batch: TrainBatch, number: int) -> TrainBatch:
-        """Uniform noise on what the head reads of the target, the same whenever batch `number` is
-        drawn (EAGLE-1)."""
+        """Add uniform noise to the target's features that the head reads (EAGLE-1). It depends only
+        on the seed and `number`."""
         if not self.feature_noise:
             return batch
         generator = torch.Generator(self._device).manual_seed(self.config.seed + number)
@@ -171,7 +171,7 @@ class Trainer:
         return replace(batch, taps=taps)
 
     def _gradients(self) -> list[Tensor]:
-        """Of every parameter, so that processes exchange the same list."""
+        """The gradient of every parameter, so that all processes exchange the same list."""
         gradients = []
         for parameter in self.objective.network.parameters():
             if parameter.grad is None:

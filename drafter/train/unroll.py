@@ -1,9 +1,9 @@
-"""EAGLE-3's training-time test: the head drafts several steps ahead of the text, on its own states.
+"""EAGLE-3's training-time test: the head drafts several steps ahead, on its own states.
 
-Entry i of a head is made from token i and the feature of token i - 1; it predicts token i + 1. In
-step j, the row with base position t makes entry t + j from token t + j and the state of step j - 1,
-as if the last j tokens were drafted and accepted. It sees the true entries up to t and, behind
-them, its own entries of the steps 1 to j (arXiv:2503.01840).
+Entry i of a head is computed from token i and the feature of token i - 1; it predicts token i + 1.
+In step j, the row with base position t computes entry t + j from token t + j and the state of step
+j - 1, as if the last j tokens were drafted and accepted. It sees the true entries up to t, then its
+own entries of steps 1 to j (arXiv:2503.01840).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ FIRST_ENTRY = 1  # token 0 has no feature before it
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """B texts, padded to S tokens, with what the target says about them."""
+    """B texts, padded to S tokens, with the target's features."""
 
     token_ids: Tensor  # [B, S] int64
-    is_answer: Tensor  # [B, S] bool, False behind a text's end: tokens that the target wrote
+    is_answer: Tensor  # [B, S] bool: tokens that the target wrote; False after a text's end
     taps: Tensor  # [B, S, feature_size]
-    hidden: Tensor  # [B, S, H target], behind the final norm
+    hidden: Tensor  # [B, S, H target], after the final norm
     best: Tensor  # [B, S] int64, the target's likeliest next token
 
 
 @dataclass(frozen=True, slots=True)
 class UnrolledStep:
-    """What step j drafts for the rows that have a token to predict there."""
+    """The drafts of step j for all rows; `counts` marks rows with a token to predict."""
 
     states: Tensor  # [B, R, H]
     head_inputs: Tensor  # [B, R, H]
     places: Tensor  # [B, R] int64, the position t + j whose next token is predicted
-    counts: Tensor  # [B, R] bool, False where there is nothing to learn
+    counts: Tensor  # [B, R] bool, False if there is no token to predict
 
 
 def base_rows(batch: TrainBatch, num_steps: int) -> Tensor:
@@ -55,7 +55,7 @@ def base_rows(batch: TrainBatch, num_steps: int) -> Tensor:
 
 
 def unroll(network: DraftNetwork, batch: TrainBatch, num_steps: int) -> Iterator[UnrolledStep]:
-    """Yield the steps in order; the graph runs through all of them."""
+    """Yield the steps in order; the autograd graph runs through all of them."""
     rows = base_rows(batch, num_steps)
     features = shifted(network.fuse(batch.taps))
     states, inputs, seen = _true_entries(network, batch, features, rows)
@@ -74,14 +74,14 @@ def unroll(network: DraftNetwork, batch: TrainBatch, num_steps: int) -> Iterator
 
 
 def shifted(features: Tensor) -> Tensor:
-    """[B, S, H] features of tokens -> of the token before each; zeros for the first."""
+    """[B, S, H] features of tokens -> features of the token before each; zeros for the first."""
     return torch.cat((torch.zeros_like(features[:, :1]), features[:, :-1]), dim=1)
 
 
 def _true_entries(
     network: DraftNetwork, batch: TrainBatch, features: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, list[StepKeys]]:
-    """Step 0: all entries go through the layers, but only `rows` through what nobody else reads."""
+    """Step 0: compute all entries, but the last layer's output and `leave` only for `rows`."""
     batch_size, length = batch.token_ids.shape
     everyone = torch.arange(length, device=rows.device).expand(batch_size, length)
     num_layers = len(network.layers)
@@ -102,7 +102,8 @@ def _true_entries(
 
 
 def visible(rows: Tensor, length: int) -> Tensor:
-    """[B, R, S]: base position t sees entries 1 to t. Rows of no entry see one, to stay finite."""
+    """[B, R, S]: base position t sees entries 1 to t; 0 (padding) sees one, to stay finite."""
+
     places = torch.arange(length, device=rows.device)
     last = rows.clamp(min=FIRST_ENTRY).unsqueeze(-1)
     return (places >= FIRST_ENTRY) & (places <= last)

@@ -19,12 +19,11 @@ from engine.models.layers import (
     LMHead,
     RMSNorm,
     VocabParallelEmbedding,
-    cos_sin_table,
 )
 from engine.models.loading import LayerLoader
-from engine.parallel.shard import WHOLE, Shard, check_degree
+from engine.models.place import Place
+from engine.parallel.shard import check_degree
 from engine.step.batch import ForwardBatch, ForwardContext
-from kernels.ops import Ops
 
 logger = logging.getLogger(__name__)
 
@@ -79,31 +78,21 @@ class LlamaLoader:
     """Builds a rank's part of a `Llama` from tensors by Hugging Face name; fuses and packs while
     it reads. ValueError if the model cannot be cut into `shard.size` parts."""
 
-    def __init__(
-        self,
-        arch: LlamaArch,
-        read: ReadStored,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_len: int,
-        shard: Shard = WHOLE,
-    ) -> None:
-        check_degree(arch, shard.size)
+    def __init__(self, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> None:
+        check_degree(arch, place.shard.size)
         self._arch = arch
-        self._shard = shard
-        cos_sin = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
-        self._blocks = LayerLoader(arch, read, ops, dtype, device, cos_sin.to(device), shard)
+        self._place = place
+        self._blocks = LayerLoader.of(arch, read, place, max_len)
 
     def load(self) -> Llama:
         started = time.monotonic()
-        model = self._load()
-        if self._shard.rank == 0 and self._blocks.device.type != "meta":
+        model, num_ranks = self._load(), self._place.shard.size
+        if self._place.shard.rank == 0 and self._place.device.type != "meta":
             logger.info(
                 "loaded %.2f GiB of weights in %.1f s%s",
                 held_bytes(model) / GIB,
                 time.monotonic() - started,
-                "" if self._shard.size == 1 else f", on each of {self._shard.size} ranks",
+                "" if num_ranks == 1 else f", on each of {num_ranks} ranks",
             )
         return model
 
@@ -121,8 +110,8 @@ class LlamaLoader:
         )
 
     def _indices(self) -> Iterable[int]:
-        num_layers = self._arch.num_layers
-        return layers_with_progress(num_layers) if self._shard.rank == 0 else range(num_layers)
+        num_layers, rank = self._arch.num_layers, self._place.shard.rank
+        return layers_with_progress(num_layers) if rank == 0 else range(num_layers)
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix, blocks = f"model.layers.{index}", self._blocks

@@ -17,9 +17,10 @@ from engine.models.layers import (
     GatedMLP,
     RMSNorm,
     RowParallelLinear,
+    cos_sin_table,
 )
-from engine.parallel.shard import WHOLE, Shard
-from kernels.ops import LinearWeight, Ops
+from engine.models.place import Place
+from kernels.ops import LinearWeight
 
 ReadTensor = Callable[[str], Tensor]
 ALL = slice(None)
@@ -28,22 +29,25 @@ ALL = slice(None)
 @dataclass(frozen=True, slots=True)
 class LayerLoader:
     """Reads a rank's part of blocks by Hugging Face name. Widths that are cut come from `arch`,
-    which must have passed `check_degree` for `shard.size` ranks; all others come from the tensors,
-    which the caller has checked."""
+    which must have passed `check_degree` for `place.shard.size` ranks; all others come from the
+    tensors, which the caller has checked."""
 
     arch: LlamaArch
     read: ReadStored
-    ops: Ops
-    dtype: torch.dtype  # of packed weights
-    device: torch.device
+    place: Place
     cos_sin: Tensor  # [max_len, D] float32
-    shard: Shard = WHOLE
+
+    @classmethod
+    def of(cls, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> LayerLoader:
+        """A loader of blocks for up to `max_len` positions."""
+        table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
+        return cls(arch, read, place, table.to(place.device))
 
     def attention(self, layer: int, prefix: str) -> Attention:
         """`layer` is its index in the KV cache; `prefix` ends in `self_attn`."""
         bias, head_dim = self.arch.attention_bias, self.arch.head_dim
-        queries = _scaled(self.shard.even(self.arch.num_heads), head_dim)
-        keys = _scaled(self.shard.kv_heads(self.arch.num_kv_heads), head_dim)
+        queries = _scaled(self.place.shard.even(self.arch.num_heads), head_dim)
+        keys = _scaled(self.place.shard.kv_heads(self.arch.num_kv_heads), head_dim)
         taken = {"q": queries, "k": keys, "v": keys}
         parts = [(f"{prefix}.{part}_proj", rows) for part, rows in taken.items()]
         return Attention(
@@ -55,7 +59,7 @@ class LayerLoader:
         )
 
     def mlp(self, prefix: str) -> GatedMLP:
-        bias, inner = self.arch.mlp_bias, self.shard.even(self.arch.intermediate_size)
+        bias, inner = self.arch.mlp_bias, self.place.shard.even(self.arch.intermediate_size)
         parts = [(f"{prefix}.gate_proj", inner), (f"{prefix}.up_proj", inner)]
         return GatedMLP(
             gate_up=ColumnParallelLinear(self.pack_rows(parts, bias=bias)),
@@ -63,38 +67,38 @@ class LayerLoader:
         )
 
     def norm(self, name: str) -> RMSNorm:
-        weight = self.read(f"{name}.weight")[ALL].to(self.device, torch.float32)
+        weight = self.read(f"{name}.weight")[ALL].to(self.place.device, torch.float32)
         return RMSNorm(weight, self.arch.rms_norm_eps)
 
     def pack_rows(self, parts: Sequence[tuple[str, slice]], *, bias: bool = False) -> LinearWeight:
         """Stack the given rows (outputs) of each named layer into one packed weight."""
         num_rows = sum(rows.stop - rows.start for _, rows in parts)
-        weight = self._stack(parts, "weight", num_rows, self.dtype)
+        weight = self._stack(parts, "weight", num_rows, self.place.dtype)
         offset = self._stack(parts, "bias", num_rows, torch.float32) if bias else None
-        return self.ops.pack_linear(weight, offset)
+        return self.place.ops.pack_linear(weight, offset)
 
     def pack_columns(self, name: str, columns: slice, *, bias: bool = False) -> LinearWeight:
         """The given columns (inputs) of a layer. Partial outputs are summed over ranks, so only
         rank 0 adds the bias."""
-        weight = self.read(f"{name}.weight")[ALL, columns].to(self.device, self.dtype)
+        weight = self.read(f"{name}.weight")[ALL, columns].to(self.place.device, self.place.dtype)
         offset = None
-        if bias and self.shard.rank == 0:
-            offset = self.read(f"{name}.bias")[ALL].to(self.device, torch.float32)
-        return self.ops.pack_linear(weight.contiguous(), offset)
+        if bias and self.place.shard.rank == 0:
+            offset = self.read(f"{name}.bias")[ALL].to(self.place.device, torch.float32)
+        return self.place.ops.pack_linear(weight.contiguous(), offset)
 
     def pack_padded(self, name: str, num_rows: int, *, bias: bool = False) -> LinearWeight:
         """This rank's part of `num_rows` outputs, zeros after the end (see `Shard.padded`)."""
-        weight = self.padded(f"{name}.weight", num_rows, self.dtype)
+        weight = self.padded(f"{name}.weight", num_rows, self.place.dtype)
         offset = self.padded(f"{name}.bias", num_rows, torch.float32) if bias else None
-        return self.ops.pack_linear(weight, offset)
+        return self.place.ops.pack_linear(weight, offset)
 
     def padded(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
         """This rank's part of the rows of a tensor, not packed."""
-        width, rows = self.shard.padded_width(num_rows), self.shard.padded(num_rows)
+        width, rows = self.place.shard.padded_width(num_rows), self.place.shard.padded(num_rows)
         part = self.read(name)[rows]
         if len(part) == width:
-            return part.to(self.device, dtype)
-        result = torch.zeros((width, *part.shape[1:]), dtype=dtype, device=self.device)
+            return part.to(self.place.device, dtype)
+        result = torch.zeros((width, *part.shape[1:]), dtype=dtype, device=self.place.device)
         result[: len(part)].copy_(part)
         return result
 
@@ -107,7 +111,7 @@ class LayerLoader:
             part = self.read(f"{name}.{kind}")[rows]
             if result is None:
                 shape = (num_rows, *part.shape[1:])
-                result = torch.empty(shape, dtype=dtype, device=self.device)
+                result = torch.empty(shape, dtype=dtype, device=self.place.device)
             result[at : at + len(part)].copy_(part)
             at += len(part)
         assert result is not None

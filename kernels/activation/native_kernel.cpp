@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 14;
 
-// silu(gate) * up of one row; the tail goes through the same lanes, so that a value does not
-// depend on where in the row it stands.
+// silu(gate) * up of one row. The tail runs on the same vector code, so that a value does not
+// depend on its place in the row.
 void gate_row(const float* gate, const float* up, int64_t F, float* out) {
   const F16 one = broadcast(1.0f), zero{};
   for (int64_t f = 0; f < F; f += 16) {

@@ -2,9 +2,9 @@
 //
 // Queries and softmax weights are rounded to bfloat16; products are summed in float32. The sums of
 // one query run over dimensions in blocks of 32 and over keys in blocks of 32 from the span's
-// beginning, whatever other queries share the tile: its result does not depend on them. A score
-// does not depend on the place of its key, so the paths of a tree share all scores; within a block
-// of values places matter, so blocks that reach behind the prefix are packed again for each path.
+// beginning, so its result does not depend on other queries in the tile. A score does not depend
+// on the place of its key, so the paths of a tree share all scores. The order of values within a
+// block matters, so blocks that reach beyond the prefix are packed again for each path.
 #pragma once
 
 #include "../linear/amx_kernel.h"
@@ -18,7 +18,7 @@ constexpr int64_t kTileElements = kTileRows * kTileK;  // bfloat16 numbers
 
 inline void configure_full_tiles() { configure_tiles(kTileRows, kTileRows); }
 
-// One stage of Eklundh's transposition: exchange the blocks of Size lanes off the diagonal.
+// One stage of Eklundh's transposition: swap the off-diagonal blocks of Size lanes.
 template <int Size, size_t... Lane>
 AERIE_INLINE void exchange(UVec& a, UVec& b, std::index_sequence<Lane...>) {
   const UVec upper = __builtin_shufflevector(
@@ -81,9 +81,8 @@ inline void multiply_keys(const uint16_t* queries, const uint16_t* keys, int64_t
   }
 }
 
-// out[16 rows][32 dimensions] = weights x values, or added to what `out` holds. `weights`: [16
-// rows][stride] bfloat16; `values`: for each of num_blocks x 32 keys, tiles of 16 dimensions,
-// `per_block` of them.
+// out[16 rows][32 dimensions] = weights x values, or that product added to `out`. `weights`: [16
+// rows][stride] bfloat16; `values`: `per_block` tiles of 16 dimensions for each block of 32 keys.
 inline void multiply_values(const uint16_t* weights, int64_t stride, const uint16_t* values,
                             int64_t num_blocks, int64_t per_block, bool add, float* out) {
   if (add) {
@@ -104,21 +103,21 @@ inline void multiply_values(const uint16_t* weights, int64_t stride, const uint1
   _tile_stored(1, out + 16, 32 * sizeof(float));
 }
 
-// Operands of one span in the order of tiles.
+// Operands of one span, arranged as tiles.
 struct TileWorkspace {
   alignas(64) uint16_t queries[kMaxQueryRows * kMaxHeadDim];
   alignas(64) uint16_t keys[kMaxColumns * kMaxHeadDim];
   alignas(64) uint16_t values[kSpan * kMaxHeadDim];
   alignas(64) uint16_t weights[(kMaxQueryRows + kTileRows) * kSpan];
   alignas(64) float mixed[kTileRows * 32];
-  const uint16_t* key_at[kMaxColumns];  // null where no query of the tile looks
+  const uint16_t* key_at[kMaxColumns];  // null if no query of the tile sees the key
   const uint16_t* value_at[kSpan];      // by position
 };
 
 // Keys of the suffix that some query of a tile sees.
 struct SeenSuffix {
   int64_t causal = 0;  // entries 0 .. causal-1
-  uint64_t mask = 0;   // and these
+  uint64_t mask = 0;   // and the entries whose bits are set
 
   bool contains(int64_t i) const { return i < causal || (i < 64 && (mask >> i & 1)); }
 };
@@ -137,7 +136,7 @@ inline int64_t value_offset(const Problem<uint16_t>& p, const Tile& tile, int64_
   return (slot * p.num_kv_heads + tile.kv_head) * p.D;
 }
 
-// Where the keys of the columns lie, and the values of those that are positions.
+// Set the address of each column's key, and of its value if the column is a position.
 inline void locate(const Problem<uint16_t>& p, const Tile& tile, const Columns& columns,
                    const Workspace& work, TileWorkspace& tiles) {
   const SeenSuffix seen = seen_suffix(p, tile);
@@ -180,7 +179,7 @@ inline void pack_value_blocks(const Problem<uint16_t>& p, int64_t first, int64_t
                   tiles.values + (b * (p.D / 16) + d / 16) * kTileElements);
 }
 
-// Mask, weigh and round the scores of rows first .. last-1.
+// Mask the scores of rows first .. last-1, turn them into weights and round these.
 inline void round_weights(const Problem<uint16_t>& p, const Tile& tile, int64_t first,
                           int64_t last, const Columns& columns, Workspace& work,
                           TileWorkspace& tiles, Partial* partials) {
@@ -198,8 +197,8 @@ inline void round_weights(const Problem<uint16_t>& p, const Tile& tile, int64_t 
   }
 }
 
-// Add the value blocks first .. last-1 to the results of rows begin .. end-1, sixteen at most;
-// without `add`, that is all.
+// Add the value blocks first .. last-1 to the results of rows begin .. end-1, at most sixteen;
+// without `add`, overwrite the results instead.
 inline void mix_blocks(const Problem<uint16_t>& p, int64_t begin, int64_t end, int64_t first,
                        int64_t last, bool add, TileWorkspace& tiles, Partial* partials) {
   const int64_t per_block = p.D / 16;
@@ -214,7 +213,7 @@ inline void mix_blocks(const Problem<uint16_t>& p, int64_t begin, int64_t end, i
   }
 }
 
-// Whether a path begins with all entries of another mask.
+// Whether the path given by `mask` is the beginning of `path`.
 inline bool begins_with(uint64_t path, uint64_t mask) {
   const uint64_t through = (uint64_t{2} << (63 - __builtin_clzll(mask))) - 1;
   return mask == (path & through);
@@ -238,7 +237,7 @@ inline int64_t pack_path(const Problem<uint16_t>& p, const Tile& tile, int64_t q
   return last;
 }
 
-// Add the value blocks from `first` on, path by path. A node of the tree is done with the last
+// Add the value blocks from `first` on, path by path. A node is handled together with the last
 // query whose path leads through it.
 inline void mix_paths(const Problem<uint16_t>& p, const Tile& tile, const Columns& columns,
                       int64_t first, const Workspace& work, TileWorkspace& tiles,

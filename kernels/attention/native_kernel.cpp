@@ -1,9 +1,9 @@
 // Attention over a paged prefix and a causal or tree-shaped suffix (flash attention on a CPU).
 //
 // Each span of a row's keys gives a partial result (maximum, sum, weighted values) per query head;
-// partial results merge in ascending order. A query therefore gets the same bits whether it comes
-// alone, within a prompt chunk of any size, as a node of any tree, or with many rows beside it, and
-// whichever threads do the spans.
+// partial results merge in ascending order. So the bits of a query's result do not depend on
+// whether it comes alone, in a prompt chunk of any size, as a node of any tree, or beside other
+// rows, nor on which threads compute the spans.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@
 namespace aerie {
 namespace {
 
-// The keys of one KV head in `count` slots as floats, zeros up to sixteen.
+// The keys of one KV head in `count` slots as floats, padded with zeros to sixteen.
 template <class C>
 void gather_keys(const Problem<C>& p, int64_t kv_head, const int64_t* slots, int64_t count,
                  float* to) {
@@ -46,7 +46,7 @@ AERIE_INLINE F16 scores_of(const float* query, const float* keys, int64_t D) {
   return sum_each(products);
 }
 
-// Any other head dimension.
+// The same for any other head dimension.
 inline F16 scores_of_odd(const float* query, const float* keys, int64_t D) {
   float sums[kGroup];
   for (int k = 0; k < kGroup; ++k) {
@@ -72,7 +72,7 @@ void score_span(const Problem<C>& p, const Tile& tile, const Columns& columns, W
   }
 }
 
-// Turn the scores of all tile rows into weights of the columns.
+// Turn the scores of all tile rows into the weights of the columns.
 template <class C>
 void weigh_span(const Problem<C>& p, const Tile& tile, const Columns& columns, Workspace& work,
                 Partial* partials) {
@@ -97,7 +97,7 @@ AERIE_INLINE void mix(const Problem<C>& p, int64_t kv_head, int64_t num_keys, in
   AERIE_UNROLL for (int r = 0; r < Rows; ++r)
     AERIE_UNROLL for (int c = 0; c < Parts; ++c) sums[r][c] = F16{};
   for (int64_t k = 0; k < num_keys; ++k) {
-    // A key that no row sees may hold anything, NaN too.
+    // A key that no row sees may hold anything, even NaN.
     bool seen = false;
     AERIE_UNROLL for (int r = 0; r < Rows; ++r) seen |= work.scores[first_row + r][k] != 0;
     if (!seen) continue;
@@ -199,7 +199,7 @@ void attend_tile(const Problem<C>& p, const Tile& tile) {
   write_out(p, tile, totals);
 }
 
-// Few tiles over many keys: the spans are the tasks, and their results are merged afterwards.
+// For few tiles over many keys: each span is a task, and the results are merged afterwards.
 template <class C>
 void attend_spans(Pool& pool, const Problem<C>& p, const std::vector<Tile>& tiles) {
   std::vector<int64_t> first_span(tiles.size() + 1);
@@ -228,7 +228,7 @@ void attend_spans(Pool& pool, const Problem<C>& p, const std::vector<Tile>& tile
   });
 }
 
-// The queries first .. first+n-1 of a row, at most `most`, that all have a mask, or none has.
+// The largest n <= most such that of queries first .. first+n-1 either all have a mask or none.
 template <class C>
 int64_t queries_alike(const Problem<C>& p, int64_t row, int64_t first, int64_t most) {
   int64_t n = 1;

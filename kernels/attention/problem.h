@@ -1,9 +1,9 @@
-// What attention is asked, and how the keys of a query are laid out for it.
+// The arguments of attention, and the layout of a query's keys.
 //
 // The keys of a row are cut into spans of 256 cache positions, counted from position 0, and within
-// a span into groups of 16 for scores. A query of a tree with branches is treated as if its path
-// lay packed behind the prefix, where plain decoding would have put it: the j-th entry that it
-// sees takes position prefix + j, whatever slot holds it. So it gets the bits of plain decoding.
+// a span into groups of 16 for scores. In a tree with branches, the path of a query is treated as
+// if it followed the prefix without gaps, as in plain decoding: the j-th entry that the query sees
+// takes position prefix + j, whatever slot holds it. So the result has the bits of plain decoding.
 #pragma once
 
 #include <algorithm>
@@ -46,37 +46,37 @@ struct Problem {
   }
 };
 
-// Some consecutive queries of one row, with the heads of one KV head.
+// Some consecutive queries of one row, with the query heads of one KV head.
 struct Tile {
   int64_t row, kv_head, first_query, num_queries;  // first_query counts from the row's first
-  uint64_t entries;  // suffix entries that its queries see where paths branch off, else 0
+  uint64_t entries;  // suffix entries that its queries see, if one skips an entry; else 0
 };
 
-// What the keys of one span, or of all spans so far, add up to for one query head.
+// The result over the keys of one span, or of all spans so far, for one query head.
 struct Partial {
   float maximum, sum;
   float* values;  // [D]
 };
 
-// The keys of one span in the order in which they are multiplied, and their scores.
+// The keys of one span, in the order of their multiplication, and their scores.
 struct Workspace {
   int64_t slots[kMaxColumns];
   alignas(64) float keys[kGroup * kMaxHeadDim];
-  alignas(64) float scores[kMaxQueryRows][kMaxColumns];  // of the tile's rows, later weights
+  alignas(64) float scores[kMaxQueryRows][kMaxColumns];  // of the tile's rows; later the weights
 };
 
-// Keys of the spans of a row: span s holds positions begin(s) .. end(s)-1.
+// The spans of a row: span s holds the keys at positions begin(s) .. end(s)-1.
 struct Spans {
-  int64_t first_key, end_key;  // of all
+  int64_t first_key, end_key;  // of all spans
 
   int64_t first() const { return first_key / kSpan; }
-  int64_t last() const { return (end_key + kSpan - 1) / kSpan; }  // one behind
+  int64_t last() const { return (end_key + kSpan - 1) / kSpan; }  // one after the last span
   int64_t begin(int64_t s) const { return std::max(s * kSpan, first_key); }
   int64_t end(int64_t s) const { return std::min((s + 1) * kSpan, end_key); }
 };
 
-// The columns of a span: first positions begin .. begin + direct - 1, each in its own column; then,
-// where paths branch, all entries of the tile, of which each query takes its own.
+// The columns of a span: first positions begin .. begin + direct - 1, each in its own column. If
+// paths branch, all entries of the tile follow, and each query uses those on its path.
 struct Columns {
   int64_t begin, end;     // positions
   int64_t direct, count;  // columns
@@ -88,7 +88,7 @@ struct Columns {
 // The entries of a path that fall into a span: entry i takes position begin + direct + i.
 struct PathPart {
   int64_t count = 0;
-  uint8_t column[kMaxEntries];  // counted from the first behind the direct ones
+  uint8_t column[kMaxEntries];  // counted from the first after the direct ones
 };
 
 // Entries seen by the queries of a tile if one of them skips an entry, else 0.
@@ -134,7 +134,7 @@ PathPart path_part(const Problem<C>& p, const Tile& tile, int64_t query, const C
   return part;
 }
 
-// Which of the keys position .. position+15 a query of the row sees, as bits.
+// The keys position .. position+15 that a query of the row sees, as bits.
 template <class C>
 uint32_t visible_bits(const Problem<C>& p, int64_t row, int64_t query, int64_t position) {
   const int64_t prefix = p.prefix_lens[row], offset = position - prefix;
@@ -148,8 +148,8 @@ uint32_t visible_bits(const Problem<C>& p, int64_t row, int64_t query, int64_t p
   return ((mask << in_prefix) | ((1u << in_prefix) - 1)) & 0xffff;
 }
 
-// Scale the scores of the sixteen columns from `column` and hide those that a query does not see;
-// where paths branch, take_path does that.
+// Scale the scores of the sixteen columns from `column` and hide those that a query does not see.
+// take_path hides the entries of branching paths.
 template <class C>
 AERIE_INLINE F16 visible_scores(const Problem<C>& p, const Tile& tile, int64_t r,
                                 const Columns& columns, int64_t column, F16 scores) {
@@ -162,7 +162,7 @@ AERIE_INLINE F16 visible_scores(const Problem<C>& p, const Tile& tile, int64_t r
   return masked_lanes(scores, bits, broadcast(kMinusInfinity));
 }
 
-// Bring the scores of a path from their columns to their positions. Entries of a path ascend, so
+// Move the scores of a path from their columns to their positions. Entries of a path ascend, so
 // none is overwritten before it is read.
 inline void take_path(const PathPart& part, const Columns& columns, float* scores) {
   float* to = scores + columns.direct;
@@ -172,7 +172,7 @@ inline void take_path(const PathPart& part, const Columns& columns, float* score
   if (taken < padded) std::fill(scores + taken, scores + padded, kMinusInfinity);
 }
 
-// Bring weights back to the columns; the others' weights are zero.
+// Move the weights of a path back to its columns; other columns get weight zero.
 inline void return_path(const PathPart& part, const Columns& columns, float* weights) {
   float* to = weights + columns.direct;
   float own[kMaxEntries];
@@ -187,7 +187,7 @@ int64_t slot_of(const Problem<C>& p, int64_t row, int64_t position) {
   return block * p.block_size + position % p.block_size;
 }
 
-// Slots of the columns.
+// The cache slot of each column.
 template <class C>
 void find_slots(const Problem<C>& p, const Tile& tile, const Columns& columns, int64_t* slots) {
   const int32_t* table =
@@ -209,7 +209,7 @@ const float* query_row(const Problem<C>& p, const Tile& tile, int64_t r) {
   return p.queries + (t * p.num_heads + tile.kv_head * p.group() + r % p.group()) * p.D;
 }
 
-// Turn the scores of one row into weights exp(score - maximum); lanes behind `count` are -inf.
+// Turn the scores of one row into weights exp(score - maximum); lanes from `count` on are -inf.
 inline void weigh(float* scores, int64_t count, Partial& partial) {
   F16 highest = broadcast(kMinusInfinity), total{};
   for (int64_t k = 0; k < count; k += kGroup) highest = maximum(highest, load(scores + k));

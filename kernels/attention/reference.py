@@ -39,7 +39,7 @@ def gather(cache: Tensor, block_table: Tensor, first: int, end: int) -> Tensor:
 
 
 def suffix_visibility(ancestors: Tensor) -> Tensor:
-    """Which suffix entries each of n queries sees, [n, m] bool; m covers all that any one sees."""
+    """[n, m] bool: whether each query sees each suffix entry. None sees entries from m on."""
     n = len(ancestors)
     order = torch.arange(max(n, 64), device=ancestors.device)
     causal = order[None, :] <= torch.arange(n, device=ancestors.device)[:, None]
@@ -52,7 +52,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: floa
     """softmax(q k^T * scale) v for one row: q [n, Hq, D], keys and values [m, Hkv, D]."""
     group = q.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-    values = values.masked_fill(~visible.any(dim=0)[:, None, None], 0.0)  # may hold NaN
+    values = values.masked_fill(~visible.any(dim=0)[:, None, None], 0.0)  # unseen ones may be NaN
     scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
     weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)

@@ -1,14 +1,15 @@
 """Paged attention over a prefix and a causal or tree-shaped suffix, for Hopper.
 
 Work is cut into programs (KV head, split, tile). A tile is up to BLOCK_M rows of one batch row's
-queries: row m of a tile is query m // GROUP and query head m % GROUP of the program's KV head, so
-all query heads that share a KV head share what is loaded of it. A split is an equal part of the
-keys that the tile sees, `first_key` up to the last entry of the suffix that any of its queries
-sees, in steps of BLOCK_N keys. Keys and values are gathered through the block table: one key of
+queries: row m of a tile is query m // GROUP and query head m % GROUP of the program's KV head. So
+query heads that share a KV head load its keys and values once. A tile sees the keys from
+`first_key` to the last suffix entry that any of its queries sees; a split is an equal part of
+them, in steps of BLOCK_N keys. Keys and values are gathered through the block table: one key of
 one head is D contiguous numbers, and programs of neighbouring heads run at the same time.
 
-With one split a program writes the output. With more, it writes the softmax of its part and the
-base-2 logarithm of its sum, and `merge_splits` weighs the parts. `triton_plan` chooses all sizes.
+With one split, a program writes the output. With more, it writes the attention over its part and
+the base-2 logarithm of the softmax sum, and `merge_splits` averages the parts, weighted by these
+sums. `triton_plan` chooses all sizes.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def attend_splits(
     first_keys_ptr,  # [B] int32
     block_tables_ptr,  # [B, max_blocks] int32
     ancestors_ptr,  # [T] int64
-    scale,  # of the scores, times log2(e)
+    scale,  # factor of the scores, times log2(e)
     num_rows,
     tiles_per_row,
-    fewest,  # queries of the batch rows that this launch is for
+    fewest,  # the launch handles batch rows of fewest .. most queries
     most,
     out_stride,
     q_stride_token,
@@ -73,11 +74,11 @@ def attend_splits(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_STEPS: tl.constexpr,  # of BLOCK_N keys that a split takes, where there are so many
+    MIN_STEPS: tl.constexpr,  # least steps of BLOCK_N keys per split, if the tile sees that many
     FEW_STEPS: tl.constexpr,
     SEARCH: tl.constexpr,
     SPLIT: tl.constexpr,
-    PRODUCT: tl.constexpr,  # type that the matrix products multiply
+    PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """One part of the keys of one tile for one KV head. Grid (Hkv, splits, tiles)."""
     kv_head, split = tl.program_id(0), tl.program_id(1)
@@ -108,7 +109,7 @@ def attend_splits(
     causal = tl.max(tl.where(wanted & (ancestors == 0), queries + 1, 0), axis=0)
     tree = tl.reduce(ancestors, 0, either)
     num_keys = prefix + tl.maximum(causal, bit_length(tree)) - first_key
-    # Keys that all queries of the tile see.
+    # All queries of the tile see the first `num_plain` keys.
     num_plain = prefix - first_key + tl.where(tree == 0, first_query + 1, 0)
 
     steps = tl.cdiv(num_keys, BLOCK_N)
@@ -116,7 +117,7 @@ def attend_splits(
     begin = steps * tl.minimum(split, parts) // parts
     end = steps * tl.minimum(split + 1, parts) // parts
     plain_end = tl.minimum(tl.maximum(num_plain // BLOCK_N, begin), end)
-    # Between the two loops nothing is fetched ahead; a short part is quicker in one.
+    # Nothing is prefetched between the two loops, so a short part is quicker in one.
     plain_end = tl.where((plain_end < end) & (end - begin <= FEW_STEPS), begin, plain_end)
 
     table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
@@ -154,12 +155,12 @@ def attend_steps(
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Take in the keys of steps begin .. end-1: out [BLOCK_M, D] is weighted by 2^(score - peak),
-    whose sum is total. Without MASKED all queries see all of these keys."""
+    """Add the keys of steps begin .. end-1: `out` [BLOCK_M, D] sums values weighted by
+    2^(score - peak), `total` the weights. Without MASKED all queries see all of these keys."""
     columns = tl.arange(0, D)
     end_key = first_key + end * BLOCK_N
-    # Blocks are looked up a step ahead: were they looked up in the step that uses them, the
-    # compiler would spend its pipeline stages on that chain and fetch no keys ahead.
+    # Blocks are looked up one step ahead. If the step that uses them looked them up, the compiler
+    # would spend its pipeline stages on the lookup and prefetch no keys.
     keys_at = first_key + begin * BLOCK_N + tl.arange(0, BLOCK_N)
     blocks = find_blocks(table_ptr, keys_at, end_key, prefix, causal, tree, BLOCK_SIZE, MASKED)
     for step in range(begin, end):
@@ -167,12 +168,12 @@ def attend_steps(
         next_blocks = find_blocks(
             table_ptr, keys_at + BLOCK_N, end_key, prefix, causal, tree, BLOCK_SIZE, MASKED
         )
-        entries = keys_at - prefix  # of the suffix; below 0 in the prefix
+        entries = keys_at - prefix  # index in the suffix; negative in the prefix
         slots = keys_at % BLOCK_SIZE
         k_ptrs = (blocks * k_stride_block + slots * k_stride_slot)[:, None] + columns[None, :]
         v_ptrs = (blocks * v_stride_block + slots * v_stride_slot)[:, None] + columns[None, :]
         if MASKED:
-            seen = is_seen(entries, causal, tree)  # the rest may hold NaN
+            seen = is_seen(entries, causal, tree)  # other keys may hold NaN
             keys = tl.load(k_ptr + k_ptrs, mask=seen[:, None], other=0.0)
             values = tl.load(v_ptr + v_ptrs, mask=seen[:, None], other=0.0)
         else:
@@ -186,7 +187,7 @@ def attend_steps(
             in_tree = (entries < 0)[None, :] | has_bit(ancestors[:, None], entries[None, :])
             scores = tl.where((is_tree & in_tree) | (~is_tree & in_chunk), scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        # Of a query that has seen no key yet; -inf minus -inf would be NaN.
+        # The peak is -inf for a query that has seen no key yet; -inf minus -inf would be NaN.
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - origin[:, None])
         fade = tl.exp2(peak - origin)
@@ -218,7 +219,7 @@ def merge_splits(
     MAX_SPLITS: tl.constexpr,  # a power of 2, at least num_splits
     SEARCH: tl.constexpr,
 ):
-    """Weigh the parts of MERGED_ROWS rows of a tile. Grid (groups of rows, Hkv, tiles)."""
+    """Merge the parts of MERGED_ROWS rows of a tile. Grid (groups of rows, Hkv, tiles)."""
     kv_head, tile = tl.program_id(1), tl.program_id(2)
     row, first_query = find_tile(tile, cu_q_ptr, num_rows, tiles_per_row, BLOCK_M // GROUP, SEARCH)
     start = tl.load(cu_q_ptr + row)
@@ -257,11 +258,11 @@ def attention(
 ) -> Tensor:
     """As the reference: queries q [T, Hq, D] over caches [num_blocks, 16, Hkv, D] -> [T, Hq * D].
 
-    Tokens behind cu_q[-1], which no row owns, get no output. bfloat16 queries want bfloat16
-    caches; products are summed in float32, softmax weights rounded to the type of q.
+    Tokens from cu_q[-1] on belong to no row and get no output. bfloat16 queries need bfloat16
+    caches. Products are summed in float32; softmax weights are rounded to the type of q.
 
     Raises:
-        ValueError: a type or shape that the kernel does not know.
+        ValueError: the kernel does not support a type or shape.
     """
     _check(q, k_cache, v_cache)
     _check_layout(meta)
@@ -292,7 +293,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 
 def _check_layout(meta: AttentionMeta) -> None:
-    """The kernel takes entry i of each to lie i places behind the first."""
+    """The kernel assumes that entry i of each tensor lies i places after its first entry."""
     whole = (meta.cu_q, meta.prefix_lens, meta.first_keys, meta.ancestors)
     assert all(part.is_contiguous() for part in whole), "attention: a view with gaps or repeats"
     assert meta.block_tables.stride(1) == 1, "attention: block tables by columns"

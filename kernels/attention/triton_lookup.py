@@ -12,8 +12,8 @@ def find_tile(
 ):
     """The batch row of a tile and the tile's first query within it.
 
-    With SEARCH the tiles of row b begin at cu_q[b] // TILE_QUERIES + b, which leaves room enough
-    for the rows before it; the room of a row may hold a tile without queries.
+    With SEARCH the tiles of row b begin at cu_q[b] // TILE_QUERIES + b. That leaves enough tiles
+    for the rows before it; a row's last tile may have no queries.
     """
     if SEARCH:
         row = tile * 0 - 1
@@ -39,8 +39,8 @@ def find_blocks(
     BLOCK_SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Blocks of cache positions, int64. The table is not read at end_key and behind, nor, with
-    MASKED, for what no query of the tile sees: that may lie outside the table."""
+    """Blocks of cache positions, int64. The table is not read from end_key on, nor, with MASKED,
+    for keys that no query of the tile sees: they may lie outside the table."""
     wanted = keys_at < end_key
     if MASKED:
         wanted &= is_seen(keys_at - prefix, causal, tree)
@@ -50,7 +50,7 @@ def find_blocks(
 
 @triton.jit
 def is_seen(entries, causal, tree):
-    """Whether some query of the tile sees suffix entries; below 0 they are of the prefix."""
+    """Whether some query of the tile sees each suffix entry; negative ones lie in the prefix."""
     return (entries < causal) | has_bit(tree, entries)
 
 

@@ -1,6 +1,6 @@
 """How the work of one attention call is cut into tiles and splits.
 
-All of it follows from shapes and host integers, so that a call can be captured in a CUDA graph.
+The plan depends only on shapes and host integers, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import functools
 import math
 from dataclasses import dataclass
 
-SHORT_TILE = 64  # query rows (queries x heads of a group) of a tile of decoding or drafting
-LONG_TILE = 128  # of a prefill chunk
-MIN_SPLIT_KEYS = 128  # below that a split costs more than it saves
+SHORT_TILE = 64  # query rows (queries x heads of a group) per tile in decoding or drafting
+LONG_TILE = 128  # query rows per tile in a prefill chunk
+MIN_SPLIT_KEYS = 128  # with fewer keys a split costs more than it saves
 MAX_SPLITS = 128
-MAX_PART_BYTES = 64 * 2**20  # of partial results of one launch
-ENOUGH = 0.9  # of the best fill that any number of splits gives
+MAX_PART_BYTES = 64 * 2**20  # partial results of one launch
+ENOUGH = 0.9  # share of the best fill that any number of splits gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TilePlan:
     fewest: int
     most: int
     num_tiles: int
-    tiles_per_row: int  # unless a tile searches its row
+    tiles_per_row: int  # ignored with `search`
     search: bool
     num_splits: int
 
@@ -48,14 +48,15 @@ class Shape:
     num_processors: int  # streaming multiprocessors
 
 
-@functools.lru_cache(maxsize=256)  # every layer of a step asks for the same
+@functools.lru_cache(maxsize=256)  # every layer of a step asks for the same plan
 def plan_tiles(shape: Shape) -> tuple[TilePlan, ...]:
-    """One launch if all rows fit a short tile or all are alike, else one for each kind of row."""
+    """One launch if all rows fit a short tile or have equally many queries; else one for the rows
+    that fit a short tile and one for the others."""
     rows = shape.max_q * shape.group
     if rows <= SHORT_TILE:
         block_m = max(16, 1 << (rows - 1).bit_length())
         return (_plan(shape, block_m, 0, shape.max_q),)
-    if shape.num_tokens == shape.num_rows * shape.max_q:  # all alike
+    if shape.num_tokens == shape.num_rows * shape.max_q:  # equally many queries
         return (_plan(shape, LONG_TILE, 0, shape.max_q),)
     short = SHORT_TILE // shape.group
     return (
@@ -88,8 +89,8 @@ def choose_splits(num_programs: int, places: int, max_splits: int) -> int:
     """How many programs share the keys of one tile and KV head.
 
     `num_programs * splits` programs run in waves of `places` at a time, and the last wave may be
-    nearly empty. The fewest splits are taken whose waves are at least 0.9 times as full as those
-    of the best number of splits, up to `max_splits` (and 1 at least).
+    nearly empty. The result is the fewest splits, from 1 to `max_splits`, whose waves are at
+    least 0.9 times as full as the fullest.
     """
     candidates = range(1, max(max_splits, 1) + 1)
     fills = [_fill(num_programs * splits, places) for splits in candidates]
@@ -97,6 +98,6 @@ def choose_splits(num_programs: int, places: int, max_splits: int) -> int:
 
 
 def _fill(num_programs: int, places: int) -> float:
-    """Which part of the places of all waves is taken."""
+    """The share of all places of all waves that programs fill."""
     waves = max(math.ceil(num_programs / places), 1)
     return num_programs / (waves * places)

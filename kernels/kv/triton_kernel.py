@@ -1,19 +1,19 @@
 """Moves inside the paged cache in Triton: all layers in one launch.
 
-Why it is correct where sources and targets overlap. A program owns a range of columns of one page
-and carries out all moves there, so no other program reads or writes what it touches. It goes
-through the moves in order, a tile of them at a time: all threads load their sources, a barrier,
-all threads store to their targets. Two moves m < n can only meet in three ways:
+Sources and targets may overlap, for this reason. A program owns a range of columns of one page and
+carries out all moves there, so no other program reads or writes what it touches. It goes through
+the moves in order, a tile of them at a time: all threads load their sources, wait at a barrier,
+then store to their targets. Two moves m < n can conflict in three ways:
 
-- n writes what m reads. Within a tile, all loads lie before the barrier and all stores behind it;
-  in different tiles, m's load lies before the barrier of n's tile. So m reads first, as in order.
-- n reads what m writes. That is the one thing a caller must not ask for: what verification moves
-  never does, since the targets of a row ascend and lie at or below their sources
-  (target m < target n <= source n), and rows share no slots.
+- n writes what m reads. Within a tile, all loads come before the barrier and all stores after it;
+  in different tiles, m's load comes before the barrier of n's tile. So m reads first, as it should.
+- n reads what m writes. Callers must not ask for this. The moves of verification never do it: the
+  targets of a row ascend and lie at or below their sources (target m < target n <= source n), and
+  rows share no slots.
 - both write the same slot. Targets differ, for the same reason.
 
-A move onto itself is skipped, whatever else happens to that slot. So a caller whose number of moves
-is not known to the host passes the largest number, and a slot twice for every move it lacks.
+A move of a slot onto itself is skipped, so it never conflicts. A caller whose host does not know
+the number of moves passes the largest possible number and pads with moves of a slot onto itself.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from torch import Tensor
 
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
-_COLUMN_BYTES = 256  # of a slot, per program
+_COLUMN_BYTES = 256  # bytes of a slot per program
 _TILE_BYTES = 16384  # per tile of moves: 128 bytes per thread
-_MAX_TILE = 64  # moves
+_MAX_TILE = 64  # moves per tile
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}  # bits are moved, not numbers
 # (layers, Hkv, D): SmolLM2, Llama 1B, 8B, 70B over 8 GPUs
 _KNOWN_CACHES = ((30, 3, 64), (16, 8, 64), (32, 8, 128), (80, 1, 128))
 
 
-@triton.jit(do_not_specialize=["M"])  # it changes with every step
+@triton.jit(do_not_specialize=["M"])  # M changes with every step
 def _kv_move_kernel(
     addresses_ptr,  # [pages] int64: where each page begins
     sources_ptr,  # [M] int64 slots
@@ -61,8 +61,8 @@ def _kv_move_kernel(
 
 
 class KVMove:
-    """The operation `kv_move`. Keeps the addresses of the pages it was called with on their device:
-    a copy from the host would stop a CUDA graph from being captured. Call it once before."""
+    """The operation `kv_move`. The first call with some pages stores their addresses on the device;
+    make it before CUDA graph capture, which allows no copy from the host."""
 
     def __init__(self) -> None:
         self._addresses: dict[tuple[int, ...], Tensor] = {}
@@ -74,7 +74,7 @@ class KVMove:
             pages: [num_blocks, S, Hkv, D] each, contiguous, of one shape and dtype, at addresses
                 divisible by 16.
             sources, targets: [M] int64 slots. No target is the source of a later move, and no slot
-                is the target of two; a move onto itself is none.
+                is the target of two moves. Moves of a slot onto itself are skipped.
         """
         if pages and len(sources):
             _launch(pages, self._table(pages), sources, targets).run()

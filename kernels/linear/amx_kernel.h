@@ -1,8 +1,8 @@
 // x [M, K] times a packed bfloat16 weight, on the tile registers of Intel AMX.
 //
-// AMX multiplies bfloat16 only: inputs are rounded to it, as on every accelerator; products are
-// exact and summed in float32. Every output is one chain over k in blocks of 32: its value does not
-// depend on the number of rows or on the thread that computes it.
+// AMX multiplies bfloat16 only, so inputs are rounded to it, as on every accelerator; products are
+// exact and summed in float32. Every output is one chain of sums over k in blocks of 32: its value
+// does not depend on the number of rows or on the thread that computes it.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ namespace aerie {
 
 #if AERIE_HAS_AMX
 
-// The kernel grants the tile registers to a process on request (Documentation/arch/x86/xstate.rst).
+// Linux grants the tile registers to a process on request (Documentation/arch/x86/xstate.rst).
 inline bool amx_permitted() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -33,7 +33,7 @@ inline bool amx_permitted() {
 constexpr int kTileRows = 16;
 constexpr int kRowBlock = 2 * kTileRows;
 
-// Inputs as bfloat16 in the order in which tiles are loaded: for each 16 rows, tiles of 32 inputs;
+// Inputs as bfloat16 in the order in which tiles are loaded: tiles of 32 inputs for every 16 rows,
 // padded with zeros along K.
 struct TiledInputs {
   uint16_t* tiles;
@@ -86,13 +86,14 @@ inline void configure_tiles(int64_t upper_rows, int64_t lower_rows) {
   _tile_loadconfig(&config);
 }
 
-// Where the four accumulators go: tile (row half r, panel p) to first + r * 16 * stride + p * 16.
+// Where the four accumulators are stored: tile (row half r, panel p) goes to
+// first + r * 16 * stride + p * 16.
 struct TileTarget {
   float* first;
   int64_t stride;  // floats between rows
 };
 
-// One row block (both halves when Lower) against two panels (one when !Second).
+// Multiply one row block (both halves if Lower) by two panels (one if !Second).
 template <bool Lower, bool Second>
 AERIE_INLINE void multiply_tiles(const TiledInputs& x, int64_t row, const uint16_t* weight,
                                  int64_t size, const TileTarget& to) {
@@ -133,7 +134,7 @@ inline void multiply_tile_block(const TiledInputs& x, int64_t row, bool lower,
   multiply_tiles<false, false>(x, row, weight, size, to);
 }
 
-// One or two panels for `rows` rows, through a buffer: for a bias, or a panel that N cuts off.
+// Multiply `rows` rows by one or two panels through a buffer: for a bias, or a panel cut off by N.
 inline void multiply_edge_block(const LinearShape& shape, const TiledInputs& x, int64_t row,
                                 int64_t rows, const uint16_t* weight, const float* bias,
                                 float* out, int64_t column, bool second) {
@@ -150,8 +151,8 @@ inline void multiply_edge_block(const LinearShape& shape, const TiledInputs& x, 
   }
 }
 
-// Rows first_row .. last_row-1, in blocks of `rows`, against the panels first .. last-1. A pair of
-// panels stays in the first-level cache while the rows pass by.
+// Multiply rows first_row .. last_row-1, in blocks of `rows`, by the panels first .. last-1. A pair
+// of panels stays in the L1 cache for all these rows.
 inline void multiply_row_blocks(const LinearShape& shape, const TiledInputs& x, int64_t first_row,
                                 int64_t last_row, int64_t rows, const uint16_t* weight,
                                 const float* bias, float* out, int64_t first, int64_t last) {
@@ -171,12 +172,12 @@ inline void multiply_row_blocks(const LinearShape& shape, const TiledInputs& x, 
   }
 }
 
-// Rows of a group: their inputs stay in the second-level cache while all panels pass by.
+// Rows of a group: their inputs stay in the L2 cache for all panels.
 constexpr int64_t kGroupRows = 8 * kRowBlock;
 
 inline int64_t num_row_groups(int64_t M) { return (M + kGroupRows - 1) / kGroupRows; }
 
-// One group of rows against the panels first .. last-1: whole row blocks, then what is left.
+// Multiply one group of rows by the panels first .. last-1: whole row blocks, then the other rows.
 inline void multiply_group(const LinearShape& shape, const TiledInputs& x, int64_t group,
                            const uint16_t* weight, const float* bias, float* out, int64_t first,
                            int64_t last) {

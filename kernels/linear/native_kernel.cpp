@@ -27,8 +27,8 @@ void pack(Pool& pool, const W* weight, int64_t N, int64_t K, W* packed) {
   });
 }
 
-// Call body(group, first, last) for each group of rows and groups of panels, on all threads; all
-// panels of a group of rows are begun before those of the next.
+// Call body(group, first, last) for each group of rows and range of panels, on all threads; the
+// panels of one group of rows start before those of the next.
 template <class Body>
 void for_groups(Pool& pool, int64_t num_groups, int64_t N, const Body& body) {
   const int64_t panels = num_panels(N), tasks = (panels + kPanelsPerTask - 1) / kPanelsPerTask;

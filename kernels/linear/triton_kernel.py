@@ -1,13 +1,13 @@
 """Linear layers and embedding on CUDA devices.
 
-Products of bfloat16 go to cuBLAS through torch, whose kernels for Hopper (wgmma, split along K for
-few rows) a Triton kernel would at best equal. The packed weight is the plain [N, K] matrix, so that
-a tied embedding gathers its rows from it. Quantised weights (int4, fp8) are where a kernel of our
-own pays: they come as another `pack_linear`, whose `LinearWeight.data` has its own layout, and a
-`linear` that knows it; nothing outside this folder looks into `LinearWeight.data`.
+torch calls cuBLAS for bfloat16 products: a Triton kernel would at best equal its Hopper kernels
+(wgmma, split along K for few rows). The packed weight is the plain [N, K] matrix, so that a tied
+embedding gathers its rows from it. Our own kernel would pay for quantised weights (int4, fp8):
+they need another `pack_linear` with its own layout of `LinearWeight.data`, and a `linear` that
+reads it. Nothing outside this folder reads `LinearWeight.data`.
 
-A draft head's `fc` takes the concatenated features of three layers. No kernel gathers them: per
-token of Llama 8B they are 24 KB to copy, beside the 100 MB of the weight that multiplies them.
+A draft head's `fc` takes the concatenated features of three layers. No kernel fuses that copy: per
+token of Llama 8B it is 24 KB, and the weight that multiplies it is 100 MB.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 // x [M, K] float32 times a packed weight, on vector registers.
 //
-// Every output is summed in chains of kChain multiply-adds over k = 0, 1, 2, ..., and the chains are
-// added in order: its value does not depend on the number of rows, on the block sizes below, or on
-// the thread that computes it. (One long chain would lose accuracy: errors grow with its length.)
+// Every output is summed in chains of kChain multiply-adds over k = 0, 1, 2, ...; the chains are
+// added in order. So its value does not depend on the number of rows, on the block sizes below, or
+// on the thread that computes it. (Errors grow with a chain's length, so one long chain would lose
+// accuracy.)
+
 #pragma once
 
 #include "../native/vector.h"
@@ -15,7 +17,7 @@ constexpr int kAccumulators = kLanes == 16 ? 24 : 6;
 constexpr int kMaxPanels = kLanes == 16 ? 8 : 4;
 constexpr int kMaxRows = kLanes == 16 ? 12 : 6;
 
-constexpr int64_t kChain = 32;  // even, so that pairs of inputs are not torn apart
+constexpr int64_t kChain = 32;  // even, so that a pair of inputs stays in one chain
 
 constexpr int panels_at_once(int rows) {
   int panels = kMaxPanels;
@@ -110,7 +112,7 @@ void multiply_block(const LinearShape& shape, const float* inputs, const W* weig
   }
 }
 
-// Rows rows against the panels first .. last-1.
+// Multiply Rows rows by the panels first .. last-1.
 template <int Rows, class W>
 void multiply_rows(const LinearShape& shape, const float* inputs, const W* weight, const float* bias,
                    float* out, int64_t first, int64_t last) {
@@ -130,11 +132,11 @@ void dispatch_rows(int rows, const LinearShape& shape, const float* inputs, cons
     dispatch_rows<W, Rows + 1>(rows, shape, inputs, weight, bias, out, first, last);
 }
 
-// Rows are worked on in blocks of nearly equal size, at most kMaxRows.
+// Rows are processed in blocks of nearly equal size, at most kMaxRows.
 AERIE_INLINE int64_t num_row_blocks(int64_t M) { return (M + kMaxRows - 1) / kMaxRows; }
 AERIE_INLINE int64_t first_row(int64_t block, int64_t M) { return M * block / num_row_blocks(M); }
 
-// All row blocks (interleaved, one behind the other) against the panels first .. last-1.
+// Multiply all row blocks (interleaved, one after the other) by the panels first .. last-1.
 template <class W>
 void multiply_panels(const LinearShape& shape, const float* inputs, const W* weight,
                      const float* bias, float* out, int64_t first, int64_t last) {

@@ -1,8 +1,8 @@
 """Compile the C++ kernels into one shared library, once per machine and source version.
 
-The library lies in a cache folder under a name made of its sources, flags and the CPU, so that a
-change of any of them leads to a new one. `python -m kernels.native.build --prebuild`
-compiles ahead for several kinds of CPU, for images that have no compiler at run time.
+The library's file name in the cache folder is a hash of the sources, flags and CPU, so a change of
+any of them compiles a new library. `python -m kernels.native.build --prebuild` compiles ahead for
+several kinds of CPU, for images that have no compiler at run time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NativeUnavailableError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Code for a kind of CPU: the compiler's flags, and what /proc/cpuinfo must list to run it."""
+    """A kind of CPU: compiler flags, and the features that /proc/cpuinfo must list to run it."""
 
     name: str
     flags: tuple[str, ...]
@@ -74,13 +74,13 @@ OTHER_VARIANTS = (Variant("generic", (), frozenset()),)
 
 
 def variants() -> tuple[Variant, ...]:
-    """What can be built ahead for this kind of machine."""
+    """The variants that can be built ahead for this machine's architecture."""
     return X86_VARIANTS if platform.machine() in ("x86_64", "AMD64") else OTHER_VARIANTS
 
 
 def build_library(cache_dir: Path, prebuilt: Path = PREBUILT) -> Path:
-    """The library for this machine: compiled now or found in the cache; without a compiler, the
-    best that was compiled ahead.
+    """The library for this machine: from the cache, or compiled now; without a compiler, the best
+    one that was compiled ahead.
 
     Raises:
         NativeUnavailableError: no compiler and nothing compiled ahead, or the compiler failed.
@@ -136,7 +136,7 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def _compile(compiler: Sequence[str], flags: Sequence[str], target: Path) -> None:
-    """Write beside the final place, then rename: readers see a whole library or none."""
+    """Write to a temporary folder, then rename: readers see a whole library or none."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="compiling-") as scratch:
@@ -161,8 +161,8 @@ def _failure(command: Sequence[str], stderr: str) -> str:
 
 
 def _key() -> str:
-    """Of the sources and this CPU. Not of the compiler: what was compiled once must be found again
-    where none is on the PATH."""
+    """Hash of the sources and this CPU. Not of the compiler: a compiled library must be found
+    again when no compiler is on the PATH."""
     return hashlib.sha256(f"{_sources_key()} {LOCAL} {_cpu()}".encode()).hexdigest()[:24]
 
 
@@ -176,14 +176,14 @@ def _sources_key() -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """What decides which instructions `-march=native` may use."""
+    """Text that determines which instructions `-march=native` may use."""
     names = ("model name", "flags", "Features", "CPU part")
     lines = dict.fromkeys(line for line in _cpuinfo() if line.startswith(names))
     return "\n".join(lines) or f"{platform.machine()} {platform.processor()}"
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this CPU, in the kernel's names; empty where it does not list them."""
+    """Instruction sets of this CPU, as Linux names them; empty if Linux does not list them."""
     return next(
         (frozenset(line.split()) for line in _cpuinfo() if line.startswith("flags")), frozenset()
     )
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m kernels.native.build", description="Compile the native CPU kernels."
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--cache-dir", type=Path, help="for this machine, into the cache files.dir")
+    where.add_argument("--cache-dir", type=Path, help="for this machine, into files.dir")
     where.add_argument("--prebuild", action="store_true", help="for all CPUs, into the package")
     chosen = parser.parse_args(arguments)
     try:

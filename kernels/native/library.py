@@ -12,7 +12,7 @@ P = ctypes.c_void_p  # a pointer
 I = ctypes.c_int64  # noqa: E741
 R = ctypes.c_float
 
-# function -> argument types behind the pool
+# function -> argument types after the pool
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_pack_bf16": (P, I, I, P),
     "aerie_pack_f32": (P, I, I, P),
@@ -59,7 +59,7 @@ class NativeLibrary:
         return function
 
     def number(self, name: str, *arguments: int) -> int:
-        """Call a function of integers that needs no pool."""
+        """Call a function that takes and returns integers and needs no pool."""
         function = getattr(self._library, name)
         function.argtypes = (I,) * len(arguments)
         function.restype = I

@@ -17,15 +17,15 @@ MAX_GROUP = 32  # query heads per KV head
 
 
 class NativeOps:
-    """Bound C functions. They read raw memory: inputs that are not contiguous are copied first,
-    and what is changed in place (residual, pages) has to be contiguous."""
+    """Calls the C functions. They read raw memory: inputs that are not contiguous are copied first;
+    tensors changed in place (residual, pages) must be contiguous."""
 
     def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype) -> None:
         suffix = SUFFIXES[storage_dtype]
         amx = storage_dtype is torch.bfloat16 and library.has_amx
         tiles = "_amx" if amx else ""
         self.library = library  # keeps the thread pool alive
-        # What runs on matrix tiles, with inputs rounded to bfloat16.
+        # These operations run on AMX tiles, with inputs rounded to bfloat16.
         backend = Backend("native", "amx" if amx else None)
         self.backends = dict.fromkeys(("linear", "attention"), backend)
         self._pool = library.pool

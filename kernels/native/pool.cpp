@@ -11,8 +11,8 @@
 namespace aerie {
 namespace {
 
-// Operations of one step follow each other within tens of microseconds; waking a sleeping thread
-// takes about as long. Spinning for longer would steal time from the HTTP process.
+// Operations of one step follow each other within tens of microseconds, and waking a sleeping
+// thread takes about as long. Spinning for longer would take CPU time from the HTTP process.
 constexpr auto kSpin = std::chrono::microseconds(50);
 
 void pause() {

@@ -1,5 +1,5 @@
-// Threads that share the tasks of one operation. The caller works too; tasks are claimed one by
-// one, so that a core that is busy with something else delays nobody for long.
+// Threads that share the tasks of one operation. The caller works too. Threads claim tasks one by
+// one, so a core that is busy with something else does not delay the others for long.
 #pragma once
 
 #include <atomic>
@@ -32,8 +32,8 @@ class Pool {
           &body);
   }
 
-  // Scratch memory of the running operation, aligned to 64 bytes; `which` tells buffers apart.
-  // Must be asked for outside of run().
+  // Scratch memory of the running operation, aligned to 64 bytes; `which` is the buffer's number.
+  // Call it outside of run().
   template <class T>
   T* scratch(int which, size_t count) {
     return static_cast<T*>(scratch_bytes(which, count * sizeof(T)));
@@ -48,8 +48,8 @@ class Pool {
   void claim_tasks();
   uint32_t await_epoch(uint32_t seen);
 
-  // The gate counts the workers inside the current job, and is far below zero while there is none.
-  // A worker that comes late finds it closed and never touches the job.
+  // The gate counts the workers inside the current job; it is far below zero between jobs. A worker
+  // that comes late finds it closed and never touches the job.
   static constexpr int kClosed = -(1 << 30);
   alignas(64) std::atomic<int> gate_{kClosed};
   alignas(64) std::atomic<uint32_t> epoch_{0};

@@ -22,13 +22,13 @@ typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
-// The same without the alignment of a register, for memory.
+// The same type for unaligned memory.
 typedef float VecInMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t UVecInMemory __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef uint16_t HalfVecInMemory __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 #define AERIE_INLINE inline __attribute__((always_inline))
-// Loops over small arrays of vectors must be unrolled, or the arrays live in memory.
+// Unroll loops over small arrays of vectors; otherwise the arrays lie in memory, not in registers.
 #define AERIE_UNROLL _Pragma("GCC unroll 24")
 #define AERIE_EACH_PART AERIE_UNROLL for (int i = 0; i < kParts; ++i)
 
@@ -141,7 +141,7 @@ AERIE_INLINE uint16_t to_bfloat16(float x) {
 AERIE_INLINE void narrow(float x, uint16_t* to) { *to = to_bfloat16(x); }
 AERIE_INLINE void narrow(float x, float* to) { *to = x; }
 
-// The same rounding on lanes, result in the lower half of each.
+// The same rounding per lane; the result is in the lower half of each lane.
 AERIE_INLINE U16 to_bfloat16(F16 x) {
   U16 out;
   AERIE_EACH_PART {
@@ -238,7 +238,7 @@ AERIE_INLINE F16 exponential(F16 x) {
 // ---- sums over the lanes of sixteen vectors at once --------------------------------------------
 
 // One folding stage: `a` and `b` consist of segments of 2 * Half lanes; each segment is folded to
-// Half lanes, those of `a` in front.
+// Half lanes, with those of `a` first.
 template <int Half, size_t... Lane>
 AERIE_INLINE Vec fold(Vec a, Vec b, std::index_sequence<Lane...>) {
   constexpr int segment = 2 * Half;

@@ -26,7 +26,7 @@ def _rms_norm_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least H
 ):
-    """Row t: out = y / sqrt(mean(y^2) + eps) * weight, y = x, or the sum that it adds x to."""
+    """Row t: out = y / sqrt(mean(y^2) + eps) * weight; y is x, or residual + x, stored there."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < H
@@ -36,7 +36,7 @@ def _rms_norm_kernel(
         values += tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
         stored = values.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row, stored, mask=inside)
-        values = stored.to(tl.float32)  # what later layers see is what is normalised
+        values = stored.to(tl.float32)  # normalise the rounded sum, which later layers read
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / H + eps)
     normed = (values * scale * weight).to(out_ptr.dtype.element_ty)

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kTokensPerTask = 16;
 
-// Pairs (i, i + D/2) turn by the position's angles; `out` may have another element type.
+// Rotate pairs (i, i + D/2) by the position's angles; `out` may have another element type.
 template <class Out>
 void rotate(const float* head, const float* cos_sin, int64_t D, Out* out) {
   const int64_t half = D / 2;

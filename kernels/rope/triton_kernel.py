@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
 _Pair = tuple[Tensor, Tensor]
-_VALUES_PER_WARP = 1024  # of the query heads: 32 per thread
+_VALUES_PER_WARP = 1024  # values of the query heads: 32 per thread
 # (Hq, Hkv, D): SmolLM2, Llama 1B, 8B, 70B, 70B over 8 GPUs
 _KNOWN_HEADS = ((9, 3, 64), (32, 8, 64), (32, 8, 128), (64, 8, 128), (8, 1, 128))
 
@@ -39,8 +39,8 @@ def _rope_kv_write_kernel(
     KV_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):
-    """Program t: token t. Heads are rows of a tile, the two halves of D a tile each, because
-    rotation pairs (i, i + D/2)."""
+    """Program t: token t. Heads are the rows of a tile; each half of D is a tile of its own,
+    because rotation pairs (i, i + D/2)."""
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     slot = tl.load(slots_ptr + token)
@@ -87,7 +87,7 @@ def rope_kv_write(
     v_cache: Tensor,
 ) -> Tensor:
     """As the reference: rotates q and k of qkv [T, (Hq + 2 Hkv) D], stores k and v at `slots`,
-    returns the rotated q [T, Hq, D]. `slots` must differ from each other."""
+    returns the rotated q [T, Hq, D]. No two `slots` may be equal."""
     Hkv, D = k_cache.shape[2:]
     q = torch.empty(len(qkv), qkv.shape[1] // D - 2 * Hkv, D, dtype=qkv.dtype, device=qkv.device)
     _launch(qkv, cos_sin, (positions, slots), (k_cache, v_cache), q).run()
@@ -119,10 +119,10 @@ def _launch(qkv: Tensor, cos_sin: Tensor, places: _Pair, caches: _Pair, q: Tenso
 def _arguments(
     qkv: Tensor, cos_sin: Tensor, places: _Pair, caches: _Pair, q: Tensor
 ) -> dict[str, Any]:
-    """Tensors and strides, which must be what the kernel counts on."""
+    """Tensors and strides, checked against what the kernel assumes."""
     assert (qkv.stride(1), cos_sin.stride(1), q.shape[2] % 2) == (1, 1, 0)
     assert all(index.dtype == torch.int64 and index.is_contiguous() for index in places)
-    for cache in caches:  # a slot is found from its number alone
+    for cache in caches:  # the kernel finds a slot from its number alone
         assert (cache.stride(0), cache.stride(3)) == (cache.shape[1] * cache.stride(1), 1)
     k_cache, v_cache = caches
     return {

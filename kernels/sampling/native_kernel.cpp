@@ -82,8 +82,10 @@ struct Draw {
   }
 };
 
-// A token can only win with noise g >= best - logit, that is with v <= 1 - exp(-exp(-g)) <= exp(-g).
-// That bound needs one exponential per token; the two logarithms are left to those who pass it.
+// A token can only win with noise g >= best - logit, that is, v <= 1 - exp(-exp(-g)) <= exp(-g).
+
+// This bound costs one exponential per token; only tokens that pass it need the two logarithms.
+
 int64_t gumbel_argmax(const float* logits, int64_t V, Key key) {
   const int64_t top = argmax(logits, V);
   Draw draw{logits, key, top, kMinusInfinity};

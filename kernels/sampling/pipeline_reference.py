@@ -1,17 +1,17 @@
-"""From logits to one token per row, with every feature of a request, in plain torch.
+"""From logits to one token per row, with every sampling option of a request, in plain torch.
 
-Two operations, one after the other. `edit_logits`: repetition penalty, frequency and presence
-penalties, bias. `draw`: grammar mask, temperature, then top-k, top-p (over what top-k kept) and
-min-p, then the arg-max with the noise of (seed, position). A third, `score`, says how likely tokens
-are under the raw logits.
-Every filter is a threshold on the scaled logits of its row; tokens that tie with the last one kept
+Two operations follow each other. `edit_logits`: repetition penalty, frequency and presence
+penalties, bias. `draw`: grammar mask, temperature, then top-k, top-p (over the tokens that top-k
+kept) and min-p, then the arg-max after adding the noise of (seed, position). A third, `score`,
+gives log-probabilities of tokens under the raw logits.
+Every filter is a threshold on the scaled logits of its row. Tokens that tie with the last one kept
 are kept too, so a token t is drawn only if
 
     fewer than top_k tokens lie strictly above t, and
     the mass strictly above t is below top_p of the mass of the best top_k tokens, and
     t >= highest + log(min_p).
 
-Nothing here waits for the device: no shape depends on values.
+No function here waits for the device: no shape depends on values.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from kernels.sampling.reference import gumbel_argmax, logsumexp, noise_keys
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """What R rows have seen, and what that costs a token.
+    """The tokens that R rows have seen, and the penalties for them.
 
     Row r continues the text of line lines[r] after the drafted tokens paths[r]. A row whose three
-    strengths are off keeps its logits, whatever the counts of its line hold.
+    penalties are off keeps its logits, whatever the counts of its line.
     """
 
     counts: Tensor  # [L, V] int32: twice the occurrences in the output, plus 1 if in the prompt
     lines: Tensor  # [R] int64
-    paths: Tensor  # [R, D] int64, -1: no token. They count as output
+    paths: Tensor  # [R, D] int64, -1: no token. These tokens count as output
     repetition: Tensor  # [R] float32, 1 is off
     frequency: Tensor  # [R] float32, 0 is off
     presence: Tensor  # [R] float32, 0 is off
 
     @property
     def active(self) -> Tensor:
-        """[R] bool: rows with a strength that is not off."""
+        """[R] bool: rows with a penalty that is not off."""
         return (self.repetition != 1) | (self.frequency != 0) | (self.presence != 0)
 
 
 @dataclass(frozen=True, slots=True)
 class BiasEntries:
-    """B lists of at most M entries, each a number to add to the logit of one token. A token may
-    have two, its bias and one that forbids it."""
+    """B lists of at most M entries. An entry is a number to add to the logit of one token. A token
+    may have two entries: its bias and one that forbids it."""
 
     lists: Tensor  # [R] int64, which list applies to each row
     ids: Tensor  # [B, M] int64 token ids, -1: no entry
@@ -76,7 +76,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
-    """How the tokens of R rows are drawn. Parts that no row uses may be None."""
+    """How the tokens of R rows are drawn. Settings that no row uses may be None."""
 
     temperature: Tensor  # [R] float32, 0 is greedy: the highest logit, no noise
     seeds: Tensor  # [R] int64, the bits of the unsigned seed
@@ -86,7 +86,7 @@ class DrawSettings:
     min_p: Tensor | None = None  # [R] float32, 0 when off
     allowed: Tensor | None = None  # [R, ceil(V / 32)] int32, bit v % 32 of word v // 32: token v
     any_sampled: bool = True  # False: all rows are greedy; True: some may not be
-    any_greedy: bool = True  # False: no row is; True: some may be
+    any_greedy: bool = True  # False: no row is greedy; True: some may be
 
     @property
     def is_filtered(self) -> bool:
@@ -112,10 +112,10 @@ def _penalise(logits: Tensor, penalties: Penalties) -> Tensor:
 def penalised(
     raw: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
 ) -> Tensor:
-    """Logits of tokens that were seen, `counts` times in the output.
+    """Penalised logits of tokens that were seen, `counts` times in the output.
 
-    Repetition (arXiv:1909.05858) over prompt and output; frequency and presence over the output, as
-    the OpenAI API defines them: subtract count * frequency + (count > 0) * presence."""
+    Repetition (arXiv:1909.05858) counts prompt and output. Frequency and presence count the output,
+    as the OpenAI API defines them: subtract count * frequency + (count > 0) * presence."""
     values = torch.where(raw > 0, raw / repetition, raw * repetition)
     values = values - counts * frequency
     return values - (counts > 0) * presence
@@ -124,19 +124,19 @@ def penalised(
 def _add_bias(edited: Tensor, positions: Tensor, bias: BiasEntries) -> Tensor:
     ids = bias.ids[bias.lists]  # [R, M]
     applies = (ids >= 0) & (positions[:, None] < bias.until[bias.lists])
-    # Other entries add -0.0 to token 0, which leaves every number as it is.
+    # Entries that do not apply add -0.0 to token 0, which changes no number.
     values = torch.where(applies, bias.values[bias.lists], -0.0)
     return edited.scatter_add(1, torch.where(applies, ids, 0), values)
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int) -> Scores:
-    """Log-probabilities of `tokens` [S] under the raw `logits` [S, V] float32, with the best
-    `num_top` alternatives of each: what the model believed, before any edit and temperature."""
+    """Log-probabilities of `tokens` [S] and of the `num_top` best tokens under the raw `logits`
+    [S, V] float32, that is, before any edit and temperature."""
     return scores_of(logits, tokens, logsumexp(logits), best_tokens(logits, num_top))
 
 
 def scores_of(logits: Tensor, tokens: Tensor, normaliser: Tensor, top_ids: Tensor) -> Scores:
-    """The same, given log(sum(exp(logits))) [S] and the best alternatives [S, n]."""
+    """As `score`, given log(sum(exp(logits))) [S] and the best tokens [S, n]."""
     chosen = logits.gather(1, tokens[:, None])[:, 0] - normaliser
     return Scores(chosen, top_ids, logits.gather(1, top_ids) - normaliser[:, None])
 
@@ -144,8 +144,8 @@ def scores_of(logits: Tensor, tokens: Tensor, normaliser: Tensor, top_ids: Tenso
 def best_tokens(logits: Tensor, count: int) -> Tensor:
     """[S, V] -> [S, count] int64 ids, the best first, the lower id among equals.
 
-    `topk` leaves open which of equals it takes, so it gets integers that order by value, then by
-    lower id."""
+    `topk` may take any of equal values, so it gets integers that order by value, then by lower id.
+    """
     S, V = logits.shape
     if count == 0:
         return torch.empty(S, 0, dtype=torch.int64, device=logits.device)
@@ -156,8 +156,8 @@ def best_tokens(logits: Tensor, count: int) -> Tensor:
 
 
 def draw(logits: Tensor, settings: DrawSettings) -> Tensor:
-    """One token per row of edited logits [R, V] float32, [R] int64: the best one of greedy rows, a
-    draw of the others. The logits are left as they are."""
+    """One token per row of edited logits [R, V] float32, [R] int64: the best token of a greedy row,
+    a random draw for other rows. The logits stay unchanged."""
     logits = masked(logits, settings.allowed)
     sampled = settings.temperature > 0
     scaled = logits / torch.where(sampled, settings.temperature, 1.0)[:, None]
@@ -167,7 +167,7 @@ def draw(logits: Tensor, settings: DrawSettings) -> Tensor:
 
 
 def masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """-inf for the tokens that a grammar mask does not allow; without a mask `logits` itself."""
+    """The logits, with -inf for tokens that a grammar mask forbids; unchanged without a mask."""
     if allowed is None:
         return logits
     tokens = torch.arange(logits.shape[1], device=logits.device)

@@ -1,7 +1,7 @@
 """Position-keyed Gumbel noise and draws from logits, in plain torch.
 
-The integers of the noise are part of the product: every backend must produce the same ones, or a
-seed would mean different text on different machines.
+Every backend must produce the same noise integers; otherwise a seed would give different text on
+different machines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64, whose own shift keeps the sign."""
+    """Logical right shift; the shift of int64 itself keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -55,7 +55,7 @@ def noise_bits(keys: Tensor, tokens: Tensor) -> Tensor:
 def gumbel(bits: Tensor) -> Tensor:
     """Standard Gumbel noise -log(-log(1 - v)), v = (bits + 1/2) / 2^32, float32.
 
-    Large noise comes from small v, where float32 is finest.
+    Large noise comes from small v, where float32 is most precise.
     """
     v = (bits.float() + 0.5) * 2.0**-32
     return -(-torch.log1p(-v.clamp(max=1 - 2.0**-24))).log()

@@ -1,7 +1,7 @@
-"""From edited logits to one token per row, for CPUs: what `pipeline_reference.draw` draws, quicker.
+"""The operation `draw` for CPUs: the tokens of `pipeline_reference.draw`, but faster.
 
-Only the rows that are sampled are scaled and filtered, and no row is sorted whole. Shapes depend on
-values, so on another device this waits for it; devices have kernels of their own.
+Only sampled rows are scaled and filtered, and no row is sorted whole. Shapes depend on values, so
+another device would have to be waited for; it has its own kernels.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from kernels.sampling.pipeline_reference import DrawSettings, masked
 from kernels.sampling.reference import noise_keys
 
-FIRST_WIDTH = 256  # candidates looked at before a wider search for the top-p mass
+FIRST_WIDTH = 256  # candidates in the first search for the top-p mass
 
 
 @dataclass(frozen=True, slots=True)
 class TorchDraw:
-    """The operation `draw` around a backend's arg-max and draw from logits."""
+    """The operation `draw`, built on a backend's arg-max and draw from logits."""
 
     argmax: Callable[[Tensor], Tensor]
     gumbel_argmax: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, logits: Tensor, settings: DrawSettings) -> Tensor:
-        """logits [R, V] float32, which are left as they are -> [R] int64."""
+        """logits [R, V] float32, which stay unchanged -> [R] int64."""
         logits = masked(logits, settings.allowed)
         if not settings.any_sampled:
             return self.argmax(logits)
@@ -74,14 +74,14 @@ def filter_logits(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def _first_width(top_k: Tensor, top_p: Tensor, vocab_size: int) -> int:
-    """Wide enough for every top-k that is on; a first guess for top-p without top-k."""
+    """Wide enough for every active top-k; a first guess for top-p without top-k."""
     largest_k = int(torch.where(top_k < vocab_size, top_k, 1).max())
     guess = FIRST_WIDTH if bool(((top_p < 1) & (top_k >= vocab_size)).any()) else 1
     return min(vocab_size, max(largest_k, guess))
 
 
 def _threshold(scaled: Tensor, best: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, bool]:
-    """The smallest logit that top-k and top-p keep, [R]; False when `best` is too narrow to say."""
+    """The smallest logit that top-k and top-p keep, [R]; and False if `best` is too narrow."""
     vocab_size, width = scaled.shape[1], best.shape[1]
     lowest = torch.full_like(best[:, 0], -torch.inf)
     has_k, has_p = top_k < vocab_size, top_p < 1
@@ -92,7 +92,7 @@ def _threshold(scaled: Tensor, best: Tensor, top_k: Tensor, top_p: Tensor) -> tu
     mass = (best - best[:, :1]).exp().cumsum(dim=1)  # [R, width] unnormalised
     everything = (scaled - best[:, :1]).exp().sum(dim=1)
     total = torch.where(has_k, mass.gather(1, last)[:, 0], everything)
-    # Keep a token while the mass in front of it is below top_p: the first one is always kept.
+    # Keep a token while the mass before it is below top_p: the first one is always kept.
     reached = mass >= (top_p * total)[:, None]
     complete = bool((reached.any(dim=1) | ~has_p | has_k).all())
     first = torch.where(reached.any(dim=1), reached.int().argmax(dim=1), width - 1)

@@ -1,7 +1,7 @@
-"""Penalties and bias for CPUs: what `pipeline_reference.edit_logits` computes, quicker.
+"""Penalties and bias for CPUs: the result of `pipeline_reference.edit_logits`, but faster.
 
 Only the tokens that were seen are penalised, in the rows that have penalties. Shapes depend on
-values, so on another device this waits for it; devices have kernels of their own.
+values, so another device would have to be waited for; it has its own kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kernels.sampling.pipeline_reference import BiasEntries, LogitEdits, Penalti
 
 
 def edit_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
-    """The operation `edit_logits`, to the bit."""
+    """The operation `edit_logits`, equal to the reference bit for bit."""
     edited = logits.clone()
     if edits.penalties is not None:
         _penalise(edited, edits.penalties)
@@ -23,7 +23,7 @@ def edit_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
 
 
 def _penalise(logits: Tensor, penalties: Penalties) -> None:
-    """In place. The nodes of a tree continue one line, which is searched once for them all."""
+    """In place. All nodes of a tree continue one line, which is searched only once."""
     rows = penalties.active.nonzero()[:, 0]
     lines = penalties.lines[rows]
     for line in lines.unique().tolist():
@@ -31,7 +31,7 @@ def _penalise(logits: Tensor, penalties: Penalties) -> None:
 
 
 def _penalise_line(logits: Tensor, penalties: Penalties, line: int, rows: Tensor) -> None:
-    """In place, the tokens that any of `rows` [A], which continue `line`, has seen."""
+    """In place: penalise the tokens that any of `rows` [A] has seen. They all continue `line`."""
     counts, paths = penalties.counts[line], penalties.paths[rows]
     ids = torch.cat((counts.nonzero()[:, 0], paths[paths >= 0])).unique()  # [n]
     seen = counts[ids] + 2 * (paths[:, :, None] == ids).sum(dim=1)  # [A, n]

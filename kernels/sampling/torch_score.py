@@ -1,7 +1,7 @@
-"""Log-probabilities for CPUs: what `pipeline_reference.score` gives, quicker.
+"""Log-probabilities for CPUs: the result of `pipeline_reference.score`, but faster.
 
 Equal logits are rare, so `topk` alone finds the best tokens of nearly every row. Which rows need
-more depends on values, so on another device this waits for it; devices have kernels of their own.
+more depends on values, so another device would have to be waited for; it has its own kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernels.sampling.pipeline_reference import Scores, scores_of
 
 @dataclass(frozen=True, slots=True)
 class TorchScore:
-    """The operation `score` around a backend's log-sum-exp."""
+    """The operation `score`, built on a backend's log-sum-exp."""
 
     logsumexp: Callable[[Tensor], Tensor]
 
@@ -31,7 +31,7 @@ def best_tokens(logits: Tensor, count: int) -> Tensor:
     """[S, V] -> [S, count] int64 ids, the best first, the lower id among equals."""
     if count == 0:
         return torch.empty(len(logits), 0, dtype=torch.int64)
-    # One more than asked for: the last one asked for may have equals.
+    # One more than `count`, because the last one may have equals.
     values, ids = logits.topk(min(count + 1, logits.shape[1]), dim=1)
     ids = ids[:, :count].contiguous()
     unsettled = ~(values[:, :-1] > values[:, 1:]).all(dim=1)

@@ -1,4 +1,4 @@
-"""Device functions that the sampling kernels share: noise, order of floats, the best of a tile."""
+"""Device functions of the sampling kernels: noise, ordering of floats, the best of a tile."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def uniform(bits):
 
 @triton.jit
 def gumbel(bits):
-    """-log(-log(1 - v)), v = uniform(bits), both logarithms rounded to float32 from float64, which
-    costs little: `best_noisy` asks for the noise of few tokens."""
+    """-log(-log(1 - v)), v = uniform(bits). Both logarithms are rounded from float64 to float32.
+    That costs little: `best_noisy` computes the noise of few tokens."""
     v = tl.minimum(uniform(bits), 0.999999940395355224609375).to(tl.float64)
     rest = 1.0 - v
-    taken = 1.0 - rest  # v as it was before rounding 1 - v; log1p after Kahan
+    taken = 1.0 - rest  # v before 1 - v was rounded: Kahan's log1p
     waited = -tl.log(rest) * v / tl.where(taken == 0.0, 1.0, taken)
     waited = tl.where(taken == 0.0, v, waited).to(tl.float32)
     return -tl.log(waited.to(tl.float64)).to(tl.float32)
@@ -61,15 +61,18 @@ def gumbel(bits):
 
 @triton.jit
 def waiting_bound(bits):
-    """At least `gumbel(bits)`, at most 0.06 above -log(v), v = uniform(bits): -log(-log(1 - v)) is
-    at most -log(v), and the bits of a float32, read as a number, are a chord below its log2."""
+    """At least `gumbel(bits)`, at most 0.06 above -log(v), v = uniform(bits).
+
+    -log(-log(1 - v)) is at most -log(v), and the bits of a float32, read as an integer and scaled,
+    are a chord below its log2.
+    """
     chord = uniform(bits).to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-07
     return (127.0 - chord) * 0.6931471805599453
 
 
 @triton.jit
 def sort_key(x):
-    """int32 in the order of the float32 numbers (no NaN, no -0)."""
+    """int32 that order as the float32 numbers do (no NaN, no -0)."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -103,8 +106,8 @@ def packed_value(keys):
 
 @triton.jit
 def best_plain(values, first):
-    """(highest of the values of token ids first, first + 1, ..., its id); the lowest among equals.
-    Values are not NaN."""
+    """(highest value, its token id; the lowest id among equals). The values belong to token ids
+    first, first + 1, ... and are not NaN."""
     best, at = tl.max(values, axis=0, return_indices=True)
     return best, first + at
 
@@ -113,9 +116,9 @@ def best_plain(values, first):
 def best_noisy(values, ids, first, key):
     """(highest values + Gumbel noise, its token id, its value); the lowest id among equals.
 
-    Noise has a bound that needs no logarithm. In the order of that bound the exact noise is looked
-    at, until no bound reaches the best: seldom more than twice. `ids` are first, first + 1, ...;
-    values of -inf are chosen only where there is nothing else.
+    `waiting_bound` bounds the noise without a logarithm. Tokens get their exact noise in the order
+    of their bounds, until no bound reaches the best score: seldom more than two tokens. `ids` are
+    first, first + 1, ...; a value of -inf is chosen only if all are -inf.
     """
     slack = 1e-4 + tl.abs(values) * 1e-6  # rounding of the bound, and of the sum
     bound = values + waiting_bound(noise_bits(key, ids)) + slack

@@ -1,8 +1,8 @@
 """Penalties and bias in Triton, as `pipeline_reference.edit_logits`.
 
 One pass over all tokens of all rows, one program per (tile, row), copies the logits and penalises
-those that were seen. Counts are read only where a row has penalties. A second, small launch adds
-the bias entries; two entries of one token meet in atomic additions.
+the tokens that were seen. Counts are read only for rows with penalties. A second, small launch adds
+the bias entries, atomically, because a token may have two.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _penalise_kernel(
             seen += tl.where(ids == token, 2, 0)
         counts = seen >> 1
         changed = tl.where(values > 0.0, tl.div_rn(values, repetition), values * repetition)
-        # In float64 the product is exact, so that it is rounded before it is subtracted.
+        # A float64 product is exact; converting it rounds it before the subtraction.
         changed -= (counts.to(tl.float64) * frequency.to(tl.float64)).to(tl.float32)
         changed -= tl.where(counts > 0, presence, 0.0)
         values = tl.where(seen > 0, changed, values)

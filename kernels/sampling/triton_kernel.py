@@ -1,8 +1,8 @@
 """Draws and arg-max of logits in Triton.
 
-A row is cut into tiles of the vocabulary, one program each, so that a single row keeps the GPU
-busy too; a second kernel joins the results of a row's tiles. The cut depends on the vocabulary
-only: a row's result does not depend on the rows beside it. NaN counts as -inf.
+A row is cut into tiles of the vocabulary, one program each, so that even a single row keeps the
+GPU busy; a second kernel joins the results of a row's tiles. The cut depends only on the
+vocabulary, so a row's result does not depend on other rows. NaN counts as -inf.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def _best_launches(logits: Tensor, keys: Tensor | None, out: Tensor, tile: int) 
 
 
 def launches() -> list[Launch]:
-    """What the engine launches. A vocabulary is no compile-time constant, only the number of its
-    tiles is, to the next power of two; so one vocabulary stands for all."""
+    """What the engine launches. The vocabulary size is no compile-time constant; only its number of
+    tiles is, rounded up to a power of two. So one vocabulary stands for all."""
     logits = torch.empty(64, _EXAMPLE_VOCABULARY, dtype=torch.float32, device="meta")
     keys = torch.empty(64, dtype=torch.int64, device="meta")
     return [

@@ -1,17 +1,17 @@
 """From edited logits to one token per row in Triton, as `pipeline_reference.draw`, without a sort.
 
-Passes, each over tiles of the vocabulary, one program per (tile, row):
+There are two kinds of passes over tiles of the vocabulary, one program per (tile, row):
 
-1. draw: the arg-max with noise over ALL tokens, the mass of each tile;
-2. verify: is the drawn token inside the filters? That needs only the mass above its own logit. The
-   same pass draws anew among the tokens above it, in case it was not: all tokens that the filters
-   keep lie above one that they do not. Rows that are done and tiles whose highest logit is too low
-   are not read. A draw is turned down with the probability of what the filters cut off, about
-   1 - top_p, so a second and third verification finds few rows; `finish` repeats it until no row
-   is left.
+1. draw: find the arg-max with noise over ALL tokens, and the mass of each tile.
+2. verify: do the filters keep the drawn token? That needs only the mass above its own logit. For
+   the case that they do not, the same pass draws again among the tokens above it: any token that
+   the filters keep lies above any that they reject. Finished rows, and tiles whose highest logit
+   is too low, are not read. The filters reject a draw with probability about 1 - top_p, the mass
+   that they cut off, so few rows need a second and third verification; `finish` repeats them until
+   no row is left.
 
-Of rows with top-k the k-th highest logit is found between 1 and 2, digit by digit, from histograms
-of the bits; they draw among the tokens above it.
+For rows with top-k, histograms of the bits find the k-th highest logit between 1 and 2, digit by
+digit; these rows then draw among the tokens from that logit up.
 A row's result does not depend on other rows: tiles are cut the same way for every batch.
 """
 
@@ -44,7 +44,7 @@ def draw(logits: Tensor, settings: DrawSettings, tile: int = TILE) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One batch on its way from logits to tokens."""
+    """Buffers and launches of one batch."""
 
     V: int
     grid: tuple[int, int]  # (tiles, R)
@@ -182,8 +182,8 @@ class _Work:
 
 
 def example_launches(logits: Tensor) -> list[Launch]:
-    """Of batches that use everything, top-p alone, all filters, and none, for compile checks, over
-    `logits` [R, V] of the meta device."""
+    """Launches for compile checks, over `logits` [R, V] of the meta device: batches that use
+    everything, top-p alone, all filters, and no filter."""
     R, V = logits.shape
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

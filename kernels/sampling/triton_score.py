@@ -153,7 +153,7 @@ def _launches(logits: Tensor, tokens: Tensor, found: Scores, tile: int) -> list[
 
 
 def _new_sums(logits: Tensor, num_tiles: int, num_top: int) -> dict[str, Any]:
-    """Room for what `_sums_of_tile_kernel` finds of the best `num_top` tokens and of all."""
+    """Buffers for the results of `_sums_of_tile_kernel`."""
     S, device = logits.shape[0], logits.device
     best = torch.empty(S, num_tiles, num_top, dtype=torch.int64, device=device)
     return {
@@ -164,7 +164,7 @@ def _new_sums(logits: Tensor, num_tiles: int, num_top: int) -> dict[str, Any]:
 
 
 def example_launches(logits: Tensor) -> list[Launch]:
-    """With alternatives and without, for compile checks, over `logits` [S, V] of the meta
+    """Launches with and without alternatives, for compile checks, over `logits` [S, V] of the meta
     device."""
 
     def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:

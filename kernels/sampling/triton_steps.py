@@ -1,7 +1,7 @@
 """The kernels of `triton_pipeline`.
 
-The state of a row is int32: the phase, then the candidate and the keys of the next pass. Floats are
-held as `sort_key`, which orders int32 as the floats are ordered, or as their bits.
+The state of a row is int32 numbers: the phase, the candidate and the keys of the next pass. A float
+is stored as its `sort_key`, an int32 with the same order, or as its bits.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ BINS = 2048
 _SIZE: tl.constexpr = tl.constexpr(STATE_SIZE)
 _BINS: tl.constexpr = tl.constexpr(BINS)
 _LOWEST: tl.constexpr = tl.constexpr(-2139095041)  # sort_key(-inf)
-# Places of the state
+# Indices into the state
 _PHASE: tl.constexpr = tl.constexpr(0)
-_TOKEN: tl.constexpr = tl.constexpr(1)  # candidate
-_VALUE: tl.constexpr = tl.constexpr(2)  # key of its scaled logit
-_PIVOT: tl.constexpr = tl.constexpr(3)  # key: the next draw is among tokens strictly above
-_ABOVE: tl.constexpr = tl.constexpr(4)  # key: the mass strictly above it is asked for
-_TARGET: tl.constexpr = tl.constexpr(5)  # bits: a token is kept with less mass than this above it
+_TOKEN: tl.constexpr = tl.constexpr(1)  # the candidate
+_VALUE: tl.constexpr = tl.constexpr(2)  # key of the candidate's scaled logit
+_PIVOT: tl.constexpr = tl.constexpr(3)  # key: the next draw takes tokens strictly above it
+_ABOVE: tl.constexpr = tl.constexpr(4)  # key: the next pass sums the mass strictly above it
+_TARGET: tl.constexpr = tl.constexpr(5)  # bits: keep a token if the mass above it is below this
 _HIGHEST: tl.constexpr = tl.constexpr(6)  # key of the highest scaled logit
-_MIN_P: tl.constexpr = tl.constexpr(7)  # key of the lowest that min-p keeps
-_PREFIX: tl.constexpr = tl.constexpr(8)  # digits of the k-th highest found so far, as unsigned
+_MIN_P: tl.constexpr = tl.constexpr(7)  # key of the lowest logit that min-p keeps
+_PREFIX: tl.constexpr = tl.constexpr(8)  # digits found so far of the k-th highest, as unsigned
 _LEFT: tl.constexpr = tl.constexpr(9)  # its rank among the tokens with these digits, from 1
 # Phases
 _DONE: tl.constexpr = tl.constexpr(0)
-_TOP_K: tl.constexpr = tl.constexpr(1)  # the k-th highest is being found, then drawn above
-_VERIFY: tl.constexpr = tl.constexpr(2)  # the candidate is to be checked
+_TOP_K: tl.constexpr = tl.constexpr(1)  # find the k-th highest, then draw from it up
+_VERIFY: tl.constexpr = tl.constexpr(2)  # check the candidate
 
 
 @triton.jit
 def _scaled(logits_ptr, allowed_ptr, temperature_ptr, row, ids, logits_stride, allowed_stride, V):
-    """Logits after mask and temperature, without NaN and -0; -inf after the vocabulary."""
+    """Logits after mask and temperature, without NaN and -0; -inf beyond the vocabulary."""
     inside = ids < V
     values = tl.load(logits_ptr + row * logits_stride + ids, mask=inside, other=MINUS_INFINITY)
     if allowed_ptr is not None:
@@ -64,8 +64,8 @@ def _draw_tile(
     logits_stride, allowed_stride, V, row, tile, num_tiles, pivot, above,
     FIRST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Tile results: its highest value (FIRST only), the best noisy token strictly above `pivot`,
-    and the mass strictly above `above`, relative to the tile's highest value."""
+    """Store a tile's highest value (FIRST only), its best noisy token strictly above `pivot`, and
+    its mass strictly above `above`, relative to its highest value."""
     at = row * num_tiles + tile
     reach = pivot + 1 if FIRST else sort_key(tl.load(highest_ptr + at))
     if reach > tl.minimum(pivot, above):
@@ -104,7 +104,7 @@ def _decide_row(
     highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr,
     state_ptr, drawn_ptr, V, row, num_tiles, FIRST: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Join the tile results of a row and choose: done, or what the next pass looks at."""
+    """Join the tile results of a row, then finish the row or set its state for the next pass."""
     state = state_ptr + row * _SIZE
     tiles = tl.arange(0, TILES)
     inside = tiles < num_tiles
@@ -147,7 +147,7 @@ def _decide_row(
         lowest = tl.load(state + _MIN_P)
         target = tl.load(state + _TARGET).to(tl.float32, bitcast=True)
         if tl.load(state + _PHASE) == _TOP_K:
-            # `above` was the k-th highest: count its own share of the best k tokens.
+            # `above` was the k-th highest: add the mass of the best k tokens that equal it.
             share = tl.exp(key_value(tl.load(state + _ABOVE)) - shift)
             kept = mass + tl.load(state + _LEFT).to(tl.float32) * share
             target = tl.where(top_p < 1.0, top_p * kept, no_limit)
@@ -221,13 +221,13 @@ def decide_kernel(
     masses_ptr,
     tokens_ptr,
     state_ptr,  # [R, STATE_SIZE] int32
-    drawn_ptr,  # [R] int64 out: the token, in the end
+    drawn_ptr,  # [R] int64 out: the token, final once the row is done
     V,
     num_tiles,
     FIRST: tl.constexpr,
     TILES: tl.constexpr,  # a power of two, at least num_tiles
 ):
-    """What comes after a draw, grid (R,)."""
+    """Decide after a draw, grid (R,)."""
     row = tl.program_id(0).to(tl.int64)
     phase = _VERIFY if FIRST else tl.load(state_ptr + row * _SIZE + _PHASE)
     if phase != _DONE:
@@ -279,7 +279,7 @@ def finish_kernel(
                 False, TILE,
             )  # fmt: skip
             tile += 1
-        tl.debug_barrier()  # what the tiles stored is read by other threads
+        tl.debug_barrier()  # other threads read the tile results
         _decide_row(
             top_k_ptr, top_p_ptr, log_min_p_ptr, temperature_ptr,
             highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr,
@@ -304,7 +304,7 @@ def count_digits_kernel(
     BITS: tl.constexpr,  # of the digit
     TILE: tl.constexpr,
 ):
-    """Of the values whose leading digits are those found so far, count the next digit,
+    """Count the next digit of the values whose leading digits are those found so far,
     grid (tiles, R)."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     state = state_ptr + row * _SIZE
@@ -327,14 +327,14 @@ def count_digits_kernel(
 
 @triton.jit
 def _unsigned(values):
-    """uint32 in the order of the floats."""
+    """uint32 that order as the floats do."""
     return sort_key(values).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
-def _leading(order, BITS_BEHIND: tl.constexpr):
-    """The digits in front, int32; 0 when all 32 bits come after."""
-    shifted = order ^ order if BITS_BEHIND == 32 else order >> BITS_BEHIND
+def _leading(order, BITS_AFTER: tl.constexpr):
+    """The leading digits, int32; 0 when all 32 bits come after them."""
+    shifted = order ^ order if BITS_AFTER == 32 else order >> BITS_AFTER
     return shifted.to(tl.int32)
 
 
@@ -345,8 +345,8 @@ def choose_digit_kernel(
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """The next digit of the k-th highest value, grid (R,). Behind the last one, the next draw is
-    among that value and those above it."""
+    """The next digit of the k-th highest value, grid (R,). After the last digit, set the next draw
+    to the tokens from that value up."""
     row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * _SIZE
     if tl.load(state + _PHASE) == _TOP_K:

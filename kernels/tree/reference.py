@@ -1,8 +1,7 @@
-"""Draft trees on the device, in plain torch, with no wait for it: shapes follow from arguments.
+"""Draft trees in plain torch. Shapes follow from arguments, so nothing waits for the device.
 
 Legend: B rows, K frontier nodes, W candidate tokens of each, C scored candidates, N nodes.
-Ties are settled everywhere: the lower index wins, so a parent before its children, and the lower
-token id.
+In every tie the lower index wins: a parent before its children, and the lower token id.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def select(
         parents: [B, C] int64 candidate above each, -1 for the root; parents come first.
         scores: [B, C] float32 cumulative, no child's above its parent's, no NaN.
         root_tokens: [B] int64.
-        limits: [B] int64 nodes of each tree: the root, which is always there, and the best
+        limits: [B] int64 nodes of each tree: always the root, and the best
             min(limits[b], num_nodes) - 1 candidates.
         num_nodes: at most C + 1.
 
@@ -67,7 +66,7 @@ def select(
     chosen = kept.sort(dim=1).values  # C: unused
     used, chosen = chosen < C, chosen.clamp(max=C - 1)
     above = parents.gather(1, chosen)
-    # A parent's node is 1 + the number of chosen candidates in front of it.
+    # A parent's node is 1 + the number of chosen candidates before it.
     nodes = 1 + (chosen[:, None, :] < above[:, :, None]).sum(dim=2)
     nodes = torch.where(above < 0, 0, nodes)
     root = torch.full_like(root_tokens, -1)[:, None]
@@ -79,7 +78,7 @@ def select(
 
 
 def ancestors(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Which nodes lie on the way to each node of trees of at most 64.
+    """The nodes on the path to each node, in trees of at most 64 nodes.
 
     Args:
         parents: [B, N] int64, -1 for the root and for unused nodes.
@@ -91,7 +90,7 @@ def ancestors(parents: Tensor) -> tuple[Tensor, Tensor]:
     nodes = torch.arange(parents.shape[1], device=parents.device)
     masks, depths = torch.ones_like(parents) << nodes, (parents >= 0).long()
     above = torch.where(parents < 0, nodes, parents)
-    for _ in range((len(nodes) - 1).bit_length()):  # each turn doubles how far up a node sees
+    for _ in range((len(nodes) - 1).bit_length()):  # each turn doubles the reach of the masks
         depths = depths + depths.gather(1, above)
         masks = masks | masks.gather(1, above)
         above = above.gather(1, above)
@@ -101,12 +100,12 @@ def ancestors(parents: Tensor) -> tuple[Tensor, Tensor]:
 def walk(
     tokens: Tensor, parents: Tensor, drawn: Tensor, max_depth: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Follow the drawn tokens down each tree, from the root into the child that equals them.
+    """Follow the drawn tokens down each tree: from each node to the child that equals its draw.
 
     Args:
         tokens, parents: [B, N] int64 of the nodes; parent -1 for the root and unused nodes.
         drawn: [B, N] int64 the target's token after each node.
-        max_depth: of any node.
+        max_depth: largest depth of any node.
 
     Returns:
         path: [B, max_depth + 1] int64 nodes from the root, -1 after the end.

@@ -1,7 +1,7 @@
-"""Draft trees in Triton: what `reference.py` computes, integers equal bit for bit.
+"""Draft trees in Triton: the results of `reference.py`, with equal integers.
 
 Choices are made on int64 keys that order by score, then by lower index. The best n of a tile are
-taken one after the other, which suits the few that a tree needs.
+found one after the other, which is quick for the few that a tree needs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _best_of_node_kernel(
 
 @triton.jit
 def _load_keys(scores_ptr, lanes, count):
-    """Keys that order the first `count` scores, each with its place; NO_KEY in other lanes."""
+    """Keys that order the first `count` scores and hold their indices; NO_KEY in other lanes."""
     inside = lanes < count
     scores = tl.load(scores_ptr + lanes, mask=inside, other=0.0)
     return tl.where(inside, packed_key(scores, lanes), NO_KEY)
@@ -119,7 +119,7 @@ def _select_kernel(
     for _ in range(1, limit):
         left = tl.where(left == tl.max(left, axis=0), NO_KEY, left)
     chosen = inside & (left == NO_KEY)
-    nodes = tl.cumsum(chosen.to(tl.int32), axis=0)  # of the chosen, in their order, from 1
+    nodes = tl.cumsum(chosen.to(tl.int32), axis=0)  # number of each chosen one, in order, from 1
     parents = tl.load(parents_ptr + row * C + lanes, mask=inside, other=-1).to(tl.int32)
     above = tl.gather(nodes, tl.maximum(parents, 0), axis=0)
     above = tl.where(parents < 0, 0, above)
@@ -146,7 +146,8 @@ def _ancestors_kernel(
     NODES: tl.constexpr,  # a power of two, at least N
     TURNS: tl.constexpr,  # 2 ** TURNS is at least N
 ):
-    """Masks and depths of one tree, grid (B,). Each turn doubles how far up a node sees."""
+    """Masks and depths of one tree, grid (B,). Each turn doubles the reach of the masks."""
+
     row = tl.program_id(0).to(tl.int64)
     nodes = tl.arange(0, NODES)
     inside = nodes < N

@@ -1,1 +1,1 @@
-"""Joins models, kernels and draft heads into an engine: the one place that does."""
+"""The one place that joins models, kernels and draft heads into an engine."""

@@ -1,5 +1,5 @@
-"""Joins the parts into an engine: what `rank.py` builds on every rank, and the scheduler, the
-planner and the followers of rank 0."""
+"""Joins the parts into an engine: what `rank.py` builds on every rank, and the scheduler, planner
+and followers of rank 0."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from configs.resolve import HostConfig, ResolvedConfig
 from configs.schema import Config, KernelsConfig
 from engine.capture import CaptureWriter
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
-from engine.messages import EngineInfo
+from engine.messages import EngineInfo, OperationBackend
+from engine.models.place import Place
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import GroupExecutor
-from engine.parallel.shard import WHOLE
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.runner.warmup import WarmUp
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -26,17 +25,9 @@ from engine.speculation.lookup import Lookup
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from kernels.native.build import NativeUnavailableError, build_library
-from kernels.ops import Ops
 from server.assembly.drafting import Drafting, LoadedDraft, Target
 from server.assembly.followers import Followers, device_of
-from server.assembly.rank import (
-    Place,
-    Rank,
-    build_rank,
-    runner_parts,
-    step_settings,
-    threads_per_rank,
-)
+from server.assembly.rank import Rank, build_rank, runner_parts, step_settings, threads_per_rank
 from server.assembly.swaps import DraftSwapper
 
 logger = logging.getLogger(__name__)
@@ -44,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine, what replaces its draft head while it runs, and its other ranks."""
+    """An engine, the swapper of its draft head, and its other ranks."""
 
     core: EngineCore
     swapper: DraftSwapper
@@ -52,21 +43,21 @@ class Engine:
     group: TPGroup
 
     def close(self) -> None:
-        """End the other ranks. No step may follow."""
+        """End the other ranks. No step may follow this call."""
         self.followers.stop(self.group)
 
 
-def build_engine(config: Config) -> EngineCore:
+def build_engine(config: HostConfig) -> EngineCore:
     """An engine that keeps its draft head; see `build_swappable_engine`. Other ranks end with this
     process."""
     return build_swappable_engine(config).core
 
 
 def build_swappable_engine(
-    config: Config, folder: Path | None = None, capture: CaptureWriter | None = None
+    config: HostConfig, folder: Path | None = None, capture: CaptureWriter | None = None
 ) -> Engine:
-    """Load the model that `config` (resolved for its host) names and put an engine around it. Its
-    ranks meet in `folder`, or in one of their own. `capture` is shown every sequence that ends.
+    """Load the model that `config` names and put an engine around it. Its ranks meet in `folder`,
+    or in one of their own. `capture` is shown every sequence that ends.
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
@@ -115,10 +106,8 @@ def _on_all_ranks(own: Executor, followers: Followers, *, scratch: bool = False)
     return GroupExecutor(own, followers.orders, followers.progress, scratch=scratch)
 
 
-def warm_up(config: Config, executor: Executor) -> WarmUp:
-    """Measures steps of `executor`, whose blocks must be free. `config` must be resolved."""
-    assert config.cache.num_blocks is not None
-    assert config.model.max_model_len is not None
+def warm_up(config: ResolvedConfig, executor: Executor) -> WarmUp:
+    """Measures steps of `executor`, whose blocks must be free."""
     return WarmUp(
         executor,
         config.cache.num_blocks,
@@ -129,7 +118,7 @@ def warm_up(config: Config, executor: Executor) -> WarmUp:
     )
 
 
-def _log_ranks(config: Config, group: TPGroup, rank: Rank) -> None:
+def _log_ranks(config: HostConfig, group: TPGroup, rank: Rank) -> None:
     if not isinstance(group, DistributedGroup):
         return
     copies = ", each held by several ranks" if group.size > rank.target.arch.num_kv_heads else ""
@@ -145,15 +134,15 @@ def _log_ranks(config: Config, group: TPGroup, rank: Rank) -> None:
 
 
 def looks_up(config: Config) -> bool:
-    """Whether drafts from the text itself are wanted."""
+    """Whether prompt lookup is on."""
     return config.speculation.lookup is not False
 
 
 def runs_ahead(config: Config, steps: StepSettings) -> bool:
-    """Whether a step may be launched before the outcome of the one before is known.
+    """Whether a step may be launched before the outcome of the previous one is known.
 
     Raises:
-        ValueError: it is asked for, and cannot be.
+        ValueError: it is configured, but not possible.
     """
     wanted = config.scheduler.run_ahead
     if wanted and steps.exact:
@@ -174,16 +163,15 @@ def _log_steps(config: Config, place: Place) -> None:
 
 @contextmanager
 def backend_can_be_had(kernels: KernelsConfig) -> Iterator[None]:
-    """Kernels that were asked for and cannot be built are the configuration's fault: ValueError."""
+    """Turns the error for configured kernels that cannot be built into a ValueError."""
     try:
         yield
     except NativeUnavailableError as error:
         raise ValueError(f"kernels.backend is {kernels.backend!r}: {error}") from error
 
 
-def prepare_kernels(config: Config) -> str:
+def prepare_kernels(config: HostConfig) -> str:
     """Compile the native kernels where they can be; says what the engine will use."""
-    assert config.files.dir is not None
     try:
         return str(build_library(config.files.dir))
     except NativeUnavailableError as error:
@@ -191,24 +179,22 @@ def prepare_kernels(config: Config) -> str:
 
 
 def assemble(
-    config: Config,
+    config: ResolvedConfig,
     target: Target,
-    ops: Ops,
-    device: torch.device,
+    place: Place,
     drafting: Drafting | None = None,
     steps: StepSettings | None = None,
 ) -> EngineCore:
-    """Put an engine of one rank together. `config` must be resolved: no size left open. `steps`:
-    how they run, None for what is best on the device."""
+    """Put an engine of one rank together. `steps`: how they run, None for what is best on the
+    device."""
     drafting = drafting or Drafting()
-    place = Place(TPGroup(), WHOLE, device, ops)
     steps = steps or step_settings(config, place)
     parts = replace(runner_parts(config, target, place, drafting.proposer), steps=steps)
     return _core(config, target, place, drafting, ModelRunner(parts), steps)
 
 
 def _core(
-    config: Config,
+    config: ResolvedConfig,
     target: Target,
     place: Place,
     drafting: Drafting,
@@ -216,28 +202,29 @@ def _core(
     steps: StepSettings,
     capture: CaptureWriter | None = None,
 ) -> EngineCore:
-    num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
-    assert num_blocks is not None
-    assert max_model_len is not None
+    cache = config.cache
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        max_model_len=max_model_len,
+        max_model_len=config.model.max_model_len,
     )
     scheduler = Scheduler(
         limits,
-        KVManager(num_blocks, config.cache.block_size, config.cache.prefix_caching),
+        KVManager(cache.num_blocks, cache.block_size, cache.prefix_caching),
         target.eos_token_ids,
         vocab_size=target.arch.vocab_size,
         on_finish=None if capture is None else capture.take,
     )
     info = EngineInfo(
         vocab_size=target.arch.vocab_size,
-        max_model_len=max_model_len,
-        num_blocks=num_blocks,
-        block_size=config.cache.block_size,
+        max_model_len=config.model.max_model_len,
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
         eos_token_ids=sorted(target.eos_token_ids),
-        ops={name: str(backend) for name, backend in place.ops.backends.items()},
+        ops={
+            name: OperationBackend(backend.name, backend.reason)
+            for name, backend in place.ops.backends.items()
+        },
         device=str(place.device),
     )
     return EngineCore(

@@ -1,4 +1,4 @@
-"""Draft heads: load one, put a proposer around it, choose its trees."""
+"""Draft heads: load a head, build its proposer, choose its trees."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from configs.resolve import HostConfig, ResolvedConfig
 from configs.schema import Config
-from configs.trees import load_tree
+from configs.trees import StaticTree, load_tree
 from drafter.checkpoint import load_head, read_head_config
 from drafter.head_files import open_tensors
+from drafter.heads.building import HeadBuilder, TargetWeights
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.manifest import D2T, T2D
 from drafter.proposer import DraftProposer
@@ -21,15 +23,13 @@ from engine.kv.sizing import free_bytes
 from engine.kv.storage import SCRATCH_BLOCKS, KVStorage, bytes_per_block
 from engine.messages import DraftFacts
 from engine.models.llama import Llama
-from engine.parallel.shard import WHOLE, Shard
+from engine.models.place import Place
 from engine.runner.warmup import WarmUp
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner, StepCosts
 from engine.speculation.policy import DraftPolicy, Measuring
 from engine.speculation.proposer import Proposer, RootProposer
-from engine.step.group import TPGroup
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape
-from kernels.ops import Ops
 from kernels.registry import build_ops
 
 AUTO = "auto"
@@ -37,24 +37,29 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A loaded target model and the facts of it that the engine needs."""
+    """A loaded target model and the facts that the engine needs."""
 
     model: Llama
     arch: LlamaArch
     eos_token_ids: frozenset[int]
 
+    @property
+    def weights(self) -> TargetWeights:
+        """What a head may share."""
+        return TargetWeights(self.arch, self.model.embedding.weight, self.model.head.weight)
+
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """Who proposes trees, and who chooses their shape."""
+    """The proposer of trees and the planner of their shapes."""
 
     proposer: Proposer = field(default_factory=RootProposer)
     planner: Planner = field(default_factory=FixedPlanner)
-    facts: DraftFacts | None = None  # of the head, if there is one
-    measuring: Measuring | None = None  # steps to run before trees can be chosen
+    facts: DraftFacts | None = None  # of the head, if any
+    measuring: Measuring | None = None  # steps to measure before trees can be chosen
 
     def policy(self, lookup: Lookup | None) -> DraftPolicy:
-        """What the core has to know. `lookup`: drafts from a sequence's own text."""
+        """The policy for the core. `lookup`: prompt lookup, if on."""
         lookahead = self.proposer.lookahead
         return DraftPolicy(self.planner, lookahead, lookup, self.facts, self.measuring)
 
@@ -68,7 +73,7 @@ class LoadedDraft:
 
     @property
     def form(self) -> Hashable:
-        """Heads of one form cost the same."""
+        """Heads with equal forms take equal time."""
         return (self.facts.kind, self.facts.draft_vocab_size, self.head.arch, self.head.tap_layers)
 
 
@@ -77,41 +82,26 @@ class HeadLoader:
     """Loads heads for one target."""
 
     target: Target
-    ops: Ops
-    dtype: torch.dtype
-    device: torch.device
+    place: Place  # the target's
     max_len: int  # positions that can be drafted at
-    shard: Shard = WHOLE  # of the target
     replicated: bool = False  # whether every rank holds all of a head's layers
 
-    def beside_the_engine(self, config: Config) -> HeadLoader:
+    def beside_the_engine(self, config: HostConfig) -> HeadLoader:
         """A loader for another thread than the engine's. Native operations run one at a time, so
         what loading calls gets a pool of its own, of one thread."""
-        assert config.files.dir is not None
-        own = build_ops(config.kernels.backend, self.device, self.dtype, 1, config.files.dir)
-        assert own.backends == self.ops.backends, "weights would be packed for other kernels"
-        ops = replace(self.ops, pack_linear=own.pack_linear, embedding=own.embedding)
-        return replace(self, ops=ops)
+        place, ops = self.place, self.place.ops
+        own = build_ops(config.kernels.backend, place.device, place.dtype, 1, config.files.dir)
+        assert own.backends == ops.backends, "weights would be packed for other kernels"
+        ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)
+        return replace(self, place=replace(place, ops=ops))
 
     def load(self, path: Path) -> LoadedDraft:
-        """ValueError that names the file at fault, and in it the tensor or the key."""
+        """Load a head. ValueError that names the invalid file and its tensor or key."""
         facts = self.facts(path)
-        head = load_head(
-            path,
-            self.target.arch,
-            self.target.model.embedding.weight,
-            self.target.model.head.weight,
-            self.ops,
-            self.dtype,
-            self.device,
-            self.max_len,
-            self.shard,
-            replicated=self.replicated,
-        )
-        return LoadedDraft(head, facts)
+        return LoadedDraft(load_head(path, self._builder), facts)
 
     def facts(self, path: Path) -> DraftFacts:
-        """What the files in `path` say without their weights. Raises as `load`."""
+        """Facts of the head in `path`, without reading weights. Raises as `load`."""
         config = read_head_config(path, self.target.arch)
         tensors = open_tensors(path).items()
         return DraftFacts(
@@ -122,39 +112,34 @@ class HeadLoader:
             num_parameters=sum(math.prod(t.shape) for name, t in tensors if name not in (D2T, T2D)),
         )
 
-    def check_room(self, path: Path, config: Config) -> None:
+    def check_room(self, path: Path, config: ResolvedConfig) -> None:
         """ValueError unless a head and its pages fit into the memory that is free now."""
         arch = read_head_config(path, self.target.arch).arch
-        assert config.cache.num_blocks is not None
-        own = WHOLE if self.replicated else self.shard
-        num_kv_heads = own.num_kv_heads(arch.num_kv_heads)
-        block = (config.cache.block_size, num_kv_heads, arch.head_dim, self.dtype)
-        pages = config.cache.num_blocks * bytes_per_block(arch.num_layers, *block)
-        weights = self.facts(path).num_parameters * self.dtype.itemsize // own.size
-        free = rank_free_bytes(self.device, self.shard)
+        own = self._builder.layers_place
+        pages = config.cache.num_blocks * block_bytes(arch, config, own)
+        weights = self.facts(path).num_parameters * own.dtype.itemsize // own.shard.size
+        free = rank_free_bytes(self.place)
         if weights + pages > free:
             raise ValueError(
                 f"the head needs {weights} bytes for its weights and {pages} for its entries in "
                 f"{config.cache.num_blocks} cache blocks; {free} bytes are free"
             )
 
+    @property
+    def _builder(self) -> HeadBuilder:
+        return HeadBuilder(self.target.weights, self.place, self.max_len, self.replicated)
+
 
 def drafting_with(
-    config: Config,
-    draft: LoadedDraft,
-    ops: Ops,
-    device: torch.device,
-    group: TPGroup,
-    *,
-    late: bool = False,
+    config: ResolvedConfig, draft: LoadedDraft, place: Place, *, late: bool = False
 ) -> Drafting:
-    """A proposer with pages of its own, and no trees yet. `late`: tokens are in the cache already
-    of which this head never made entries; they read as zeros."""
+    """A proposer with its own pages, and no trees yet. `late`: the cache already holds tokens for
+    which this head has no entries; these read as zeros."""
     arch = draft.head.arch
-    pages = allocate(arch, config, device, draft.head.shard, zeroed=late)
+    pages = allocate(arch, config, replace(place, shard=draft.head.shard), zeroed=late)
     proposer = DraftProposer(
         draft.head,
-        DraftContext(ops, pages, group),
+        DraftContext(place.ops, pages, place.group),
         config.scheduler.max_num_seqs,
         arch.hidden_size,
         config.speculation.window,
@@ -171,8 +156,8 @@ class TreeChooser:
         self._costs: dict[Hashable, StepCosts] = {}
 
     def shapes(self, facts: DraftFacts) -> list[TreeShape]:
-        """The configured tree, or the candidates of `auto`. ValueError for trees that the head
-        cannot fill."""
+        """The configured tree, or the candidates of `auto`. ValueError for trees too wide for the
+        draft vocabulary."""
         if self._config.tree != AUTO:
             shapes, setting = [tree_shape(self._config.tree)], "speculation.tree"
         else:
@@ -187,9 +172,9 @@ class TreeChooser:
     def choose(
         self, draft: LoadedDraft, warm_up: Callable[[], WarmUp], *, at_once: bool
     ) -> tuple[Planner, Measuring | None]:
-        """A planner, and the steps that have to be run before trees can be chosen. For `auto`, what
-        the candidates cost here decides; it is measured `at_once`, or by the core, step by step
-        while the engine serves."""
+        """A planner, and the steps to measure before trees can be chosen. `auto` decides by the
+        times of the candidates on this machine; they are measured `at_once`, or later by the core,
+        step by step while it serves."""
         shapes = self.shapes(draft.facts)
         if self._config.tree != AUTO:
             return FixedPlanner(*shapes), None
@@ -228,39 +213,41 @@ def _check_vocabulary(shape: TreeShape, facts: DraftFacts, setting: str) -> None
 
 
 def tree_shape(name: str) -> TreeShape:
-    """The shape that the configuration names. ValueError for a bad one."""
+    """The tree shape of a name in the configuration. ValueError for an invalid one."""
     if name == ROOT.name:
         return ROOT
     tree = load_tree(name)
-    if tree.parents is not None:
+    if isinstance(tree, StaticTree):
         return StaticShape(name, tree.parents)
-    assert tree.num_nodes is not None
-    assert tree.max_depth is not None
-    assert tree.top_k is not None
     return DynamicShape(name, tree.num_nodes, tree.max_depth, tree.top_k)
 
 
 def allocate(
-    arch: LlamaArch, config: Config, device: torch.device, shard: Shard, *, zeroed: bool = False
+    arch: LlamaArch, config: ResolvedConfig, place: Place, *, zeroed: bool = False
 ) -> KVStorage:
-    """Pages for a rank's part of every layer of a model, the scratch block after the others.
-    `config` must be resolved."""
-    assert config.cache.num_blocks is not None
+    """Pages for a rank's part of every layer of a model, the scratch block after the others."""
     return KVStorage.allocate(
         arch.num_layers,
         config.cache.num_blocks + SCRATCH_BLOCKS,
         config.cache.block_size,
-        shard.num_kv_heads(arch.num_kv_heads),
+        place.shard.num_kv_heads(arch.num_kv_heads),
         arch.head_dim,
-        torch_dtype(config.model.dtype),
-        device,
+        place.dtype,
+        place.device,
         zeroed=zeroed,
     )
 
 
-def rank_free_bytes(device: torch.device, shard: Shard) -> int:
+def block_bytes(arch: LlamaArch, config: Config, place: Place) -> int:
+    """What a block of a rank's part of every layer of a model takes."""
+    num_kv_heads = place.shard.num_kv_heads(arch.num_kv_heads)
+    size = config.cache.block_size
+    return bytes_per_block(arch.num_layers, size, num_kv_heads, arch.head_dim, place.dtype)
+
+
+def rank_free_bytes(place: Place) -> int:
     """Memory that this rank may take: on a CPU, its share of what all of them have together."""
-    return free_bytes(device) // (shard.size if device.type == "cpu" else 1)
+    return free_bytes(place.device) // (place.shard.size if place.device.type == "cpu" else 1)
 
 
 def torch_dtype(name: str) -> torch.dtype:

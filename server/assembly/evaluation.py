@@ -1,4 +1,4 @@
-"""`aerie eval-draft`: joins the measuring of draft heads with the engine and the tokenizer."""
+"""`aerie eval-draft`: measures draft heads with the engine and the tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from drafter.source import ACCEPTED, resolve_draft
 from drafter.train.conversations import Prompt, read_prompts, sample_file
 from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
@@ -22,12 +22,12 @@ from server.assembly.drafting import tree_shape
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 
-MAX_TEMPERATURE = 2  # as of the HTTP API
+MAX_TEMPERATURE = 2  # as in the HTTP API
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What to ask, and which trees to measure."""
+    """Which prompts to answer, and which trees to measure."""
 
     prompts: Path | None  # None: the sample that comes with the package
     limit: int | None  # prompts
@@ -36,8 +36,8 @@ class Evaluation:
     temperatures: tuple[float, ...]
     output_tokens: int
     batch: int
-    compare_ranking: bool  # without shared noise too
-    with_lookup: bool  # every tree again, beside drafts from the text itself
+    compare_ranking: bool  # also measure without shared noise
+    with_lookup: bool  # measure every tree again with prompt lookup
 
     def __post_init__(self) -> None:
         for temperature in self.temperatures:
@@ -50,11 +50,11 @@ def sample_prompts() -> Path:
     return sample_file("prompts.jsonl")
 
 
-def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
-    """Measure the head that `config` (resolved for its host) names; tells its progress on stderr.
+def evaluate_draft(config: HostConfig, evaluation: Evaluation) -> Report:
+    """Measure the head that `config` names; tells its progress on stderr.
 
     Raises:
-        OSError, ValueError: configuration, model, head, trees or prompts are at fault.
+        OSError, ValueError: configuration, model, head, trees or prompts are invalid.
     """
     if evaluation.batch > config.scheduler.max_num_seqs:
         raise ValueError(
@@ -72,7 +72,7 @@ def evaluate_draft(config: Config, evaluation: Evaluation) -> Report:
     questions = list(_questions(config, engine, prompts, evaluation))
     found = _told(_measurements(engine, questions, shapes, evaluation, shared_noise=True))
     if evaluation.compare_ranking and any(evaluation.temperatures):
-        del engine  # its pages make room for the other one's
+        del engine  # frees its memory for the next engine
         engine = _engine(config, shared_noise=False)
         sampled = [part for part in questions if part[0].params.temperature]
         found += _told(_measurements(engine, sampled, shapes, evaluation, shared_noise=False))
@@ -112,7 +112,7 @@ def show(report: Report) -> None:
     Console(width=150).print(table)
 
 
-def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
+def _engine(config: HostConfig, shared_noise: bool) -> OfflineEngine:
     """Plain at first: what `auto` would measure at start is not needed."""
     changes: dict[str, bool | str] = {"shared_noise": shared_noise, "tree": ROOT.name}
     speculation = config.speculation.model_copy(update=changes)
@@ -122,9 +122,9 @@ def _engine(config: Config, shared_noise: bool) -> OfflineEngine:
 
 
 def _questions(
-    config: Config, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
+    config: HostConfig, engine: OfflineEngine, prompts: Sequence[Prompt], evaluation: Evaluation
 ) -> Iterator[list[Question]]:
-    """By temperature."""
+    """Questions with their plain answers, for each temperature."""
     codec = load_codec(config)
     for temperature in evaluation.temperatures:
         _tell(f"temperature {temperature:g}: {len(prompts)} prompts are answered plainly")
@@ -152,7 +152,7 @@ def _measurements(
 
 
 def _told(measurements: Iterator[Measurement]) -> list[Measurement]:
-    """All of them, each named as it comes: they take minutes."""
+    """All measurements; prints each as it comes, since they take minutes."""
     found = []
     for one in measurements:
         found.append(one)

@@ -1,4 +1,4 @@
-"""Rank 0's side of the other ranks: starts their processes, watches them, ends them."""
+"""The follower processes, seen from rank 0: starts them, watches them, ends them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 
+from configs.resolve import HostConfig
 from configs.schema import Config
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import Progress
@@ -28,7 +29,7 @@ from engine.parallel.watchdog import Watchdog
 from engine.step.group import TPGroup
 from server.assembly.meeting import RANKS, STORE
 
-EXIT_LOST = 4  # a rank is lost, and with it the engine: the launcher starts a new one
+EXIT_LOST = 4  # a rank was lost, so the engine ends; the launcher starts a new one
 LAST_STEP = 1.0  # seconds for followers to end once they are told to
 
 SERVER = __name__.partition(".assembly.")[0]  # "aerie.server" where Aerie is installed
@@ -48,14 +49,14 @@ class Followers:
     folder: Path | None  # where ranks meet
 
     @classmethod
-    def start(cls, config: Config, parent: Path | None = None) -> Followers:
+    def start(cls, config: HostConfig, parent: Path | None = None) -> Followers:
         """Start `parallel.tensor` - 1 processes, which load their part at once. When one of them is
         lost, this process ends, too. `parent`: a folder for files, which somebody removes who
         outlives this process. OSError when a process or shared memory cannot be had."""
         progress = Progress(config.parallel.start_timeout)
         if config.parallel.tensor == 1:
             return cls((), Broadcast(()), progress, Watchdog((), progress, _ignore), None)
-        with contextlib.ExitStack() as undo:  # what fails half-way leaves nothing
+        with contextlib.ExitStack() as undo:  # clean up after a failure half-way
             folder = Path(tempfile.mkdtemp(prefix=RANKS, dir=parent))
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
             board = Board.create(config.parallel.tensor - 1)
@@ -79,22 +80,22 @@ class Followers:
         return Orders(self.broadcast)
 
     def meet(self, config: Config, device: torch.device) -> TPGroup:
-        """The group, once all ranks are in it."""
+        """Wait for all ranks; return their group."""
         if self.folder is None:
             return TPGroup()
         group = join(config, self.folder / STORE, 0, device)
-        if device.type == "cpu":  # NCCL looks into the store again later
+        if device.type == "cpu":  # NCCL reads the store again later
             shutil.rmtree(self.folder, ignore_errors=True)
         return group
 
     def abandon(self, reason: str) -> None:
-        """If there are any, end them and this process at once: leaving properly might wait for a
+        """If there are followers, kill them and exit at once: a regular exit might wait for a
         collective that never ends."""
         if self.folder is not None:
             _end_engine(self.processes, self.folder, reason)
 
     def stop(self, group: TPGroup | None = None) -> None:
-        """End them, gently where that works, and with them the `group`."""
+        """Stop the followers, and kill those that do not end by themselves; close the `group`."""
         self.watchdog.stop()
         try:
             self.orders.stop()
@@ -121,7 +122,7 @@ def join(config: Config, store: Path, rank: int, device: torch.device) -> Distri
 
 
 def device_of(rank: int, config: Config) -> torch.device:
-    """Where a rank computes. ValueError when there are not enough GPUs for all."""
+    """The device of a rank. ValueError when there are fewer GPUs than ranks."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if config.parallel.tensor > torch.cuda.device_count():
@@ -134,7 +135,9 @@ def device_of(rank: int, config: Config) -> torch.device:
     return device
 
 
-def _spawn(config: Config, rank: int, folder: Path, board: Board) -> tuple[Process, socket.socket]:
+def _spawn(
+    config: HostConfig, rank: int, folder: Path, board: Board
+) -> tuple[Process, socket.socket]:
     own, theirs = socket.socketpair()
     command = ["-P", "-m", f"{SERVER}.process.follower", str(rank), str(folder / STORE)]
     handles = [theirs.fileno(), board.memory, board.wake_handle]
@@ -153,7 +156,7 @@ def _spawn(config: Config, rank: int, folder: Path, board: Board) -> tuple[Proce
 def _end_engine(processes: Sequence[Process], folder: Path, reason: str) -> NoReturn:
     logger.error("%s: the engine ends", reason, exc_info=sys.exc_info()[0] is not None)
     for process in processes:
-        process.kill()  # one that hangs in a driver may never be gone: not waited for
+        process.kill()  # not waited for: one that hangs in a driver may never end
     shutil.rmtree(folder, ignore_errors=True)
     logging.shutdown()
     os._exit(EXIT_LOST)
@@ -169,4 +172,4 @@ def _kill(processes: Sequence[Process]) -> None:
 
 
 def _ignore(reason: str) -> None:
-    """There is nobody to lose."""
+    """One rank has no followers to lose."""

@@ -1,14 +1,13 @@
-"""What will lie on every GPU, counted from configuration files before any weight is loaded."""
+"""The memory needed on each GPU, counted from configuration files without loading weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from configs.resolve import ModelFacts, context_length, resolve_model
-from configs.schema import Config
+from configs.resolve import HostConfig, ModelFacts, context_length, resolve_model
 from drafter.checkpoint import read_head_config
 from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
 from drafter.heads.config import HeadConfig
@@ -18,14 +17,13 @@ from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import read_arch
 from engine.checkpoints.manifest import Shape, expected_tensors
 from engine.checkpoints.stored import ReadStored, Stored
-from engine.kv.storage import SCRATCH_BLOCKS, bytes_per_block
+from engine.kv.storage import SCRATCH_BLOCKS
 from engine.models.footprint import GIB, held_bytes
-from engine.models.layers import cos_sin_table
 from engine.models.llama import Llama, LlamaLoader
-from engine.models.loading import LayerLoader
-from engine.parallel.shard import WHOLE, Shard, check_degree, kv_copies
+from engine.models.place import Place
+from engine.parallel.shard import Shard, check_degree, kv_copies
 from kernels.registry import reference_ops
-from server.assembly.drafting import torch_dtype
+from server.assembly.drafting import block_bytes, torch_dtype
 
 META = torch.device("meta")
 RESERVED = 2 * GIB  # for CUDA, NCCL and activations of a step: an estimate
@@ -34,7 +32,7 @@ SEQUENCE = 8192  # tokens
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes on one GPU. Rank 0's, which holds the most."""
+    """Bytes on the GPU of rank 0, which holds the most."""
 
     num_gpus: int
     gpu: int
@@ -52,7 +50,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """With what is reserved."""
+        """Including the reserve."""
         return self.weights + self.target_kv + self.draft_kv + RESERVED
 
     @property
@@ -61,7 +59,7 @@ class MemoryPlan:
         return self.num_blocks // -(-SEQUENCE // self.block_size)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The plan as text."""
         entries = {
             "target weights": self.target_weights,
             "draft weights": self.draft_weights,
@@ -80,12 +78,12 @@ class MemoryPlan:
         ]
 
 
-def plan_memory(config: Config, gpu_bytes: int) -> MemoryPlan:
+def plan_memory(config: HostConfig, gpu_bytes: int) -> MemoryPlan:
     """What `config` puts on GPUs of `gpu_bytes` each. Reads no weight.
 
     Raises:
-        FileNotFoundError: there is no config.json of the model or of its draft head.
-        ValueError: what does not fit, or cannot be cut over so many GPUs, with its numbers.
+        FileNotFoundError: the model or its draft head has no config.json.
+        ValueError: the model does not fit, or cannot be cut for this number of GPUs.
     """
     arch = read_arch(config.model.source, config.model.revision)
     check_degree(arch, config.parallel.tensor)
@@ -94,17 +92,19 @@ def plan_memory(config: Config, gpu_bytes: int) -> MemoryPlan:
     return plan_of(config, arch, head, gpu_bytes)
 
 
-def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes: int) -> MemoryPlan:
+def plan_of(
+    config: HostConfig, arch: LlamaArch, head: HeadConfig | None, gpu_bytes: int
+) -> MemoryPlan:
     """`plan_memory` of shapes that are known."""
-    outline = _Outline(config, arch, Shard(0, config.parallel.tensor))
+    outline = _Outline(config, arch)
     model = outline.target()
     target_weights = held_bytes(model)
     draft_weights, draft_block = 0, 0
     if head is not None:
         draft = outline.head(head, model)
         draft_weights = held_bytes(model, draft) - target_weights
-        draft_block = outline.block_bytes(head.arch, draft.shard)
-    target_block = outline.block_bytes(arch, outline.shard)
+        draft_block = block_bytes(head.arch, config, replace(outline.place, shard=draft.shard))
+    target_block = block_bytes(arch, config, outline.place)
     free = gpu_bytes - RESERVED - target_weights - draft_weights
     if free <= 0:
         raise ValueError(
@@ -115,7 +115,6 @@ def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes:
         )
     facts = ModelFacts(arch.max_position_embeddings, target_block + draft_block, free)
     num_blocks = resolve_model(config, facts).cache.num_blocks
-    assert num_blocks is not None
     if num_blocks * facts.bytes_per_block > free:
         raise ValueError(
             f"cache.num_blocks = {num_blocks}: its {num_blocks * facts.bytes_per_block / GIB:.1f} "
@@ -137,46 +136,39 @@ def plan_of(config: Config, arch: LlamaArch, head: HeadConfig | None, gpu_bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Outline:
-    """Models of a rank without contents, built by the loaders that fill the real ones."""
+    """Models of a rank on the meta device, built by the same loaders as real ones."""
 
-    config: Config
+    config: HostConfig
     arch: LlamaArch
-    shard: Shard
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch_dtype(self.config.model.dtype)
+    def place(self) -> Place:
+        """Rank 0's; there are no others to compute with."""
+        dtype = torch_dtype(self.config.model.dtype)
+        shard = Shard(0, self.config.parallel.tensor)
+        return Place(reference_ops(META, dtype), dtype, META, shard)
 
     @property
     def max_len(self) -> int:
         return context_length(self.config, self.arch.max_position_embeddings)
 
     def target(self) -> Llama:
-        read = _empty(expected_tensors(self.arch), self.dtype)
-        ops = reference_ops(META, self.dtype)
-        return LlamaLoader(self.arch, read, ops, self.dtype, META, self.max_len, self.shard).load()
+        place = self.place
+        read = _empty(expected_tensors(self.arch), place.dtype)
+        return LlamaLoader(self.arch, read, place, self.max_len).load()
 
     def head(self, config: HeadConfig, model: Llama) -> LoadedHead:
-        """What its file may have or share with the target counts as shared."""
+        """Tensors that a head may share with the target count as shared."""
         replicated = self.config.speculation.draft_parallel == "replicated"
-        arch, own = config.arch, WHOLE if replicated else self.shard
-        check_degree(arch, own.size, "speculation.draft_parallel = sharded, parallel.tensor")
         shapes = head_tensors(config, self.arch, ()).required
-        table = cos_sin_table(arch.head_dim, self.max_len, arch.rope_theta, arch.rope_scaling)
-        weights, same_ids = _empty(shapes, self.dtype), torch.zeros(config.draft_vocab_size)
+        weights, same_ids = _empty(shapes, self.place.dtype), torch.zeros(config.draft_vocab_size)
 
         def read(name: str) -> Stored:
             return same_ids if name == D2T else weights(name)
 
-        ops = reference_ops(META, self.dtype)
-        blocks = LayerLoader(arch, read, ops, self.dtype, META, table.to(META), own)
-        shared = TargetWeights(self.arch, self.shard, model.embedding.weight, model.head.weight)
-        return HeadBuilder(config, shared, shapes, blocks).build()
-
-    def block_bytes(self, arch: LlamaArch, shard: Shard) -> int:
-        num_kv_heads = shard.num_kv_heads(arch.num_kv_heads)
-        size = self.config.cache.block_size
-        return bytes_per_block(arch.num_layers, size, num_kv_heads, arch.head_dim, self.dtype)
+        shared = TargetWeights(self.arch, model.embedding.weight, model.head.weight)
+        builder = HeadBuilder(shared, self.place, self.max_len, replicated)
+        return builder.build(config, shapes, read)
 
 
 def _empty(shapes: Mapping[str, Shape], dtype: torch.dtype) -> ReadStored:

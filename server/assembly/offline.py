@@ -18,7 +18,7 @@ class OfflineEngine:
     """Runs batches of requests to their end."""
 
     def __init__(self, core: EngineCore, close: Callable[[], None] | None = None) -> None:
-        """`close`: ends the other ranks."""
+        """`close`: called to end the other ranks."""
         self.core = core
         self._close = close
 

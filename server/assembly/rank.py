@@ -1,21 +1,27 @@
-"""What every rank of an engine has in memory: its part of the model, its pages, its runner."""
+"""What every rank of an engine holds: its part of the model, its pages, its runner."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from configs.resolve import ModelFacts, context_length, resolve_model
+from configs.resolve import (
+    HostConfig,
+    ModelFacts,
+    ResolvedConfig,
+    context_length,
+    resolve_model,
+)
 from configs.schema import Config
 from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
-from engine.kv.storage import bytes_per_block
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
@@ -26,7 +32,6 @@ from engine.step.batch import ForwardContext
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT
-from kernels.ops import Ops
 from kernels.registry import build_ops
 from server.assembly.drafting import (
     AUTO,
@@ -36,33 +41,24 @@ from server.assembly.drafting import (
     Target,
     TreeChooser,
     allocate,
+    block_bytes,
     drafting_with,
     rank_free_bytes,
     torch_dtype,
 )
 
-SCRATCH_ROWS = 16  # sequences that are measured together beside an engine that serves
+SCRATCH_ROWS = 16  # most sequences per step when measuring beside a serving engine
 BAD_SETUP = (ValueError, OSError, RuntimeError, MemoryError)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank computes, and with what."""
-
-    group: TPGroup
-    shard: Shard
-    device: torch.device
-    ops: Ops
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
     """One rank, ready to run plans."""
 
-    config: Config  # no size left open
+    config: ResolvedConfig
     place: Place
     target: Target
-    loader: HeadLoader  # for another thread than that of the steps
+    loader: HeadLoader  # for a thread beside the steps
     trees: TreeChooser
     draft: LoadedDraft | None
     drafting: Drafting
@@ -70,26 +66,24 @@ class Rank:
 
     @property
     def executor(self) -> Executor:
-        """Runs plans on this rank; compares with the others where that is wanted."""
+        """Runs plans on this rank; compares with the other ranks if configured."""
         return self._checked(self.runner)
 
     def load_draft(self, path: Path) -> tuple[LoadedDraft, Drafting]:
-        """A head for `ModelRunner.draft_with`, on any one thread at a time.
+        """Load a head for `ModelRunner.draft_with`; on one thread at a time.
 
         Raises:
-            ValueError, OSError: it fits not the target or the free memory.
+            ValueError, OSError: the head does not fit the target or the free memory.
         """
         self.loader.check_room(path, self.config)
-        draft, place = self.loader.load(path), self.place
-        return draft, drafting_with(
-            self.config, draft, place.ops, place.device, place.group, late=True
-        )
+        draft = self.loader.load(path)
+        return draft, drafting_with(self.config, draft, self.place, late=True)
 
-    def scratch(self, draft: LoadedDraft) -> tuple[Config, Executor]:
+    def scratch(self, draft: LoadedDraft) -> tuple[ResolvedConfig, Executor]:
         """Runs made-up plans in a few pages of their own, beside an engine that serves."""
-        config, place = _with_few_pages(self.config), self.place
-        drafting = drafting_with(config, draft, place.ops, place.device, place.group)
-        runner = ModelRunner(runner_parts(config, self.target, place, drafting.proposer))
+        config = _with_few_pages(self.config)
+        drafting = drafting_with(config, draft, self.place)
+        runner = ModelRunner(runner_parts(config, self.target, self.place, drafting.proposer))
         return config, self._checked(runner)
 
     def _checked(self, runner: ModelRunner) -> Executor:
@@ -99,9 +93,9 @@ class Rank:
         return DriftCheck(runner, group, check_every)
 
 
-def build_rank(config: Config, group: TPGroup, device: torch.device) -> Rank:
-    """Load this rank's part of what `config` (resolved for its host) names. All ranks call it, and
-    all of them raise if one of them has to.
+def build_rank(config: HostConfig, group: TPGroup, device: torch.device) -> Rank:
+    """Load this rank's part of what `config` names. All ranks call it, and all of them raise if one
+    of them has to.
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
@@ -115,55 +109,47 @@ def build_rank(config: Config, group: TPGroup, device: torch.device) -> Rank:
         raise
     check_all(None, group)
     place, target, loader, trees, draft = loaded
-    config = resolve_model(config, _model_facts(config, target, place, draft))
-    drafting = Drafting()
-    if draft is not None:
-        drafting = drafting_with(config, draft, place.ops, device, group)
-    runner = ModelRunner(runner_parts(config, target, place, drafting.proposer))
+    resolved = resolve_model(config, _model_facts(config, target, place, draft))
+    drafting = Drafting() if draft is None else drafting_with(resolved, draft, place)
+    runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer))
     runner.prepare([] if draft is None else trees.shapes(draft.facts))
     beside = loader.beside_the_engine(config)
-    return Rank(config, place, target, beside, trees, draft, drafting, runner)
+    return Rank(resolved, place, target, beside, trees, draft, drafting, runner)
 
 
 def _load(
-    config: Config, group: TPGroup, device: torch.device
+    config: HostConfig, group: TPGroup, device: torch.device
 ) -> tuple[Place, Target, HeadLoader, TreeChooser, LoadedDraft | None]:
-    """What needs no other rank."""
+    """The part of `build_rank` that needs no other rank."""
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
-    arch, dtype = checkpoint.arch, torch_dtype(config.model.dtype)
+    arch = checkpoint.arch
     eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch)
     max_len = context_length(config, arch.max_position_embeddings)
-    place = _place(config, group, device, dtype)
-    model = LlamaLoader(
-        arch, checkpoint.stored, place.ops, dtype, device, max_len, place.shard
-    ).load()
+    place = _place(config, group, device)
+    model = LlamaLoader(arch, checkpoint.stored, place, max_len).load()
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
-    loader = HeadLoader(
-        target, place.ops, dtype, device, max_len, place.shard, replicated and group.size > 1
-    )
+    loader = HeadLoader(target, place, max_len, replicated and group.size > 1)
     trees = TreeChooser(config)
     return place, target, loader, trees, _load_draft(config, loader, trees)
 
 
-def _place(config: Config, group: TPGroup, device: torch.device, dtype: torch.dtype) -> Place:
-    assert config.files.dir is not None
-    threads = threads_per_rank(config)
+def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
+    threads, dtype = threads_per_rank(config), torch_dtype(config.model.dtype)
     ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
-    # Native operations have their own threads; two pools would fight for the cores.
+    # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
-    return Place(group, Shard(group.rank, group.size), device, ops)
+    return Place(ops, dtype, device, Shard(group.rank, group.size), group)
 
 
-def threads_per_rank(config: Config) -> int:
+def threads_per_rank(config: HostConfig) -> int:
     """Ranks share the machine's cores."""
-    assert config.kernels.threads is not None
     return max(1, config.kernels.threads // config.parallel.tensor)
 
 
 def _load_draft(config: Config, loader: HeadLoader, trees: TreeChooser) -> LoadedDraft | None:
-    """The configured draft head, once it is sure that it can fill the configured trees."""
+    """The configured draft head, after checking that its vocabulary suffices for the trees."""
     path = resolve_draft(config.speculation.draft, config.model.source)
     if path is None:
         if config.speculation.tree not in (AUTO, ROOT.name):
@@ -189,30 +175,15 @@ def _model_facts(
     config: Config, target: Target, place: Place, draft: LoadedDraft | None
 ) -> ModelFacts:
     """Facts of the target and of what shares its block tables; of the rank with least memory."""
-    dtype, block_size = torch_dtype(config.model.dtype), config.cache.block_size
-    parts = [(target.arch, place.shard)]
+    block = block_bytes(target.arch, config, place)
     if draft is not None:
-        parts.append((draft.head.arch, draft.head.shard))
-    return ModelFacts(
-        context_length=target.arch.max_position_embeddings,
-        bytes_per_block=sum(
-            bytes_per_block(
-                arch.num_layers,
-                block_size,
-                shard.num_kv_heads(arch.num_kv_heads),
-                arch.head_dim,
-                dtype,
-            )
-            for arch, shard in parts
-        ),
-        free_bytes=smallest(rank_free_bytes(place.device, place.shard), place.group),
-    )
+        block += block_bytes(draft.head.arch, config, replace(place, shard=draft.head.shard))
+    free = smallest(rank_free_bytes(place), place.group)
+    return ModelFacts(target.arch.max_position_embeddings, block, free)
 
 
-def _with_few_pages(config: Config) -> Config:
+def _with_few_pages(config: ResolvedConfig) -> ResolvedConfig:
     max_num_seqs = min(config.scheduler.max_num_seqs, SCRATCH_ROWS)
-    assert config.cache.num_blocks is not None
-    assert config.model.max_model_len is not None
     per_row = blocks_per_row(config.model.max_model_len, config.cache.block_size)
     num_blocks = min(config.cache.num_blocks, max_num_seqs * per_row)
     return config.model_copy(
@@ -223,10 +194,11 @@ def _with_few_pages(config: Config) -> Config:
     )
 
 
-def runner_parts(config: Config, target: Target, place: Place, proposer: Proposer) -> RunnerParts:
-    """What a `ModelRunner` is made of. `config` must be resolved: no size left open."""
-    assert config.model.max_model_len is not None
-    storage = allocate(target.arch, config, place.device, place.shard)
+def runner_parts(
+    config: ResolvedConfig, target: Target, place: Place, proposer: Proposer
+) -> RunnerParts:
+    """What a `ModelRunner` is made of."""
+    storage = allocate(target.arch, config, place)
     return RunnerParts(
         model=target.model,
         context=ForwardContext(place.ops, storage, place.group, proposer.tap),
@@ -240,9 +212,9 @@ def runner_parts(config: Config, target: Target, place: Place, proposer: Propose
 
 
 def step_settings(config: Config, place: Place) -> StepSettings:
-    """How steps run: on a CPU in exact sizes, which computes least; on a CUDA device in padded
-    ones, as CUDA graphs unless those are switched off or the kernels are references, which wait for
-    the device."""
+    """How steps run: on a CPU with exact sizes, which computes least; on a CUDA device padded, as
+    CUDA graphs unless these are off or the kernels are the references, which wait for the
+    device."""
     if place.device.type == "cpu":
         return StepSettings(exact=True)
     capturable = place.device.type == "cuda" and place.ops.backends["attention"].name == "triton"

@@ -1,4 +1,4 @@
-"""Another draft head for a running engine: loaded on a thread of its own, used from a step on."""
+"""Replaces the draft head of a running engine: loads on another thread, swaps between steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Loaded = tuple[LoadedDraft, Drafting]
 
 
 class DraftSwapper:
-    """Replaces the head of one engine. Requests and their text are not touched: rows that run go
-    on, the prefix cache is kept, and entries that the new head never made read as zeros."""
+    """Replaces the head of one engine. Requests keep running with the same text, the prefix cache
+    stays, and entries missing for the new head read as zeros."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class DraftSwapper:
     ) -> None:
         """
         Args:
-            rank: the one that decides.
-            orders: for the others.
-            scratch: measures the head that was loaded last, in pages that belong to nobody.
+            rank: rank 0.
+            orders: to the other ranks.
+            scratch: measures the head loaded last, in pages of its own.
         """
         self._core = core
         self._rank = rank
@@ -45,11 +45,11 @@ class DraftSwapper:
         self._scratch = scratch
 
     def load(self, path: str | None) -> Loaded | None:
-        """Read and check everything that `swap` needs, on any one thread at a time.
+        """Read and check everything that `swap` needs; on one thread at a time.
 
         Raises:
-            ValueError, OSError: there is no such head, or it fits not the target, the configured
-                trees or the free memory of a rank.
+            ValueError, OSError: there is no such head, or it does not fit the target, the
+                configured trees or the free memory of a rank.
         """
         folder = resolve_draft(path, self._rank.config.model.source)
         if folder is None:
@@ -58,7 +58,7 @@ class DraftSwapper:
         return self._load_everywhere(folder)
 
     def _load_everywhere(self, folder: Path) -> Loaded:
-        """All ranks load at the same time; a head that one cannot have is nobody's."""
+        """All ranks load at the same time; if one fails, no rank keeps the head."""
         self._orders.load_draft(str(folder))
         try:
             loaded = self._rank.load_draft(folder)
@@ -72,7 +72,7 @@ class DraftSwapper:
         return loaded
 
     def swap(self, loaded: Loaded | None) -> None:
-        """Use what was loaded from the next step on. Between steps only."""
+        """Draft with the loaded head from the next step on. Call it between steps only."""
         self._core.land()
         drafting = Drafting()
         if loaded is not None:
@@ -88,7 +88,7 @@ class DraftSwapper:
 
 
 class DraftSwaps:
-    """Swaps that were asked for, done one after the other."""
+    """Requested swaps, done one after the other."""
 
     def __init__(self, core: EngineCore, swapper: DraftSwapper) -> None:
         self._core = core
@@ -98,15 +98,15 @@ class DraftSwaps:
 
     @property
     def busy(self) -> bool:
-        """Whether `settle` has to be called again soon."""
+        """Whether swaps are pending, so that `settle` must be called again soon."""
         return bool(self._asked)
 
     def ask(self, message: SwapDraft) -> None:
         self._asked.append(message)
 
     def settle(self) -> list[DraftSwapped]:
-        """Between steps: use a head that has been loaded, and load the next one asked for. Returns
-        the answers that are due."""
+        """Call it between steps: swaps in a head that has been loaded, starts loading the next one,
+        and returns the answers that are due."""
         answers = []
         if self._loading is not None and self._loading.done():
             answers.append(self._finish(self._asked.popleft(), self._loading))
@@ -121,7 +121,7 @@ class DraftSwaps:
     def _load(self, path: str | None, loading: Future[Loaded | None]) -> None:
         try:
             loading.set_result(self._swapper.load(path))
-        except Exception as error:  # noqa: BLE001  (a file may be wrong in any way; serving goes on)
+        except Exception as error:  # noqa: BLE001  (files may be wrong in any way; serving continues)
             loading.set_exception(error)
 
     def _finish(self, message: SwapDraft, loading: Future[Loaded | None]) -> DraftSwapped:

@@ -1,5 +1,5 @@
-"""`aerie train-draft`: joins the training of draft heads with the target, the engine that answers
-prompts, and the tokenizer."""
+"""`aerie train-draft`: trains draft heads with the target, the engine that answers prompts, and the
+tokenizer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from configs.resolve import HostConfig, HostFacts, resolve_host
 from configs.schema import Config
-from configs.training import SAMPLE, TrainingConfig
+from configs.training import SAMPLE, HostTrainingConfig, TrainingConfig
 from drafter.train.building import TargetTensors
 from drafter.train.conversations import (
     AnyConversation,
@@ -40,26 +41,27 @@ from drafter.train.trainer import Worker
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from kernels.registry import build_ops
 from server.assembly.compose import backend_can_be_had, build_engine
 from server.assembly.drafting import torch_dtype
 from server.text.chat_codec import ChatCodec, load_codec
 
 ANSWERS, CURVE, HEAD = "answers.jsonl", "learning-curve.svg", "head"
-# Processes wait while the first one answers prompts or measures. One that dies is noticed by
-# torchrun, which then ends the others.
+# Other processes wait while the first one answers prompts or measures. If one dies, torchrun ends
+# the others.
 PATIENCE = timedelta(days=1)
 
 
-def train_draft(config: TrainingConfig) -> None:
-    """Train as `config` (resolved for its host) says; in each process of `torchrun`, or alone.
+def train_draft(config: HostTrainingConfig) -> None:
+    """Train as `config` says; in each process of `torchrun`, or alone.
 
-    Goes on from the newest checkpoint of run.output. Writes there history.jsonl, checkpoints,
-    learning-curve.svg, what `publish_run` needs and, in the form that `speculation.draft` takes,
-    the head, whose path it prints.
+    Resumes from the newest checkpoint of run.output. Writes history.jsonl, checkpoints,
+    learning-curve.svg, the files for `publish_run` and the head (for `speculation.draft`) there,
+    and prints the path of the head.
 
     Raises:
-        OSError, ValueError: configuration, model or data are at fault, or the disk is full.
+        OSError, ValueError: configuration, model or data are invalid, or the disk is full.
     """
     output = config.run.output
     with _workers() as worker:
@@ -78,7 +80,7 @@ def train_draft(config: TrainingConfig) -> None:
             print(f"{output / HEAD}{'' if done else ' (run.max_seconds came first)'}", flush=True)
 
 
-def _prepared(config: TrainingConfig, worker: Worker) -> Run:
+def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
     """Target, examples and trainer. Loads the target twice where prompts are to be answered."""
     serving = _serving(config)
     codec = load_codec(serving)
@@ -97,7 +99,7 @@ def _prepared(config: TrainingConfig, worker: Worker) -> Run:
 
 
 def _found(path: Path) -> Path:
-    """A file of conversations, where the word `sample` stands for the one that ships."""
+    """A file of conversations; the word `sample` stands for the shipped one."""
     if str(path) != SAMPLE:
         return path
     return sample_file("conversations.jsonl")
@@ -129,9 +131,9 @@ def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:
 
 
 def _answered(
-    config: TrainingConfig, serving: Config, codec: ChatCodec, worker: Worker
+    config: TrainingConfig, serving: HostConfig, codec: ChatCodec, worker: Worker
 ) -> Iterator[AnyConversation]:
-    """The target's answers to data.prompts; the first process has them written to a file."""
+    """The target's answers to data.prompts; the first process writes them to a file."""
     output = config.run.output / ANSWERS
     prompts = _prompts(config)
     if worker.rank == 0:
@@ -147,7 +149,7 @@ def _answered(
 
 
 def _prompts(config: TrainingConfig) -> list[Prompt]:
-    """Those to answer. ValueError if they are too few: answering takes long."""
+    """The prompts to answer. ValueError if there are too few, before answering takes long."""
     prompts: list[Prompt] = []
     for path in config.data.prompts:
         prompts += read_prompts(path)
@@ -168,12 +170,9 @@ def _answer_facts(report: GenerationReport) -> str:
     )
 
 
-def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, frozenset[int]]:
+def _load_target(config: HostTrainingConfig, worker: Worker) -> tuple[LoadedTarget, frozenset[int]]:
     """The frozen target and its end-of-text ids."""
-    assert config.files.dir is not None
-    threads = config.kernels.threads
-    assert threads is not None
-    threads = max(1, threads // worker.count)
+    threads = max(1, config.kernels.threads // worker.count)
     device = _device(worker)
     dtype = torch_dtype(config.model.dtype)
     files = resolve_source(config.model.source, config.model.revision)
@@ -182,7 +181,8 @@ def _load_target(config: TrainingConfig, worker: Worker) -> tuple[LoadedTarget, 
         ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     torch.set_num_threads(threads)
     arch, read = checkpoint.arch, checkpoint.tensor
-    model = LlamaLoader(arch, read, ops, dtype, device, config.data.max_tokens).load()
+    place = Place(ops, dtype, device)
+    model = LlamaLoader(arch, read, place, config.data.max_tokens).load()
     tensors = TargetTensors(arch, read)
     target = LoadedTarget(model, ops, tensors, dtype, device, files.version())
     return target, frozenset(checkpoint.eos_token_ids)
@@ -194,14 +194,15 @@ def _device(worker: Worker) -> torch.device:
     return torch.device("cuda", worker.rank % torch.cuda.device_count())
 
 
-def _serving(config: TrainingConfig) -> Config:
+def _serving(config: HostTrainingConfig) -> HostConfig:
     """The configuration of an engine for the same target."""
-    return Config(model=config.model, kernels=config.kernels, files=config.files)
+    same = Config(model=config.model, kernels=config.kernels, files=config.files)
+    return resolve_host(same, HostFacts(config.kernels.threads, config.files.dir))
 
 
 @contextmanager
 def _workers() -> Iterator[Worker]:
-    """This process among those that `torchrun` started."""
+    """This process as one of those that `torchrun` started, if any."""
     if not dist.is_torchelastic_launched():
         yield Worker()
         return

@@ -1,1 +1,1 @@
-"""What the sub-commands of `aerie` do."""
+"""The sub-commands of `aerie`."""

@@ -29,7 +29,7 @@ PromptFile = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Use the first prompts only.", show_default=False)
 ]
-Turns = Annotated[int, typer.Option(min=1, help="Turns of each prompt to ask.")]
+Turns = Annotated[int, typer.Option(min=1, help="Turns of each prompt to answer.")]
 Trees = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,19 +43,19 @@ Temperatures = Annotated[
     list[float] | None,
     typer.Option("--temperature", help="May be repeated. Default: 0 and 1.", show_default=False),
 ]
-OutputTokens = Annotated[int, typer.Option(min=2, help="At most, of an answer.")]
+OutputTokens = Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")]
 Batch = Annotated[
     int, typer.Option(min=1, help="Requests at once; acceptance does not depend on it.")
 ]
 CompareRanking = Annotated[
     bool,
     typer.Option(
-        "--compare-ranking", help="At temperatures above 0, rank without the target's noise too."
+        "--compare-ranking", help="At temperatures above 0, also rank without the target's noise."
     ),
 ]
 WithLookup = Annotated[
     bool,
-    typer.Option("--with-lookup", help="Every tree again, beside drafts from the text itself."),
+    typer.Option("--with-lookup", help="Measure every tree again together with prompt lookup."),
 ]
 Output = Annotated[
     Path | None,
@@ -93,11 +93,11 @@ def eval_draft(
     with_lookup: WithLookup = False,
     output: Output = None,
 ) -> None:
-    """Measure how much of what a draft head (speculation.draft) proposes is accepted.
+    """Measure how many tokens of a draft head (speculation.draft) are accepted.
 
-    Shows the acceptance length (mean tokens per verified tree, the bonus token counted), how deep
-    trees are accepted, and the speed against plain decoding, by tree and temperature. Later turns
-    are asked with the model's own answers before them.
+    Shows the acceptance length (mean tokens per verified tree, the bonus token included), how deep
+    trees are accepted, and the speed relative to plain decoding, by tree and temperature. Later
+    turns follow the model's own answers.
 
     Examples:
 
@@ -128,7 +128,7 @@ def eval_draft(
 
 
 def train_draft(config: TrainingFile, overrides: Overrides = None) -> None:
-    """Train a draft head; goes on where an earlier run into the same run.output stopped.
+    """Train a draft head, or continue an earlier run with the same run.output.
 
     run.output then holds the head (for speculation.draft), history.jsonl, learning-curve.svg and
     checkpoints. `torchrun --nproc-per-node N -m aerie train-draft ...` trains in N processes.
@@ -155,18 +155,18 @@ def publish_draft(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[card.KEY=VALUE]...", help="What the model card says.", show_default=False
+            metavar="[card.KEY=VALUE]...", help="Fields of the model card.", show_default=False
         ),
     ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Numbers for the model card, by eval-draft.", show_default=False
+            metavar="FILE",
+            help="Numbers for the model card, written by eval-draft.",
+            show_default=False,
         ),
     ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Take the place of a head that is there.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing head.")] = False,
     max_file_bytes: Annotated[
         int | None,
         typer.Option(

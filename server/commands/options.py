@@ -1,4 +1,4 @@
-"""What all commands of `aerie` that read a configuration share."""
+"""Options shared by the commands of `aerie` that read a configuration."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SECTION.KEY=VALUE]...",
-        help="Overrides, as `model.dtype=float32 kernels.graphs=off server.api_keys=[a, b]`.",
+        help="Overrides, such as `model.dtype=float32 kernels.graphs=off server.api_keys=[a, b]`.",
         show_default=False,
     ),
 ]
 
 
 def failed(error: Exception) -> typer.Exit:
-    """Say what is wrong on one line; to be raised."""
+    """Print the error on one line; return the exit to raise."""
     typer.echo(f"aerie: {error}", err=True)
     return typer.Exit(2)

@@ -1,4 +1,4 @@
-"""The commands of `aerie` that look at a configuration before it serves."""
+"""The commands of `aerie` that check a configuration and prepare for serving."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from configs.host import host_config
+from configs.redact import redacted
 from configs.schema import Config
 from server.commands.options import ConfigFile, Overrides, failed
 
@@ -22,24 +23,21 @@ def register(app: typer.Typer) -> None:
 
 
 def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
-    """Check a configuration and print it whole, with the meaning of every key."""
+    """Check a configuration and print all of it, with the meaning of every key."""
     try:
         resolved = host_config(config, overrides or ())
     except (ValueError, OSError) as error:
         raise failed(error) from None
-    for name in Config.model_fields:
-        section = getattr(resolved, name)
+    values = redacted(resolved)
+    for name, section in Config():  # the schema's own sections: they describe their keys
         typer.echo(f"{name}:  # {type(section).__doc__}")
         for key, about in type(section).model_fields.items():
-            value = section.model_dump(mode="json")[key]
-            if key in ("api_keys", "admin_keys"):
-                value = ["***"] * len(value)
-            text = f"{key}: {json.dumps(value)}"
+            text = f"{key}: {json.dumps(values[name][key])}"
             typer.echo(f"  {text}" + (f"  # {about.description}" if about.description else ""))
 
 
 def prepare(overrides: Overrides = None, config: ConfigFile = None) -> None:
-    """Do now what the first start would do: compile the CPU kernels, convert the tokenizer."""
+    """Compile the CPU kernels and convert the tokenizer now, not at the first start."""
     from server.assembly.compose import prepare_kernels
     from server.text.chat_codec import load_codec
 
@@ -58,9 +56,9 @@ def plan_memory(
         str, typer.Option(metavar="SIZE", help="Memory of one GPU, such as 80GiB or 79000MiB.")
     ] = "80GiB",
 ) -> None:
-    """Say what would lie on every GPU, and how many 8k-token sequences fit. Reads no weights.
+    """Show the memory needed on each GPU, and how many 8k-token sequences fit. Reads no weights.
 
-    Of the model and its draft head only config.json is needed (and fetched, for hub ids).
+    Needs only config.json of the model and its draft head (fetched for hub ids).
 
     Example:
 

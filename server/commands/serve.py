@@ -1,4 +1,4 @@
-"""The command of `aerie` that serves."""
+"""The command `aerie serve`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CaptureConsent = Annotated[
     bool,
     typer.Option(
         "--capture-consent",
-        help="You may store what clients send and get (capture.consent).",
+        help="Confirm that you may store what clients send and get (capture.consent).",
         show_default=False,
     ),
 ]
@@ -72,7 +72,7 @@ def serve(
 
         aerie serve model.source=/models/Llama-3.2-1B-Instruct server.api_key_file=keys.txt
     """
-    # Until the server has its own handler. PID 1 of a container ignores signals without one.
+    # Until the server has its own handler: PID 1 of a container ignores signals without one.
     signal.signal(signal.SIGTERM, _leave)
     from server.process.launch import serve as run
 

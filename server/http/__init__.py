@@ -1,1 +1,1 @@
-"""The HTTP application, whichever API it serves."""
+"""The HTTP application, independent of the API that it serves."""

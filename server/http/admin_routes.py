@@ -1,4 +1,4 @@
-"""Routes for administrators, who have keys of their own."""
+"""Routes for administrators; they need an admin key."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class SwapDraftRequest(Fields):
         min_length=1,
         max_length=4096,
         pattern=r"^[^\x00]*$",
-        description="Directory of a draft head, as the server sees it; null: go on without one.",
+        description="Directory of a draft head on the server; null: draft with no head.",
     )
 
 
 class DraftInUse(msgspec.Struct, frozen=True, kw_only=True):
-    """The head that drafts from now on; null when there is none."""
+    """The head that drafts from now on; null without one."""
 
     draft: DraftFacts | None
 
@@ -48,8 +48,8 @@ def _documented() -> dict[str, Any]:
 
 @router.post("/draft", **_documented())
 async def swap_draft(http: HttpRequest) -> Response:
-    """Draft with another head from now on. Open requests go on, and no text changes. Should the
-    engine be started again, it begins with the configured head."""
+    """Draft with another head from now on. Open requests continue, and no text changes. An engine
+    that is restarted begins with the configured head."""
     check_admin(http)
     context = context_of(http)
     context.engine_info()
@@ -64,7 +64,7 @@ async def swap_draft(http: HttpRequest) -> Response:
 
 
 def check_admin(http: HttpRequest) -> None:
-    """ApiError 403 where there are no admin keys, 401 for what is none of them."""
+    """ApiError 403 if no admin keys are configured, 401 unless the request has one of them."""
     keys = context_of(http).admin_keys
     if not keys:
         raise ApiError(

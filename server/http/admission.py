@@ -1,4 +1,4 @@
-"""Which requests may enter: a bounded number of those that still wait for their first token."""
+"""Admission: bounds the requests that wait for their first token."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from server.http.state import ServerState
 
 
 class Admission:
-    """Counts waiting sequences and their prompt tokens. A request may pass a limit while nothing
-    else waits, so that none is too large for an idle server; `max_choices` bounds its sequences
-    and the context length bounds each of them."""
+    """Counts waiting sequences and their prompt tokens. A request may exceed these limits while no
+    other waits, so that an idle server never refuses it; `max_choices` and the context length
+    still bound it."""
 
     def __init__(
         self, limits: ServerConfig, client: EngineClient, state: ServerState, metrics: Metrics
@@ -26,16 +26,16 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences admitted that have not got their first token."""
+        """Admitted sequences without a first token."""
         return self._num_waiting
 
     @property
     def waiting_tokens(self) -> int:
-        """Their prompt tokens."""
+        """Prompt tokens of the waiting sequences."""
         return self._waiting_tokens
 
     def closed(self) -> ApiError | None:
-        """Why the server takes no requests now, as a 503; None when it does."""
+        """A 503 that says why the server accepts no requests now; None when it does."""
         if self._state.draining:
             return self.draining()
         if self._client.info is None:
@@ -43,15 +43,15 @@ class Admission:
         return None
 
     def draining(self) -> ApiError:
-        """503: the server is about to end."""
+        """503: the server is shutting down."""
         return self._unavailable("The server is shutting down", DRAINING)
 
     def engine_not_ready(self) -> ApiError:
-        """503: there is no engine, not yet or not any more."""
+        """503: the engine is still loading, or has ended."""
         return self._unavailable("The engine is not ready yet", ENGINE_NOT_READY)
 
     def check_open(self) -> None:
-        """ApiError 503 when the server takes no requests now; counted as a rejection."""
+        """ApiError 503 when the server accepts no requests now; counted as a rejection."""
         problem = self.closed()
         if problem is not None:
             assert problem.detail.code is not None
@@ -106,24 +106,24 @@ class Ticket:
 
     def __init__(self, admission: Admission, num_choices: int) -> None:
         self._admission = admission
-        self._unnamed = num_choices  # places of sequences that are not tokenised yet
+        self._unnamed = num_choices  # places of sequences not tokenised yet
         self._tokens: dict[int, int] = {}  # choice -> its prompt tokens, while it waits
 
     def add_prompts(self, num_tokens: list[int]) -> None:
-        """Say how long the prompt of each choice is. ApiError 429 when that is too much now."""
+        """Add the prompt tokens of each choice. ApiError 429 when too many are waiting."""
         assert len(num_tokens) == self._unnamed
         self._admission._add_tokens(sum(num_tokens))
         self._tokens = dict(enumerate(num_tokens))
         self._unnamed = 0
 
     def leave(self, choice: int) -> None:
-        """A choice got its first token, or ended without one; again is no error."""
+        """A choice got its first token, or ended without one. May be repeated."""
         num_tokens = self._tokens.pop(choice, None)
         if num_tokens is not None:
             self._admission._leave(1, num_tokens)
 
     def release(self) -> None:
-        """Give back what is still held; again is no error."""
+        """Release all places still held. May be repeated."""
         self._admission._leave(self._unnamed + len(self._tokens), sum(self._tokens.values()))
         self._unnamed = 0
         self._tokens = {}

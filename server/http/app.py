@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from server.http import admin_routes, ops_routes
 from server.http.admission import Admission
 from server.http.context import ServerContext, ServerInfo, context_of
@@ -27,24 +27,24 @@ from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from server.version import version
 
-POOL_THREADS = 2  # parsing and tokenising; both hold up the event loop when there are more
+POOL_THREADS = 2  # for parsing and tokenising; more threads slow down the event loop
 
 
 def create_app(
-    config: Config,
+    config: HostConfig,
     client: EngineClient,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
     info: ServerInfo,
     api: Sequence[Routes],
 ) -> FastAPI:
-    """The application around one engine. What its routes share is `app.state.context`.
+    """The application of one engine. Its routes share `app.state.context`.
 
     Args:
-        api: what it serves, besides the routes of those who run it.
+        api: the routes to serve, besides those for operators.
 
     Raises:
-        ValueError: the keys of the configuration cannot be used.
+        ValueError: the configured keys are invalid.
     """
     context = _context(config, client, tokenizer, chat_template, info)
     app = FastAPI(title="Aerie", version=version(), redoc_url=None, lifespan=_lifespan)
@@ -54,7 +54,7 @@ def create_app(
         app.include_router(each.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    # The last one added is the first to see a request.
+    # The middleware added last sees a request first.
     app.add_middleware(BodyLimit, max_bytes=config.server.max_body_bytes)
     keys = load_api_keys(config.server)
     if keys:
@@ -66,7 +66,7 @@ def create_app(
 
 
 def _context(
-    config: Config,
+    config: HostConfig,
     client: EngineClient,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
@@ -112,7 +112,7 @@ async def _api_error(http: HttpRequest, error: Exception) -> Response:
 
 
 def _loggable(error: ApiError, prompts: bool) -> str:
-    """Messages may quote what the client sent, which logs show only with `log.prompts`."""
+    """The error for the log. Messages may quote the client, which needs `log.prompts`."""
     detail = error.detail
     if prompts:
         return detail.message
@@ -120,7 +120,7 @@ def _loggable(error: ApiError, prompts: bool) -> str:
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
-    """404 and 405 of the router, in the shape of all other errors."""
+    """404 and 405 of the router, in the format of all other errors."""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {http.method} {http.url.path}"
     return await _api_error(

@@ -1,4 +1,4 @@
-"""From the bytes of a request to its checked fields, off the event loop."""
+"""Parses and checks request bodies, off the event loop."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Body = TypeVar("Body", bound=Fields)
 
 
 async def read_body(request: HttpRequest, model: type[Body]) -> Body:
-    """The body of a request as `model`. ApiError 400 for anything that is wrong with it."""
+    """The body of a request as `model`. ApiError 400 if it is invalid."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
-        # Browsers let any web page send other types across origins without asking.
+        # Browsers let web pages send some other types across origins without a preflight.
         raise invalid(f"The content-type must be {JSON_TYPE}", code="unsupported_content_type")
     try:
         raw = await request.body()
@@ -41,7 +41,7 @@ async def read_body(request: HttpRequest, model: type[Body]) -> Body:
 
 
 def parse_body(raw: bytes, model: type[Body]) -> Body:
-    """JSON to `model`; NaN, infinities, lone surrogates and broken UTF-8 are no JSON."""
+    """JSON to `model`. NaN, infinities, lone surrogates and invalid UTF-8 are refused."""
     try:
         data = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -49,7 +49,7 @@ def parse_body(raw: bytes, model: type[Body]) -> Body:
     if not isinstance(data, dict):
         raise invalid("The body must be a JSON object", code="invalid_json")
     for name in data:
-        if name not in model.model_fields:  # the first is enough: there may be very many
+        if name not in model.model_fields:  # report only the first: there may be very many
             raise unknown_field(name)
     for name, value in data.items():
         _check_width(value, name)
@@ -60,7 +60,7 @@ def parse_body(raw: bytes, model: type[Body]) -> Body:
 
 
 def _check_width(value: Any, name: str) -> None:
-    """Refuse objects so wide that reporting an error for each member would take seconds."""
+    """Refuse objects with so many members that reporting an error for each takes seconds."""
     if isinstance(value, dict):
         if len(value) > MAX_MEMBERS:
             raise invalid(

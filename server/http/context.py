@@ -1,4 +1,4 @@
-"""What the routes of one application share, handed to them through `app.state`."""
+"""What the routes of one application share, through `app.state`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from configs.schema import Config
+from configs.resolve import HostConfig, ResolvedConfig, with_sizes
 from engine.messages import EngineInfo
 from server.http.admission import Admission
 from server.http.engine_client import EngineClient
@@ -30,25 +30,24 @@ Arguments = ParamSpec("Arguments")
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """Facts of this server that hold from its start to its end."""
+    """Facts of this server that never change while it runs."""
 
     model_name: str  # what clients call the model
     created: int  # seconds since the epoch
-    fingerprint: str  # changes with whatever may change the text of a seeded request
+    fingerprint: str  # changes with every setting that may change the text of a seeded request
 
     @classmethod
-    def from_config(cls, config: Config) -> ServerInfo:
+    def from_config(cls, config: HostConfig) -> ServerInfo:
         settings = config.model.model_dump_json() + config.kernels.model_dump_json()
         digest = hashlib.sha256(f"{version()} {settings}".encode()).hexdigest()
-        name = config.model.served_name or config.model.source
-        return cls(name, int(time.time()), f"fp_{digest[:12]}")
+        return cls(config.model.served_name, int(time.time()), f"fp_{digest[:12]}")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """Everything a route needs. There is one per application."""
 
-    config: Config
+    config: HostConfig
     client: EngineClient
     tokenizer: Tokenizer
     chat_template: ChatTemplate
@@ -56,7 +55,9 @@ class ServerContext:
     state: ServerState
     admission: Admission
     metrics: Metrics
-    pool: ThreadPoolExecutor  # for what would block the event loop: JSON, templates, tokenising
+    pool: (
+        ThreadPoolExecutor  # for work that would block the event loop: JSON, templates, tokenising
+    )
     longest_token: Callable[[], int]  # bytes
     admin_keys: KeyRing
 
@@ -71,29 +72,26 @@ class ServerContext:
         return await loop.run_in_executor(self.pool, lambda: function(*args, **kwargs))
 
     def engine_info(self) -> EngineInfo:
-        """Facts of the running engine. ApiError 503 while there is none."""
+        """Facts of the running engine. ApiError 503 without one."""
         info = self.client.info
         if info is None:
             raise self.admission.engine_not_ready()
         return info
 
-    def resolved_config(self) -> Config:
+    def resolved_config(self) -> HostConfig:
         """The configuration with what the engine settled when it loaded the model."""
         info = self.client.info
         return self.config if info is None else with_engine_facts(self.config, info)
 
     def check_model(self, name: str | None) -> None:
-        """ApiError 404 unless `name` is the model that is served; None is no error."""
+        """ApiError 404 unless `name` is the served model or None."""
         if name is not None and name != self.info.model_name:
             raise model_not_found(name)
 
 
-def with_engine_facts(config: Config, info: EngineInfo) -> Config:
+def with_engine_facts(config: HostConfig, info: EngineInfo) -> ResolvedConfig:
     """`config` with the sizes that the engine chose."""
-    sizes = {"max_model_len": info.max_model_len}
-    cache = config.cache.model_copy(update={"num_blocks": info.num_blocks})
-    model = config.model.model_copy(update=sizes)
-    return config.model_copy(update={"model": model, "cache": cache})
+    return with_sizes(config, max_model_len=info.max_model_len, num_blocks=info.num_blocks)
 
 
 def context_of(request: HttpRequest) -> ServerContext:

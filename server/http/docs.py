@@ -1,4 +1,4 @@
-"""The OpenAPI document: requests from their pydantic models, answers from their structs."""
+"""The OpenAPI document, from pydantic models of requests and msgspec structs of answers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from server.http.errors import ErrorBody
 
 REF = "#/components/schemas/{}"
 ERRORS = {
-    400: "The request is at fault",
+    400: "The request is invalid",
     401: "The key is missing or wrong",
     404: "No such model",
     413: "The body is too large",
     429: "Too many requests are waiting; see Retry-After",
     500: "The server failed",
-    503: "The server takes no requests now; see Retry-After",
+    503: "The server accepts no requests now; see Retry-After",
 }
 
 
@@ -54,7 +54,7 @@ def operation(
 
 
 def openapi(app: FastAPI, version: str, routes: Sequence[Routes]) -> dict[str, Any]:
-    """The document of the whole application, which holds `routes`."""
+    """The document of the whole application; `routes` are all its routes."""
     document = get_openapi(title="Aerie", version=version, routes=app.routes)
     template = REF.replace("{}", "{model}")
     _, requests = models_json_schema(
@@ -68,7 +68,9 @@ def openapi(app: FastAPI, version: str, routes: Sequence[Routes]) -> dict[str, A
     document["components"] = {"schemas": requests["$defs"] | structs}
     for methods in document["paths"].values():
         for described in methods.values():
-            described["responses"].pop("422", None)  # FastAPI's own shape, which is never sent
+            described["responses"].pop(
+                "422", None
+            )  # FastAPI's own error format, which is never sent
     return document
 
 

@@ -14,19 +14,19 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineInfo | None:
-        """Facts of the engine; None while it is loading or dead. The engine is ready when set."""
+        """Facts of the engine when it is ready; None while it is loading or dead."""
         ...
 
     @property
     def stats(self) -> EngineStats | None:
-        """The newest statistics, None before the first step. Those of an engine that is gone keep
-        its counts, and nothing in them runs or waits."""
+        """The newest statistics, None before the first step. After the engine's death they keep its
+        counts, and show nothing running or waiting."""
         ...
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
-        """Hand a request over at once and stream its events; the last one is its `Finished`.
+        """Submit a request at once and stream its events; the last one is its `Finished`.
 
-        An engine that dies, or is not there, ends the stream with a `Finished` of reason ERROR.
+        If the engine dies or is not running, the stream ends with a `Finished` of reason ERROR.
         """
         ...
 
@@ -35,6 +35,6 @@ class EngineClient(Protocol):
         ...
 
     async def swap_draft(self, path: str | None) -> DraftSwapped:
-        """Draft with the head in the directory `path`, or without one; its error says why the old
-        head stays. ConnectionError when the engine dies meanwhile, or is not there."""
+        """Draft with the head in the directory `path`, or with none. The answer's error says why
+        the old head stays. ConnectionError when the engine dies or is not running."""
         ...

@@ -1,4 +1,4 @@
-"""Errors in the shape OpenAI clients read, and how bad requests become them."""
+"""Errors in OpenAI's format, and how invalid requests are turned into them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class ApiError(Exception):
-    """An answer other than success; what routes raise."""
+    """An error response; routes raise it."""
 
     def __init__(
         self,
@@ -50,23 +50,23 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request itself is at fault, so sending it again is of no use."""
+    """400: the request is invalid; sending it again does not help."""
     return ApiError(400, message, "invalid_request_error", param=param, code=code)
 
 
 def bad_value(param: str, value: Any, allowed: str) -> ApiError:
-    """400 for one field: names it, its value and what it may be."""
+    """400 for one field: names the field, its value and the allowed values."""
     return invalid(f"{param} is {shorten(value)}: {allowed}", param)
 
 
 def unknown_field(name: str) -> ApiError:
-    """400: we never accept what we would ignore."""
+    """400: fields that would be ignored are refused."""
     shown = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "…"
     return invalid(f"Unknown field {shorten(shown)}", shown, "unknown_field")
 
 
 def context_overflow(max_model_len: int, requested: str, param: str) -> ApiError:
-    """400 in the words that clients recognise an overlong request by."""
+    """400 with the wording by which clients recognise too long a request."""
     message = f"This model's maximum context length is {max_model_len} tokens. However, {requested}"
     return invalid(message, param, "context_length_exceeded")
 
@@ -77,27 +77,27 @@ def model_not_found(name: str) -> ApiError:
 
 
 def rate_limited(message: str, retry_after: int) -> ApiError:
-    """429: come again after `retry_after` seconds."""
+    """429: try again after `retry_after` seconds."""
     headers = {"retry-after": str(retry_after)}
     code = "rate_limit_exceeded"
     return ApiError(429, message, "rate_limit_error", code=code, headers=headers)
 
 
 def unavailable(message: str, code: str, retry_after: int) -> ApiError:
-    """503: the server cannot take requests now."""
+    """503: the server accepts no requests now."""
     headers = {"retry-after": str(retry_after)}
     return ApiError(503, message, "unavailable_error", code=code, headers=headers)
 
 
 def server_error(message: str) -> ApiError:
-    """500: our fault. `message` must not show internals."""
+    """500: a fault of the server. `message` must not show internals."""
     return ApiError(500, message, "server_error", code="internal_error")
 
 
 def validation_error(error: ValidationError, body: Any) -> ApiError:
-    """The pydantic errors of `body` as one 400, about the deepest field that is wrong.
+    """The pydantic errors of `body` as one 400, about the most deeply nested invalid field.
 
-    Branches of a union each report an error; those about the same field are joined by "or".
+    Every branch of a union reports an error; errors of one field are joined by "or".
     """
     entries = error.errors(include_url=False)
     found = [(_path(_location(entry), body, entry["type"]), entry) for entry in entries]
@@ -116,7 +116,7 @@ def validation_error(error: ValidationError, body: Any) -> ApiError:
 
 
 def broken_rule(param: str, message: str) -> PydanticCustomError:
-    """What validators raise when fields do not go together; `param` is the one to blame."""
+    """The error of a validator for fields that contradict each other; `param` is reported."""
     return PydanticCustomError(RULE, "{message}", {"message": message, "param": param})
 
 
@@ -126,7 +126,7 @@ def _location(entry: ErrorDetails) -> tuple[int | str, ...]:
 
 
 def shorten(value: Any) -> str:
-    """A JSON value as it is shown in a message; never longer than about MAX_SHOWN characters."""
+    """A JSON value for a message: at most about MAX_SHOWN characters."""
     if isinstance(value, str):
         text = value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + "…"
         return json.dumps(text, ensure_ascii=False)
@@ -140,7 +140,7 @@ def shorten(value: Any) -> str:
 
 
 def _path(loc: Sequence[int | str], body: Any, kind: str) -> list[int | str]:
-    """`loc` without the names of union branches, which are no part of what the client sent."""
+    """`loc` without the names of union branches, which are not in the client's request."""
     path: list[int | str] = []
     for index, step in enumerate(loc):
         known = isinstance(body, dict) and step in body

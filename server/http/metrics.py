@@ -1,4 +1,4 @@
-"""Prometheus metrics, under the names that vLLM dashboards know."""
+"""Prometheus metrics, named as vLLM names them, for its dashboards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.http.engine_client import EngineClient
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5)
-REQUESTS, TOKENS = "requests", "tokens"  # what there is too much of
+REQUESTS, TOKENS = "requests", "tokens"  # which limit of the queue was reached
 DRAINING, ENGINE_NOT_READY = "draining", "engine_not_ready"
 REJECTIONS = (REQUESTS, TOKENS, DRAINING, ENGINE_NOT_READY)
 LABEL = "model_name"
@@ -25,25 +25,25 @@ GAUGES = {  # metric -> (attribute of EngineStats, help)
     "num_requests_waiting": ("num_waiting", "Sequences waiting in the engine"),
     "kv_cache_usage_perc": ("kv_usage", "Share of the KV cache in use; 1 is full"),
     "iteration_tokens": ("last_step_tokens", "Tokens computed in the newest engine step"),
-    "draft_head_failed": ("draft_failed", "1: the draft head broke down and is left alone"),
+    "draft_head_failed": ("draft_failed", "1: the draft head failed and is no longer used"),
 }
 COUNTERS = {
     "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache"),
     "prefix_cache_hits": ("prefix_hits", "Prompt tokens taken from the prefix cache"),
-    "num_preemptions": ("num_preemptions", "Sequences that lost their place in the cache"),
+    "num_preemptions": ("num_preemptions", "Preemptions: sequences that lost their cache blocks"),
     "iterations": ("num_steps", "Engine steps"),
     "spec_decode_num_drafts": ("num_drafts", "Draft trees that were verified"),
     "spec_decode_num_draft_tokens": ("num_draft_tokens", "Draft tokens that were verified"),
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens that were accepted"),
-    "captured_sequences": ("num_captured", "Sequences handed over to be written to capture.dir"),
+    "captured_sequences": ("num_captured", "Sequences queued to be written to capture.dir"),
     "capture_dropped": ("num_capture_dropped", "Sampled sequences that could not be written"),
-    "draft_head_faults": ("num_draft_faults", "Trees not grown: the head gave no finite numbers"),
+    "draft_head_faults": ("num_draft_faults", "Trees not drafted: the head gave non-finite values"),
 }
 PER_POSITION, STEPS, PARTS = "spec_decode_num_accepted_tokens_per_pos", "steps", "step_seconds"
 LABELLED = {  # metric -> (label, help); the counts are those of `_labelled`
-    PER_POSITION: ("position", "Draft tokens that were accepted, by depth; 0 is below the root"),
-    STEPS: ("tree", "Engine steps, by the shape of the draft trees; root is without drafts"),
-    PARTS: ("part", "Time of engine steps spent to draft, to verify and to commit"),
+    PER_POSITION: ("position", "Accepted draft tokens, by depth; 0: children of the root"),
+    STEPS: ("tree", "Engine steps, by the shape of their draft trees; root: no drafts"),
+    PARTS: ("part", "Seconds of engine steps, spent in draft, verify and commit"),
 }
 
 
@@ -88,8 +88,8 @@ class EngineCollector(Collector):
             yield counter
 
     def _acceptance_length(self) -> Metric:
-        """Of the counters as they were read last. Without drafts it is one token per step."""
-        text = "Mean tokens that a step with a draft emits, its own one counted, since the start"
+        """From the counters as last read; 1 if there were no drafts."""
+        text = "Mean tokens per step with a draft, the target's own included, since the start"
         gauge = GaugeMetricFamily("aerie:spec_decode_acceptance_length", text, labels=[LABEL])
         num_drafts = self._totals["spec_decode_num_drafts"].total
         num_accepted = self._totals["spec_decode_num_accepted_tokens"].total
@@ -98,7 +98,7 @@ class EngineCollector(Collector):
 
 
 def _labelled(stats: EngineStats) -> dict[str, Mapping[str, float]]:
-    """Of every metric of LABELLED, its counts by the label's value."""
+    """For each metric of LABELLED, its counts by label value."""
     positions = enumerate(stats.accepted_per_position)
     return {
         PER_POSITION: {str(position): count for position, count in positions},
@@ -108,10 +108,10 @@ def _labelled(stats: EngineStats) -> dict[str, Mapping[str, float]]:
 
 
 class _Monotone:
-    """Goes on counting where an engine, which counts from zero again when restarted, left off."""
+    """A counter that never falls, although a restarted engine counts from zero again."""
 
     def __init__(self) -> None:
-        self._before = 0.0  # counted by engines that are gone
+        self._before = 0.0  # counted by earlier engines
         self._newest = 0.0
 
     @property
@@ -127,7 +127,7 @@ class _Monotone:
 
 
 class _MonotoneByLabel:
-    """One such counter per value of a label. Those that an engine does not name are zero to it."""
+    """A `_Monotone` per value of a label. Values that an engine does not report count as 0."""
 
     def __init__(self) -> None:
         self._totals: dict[str, _Monotone] = {}
@@ -142,7 +142,7 @@ class _MonotoneByLabel:
 
 
 class Metrics:
-    """Counts and times of requests. Each application has a registry of its own."""
+    """Counts and times of requests. Each application has its own registry."""
 
     def __init__(self, client: EngineClient, model_name: str) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -176,16 +176,16 @@ class Metrics:
             self._rejected.labels(model_name, reason)
 
     def reject(self, reason: str) -> None:
-        """An HTTP request was turned away at the door; `reason` is one of REJECTIONS."""
+        """An HTTP request was refused admission; `reason` is one of REJECTIONS."""
         self._rejected.labels(self._model_name, reason).inc()
 
     def first_tokens(self, num_tokens: int, seconds: float) -> None:
-        """The first tokens of a request came, `seconds` after it."""
+        """The first tokens of a request came, `seconds` after its arrival."""
         self._generated.inc(num_tokens)
         self._first.observe(seconds)
 
     def next_tokens(self, num_tokens: int, seconds: float) -> None:
-        """Further tokens came, `seconds` after those before."""
+        """Further tokens came, `seconds` after the previous ones."""
         self._generated.inc(num_tokens)
         self._between.observe(seconds / num_tokens)
 

@@ -1,4 +1,4 @@
-"""ASGI middlewares that turn requests away before any route sees them."""
+"""ASGI middlewares that refuse requests before they reach a route."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from server.http.errors import ApiError, invalid
 from server.http.request_log import send_error
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
-ADMIN_PREFIX = "/admin/"  # these routes check keys of their own
+ADMIN_PREFIX = "/admin/"  # these routes check admin keys themselves
 REALM = {"www-authenticate": "Bearer"}
 
 
 class ApiKeys:
-    """Middleware: 401 unless `Authorization: Bearer <key>` names one of the keys. Paths that
-    probes and the documentation need are open; those of administrators have other keys."""
+    """Middleware: 401 unless `Authorization: Bearer <key>` holds one of the keys. Paths for probes
+    and documentation are open; admin paths have their own keys."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -49,7 +49,7 @@ class KeyRing:
         return bool(self._digests)
 
     def accept(self, token: bytes) -> bool:
-        """Looks at every key whatever the outcome, so that time tells nothing about them."""
+        """Always compares with every key, so that the time reveals nothing about them."""
         digest = _digest(token)
         found = False
         for known in self._digests:
@@ -71,7 +71,7 @@ def bearer_token(headers: list[tuple[bytes, bytes]]) -> bytes | None:
 
 
 def unauthorized(token: bytes | None, kind: str) -> ApiError:
-    """401 for a wrong token, or for none, where a key of this `kind` is needed."""
+    """401 for a wrong or missing token, where a key of this `kind` is needed."""
     message = f"Incorrect {kind}" if token is not None else f"Missing {kind}"
     message += "; send it as: Authorization: Bearer <key>"
     return ApiError(
@@ -80,7 +80,7 @@ def unauthorized(token: bytes | None, kind: str) -> ApiError:
 
 
 def load_api_keys(config: ServerConfig) -> tuple[str, ...]:
-    """Keys of `api_keys` and `api_key_file` together; none means no check.
+    """Keys of `api_keys` and `api_key_file`; without any, requests need no key.
 
     Raises:
         ValueError: the file cannot be read or holds no key: a server without keys would be open.
@@ -89,10 +89,10 @@ def load_api_keys(config: ServerConfig) -> tuple[str, ...]:
 
 
 def load_admin_keys(config: ServerConfig) -> tuple[str, ...]:
-    """Keys of `admin_keys` and `admin_key_file` together; none means no administration.
+    """Keys of `admin_keys` and `admin_key_file`; without any, the admin routes are off.
 
     Raises:
-        ValueError: as `load_api_keys`; or an API key is among them, and would open both doors.
+        ValueError: as `load_api_keys`; or a key is both an API key and an admin key.
     """
     keys = _load_keys("admin_key", config.admin_keys, config.admin_key_file)
     if not set(keys).isdisjoint(load_api_keys(config)):
@@ -117,7 +117,7 @@ def _load_keys(name: str, settings: tuple[str, ...], path: Path | None) -> tuple
 
 
 class BodyLimit:
-    """Middleware: 413 for bodies above `max_bytes`, announced or counted as they arrive."""
+    """Middleware: 413 for bodies above `max_bytes`, by content-length or as they arrive."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app

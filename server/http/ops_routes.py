@@ -1,4 +1,4 @@
-"""Routes for those who run the server: health, readiness, facts, metrics."""
+"""Routes for operators: health, readiness, facts, metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from configs.schema import Config
+from configs.redact import redacted
+from engine.messages import EngineInfo
 from server.http.context import context_of
 from server.http.docs import Routes
 from server.version import version
@@ -29,20 +30,19 @@ PACKAGES = (
     "msgspec",
     "pyzmq",
 )
-REDACTED = "***"
 
 
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> dict[str, str]:
-    """200 as long as the process answers at all."""
+    """200 as long as the process answers."""
     return {"status": "ok"}
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"description": "Not ready; the error says why"}})
 async def ready(http: HttpRequest) -> dict[str, str]:
-    """200 when generations are accepted, else 503 with the reason."""
+    """200 when the server accepts requests, else 503 with the reason."""
     problem = context_of(http).admission.closed()
     if problem is not None:
         raise problem
@@ -57,7 +57,7 @@ async def metrics(http: HttpRequest) -> Response:
 
 @router.get("/info", responses={401: {"description": "The API key is missing or wrong"}})
 async def info(http: HttpRequest) -> Response:
-    """Configuration without secrets, versions, and the engine's facts with its chosen kernels."""
+    """Configuration without secrets, versions, facts of the engine and its kernels."""
     context = context_of(http)
     engine = context.client.info
     return JSONResponse(
@@ -67,21 +67,18 @@ async def info(http: HttpRequest) -> Response:
             "draining": context.state.draining,
             "config": redacted(context.resolved_config()),
             "versions": versions(),
-            "engine": None if engine is None else msgspec.to_builtins(engine),
+            "engine": None if engine is None else _facts(engine),
         }
     )
 
 
-def redacted(config: Config) -> dict[str, Any]:
-    """The configuration with every key replaced."""
-    content = config.model_dump(mode="json")
-    for name in ("api_keys", "admin_keys"):
-        content["server"][name] = [REDACTED] * len(content["server"][name])
-    return content
+def _facts(engine: EngineInfo) -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.to_builtins(engine)
+    return facts | {"ops": engine.ops_in_words}
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that matter; nothing is imported."""
+    """Versions of Python and of the relevant packages, found without importing them."""
     found = {"python": platform.python_version(), "aerie": version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""One HTTP connection: uvicorn's protocol with bounds on size and time, and errors in our shape."""
+"""One HTTP connection: uvicorn's protocol with our limits on size and time, and our errors."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from server.http.errors import ApiError, invalid
 from server.http.request_log import ID_HEADER, error_response, request_id
 
-MAX_HEAD = 64 * 1024  # bytes of the request line and headers, and of anything else but a body
+MAX_HEAD = 64 * 1024  # bytes of the request line and headers, and of all else but bodies
 
 logger = logging.getLogger(__name__)
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Refuses heads above MAX_HEAD with 431 before they are whole, requests that stop coming with
-    408, and what is not HTTP with 400. Each of these ends the connection.
+    """Refuses too long heads with 431 before they are complete, requests that stop arriving with
+    408, and invalid HTTP with 400. Each of these closes the connection.
 
-    Bytes that lead to no new header block, body or end of a request are counted until one comes,
-    so that trailers and chunk extensions are bounded, too.
+    All bytes since the last complete head, piece of a body or end of a request count as head, so
+    that trailers and chunk extensions are bounded, too.
     """
 
-    head_timeout = 30.0  # seconds for all of the head
-    body_timeout = 60.0  # seconds without a new byte of the body
+    head_timeout = 30.0  # seconds for the whole head
+    body_timeout = 60.0  # seconds between pieces of the body
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_fruitless = 0  # bytes
         self._head_is_long = False
-        self._in_request = False  # between the first byte of a request and its last one
+        self._in_request = False  # between the first and last byte of a request
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -52,7 +52,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._num_fruitless > MAX_HEAD:
             self._refuse(_head_too_large())
         elif self._timer is None and self._waits():
-            self._expect_within(self.head_timeout)  # line breaks between requests end up here
+            self._expect_within(self.head_timeout)  # happens for line breaks between requests
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -80,11 +80,11 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls for whatever its parser cannot read."""
+        """uvicorn calls this when its parser fails."""
         self._refuse(_head_too_large() if self._head_is_long else invalid(msg, code="invalid_http"))
 
     def _waits(self) -> bool:
-        """Whether nothing is being received or answered."""
+        """Whether no request is being received or answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _expect_within(self, seconds: float) -> None:
@@ -100,7 +100,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        if self.flow.read_paused:  # it is not the client that is slow
+        if self.flow.read_paused:  # the server is slow, not the client
             self._expect_within(self.head_timeout)
         elif self._in_request:
             message = "The request did not arrive in time"
@@ -109,12 +109,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer with an error and close; only close where another answer is on its way."""
+        """Answer with an error and close; if another answer is being sent, only close."""
         if self._may_answer():
             id = request_id(self.headers or [])
             logger.info("refused a request: status=%d request_id=%s", error.status, ascii(id))
             self._write(error, id)
-        if self.cycle is not None:  # it must not write behind this
+        if self.cycle is not None:  # it must not write after this
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
@@ -123,7 +123,7 @@ class HttpProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return True
-        # An answer without a beginning may be replaced if it is for the request at fault.
+        # An answer that has not started may be replaced if it is for the invalid request.
         return cycle.scope is self.scope and not cycle.response_started and not self.pipeline
 
     def _write(self, error: ApiError, id: str) -> None:

@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, one log line per request, and errors nobody else caught."""
+"""The outermost layer: request ids, one log line per request, and uncaught errors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from server.http.state import ServerState
 ID_HEADER = b"x-request-id"
 MAX_ID_LENGTH = 128
 RECORD = "aerie.record"  # key in the ASGI scope
-QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged as debug
+QUIET = frozenset(
+    {"/health", "/ready", "/metrics"}
+)  # polled every few seconds: logged at debug level
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known about one HTTP request; routes add to it, the log line is made of it."""
+    """Facts of one HTTP request for its log line; routes add to it."""
 
     request_id: str
     started: float = field(default_factory=time.perf_counter)
@@ -38,7 +40,7 @@ class RequestRecord:
     output: str | None = None
 
     def fields(self, scope: Scope) -> dict[str, Any]:
-        """The content of the log line; what is not known is left out."""
+        """The content of the log line, without unknown values."""
         known = {
             "request_id": self.request_id,
             "route": f"{scope['method']} {scope['path']}",
@@ -62,8 +64,8 @@ def record_of(scope: Scope) -> RequestRecord:
 
 
 class RequestLog:
-    """ASGI middleware. Sets `x-request-id`, counts open requests, answers 500 where the
-    application failed before it answered, and writes one line when all is sent."""
+    """ASGI middleware. Sets `x-request-id`, counts open requests, answers 500 when the application
+    fails before it has answered, and logs one line when the response is complete."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
@@ -95,7 +97,7 @@ class RequestLog:
 
 
 def request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """The id the client sent, if it is printable ASCII of at most 128 letters, else a new one."""
+    """The client's id, if it is printable ASCII of at most 128 characters, else a new one."""
     for name, value in headers:
         if name == ID_HEADER and 0 < len(value) <= MAX_ID_LENGTH:
             if all(0x20 <= letter < 0x7F for letter in value):
@@ -105,7 +107,7 @@ def request_id(headers: list[tuple[bytes, bytes]]) -> str:
 
 
 async def send_error(error: ApiError, send: Send) -> None:
-    """Send an error as a whole response, from code outside the routes."""
+    """Send an error as a complete response, from code outside the routes."""
     headers, body = error_response(error)
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -128,7 +130,7 @@ def _write(record: RequestRecord, scope: Scope) -> None:
 
 
 def _quoted(value: Any) -> str:
-    """One word, so that no value can look like the next field or the next line."""
+    """The value as one word, so that it cannot look like another field or line."""
     text = str(value)
     plain = text.isascii() and text.isprintable() and not any(mark in text for mark in ' "=')
     return text if plain and text else json.dumps(text)

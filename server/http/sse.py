@@ -1,4 +1,4 @@
-"""Responses that end early when their client leaves: server-sent events, and whole JSON bodies."""
+"""Responses that stop when their client disconnects: server-sent events and JSON bodies."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def event(message: msgspec.Struct) -> bytes:
 
 
 class _WatchedResponse(Response):
-    """Does its work in `respond`, which is cancelled when the client disconnects; calls `close`
-    in any case. `respond` may raise ApiError before it has sent anything."""
+    """Runs `respond`, and cancels it when the client disconnects; always calls `close` at the end.
+    `respond` may raise ApiError before it has sent anything."""
 
     def __init__(self, close: Callable[[], None]) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class _WatchedResponse(Response):
 
 
 class EventStream(_WatchedResponse):
-    """Sends events as they are made. The head of the response goes out with the first of them, so
-    that what fails before still gets its own status; what fails later ends the stream with an
-    error event and without [DONE]."""
+    """Sends events as they come. The head of the response is sent with the first event, so that
+    earlier errors get their own status; later errors end the stream with an error event and
+    without [DONE]."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
         super().__init__(close)
@@ -80,7 +80,7 @@ class EventStream(_WatchedResponse):
 
 
 class WholeJson(_WatchedResponse):
-    """Sends one JSON body once it is made."""
+    """Sends one JSON body when it is complete."""
 
     def __init__(
         self, make: Callable[[], Awaitable[msgspec.Struct]], close: Callable[[], None]
@@ -96,7 +96,7 @@ class WholeJson(_WatchedResponse):
 
 
 class StructResponse(Response):
-    """A struct that is there already, as JSON."""
+    """A struct as JSON."""
 
     media_type = "application/json"
 
@@ -113,7 +113,7 @@ def _last(body: bytes) -> Message:
 
 
 async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run `work` to its end, or cancel it as soon as the client is gone."""
+    """Run `work` to its end, or cancel it when the client disconnects."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnect(receive))
     try:

@@ -1,4 +1,4 @@
-"""Whether the server takes requests, and how many are open."""
+"""Whether the server is draining, and how many requests are open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class ServerState:
-    """Lives on the event loop's thread. Draining cannot be undone."""
+    """Used only on the event loop's thread. Draining cannot be undone."""
 
     def __init__(self) -> None:
         self._draining = False
@@ -26,7 +26,7 @@ class ServerState:
         return self._num_open
 
     def start_draining(self) -> None:
-        """Refuse new generations with 503; those that are open go on."""
+        """Refuse new generations with 503; open ones continue."""
         self._draining = True
 
     async def wait_idle(self) -> None:
@@ -35,7 +35,7 @@ class ServerState:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """An HTTP request is open inside this block."""
+        """Counts an HTTP request as open inside this block."""
         self._num_open += 1
         self._idle.clear()
         try:

@@ -1,5 +1,5 @@
-"""How a route that generates answers, whatever its objects look like: from the request to its place
-in the queue, the generation, and the stream or the whole reply."""
+"""How every generating route answers: it admits the request to the queue, starts the generation and
+sends a stream or a whole reply."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Asked = TypeVar("Asked", bound=SamplingFields)
 
 
 class Writer(Protocol):
-    """Puts the deltas of one generation into the objects of a route."""
+    """Writes the deltas of one generation as the objects of a route."""
 
     def events(self, delta: ChoiceDelta) -> bytes:
-        """The events of a stream that are due now; there may be none."""
+        """Stream events for this delta; may be empty."""
         ...
 
     def last_events(self) -> bytes:
-        """Those after the end of all choices; there may be none."""
+        """Stream events after the end of all choices; may be empty."""
         ...
 
     def add(self, delta: ChoiceDelta) -> None:
-        """Keep it for `whole`."""
+        """Keep this delta for `whole`."""
         ...
 
     def whole(self) -> msgspec.Struct:
@@ -48,18 +48,18 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[Asked]):
-    """What one route does in its own way."""
+    """What differs between the routes."""
 
     body: type[Asked]
     id_prefix: str
-    prompts: Callable[[ServerContext, EngineInfo, Asked], list[Prompt]]  # off the event loop
+    prompts: Callable[[ServerContext, EngineInfo, Asked], list[Prompt]]  # runs off the event loop
     params: Callable[[Asked, Prompt, EngineInfo], SamplingParams]
     writer: Callable[[Generation, Asked], Writer]
 
 
 async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
-    """The response to a request. Whatever fails before there is one gives the places in the queue
-    back; the response closes the generation, and that gives them back."""
+    """The response to a request. If anything fails before the response exists, the places in the
+    queue are released here; later, the response releases them by closing the generation."""
     context, record = context_of(http), record_of(http.scope)
     context.admission.check_open()
     body = await read_body(http, task.body)

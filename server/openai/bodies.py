@@ -15,8 +15,7 @@ class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens that were predicted and verified. Those rejected are not among the completion's
-    tokens; those accepted may go past a stop string that the engine heard of late."""
+    """Drafted tokens: accepted ones are in the completion, rejected ones are not."""
 
     reasoning_tokens: int = 0
     accepted_prediction_tokens: int
@@ -32,11 +31,11 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpeculationStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the drafts of all choices."""
+    """Draft statistics of all choices."""
 
     drafted: int  # tokens
     accepted: int
-    # Mean tokens that a step with a draft emits, its own one counted; null when no step had one.
+    # Mean tokens emitted per step with a draft, the target's own included; null without drafts.
     acceptance_length: float | None
 
 
@@ -108,7 +107,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """Lists of one entry per token. The first token of an echoed prompt has no logprob."""
+    """Lists with one entry per token. The first token of an echoed prompt has no logprob."""
 
     tokens: list[str]
     token_logprobs: list[float | None]

@@ -39,9 +39,9 @@ async def create_chat_completion(http: HttpRequest) -> Response:
 
 
 class ChatWriter:
-    """Puts the deltas of a generation into chat objects. A stream is a chunk with the role for each
-    choice, then chunks with content, one without content at the end of each choice, and the totals
-    that were asked for."""
+    """Writes the deltas of a generation as chat objects. A stream has, for each choice, a chunk
+    with the role, chunks with content and a chunk with the finish reason; then, if the client
+    asked for totals, a chunk with them."""
 
     def __init__(self, generation: Generation, body: ChatRequest) -> None:
         self._generation = generation

@@ -1,4 +1,4 @@
-"""One choice of a reply: engine events in; text, logprobs and the reason of its end out."""
+"""One choice of a reply: turns engine events into text, logprobs and a finish reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What is new in a choice. `finish_reason` is set in its last delta only."""
+    """New output of a choice. `finish_reason` is set in its last delta only."""
 
     index: int
     text: str
@@ -34,8 +34,8 @@ class ChoiceDelta:
 
 
 class Choice:
-    """Follows one engine request. Logprobs come with the text of their tokens: those of tokens
-    that a stop string or the end token keeps out of the text are left out, too."""
+    """Follows one engine request. Logprobs are sent with the text of their tokens; a token that a
+    stop string or stop token keeps out of the text has none."""
 
     def __init__(
         self,
@@ -54,31 +54,31 @@ class Choice:
         self._stream = TextStream(tokenizer, request.prompt_ids, options)
         self._metrics = metrics
         self._emitted = 0  # characters
-        self._held: list[ScoredToken] = []  # their text was not emitted yet
-        self._newest: float | None = None  # when the last tokens came
+        self._held: list[ScoredToken] = []  # their text is not emitted yet
+        self._newest: float | None = None  # time of the last tokens
 
     @property
     def started(self) -> bool:
-        """Whether it has got its first tokens."""
+        """Whether its first tokens have arrived."""
         return self._newest is not None
 
     @property
     def stopped_by_string(self) -> bool:
-        """Then the engine does not know yet that the choice has ended."""
+        """Whether a stop string ended it; the engine does not know that yet."""
         return isinstance(self._stream.stop, str)
 
     @property
     def live(self) -> bool:
-        """Whether the engine still works on it and was not told to stop."""
+        """Whether the engine is still generating it and was not told to stop."""
         return self.finished is None and not self.aborted
 
     def ended(self) -> bodies.FinishReason:
-        """Why it ended; it must have."""
+        """Why it ended. Call it only after the end."""
         assert self.finish_reason is not None
         return self.finish_reason
 
     def take_tokens(self, event: Tokens) -> ChoiceDelta | None:
-        """New tokens. None when there is nothing to show; after a stop all is ignored."""
+        """Take new tokens. None when there is nothing to send; tokens after a stop are ignored."""
         if self.finish_reason is not None:
             return None
         self._measure(len(event.token_ids))
@@ -99,7 +99,7 @@ class Choice:
         )
 
     def take_finished(self, event: Finished) -> ChoiceDelta | None:
-        """The engine's last event. None when the choice had ended before, by a stop string."""
+        """Take the engine's last event. None when a stop string had already ended the choice."""
         self.finished = event
         if self.finish_reason is not None:
             self._measure_end(event, self.finish_reason)
@@ -113,7 +113,7 @@ class Choice:
         return ChoiceDelta(self.index, text, scored, self.finish_reason)
 
     def fail(self, event: Finished) -> None:
-        """The engine ended it without a reason that a client may see."""
+        """The engine ended it by an error or an abort."""
         self.finished = event
         self._measure_end(event, event.reason.value)
 
@@ -128,7 +128,7 @@ class Choice:
         self._measure_end(seen, self.finish_reason or FinishReason.ABORT.value)
 
     def _release(self) -> list[ScoredToken]:
-        """Take out the leading tokens whose text has been emitted, at least in part."""
+        """Remove and return the leading tokens whose text has been emitted, at least in part."""
         count = 0
         while count < len(self._held) and self._held[count].offset < self._emitted:
             count += 1

@@ -30,8 +30,9 @@ async def create_completion(http: HttpRequest) -> Response:
 
 
 class CompletionWriter:
-    """Puts the deltas of a generation into completion objects. A stream is chunks with text, the
-    last of each choice with its finish reason, and the totals that were asked for."""
+    """Writes the deltas of a generation as completion objects. A stream has chunks with text, the
+    last one of each choice with its finish reason; then, if the client asked for totals, a chunk
+    with them."""
 
     def __init__(self, generation: Generation, body: CompletionRequest) -> None:
         self._generation = generation
@@ -77,12 +78,12 @@ class CompletionWriter:
 
 
 class _ChoiceWriter:
-    """Text and logprobs of one choice that were not sent yet, the echoed prompt in front."""
+    """Collects the unsent text and logprobs of one choice, beginning with an echoed prompt."""
 
     def __init__(self, generation: Generation, choice: Choice, body: CompletionRequest) -> None:
         self._choice = choice
         self._echo = generation.prompt_of(choice.index).echo
-        # Characters in front of the generated text.
+        # Characters of the echoed prompt.
         self._width = 0 if self._echo is None else len(self._echo.text)
         scored = body.logprobs is not None
         self._logprobs = CompletionLogprobsWriter(generation.tokenizer) if scored else None

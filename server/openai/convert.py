@@ -1,4 +1,4 @@
-"""From a checked request to what the engine and the text stream need."""
+"""Converts a checked request to the inputs of the engine and the text stream."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None
-    echo: Echo | None = None  # where it is to stand in front of its completion
+    echo: Echo | None = None  # set when the prompt is to precede its completion
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """What the chat template sees of a conversation."""
+    """A conversation as the chat template receives it."""
     rendered = []
     for message in messages:
         role = "system" if message.role == "developer" else message.role
@@ -63,8 +63,8 @@ def encode(
     """Token ids of a prompt.
 
     Raises:
-        ApiError: 400; the text is not valid Unicode, or so long that even in the longest tokens
-            of the vocabulary it is more than the context. The latter is found without tokenising.
+        ApiError: 400; the text is not valid Unicode, or exceeds the context even if all its tokens
+            were the longest of the vocabulary. The latter is checked before tokenising.
     """
     max_model_len = info.max_model_len
     if len(text) > max_model_len and len(text) > max_model_len * context.longest_token():
@@ -88,7 +88,7 @@ def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) ->
 def completion_prompts(
     context: ServerContext, info: EngineInfo, body: CompletionRequest
 ) -> list[Prompt]:
-    """Tokenise the prompts, or check the token ids that were sent; with what is echoed."""
+    """Tokenise the prompts, or check the token ids that were sent; add echoes if requested."""
     return [_completion_prompt(context, info, body, prompt) for prompt in body.prompts()]
 
 
@@ -100,7 +100,7 @@ def _completion_prompt(
     else:
         check_token_ids(prompt, info, "prompt")
         token_ids, text = prompt, None
-    if not body.echo or len(token_ids) > info.max_model_len:  # then it is going to be refused
+    if not body.echo or len(token_ids) > info.max_model_len:  # too long: `budget` refuses it
         return Prompt(token_ids, text)
     skips = body.skip_special_tokens is not False
     return Prompt(token_ids, text, echo_of(context.tokenizer, token_ids, text, skips))
@@ -116,7 +116,7 @@ def check_token_ids(token_ids: Sequence[int], info: EngineInfo, param: str) -> N
 def budget(
     prompt: Prompt, asked: int | None, default: int | None, info: EngineInfo, param: str
 ) -> int:
-    """Output tokens of one choice: those asked for, else `default` or what the context leaves.
+    """Limit of output tokens of one choice: `asked`, else `default` or the rest of the context.
 
     Raises:
         ApiError: 400 for an empty prompt, and when prompt and output exceed the context.
@@ -191,7 +191,7 @@ def _logit_bias(entries: dict[str, float], info: EngineInfo) -> dict[int, float]
 
 
 def with_seed_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Choices of one prompt differ by their seed, and only by it."""
+    """The parameters of one choice: choices of a prompt differ only in their seed."""
     return msgspec.structs.replace(params, seed=(params.seed + choice) % 2**64)
 
 

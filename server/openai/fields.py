@@ -1,4 +1,4 @@
-"""Types of request fields: what each may hold, and how those we do not support are refused."""
+"""Types of request fields: their allowed values, and errors for what is not supported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _only_none(value: Any) -> Any:
 
 
 def _of_one_kind(value: Any) -> Any:
-    """Without this, the error for a mixed list would be about one branch of the union."""
+    """Without this check, the error for a mixed list would name one branch of the union."""
     if isinstance(value, list) and len({type(element) for element in value}) > 1:
         raise ValueError(
             "all elements must be of one kind: strings, token ids, or lists of token ids"
@@ -87,7 +87,9 @@ Penalty = Annotated[float | None, Field(ge=-2, le=2, description="Default 0: off
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias] | None,
-    Field(max_length=1024, description="Token id, written as a string, to what its logit gains."),
+    Field(
+        max_length=1024, description="Token id, written as a string -> what is added to its logit."
+    ),
 ]
 Stop = Annotated[
     StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=4)] | None,
@@ -105,7 +107,7 @@ Seed = Annotated[
 
 
 class StreamRequestOptions(Fields):
-    """What a stream should contain besides the choices."""
+    """What a stream contains besides the choices."""
 
     include_usage: bool | None = Field(
         None, description="Send token counts in a last chunk without choices."
@@ -116,18 +118,18 @@ class StreamRequestOptions(Fields):
 
 
 class SpeculationOptions(Fields):
-    """How tokens may be drafted ahead. Changes speed only, never the text."""
+    """Settings of speculative decoding. They change speed only, never the text."""
 
     enabled: bool = Field(True, description="False: nothing is drafted for this request.")
     max_nodes: int | None = Field(
         None,
         ge=0,
         le=MAX_NODES - 1,
-        description="Draft tokens that one step may verify for each choice; 0 is none. Default: as "
-        "many as the server finds worth it.",
+        description="Most draft tokens verified per step and choice; 0: nothing is drafted. "
+        "Default: the server decides.",
     )
     stats: bool = Field(
         False,
-        description="Report what became of the drafts as `speculation` in the reply; of a stream, "
-        "in its last chunk, which has no choices.",
+        description="Report draft statistics as `speculation`, in the reply or in the last chunk "
+        "of a stream, which has no choices.",
     )

@@ -24,7 +24,7 @@ Event = Tokens | Finished
 
 
 class Generation:
-    """Choice `p * n + i` is choice i of prompt p. `close` must be called, however it ends."""
+    """Choice `p * n + i` is choice i of prompt p. `close` must always be called."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Generation:
         return self.prompts[index // (len(self.choices) // len(self.prompts))]
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """Submit all choices and yield what they say, interleaved as it comes.
+        """Submit all choices and yield their deltas, interleaved as they come.
 
         Raises:
             ApiError: the engine could not finish a choice; the others are aborted by `close`.
@@ -78,11 +78,11 @@ class Generation:
         return count_tokens(self.prompts, self.choices)
 
     def draft_stats(self) -> SpeculationStats:
-        """What became of the drafts of all choices; all of them must have ended."""
+        """Draft statistics of all choices; all of them must have ended."""
         return count_drafts(self.choices)
 
     def close(self) -> None:
-        """Abort what still runs, leave the queue, complete the log record. Again is no error."""
+        """Abort what still runs, leave the queue, complete the log record. May be repeated."""
         if self._closed:
             return
         self._closed = True
@@ -121,8 +121,8 @@ class Generation:
         return choice.take_finished(event)
 
     def _failure(self, event: Finished) -> ApiError:
-        """What the client hears of an engine's error: its words only where they are about the
-        request."""
+        """The client's error for an engine's error; it shows the engine's message only if that is
+        about the request."""
         if event.error_code is ErrorCode.STOPPING:
             return self._admission.draining()
         if event.error_code is ErrorCode.CONTEXT_LENGTH and event.error is not None:
@@ -144,10 +144,10 @@ def start_generation(
     info: EngineInfo,
     prefix: str,
 ) -> Generation:
-    """Make the engine requests of an HTTP request; `prefix` begins its id.
+    """Make the engine requests of an HTTP request; its id begins with `prefix`.
 
     Raises:
-        ApiError: 429, too many prompt tokens wait already.
+        ApiError: 429; too many prompt tokens are waiting.
     """
     ticket.add_prompts(
         [len(prompt.token_ids) for prompt in prompts for _ in range(body.num_choices)]
@@ -208,6 +208,6 @@ async def _pump(
     try:
         async for event in stream:
             queue.put_nowait((index, event))
-    except Exception as error:  # noqa: BLE001  # raised again where the events are taken
+    except Exception as error:  # noqa: BLE001  # raised again by `_merge`
         end = error
     queue.put_nowait((index, end))

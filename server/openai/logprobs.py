@@ -1,4 +1,4 @@
-"""Logprobs in the two shapes of the API."""
+"""Logprobs in the two formats of the API: chat and completions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from server.openai.choice import ScoredToken
 from server.text.stream import StreamOptions, TextStream
 from server.text.tokenizer import Tokenizer
 
-SMALLEST = -9999.0  # stands for minus infinity, which JSON cannot write; as OpenAI does
+SMALLEST = -9999.0  # as OpenAI: for minus infinity, which JSON has not
 
 
 def finite(logprob: float) -> float:
-    """`logprob` as JSON can write it. NaN, which a model gone wrong makes, becomes SMALLEST."""
+    """`logprob` as a JSON number: minus infinity, and NaN of a broken model, become SMALLEST."""
     return logprob if logprob > SMALLEST else SMALLEST
 
 
@@ -70,8 +70,8 @@ class CompletionLogprobsWriter:
         return content
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """The alternatives and the token itself. Of those that look alike, the likeliest; the
-        token itself always has its own value."""
+        """Logprobs of the alternatives and of the token itself, by text. Of alternatives with
+        equal text the likeliest counts; the token itself always keeps its own value."""
         top: dict[str, float] = {}
         for token_id, logprob in entry.top:
             top.setdefault(self._text(token_id), finite(logprob))
@@ -79,8 +79,8 @@ class CompletionLogprobsWriter:
         return top
 
     def _text(self, token_id: int) -> str:
-        r"""There are no bytes beside the text here, so that a part of a character is written as
-        OpenAI does: `bytes:\xe4\xbd`."""
+        r"""This format has no field for bytes, so an incomplete character is written as OpenAI
+        does: `bytes:\xe4\xbd`."""
         data = self._tokenizer.token_bytes(token_id)
         try:
             return data.decode()
@@ -90,7 +90,7 @@ class CompletionLogprobsWriter:
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt as it is put in front of its completion."""
+    """A prompt as it precedes its completion."""
 
     text: str
     offsets: Sequence[int]  # where the text of each prompt token begins
@@ -99,8 +99,8 @@ class Echo:
 def echo_of(
     tokenizer: Tokenizer, token_ids: Sequence[int], text: str | None, skip_special_tokens: bool
 ) -> Echo:
-    """A prompt sent as text is echoed as it came; the BOS token put in front of it has no width.
-    One sent as token ids is echoed as they decode."""
+    """The echo of a prompt. Text is echoed unchanged, an added BOS token with no width; token ids
+    are echoed as their decoded text."""
     if text is None:
         options = StreamOptions(skip_special_tokens=skip_special_tokens)
         delta = TextStream(tokenizer, (), options).push(token_ids)

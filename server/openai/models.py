@@ -17,7 +17,7 @@ ROUTES = Routes(router, answers=(ModelList,))
 
 @router.get("/v1/models", **operation(None, ModelList))
 async def list_models(http: HttpRequest) -> Response:
-    """The models that are served: one."""
+    """The served models: always one."""
     return StructResponse(ModelList(data=[_card(context_of(http))]))
 
 

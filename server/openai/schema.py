@@ -1,5 +1,5 @@
-"""The requests of the API, field by field. Every field is honoured, or its description says that
-it has no effect, or it is refused; an unknown field is an error."""
+"""The requests of the API, field by field. Every field is honoured, or described as having no
+effect, or refused; an unknown field is an error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ChatMessage(Fields):
         "tool calls, which are not supported yet."
     )
     name: str | None = Field(None, description="Handed to the chat template.")
-    tool_call_id: str | None = Field(None, description="Of `tool` messages, which need it.")
+    tool_call_id: str | None = Field(None, description="Required for `tool` messages.")
     refusal: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
@@ -92,10 +92,10 @@ class SamplingFields(Fields):
         None,
         ge=0,
         le=MAX_INT,
-        description="Only tokens behind the first `min_tokens` may end the text, be it as an end "
-        "token or by completing a stop string. Default 0.",
+        description="Only tokens after the first `min_tokens` may end the text, as an end token or "
+        "by completing a stop string. Default 0.",
     )
-    ignore_eos: bool | None = Field(None, description="Go on behind the model's end token.")
+    ignore_eos: bool | None = Field(None, description="Continue after the model's end token.")
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text. Default true."
     )
@@ -103,11 +103,11 @@ class SamplingFields(Fields):
         None, ge=-(2**31), le=2**31 - 1, description="Lower runs first. Default 0."
     )
     speculation: SpeculationOptions | None = Field(
-        None, description="Of tokens drafted ahead. Changes speed only, never the text."
+        None, description="Speculative decoding. Changes speed only, never the text."
     )
     stream: bool | None = Field(None, description="Send the text as it comes. Default false.")
     stream_options: StreamRequestOptions | None = Field(None, description="Needs `stream`.")
-    user: str | None = Field(None, description=HARMLESS + "end users are not told apart.")
+    user: str | None = Field(None, description=HARMLESS + "end users are not distinguished.")
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> SamplingFields:
@@ -119,7 +119,7 @@ class SamplingFields(Fields):
 
     @property
     def num_choices(self) -> int:
-        """Of each prompt."""
+        """Per prompt."""
         return self.n or 1
 
     @property
@@ -133,7 +133,7 @@ class SamplingFields(Fields):
 
     @property
     def max_draft_nodes(self) -> int | None:
-        """Per choice and step; None: no limit of the client's."""
+        """Per choice and step; None: the client sets no limit."""
         if self.speculation is None:
             return None
         return self.speculation.max_nodes if self.speculation.enabled else 0
@@ -176,10 +176,10 @@ class ChatRequest(SamplingFields):
     )
     store: bool | None = Field(None, description=HARMLESS + "no completion is ever stored.")
     metadata: dict[str, str] | None = Field(
-        None, description=HARMLESS + "it would label stored completions, and none is stored."
+        None, description=HARMLESS + "it labels stored completions, and none is stored."
     )
     safety_identifier: str | None = Field(
-        None, description=HARMLESS + "end users are not told apart."
+        None, description=HARMLESS + "end users are not distinguished."
     )
     prompt_cache_key: str | None = Field(
         None, description=HARMLESS + "equal prefixes are found without a key."
@@ -188,7 +188,7 @@ class ChatRequest(SamplingFields):
         None, description=HARMLESS + "prefixes stay cached as long as there is room."
     )
     parallel_tool_calls: bool | None = Field(
-        None, description=HARMLESS + "it speaks of tools, and those are refused."
+        None, description=HARMLESS + "it is about tools, which are refused."
     )
     tool_choice: OnlyNone = None
     function_call: OnlyNone = None
@@ -268,8 +268,8 @@ class TokenizeRequest(Fields):
     add_special_tokens: bool | None = Field(
         None, description="Put BOS in front. Default: true for a prompt, false for messages."
     )
-    add_generation_prompt: bool | None = Field(None, description="Of messages. Default true.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Of messages.")
+    add_generation_prompt: bool | None = Field(None, description="For messages. Default true.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="For messages.")
 
     @model_validator(mode="after")
     def _one_of_prompt_and_messages(self) -> TokenizeRequest:

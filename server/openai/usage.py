@@ -1,4 +1,4 @@
-"""What a reply has cost: counts over all its choices, each of which has ended."""
+"""Token counts of a reply, over all its choices; all of them must have ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.openai.convert import Prompt
 
 
 def count_tokens(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:
-    """Tokens of all choices; each prompt counts once, however many choices it has."""
+    """Tokens of all choices; a prompt counts once, however many choices it has."""
     num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
     num_output = sum(choice.num_output for choice in choices)
     per_prompt = len(choices) // len(prompts)
@@ -36,7 +36,7 @@ def count_tokens(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:
 
 
 def count_drafts(choices: Sequence[Choice]) -> SpeculationStats:
-    """What became of the drafts of all choices."""
+    """Draft statistics of all choices."""
     ends = _ends(choices)
     num_drafts = sum(end.num_drafts for end in ends)
     num_accepted = sum(end.num_accepted for end in ends)
@@ -48,10 +48,10 @@ def count_drafts(choices: Sequence[Choice]) -> SpeculationStats:
 
 
 def _accepted(choice: Choice) -> int:
-    """Drafted tokens that are in the completion. Where a stop string ended it, the engine has
-    accepted more: of the tokens behind the end all but one, the last of its block, which the target
-    drew itself. (Of blocks that came later still, too few are counted as drawn, so that the result
-    may be too small, but no token counts that is not in the completion.)"""
+    """Drafted tokens that are in the completion. After a stop string the engine may have emitted
+    further tokens. All but one of them are subtracted as accepted drafts: the last token of a step
+    is the target's own. If they came from several steps, this subtracts too many: the result may
+    be too small, but it never counts a token that is not in the completion."""
     end = choice.finished
     assert end is not None
     num_behind = end.num_output - choice.num_output
@@ -59,7 +59,8 @@ def _accepted(choice: Choice) -> int:
 
 
 def _cached(ends: Sequence[Finished], per_prompt: int) -> int:
-    """Choices of one prompt find each other's prompt in the cache; the first one did not."""
+    """Cached prompt tokens. Choices of one prompt find each other's prompt in the prefix cache, so
+    the smallest number of a prompt counts: that of its first choice."""
     cached = [end.num_cached for end in ends]
     return sum(
         min(cached[begin : begin + per_prompt]) for begin in range(0, len(cached), per_prompt)

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 class ZmqEngineClient:
-    """Implements `EngineClient`. Lives through several engines: `attach` one, `detach` it when it
-    is gone."""
+    """Implements `EngineClient`. Outlives engines: `attach` one, and `detach` it when it has
+    ended."""
 
     def __init__(self) -> None:
         self._context = zmq.asyncio.Context()
@@ -73,7 +73,7 @@ class ZmqEngineClient:
         self._reader = asyncio.create_task(self._read(self._socket))
 
     def detach(self, reason: str = ENGINE_LOST, code: ErrorCode | None = None) -> None:
-        """The engine is gone: every open stream ends with an error."""
+        """The engine has ended: every open stream ends with an error."""
         self._info = None
         if self._stats is not None:
             self._stats = _at_rest(self._stats)
@@ -124,7 +124,7 @@ class ZmqEngineClient:
         self._context.term()
 
     def _send(self, message: ClientMessage) -> None:
-        """Messages of one turn of the event loop travel together."""
+        """Queue a message. Messages of one turn of the event loop are sent together."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(message)
@@ -135,14 +135,14 @@ class ZmqEngineClient:
             self._socket.send(encode(batch))  # the queue has no limit: this never waits
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
-        """Take messages until cancelled. Should one make no sense, the engine is told to end:
-        `detach` follows, and no client waits for ever."""
+        """Take messages until cancelled. If one is invalid, the engine is told to end: `detach`
+        follows, so that no client waits for ever."""
         try:
             while True:
                 for message in decode_engine(await socket.recv()):
                     self._take(message)
-        except Exception:  # whatever it is, nobody else would hear of it
-            logger.exception("the engine said what cannot be understood; it is told to end")
+        except Exception:  # nothing awaits this task: log it here
+            logger.exception("the engine sent an invalid message; it is told to end")
             self.shut_down()
 
     def _take(self, message: EngineMessage) -> None:
@@ -172,14 +172,14 @@ class ZmqEngineClient:
 
 
 def _at_rest(stats: EngineStats) -> EngineStats:
-    """What an engine that is gone has counted; nothing runs in it any more."""
+    """The counts of an ended engine, in which nothing runs any more."""
     return msgspec.structs.replace(
         stats, num_running=0, num_waiting=0, kv_usage=0.0, last_step_tokens=0
     )
 
 
 class _Stream:
-    """The events of one request that nobody has read yet."""
+    """The unread events of one request."""
 
     def __init__(self, request: Request) -> None:
         self._request = request

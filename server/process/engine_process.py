@@ -1,8 +1,7 @@
-"""The engine process: builds an engine, then turns messages into steps until told to stop.
+"""The engine process: builds an engine, then serves messages until told to stop.
 
 Run as `python -m server.process.engine_process ENDPOINT` with the configuration as JSON in the
-first line of standard input. The pipe stays open as long as the parent lives; its end ends the
-engine.
+first line of standard input. The engine ends when this pipe closes, that is, with its parent.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from typing import Protocol
 
 import zmq
 
-from configs.schema import CaptureConfig, Config
-from engine.capture import CaptureWriter
+from configs.resolve import HostConfig
+from configs.schema import CaptureConfig
+from engine.capture import CaptureWriter, ShardWriter
 from engine.core import EngineCore
 from engine.messages import ClientMessage, DraftSwapped, ErrorCode, Shutdown, SwapDraft
 from server.process.logs import set_up_logging
@@ -23,15 +23,15 @@ from server.process.parent import die_with_parent, open_pipe
 from server.process.socket_folder import folder_of
 from server.process.wire import decode_client, encode, unbounded
 
-EXIT_BAD_SETUP = 3  # the configuration or the model is at fault: starting again would not help
-LOADING_POLL = 0.02  # seconds between looks at a draft head that is being loaded, when idle
+EXIT_BAD_SETUP = 3  # the configuration or the model is invalid: starting again would not help
+LOADING_POLL = 0.02  # seconds between polls of a draft head that is being loaded, when idle
 STOPPING = "the server is shutting down"
 
 logger = logging.getLogger(__name__)
 
 
 class EngineChannel:
-    """The engine's end of the pair."""
+    """The engine's end of the ZeroMQ pair."""
 
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
@@ -40,8 +40,8 @@ class EngineChannel:
         self._socket.connect(endpoint)
 
     def receive(self, *, wait: bool, at_most: float | None = None) -> list[ClientMessage]:
-        """All messages that have come; with `wait`, at least one batch, or none when `at_most`
-        seconds have gone by."""
+        """All messages that have arrived. With `wait`, first waits for one, if `at_most` is given
+        no longer than that many seconds."""
         messages: list[ClientMessage] = []
         if wait and at_most is not None and not self._socket.poll(int(at_most * 1000)):
             return messages
@@ -63,7 +63,7 @@ class EngineChannel:
 
 
 class Swaps(Protocol):
-    """Draft heads that were asked for; see `DraftSwaps`."""
+    """Requested swaps of the draft head; see `DraftSwaps`."""
 
     @property
     def busy(self) -> bool: ...
@@ -74,8 +74,8 @@ class Swaps(Protocol):
 
 
 def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
-    """Serve until a `Shutdown` comes. Whatever a step raises ends all requests and the process:
-    its state can no longer be trusted, and the launcher starts a new one."""
+    """Serve until a `Shutdown` comes. An exception in a step ends all requests and the process: its
+    state may be inconsistent, and the launcher starts a new engine."""
     channel.send(encode([core.info]))
     try:
         while True:
@@ -99,10 +99,10 @@ def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
 
 def main() -> None:
     """Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles a terminal's Ctrl-C
     endpoint = sys.argv[1]
     pipe = open_pipe()
-    config = Config.model_validate_json(pipe.readline())
+    config = HostConfig.model_validate_json(pipe.readline())
     set_up_logging(config.log)
     die_with_parent(pipe)
     try:
@@ -138,7 +138,10 @@ def _serve(endpoint: str, core: EngineCore, swaps: Swaps, capture: CaptureWriter
 def open_capture(config: CaptureConfig) -> CaptureWriter | None:
     """What writes sequences down, None unless the operator wants it. ValueError when the directory
     cannot be used."""
-    return None if config.dir is None else CaptureWriter(config)
+    if config.dir is None:
+        return None
+    shards = ShardWriter(config.dir, config.max_bytes, config.shard_tokens)
+    return CaptureWriter(shards, config.sample_rate)
 
 
 if __name__ == "__main__":

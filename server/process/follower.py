@@ -1,8 +1,8 @@
-"""A follower rank: loads its part of the model, then carries out what rank 0 sends.
+"""A follower rank: loads its part of the model, then carries out the orders of rank 0.
 
-Run by rank 0 as `python -m server.process.follower RANK STORE SOCKET MEMORY WAKE`, the last three
-being open handles, with the configuration as JSON in the first line of standard input. It ends when
-the pipe or the socket does.
+Run by rank 0 as `python -m server.process.follower RANK STORE SOCKET MEMORY WAKE`, where the last
+three are open handles, with the configuration as JSON in the first line of standard input. It ends
+when standard input or the socket closes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import msgspec
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from engine.parallel.agreement import RefusedByAllError
 from engine.parallel.lockstep import Following
 from engine.parallel.orders import (
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Follower:
-    """Carries out orders one after the other; only heads are loaded beside them."""
+    """Carries out orders one after the other; only draft heads are loaded on another thread."""
 
     def __init__(self, rank: Rank, inbox: Inbox, channel: Channel) -> None:
         self._rank = rank
@@ -55,7 +55,7 @@ class Follower:
         self._loaded: tuple[LoadedDraft, Drafting] | None = None
 
     def run(self) -> None:
-        """Until rank 0 says so or is gone."""
+        """Run until rank 0 sends `Stop` or ends."""
         decoder = msgspec.msgpack.Decoder(Order)
         while (frame := self._inbox.receive()) is not None:
             order = decoder.decode(frame)
@@ -105,7 +105,7 @@ def main() -> None:
     number, store = int(sys.argv[1]), Path(sys.argv[2])
     end, memory, wake = map(int, sys.argv[3:])
     pipe = open_pipe()
-    config = Config.model_validate_json(pipe.readline())
+    config = HostConfig.model_validate_json(pipe.readline())
     set_up_logging(config.log)
     die_with_parent(pipe)
     channel = Channel(socket.socket(fileno=end))
@@ -114,7 +114,7 @@ def main() -> None:
         device = device_of(number, config)
         rank = build_rank(config, join(config, store, number, device), device)
     except RefusedByAllError:
-        inbox.receive()  # rank 0 says so, and then tells everybody to stop
+        inbox.receive()  # wait for `Stop`: rank 0 reports the error
         _leave(EXIT_BAD_SETUP)
     except BAD_SETUP as error:
         logger.error("rank %d cannot start: %s", number, error)
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """At once: leaving properly takes long, and might wait for other ranks."""
+    """Exit at once: a regular exit takes long, and might wait for other ranks."""
     logging.shutdown()
     os._exit(code)
 

@@ -1,5 +1,5 @@
-"""The HTTP process: opens the port at once, keeps an engine process running behind it, and drains
-on SIGTERM."""
+"""The HTTP process: opens the port at once, keeps an engine process running, and drains on
+SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import zmq
 from fastapi import FastAPI
 
 from configs.env import engine_environment
-from configs.schema import Config
+from configs.redact import redacted
+from configs.resolve import HostConfig
 from engine.messages import EngineInfo, ErrorCode
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo, with_engine_facts
-from server.http.ops_routes import redacted
 from server.http.protocol import HttpProtocol
 from server.openai.routes import ROUTES
 from server.process.client import ENGINE_LOST, ZmqEngineClient
@@ -35,20 +35,16 @@ from server.text.chat_codec import load_codec
 
 LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
 GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
-FALLBACK = "reference ("  # begins the name of a backend that stands in for another
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
 
 logger = logging.getLogger(__name__)
 
 
-def serve(config: Config) -> int:
+def serve(config: HostConfig) -> int:
     """Run the server until it is told to stop; returns the exit code.
 
-    Args:
-        config: resolved for its host (`resolve_host`).
-
     Raises:
-        OSError, ValueError: the port, the model's files or the API keys are at fault.
+        OSError, ValueError: the port, the model's files or the API keys cannot be used.
     """
     set_up_logging(config.log)
     remove_stale_folders()
@@ -59,7 +55,7 @@ def serve(config: Config) -> int:
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A listening socket. OSError that names the address when it cannot be had."""
+    """A listening socket. OSError, naming the address, when it cannot be opened."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -75,7 +71,7 @@ def open_port(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(config: Config, listener: socket.socket) -> int:
+async def _serve(config: HostConfig, listener: socket.socket) -> int:
     stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
     client = ZmqEngineClient()
     engine = EngineKeeper(config, client)
@@ -95,14 +91,14 @@ async def _serve(config: Config, listener: socket.socket) -> int:
 
 
 async def _run(
-    config: Config,
+    config: HostConfig,
     app: FastAPI,
     client: ZmqEngineClient,
     engine: EngineKeeper,
     listener: socket.socket,
     stop: asyncio.Event,
 ) -> None:
-    """Answer requests until a signal comes or the engine is gone for good."""
+    """Answer requests until a signal comes or the engine cannot be restarted."""
     web = _WebServer(web_config(app))
     running = asyncio.create_task(web.serve(sockets=[listener]))
     announcing = asyncio.create_task(_announce(config, client, listener))
@@ -125,7 +121,7 @@ def web_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-async def _announce(config: Config, client: ZmqEngineClient, listener: socket.socket) -> None:
+async def _announce(config: HostConfig, client: ZmqEngineClient, listener: socket.socket) -> None:
     """Print the resolved configuration, then where the server can be reached."""
     info = await client.wait_ready()
     warn_of_fallback(info)
@@ -133,17 +129,17 @@ async def _announce(config: Config, client: ZmqEngineClient, listener: socket.so
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{port}"
-    sys.stdout.write(yaml.safe_dump({"config": resolved, "ops": info.ops}, sort_keys=False))
+    facts = {"config": resolved, "ops": info.ops_in_words}
+    sys.stdout.write(yaml.safe_dump(facts, sort_keys=False))
     sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
     sys.stdout.flush()
 
 
 def warn_of_fallback(info: EngineInfo) -> None:
     """Log why native kernels, which were to be used where possible, could not be had."""
-    reasons = {name for name in info.ops.values() if name.startswith(FALLBACK)}
-    for reason in sorted(reasons):
-        operations = ", ".join(name for name, backend in info.ops.items() if backend == reason)
-        logger.warning("slow kernels are used for %s: %s", operations, reason)
+    for fallback in dict.fromkeys(one for one in info.ops.values() if one.is_fallback):
+        operations = ", ".join(name for name, backend in info.ops.items() if backend == fallback)
+        logger.warning("slow kernels are used for %s: %s", operations, fallback)
 
 
 async def _drain(context: ServerContext, timeout: float, stop: asyncio.Event) -> None:
@@ -157,7 +153,7 @@ async def _drain(context: ServerContext, timeout: float, stop: asyncio.Event) ->
 
 
 async def _first(*awaitables: object) -> None:
-    """Wait for the first of them; the others are cancelled, unless they are tasks of somebody."""
+    """Wait for the first to complete; cancel the other coroutines, but not the tasks."""
     own = [asyncio.ensure_future(a) for a in awaitables if asyncio.iscoroutine(a)]
     tasks = [a for a in awaitables if isinstance(a, asyncio.Task)]
     await asyncio.wait([*own, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -174,14 +170,14 @@ def _stop_signals() -> asyncio.Event:
 
 
 class _WebServer(uvicorn.Server):
-    """uvicorn without its own signal handlers: draining comes first here."""
+    """uvicorn without its own signal handlers: the server drains first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def drop_connections(self) -> None:
-        """Clients that do not read hold up their responses: these now end as if they had left."""
+        """Abort connections of clients that do not read their responses."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
@@ -190,9 +186,9 @@ class _WebServer(uvicorn.Server):
 
 
 class EngineKeeper:
-    """Starts the engine process, and starts it again when it dies."""
+    """Starts the engine process, and restarts it when it dies."""
 
-    def __init__(self, config: Config, client: ZmqEngineClient) -> None:
+    def __init__(self, config: HostConfig, client: ZmqEngineClient) -> None:
         self._config = config
         self._client = client
         self._process: asyncio.subprocess.Process | None = None
@@ -204,17 +200,17 @@ class EngineKeeper:
         self._task = asyncio.create_task(self._keep())
 
     async def failed(self) -> None:
-        """Return when there will be no engine any more."""
+        """Return when the engine has ended for good."""
         assert self._task is not None
         await asyncio.wait({self._task})
 
     async def stop(self) -> None:
-        """End the engine; requests that are still open end with it."""
+        """End the engine, and with it all open requests."""
         self._stopping.set()
         if self._task is None:
             return
         if self._client.info is None:
-            self._kill()  # it has no requests, and hears nothing before the model is loaded
+            self._kill()  # it has no requests, and reads no messages while loading
         self._client.shut_down()
         try:
             await asyncio.wait_for(asyncio.shield(self._task), LAST_WORDS)
@@ -247,10 +243,10 @@ class EngineKeeper:
                 await asyncio.wait_for(self._stopping.wait(), backoff)
 
     async def _run_once(self) -> tuple[int, bool]:
-        """One engine's life; its exit code, and whether it ever took requests.
+        """Run one engine to its end; return its exit code and whether it was ever ready.
 
         Raises:
-            OSError, zmq.ZMQError: no process or no socket for it can be had.
+            OSError, zmq.ZMQError: its process or socket cannot be created.
         """
         with private_endpoint() as endpoint:
             self._client.attach(endpoint)
@@ -270,12 +266,12 @@ class EngineKeeper:
 
 
 async def end_group(leader: int) -> None:
-    """Kill what a process that has ended left of its group: its children go with it, but not those
-    that are stopped or hang."""
+    """Kill the remaining processes of an ended leader's group: its children end with it, unless
+    they are stopped or hang."""
     end = time.monotonic() + LAST_WORDS
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < end:
-            with contextlib.suppress(ChildProcessError):  # they are ours as PID 1 of a container
+            with contextlib.suppress(ChildProcessError):  # as PID 1 of a container, we inherit them
                 os.waitpid(-leader, os.WNOHANG)
             os.killpg(leader, 0)
             await asyncio.sleep(GROUP_POLL)
@@ -284,21 +280,21 @@ async def end_group(leader: int) -> None:
 
 
 async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
-    """Start an engine process. OSError that names the program when it cannot be had."""
+    """Start an engine process. OSError, naming the program, when it cannot be started."""
     program = sys.executable
     try:
         return await asyncio.create_subprocess_exec(
             *(program, "-P", "-m", f"{__package__}.engine_process", endpoint),
             stdin=asyncio.subprocess.PIPE,
             env=engine_environment(),
-            start_new_session=True,  # a terminal's Ctrl-C is the business of this process
+            start_new_session=True,  # this process handles a terminal's Ctrl-C
         )
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(f"{program}: {reason}") from error
 
 
-def _without_secrets(config: Config) -> str:
+def _without_secrets(config: HostConfig) -> str:
     """What the engine is told: everything but the keys."""
     no_keys = {"api_keys": (), "api_key_file": None, "admin_keys": (), "admin_key_file": None}
     server = config.server.model_copy(update=no_keys)

@@ -21,7 +21,7 @@ def set_up_logging(config: LogConfig) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line; `fields` that a record brings along are members of it."""
+    """One JSON object per line; the `fields` of a record become its members."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -37,7 +37,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_formatter(config: LogConfig) -> logging.Formatter:
-    """How log records are written under `log.format`."""
+    """The formatter of `log.format`."""
     if config.format == "json":
         return JsonFormatter()
     return logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")

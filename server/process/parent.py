@@ -11,13 +11,13 @@ STDIN = 0
 
 
 def open_pipe() -> FileIO:
-    """Standard input, which stays open as long as the parent lives; unbuffered, so that a line can
-    be read from it and the rest watched."""
+    """Standard input, which stays open as long as the parent lives. Unbuffered, so that the first
+    line can be read and the end still be noticed."""
     return FileIO(STDIN, "rb", closefd=False)
 
 
 def die_with_parent(pipe: FileIO) -> None:
-    """From now on, leave at once when the parent's end of the pipe closes."""
+    """From now on, exit at once when the parent's end of the pipe closes."""
     threading.Thread(target=_wait_for_end, args=(pipe,), daemon=True).start()
 
 

@@ -1,5 +1,5 @@
-"""Folders for the socket between the two processes, and for the files of an engine that may be
-killed; those that killed servers left are removed."""
+"""Folders for the socket between the two processes and the files of an engine; leftovers of killed
+servers are removed."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from server.assembly.meeting import RANKS, holds_nothing_else
 
 PREFIX = "aerie-engine-"
 SOCKET = "engine"
-MAX_LOOKED_AT, MAX_REMOVED = 10_000, 100  # entries of the temporary folder
-FRESH = 60.0  # seconds in which an owner surely has locked its new folder
+MAX_LOOKED_AT, MAX_REMOVED = 10_000, 100  # of the temporary folder
+FRESH = 60.0  # seconds; by then an owner has locked its new folder
 
 
 @contextlib.contextmanager
 def private_endpoint() -> Iterator[str]:
-    """The ZeroMQ address of a socket that only this user can reach. OSError without a place.
+    """The ZeroMQ address of a socket that only this user can reach. OSError if none can be made.
 
-    The folder is locked as long as its owner lives: unlike the number of a process, that holds
-    between containers which share the temporary folder.
+    The folder is locked as long as its owner lives. Unlike process numbers, locks also work between
+    containers that share the temporary folder.
     """
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, _opened(Path(folder)) as handle:
-        with contextlib.suppress(OSError):  # a file system without locks: nobody will remove it
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks: the folder is never removed
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield f"ipc://{Path(folder) / SOCKET}"
 
 
 def folder_of(endpoint: str) -> Path:
-    """The folder of a `private_endpoint`. It is removed when the engine has ended."""
+    """The folder of a `private_endpoint`, which is removed when the engine has ended."""
     return Path(endpoint.removeprefix("ipc://")).parent
 
 
 def remove_stale_folders() -> int:
-    """Remove what servers of this user left when they were killed; how many folders that were."""
+    """Remove folders that killed servers of this user left; return how many."""
     num_removed = 0
     with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
         for entry in itertools.islice(entries, MAX_LOOKED_AT):
@@ -53,7 +55,7 @@ def remove_stale_folders() -> int:
 
 
 def _remove_if_stale(folder: Path) -> bool:
-    """Nothing but an unlocked folder of ours with at most a socket and stores in it is touched."""
+    """Remove the folder only if it is ours, unlocked, and holds only a socket and stores."""
     try:
         with _opened(folder) as handle:
             status = os.fstat(handle)
@@ -69,13 +71,13 @@ def _remove_if_stale(folder: Path) -> bool:
                 else:
                     shutil.rmtree(name, dir_fd=handle)
             folder.rmdir()
-    except OSError:  # it is in use, not empty, or somebody else's: it stays
+    except OSError:  # it is in use, not empty, or another user's: keep it
         return False
     return True
 
 
 def _is_ours(name: str, parent: int) -> bool:
-    """Whether it is a socket, or a folder where ranks met, with nothing else in it."""
+    """Whether it is our socket, or a meeting folder of ranks that holds nothing else."""
     mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
     if name == SOCKET:
         return stat.S_ISSOCK(mode)

@@ -1,4 +1,4 @@
-"""How the two processes talk: batches of messages as msgpack over a private ZeroMQ pair."""
+"""The format between the two processes: batches of msgpack messages over a ZeroMQ pair."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def decode_engine(frame: bytes) -> list[EngineMessage]:
 
 
 def unbounded(socket: zmq.Socket[Any]) -> None:
-    """Queue without a limit (admission bounds what is open), and drop the queue when closed."""
+    """Queue without a limit (admission bounds the requests); drop the queue when closed."""
     socket.set_hwm(0)
     socket.linger = 0

@@ -1,10 +1,10 @@
-"""Chat template and tokenizer as one: messages to the ids that the model sees, ids to text."""
+"""Chat template and tokenizer together: messages to token ids, token ids to text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from engine.checkpoints.source import resolve_source
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -26,17 +26,16 @@ class ChatCodec:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens. ValueError for ids that cannot be."""
+        """Text without special tokens. ValueError for invalid ids."""
         return self.tokenizer.decode(token_ids)
 
 
-def load_codec(config: Config) -> ChatCodec:
-    """The codec of the model that `config` (resolved for its host) names.
+def load_codec(config: HostConfig) -> ChatCodec:
+    """The codec of the model that `config` names.
 
     Raises:
-        OSError, ValueError: the model's files are at fault.
+        OSError, ValueError: the model's files are missing or invalid.
     """
-    assert config.files.dir is not None
     path = config.model.chat_template
     source = None if path is None else path.read_text(encoding="utf-8")
     files = resolve_source(config.model.source, config.model.revision)

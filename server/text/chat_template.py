@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_OUTPUT = 16_000_000  # characters
 RESERVED = ("messages", "add_generation_prompt")
-# transformers defines them for every template; some ask `is none` without asking `is defined`
+# transformers defines these for every template; some templates test only `is none`
 ALWAYS_DEFINED = {"tools": None, "documents": None}
 NO_TEMPLATE = (
     "this model has no chat template; use /v1/completions, or set model.chat_template to a file"
@@ -22,7 +22,7 @@ NO_TEMPLATE = (
 
 
 class GenerationBlock(Extension):
-    """`{% generation %}` marks what to train on; when rendering, only its content matters."""
+    """`{% generation %}` marks text to train on; rendering outputs its content unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
 
@@ -35,7 +35,7 @@ class ChatTemplate:
     """A compiled template; threads may share it."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
-        """`source` None stands for a model without a template: only `render` then fails.
+        """`source` is None for a model without a template; then `render` fails.
 
         Raises ValueError for a template that is not valid Jinja.
         """

@@ -1,4 +1,4 @@
-"""Token ids to text as they come, at a cost per token that does not grow with the text."""
+"""Incremental detokenization: the cost per token does not grow with the text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MAX_CHARACTER = 4  # bytes of UTF-8
 
 
 class IncrementalDetokenizer:
-    """Text of a growing sequence. What `add` and `flush` return, joined, is the text the whole
-    sequence decodes to behind its prompt, however the ids are split into calls.
+    """Text of a growing sequence. The joined results of `add` and `flush` are the text that the
+    sequence decodes to after its prompt, however the ids are split into calls.
 
-    A character is emitted once its last byte is there; one that the prompt began is emitted with
-    the output. (Where byte-fallback tokenizers of SentencePiece meet broken bytes they drop the
-    valid characters around them, too; these are kept here.)
+    A character is emitted when its last byte arrives, even if its first bytes are in the prompt.
+    (Next to invalid bytes, SentencePiece's byte fallback also drops valid characters; this does
+    not.)
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
         self._utf8.decode(self._tail(prompt_ids))
 
     def add(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens complete; perhaps none."""
+        """The text that these tokens complete; it may be empty."""
         return "".join([self._utf8.decode(self._bytes_of(token_id)) for token_id in token_ids])
 
     def flush(self) -> str:
@@ -39,7 +39,7 @@ class IncrementalDetokenizer:
         return self._utf8.decode(b"", final=True)
 
     def _tail(self, prompt_ids: Sequence[int]) -> bytes:
-        """As much of the end of the prompt as can hold the beginning of a character."""
+        """The last bytes of the prompt: enough to hold an incomplete character."""
         tail = b""
         for token_id in reversed(prompt_ids):
             tail = self._bytes_of(token_id) + tail

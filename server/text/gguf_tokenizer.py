@@ -1,7 +1,7 @@
-"""Build a byte-level BPE tokenizer straight from the metadata of a GGUF file.
+"""Build a byte-level BPE tokenizer from the metadata of a GGUF file.
 
-transformers can convert one too, but takes 12 to 20 seconds and knows only one way to split
-text before merging, so that runs of spaces before digits come out otherwise than in training.
+transformers can do this too, but takes 12 to 20 seconds and knows only one way to split text
+before merging: runs of spaces before digits then get other tokens than in training.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ LLAMA3_SPLIT = (
 
 @dataclass(frozen=True, slots=True)
 class _Splitting:
-    """What a name in `tokenizer.ggml.pre` stands for."""
+    """The meaning of a name in `tokenizer.ggml.pre`."""
 
     pre_tokenizer: Any
-    whole_words_first: bool = False  # a word in the vocabulary is taken without merging
+    whole_words_first: bool = False  # words in the vocabulary are used without merging
     adds_bos: bool = False  # unless the file says otherwise
 
 
@@ -51,12 +51,12 @@ def _splittings() -> dict[str, _Splitting]:
 
 
 def is_byte_level(metadata: Mapping[str, Any]) -> bool:
-    """Whether `build_tokenizer` is for this file."""
+    """Whether the file holds a byte-level BPE tokenizer, as `build_tokenizer` needs."""
     return metadata.get("tokenizer.ggml.model") == "gpt2"
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that a `gpt2` type GGUF describes. ValueError for an unknown splitting."""
+    """The tokenizer of a `gpt2` type GGUF. ValueError for an unknown `tokenizer.ggml.pre`."""
     known = _splittings()
     name = metadata.get("tokenizer.ggml.pre")
     if name not in known:
@@ -77,7 +77,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... and their texts, as far as the file names them."""
+    """Texts of bos_token, eos_token, ..., by name; only of those that the file defines."""
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in NAMED.items()}
     return {name: tokens[index] for name, index in ids.items() if index is not None}
@@ -94,7 +94,7 @@ def _add_marked_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]
 
 
 def _frame(metadata: Mapping[str, Any], splitting: _Splitting, tokens: list[str]) -> Any:
-    """What is put around a text when special tokens are asked for."""
+    """Post-processor that adds BOS and EOS to a text where the file asks for them."""
     parts, frame = ["$A"], []
     if metadata.get("tokenizer.ggml.add_bos_token", splitting.adds_bos):
         frame.append(metadata["tokenizer.ggml.bos_token_id"])

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StopScan:
-    """What one piece of text led to. After a hit the matcher is used up."""
+    """Result of one piece of text. After a match the matcher must not be used again."""
 
     text: str  # safe to emit now
     stop: str | None = None  # the stop string that was found
 
 
 class StopStringMatcher:
-    """Holds back whatever could begin a stop string, and ends at the one completed first (of
-    several completed by the same character, the longest).
+    """Holds back text that could begin a stop string; ends at the stop string completed first (of
+    several completed by one character, at the longest).
 
-    Where the pieces end does not matter. Each string is followed by a Knuth-Morris-Pratt
-    automaton, so the work per character is constant, for any text.
+    How the text is split into pieces does not matter. Each stop string has a Knuth-Morris-Pratt
+    automaton: the work per character does not depend on the text.
     """
 
     def __init__(self, stops: tuple[str, ...], include_in_output: bool = False) -> None:
@@ -30,8 +30,8 @@ class StopStringMatcher:
         self._held = ""
 
     def feed(self, text: str, armed: bool = True) -> StopScan:
-        """Take the next piece of text; return what can be emitted of all so far. Strings that a
-        piece completes count only when it is `armed`; a later one may complete what began here."""
+        """Take the next piece of text; return the text that can be emitted now. A stop string
+        counts only if the piece that completes it is `armed`; it may begin in one that is not."""
         if not self._automata:
             return StopScan(text)
         begin = len(self._held)
@@ -43,7 +43,7 @@ class StopStringMatcher:
         return StopScan(self._release(max(automaton.open for automaton in self._automata)))
 
     def flush(self) -> str:
-        """What was held back, now that no more text will come."""
+        """The text still held back. Call it after the last piece."""
         held, self._held = self._held, ""
         return held
 
@@ -63,7 +63,7 @@ class StopStringMatcher:
 
 
 class _Automaton:
-    """How much of one stop string the end of the text matches."""
+    """Tracks how much of one stop string the end of the text matches."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
@@ -72,12 +72,12 @@ class _Automaton:
 
     @property
     def open(self) -> int:
-        """How much of the end of the text more text may complete."""
+        """Characters at the end of the text that may begin the stop string."""
         return self._fallback[-1] if self.matched == len(self.stop) else self.matched
 
     def advance(self, letter: str) -> bool:
         """Take one letter; True when it completes the stop string."""
-        self.matched = self.open  # of a hit that did not count, what may begin the next
+        self.matched = self.open  # the end of an ignored match may begin the next one
         while self.matched and self.stop[self.matched] != letter:
             self.matched = self._fallback[self.matched - 1]
         self.matched += self.stop[self.matched] == letter

@@ -1,4 +1,4 @@
-"""From the tokens of one choice to its text: detokenising, stop strings, stop tokens."""
+"""Turns the tokens of one choice into text: detokenising, stop strings, stop tokens."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from server.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """What a client may ask about the text of a choice."""
+    """A client's options for the text of a choice."""
 
     stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()  # EOS included, unless it is to be ignored
+    stop_token_ids: frozenset[int] = frozenset()  # with EOS, unless ignore_eos
     skip_special_tokens: bool = True
     include_stop: bool = False  # keep the stop string, or a stop token that is not skipped
-    min_tokens: int = 0  # only tokens behind so many may end the text
+    min_tokens: int = 0  # only later tokens may end the text
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text. Of the tokens given, the first `num_tokens` belong to the choice: fewer than all
-    when the choice stopped, counting the token that stopped it."""
+    """New text. The first `num_tokens` of the pushed tokens belong to the choice: all of them, or
+    those up to and including the one that stopped it."""
 
     text: str
     num_tokens: int
-    offsets: tuple[int, ...]  # per such token, where its text begins, in characters of the choice
+    offsets: tuple[int, ...]  # where the text of each begins, in characters of the choice
     stop: str | int | None = None  # the stop string or token id that ended the choice
 
 
 class TextStream:
-    """The text of one choice. Push tokens as they come; after a stop nothing more is taken."""
+    """The text of one choice. Push tokens as they come; tokens after a stop are ignored."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class TextStream:
             tokenizer, prompt_ids, self._options.skip_special_tokens
         )
         self._matcher = StopStringMatcher(self._options.stop, self._options.include_stop)
-        self._length = 0  # characters decoded so far, held back ones included
+        self._length = 0  # characters decoded so far, with those held back
         self._num_tokens = 0
         self.stop: str | int | None = None
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """Take new tokens; stop strings are found at any offset, tokens behind are left alone."""
+        """Take new tokens. Stop strings are found at any offset; later tokens are ignored."""
         texts: list[str] = []
         offsets: list[int] = []
         for token_id in token_ids:
@@ -70,7 +70,7 @@ class TextStream:
 
     @property
     def _may_stop(self) -> bool:
-        """Whether the newest token may end the text. The engine has the same rule."""
+        """Whether the newest token may end the text. The engine applies the same rule."""
         return self._num_tokens > self._options.min_tokens
 
     def _take(self, token_id: int) -> str:
@@ -86,7 +86,7 @@ class TextStream:
         return scan.text
 
     def _end(self, token_id: int) -> str:
-        """A stop token: its own text is left out unless it was asked for."""
+        """A stop token: its text is left out unless the client asked for it."""
         last = self._detokenizer.add((token_id,)) if self._options.include_stop else ""
         text = self._scan(last + self._detokenizer.flush())
         if self.stop is None:

@@ -1,5 +1,5 @@
-"""Text to token ids and back, on the `tokenizers` library alone: importing transformers takes
-seconds, which every start of the server would pay."""
+"""Text to token ids and back. Uses only the `tokenizers` library: importing transformers would add
+seconds to every start of the server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; special tokens written in it are recognised. `add_special_tokens` puts
-        the model's own beginning (BOS) in front, if it has one."""
+        the model's BOS token in front, if it has one."""
         try:
             # A batch of one: unlike `encode`, it lets other threads run meanwhile.
             batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -54,8 +54,8 @@ class Tokenizer:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token adds to a text, perhaps only a part of a character. Empty for
-        the unused ids at the end of a padded vocabulary."""
+        """The bytes that one token adds to a text; they may be part of a character. Empty for the
+        unused ids at the end of a padded vocabulary."""
         self._check(token_id)
         piece = self._backend.id_to_token(token_id)
         return b"" if piece is None else self._piece_bytes(piece)
@@ -70,7 +70,7 @@ class Tokenizer:
         return None if found is None else int(found)
 
     def _check(self, token_id: int) -> None:
-        # Models pad their vocabulary, so an id without a token is fine; one that is no id is not.
+        # Models pad their vocabulary, so an id without a token is valid.
         if not 0 <= token_id < 2**32:
             raise ValueError(f"token id {token_id} is not in the vocabulary")
 
@@ -81,7 +81,7 @@ class Tokenizer:
 
 
 def _piece_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
-    """How this tokenizer's pieces stand for bytes: GPT-2's letters or SentencePiece's marks."""
+    """The function from pieces to bytes, for GPT-2's or SentencePiece's notation."""
     kinds = json.dumps(json.loads(backend.decoder.__getstate__())) if backend.decoder else ""
     if '"ByteLevel"' in kinds:
         return byte_level_bytes
@@ -94,8 +94,8 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter GPT-2 writes for each byte: printable Latin-1 stands for itself, the other
-    bytes take the code points from 256 on, in order."""
+    """Letter of GPT-2's notation -> byte: printable Latin-1 stands for itself, the other bytes have
+    the code points from 256 on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
     letters = {chr(value): value for value in printable}
@@ -107,7 +107,7 @@ BYTE_LETTERS = _byte_letters()
 
 
 def byte_level_bytes(piece: str) -> bytes:
-    """Bytes of a byte-level piece. A piece with any foreign letter is plain text (added tokens)."""
+    """Bytes of a byte-level piece. A piece with any other letter is plain text (added tokens)."""
     try:
         return bytes([BYTE_LETTERS[letter] for letter in piece])
     except KeyError:

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def converted_folder(files: ModelFiles, cache_dir: Path) -> Path:
     """A folder with tokenizer.json, tokenizer_config.json and chat template of this model.
 
-    The name depends on the content of the model's tokenizer and on the versions that converted
-    it. A folder that was damaged since is converted again.
+    Its name is a hash of the model's tokenizer files and the version of transformers. A damaged
+    folder is converted again.
     """
     folder = cache_dir / "tokenizers" / _content_key(files)
     if not _is_intact(folder):
@@ -60,7 +60,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _convert(files: ModelFiles, folder: Path) -> None:
-    """Write beside the final place, then rename: readers see a whole folder or none."""
+    """Write to a temporary folder, then rename it: readers see a complete folder or none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
         fresh = Path(scratch) / "tokenizer"
@@ -82,7 +82,7 @@ def _save_converted(files: ModelFiles, target: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
         tokenizer.save_pretrained(target)
-    except Exception as error:  # whatever the conversion trips over, the files are at fault
-        raise ValueError(f"{files.path}: no tokenizer could be made of it: {error}") from error
+    except Exception as error:  # any failure is a fault of the files
+        raise ValueError(f"{files.path}: cannot be converted to a tokenizer: {error}") from error
     if not (target / "tokenizer.json").is_file():
         raise ValueError(f"{files.path}: transformers has no fast tokenizer for it")

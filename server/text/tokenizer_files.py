@@ -20,8 +20,8 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 def load_tokenizer(files: ModelFiles, cache_dir: Path, chat_template: str | None) -> Tokenizer:
     """Load the tokenizer of a model; `chat_template` (Jinja source) replaces the model's own.
 
-    Byte-level GGUFs and directories with a tokenizer.json load directly. What only transformers
-    can read is converted once and kept under `cache_dir`. ValueError when nothing can be loaded.
+    Byte-level GGUFs and directories with a tokenizer.json load directly. Others are converted once
+    by transformers and kept under `cache_dir`. ValueError when the files cannot be loaded.
     """
     if files.kind == "hf" and (files.path / "tokenizer.json").is_file():
         return _from_folder(files.path, chat_template)
@@ -44,7 +44,7 @@ def _from_folder(folder: Path, chat_template: str | None) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
+    except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     config = _read_json(folder / "tokenizer_config.json")
     template = chat_template or _chat_template(folder, config)

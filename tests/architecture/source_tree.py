@@ -1,4 +1,4 @@
-"""The Python files of this repository as the checks see them: paths and syntax trees."""
+"""The Python files of this repository, for the checks: paths and syntax trees."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """As it is imported."""
+        """The dotted name by which it is imported."""
         return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
     @property
@@ -47,7 +47,7 @@ class Module:
         return self.stem == "__init__"
 
     def at(self, node: ast.AST, problem: str) -> str:
-        """A line for a report."""
+        """The place of a node as a line for a report."""
         return f"{self.path}:{getattr(node, 'lineno', 1)}: {problem}"
 
 
@@ -64,8 +64,8 @@ def modules(packages: tuple[str, ...] = PRODUCT) -> tuple[Module, ...]:
 def imports(
     module: Module, nodes: tuple[ast.AST, ...] | None = None
 ) -> Iterator[tuple[ast.AST, str]]:
-    """Dotted names that are imported, wherever in the file; `from a import b` gives `a.b`, for
-    `b` may be a module."""
+    """All dotted names that the file imports; `from a import b` gives `a.b`, since `b` may be a
+    module."""
     for node in module.nodes if nodes is None else nodes:
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)
@@ -77,8 +77,8 @@ def imports(
 
 
 def run_at_import(tree: ast.AST) -> tuple[ast.AST, ...]:
-    """The nodes that importing the module runs: all but function bodies and what only type
-    checkers read."""
+    """The nodes that run when the module is imported: all but function bodies and code for type
+    checkers."""
     found: list[ast.AST] = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):

@@ -1,4 +1,4 @@
-"""Paths that the documents name exist."""
+"""Paths in the documents exist."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.architecture.source_tree import ALL, ROOT
 DOCUMENTS = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md")))
 TOP = (*ALL, "docs")
 ENDINGS = ("py", "md", "yaml", "yml", "toml", "cpp", "h", "sh", "json", "jinja")
-# A path: below a top-level folder, or ending like a file. Not part of a URL, an absolute path or
-# a name of a model. Inside the diagram of a package, paths leave out the package.
+# A path is below a top-level folder, or ends like a file; it is not part of a URL, an absolute
+# path or a model's name. Diagrams of a package leave out the package.
 WORD = re.compile(r"(?<![\w/.:~$-])[\w.-]+(?:/[\w.*-]+)*/?(?![\w/])")
 
 
@@ -60,7 +60,7 @@ def test_documents_are_found_and_name_paths() -> None:
         ("and/or, 8xH100, `/ready`, 1/2", []),
     ],
 )
-def test_paths_are_told_from_other_words(text: str, paths: list[str]) -> None:
+def test_paths_differ_from_other_words(text: str, paths: list[str]) -> None:
     assert list(named_paths(text)) == paths
 
 

@@ -1,4 +1,4 @@
-"""Inside engine/ and server/ imports point down, floor by floor."""
+"""Inside engine/ and server/, imports point down: a room imports only rooms on lower floors."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ WITHOUT_TORCH = (
     "engine.speculation.policy",
     "engine.step.executor",
 )
-# What runs in the HTTP process, which starts in a moment and stays small.
+# The modules of the HTTP process, which must start quickly and stay small.
 HTTP_SIDE = (
     "server.cli",
     "server.http.app",
@@ -49,7 +49,7 @@ HEAVY = frozenset({"torch", "transformers", "triton", "kernels"})
 
 
 def wrong_directions(module: Module) -> list[str]:
-    """Imports of our packages that lie behind this one."""
+    """Imports of our packages that this one may not import."""
     allowed = MAY_IMPORT[module.package] | {module.package}
     if module.path.startswith(JOINS_EVERYTHING):
         allowed |= {"kernels", "drafter"}
@@ -71,8 +71,8 @@ def foreign_libraries(module: Module) -> list[str]:
 
 
 def reached(start: str, known: Mapping[str, Module]) -> dict[str, list[str]]:
-    """Every name that importing `start` imports, with the chain that leads there. Names of
-    `known` are followed, their packages' `__init__` too."""
+    """Every name that importing `start` imports, with the chain of imports to it. Follows modules
+    in `known` and the `__init__` of their packages."""
     chains = {start: [start]}
     waiting = [start]
     while waiting:
@@ -89,7 +89,7 @@ def reached(start: str, known: Mapping[str, Module]) -> dict[str, list[str]]:
 
 
 def heavy_chains(start: str, known: Mapping[str, Module]) -> list[str]:
-    """How importing `start` leads to something heavy."""
+    """The chains by which importing `start` imports a heavy library."""
     chains = reached(start, known)
     return [" -> ".join(chain) for name, chain in chains.items() if name in HEAVY]
 

@@ -1,4 +1,4 @@
-"""What product code never does, and how its names must not look."""
+"""Rules for product code: forbidden constructs and names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rule = Callable[[Module], list[str]]
 
 PICKLES = frozenset({"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"})
 UNSAFE_CALLS = frozenset({"eval", "exec", "torch.load", "torch.save", "os.system", "os.popen"})
-# keyword -> the one value that is fine; any other, also a computed one, is not
+# keyword -> the only allowed value; computed values are not allowed either
 KEYWORDS = {"strict": True, "shell": False, "trust_remote_code": False, "allow_pickle": False}
 ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"})
 LIBRARIES = frozenset(
@@ -45,7 +45,7 @@ VAGUE_NAMES = frozenset({"util", "utils", "helper", "helpers", "common", "misc"}
 
 
 def init_with_code(module: Module) -> list[str]:
-    """A package's file is a docstring: `kernels` is also a name that transformers probes for."""
+    """`__init__` files hold only a docstring: transformers looks for a package named `kernels`."""
     if not module.is_package:
         return []
     only_docstring = len(module.tree.body) == 1 and ast.get_docstring(module.tree)
@@ -53,7 +53,7 @@ def init_with_code(module: Module) -> list[str]:
 
 
 def bad_module_name(module: Module) -> list[str]:
-    """A module must say what it holds, and not be taken for a library."""
+    """A module's name must say what it holds, and must not be the name of a library."""
     if module.stem in LIBRARIES | VAGUE_NAMES:
         return [module.at(module.tree, f"a module must not be named {module.stem}")]
     return []
@@ -91,7 +91,7 @@ def bare_except(module: Module) -> list[str]:
 
 
 def loose_keyword(module: Module) -> list[str]:
-    """strict=False, shell=True and the like, in a call or as a key of a table of arguments."""
+    """strict=False, shell=True and the like, in a call or in a dict of arguments."""
     found: list[tuple[ast.AST, str, ast.expr]] = []
     for node in module.nodes:
         if isinstance(node, ast.Call):
@@ -107,7 +107,7 @@ def loose_keyword(module: Module) -> list[str]:
 
 
 def unsafe_call(module: Module) -> list[str]:
-    """Whatever may run code that came as data."""
+    """Calls that may run code from data."""
     calls = [node.func for node in module.nodes if isinstance(node, ast.Call)]
     called = [(node, dotted(node)) for node in calls if dotted(node) in UNSAFE_CALLS]
     pickles = [(node, name) for node, name in imports(module) if name.split(".")[0] in PICKLES]

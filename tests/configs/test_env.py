@@ -1,4 +1,4 @@
-"""What is read from the process's environment."""
+"""Values read from the process's environment."""
 
 from __future__ import annotations
 

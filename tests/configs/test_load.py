@@ -1,4 +1,4 @@
-"""Sources of the configuration: which one wins, and what each mistake is answered with."""
+"""Sources of the configuration: which one wins, and the error for each mistake."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_an_unknown_section_names_the_sections() -> None:
     assert expected in refusal([], None, {"AERIE_MODLE__DTYPE": "float32"})
 
 
-def test_all_mistakes_of_a_file_are_told_at_once_with_its_name(file: Path) -> None:
+def test_all_mistakes_of_a_file_are_reported_at_once_with_its_name(file: Path) -> None:
     file.write_text("model: {dtype: int8, typo: 1}\nserver: {port: -1}\n")
     message = refusal([], file)
     assert str(file) in message

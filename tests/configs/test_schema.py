@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from configs.schema import Config
 
-# What these mean is in their names.
+# Keys whose names say what they mean.
 OBVIOUS = {
     "cache.prefix_caching",
     "server.host",

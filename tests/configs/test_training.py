@@ -21,8 +21,8 @@ def load(*overrides: str, path: Path | None = None) -> TrainingConfig:
 def test_shipped_files_are_whole(name: str) -> None:
     card = load(DATA, path=Path(name)).card
     assert card.name != "draft head"
-    if name != "sample":  # whose data ships, too
-        assert (card.licence, card.sources) == ("unknown", ()), "said of data that others bring"
+    if name != "sample":  # its data ships, too
+        assert (card.licence, card.sources) == ("unknown", ()), "the user's data decide these"
 
 
 def test_the_sample_needs_no_data() -> None:
@@ -40,9 +40,9 @@ def test_heads_that_learn_features_have_their_own_defaults(kind: str) -> None:
     config = load(DATA, f"head.kind={kind}")
     assert (config.loss.tokens, config.loss.features, config.loss.feature_noise) == (0.1, 1.0, 0.1)
     assert config.head.init == "random"
-    told = load(DATA, f"head.kind={kind}", "loss.features=0", "loss.tokens=2", "head.init=there")
-    assert (told.loss.tokens, told.loss.features, told.loss.feature_noise) == (2.0, 0.0, 0.1)
-    assert told.head.init == "there"
+    given = load(DATA, f"head.kind={kind}", "loss.features=0", "loss.tokens=2", "head.init=there")
+    assert (given.loss.tokens, given.loss.features, given.loss.feature_noise) == (2.0, 0.0, 0.1)
+    assert given.head.init == "there"
 
 
 def test_eagle3_heads_learn_tokens() -> None:

@@ -1,4 +1,4 @@
-"""Trees that can be named in the configuration."""
+"""Trees that the configuration can name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from configs.load import ConfigError
 from configs.schema import SpeculationConfig
-from configs.trees import load_tree, shipped_trees
+from configs.trees import DynamicTree, StaticTree, load_tree, shipped_trees
 from engine.step.shape import ROOT, DynamicShape, StaticShape, chain
 from server.assembly.drafting import tree_shape
 
@@ -45,6 +45,9 @@ def test_candidates_of_auto_are_shipped_and_the_cheapest_comes_first() -> None:
     [
         ("parents: [-1, 0]\nnum_nodes: 3", "either parents, or"),
         ("num_nodes: 3", "either parents, or"),
+        ("{}", "either parents, or"),
+        ("[-1, 0]", "either parents, or"),
+        ("num_nodes: 3\nmax_depth: 2\ntop_k: wide", "top_k"),
         ("parents: [-1, 0]\nroot: 1", "root"),
         ("parents: oak", "parents"),
         ("parents: [", "tree"),
@@ -55,6 +58,14 @@ def test_a_bad_tree_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_tree(str(path))
+
+
+def test_the_keys_of_a_file_say_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "tree.yaml"
+    path.write_text("parents: [-1, 0]", encoding="utf-8")
+    assert load_tree(str(path)) == StaticTree(parents=(-1, 0))
+    path.write_text("{num_nodes: 3, max_depth: 2, top_k: 1}", encoding="utf-8")
+    assert load_tree(str(path)) == DynamicTree(num_nodes=3, max_depth=2, top_k=1)
 
 
 @pytest.mark.parametrize("parents", [[-1, 2, 0], [0, 0], [-1, -1]])

@@ -1,4 +1,4 @@
-"""Synthetic draft heads in the layouts in which people publish them."""
+"""Synthetic draft heads in the published layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drafter.heads import building
+from drafter.heads.building import HeadBuilder
 from engine.checkpoints.arch import LlamaArch
+from engine.models.place import Place
 from kernels.ops import LinearWeight, Ops
 
 CPU = torch.device("cpu")
@@ -57,7 +60,7 @@ ROPE_SCALING = {
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to publish a head. `names` are those of its tensors in common words."""
+    """One way to publish a head. `names` are the common names of its tensors."""
 
     kind: str  # eagle | dense | eagle3
     config: dict[str, Any]
@@ -110,7 +113,7 @@ class Layout:
         return shapes | {f"{name}.weight": (rows[name], h) for name in self.own}
 
     def tensors(self) -> dict[str, Tensor]:
-        """By common name; the same for the same layout."""
+        """Tensors by common name; equal for equal layouts."""
         generator = torch.Generator().manual_seed(3)
         found = {}
         for name, shape in self.shapes().items():
@@ -133,7 +136,7 @@ class Layout:
         change: Callable[[dict[str, Tensor]], object] = lambda tensors: None,
         **config: object,
     ) -> Path:
-        """Fill `folder`, after `change` of the tensors by their published names."""
+        """Fill `folder`, after `change` has edited the tensors, which have published names."""
         tensors = {self.rename(name): tensor for name, tensor in self.tensors().items()}
         change(tensors)
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,3 +292,8 @@ class TargetWeights:
             ops.pack_linear(embedding, None),
             ops.pack_linear(lm_head, None),
         )
+
+    def builder(self, target: LlamaArch = TARGET, max_len: int = 64) -> HeadBuilder:
+        """Of heads for a whole target in float32."""
+        shared = building.TargetWeights(target, self.packed_embedding, self.packed_lm_head)
+        return HeadBuilder(shared, Place(self.ops, torch.float32, CPU), max_len)

@@ -1,4 +1,4 @@
-"""Draft heads load completely or not at all, and what is written is read back."""
+"""Draft heads load completely or not at all, and a saved head is read back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drafter.checkpoint import load_head, save_eagle3
-from drafter.heads.building import LoadedHead
+from drafter.heads import building
+from drafter.heads.building import HeadBuilder, LoadedHead
 from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
@@ -22,6 +23,7 @@ from drafter.heads.interface import DraftContext
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
+from engine.models.place import Place
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from tests.drafter.published_heads import (
@@ -40,9 +42,7 @@ Q_PROJ = "midlayer.self_attn.q_proj.weight"
 
 
 def load(folder: Path, ops: Ops, target: LlamaArch = TARGET) -> LoadedHead:
-    shared = TargetWeights.of(ops)
-    weights = shared.packed_embedding, shared.packed_lm_head
-    return load_head(folder, target, *weights, ops, torch.float32, CPU, 64)
+    return load_head(folder, TargetWeights.of(ops).builder(target))
 
 
 def replaced(name: str, tensor: Tensor) -> Change:
@@ -131,7 +131,7 @@ def test_tensor_at_fault_is_named(
         ),
     ],
 )
-def test_each_kind_asks_for_its_own_tensors(
+def test_each_kind_needs_its_own_tensors(
     name: str, change: Change, message: str, reference_ops: Ops, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -158,7 +158,7 @@ def test_head_of_another_target_is_refused(
 def test_a_target_of_few_layers_has_no_taps_for_eagle3(reference_ops: Ops, tmp_path: Path) -> None:
     target = dataclasses.replace(TARGET, num_layers=2)
     head = load(LAYOUTS["reference-eagle"].write(tmp_path / "eagle"), reference_ops, target)
-    assert head.tap_layers == (2,)  # behind the final norm, however many layers there are
+    assert head.tap_layers == (2,)  # the final norm's output: the target has 2 layers
     with pytest.raises(ValueError, match=r"config\.json: .*this target has layers 0 to 1"):
         load(EAGLE3.write(tmp_path / "eagle3"), reference_ops, target)
 
@@ -203,7 +203,7 @@ def test_rotary_tables_are_ignored_with_a_log_line(
     assert "inv_freq is ignored" in caplog.text
 
 
-def test_drafting_behind_the_trained_positions_is_warned_of(
+def test_drafting_beyond_the_trained_positions_logs_a_warning(
     reference_ops: Ops, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     load(EAGLE3.write(tmp_path), reference_ops)
@@ -218,15 +218,13 @@ def test_absent_and_repeated_weights_are_shared_with_the_target(
     shared = TargetWeights.of(native_ops)
 
     def loaded(layout: str, change: Change) -> LoadedHead:
-        weights = shared.packed_embedding, shared.packed_lm_head
-        folder = LAYOUTS[layout].write(tmp_path / layout, change)
-        return load_head(folder, TARGET, *weights, native_ops, torch.float32, CPU, 64)
+        return load_head(LAYOUTS[layout].write(tmp_path / layout, change), shared.builder())
 
     absent = loaded("reference-eagle", lambda tensors: None)
     assert absent.embedding.weight is shared.packed_embedding
     assert absent.lm_head.weight is shared.packed_lm_head
     repeated = replaced("model.embed_tokens.weight", shared.embedding.clone())
-    half = loaded("vllm-eagle", repeated)  # its lm_head is another one
+    half = loaded("vllm-eagle", repeated)  # its lm_head differs from the target's
     assert half.embedding.weight is shared.packed_embedding
     assert half.lm_head.weight is not shared.packed_lm_head
     whole_vocab = loaded("nvidia-eagle3", without("lm_head.weight"))
@@ -239,7 +237,8 @@ def test_weights_are_compared_as_they_are_packed(native_cache: Path, tmp_path: P
     packed = ops.pack_linear(embedding.bfloat16(), None)
     wide = replaced("model.embed_tokens.weight", embedding)  # float32 in the file
     folder = LAYOUTS["vllm-eagle"].write(tmp_path, wide)
-    head = load_head(folder, TARGET, packed, packed, ops, torch.bfloat16, CPU, 64)
+    place = Place(ops, torch.bfloat16, CPU)
+    head = load_head(folder, HeadBuilder(building.TargetWeights(TARGET, packed, packed), place, 64))
     assert head.embedding.weight is packed
     assert head.lm_head.weight.data.dtype == torch.bfloat16
 

@@ -1,4 +1,4 @@
-"""config.json of draft heads: every layout is read, what it cannot mean is refused."""
+"""config.json of draft heads: every layout is read, and invalid values are refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_taps_of_eagle3_default_to_low_middle_and_high(
     assert HeadConfig.from_json(EAGLE3).tap_layers(target) == expected
 
 
-def test_outputs_named_by_nvidia_are_inputs_of_the_layers_behind() -> None:
+def test_outputs_named_by_nvidia_are_inputs_of_the_next_layers() -> None:
     config = HeadConfig.from_json(EAGLE3 | {"eagle_config": {AUX: [1, 23, 44]}})
     target = dataclasses.replace(TARGET, num_layers=48)
     assert config.tap_layers(target) == (2, 24, 45)

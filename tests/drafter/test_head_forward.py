@@ -20,7 +20,6 @@ from tests.drafter.published_heads import (
     CPU,
     HIDDEN,
     LAYOUTS,
-    TARGET,
     VOCAB,
     Layout,
     TargetWeights,
@@ -40,7 +39,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 @dataclass
 class Entry:
-    """A row's entries so far: what went into the head, and what came out."""
+    """A row's entries so far: inputs and outputs of the head."""
 
     ids: list[Tensor]
     features: list[Tensor]
@@ -52,7 +51,7 @@ class Entry:
 
 
 class PagedHead:
-    """A head with pages full of NaN, so that reading a slot that was never written shows."""
+    """A head with pages full of NaN, so that reading an unwritten slot shows."""
 
     def __init__(self, head: LoadedHead, ops: Ops, group: TPGroup | None = None) -> None:
         self.head: DraftHead = head
@@ -66,7 +65,7 @@ class PagedHead:
         self.rows = [Entry([], [], []) for _ in TABLES]
 
     def forward(self, features: Tensor, ids: list[Tensor]) -> Tensor:
-        """Append entries to each row, of packed features; all their states, packed."""
+        """Append entries with packed features to each row; return their packed states."""
         starts = [row.next_position for row in self.rows]
         lens = [len(part) for part in ids]
         positions = [torch.arange(a, a + n) for a, n in zip(starts, lens, strict=True)]
@@ -100,20 +99,11 @@ class PagedHead:
 
 
 def load(layout: Layout, folder: Path, target: TargetWeights) -> LoadedHead:
-    return load_head(
-        layout.write(folder),
-        TARGET,
-        target.packed_embedding,
-        target.packed_lm_head,
-        target.ops,
-        torch.float32,
-        CPU,
-        MAX_LEN,
-    )
+    return load_head(layout.write(folder), target.builder(max_len=MAX_LEN))
 
 
 def run_chunks(paged: PagedHead, generator: torch.Generator) -> None:
-    """Feed target features in chunks, then three entries whose feature is the state before."""
+    """Feed target features in chunks, then three entries that take the state before as feature."""
     for lens in CHUNKS:
         ids = [torch.randint(VOCAB, (n,), generator=generator) for n in lens]
         taps = tuple(

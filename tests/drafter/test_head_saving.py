@@ -1,4 +1,4 @@
-"""EAGLE heads are written as they are published, and large heads in files of a bounded size."""
+"""EAGLE heads are written in the published layout, and large heads in files of bounded size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens that wait for the draft head come out as one step would have committed them."""
+"""Pending tokens of several steps merge into those of one step that commits them all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.speculation.proposer import Committed
 
 
 def committed(*rows: tuple[int, int, int], width: int = 1) -> Committed:
-    """Rows of (line, first position, count); everything about a token follows from its place."""
+    """Rows of (line, first position, count); a token's line and position determine its values."""
     marks = [1000 * line + start + i for line, start, count in rows for i in range(count)]
     at = torch.tensor(marks, dtype=torch.int64)
     counts = torch.tensor([0, *(count for _, _, count in rows)])
@@ -55,7 +55,7 @@ def test_steps_come_out_as_one() -> None:
     assert torch.equal(features[1][merged.features, 0], whole.tokens * 2.0)
 
 
-def test_a_step_follows_where_its_rows_go_on() -> None:
+def test_a_step_follows_if_its_rows_continue() -> None:
     pending = added(committed((5, 7, 2), (3, 20, 1)))
     assert pending.followed_by(committed((5, 9, 1)))
     assert pending.followed_by(committed((3, 21, 4), (4, 0, 2)))

@@ -1,4 +1,4 @@
-"""A real draft head behind the real engine: never in the text, always in step with the target."""
+"""A real draft head in the real engine: it never changes the text, and its cache is complete."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drafter.checkpoint import load_head, save_eagle3
+from drafter.heads.building import HeadBuilder, TargetWeights
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.proposer import DraftProposer
@@ -20,8 +21,8 @@ from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.storage import KVStorage
 from engine.messages import Abort, Finished, Submit, Tokens
-from engine.models.layers import cos_sin_table
 from engine.models.loading import LayerLoader
+from engine.models.place import Place
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
@@ -46,21 +47,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def head(native_ops: Ops, tmp_path_factory: pytest.TempPathFactory) -> DraftHead:
-    """Untrained, with weights wide enough to disagree with itself, over half of the vocabulary."""
+    """Untrained, with weights large enough for varied drafts, over half of the vocabulary."""
     oracle = random_llama()
     target = LlamaArch.from_hf_config(oracle.config.to_dict())
     config = dataclasses.replace(eagle3_config(target, len(DRAFT_IDS)), aux_layers=(0, 1))
     folder = tmp_path_factory.mktemp("head") / "eagle3"
     tensors = random_eagle3(config, target, seed=1, std=0.3)
     save_eagle3(folder, config, target, tensors, DRAFT_IDS)
-    table = cos_sin_table(target.head_dim, 256, target.rope_theta, None)
-    read = oracle.state_dict().__getitem__
-    blocks = LayerLoader(target, read, native_ops, torch.float32, CPU, table)
+    place = Place(native_ops, torch.float32, CPU)
+    blocks = LayerLoader.of(target, oracle.state_dict().__getitem__, place, 256)
     embedding = blocks.pack_padded("model.embed_tokens", target.vocab_size)
     lm_head = blocks.pack_padded("lm_head", target.vocab_size)
-    return load_head(
-        folder, target, embedding, lm_head, native_ops, torch.float32, CPU, max_len=256
-    )
+    return load_head(folder, HeadBuilder(TargetWeights(target, embedding, lm_head), place, 256))
 
 
 @dataclass
@@ -154,11 +152,11 @@ def test_the_text_is_that_of_plain_decoding(
 
 
 @pytest.mark.parametrize("shape", [SHAPES["tree"], SHAPES["dynamic"]], ids=["tree", "dynamic"])
-def test_drafts_do_not_depend_on_how_the_head_got_there(
+def test_drafts_do_not_depend_on_the_history_of_the_cache(
     tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, shape: TreeShape
 ) -> None:
-    """Chunked prompts, prefix hits, preemption: the same position gets the same draft, so the
-    head's cache holds what it would hold after one undisturbed run."""
+    """With chunked prompts, prefix hits and preemption the same position gets the same draft, so
+    the head's cache equals that of one undisturbed run."""
     undisturbed = watched(head, native_ops, tiny_engine.num_blocks)
     run(tiny_engine, undisturbed, shape)
     for changes in (
@@ -181,7 +179,7 @@ def test_drafts_do_not_depend_on_how_the_head_got_there(
 
 
 class Switching:
-    """Root only for a while, then a tree, and so on."""
+    """Alternates between some steps with the root only and some with a tree."""
 
     def __init__(self, shape: TreeShape) -> None:
         self._shape = shape
@@ -251,7 +249,7 @@ def test_a_head_that_returns_nan_costs_speed_only(
 
 
 @pytest.mark.parametrize("calls", [0, 1, 7])
-def test_a_head_that_raises_is_left_alone_and_the_text_goes_on(
+def test_a_head_that_raises_is_dropped_and_the_text_goes_on(
     tiny_engine: TinyEngine,
     native_ops: Ops,
     head: DraftHead,
@@ -311,7 +309,7 @@ def test_entries_made_late_are_those_made_at_once(
     shape: TreeShape,
     changes: dict[str, int],
 ) -> None:
-    """Bit for bit, everywhere: pages begin as NaN and end the same. Nobody misses an entry."""
+    """Pages begin as NaN and end with equal bits, so no entry is missing."""
     ends = []
     for max_pending in (1, 5, 64):
         watch = watched(head, native_ops, changes.get("num_blocks", tiny_engine.num_blocks))
@@ -329,10 +327,10 @@ def test_entries_made_late_are_those_made_at_once(
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["running", "aborted"])
-def test_a_prefix_that_was_decoded_without_drafts_has_its_entries(
+def test_a_prefix_decoded_without_drafts_has_its_entries(
     tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, leaves: bool
 ) -> None:
-    """The second request finds blocks whose entries were still pending a step before."""
+    """The second request finds blocks whose entries were pending until the step before."""
     watch = watched(head, native_ops, tiny_engine.num_blocks)
     core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(ROOT))).build()  # type: ignore[arg-type]
     core.add(Submit(ask("first", [9, 8, 7], max_tokens=100, ignore_eos=True)))
@@ -358,7 +356,7 @@ def test_a_prefix_that_was_decoded_without_drafts_has_its_entries(
 
 
 def generate_beside(core: EngineCore, asked: Request) -> Completion:
-    """Run until `asked` has ended, with whatever else is running."""
+    """Run until `asked` has ended, beside the other requests."""
     core.add(Submit(asked))
     heard = Completion()
     while heard.finished is None:

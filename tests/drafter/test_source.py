@@ -50,7 +50,7 @@ def test_a_hub_id_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", ["/nowhere/head", "no-such-head", "a/b/c", ""])
-def test_what_is_none_of_them_is_refused_with_what_is_accepted(name: str) -> None:
+def test_an_unknown_head_is_refused_with_the_accepted_forms(name: str) -> None:
     message = f"no draft head at '{name}'; a draft head is 'auto"
     with pytest.raises(FileNotFoundError, match=message):
         resolve_draft(name, BUNDLED_ALIAS)

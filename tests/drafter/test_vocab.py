@@ -1,4 +1,4 @@
-"""d2t offsets and t2d marks stand for distinct ids of the target."""
+"""d2t offsets and t2d marks encode distinct ids of the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live servers, on a tiny random Llama unless a test needs a model that makes sense."""
+"""Live servers, on a tiny random Llama unless a test needs sensible answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_BLOCKS = 2048
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a context long enough for requests that do not end while a test looks on."""
+    """A model with a context long enough for requests that outlast a test."""
     folder = tmp_path_factory.mktemp("tiny-llama")
     write_tiny_llama(folder, TinyLlama(max_position_embeddings=MAX_LEN))
     return folder
@@ -44,7 +44,7 @@ def make_server(tiny_folder: Path, native_cache: Path) -> Callable[..., LiveServ
 
 @pytest.fixture(scope="session")
 def server(make_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
-    """One for all tests that leave it as it was; it must end well."""
+    """One server for all tests that do not change it; it must exit with 0."""
     with make_server() as live:
         yield live
         assert live.stop() == 0

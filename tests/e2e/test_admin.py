@@ -1,4 +1,4 @@
-"""Draft heads swapped below streams, on a real port; and captured sequences of a real server."""
+"""Draft heads swapped while streams run on a real port; and sequences captured by a real server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARED = "a server answers many clients at once and never loses a token " * 2
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two of different shapes."""
+    """Two heads of different shapes."""
     base = tmp_path_factory.mktemp("heads")
     return [
         write_tiny_head(base / "first", SPEC),
@@ -36,7 +36,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def asked(number: int) -> dict[str, Any]:
-    """Half of them greedy, half seeded; half with a common beginning."""
+    """Requests: half greedy, half seeded; half with a common prefix."""
     return {
         "model": MODEL,
         "prompt": (SHARED if number % 4 < 2 else "") + f"number {number}",
@@ -48,7 +48,7 @@ def asked(number: int) -> dict[str, Any]:
 
 
 def texts(server: LiveServer, *, streaming: Event | None = None) -> list[str]:
-    """What all requests say, sent together; `streaming` is set once every one has its first
+    """The texts of all requests, sent together; `streaming` is set when each has its first
     text."""
     client = server.client()
     started = Barrier(NUM_STREAMS, action=None if streaming is None else streaming.set)
@@ -67,7 +67,7 @@ def swap(server: LiveServer, path: Path | None) -> httpx.Response:
     return server.post(PATH, {"path": path and str(path)}, headers=ADMIN)
 
 
-def test_heads_are_swapped_below_twenty_streams_without_a_trace(
+def test_swapping_heads_changes_none_of_twenty_running_streams(
     make_server: MakeServer, heads: list[Path], tmp_path: Path
 ) -> None:
     with make_server("speculation.lookup=false") as plain:
@@ -96,7 +96,7 @@ def test_heads_are_swapped_below_twenty_streams_without_a_trace(
         assert server.stop() == 0
 
 
-def test_doors_and_bad_heads_of_a_server_that_began_without_one(
+def test_keys_and_bad_heads_of_a_server_that_began_without_a_head(
     make_server: MakeServer, heads: list[Path], tmp_path: Path
 ) -> None:
     with make_server("server.admin_keys=[root]", "server.api_keys=[user]") as server:
@@ -120,9 +120,7 @@ def test_doors_and_bad_heads_of_a_server_that_began_without_one(
         assert server.stop() == 0
 
 
-def test_a_server_writes_down_what_it_said_if_it_may(
-    make_server: MakeServer, tmp_path: Path
-) -> None:
+def test_a_server_captures_its_sequences_if_it_may(make_server: MakeServer, tmp_path: Path) -> None:
     folder = tmp_path / "captured"
     options = ("--capture", str(folder), "--capture-consent", "capture.sample_rate=1")
     with make_server(*options) as server:

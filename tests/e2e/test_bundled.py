@@ -1,4 +1,4 @@
-"""The bundled model as `make serve` runs it: a small model, but one whose answers make sense."""
+"""The bundled model as `make serve` runs it: small, but its answers make sense."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from configs.load import load_config, shipped_configs
 from engine.checkpoints.source import BUNDLED_ALIAS
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
+from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.live_server import LiveServer
 from tests.support.threads import own_torch_threads
@@ -79,12 +80,12 @@ def test_a_stream_says_what_the_whole_answer_says(
     assert [getattr(last.usage, n) for n in counted] == [getattr(whole.usage, n) for n in counted]
 
 
-def test_the_server_says_what_the_engine_says_without_it(
+def test_the_server_answers_as_the_engine_alone_does(
     bundled: LiveServer, native_cache: Path
 ) -> None:
     overrides = [NUM_BLOCKS, f"files.dir={native_cache}"]
     config = load_config(shipped_configs()["smollm2"], overrides)
-    codec = load_codec(config)
+    codec = load_codec(hosted(config))
     prompt = codec.encode(QUESTION, True)
     requests = [
         ask("greedy", prompt, max_tokens=24),

@@ -1,4 +1,4 @@
-"""Many clients at once, and clients that leave."""
+"""Many clients at once, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def num_aborted(server: LiveServer) -> float:
 
 
 def assert_nothing_runs(server: LiveServer, num_aborts: float) -> None:
-    """Requests were aborted, up to `num_aborts` since the start, rather than run to their end; the
-    engine is idle, and all it computes from now on is what is asked of it."""
+    """Assert that `num_aborts` requests were aborted since the start, that the engine is idle, and
+    that from now on it computes only new requests."""
     before = counted(server)
     assert num_aborted(server) == num_aborts
     done = server.client().completions.create(**ENDLESS | {"max_tokens": 5}, extra_body=OPTIONS)

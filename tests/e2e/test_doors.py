@@ -26,7 +26,7 @@ ENDLESS = SHORT | {"max_tokens": MAX_LEN - 100, "extra_body": {"ignore_eos": Tru
 def guarded(
     make_server: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """One request runs, one may wait; keys are asked for; the log is JSON."""
+    """A server with keys and a JSON log, where one request runs and one may wait."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"# ours\n{FILE_KEY}\n")
     with make_server(
@@ -141,7 +141,7 @@ def test_the_plain_log_tells_no_text_either(server: LiveServer) -> None:
         assert secret not in server.log.text()
 
 
-def test_headers_without_an_end_cost_one_connection_and_no_more(guarded: LiveServer) -> None:
+def test_endless_headers_cost_only_their_connection(guarded: LiveServer) -> None:
     address = urlsplit(guarded.url)
     with socket.create_connection((address.hostname, address.port), DEADLINE) as flood:
         flood.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ")

@@ -1,4 +1,4 @@
-"""What clients see when one of the processes is killed, and what becomes of the other."""
+"""What clients see when one process is killed, and what happens to the other process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text_of(server: LiveServer) -> str:
 
 
 def check_failure_of_open_requests(server: LiveServer) -> None:
-    """Kill the engine below a stream and a request without one."""
+    """Kill the engine during a streamed and a whole answer."""
     client = server.client()
     with ThreadPoolExecutor(1) as threads:
         stream = client.completions.create(**ENDLESS, stream=True)

@@ -1,9 +1,10 @@
-"""The head that ships for the bundled model: what it drafts is accepted, and no bit of any text
-depends on it."""
+"""The shipped head of the bundled model: its drafts are accepted, and no token of any text depends
+on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from server.assembly.drafting import tree_shape
 from server.assembly.evaluation import sample_prompts
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
+from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.threads import own_torch_threads
 
@@ -31,14 +33,15 @@ def engine(native_cache: Path) -> Iterator[OfflineEngine]:
 
 @pytest.fixture(scope="module")
 def prompts(native_cache: Path) -> list[list[int]]:
-    codec = load_codec(load_config(None, [f"files.dir={native_cache}"]))
+    codec = load_codec(hosted(load_config(None, [f"files.dir={native_cache}"])))
     found = list(read_prompts(sample_prompts()))[:NUM_PROMPTS]
     return [codec.encode(list(prompt.messages), True) for prompt in found]
 
 
 def texts(engine: OfflineEngine, prompts: list[list[int]], tree: str, heat: float) -> list[object]:
     """Token ids of all prompts, drafted in the shape `tree`."""
-    engine.core.plan_with(FixedPlanner(tree_shape(tree)))
+    policy = replace(engine.core.policy, planner=FixedPlanner(tree_shape(tree)))
+    engine.core.draft_with(policy)
     requests: list[Request] = [
         ask(f"{tree}-{heat}-{i}", ids, max_tokens=NUM_TOKENS, temperature=heat, seed=i)
         for i, ids in enumerate(prompts)
@@ -49,7 +52,7 @@ def texts(engine: OfflineEngine, prompts: list[list[int]], tree: str, heat: floa
 
 @pytest.fixture(scope="module")
 def plain(engine: OfflineEngine, prompts: list[list[int]]) -> dict[float, list[object]]:
-    """What plain decoding says, by temperature."""
+    """The texts of plain decoding, by temperature."""
     return {heat: texts(engine, prompts, "root", heat) for heat in (0.0, 1.0)}
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM: open requests end well, new ones are refused, the exit code is 0."""
+"""SIGTERM: open requests complete, new ones are refused, the exit code is 0."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import LiveServer, idle, post, wait_gone
 
 MakeServer = Callable[..., LiveServer]
-LENGTH = 3000  # tokens; some seconds, of which the test needs a small part
+LENGTH = 3000  # tokens; they take seconds, the test much less
 DRAINING = r"draining: 1 requests are open"
 
 
 def open_stream(server: LiveServer, num_tokens: int, **client: Any) -> openai.Stream[Any]:
-    """A stream whose first token has come, without an end before `num_tokens`."""
+    """A stream of `num_tokens` whose first token has arrived."""
     stream = server.client(**client).completions.create(
         model=MODEL,
         prompt="the lazy dog",

@@ -1,4 +1,4 @@
-"""A server that cannot start says why in one line, and ends."""
+"""A server that cannot start prints one line that says why, and ends."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Q5_0 = gguf.GGMLQuantizationType.Q5_0
 def fails(
     *arguments: str, saying: str, extra: dict[str, str] | None = None, prelude: str = ""
 ) -> None:
-    """The command must end by itself, with one line that matches `saying` and no traceback.
-    `prelude` is Python that runs before it."""
+    """Assert that the command ends by itself, with one line that matches `saying` and no traceback.
+    `prelude` is Python code to run before it."""
     done = run_aerie("serve", *arguments, extra=extra, prelude=prelude)
     lines = done.stderr.splitlines()
     assert done.returncode in (1, 2), done.stderr
@@ -66,7 +66,7 @@ def test_a_bad_environment_variable() -> None:
 
 
 def test_an_engine_process_that_cannot_be_spawned(tmp_path: Path, tiny_folder: Path) -> None:
-    """The interpreter may be replaced, or lose its rights, while the server runs."""
+    """The interpreter may be replaced, or lose its permissions, while the server runs."""
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\n")
     fails(
@@ -84,7 +84,7 @@ def truncated_weights(folder: Path, tiny_folder: Path) -> Path:
 
 
 def unsupported_gguf(folder: Path, tiny_folder: Path) -> Path:
-    """A whole header and tokenizer around one tensor of a type that cannot be read."""
+    """A complete header and tokenizer with one tensor of an unsupported type."""
     model = json.loads((tiny_folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     path, tokens = folder / "odd.gguf", sorted(model["vocab"], key=model["vocab"].__getitem__)
     writer = gguf.GGUFWriter(path, "llama")

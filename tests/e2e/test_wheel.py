@@ -1,4 +1,4 @@
-"""What users install: one package, `aerie`, which works as the source does."""
+"""The wheel that users install: one package, `aerie`, which works as the source does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MADE_HERE = shutil.ignore_patterns("__pycache__", "*.so", "prebuilt")
 PROMPT, NUM_TOKENS = [5, 17, 3, 40, 8], 12
 SECONDS = 60.0
 
-# Imports every module, then generates; prints the names at the top and the tokens as JSON.
+# Imports every module, then generates; prints the top-level names and the tokens as JSON.
 IN_THE_WHEEL = """
 import importlib, json, pkgutil, sys
 import aerie, kernels
@@ -76,7 +76,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights.write_bytes(b"")  # packing them takes seconds
     for name in FILES:
         shutil.copy(ROOT / name, folder / "source")
-    stale = folder / "source" / "build" / "lib"  # what an earlier build left must not be packed
+    stale = folder / "source" / "build" / "lib"  # leftovers of an earlier build must not be packed
     (stale / "server").mkdir(parents=True)
     (stale / "server" / "gone.py").write_text("")
     offline = ("--no-deps", "--no-index", "--no-build-isolation")
@@ -87,7 +87,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """Where the wheel is installed, beside a package `kernels` of somebody else."""
+    """The folder where the wheel is installed, beside an unrelated package `kernels`."""
     folder = wheel.parent / "installed"
     pip("install", "--no-deps", "--no-index", "--target", str(folder), str(wheel))
     (folder / "kernels").mkdir()
@@ -96,13 +96,13 @@ def installed(wheel: Path) -> Path:
 
 
 def environment(installed: Path) -> dict[str, str]:
-    """The wheel before the other packages of this interpreter, and no source on the path."""
+    """An environment with the wheel first on the path, and the source not on it."""
     packages = sysconfig.get_path("purelib")
     return child_environment({"PYTHONPATH": f"{installed}:{packages}"})
 
 
 def run(installed: Path, arguments: Sequence[str]) -> str:
-    """Without `site`, which would add the source of an editable installation."""
+    """Run without `site`, which would add the source of an editable installation."""
     done = subprocess.run(
         [sys.executable, "-S", *arguments],
         cwd=installed.parent,
@@ -232,7 +232,7 @@ def test_imports_of_our_folders_are_nested(source: str, expected: str) -> None:
         "from torch import engine\nkernels = server = 1\n",
     ],
 )
-def test_what_only_looks_like_them_is_left_alone(source: str) -> None:
+def test_other_text_is_left_alone(source: str) -> None:
     assert nested(source) == source
 
 

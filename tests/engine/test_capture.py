@@ -14,7 +14,13 @@ import pytest
 from pydantic import ValidationError
 
 from configs.schema import CaptureConfig
-from engine.capture import CapturedSequence, CaptureWriter, ShardWriter, is_sampled
+from engine.capture import (
+    QUEUE_SIZE,
+    CapturedSequence,
+    CaptureWriter,
+    ShardWriter,
+    is_sampled,
+)
 from engine.core import EngineCore
 from engine.messages import Abort, Finished, Submit
 from engine.request import FinishReason, Sequence
@@ -44,8 +50,14 @@ def shards(folder: Path) -> dict[str, list[Line]]:
     }
 
 
+def open_writer(config: CaptureConfig, queue_size: int = QUEUE_SIZE) -> CaptureWriter:
+    assert config.dir is not None
+    into = ShardWriter(config.dir, config.max_bytes, config.shard_tokens)
+    return CaptureWriter(into, config.sample_rate, queue_size)
+
+
 def write(config: CaptureConfig, *sequences: Sequence) -> CaptureWriter:
-    writer = CaptureWriter(config)
+    writer = open_writer(config)
     writer.start()
     for seq in sequences:
         writer.take(seq, FinishReason.STOP)
@@ -63,7 +75,7 @@ def line_size() -> int:
 
 
 def test_an_engine_captures_the_texts_of_its_requests(tmp_path: Path) -> None:
-    writer = CaptureWriter(settings(tmp_path / "new" / "folder"))
+    writer = open_writer(settings(tmp_path / "new" / "folder"))
     fake = FakeEngine(on_finish=writer.take)
     core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
     writer.start()
@@ -87,7 +99,7 @@ def test_an_engine_captures_the_texts_of_its_requests(tmp_path: Path) -> None:
 
 
 def test_aborted_text_is_captured_and_failed_or_empty_text_is_not(tmp_path: Path) -> None:
-    writer = CaptureWriter(settings(tmp_path))
+    writer = open_writer(settings(tmp_path))
     fake = FakeEngine(on_finish=writer.take)
     core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
     writer.start()
@@ -165,7 +177,7 @@ def test_capturing_stops_at_max_bytes_with_one_line(
 
 
 def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
-    writer = CaptureWriter(settings(tmp_path), queue_size=2)
+    writer = open_writer(settings(tmp_path), queue_size=2)
     for n in range(5):  # nothing takes from the queue yet
         writer.take(ended(str(n)), FinishReason.LENGTH)
     assert (writer.num_captured, writer.num_dropped) == (2, 3)
@@ -213,7 +225,7 @@ def test_taking_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         ShardWriter, "write", lambda shard, text, num_tokens: held.wait(30) and None
     )
-    writer = CaptureWriter(settings(tmp_path), queue_size=3)
+    writer = open_writer(settings(tmp_path), queue_size=3)
     writer.start()
     for n in range(50):
         writer.take(ended(str(n)), FinishReason.STOP)
@@ -248,4 +260,4 @@ def test_consent_alone_captures_nothing() -> None:
 def test_a_directory_that_cannot_be_made_is_an_error_at_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"capture\.dir .*file/below cannot be used"):
-        CaptureWriter(settings(tmp_path / "file" / "below"))
+        open_writer(settings(tmp_path / "file" / "below"))

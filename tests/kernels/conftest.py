@@ -1,4 +1,4 @@
-"""Native operations over both storage dtypes, and over every instruction set this CPU has."""
+"""Native operations for both storage dtypes and every instruction set of this CPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def bound(library: NativeLibrary, dtype: torch.dtype) -> NativeOps:
-    """The C++ functions, those too that only serve an operation."""
+    """All C++ functions, including helpers of an operation."""
     return NativeOps(library, dtype)
 
 

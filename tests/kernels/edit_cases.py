@@ -1,7 +1,7 @@
-"""Random penalties and biases, and what they do to logits, said one token at a time.
+"""Random penalties and biases, and the logits that they give, computed one token at a time.
 
-The answer is computed from texts, not from the tensors: prompt, output and drafted path of every
-row, with numpy's float32 for each step of the arithmetic.
+The expected logits come from texts, not from the tensors: prompt, output and drafted path of every
+row. Each step of the arithmetic is in numpy's float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STRENGTHS = (  # repetition, frequency, presence
     (1.0, 0.0, -1.5),
 )
 NUM_ROWS = 11
-NUM_LINES = 5  # the last one holds garbage, and only rows without penalties name it
+NUM_LINES = 5  # the last one holds garbage; only rows without penalties use it
 LATE = 2**62
 
 
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Case:
-    """Rows with logits, each with what its text has seen and the bias list that applies to it."""
+    """Rows with logits, the tokens that each row's text has seen, and its bias list."""
 
     logits: Tensor  # [R, V]
     edits: LogitEdits
@@ -73,7 +73,7 @@ class Case:
                 values[entry.token] += np.float32(entry.value)
 
     def parts(self) -> list[tuple[LogitEdits, Tensor]]:
-        """All edits, each kind alone and none, with what they give."""
+        """All edits, each kind alone, and none, with the expected logits."""
         edits = self.edits
         return [
             (edits, self.expected()),
@@ -104,7 +104,7 @@ def random_case(vocab: int, depth: int, num_entries: int, seed: int = 0) -> Case
     lines = [NUM_LINES - 1 if off[r] else rng.randrange(NUM_LINES - 1) for r in range(NUM_ROWS)]
     paths = [[rng.choice((-1, rng.randrange(vocab))) for _ in range(depth)] for _ in lines]
     for path in paths[::2]:
-        path[1:] = path[:1] * (depth - 1) if path else []  # one token again and again
+        path[1:] = path[:1] * (depth - 1) if path else []  # the same token repeated
     positions = [rng.randrange(1000) for _ in lines]
     lists = [_random_list(vocab, num_entries, positions, rng) for _ in range(4)]
     of_row = [rng.randrange(len(lists)) for _ in lines]
@@ -155,7 +155,7 @@ def _counts(texts: list[tuple[list[int], list[int]]], vocab: int) -> Tensor:
 
 
 def _tensors(lists: list[list[Entry]], of_row: list[int], longest: int) -> BiasEntries:
-    """Unused places hold what must not be looked at."""
+    """Unused places hold values that must not be read."""
     ids = torch.full((len(lists), longest), -1)
     values = torch.full((len(lists), longest), torch.nan)
     until = torch.full((len(lists), longest), LATE)

@@ -1,4 +1,4 @@
-"""When the native library is compiled, when it is found, and what happens where it cannot be."""
+"""When the native library is compiled, when it is found, and the errors if it cannot be."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kernels.native.build import (
 )
 
 Command = tuple[str, ...]
-# A compiler that takes a moment: it writes its arguments into the library.
+# A fast fake compiler: it writes its arguments into the library.
 WRITE = "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write(' '.join(sys.argv))"
-# One that leaves half a library behind.
+# A compiler that fails and leaves half a library.
 FAIL = (
     "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('half')\n"
     "sys.exit('In file a.cpp:\\na.cpp:7:1: error: no such instruction\\nmore')"
@@ -30,7 +30,7 @@ FAIL = (
 
 
 def python(code: str) -> Command:
-    """A compiler made of a Python program. `--version` is asked of it too."""
+    """A compiler made of a Python program. It must also accept `--version`."""
     return (sys.executable, "-c", f"import sys\nif '--version' in sys.argv: sys.exit()\n{code}")
 
 
@@ -62,7 +62,7 @@ def test_every_source_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert compiled == {str(path) for path in build.PACKAGE.rglob("*.cpp")}
 
 
-def test_a_library_that_lies_there_is_not_compiled_again(
+def test_an_existing_library_is_not_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, python(WRITE))
@@ -72,7 +72,7 @@ def test_a_library_that_lies_there_is_not_compiled_again(
     assert path.read_text() == "kept"
 
 
-def test_whatever_goes_into_a_library_gives_it_another_name(
+def test_every_input_of_a_library_changes_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, python(WRITE))
@@ -85,7 +85,7 @@ def test_whatever_goes_into_a_library_gives_it_another_name(
     assert all(path.is_file() for path in paths)
 
 
-def test_what_was_compiled_is_found_where_no_compiler_is(
+def test_a_compiled_library_is_found_without_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, python(WRITE))
@@ -176,7 +176,7 @@ def test_without_a_compiler_the_message_says_what_to_install(
 
 @pytest.fixture
 def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with libraries for every x86-64 CPU, and no compiler any more."""
+    """A folder with libraries for every x86-64 CPU; the compiler is gone."""
     monkeypatch.setattr(build, "variants", lambda: X86_VARIANTS)
     use(monkeypatch, python(WRITE))
     for variant in X86_VARIANTS:

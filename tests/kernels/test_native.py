@@ -1,5 +1,5 @@
 """Native operations against the torch references, in odd shapes, and against themselves in other
-batches: an output must not depend on its neighbours by a single bit."""
+batches: no bit of an output may depend on its neighbours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kernels.sampling import reference as sampling
 # Largest absolute error for values of order one: float32 sums in another order.
 TOLERANCE = {"linear": 2e-5, "norm": 2e-5, "rope": 1e-6, "attention": 1e-5, "activation": 1e-6}
 AMX_ATTENTION = 2e-2  # queries and softmax weights are rounded to bfloat16 there
-BFLOAT16_STEP = 2**-8  # relative distance of neighbours
+BFLOAT16_STEP = 2**-8  # relative distance of neighbouring numbers
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -238,7 +238,7 @@ def test_scores_are_those_of_the_native_sum(native: Ops, bound: NativeOps) -> No
 
 
 def test_nearly_flat_logits_draw_as_the_reference(bound: NativeOps) -> None:
-    """Every token is a candidate, so the bound that spares logarithms spares few."""
+    """Every token is a candidate, so the bound avoids few logarithms."""
     logits = numbers(32, 5000) * 1e-3
     keys = sampling.noise_keys(torch.arange(32), torch.full((32,), 10))
     assert torch.equal(bound.gumbel_argmax(logits, keys), sampling.gumbel_argmax(logits, keys))
@@ -273,7 +273,7 @@ def test_keys_before_the_first_are_not_read(native: Ops, dtype: torch.dtype) -> 
 
 
 def test_a_level_of_a_tree_sees_entries_of_earlier_levels(native: Ops, dtype: torch.dtype) -> None:
-    """Nodes 3 .. 5 ask; the KV of nodes 0 .. 2 was written by forwards before."""
+    """Nodes 3 .. 5 are the queries; earlier forwards wrote the KV of nodes 0 .. 2."""
     keys, values, whole = paged([(20, 6)], 3, 64, dtype)
     masks = [0b1, 0b11, 0b101, 0b1011, 0b11, 0b100101]
     q = numbers(6, 9, 64)

@@ -1,5 +1,5 @@
-"""Native attention over trees: every node gets, bit for bit, what plain decoding would have got
-with the tokens of the node's path committed one after the other."""
+"""Native attention over trees: every node gets the bits of plain decoding, where the tokens of the
+node's path are committed one after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of a batch asks: `masks` over the entries behind the prefix, 0 for none."""
+    """One row of a batch: `masks` over the entries after the prefix, 0 for none."""
 
     keys: Tensor  # [length, Hkv, D]
     values: Tensor
@@ -51,7 +51,7 @@ def tree_row(
 
 
 def decodes(row: Row) -> list[Row]:
-    """For each query, a row that decodes it plainly behind the path that it sees."""
+    """For each query, a row that decodes it plainly after the path that it sees."""
     rows = []
     for query, mask in zip(row.queries, row.masks, strict=True):
         path = [row.prefix + i for i in range(64) if mask >> i & 1]
@@ -64,7 +64,7 @@ def decodes(row: Row) -> list[Row]:
 
 
 def attend(native: Ops, rows: Sequence[Row], reference_too: bool = False) -> Tensor:
-    """[all queries, Hq * D], over caches of scattered blocks with NaN wherever nothing lies."""
+    """[all queries, Hq * D], over caches of scattered blocks with NaN in unused slots."""
     _, kv_heads, D = rows[0].keys.shape
     counts = [-(-len(row.keys) // BLOCK) for row in rows]
     order = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(3)).int()
@@ -110,11 +110,11 @@ def test_every_node_gets_the_bits_of_plain_decoding(
 
 
 def asking(row: Row, nodes: slice, first_key: int) -> Row:
-    """Some nodes ask; the KV of the others was written by forwards before."""
+    """Only some nodes are queries; earlier forwards wrote the KV of the others."""
     return replace(row, masks=row.masks[nodes], queries=row.queries[nodes], first_key=first_key)
 
 
-def test_a_level_behind_a_window_gets_the_bits_of_plain_decoding(
+def test_a_level_with_a_window_gets_the_bits_of_plain_decoding(
     native: Ops, dtype: torch.dtype
 ) -> None:
     levels = []

@@ -1,4 +1,4 @@
-"""The noise is part of the product: its integers are the same on every machine, for ever."""
+"""The noise integers must never change and must be the same on every machine."""
 
 from __future__ import annotations
 

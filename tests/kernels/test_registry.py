@@ -1,4 +1,4 @@
-"""Which backend serves which operation, and that the choice is never silent."""
+"""Which backend runs which operation, and that a fallback is never silent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_A_LIBRARY = (  # a compiler whose result cannot be loaded
 
 @pytest.fixture(params=["no-compiler", "damaged-library"])
 def unavailable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A machine without native kernels; gives a word of the reason."""
+    """A machine without native kernels; returns words of the reason."""
     damaged = request.param == "damaged-library"
     monkeypatch.setattr(build, "find_compiler", lambda: NOT_A_LIBRARY if damaged else None)
     monkeypatch.setattr(build, "variants", lambda: ())  # nothing compiled ahead either

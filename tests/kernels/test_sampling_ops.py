@@ -1,4 +1,4 @@
-"""Edits, draws and scores in plain torch: against oracles, and the quicker ones of CPUs."""
+"""Edits, draws and scores in plain torch and the faster ones for CPUs, against oracles."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_zeros_of_either_sign_are_equals(reference_ops: Ops) -> None:
 def test_an_equal_of_the_last_alternative_is_left_out_if_its_id_is_higher(
     reference_ops: Ops,
 ) -> None:
-    """Beside a row without equals, among more tokens than `topk` looks at one by one."""
+    """Beside a row without equals, with a vocabulary larger than `topk` scans one by one."""
     logits = numbers(2, 5000)
     logits[0, 4000::7] = logits[0, 123] = 9.0
     found = reference_ops.score(logits, torch.tensor([0, 0]), 2)
@@ -226,7 +226,7 @@ def test_an_equal_of_the_last_alternative_is_left_out_if_its_id_is_higher(
 
 
 def on_device(value: Any) -> Any:
-    """Settings with their tensors on the pretended device."""
+    """Settings with their tensors on the fake device."""
     parts = {f.name: getattr(value, f.name) for f in fields(value)}
     return replace(
         value,
@@ -235,7 +235,7 @@ def on_device(value: Any) -> Any:
 
 
 def lists_of(value: Any) -> list[Any]:
-    """What the tensors of a result hold, wherever they lie."""
+    """The values of a result's tensors, on any device."""
     parts = (
         [value] if isinstance(value, Tensor) else [getattr(value, f.name) for f in fields(value)]
     )
@@ -246,7 +246,7 @@ def lists_of(value: Any) -> list[Any]:
 def test_operations_stay_on_their_device_and_never_wait(
     reference_ops: Ops, through_the_table: bool
 ) -> None:
-    """The references of devices as they are, and a table whose tensors lie on a device."""
+    """The reference functions for devices, and a table whose tensors lie on a device."""
     case: Case = random_case(300, 4, 20)
     chosen, tokens = settings(4, TEMPERATURES, True), torch.arange(8)
     drawable = case.logits[:8].clone()

@@ -1,4 +1,4 @@
-"""The tree operations in plain torch: alone, and as the drafter grows trees with them."""
+"""The tree operations in plain torch: alone, and used by the drafter to grow trees."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Context:
 
 @dataclass
 class ScriptedGrower:
-    """Draft logits that depend on depth and place only; otherwise what the drafter does."""
+    """Draft logits that depend only on depth and place; otherwise like the drafter."""
 
     logits: Tensor  # [depths, B, K, W]
     roots: Roots
@@ -64,7 +64,7 @@ class ScriptedGrower:
 
 @dataclass
 class Node:
-    """A candidate of the oracle: `path` holds the tokens from below the root."""
+    """A candidate of the oracle: `path` holds the tokens after the root."""
 
     path: tuple[int, ...]
     score: float
@@ -152,7 +152,7 @@ def random_candidates(B: int, C: int, ties: bool) -> tuple[Tensor, Tensor, Tenso
 def tree_of_the_best(
     tokens: list[int], parents: list[int], scores: list[float], root: int, size: int
 ) -> tuple[list[int], list[int]]:
-    """Take the best candidate again and again, then number what was taken."""
+    """Take the best candidate repeatedly, then number the taken ones."""
     taken: set[int] = set()
     while len(taken) < size - 1:
         free = [at for at in range(len(tokens)) if at not in taken]
@@ -165,7 +165,7 @@ def tree_of_the_best(
 @pytest.mark.parametrize(("C", "num_nodes"), [(1, 2), (7, 4), (12, 13), (40, 16), (5, 1)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_each_row_keeps_its_own_number_of_nodes(C: int, num_nodes: int, ties: bool) -> None:
-    """From the root alone to more than there is room for; the root is there even at limit 0."""
+    """From the root alone to more than fit; the root stays even at limit 0."""
     limits = [0, 1, 2, num_nodes // 2, num_nodes - 1, num_nodes, num_nodes + 1, 10**9]
     candidates = random_candidates(len(limits), C, ties)
     got = reference.select(*candidates, torch.tensor(limits), num_nodes)

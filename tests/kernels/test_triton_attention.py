@@ -27,7 +27,7 @@ pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures(poisoned_memory.__name_
 
 # bfloat16 softmax weights carry an error of half a step each, relative to values of order one.
 LOOSER = {torch.float32: {}, torch.bfloat16: {"atol": 2e-2}}
-Rows = Sequence[tuple[int, int]]  # prefix and suffix of each
+Rows = Sequence[tuple[int, int]]  # prefix and suffix length of each row
 Caches = tuple[Tensor, Tensor]
 
 
@@ -146,7 +146,7 @@ def test_trees_see_prefix_ancestors_and_themselves(rows: Rows, heads: int) -> No
 
 @pytest.mark.parametrize("last", [31, 32, 63])
 def test_a_level_of_a_tree_sees_entries_of_earlier_forwards(last: int) -> None:
-    """Two queries; what neither sees is NaN, or lies outside the table."""
+    """Two queries; entries that neither sees are NaN or lie outside the table."""
     caches, meta = paged([(20, last + 1)], 1, 64)
     masks = [0b1001, 1 << last | 1]
     for cache in caches:
@@ -199,7 +199,7 @@ def test_parts_merge_into_the_reference(rows: Rows, heads: int, dtype: torch.dty
 
 @pytest.mark.parametrize("queries", [1, 20])
 def test_rows_without_queries_are_passed_over(queries: int) -> None:
-    """Padding of a captured batch: nothing is read for such rows, and no output is theirs."""
+    """Padding rows of a captured batch: the kernel reads and writes nothing for them."""
     caches, meta = paged([(50, queries), (20, queries)], 1, 64)
     counts = [0, 0, queries, queries, 2 * queries, 2 * queries]
     tables = meta.block_tables[[0, 0, 0, 1, 1]].clone()
@@ -267,7 +267,7 @@ def test_caches_may_hold_more_than_two_to_the_31_numbers() -> None:
     (keys, _), meta = paged([(20, 1)], 1, 64)
     stride = 2**31 // (len(keys) - 1) + 64 & ~63
     size = stride * (len(keys) - 1) + 16 * 64
-    memory = torch.UntypedStorage(2 * size, device=DEVICE)  # only what is written takes memory
+    memory = torch.UntypedStorage(2 * size, device=DEVICE)  # only written pages take memory
     far = torch.tensor([], dtype=torch.bfloat16, device=DEVICE).set_(
         memory, 0, keys.shape, (stride, 64, 64, 1)
     )
@@ -286,7 +286,7 @@ def test_caches_may_hold_more_than_two_to_the_31_numbers() -> None:
         ((1, 65, 64), (1, 16, 1, 64), "65 query heads of a KV head, at most 64"),
     ],
 )
-def test_shapes_that_it_does_not_know_are_refused(
+def test_unsupported_shapes_are_refused(
     q: tuple[int, ...], cache: tuple[int, ...], message: str
 ) -> None:
     _, meta = paged([(0, 1)], 1, 64)
@@ -298,7 +298,7 @@ def test_shapes_that_it_does_not_know_are_refused(
     ("queries", "keys"),
     [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
 )
-def test_types_that_it_does_not_know_are_refused(queries: torch.dtype, keys: torch.dtype) -> None:
+def test_unsupported_types_are_refused(queries: torch.dtype, keys: torch.dtype) -> None:
     caches, meta = paged([(0, 1)], 1, 64, keys)
     with pytest.raises(ValueError, match=f"queries of {queries} with keys of {keys}"):
         kernel.attention(numbers(1, 1, 64, dtype=queries), *caches, meta, 1.0)
@@ -311,7 +311,7 @@ def test_types_that_it_does_not_know_are_refused(queries: torch.dtype, keys: tor
         (8, 264, 10, 10),  # a context too short for more
         (512, 264, 64, 1),  # batch 64: 1.94 waves
         (320, 264, 64, 3),  # batch 40: 1.2 waves, or 3.6
-        (1, 264, 128, 116),  # one KV head: all that is allowed, nearly
+        (1, 264, 128, 116),  # one KV head: nearly the allowed maximum
         (128, 132, 64, 1),
         (5, 264, 0, 1),
         (0, 264, 9, 1),

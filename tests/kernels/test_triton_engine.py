@@ -1,4 +1,4 @@
-"""A tiny engine over the Triton kernels says what it says over the references."""
+"""A tiny engine gives the same text with the Triton kernels as with the references."""
 
 from __future__ import annotations
 

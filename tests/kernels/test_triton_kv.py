@@ -1,4 +1,4 @@
-"""Moves inside the paged cache in Triton: what in-order moves give, also where they overlap."""
+"""Moves inside the paged cache in Triton equal moves in order, even if they overlap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pages(count: int, Hkv: int, D: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def moved_one_by_one(page: Tensor, sources: list[int], targets: list[int]) -> Tensor:
-    """What the operation's definition gives."""
+    """The result by the operation's definition."""
     slots = page.clone().flatten(0, 1)
     for source, target in zip(sources, targets, strict=True):
         slots[target] = slots[source]
@@ -63,7 +63,7 @@ def test_accepted_paths_move_in_all_pages(dtype: torch.dtype, Hkv: int, D: int) 
 
 
 def test_a_chain_longer_than_a_tile_moves_in_order() -> None:
-    """Every slot takes what its neighbour holds: each target is the source of the move before."""
+    """Every slot takes its neighbour's content: each target is the source of the move before."""
     slots = list(range(200))
     check(pages(2, 4, 64, torch.bfloat16), slots[1:], slots[:-1])
 
@@ -73,7 +73,7 @@ def test_a_long_path_that_overlaps_itself_moves_in_order() -> None:
     check(pages(1, 2, 64, torch.float32), sources, targets)
 
 
-def test_a_move_onto_itself_is_none_whatever_else_happens_to_the_slot() -> None:
+def test_a_move_of_a_slot_onto_itself_is_skipped() -> None:
     check(pages(2, 1, 64, torch.bfloat16), [5, 5, 9, 5, 9], [5, 3, 5, 5, 9])
     check(pages(2, 1, 64, torch.bfloat16), [3, 3, 3], [3, 3, 3])
 
@@ -83,7 +83,7 @@ def test_nothing_to_move_is_fine() -> None:
 
 
 def test_pages_are_looked_up_by_their_addresses() -> None:
-    """The kept addresses of one cache do not serve another, and serve the same one again."""
+    """Stored addresses of one cache are not used for another, but again for the same one."""
     move, slots = kernel.KVMove(), torch.tensor([1, 0], device=DEVICE)
     first, second = (pages(2, 1, 64, torch.float32) for _ in range(2))
     for target, page_set in enumerate((first, second, first), start=2):

@@ -32,7 +32,7 @@ def test_add_rms_norm_equals_the_reference(T: int, H: int, dtype: torch.dtype) -
     weight, sum_of_both = numbers(H, seed=2), x.float() + residual.float()
     got = kernel.add_rms_norm(x, residual, weight, 1e-5)
     close(residual, sum_of_both)
-    close(got, reference.rms_norm(residual.float(), weight, 1e-5))  # of the sum as it is stored
+    close(got, reference.rms_norm(residual.float(), weight, 1e-5))  # of the stored sum
 
 
 def test_rows_may_lie_apart_and_what_is_between_stays() -> None:

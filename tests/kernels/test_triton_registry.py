@@ -1,4 +1,4 @@
-"""When the Triton kernels are chosen, and that a CPU refuses them outside the interpreter."""
+"""When the Triton kernels are chosen, and that a CPU gets them only in the interpreter."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def angles(D: int) -> Tensor:
 
 
 def places(T: int) -> tuple[Tensor, Tensor]:
-    """Positions, also repeated and out of order, and slots of shuffled blocks."""
+    """Positions, some repeated and out of order, and slots of shuffled blocks."""
     generator = torch.Generator().manual_seed(T)
     positions = torch.randint(MAX_LEN, (T,), generator=generator)
     slots = torch.randperm(BLOCKS * S, generator=generator)[:T]

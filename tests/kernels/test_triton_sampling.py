@@ -36,7 +36,7 @@ def keys(count: int, seed: int = 0) -> Tensor:
 
 
 def coarse(logits: Tensor) -> Tensor:
-    """Many ties, as logits that were bfloat16 have."""
+    """Many ties, like logits that were bfloat16."""
     return (logits * 4).round() / 4
 
 
@@ -53,11 +53,11 @@ def test_noise_integers_equal_the_reference() -> None:
 
 
 def test_noise_floats_are_those_of_the_reference() -> None:
-    """To one step of float32 at their own size, or at 1: near 0 the noise is a difference.
+    """Equal to one step of float32 at their own size, or at 1: near 0 the noise is a difference.
 
-    Both round two logarithms, Triton those of float64, torch those of float32, whose last bit is
-    each library's own choice. Of these numbers 91.5 % came out the same in the interpreter and
-    86.2 % on an H200: far fewer would mean another formula."""
+    Both round two logarithms: Triton from float64, torch in float32, whose last bit depends on the
+    library. 91.5 % of these numbers were equal in the interpreter and 86.2 % on an H200; far fewer
+    would mean another formula."""
     random = integers(0, 2**32, 2**14 - 8)
     edges = torch.tensor([0, 1, 2, 2**24, 2**31, 2**32 - 2**9, 2**32 - 2, 2**32 - 1], device=DEVICE)
     noise, bound = noise_probe.gumbel_of(bits := torch.cat((random, edges)))
@@ -169,7 +169,7 @@ def test_odd_vocabularies(vocab: int) -> None:
 
 
 def test_every_token_kept_can_be_drawn_and_no_other() -> None:
-    """Equal logits, top-k cut inside: ties with the last one kept are kept, the rest never."""
+    """Top-k cuts among equal logits: ties with the last kept one are kept, all others never."""
     row = torch.tensor([1.0, 2.5, 2.0, 2.0, 0.5, 2.0, 0.0, -1.0])
     logits = row.repeat(30, 1).to(DEVICE)
     chosen = settings([1.0] * 30, top_k=torch.full((30,), 2))
@@ -177,8 +177,8 @@ def test_every_token_kept_can_be_drawn_and_no_other() -> None:
     assert set(drawn.tolist()) == {1, 2, 3, 5}
 
 
-def test_rows_that_are_turned_down_often_are_finished() -> None:
-    """Flat rows with one token slightly ahead: nearly every draw is outside the filters."""
+def test_rows_whose_draws_are_often_rejected_are_finished() -> None:
+    """Flat rows with one slightly higher token: the filters reject nearly every draw."""
     logits = triton_env.numbers(6, 300, seed=3) * 1e-3
     for parts in ({"top_p": torch.full((6,), 0.01)}, {"min_p": torch.full((6,), 0.9995)}):
         check(logits, settings([1.0] * 6, **parts))
@@ -242,7 +242,7 @@ def test_edited_logits_are_those_of_the_texts_bit_by_bit(
 
 
 def spread(edits: Any) -> Any:
-    """Counts and paths as a static buffer holds them: wider and longer, with garbage around."""
+    """Counts and paths in wider and longer tensors, like static buffers, with garbage around."""
     penalties = edits.penalties
     if penalties is None:
         return edits
@@ -258,7 +258,7 @@ def spread(edits: Any) -> Any:
 
 
 def test_rows_without_edits_keep_their_bits() -> None:
-    """Rows whose strengths are off, beside rows with penalties; token 0 holds -0."""
+    """Rows whose penalties are off, beside rows with penalties; token 0 holds -0."""
     case: Case = random_case(300, 3, 0)
     logits = case.logits.to(DEVICE)
     logits[:, 0] = -0.0

@@ -1,6 +1,6 @@
-"""Every launch of every Triton kernel compiles for Hopper (sm_90a) and takes what it should.
+"""Every launch of every Triton kernel compiles for Hopper (sm_90a) within its known resources.
 
-After a change that is meant: `python -m benchmarks.sm90_resources` writes the report anew.
+After an intended change, `python -m benchmarks.sm90_resources` writes the report again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from benchmarks.sm90_resources import REPORT, ROOT, kernel_modules
 from tests.kernels import triton_env
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-MORE_REGISTERS = 1.25  # than in the report: the compiler was given something harder
+MORE_REGISTERS = 1.25  # times the report's number; more is a regression
 
 Report = dict[str, Any]
 
 
 def regressions(before: Report, now: Report) -> list[str]:
-    """Kernels that spill, or that take many more registers than they did."""
+    """Kernels that spill, or take many more registers than before."""
     lines = []
     for name, kernel in now["kernels"].items():
         known = before["kernels"].get(name)
@@ -36,7 +36,7 @@ def regressions(before: Report, now: Report) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compiled() -> Report:
-    """The report of this checkout, from a process that does not interpret."""
+    """The report of this checkout, from a process that compiles instead of interpreting."""
     if not triton_env.INSTALLED:
         pytest.skip(triton_env.MISSING)
     command = [sys.executable, "-m", "benchmarks.sm90_resources", "--print"]

@@ -1,4 +1,4 @@
-"""Triton's tree operations equal the references, integers bit for bit."""
+"""Triton's tree operations give the integers of the references."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import Triton. A test file of kernels begins with
     kernel = triton_env.load("kernels.norm.triton_kernel")  # skips the file where Triton is missing
     pytestmark = triton_env.MARKS
 
-and makes its tensors on `triton_env.DEVICE`. What has to be compiled instead of interpreted runs
-in a process of its own: the variable is not passed on, see test_triton_sm90.py.
+and makes its tensors on `triton_env.DEVICE`. Tests that compile instead of interpreting run a child
+process, which does not inherit the variable: see test_triton_sm90.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 INSTALLED = importlib.util.find_spec("triton") is not None
 MISSING = "Triton is not installed (it has wheels for Linux only)"
 VARIABLE = "TRITON_INTERPRET"
-# The interpreter computes with numpy, masked lanes too; numpy warns of what they hold.
+# The interpreter computes even masked lanes with numpy, which warns about their values.
 MARKS = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 # Kernel against the float32 reference on the same stored inputs, by dtype of the result. bfloat16:
 # one step, since the interpreter cuts off where a GPU rounds. float32: sums in another order.
@@ -37,9 +37,10 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
 
 
 def start() -> bool:
-    """Import Triton, as interpreter unless the environment says otherwise; True: as interpreter.
+    """Import Triton, as interpreter unless the environment says otherwise; True if so.
 
-    Child processes do not inherit the choice, else a server on a GPU would interpret its kernels.
+    Child processes do not inherit the choice, or else a server on a GPU would interpret its
+    kernels.
     """
     if not INSTALLED:
         return False
@@ -58,8 +59,8 @@ def start() -> bool:
 
 
 def _read_scalars_with_new_numpy() -> None:
-    """numpy 2.4 no longer takes an array of one element for a number, which is how the interpreter
-    of older Triton reads the bounds of a loop."""
+    """numpy 2.4 no longer converts an array of one element to a number, but the interpreter of
+    older Triton reads loop bounds that way."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     patch = interpreter._patch_lang_tensor
 
@@ -75,7 +76,7 @@ DEVICE = torch.device("cpu" if INTERPRETED or not INSTALLED else "cuda")
 
 
 def load(module: str) -> ModuleType:
-    """A module of kernels; skips the test file that asks for it where Triton is missing."""
+    """A module of kernels; without Triton, skips the test file that loads it."""
     if not INSTALLED:
         pytest.skip(MISSING, allow_module_level=True)
     return importlib.import_module(module)
@@ -100,8 +101,8 @@ def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty`, `Tensor.new_empty` and `torch.empty_like` give NaN, as the outputs and the
-    scratch of a kernel may hold."""
+    """`torch.empty`, `Tensor.new_empty` and `torch.empty_like` give NaN, which a kernel's outputs
+    and scratch may hold in production, too."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))
 
@@ -115,6 +116,6 @@ def _filled(make: Any) -> Any:
 
 
 def close(got: Tensor, expected: Tensor, **looser: float) -> None:
-    """`got` has the dtype that decides the tolerance; `expected` was computed in float32."""
+    """Compare; the dtype of `got` sets the tolerance, and `expected` was computed in float32."""
     tolerance = TOLERANCE[got.dtype] | looser
     torch.testing.assert_close(got.float(), expected.float(), **tolerance)

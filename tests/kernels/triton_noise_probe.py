@@ -1,4 +1,4 @@
-"""Kernels that show the noise of the sampling kernels to their tests."""
+"""Kernels that return the noise of the sampling kernels, for tests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def noise(seeds: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
 
 
 def gumbel_of(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise of integers [n] int64, n a power of two, and what it is at most."""
+    """The noise of integers [n] int64, n a power of two, and its upper bound."""
+
     values = torch.empty(2, len(bits), dtype=torch.float32, device=bits.device)
     _gumbel_kernel[(1,)](bits, values[0], values[1], COUNT=len(bits))
     return values[0], values[1]

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from engine.checkpoints.arch import LlamaArch
 from engine.kv.storage import KVStorage
 from engine.models.llama import Llama, LlamaLoader
+from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
 from kernels.ops import Ops
@@ -70,7 +71,7 @@ def run(ranked: PackedModel) -> list[Tensor]:
 def load(oracle: LlamaForCausalLM, ops: Ops, shard: Shard) -> Llama:
     arch = LlamaArch.from_hf_config(oracle.config.to_dict())
     read = oracle.state_dict().__getitem__
-    return LlamaLoader(arch, read, ops, torch.float32, CPU, 64, shard).load()
+    return LlamaLoader(arch, read, Place(ops, torch.float32, CPU, shard), 64).load()
 
 
 def heads_of(kv: KVStorage, heads: slice) -> list[Tensor]:

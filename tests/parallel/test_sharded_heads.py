@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafter.checkpoint import load_head
-from drafter.heads.building import LoadedHead
+from drafter.heads import building
+from drafter.heads.building import HeadBuilder, LoadedHead
 from engine.checkpoints.arch import LlamaArch
+from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
 from kernels.ops import LinearWeight, Ops
@@ -42,18 +44,9 @@ class Loading:
     def load(self, shard: Shard) -> LoadedHead:
         embedding = self._part(self.weights.embedding, shard)
         lm_head = self._part(self.weights.lm_head, shard)
-        return load_head(
-            self.path,
-            self.target,
-            embedding,
-            lm_head,
-            self.weights.ops,
-            torch.float32,
-            CPU,
-            MAX_LEN,
-            shard,
-            replicated=self.replicated,
-        )
+        shared = building.TargetWeights(self.target, embedding, lm_head)
+        place = Place(self.weights.ops, torch.float32, CPU, shard)
+        return load_head(self.path, HeadBuilder(shared, place, MAX_LEN, self.replicated))
 
     def _part(self, table: Tensor, shard: Shard) -> LinearWeight:
         width = shard.padded_width(VOCAB)
@@ -150,8 +143,9 @@ def test_a_repeated_vocabulary_is_shared_on_every_rank(reference_ops: Ops, tmp_p
         loading = Loading(path, TARGET, weights, replicated=False)
         embedding = loading._part(weights.embedding, Shard(rank, 2))
         lm_head = loading._part(weights.lm_head, Shard(rank, 2))
-        rest = (reference_ops, torch.float32, CPU, MAX_LEN, Shard(rank, 2))
-        head = load_head(path, TARGET, embedding, lm_head, *rest)
+        shared = building.TargetWeights(TARGET, embedding, lm_head)
+        place = Place(reference_ops, torch.float32, CPU, Shard(rank, 2))
+        head = load_head(path, HeadBuilder(shared, place, MAX_LEN))
         assert head.embedding.weight is embedding
         assert head.lm_head.weight is not lm_head
 

@@ -14,6 +14,7 @@ from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.manifest import Shape, expected_tensors
 from engine.checkpoints.stored import Index
 from engine.models.llama import Llama, LlamaLoader
+from engine.models.place import Place
 from engine.parallel.shard import Shard, allowed_degrees, check_degree, kv_copies
 from kernels.ops import LinearWeight, Ops
 from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B, PUBLISHED
@@ -56,7 +57,7 @@ class Taken:
 
 
 def load(arch: LlamaArch, read: Any, ops: Ops, shard: Shard, device: torch.device) -> Llama:
-    return LlamaLoader(arch, read, ops, torch.float32, device, 32, shard).load()
+    return LlamaLoader(arch, read, Place(ops, torch.float32, device, shard), 32).load()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

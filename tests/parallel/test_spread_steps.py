@@ -10,8 +10,7 @@ import msgspec
 import pytest
 
 from configs.load import load_config
-from configs.resolve import HostFacts, resolve_host
-from configs.schema import Config
+from configs.resolve import HostConfig, HostFacts, resolve_host
 from engine.completion import Completion
 from engine.messages import Finished, Submit, SwapDraft, Tokens
 from engine.parallel.orders import RunStep, Stop, UseDraft
@@ -55,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def configure(folder: Path, head: str | None = "eagle", *overrides: str) -> Config:
+def configure(folder: Path, head: str | None = "eagle", *overrides: str) -> HostConfig:
     settings = [
         f"model.source={folder / 'model'}",
         f"speculation.draft={'null' if head is None else folder / head}",

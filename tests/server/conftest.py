@@ -17,7 +17,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def make_server(tokenizer: Tokenizer) -> Callable[..., Server]:
-    """Builds servers; arguments are those of `Server` behind the tokenizer."""
+    """Builds servers; arguments are those of `Server` after the tokenizer."""
 
     def make(*args: object, **options: object) -> Server:
         return Server(tokenizer, *args, **options)  # type: ignore[arg-type]
@@ -27,5 +27,5 @@ def make_server(tokenizer: Tokenizer) -> Callable[..., Server]:
 
 @pytest.fixture
 def server(tokenizer: Tokenizer) -> Server:
-    """One that answers "hello there" and the end token."""
+    """A server that answers "hello there" and the end token."""
     return Server(tokenizer)

@@ -1,4 +1,4 @@
-"""The command line, as far as it does not start a server."""
+"""The command line, without starting a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft head that mostly says what its target says, so that tiny models accept drafts."""
+"""A draft head that mostly agrees with its target, so that tiny models accept drafts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 
 def write_copied_head(folder: Path, target: LlamaForCausalLM) -> Path:
-    """A dense EAGLE head with the layers of `target`, which takes no notice of the features. It
-    differs in that nothing attends to the first token: many drafts are accepted, but not all."""
+    """A dense EAGLE head with the layers of `target`, which ignores the features. Unlike in the
+    target, nothing attends to the first token: many drafts are accepted, but not all."""
     size = target.config.hidden_size
     names = {
         name.removeprefix("model."): tensor.contiguous()

@@ -1,8 +1,8 @@
 """An executor without a model: keeps a pretended KV cache and checks every plan against it.
 
-The next token is a hash of all tokens before it, so `expected_text` says without any engine what
-each request must produce. Draft nodes spoil their slots; some of them are accepted. A pretended
-draft head keeps entries of its own in the slots, as its own KV would be kept.
+The next token is a hash of all tokens before it, so `expected_text` gives the text of each request
+without an engine. Draft nodes overwrite their slots; some of them are accepted. A pretended draft
+head keeps its own entries in the slots, like the KV of a real head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.step.shape import ROOT, TreeShape, chain
 from tests.support.engines import ask
 
 EOS = 0
-PROMPT_VOCAB = 1_000_000  # ids of prompts; texts use the first `vocab_size` only
+PROMPT_VOCAB = 1_000_000  # ids of prompts; texts use only those below `vocab_size`
 
 
 def request(
@@ -42,15 +42,15 @@ def prompt_of(length: int, first: int = 1000) -> list[int]:
 
 
 def shape(plan: StepPlan, names: Mapping[int, str]) -> list[tuple[str, int, int, bool]]:
-    """(who, from where, how many tokens, whether one is drawn) of each row."""
+    """(request, first position, number of tokens, whether one is drawn) of each row."""
     return [(names[row.line], row.start, len(row.token_ids), row.samples) for row in plan.rows]
 
 
 def fingerprints(token_ids: Iterable[int]) -> list[int]:
-    """For each position, a hash of the tokens up to it: what KV at that position depends on."""
+    """For each position, a hash of the tokens up to it, on which its KV depends."""
     found, last = [], 0
     for token in token_ids:
-        last = hash((last, token))  # integers hash alike in every process
+        last = hash((last, token))  # hashes of integers are equal in every process
         found.append(last)
     return found
 
@@ -74,7 +74,7 @@ def expected_text(request: Request, max_len: int, vocab_size: int) -> list[int]:
 
 @dataclass
 class FakeRow:
-    """What a runner knows of a running sequence."""
+    """The runner's state of a running sequence."""
 
     request: Request
     history: list[int]  # prompt + output
@@ -84,7 +84,7 @@ class FakeRow:
 
 @dataclass
 class DraftTotals:
-    """What was verified and accepted, by the executor's own count."""
+    """Verified and accepted drafts, as counted by the executor."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -92,7 +92,7 @@ class DraftTotals:
 
 
 class FakeExecutor:
-    """Executes plans like `ModelRunner`; asserts that each row could be computed from its slots."""
+    """Executes plans like `ModelRunner`; asserts that the slots suffice to compute each row."""
 
     def __init__(
         self, block_size: int, vocab_size: int, max_len: int = 10**9, *, drafts: bool = False
@@ -132,7 +132,7 @@ class FakeExecutor:
             self._check_nodes(row, plan.shape)
             self._write(row)
         self._check_tails(plan.rows)
-        for row in plan.rows:  # after all writes, as attention reads after them
+        for row in plan.rows:  # after all writes, as in attention
             self._check_reads(row)
         outcomes = tuple(self._outcome(row) for row in plan.rows)
         for row, outcome in zip(plan.rows, outcomes, strict=True):
@@ -158,8 +158,8 @@ class FakeExecutor:
         row.num_computed = end
 
     def _check_nodes(self, plan: RowPlan, shape: TreeShape) -> None:
-        """Nodes hang below the only token of a row, within its limits, with slots of their own;
-        what the draft head reads for them is there."""
+        """Assert that nodes hang below the only token of a row, within its limits, with their own
+        slots, and that the entries that the draft head reads for them exist."""
         if plan.num_draft == 0:
             return
         request, root = self.rows[plan.line].request, plan.start
@@ -185,7 +185,7 @@ class FakeExecutor:
                 assert found == (position, marks[position]), f"no entry for position {position}"
 
     def _check_tails(self, plans: Sequence[RowPlan]) -> None:
-        """No block from a row's first token on is in another row."""
+        """Assert that rows share no block that they write to."""
         blocks = [self.rows[plan.line].block_ids for plan in plans]
         starts = [plan.start // self._block_size for plan in plans]
         tails = [own[start:] for own, start in zip(blocks, starts, strict=True)]
@@ -195,8 +195,8 @@ class FakeExecutor:
                 assert other is plan or not shared, f"line {plan.line} writes to foreign blocks"
 
     def _shared_block(self, plan: RowPlan) -> int:
-        """1 if the row begins with a cached token that is computed once more for the draft head:
-        that changes nothing in its block."""
+        """1 if the row begins with a cached token that is computed again for the draft head, which
+        does not change its block; else 0."""
         again = (plan.start + 1) % self._block_size == 0
         return int(self._drafts and again)
 
@@ -243,8 +243,8 @@ class FakeExecutor:
         return RowOutcome(emitted, num_draft, path, prompt_logprobs=scores)
 
     def _verified(self, plan: RowPlan, history: Sequence[int]) -> tuple[int, int]:
-        """How many nodes there were, and how many of them are accepted: of a draft in the plan
-        those that the text goes on with, of a proposer's some."""
+        """The numbers of nodes and of accepted nodes: a draft in the plan is accepted as far as it
+        matches the text, a proposer's tree at random."""
         if not plan.draft:
             num_draft = self._luck.randint(min(plan.num_draft, 1), plan.num_draft)
             return num_draft, 0 if self.always_reject else self._luck.randint(0, num_draft)
@@ -258,7 +258,7 @@ class FakeExecutor:
 
 @dataclass
 class FakeEngine:
-    """A scheduler over a `FakeExecutor`, stepped by hand, audited at every step."""
+    """A scheduler over a `FakeExecutor`, stepped by the test and audited at every step."""
 
     num_blocks: int = 64
     block_size: int = 4
@@ -310,7 +310,7 @@ class FakeEngine:
             self.heard[request.request_id] = Completion()
 
     def step(self) -> StepPlan:
-        """One step; what clients hear is collected in `heard`."""
+        """Run one step; messages to clients are collected in `heard`."""
         decoding = self.executor.decoding()
         num_preemptions = self.scheduler.stats().num_preemptions
         plan = self.scheduler.schedule(self.shapes[self.num_steps % len(self.shapes)])
@@ -330,7 +330,7 @@ class FakeEngine:
         return plan
 
     def run(self) -> list[StepPlan]:
-        """Step until nothing is left to do; returns the plans that had rows."""
+        """Step until idle; return the plans that had rows."""
         plans = []
         while self.scheduler.has_work():
             plans.append(self.step())
@@ -338,7 +338,7 @@ class FakeEngine:
         return [plan for plan in plans if plan.rows]
 
     def run_shapes(self) -> list[list[tuple[str, int, int, bool]]]:
-        """The same, as `shape` says it: a line may pass from one request to another."""
+        """As `run`, but returns the `shape` of each plan, since lines may change their request."""
         found = []
         while self.scheduler.has_work():
             plan = self.step()
@@ -348,7 +348,7 @@ class FakeEngine:
         return found
 
     def check_idle(self) -> None:
-        """Assert that every request has had its end, with the text it has alone, and that no
+        """Assert that every request has ended with the text that it has when alone, and that no
         block is in use."""
         for name, request in self.submitted.items():
             self.check_text(request, self.heard[name])
@@ -365,7 +365,7 @@ class FakeEngine:
 
     def _hear(self, event: Tokens | Finished) -> None:
         record = self.heard[event.request_id]
-        assert record.finished is None, "an event behind the last one"
+        assert record.finished is None, "an event after the last one"
         if isinstance(event, Finished):
             record.finished = event
         else:

@@ -1,4 +1,4 @@
-"""transformers as the judge of greedy decoding."""
+"""transformers as the oracle of greedy decoding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def greedy_margins(
 ) -> Tensor:
     """How far the logit of each output token lies above that of every other token, [len(output)].
 
-    One forward over prompt and output. If all are positive, the output is what greedy decoding
-    gives, by induction over its tokens; the smallest says how near a tie was.
+    One forward over prompt and output. If all are positive, the output is that of greedy decoding,
+    by induction over its tokens; the smallest one shows how near a tie was.
     """
     tokens = torch.tensor(output_ids)[:, None]
     ids = torch.tensor([[*prompt_ids, *output_ids[:-1]]])

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from drafter.checkpoint import load_head, save_eagle3
+from drafter.heads.building import HeadBuilder, TargetWeights
 from drafter.heads.interface import DraftContext, DraftHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.proposer import DraftProposer
 from engine.checkpoints.arch import LlamaArch
 from engine.core import EngineCore
 from engine.kv.storage import KVStorage
-from engine.models.layers import cos_sin_table
 from engine.models.loading import LayerLoader
 from engine.speculation.planner import Planner
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -33,7 +33,7 @@ SHAPES: dict[str, TreeShape] = {
 
 
 def write_head(engine: TinyEngine, folder: Path) -> Path:
-    """A head wide enough to disagree with itself, over every second token."""
+    """A head over every second token, with weights large enough that its logits differ."""
     target = LlamaArch.from_hf_config(engine.oracle.config.to_dict())
     draft_ids = torch.arange(1, target.vocab_size, 2)
     config = dataclasses.replace(eagle3_config(target, len(draft_ids)), aux_layers=(0, 1))
@@ -49,19 +49,17 @@ class HeadLab:
     head_folder: Path
 
     def load_head(self) -> DraftHead:
-        engine = self.engine
-        arch, max_len = self._arch, engine.max_model_len
-        table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, None).to(engine.device)
-        read = engine.oracle.state_dict().__getitem__
-        blocks = LayerLoader(arch, read, engine.ops, torch.float32, engine.device, table)
+        arch, max_len, place = self._arch, self.engine.max_model_len, self.engine.place
+        read = self.engine.oracle.state_dict().__getitem__
+        blocks = LayerLoader.of(arch, read, place, max_len)
         shared = [
             blocks.pack_padded(name, arch.vocab_size) for name in ("model.embed_tokens", "lm_head")
         ]
-        settings = (engine.ops, torch.float32, engine.device, max_len)
-        return load_head(self.head_folder, arch, *shared, *settings)
+        builder = HeadBuilder(TargetWeights(arch, *shared), place, max_len)
+        return load_head(self.head_folder, builder)
 
     def build(self, planner: Planner) -> tuple[EngineCore, DraftProposer]:
-        """Pages of the head begin as NaN: what was never written shows."""
+        """Build an engine. The head's pages begin as NaN, so that reading unwritten slots shows."""
         head, engine = self.load_head(), self.engine
         pages = KVStorage.allocate(
             head.arch.num_layers,

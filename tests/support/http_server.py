@@ -1,4 +1,4 @@
-"""A whole application around a scripted engine, driven without sockets."""
+"""A complete application around a scripted engine, called without sockets."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from server.http.context import ServerContext, ServerInfo
 from server.openai.routes import ROUTES
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from tests.support.configurations import hosted
 from tests.support.scripted_engine import Script, ScriptedEngine, say
 from tests.support.tiny_llama import BOS, CHAT_TEMPLATE, EOS, SPECIALS, write_tokenizer
 
@@ -38,7 +39,7 @@ def tiny_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Server:
-    """The application and what stands around it. Requests run one event loop each."""
+    """The application and its parts. Each request runs its own event loop."""
 
     def __init__(
         self,
@@ -50,10 +51,12 @@ class Server:
     ) -> None:
         self.tokenizer = tokenizer
         self.engine = ScriptedEngine(script or say([*self.ids("hello there"), EOS]))
-        self.config = Config(
-            model=ModelConfig(served_name=MODEL),
-            server=ServerConfig(**limits),
-            log=LogConfig(prompts=log_prompts),
+        self.config = hosted(
+            Config(
+                model=ModelConfig(served_name=MODEL),
+                server=ServerConfig(**limits),
+                log=LogConfig(prompts=log_prompts),
+            )
         )
         self.app = create_app(
             self.config,
@@ -119,7 +122,7 @@ def events_of(response: httpx.Response) -> list[Any]:
 
 
 class OpenCall:
-    """One request by hand: it can be watched while it runs, and its client can leave."""
+    """One request that a test can watch while it runs, and whose client can disconnect."""
 
     def __init__(self, server: Server, path: str, body: Any) -> None:
         self._app = server.app

@@ -1,4 +1,4 @@
-"""Rank 0's end of a broadcast and all others, in one process."""
+"""Rank 0's end of a broadcast and the ends of all followers, in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.parallel.transport import Board, Broadcast, Channel, Inbox
 
 
 def connected(num_followers: int) -> tuple[Broadcast, list[tuple[Inbox, Channel]]]:
-    """What rank 0 has and what each follower has; all are to be closed."""
+    """The ends of rank 0 and of each follower; the caller closes them."""
     board = Board.create(num_followers)
     pairs = [socket.socketpair() for _ in range(num_followers)]
     followers = []

@@ -1,4 +1,4 @@
-"""A proposer for padded steps that knows the texts to come."""
+"""A proposer for padded steps that knows the texts in advance."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from engine.step.tree import DraftTree
 
 @dataclass
 class KnowingProposer(RootProposer):
-    """Plants the tokens to come, most of the time: paths are long and end anywhere. Rows are known
-    by their seeds."""
+    """Usually drafts the true next tokens: paths are long and end anywhere. Rows are identified by
+    their seeds."""
 
     truth: torch.Tensor  # [seeds, positions]
     vocab_size: int = 131

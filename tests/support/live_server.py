@@ -1,4 +1,4 @@
-"""A server as its users run it: processes of their own, and a real port."""
+"""A server as users run it: real processes and a real port."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ import yaml
 
 from configs.env import environment
 
-DEADLINE = 60.0  # seconds; only what hangs ever takes so long
+DEADLINE = 60.0  # seconds; only a hanging test takes so long
 READY = re.compile(r"READY (http://\S+)  \(OpenAI base URL: (\S+)\)\n")
 REASON = re.compile(r'finished_reason="(\w+)"')
 SAMPLE = re.compile(r"^(aerie:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables of this process without Aerie's own, and without a network for the hub."""
+    """The environment of this process without Aerie's variables and without access to the hub."""
     kept = {name: value for name, value in environment().items() if not name.startswith("AERIE_")}
     return kept | {"HF_HUB_OFFLINE": "1"} | dict(extra or {})
 
@@ -44,7 +44,7 @@ def aerie_command(*arguments: str) -> list[str]:
 def run_aerie(
     *arguments: str, extra: Mapping[str, str] | None = None, prelude: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that ends by itself; `prelude` is Python that runs before it."""
+    """Run a command that ends by itself; `prelude` is Python code to run before it."""
     command = aerie_command(*arguments)
     if prelude:
         program = f"{prelude}\nfrom server.cli import main; main()"
@@ -60,7 +60,7 @@ def run_aerie(
 
 
 class _Lines:
-    """What a pipe has said so far; readers can wait for a line to come."""
+    """The output of a pipe so far; readers can wait for a line."""
 
     def __init__(self, pipe: IO[str]) -> None:
         self._pipe = pipe
@@ -75,7 +75,7 @@ class _Lines:
             return "".join(self._lines)
 
     def wait_for(self, pattern: str | re.Pattern[str], since: int = 0) -> re.Match[str] | None:
-        """The first match in the text behind character `since`; None when the pipe ended."""
+        """The first match after character `since` of the text; None when the pipe ended."""
         find = re.compile(pattern).search
         with self._changed:
             known = lambda: find("".join(self._lines)[since:]) or self._ended  # noqa: E731
@@ -102,7 +102,7 @@ class LiveServer:
     Args:
         overrides: `section.key=value`.
         wait: return from `with` only once READY is printed.
-        extra: variables of its environment.
+        extra: further environment variables.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class LiveServer:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """What was printed in front of READY."""
+        """The configuration printed before READY."""
         found: dict[str, Any] = yaml.safe_load(self.out.text().partition("READY")[0])
         return found
 
@@ -181,20 +181,20 @@ class LiveServer:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait for the process to end by itself; its exit code."""
+        """Wait for the process to end by itself; return its exit code."""
         return self.process.wait(DEADLINE)
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM; return the exit code."""
         self.signal(signal.SIGTERM)
         return self.wait()
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """Each failure is seen at once unless `max_retries` says otherwise. Closed at the end."""
+        """A client without retries unless `max_retries` is given; closed with the server."""
         return self._connections.enter_context(openai.OpenAI(**self._client_options(options)))
 
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
-        """The same, to be closed by its user."""
+        """As `client`, but the caller closes it."""
         return openai.AsyncOpenAI(**self._client_options(options))
 
     def _client_options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class LiveServer:
 
     def metrics(self) -> dict[str, float]:
         """Every metric by name, added up over its labels; `ended_stop`, `ended_abort` and so on
-        count the requests that ended so."""
+        count requests by their reason."""
         found: dict[str, float] = {}
         for name, labels, value in SAMPLE.findall(self.get("/metrics").text):
             short = name.removeprefix("aerie:")
@@ -222,14 +222,14 @@ class LiveServer:
         return found
 
     def wait_metrics(self, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-        """Scrape until `condition` holds; the metrics that met it."""
+        """Scrape until `condition` holds; return those metrics."""
         end = time.monotonic() + DEADLINE
         while not condition(found := self.metrics()):
             assert time.monotonic() < end, f"the metrics stayed at {found}"
         return found
 
     def wait_status(self, path: str, status: int) -> httpx.Response:
-        """Ask until the answer has this status."""
+        """Poll until the answer has this status."""
         end = time.monotonic() + DEADLINE
         while (response := self.get(path)).status_code != status:
             assert time.monotonic() < end, f"{path} stayed at {response.status_code}"
@@ -243,8 +243,7 @@ def idle(metrics: Mapping[str, float]) -> bool:
 
 
 def post(url: str, path: str, body: bytes) -> socket.socket:
-    """Send a request and return the connection, from which nothing has been read; it holds little
-    of what the server sends."""
+    """Send a request and return the unread connection, which has a small receive buffer."""
     address = urlsplit(url)
     head = (
         f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

@@ -13,6 +13,7 @@ from engine.kv.slots import Scratch
 from engine.kv.storage import KVStorage
 from engine.models.llama import Llama, LlamaLoader
 from engine.models.loading import ReadTensor
+from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
 from engine.runner.inputs import InputBuilder, Sizes
 from engine.runner.layout import Layout
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class PackedModel:
-    """A model with its own pages, filled with NaN so that reading an unwritten slot shows."""
+    """A model with its own pages, filled with NaN, so that reading an unwritten slot shows."""
 
     model: Llama
     ops: Ops
@@ -106,4 +107,4 @@ def whole(line: int, token_ids: Sequence[int], blocks: Sequence[int], start: int
 def load_packed(
     arch: LlamaArch, read: ReadTensor, ops: Ops, dtype: torch.dtype, max_len: int = 1024
 ) -> PackedModel:
-    return PackedModel(LlamaLoader(arch, read, ops, dtype, CPU, max_len).load(), ops, dtype)
+    return PackedModel(LlamaLoader(arch, read, Place(ops, dtype, CPU), max_len).load(), ops, dtype)

@@ -11,7 +11,7 @@ from tests.support.scripted_proposer import random_shape
 
 
 def decoding(line: int, num_draft: int = 0, draft: tuple[int, ...] = ()) -> RowPlan:
-    """A row that has its root alone."""
+    """A row with only its root."""
     return RowPlan(
         line=line,
         start=7,
@@ -25,7 +25,7 @@ def decoding(line: int, num_draft: int = 0, draft: tuple[int, ...] = ()) -> RowP
 
 
 def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
-    """Anything that a client may ask for, most of it seldom."""
+    """Any parameters that a client may send; most of them are seldom set."""
 
     def some(value: object, otherwise: object) -> object:
         return value if rng.random() < 0.3 else otherwise
@@ -62,8 +62,8 @@ def random_admission(line: int, rng: random.Random, vocab_size: int) -> Admissio
 def random_plan(
     rng: random.Random, admissions: list[Admission], block_size: int, *, decodes: bool = False
 ) -> StepPlan:
-    """Rows over the texts of `admissions`, some of them; with `decodes`, of roots alone. Blocks are
-    made up, no two rows have one in common."""
+    """Rows for some of the texts of `admissions`; with `decodes`, rows of only a root. Blocks are
+    made up; rows share none."""
     shape = rng.choice(
         [random_shape(rng.randint(1, 12), rng.randrange(99)), DynamicShape("d", 9, 3, 4)]
     )

@@ -1,8 +1,7 @@
-"""A device that is none: its tensors say they lie on "meta", but hold numbers of the host.
+"""A pretended device: its tensors claim to be on "meta", but hold numbers in host memory.
 
-Inside `PretendDevice`, an operation that mixes host and device fails, as on a GPU; copies from one
-to the other are counted, and so is whatever waits for the device. So a CPU can show that a step
-keeps to its device.
+Inside `PretendDevice`, an operation that mixes host and device fails, as on a GPU; copies between
+them and waits for the device are counted. So a CPU can show that a step stays on its device.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ WAITING = (
 
 
 class Far(Tensor):
-    """A tensor of the pretended device around one of the host."""
+    """A tensor of the pretended device that wraps a host tensor."""
 
     near: Tensor
 
@@ -56,7 +55,7 @@ class Far(Tensor):
 
 
 class PretendDevice(TorchDispatchMode):
-    """What happens inside is checked and counted."""
+    """Checks and counts the operations inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +112,7 @@ def _far(value: Any) -> Any:
 
 
 def operations_of(ops: Ops) -> Ops:
-    """`ops` of the CPU for tensors of the pretended device, and for no others."""
+    """The CPU operations `ops`, for tensors of the pretended device only."""
     changed = {
         field.name: _on_device(getattr(ops, field.name))
         for field in dataclasses.fields(ops)

@@ -1,4 +1,4 @@
-"""The config.json of published Llamas, as far as they give the shape."""
+"""The parts of config.json that give the shapes of published Llamas."""
 
 from __future__ import annotations
 

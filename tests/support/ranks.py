@@ -1,4 +1,4 @@
-"""Engines of several ranks, used over many cases: processes are started once."""
+"""Engines of several ranks for many cases, whose processes are started once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Ranks:
         max_model_len: int = 256,
         lookup: bool = False,
     ) -> Iterator[EngineCore]:
-        """A scheduler of its own, with an empty cache, before the same ranks."""
+        """A new scheduler, with an empty cache, for the same ranks."""
         own = self.engine.core
         limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, max_model_len)
         scheduler = Scheduler(
@@ -54,11 +54,11 @@ class Ranks:
             lookup=Lookup() if lookup else None,
             facts=own.policy.facts,
         )
-        # Ranks count their steps: the executor that has counted so far must go on.
+        # Ranks count their steps, so the same executor must continue.
         core = EngineCore(scheduler, own._executor, own.info, policy)
         yield core
         core.abort_all("the case is over")
-        core.step()  # ranks hear which rows have left
+        core.step()  # tells the ranks which rows have left
 
 
 @contextmanager

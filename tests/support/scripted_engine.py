@@ -1,4 +1,4 @@
-"""An engine client without an engine: it plays back what a test wrote down."""
+"""An engine client without an engine: it plays back the script of a test."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from engine.messages import (
     EngineStats,
     ErrorCode,
     Finished,
+    OperationBackend,
     TokenLogprob,
     Tokens,
 )
@@ -27,14 +28,14 @@ INFO = EngineInfo(
     num_blocks=32,
     block_size=16,
     eos_token_ids=[2],
-    ops={"linear": "scripted"},
+    ops={"linear": OperationBackend("scripted")},
     device="none",
 )
 
 
 class ScriptedEngine:
     """Answers each request with the events of `script`. A script without a `Finished` leaves the
-    request open: the test goes on with `feed`, or the front end aborts it."""
+    request open: the test continues it with `feed`, or the front end aborts it."""
 
     def __init__(self, script: Script, info: EngineInfo | None = INFO) -> None:
         self.script = script
@@ -62,7 +63,7 @@ class ScriptedEngine:
         return _events(queue)
 
     def feed(self, event: Event) -> None:
-        """Let one more event come."""
+        """Add one event."""
         self._open[event.request_id].put_nowait(event)
         if isinstance(event, Finished):
             del self._open[event.request_id]
@@ -132,7 +133,7 @@ def tokens(request: Request, token_ids: Sequence[int], first: bool = False) -> T
 
 def say(token_ids: Sequence[int], step: int = 1, ends: bool = True) -> Script:
     """Emit these ids, `step` at a time, and end as the engine does: at the end token (2), at
-    `max_tokens`, or behind the last one. With `ends` False the request is left open."""
+    `max_tokens`, or after the last id. With `ends` False the request stays open."""
 
     def script(request: Request) -> list[Event]:
         kept = list(token_ids[: request.params.max_tokens])
@@ -152,8 +153,8 @@ def say(token_ids: Sequence[int], step: int = 1, ends: bool = True) -> Script:
 
 
 def drafting(script: Script, *counts: tuple[int, int, int]) -> Script:
-    """`script` as if it had been sped up: `num_drafts`, `num_drafted` and `num_accepted` of each
-    choice of the HTTP request, in order."""
+    """`script` with speculation: `num_drafts`, `num_drafted` and `num_accepted` of each choice of
+    the HTTP request, in order."""
 
     def drafted(request: Request) -> list[Event]:
         index = int(request.request_id.rpartition("-")[2])

@@ -1,8 +1,8 @@
-"""A proposer that knows the texts to come, and checks all that it is told on the way.
+"""A proposer that knows the texts in advance, and checks all inputs that it gets.
 
-It plants the true token among the children of every true node with a given probability; all other
-nodes are random, with the end of text and copies of siblings among them. What it does depends on
-its own seed, the row's seed and the position only.
+With a given probability, it puts the true token among the children of a true node; all other nodes
+are random, with the end of text and copies of siblings among them. Its choices depend only on its
+seed, the row's seed and the position.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def random_parents(num_nodes: int, rng: random.Random, max_depth: int = MAX_NODE
 
 
 def tree_of(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> DraftTree:
-    """Trees from (parents, tokens) of each row."""
+    """Trees from the (parents, tokens) of each row."""
     width = max(len(parents) for parents, _ in rows)
 
     def spread(values: Sequence[int], unused: int) -> list[int]:
@@ -64,7 +64,7 @@ def tree_of(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> DraftTree:
 
 @dataclass(frozen=True)
 class Script:
-    """What is known of a request: all its tokens, and where cheap the hidden states of a plain
+    """The known future of a request: all its tokens, and where cheap the hidden states of a plain
     forward over them, [len, H]."""
 
     token_ids: Sequence[int]  # prompt + output
@@ -73,7 +73,7 @@ class Script:
 
 @dataclass
 class Line:
-    """What a line was told since a sequence took it."""
+    """What a line has received since its sequence began."""
 
     first: int | None = None  # position of the first entry
     tokens: list[int] = field(default_factory=list)
@@ -82,20 +82,20 @@ class Line:
 
     @property
     def end(self) -> int | None:
-        """Position behind the last entry."""
+        """Position after the last entry."""
         return None if self.first is None else self.first + len(self.tokens)
 
 
 @dataclass
 class ScriptedProposer:
-    """Implements `Proposer`. Rows are known by their seed, which must be theirs alone."""
+    """Implements `Proposer`. Rows are identified by their seeds, which must differ."""
 
     scripts: Mapping[int, Script]  # seed -> script
     acceptance: float
     vocab_size: int
     max_len: int
     eos: int = 2
-    whims: bool = False  # sometimes a smaller tree than asked for, or the root only
+    whims: bool = False  # sometimes a smaller tree than requested, or only the root
     seed: int = 0
     lookahead = 1
     tap: FeatureTap | None = None
@@ -104,7 +104,7 @@ class ScriptedProposer:
     failed: bool = False
 
     def settle(self) -> None:
-        """Nothing is put off."""
+        """Nothing is deferred."""
 
     def admit(self, lines: Sequence[int]) -> None:
         self.lines |= {line: Line() for line in lines}
@@ -159,7 +159,7 @@ class ScriptedProposer:
     def _check_line(
         self, line: Line, script: Script, token: int, position: int, limit: int
     ) -> None:
-        """Everything up to the root came exactly once, and is what the request says."""
+        """Assert that all entries up to the root came exactly once and match the request."""
         if line.end != position + 1:  # the rest of a prompt is computed in this very step
             assert line.end is None or line.end <= position
             assert limit == 1
@@ -220,7 +220,7 @@ class ScriptedProposer:
 
 @dataclass
 class CyclingPlanner:
-    """Another shape at every step."""
+    """A planner with another shape at every step."""
 
     shapes: Sequence[TreeShape]
     num_steps: int = 0
@@ -230,11 +230,11 @@ class CyclingPlanner:
         return self.shapes[self.num_steps % len(self.shapes)]
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Luck changes nothing here."""
+        """Acceptance does not change the shapes."""
 
 
 def random_shape(num_nodes: int, seed: int = 0, max_depth: int = 7) -> StaticShape:
-    """A static tree whose nodes come in any order that puts parents first."""
+    """A static tree with its nodes in a random order, parents first."""
     parents = random_parents(num_nodes, random.Random(seed), max_depth)
     return StaticShape(f"random{num_nodes}", tuple(parents))
 

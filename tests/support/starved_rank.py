@@ -1,4 +1,4 @@
-"""A follower rank that runs out of memory when a test says so."""
+"""A follower rank that runs out of memory when a test asks for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KINDS: dict[str, type[Exception]] = {"host": MemoryError, "device": torch.OutOfM
 
 
 def starving(folder: Path, rank: int, wish: Path) -> Mapping[str, str]:
-    """Variables for a server in which follower `rank` runs out of memory within its next step once
-    the file `wish` names a kind of memory. `folder`: for what Python runs when it starts."""
+    """Environment of a server in which follower `rank` runs out of memory within its next step once
+    the file `wish` names a kind of memory. `folder`: for the start-up code of Python."""
     program = (
         "import sys\n"
         f"if sys.orig_argv[3:5] == ['server.process.follower', '{rank}']:\n"

@@ -1,4 +1,4 @@
-"""Ranks that are threads of this process: layers of several ranks without other processes."""
+"""Ranks as threads of this process, to test layers of several ranks without other processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from engine.step.group import TPGroup
 
 T = TypeVar("T")
-TIMEOUT = 60.0  # seconds until a rank that does not come fails the test
+TIMEOUT = 60.0  # seconds until a missing rank fails the test
 
 
 class Meeting:
-    """Where the ranks of one group put tensors down for each other."""
+    """Where the ranks of one group exchange tensors."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -61,8 +61,8 @@ class ThreadGroup(TPGroup):
 
 
 def run_ranks(size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
-    """What `work` returns on each rank. The first failure of a rank is raised; it ends the wait of
-    the others."""
+    """The results of `work` on each rank. The first failure of a rank is raised; the other ranks
+    then stop waiting."""
     meeting = Meeting(size)
 
     def guarded(rank: int) -> T:

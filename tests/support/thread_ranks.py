@@ -1,6 +1,6 @@
-"""A whole engine whose ranks are threads: rank 0 sends orders over a board, the others follow them.
+"""A complete engine whose ranks are threads: rank 0 sends orders over a board, the others follow.
 
-Unlike ranks that are processes, these can run padded steps, and run ahead, on a CPU.
+Unlike ranks in processes, these can run padded steps, and run ahead, on a CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from configs.schema import Config
+from configs.resolve import HostConfig
 from engine.completion import Completion
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
@@ -61,7 +61,7 @@ class Leader:
 
 @dataclass(frozen=True)
 class Heard:
-    """What clients and followers heard."""
+    """The messages to clients and followers."""
 
     texts: dict[str, Completion]
     stats: EngineStats
@@ -69,13 +69,13 @@ class Heard:
 
     @property
     def plans(self) -> list[StepPlan]:
-        """What the first follower was told to run."""
+        """The plans that the first follower was told to run."""
         return [order.plan for order in self.orders[0] if isinstance(order, RunStep)]
 
 
 @dataclass
 class NotingInbox:
-    """An inbox that keeps a copy of what it gets."""
+    """An inbox that keeps a copy of its messages."""
 
     inbox: Inbox
     orders: list[Order] = field(default_factory=list)
@@ -88,9 +88,13 @@ class NotingInbox:
 
 
 def answer(
-    config: Config, way: Way, requests: list[Request], planner: Planner, per_step: int | None = None
+    config: HostConfig,
+    way: Way,
+    requests: list[Request],
+    planner: Planner,
+    per_step: int | None = None,
 ) -> Heard:
-    """What an engine says, all of whose ranks run in this process."""
+    """The messages of an engine whose ranks all run in this process."""
 
     def work(leader: Leader) -> tuple[dict[str, Completion], EngineStats]:
         texts = generate(leader.core, requests, per_step=per_step)
@@ -101,9 +105,9 @@ def answer(
 
 
 def lead(
-    config: Config, way: Way, planner: Planner, work: Callable[[Leader], T]
+    config: HostConfig, way: Way, planner: Planner, work: Callable[[Leader], T]
 ) -> tuple[T, list[list[Order]]]:
-    """What `work` returns on rank 0, and the orders that each follower got."""
+    """The result of `work` on rank 0, and the orders that each follower got."""
     broadcast, ends = connected(way.size - 1) if way.size > 1 else (Broadcast([]), [])
     inboxes = [NotingInbox(inbox) for inbox, _ in ends]
     orders = Orders(broadcast)
@@ -127,7 +131,7 @@ def lead(
     return found, [inbox.orders for inbox in inboxes]
 
 
-def _rank(config: Config, group: TPGroup, way: Way) -> Rank:
+def _rank(config: HostConfig, group: TPGroup, way: Way) -> Rank:
     rank = build_rank(config, group, torch.device("cpu"))
     parts = runner_parts(rank.config, rank.target, rank.place, rank.drafting.proposer)
     return replace(rank, runner=ModelRunner(replace(parts, steps=way.steps)))
@@ -143,9 +147,10 @@ def _leader(rank: Rank, orders: Orders, way: Way, planner: Planner) -> Leader:
 
 
 def _scheduler(rank: Rank) -> Scheduler:
-    settings, cache, max_len = rank.config.scheduler, rank.config.cache, _max_len(rank)
+    settings, cache = rank.config.scheduler, rank.config.cache
+    max_len = rank.config.model.max_model_len
     limits = SchedulerLimits(settings.max_num_seqs, settings.max_num_batched_tokens, max_len)
-    kv = KVManager(_num_blocks(rank), cache.block_size, cache.prefix_caching)
+    kv = KVManager(cache.num_blocks, cache.block_size, cache.prefix_caching)
     target = rank.target
     return Scheduler(limits, kv, target.eos_token_ids, vocab_size=target.arch.vocab_size)
 
@@ -153,23 +158,13 @@ def _scheduler(rank: Rank) -> Scheduler:
 def _info(rank: Rank) -> EngineInfo:
     return EngineInfo(
         vocab_size=rank.target.arch.vocab_size,
-        max_model_len=_max_len(rank),
-        num_blocks=_num_blocks(rank),
+        max_model_len=rank.config.model.max_model_len,
+        num_blocks=rank.config.cache.num_blocks,
         block_size=rank.config.cache.block_size,
         eos_token_ids=sorted(rank.target.eos_token_ids),
         ops={},
         device="cpu",
     )
-
-
-def _max_len(rank: Rank) -> int:
-    assert rank.config.model.max_model_len is not None
-    return rank.config.model.max_model_len
-
-
-def _num_blocks(rank: Rank) -> int:
-    assert rank.config.cache.num_blocks is not None
-    return rank.config.cache.num_blocks
 
 
 def _no_scratch(draft: LoadedDraft) -> WarmUp:

@@ -1,4 +1,4 @@
-"""Keep what one engine does to torch from the tests behind it."""
+"""Keeps the torch settings of one engine from affecting later tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny random Llama behind the real engine."""
+"""The real engine with a tiny random Llama."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from configs.resolve import with_sizes
 from configs.schema import (
     CacheConfig,
     Config,
@@ -17,17 +18,19 @@ from configs.schema import (
 from engine.checkpoints.arch import LlamaArch
 from engine.core import EngineCore
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from engine.runner.runner import StepSettings
 from kernels.ops import Ops
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, Target
+from tests.support.configurations import hosted
 
 CPU = torch.device("cpu")
 EOS = 2
 
 
 def random_llama(seed: int = 7, **changes: object) -> LlamaForCausalLM:
-    """A float32 model whose weights are large enough for its logits to disagree with each other."""
+    """A float32 model with weights large enough that its logits differ."""
     settings: dict[str, object] = {
         "vocab_size": 131,
         "hidden_size": 96,
@@ -63,17 +66,21 @@ class TinyEngine:
     eos_token_ids: frozenset[int] = frozenset({EOS})
     drafting: Drafting | None = None
     device: torch.device = CPU
-    padded: bool = False  # as on a GPU, on a CPU too
+    padded: bool = False  # padded steps, as on a GPU
     run_ahead: bool = False  # with `padded`
     lookup: bool = False
+
+    @property
+    def place(self) -> Place:
+        return Place(self.ops, torch.float32, self.device)
 
     def build(self) -> EngineCore:
         arch = LlamaArch.from_hf_config(self.oracle.config.to_dict())
         read = self.oracle.state_dict().__getitem__
-        loader = LlamaLoader(arch, read, self.ops, torch.float32, self.device, self.max_model_len)
+        loader = LlamaLoader(arch, read, self.place, self.max_model_len)
         config = Config(
-            model=ModelConfig(dtype="float32", max_model_len=self.max_model_len),
-            cache=CacheConfig(num_blocks=self.num_blocks, prefix_caching=self.prefix_caching),
+            model=ModelConfig(dtype="float32"),
+            cache=CacheConfig(prefix_caching=self.prefix_caching),
             scheduler=SchedulerConfig(
                 max_num_seqs=self.max_num_seqs,
                 max_num_batched_tokens=self.max_num_batched_tokens,
@@ -81,6 +88,8 @@ class TinyEngine:
             ),
             speculation=SpeculationConfig(lookup=self.lookup),
         )
+        sizes = {"max_model_len": self.max_model_len, "num_blocks": self.num_blocks}
+        resolved = with_sizes(hosted(config), **sizes)
         target = Target(loader.load(), arch, self.eos_token_ids)
         exact = self.device == CPU and not self.padded
-        return assemble(config, target, self.ops, self.device, self.drafting, StepSettings(exact))
+        return assemble(resolved, target, self.place, self.drafting, StepSettings(exact))

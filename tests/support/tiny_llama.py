@@ -1,5 +1,5 @@
-"""Tiny random Llamas as Hugging Face directories, with a tokenizer and chat template of their
-own, so that whole servers can run on them."""
+"""Tiny random Llamas as Hugging Face directories, with tokenizer and chat template, so that
+complete servers can run on them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LLAMA3_ROPE = {
 
 @dataclass(frozen=True)
 class TinyLlama:
-    """What to build. Vocabularies below 320 leave no room for merges beyond the 256 bytes."""
+    """The model to build. Vocabularies below 320 leave no room for merges beyond the 256 bytes."""
 
     vocab_size: int = 384
     num_layers: int = 2
@@ -77,7 +77,7 @@ class TinyLlama:
 
 
 def random_model(spec: TinyLlama) -> LlamaForCausalLM:
-    """Weights wide enough that logits differ by token; the same for the same `spec`."""
+    """Weights large enough that logits differ by token; equal for equal `spec`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = LlamaForCausalLM(spec.config()).eval()
@@ -88,7 +88,7 @@ def random_model(spec: TinyLlama) -> LlamaForCausalLM:
 
 
 def write_tiny_llama(folder: Path, spec: TinyLlama | None = None) -> LlamaForCausalLM:
-    """Fill `folder` with a whole model; return it as transformers sees it."""
+    """Write a complete model to `folder`; return it as loaded by transformers."""
     spec = spec or TinyLlama()
     model = random_model(spec)
     limit = {} if spec.shard_bytes is None else {"max_shard_size": spec.shard_bytes}

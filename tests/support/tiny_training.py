@@ -15,6 +15,7 @@ from drafter.train.encoding import Example
 from drafter.train.run import LoadedTarget
 from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from kernels.ops import Ops
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import CPU, TinyEngine
@@ -23,17 +24,17 @@ MAX_LEN = 128
 
 
 def tiny_target(oracle: LlamaForCausalLM, ops: Ops) -> LoadedTarget:
-    """The float32 model as training sees it."""
+    """The float32 model as a target of training."""
     arch = LlamaArch.from_hf_config(oracle.config.to_dict())
     read = oracle.state_dict().__getitem__
-    model = LlamaLoader(arch, read, ops, torch.float32, CPU, MAX_LEN).load()
+    model = LlamaLoader(arch, read, Place(ops, torch.float32, CPU), MAX_LEN).load()
     return LoadedTarget(model, ops, TargetTensors(arch, read), torch.float32, CPU, "tiny")
 
 
 def greedy_examples(
     tiny: TinyEngine, num_examples: int, prompt: int = 4, answer: int = 20
 ) -> list[Example]:
-    """Random prompts of `prompt` tokens and what the model answers to them."""
+    """Random prompts of `prompt` tokens and the model's answers."""
     vocab_size = tiny.oracle.config.vocab_size
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(3, vocab_size, (num_examples, prompt), generator=generator).tolist()

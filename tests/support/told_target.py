@@ -1,4 +1,4 @@
-"""Sampling through the whole step, with a target whose logits are told beforehand."""
+"""Sampling through the whole step, with a target whose logits are given in advance."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from kernels.ops import Ops
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits
 from tests.support.scripted_proposer import tree_of
 
-BLOCK = 1 << 16  # slots: a single block holds every row, for nothing is kept in it
+BLOCK = 1 << 16  # slots: all rows share one block, since nothing is stored in it
 
 
 @dataclass(frozen=True)
 class Text:
-    """A sequence that draws. `tree`: parents and tokens of what hangs below its newest token."""
+    """A sequence that draws. `tree`: parents and tokens of the nodes below its newest token."""
 
     request: Request
     output: Sequence[int] = ()
     tree: tuple[Sequence[int], Sequence[int]] = ((-1,), (0,))
-    skipped: int = 0  # positions that nobody knows anything about lie before the newest token
+    skipped: int = 0  # unknown positions before the newest token
 
     @property
     def num_nodes(self) -> int:
@@ -46,7 +46,7 @@ class Text:
 
 @dataclass
 class Sampled:
-    """What the sampler was told and what it drew, for all nodes of all texts in order."""
+    """Inputs and results of the sampler, for all nodes of all texts in order."""
 
     logits: Tensor  # [R, V] before any edit
     edited: Tensor | None = None  # [R, V]; None: nothing was edited
@@ -100,7 +100,7 @@ def sample(
 
 
 def _kept(edits: LogitEdits) -> LogitEdits:
-    """The edits as they are now: the step goes on to count what it draws."""
+    """A copy of the current edits: the step later counts its draws into them."""
     penalties = edits.penalties
     if penalties is None:
         return edits

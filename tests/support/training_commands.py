@@ -20,7 +20,7 @@ STEPS = 6
 
 
 def write_model_and_data(folder: Path) -> Path:
-    """model/, prompts.jsonl and talk.jsonl."""
+    """Write model/, prompts.jsonl and talk.jsonl."""
     write_tiny_llama(folder / "model", SPEC)
     words = TEXT.split()
     prompts = [f"{a} {b} {c}" for a, b, c in zip(words, words[3:], words[5:], strict=False)]

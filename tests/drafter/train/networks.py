@@ -35,7 +35,7 @@ def config_of(layout: Layout) -> HeadConfig:
 
 
 def network_of(layout: Layout, embedding: Tensor, lm_head: Tensor) -> DraftNetwork:
-    """With the weights of `layout`, and the given ones where it has none of its own."""
+    """A network with the weights of `layout`, and the given ones where it has none of its own."""
     config, weights = config_of(layout), layout.tensors()
     embedding = weights.pop(manifest.EMBEDDING, embedding)
     network: DraftNetwork
@@ -52,7 +52,7 @@ def network_of(layout: Layout, embedding: Tensor, lm_head: Tensor) -> DraftNetwo
 def random_batch(
     layout: Layout, lengths: Sequence[int], answers: Sequence[Sequence[range]], seed: int = 1
 ) -> TrainBatch:
-    """Texts of these lengths with answer tokens at `answers`; zeros behind their ends."""
+    """Texts of these lengths with answer tokens at `answers`; zeros after their ends."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     inside = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]

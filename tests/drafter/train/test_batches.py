@@ -1,4 +1,4 @@
-"""Batches are a function of the seed: every example once per epoch, within the limit of tokens."""
+"""Batches depend only on the seed: every example once per epoch, within the limit of tokens."""
 
 from __future__ import annotations
 

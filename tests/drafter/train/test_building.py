@@ -1,4 +1,4 @@
-"""A configuration becomes the head that it describes, or goes on from a published one as it is."""
+"""A configuration gives the head that it describes, or trains a published head further."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def settings_for(layout: Layout, path: Path, **changes: Any) -> HeadSettings:
 
 
 def shared_with(found: TargetTensors, layout: Layout) -> dict[str, Tensor]:
-    """What the layout has of its own and training shares with the target, as the target's."""
+    """Tensors that the layout has and training shares with the target, with the target's values."""
     shared = {manifest.EMBEDDING: found.embedding, manifest.LM_HEAD: found.lm_head}
     if layout.kind == "eagle3":
         del shared[manifest.LM_HEAD]
@@ -122,7 +122,7 @@ def shared_with(found: TargetTensors, layout: Layout) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
-def test_training_goes_on_from_a_published_head_as_it_is(name: str, tmp_path: Path) -> None:
+def test_a_published_head_is_trained_further_as_it_is(name: str, tmp_path: Path) -> None:
     layout, extra = TRAINABLE[name], shared_with(target(), TRAINABLE[name])
     layout.write(tmp_path, lambda tensors: tensors.update(extra))
     settings = settings_for(layout, tmp_path)

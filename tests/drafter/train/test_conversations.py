@@ -1,4 +1,4 @@
-"""Lines of prompts and conversations: what is read, and the exact words for what is refused."""
+"""Lines of prompts and conversations: valid ones are read, the errors for others are exact."""
 
 from __future__ import annotations
 

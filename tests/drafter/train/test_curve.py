@@ -1,4 +1,4 @@
-"""The learning curve is an SVG that needs nothing from elsewhere."""
+"""The learning curve is a self-contained SVG."""
 
 from __future__ import annotations
 

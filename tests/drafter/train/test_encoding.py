@@ -1,4 +1,4 @@
-"""Answer tokens: as transformers marks them, cut to a length, and refused where they cannot be
+"""Answer tokens: as transformers marks them, cut to a length, or an error if they cannot be
 found."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from server.text.tokenizer_files import load_tokenizer
 SAMPLE = Path(__file__).parents[3] / "drafter/train/sample/conversations.jsonl"
 EOS = 2
 WHERE = "f.jsonl:1"
-# What the bundled template writes for a message, and the same with marks for transformers.
+# The bundled template's text of a message, and the same with marks for transformers.
 MESSAGE = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 MARKED = (
     "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}"
@@ -52,7 +52,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> ChatCodec:
 
 
 def chat(*texts: str, reason: str | None = None) -> Conversation:
-    """User and assistant in turn."""
+    """User and assistant messages in turn."""
     roles = ("user", "assistant")
     messages = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(texts))
     return Conversation(WHERE, messages, reason)
@@ -69,7 +69,7 @@ def encode_one(
 
 
 def letters(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-    """A codec to count with: U text E for a user, A text E N for an assistant; one id a letter."""
+    """A codec for counting: U text E for a user, A text E N for an assistant; one id per letter."""
     ids: list[int] = []
     for message in messages:
         ids += [10 if message["role"] == "user" else 11, *message["content"].encode(), EOS, 12]
@@ -100,7 +100,7 @@ def test_answer_tokens_of_the_sample_are_those_that_transformers_marks(codec: Ch
             return_assistant_tokens_mask=True,
         )
         mask = [bool(mark) for mark in expected["assistant_masks"]]
-        # Behind the last answer there is the template's "\n", and <|im_end|> if it was cut off.
+        # After the last answer comes the template's "\n", and <|im_end|> before it if it was cut.
         end = len(mask) - (2 if conversation.finish_reason == "length" else 1)
         example, _ = encode_one(conversation, codec.encode)
         assert example == Example(expected["input_ids"][:end], mask[:end])
@@ -118,7 +118,7 @@ def test_the_closing_token_is_an_answer_token_unless_the_last_answer_was_cut() -
     assert example.token_ids == [10, *b"q", EOS, 12, 11, *ab, 12, 10, *b"r", EOS, 12, 11, *b"cd"]
 
 
-def test_a_question_behind_the_last_answer_is_left_out() -> None:
+def test_a_question_after_the_last_answer_is_left_out() -> None:
     assert encode_one(chat("q", "ab", "r"), letters) == encode_one(chat("q", "ab"), letters)
 
 
@@ -130,7 +130,7 @@ def test_an_answer_without_any_end_of_text_goes_to_the_end() -> None:
     assert answers(example) == [[*b"ab"], [*b"cd"]]
 
 
-def test_captured_tokens_are_answers_behind_the_prompt() -> None:
+def test_captured_tokens_are_answers_after_the_prompt() -> None:
     captured = CapturedConversation(WHERE, (10, 5, EOS, 11, 7, EOS, 8), 4)
     example, coverage = encode_one(captured, letters)
     assert example == Example([10, 5, EOS, 11, 7, EOS, 8], [False] * 4 + [True] * 3)
@@ -179,7 +179,7 @@ def test_a_long_history_is_not_encoded_beyond_max_tokens() -> None:
 
 def test_a_template_that_changes_earlier_turns_is_refused() -> None:
     def forgetful(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Shortens all answers but the last message, as templates do that drop reasoning."""
+        """Shortens all answers except the last message, like templates that drop reasoning."""
         kept = [
             m if m["role"] == "user" else {"role": "assistant", "content": m["content"][-1]}
             for m in messages[:-1]
@@ -206,7 +206,7 @@ def test_a_template_whose_prompt_is_no_prefix_is_refused() -> None:
 def test_an_answer_that_merges_with_the_templates_last_token_ends_the_example(
     codec: ChatCodec,
 ) -> None:
-    # "\n" behind "assistant" and "\n\n" of the answer give a token that the target never saw.
+    # "\n" after "assistant" and "\n\n" of the answer give a token that the target never saw.
     merged = "\n\nand so on"
     assert encode_one(chat("q", merged), codec.encode) == (None, Coverage(num_merged=1))
     example, coverage = encode_one(chat("q", "ab", "r", merged), codec.encode)

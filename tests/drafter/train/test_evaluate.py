@@ -1,4 +1,4 @@
-"""Acceptance is counted exactly, on proposals whose fate is known."""
+"""Acceptance is counted exactly, on proposals whose outcome is known."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class NumberChat:
 
 @dataclass
 class RightUpTo(ScriptedProposer):
-    """The true tokens down to a depth, wrong ones below."""
+    """Proposes the true tokens down to a depth, wrong ones below."""
 
     depth: int = 2
 
@@ -69,7 +69,7 @@ PROMPTS = [prompt(1, "7 8 9 10", "50 51"), prompt(2, "20 21 22"), prompt(3, "30"
 
 @dataclass
 class Evaluated:
-    """An engine whose drafts are right down to depth 2, as soon as `learn` told it the answers."""
+    """An engine whose drafts are right down to depth 2, once `learn` has set the answers."""
 
     engine: OfflineEngine
     scripts: dict[int, Script] = field(default_factory=dict)
@@ -144,7 +144,7 @@ def test_prompts_are_asked_as_far_as_they_have_turns(
 def test_acceptance_is_exact_for_known_proposals(
     temperature: float, batch: int, evaluated: Evaluated
 ) -> None:
-    # One token behind the prompt, then 12: whole trees of 1 + 1 and of 1 + 2 tokens.
+    # One token after the prompt, then 12: whole trees of 1 + 1 and of 1 + 2 tokens.
     questions = evaluated.learn(temperature, output_tokens=13)
     root, *trees = evaluated.measure(questions, batch=batch)
     assert [one.tree for one in (root, *trees)] == ["root", "chain1", "chain3", "chain5"]
@@ -152,7 +152,7 @@ def test_acceptance_is_exact_for_known_proposals(
     assert [one.num_drafts for one in trees] == [6 * 5, 4 * 5, 4 * 5]
     assert [one.acceptance_length for one in trees] == [2.0, 3.0, 3.0]
     assert [one.reached for one in trees] == [(1.0,), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0, 0.0, 0.0)]
-    # Nothing reached depth 3, so what would follow there is not known.
+    # No path reached depth 3, so the share after it is unknown.
     assert [one.conditional for one in trees] == [(1.0,), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0)]
     assert {one.temperature for one in (root, *trees)} == {temperature}
     assert {one.num_tokens for one in (root, *trees)} == {13 * 5}

@@ -1,4 +1,4 @@
-"""The cache says what the target said, runs it once per example, and survives what files suffer."""
+"""The cache returns the target's features, runs it once per example, and survives bad files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCHES = ([2, 0], [1, 3])
 
 
 class CountingTarget:
-    """Features that depend on the text alone; remembers what it was asked for."""
+    """Features that depend only on the text; records the texts."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, shift: int = 0) -> None:
         self.asked: list[Sequence[int]] = []
@@ -84,7 +84,7 @@ def test_second_epoch_equals_the_first_without_the_target(tmp_path: Path) -> Non
     assert len(target.asked) == len(LENGTHS)
 
 
-def test_a_later_process_goes_on_with_what_is_there(tmp_path: Path) -> None:
+def test_a_later_process_uses_what_is_stored(tmp_path: Path) -> None:
     cache(tmp_path, CountingTarget()).features([2, 1])
     target = CountingTarget()
     assert_right(epoch(cache(tmp_path, target)))
@@ -121,7 +121,7 @@ def test_one_byte_less_keeps_one_example_less(tmp_path: Path) -> None:
     assert len(target.asked) == len(LENGTHS) + 1
 
 
-def test_other_targets_and_other_data_never_meet(tmp_path: Path) -> None:
+def test_other_targets_and_other_data_use_other_files(tmp_path: Path) -> None:
     epoch(cache(tmp_path, CountingTarget(shift=1), identity="another"))
     epoch(cache(tmp_path, CountingTarget(torch.float32, shift=1), dtype=torch.float32))
     epoch(cache(tmp_path, CountingTarget(shift=1), examples(first_token=2)))
@@ -133,7 +133,7 @@ def test_other_targets_and_other_data_never_meet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["taps", "hidden", "best", "sums"])
 def test_what_did_not_reach_the_disk_is_computed_again(part: str, tmp_path: Path) -> None:
-    """Without power, pages are lost in any order: also data whose mark was written after it."""
+    """A power failure loses pages in any order, even data whose checksum was written later."""
     epoch(cache(tmp_path, CountingTarget()))
     (path,) = tmp_path.glob(f"*.{part}")
     content = path.read_bytes()
@@ -164,7 +164,7 @@ def test_a_process_killed_while_it_stores_leaves_nothing_behind(
 
 @contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
-    """Files cannot grow beyond this, as on a disk that is full."""
+    """Files cannot grow beyond this size, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -201,4 +201,4 @@ def test_a_disk_that_is_full_at_a_later_file_frees_the_earlier_ones(
     with pytest.raises(OSError, match="No space left") as raised:
         cache(tmp_path, CountingTarget(), identity="another")
     assert raised.value.errno == errno.ENOSPC
-    assert set(tmp_path.iterdir()) == kept  # those of another run stay
+    assert set(tmp_path.iterdir()) == kept  # files of another run stay

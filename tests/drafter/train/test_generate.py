@@ -1,5 +1,5 @@
-"""Answers of a tiny random model: those of the engine alone, whatever the order, the concurrency or
-the interruptions."""
+"""Answers of a tiny random model equal those of the offline engine, for any order, concurrency and
+interruption."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.tiny_engine import TinyEngine, random_llama
 from tests.support.tiny_llama import write_tokenizer
 
 VOCAB = 384
-# Every ninth token ends a text, so that many answers stop, and some at once.
+# Every ninth token ends a text, so that many answers stop, some immediately.
 EOS_IDS = frozenset(range(2, VOCAB, 9))
 SETTINGS = GenerationSettings(max_tokens=12, max_turns=3, concurrency=5, seed=3)
 TURNS = ("a server answers", "the lazy dog?", "def main():", "once more")
@@ -64,7 +64,7 @@ PROMPTS = [prompt(f"p{n}", f"{n}: {TURNS[n % 4]}", *TURNS[: n % 5]) for n in ran
 
 
 def lines_of(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines by id, each there once."""
+    """Lines by id; each id occurs once."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     by_id = {line["id"]: line for line in lines}
     assert len(by_id) == len(lines)
@@ -74,7 +74,7 @@ def lines_of(path: Path) -> dict[str, dict[str, Any]]:
 def one_by_one(
     tiny: TinyEngine, codec: ChatCodec, prompts: Sequence[Prompt]
 ) -> dict[str, dict[str, Any]]:
-    """The oracle: every turn alone, through the offline engine."""
+    """The expected lines: every turn runs alone in the offline engine."""
     engine = OfflineEngine(tiny.build())
     lines: dict[str, dict[str, Any]] = {}
     for one in prompts:
@@ -121,7 +121,7 @@ def test_answers_are_those_of_the_offline_engine_turn_by_turn(
     assert report.num_answered == len(expected)
     assert report.num_empty == len(PROMPTS) - len(expected) > 0
     assert report.num_done == report.num_total == len(PROMPTS)
-    # The prompts reach what matters: all temperatures, both ends, one to three turns.
+    # The prompts cover all temperatures, both finish reasons, and one to three turns.
     assert {line["temperature"] for line in expected.values()} == {0.0, 0.8, 1.0}
     assert {line["finish_reason"] for line in expected.values()} == {"stop", "length"}
     assert {len(line["messages"]) for line in expected.values()} == {2, 4, 6}
@@ -233,7 +233,7 @@ def test_prompts_that_are_too_long_are_counted_and_answers_before_them_kept(
 
 
 class CountingCore:
-    """Notes how many requests are in the engine whenever it steps."""
+    """Records how many requests are in the engine at each step."""
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
@@ -264,7 +264,7 @@ def test_the_engine_is_kept_full_until_no_prompt_waits(
 
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Writes behind `num_bytes` fail, as on a full disk."""
+    """Writes after `num_bytes` fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -279,7 +279,7 @@ def test_a_full_disk_is_an_error_and_leaves_complete_lines(
     path = tmp_path / "out.jsonl"
     core = tiny.build()
     with (
-        pytest.raises(OSError, match="the lines before are complete, run again") as caught,
+        pytest.raises(OSError, match="the lines before are complete; run again") as caught,
         file_size_limit(1000),
     ):
         generate_answers(core, codec, PROMPTS, path, SETTINGS)

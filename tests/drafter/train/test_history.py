@@ -1,4 +1,4 @@
-"""The log of a run survives being stopped anywhere, and is JSON."""
+"""The log of a run is JSON and survives interruption anywhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_entries_are_read_back(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[0]) == dataclasses.asdict(entry(1))
 
 
-def test_what_came_behind_a_step_is_forgotten(tmp_path: Path) -> None:
+def test_entries_after_a_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     history = History(path)
     for step in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""A head that begins as the target's last layers reads what those layers read."""
+"""A head that starts with the target's last layers has their weights and reads their input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_layers_are_the_targets_last_ones(num_layers: int) -> None:
     before = random_eagle3(config, TARGET, seed=3)
     kept, ids = {n: t.clone() for n, t in before.items()}, LAYOUTS["reference-eagle3"].target_ids()
     found = weights_from_target(before, config, TARGET, theirs.__getitem__, ids)
-    assert all(torch.equal(before[name], kept[name]) for name in kept)  # the caller's stay
+    assert all(torch.equal(before[name], kept[name]) for name in kept)  # the caller's tensors stay
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in kept.items()}
     first = f"model.layers.{TARGET.num_layers - num_layers}"
     for part in ("q", "k", "v"):

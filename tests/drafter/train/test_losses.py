@@ -19,7 +19,7 @@ SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 
 
 def problem(num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, LM head, teacher and its rows, of which some occur several times."""
+    """Inputs, LM head, teacher and row numbers, some of which repeat."""
     generator = torch.Generator().manual_seed(num)
     inputs = torch.randn(num, HIDDEN, generator=generator)
     head = torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5

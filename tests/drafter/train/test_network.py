@@ -1,4 +1,4 @@
-"""A trainable head computes what the served head of the same weights computes."""
+"""A trainable head computes the same as a served head with the same weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_weights_are_named_and_shaped_as_files_are(name: str, reference_ops: Ops
         for name, shape in expected.optional.items()
         if name == manifest.LM_HEAD and layout.kind == "eagle3"  # trained there
     }
-    wanted.pop(manifest.D2T, None)  # goes into the file beside the weights
+    wanted.pop(manifest.D2T, None)  # is written beside the weights
     assert shapes == wanted
     assert shapes.keys() == dict(network.named_parameters()).keys()
 

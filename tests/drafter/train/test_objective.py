@@ -43,8 +43,8 @@ class Case:
         self.batch = dataclasses.replace(self.batch, best=self.some_right())
 
     def some_right(self) -> Tensor:
-        """What the target says is likeliest: what the head drafts along a chain of three, one of
-        two and one of one, and any token elsewhere (also such as the head cannot name)."""
+        """The target's likeliest tokens: equal to the head's drafts along chains of three, two and
+        one, and any tokens elsewhere, even outside the draft vocabulary."""
         best = self.batch.best.clone()
         for index, step in enumerate(unroll(self.network, self.batch, STEPS)):
             drafts = named(self.ids, step.head_inputs @ self.network.head_weight.T)
@@ -64,10 +64,10 @@ def named(ids: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def by_hand(case: Case, weights: LossWeights) -> tuple[float, Tally]:
-    """Token by token, in float64."""
+    """The loss and counts, token by token, in float64."""
     tally, total = Tally.zeros(weights.num_steps, torch.device("cpu")), 0.0
     ids = torch.arange(len(case.head)) if case.ids is None else case.ids
-    right: dict[tuple[int, int], bool] = {}  # (text, base): every draft so far
+    right: dict[tuple[int, int], bool] = {}  # (text, base): whether every draft so far is right
     with torch.no_grad():
         steps = list(unroll(case.network, case.batch, weights.num_steps))
     for index, step in enumerate(steps):
@@ -145,7 +145,7 @@ def test_gradients_reach_every_trained_weight_and_nothing_else(
     torch.autograd.backward(loss)
     for key, parameter in case.network.named_parameters():
         assert parameter.grad is not None, key
-        # All keys move by the same bias, which a softmax does not see: only rounding remains.
+        # A bias moves all keys equally, which a softmax ignores: its gradient is only rounding.
         if not key.endswith("k_proj.bias"):
             assert parameter.grad.abs().max() > 1e-5, key
     for buffer in (*case.network.buffers(), case.head, case.batch.hidden, case.batch.taps):

@@ -1,4 +1,4 @@
-"""The schedule, clipping, decay and what is kept of AdamW."""
+"""The schedule, clipping, weight decay and saved state of the optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN = OptimizerConfig(warmup_steps=0, learning_rate=0.1, weight_decay=0.0, max
 
 
 class Headed(nn.Module):
-    """Parameters under the names that decide who steps them."""
+    """Parameters with names that decide which optimizer updates them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert torch.allclose(network.linear.weight, torch.full((2, 3), 0.5 * 0.95))
 
 
-def test_gradients_are_clipped_behind_the_division_by_tokens() -> None:
-    """Adam does not see a gradient's scale, so its moments tell."""
+def test_gradients_are_clipped_after_the_division_by_tokens() -> None:
+    """Adam's steps ignore a gradient's scale, so the test compares its moments."""
     network = Small()
     optimizer = HeadOptimizer(network, PLAIN.model_copy(update={"max_norm": 0.5}), 10)
     put_gradients(network, 8.0)
@@ -117,7 +117,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(value: float) -> None:
     assert network.norm.grad is None
 
 
-def test_the_state_goes_on_exactly() -> None:
+def test_a_restored_state_continues_exactly() -> None:
     whole = Small()
     optimizer = HeadOptimizer(whole, PLAIN, 10)
     assert optimizer.state() == {}
@@ -153,7 +153,7 @@ def test_muon_steps_matrices_but_not_the_lm_head_and_survives_a_round_trip() -> 
     adam = torch.optim.AdamW(rest, weight_decay=0.0, betas=(config.beta1, config.beta2))
     optimizer = HeadOptimizer(ours, config, 4)
     for step in range(4):
-        if step == 2:  # another process goes on from what was kept
+        if step == 2:  # another process continues from the saved state
             resumed = HeadOptimizer(again, config, 4)
             resumed.load_state({name: t.clone() for name, t in optimizer.state().items()})
             again.load_state_dict(ours.state_dict())

@@ -1,4 +1,4 @@
-"""A published head is complete and finite, or is not there; its card says what was measured."""
+"""A published head is complete and finite, or does not exist; its card shows the measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from drafter.train.model_card import DataSource, ModelCard
 from drafter.train.publish import publish
 from drafter.train.report import Measurement, Report
 from kernels.ops import Ops
-from tests.drafter.published_heads import CPU, DRAFT_VOCAB, LAYOUTS, TARGET, TargetWeights
+from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET, TargetWeights
 
 CONFIG = eagle3_config(TARGET, DRAFT_VOCAB)
 IDS = LAYOUTS["reference-eagle3"].target_ids()
@@ -55,9 +55,7 @@ def put(path: Path, weights: Tensors, **options: bool | int) -> None:
 
 
 def load(path: Path, ops: Ops) -> LoadedHead:
-    shared = TargetWeights.of(ops)
-    packed = shared.packed_embedding, shared.packed_lm_head
-    return load_head(path, TARGET, *packed, ops, torch.float32, CPU, 64)
+    return load_head(path, TargetWeights.of(ops).builder())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -210,7 +208,7 @@ def test_the_card_shows_measured_trees_only() -> None:
     assert "up to 2 turns, up to 128 tokens per answer, 8 at a time" in about
 
 
-def test_a_card_without_sources_says_that_nobody_named_them() -> None:
+def test_a_card_without_sources_says_so() -> None:
     card = dataclasses.replace(CARD, sources=()).render()
-    assert "did not say where its training text comes from" in card
+    assert "source of this head's training text was not stated" in card
     assert "| source |" not in card

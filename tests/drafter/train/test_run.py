@@ -1,4 +1,4 @@
-"""Who is held out, and what a run leaves for publishing."""
+"""Which examples are held out, and what a run records for publishing."""
 
 from __future__ import annotations
 

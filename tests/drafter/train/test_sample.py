@@ -1,4 +1,4 @@
-"""The sample that ships: small, complete, and of the model's own making."""
+"""The shipped sample is small and complete, and the model wrote its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the frozen target says about a text is what transformers says."""
+"""The frozen target's features of a text equal those of transformers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from drafter.train import target as module
 from drafter.train.target import BLOCK_SIZE, FrozenTarget, TargetFeatures
 from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from kernels.ops import Ops
 from tests.support.tiny_engine import CPU, random_llama
 
@@ -32,7 +33,7 @@ def oracle() -> LlamaForCausalLM:
 def frozen(oracle: LlamaForCausalLM, ops: Ops, taps: tuple[int, ...]) -> FrozenTarget:
     arch = LlamaArch.from_hf_config(oracle.config.to_dict())
     read = oracle.state_dict().__getitem__
-    model = LlamaLoader(arch, read, ops, torch.float32, CPU, max(LENGTHS)).load()
+    model = LlamaLoader(arch, read, Place(ops, torch.float32, CPU), max(LENGTHS)).load()
     return FrozenTarget(model, ops, taps, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""A run learns, depends on its seed alone, and goes on as if it had never been stopped."""
+"""A run learns, depends only on its seed, and resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class StoppedError(Exception):
-    """What ends a run in these tests."""
+    """Ends a run in these tests."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def stop_behind(step: int) -> Callable[[Entry], None]:
+def stop_after(step: int) -> Callable[[Entry], None]:
     def on_step(entry: Entry) -> None:
         if entry.step == step:
             raise StoppedError
@@ -81,7 +81,7 @@ def stop_behind(step: int) -> Callable[[Entry], None]:
 
 
 class Failing:
-    """An objective that fails in its n-th batch, when its gradients are half there."""
+    """An objective that fails in its n-th batch, after some gradients have been added."""
 
     def __init__(self, trainer: Trainer, calls: int) -> None:
         self._inner, self._left = trainer.objective, calls
@@ -103,16 +103,16 @@ class Failing:
 def test_resumed_equals_uninterrupted(
     kind: str, accumulation: int, make: Callable[[TrainingConfig], Trainer], tmp_path: Path
 ) -> None:
-    """StoppedError behind every step in turn, and inside of some."""
+    """StoppedError after each step in turn, and inside some steps."""
     run = {"accumulation": accumulation}
     whole = make(tiny_config(tmp_path / "whole", kind, run=run))
     assert bool(whole.feature_noise) == (kind != "eagle3")
     assert whole.run()
     cut = make(tiny_config(tmp_path / "cut", kind, run=run))
-    for step in (1, 2, 4, 6):  # checkpoints are those of 3 and 6
+    for step in (1, 2, 4, 6):  # there are checkpoints at 3 and 6
         assert cut.resume() == (step == 6)
         with pytest.raises(StoppedError):
-            cut.run(stop_behind(step))
+            cut.run(stop_after(step))
         cut = make(tiny_config(tmp_path / "cut", kind, run=run))
         cut.resume()
         cut.objective = Failing(cut, 2)  # type: ignore[assignment]
@@ -157,7 +157,7 @@ def test_a_finished_run_writes_nothing_again(
     again = make(tiny_config(tmp_path))
     assert again.resume()
     assert again.run()
-    history = tmp_path / "history.jsonl"  # is rewritten, to the same
+    history = tmp_path / "history.jsonl"  # is rewritten with equal content
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert {**after, history: 0} == {**before, history: 0}
 
@@ -166,7 +166,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
     make: Callable[[TrainingConfig], Trainer], tmp_path: Path
 ) -> None:
     with pytest.raises(StoppedError):
-        make(tiny_config(tmp_path)).run(stop_behind(2))
+        make(tiny_config(tmp_path)).run(stop_after(2))
     again = make(tiny_config(tmp_path))
     assert again.history.entries
     assert not again.resume()
@@ -188,7 +188,7 @@ def test_the_seed_alone_decides(make: Callable[[TrainingConfig], Trainer], tmp_p
     "changes",
     [{"head": {"intermediate_size": 72}}, {"run": {"seed": 1}}, {"data": {"held_out": 4}}],
 )
-def test_another_run_is_not_gone_on_from(
+def test_another_run_is_not_resumed(
     changes: dict[str, Any], make: Callable[[TrainingConfig], Trainer], tmp_path: Path
 ) -> None:
     make(tiny_config(tmp_path, run={"steps": 3})).run()
@@ -197,7 +197,7 @@ def test_another_run_is_not_gone_on_from(
         make(tiny_config(tmp_path, **other)).resume()
 
 
-def test_other_data_or_processes_are_not_gone_on_from(
+def test_other_data_or_processes_are_not_resumed(
     target: LoadedTarget, examples: list[Example], tmp_path: Path
 ) -> None:
     config = tiny_config(tmp_path, run={"steps": 3})
@@ -211,7 +211,7 @@ def test_other_data_or_processes_are_not_gone_on_from(
             run.trainer.resume()
 
 
-def test_what_touches_nothing_learnt_may_change(
+def test_settings_that_do_not_affect_learning_may_change(
     make: Callable[[TrainingConfig], Trainer], tmp_path: Path
 ) -> None:
     make(tiny_config(tmp_path, run={"steps": 3})).run()

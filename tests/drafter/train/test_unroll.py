@@ -1,4 +1,4 @@
-"""Step j from base position t is what serving computes when it drafts j tokens behind t."""
+"""Step j from base position t equals what serving computes when it drafts j tokens after t."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def mixed_batch(name: str) -> TrainBatch:
 
 
 def chain_of(formulas: HeadFormulas, ids: Tensor, fused: Tensor, base: int, steps: int) -> Tensor:
-    """The state that drafts behind entries 1 to `base` of true features and `steps` entries whose
-    feature is the state before: entry by entry, as serving does it."""
+    """The state after entries 1 to `base` with true features and `steps` entries that take the
+    state before as feature: computed entry by entry, as in serving."""
     features, last = fused[:base], base
     while True:
         entries = torch.arange(1, last + 1)
@@ -44,7 +44,7 @@ def chain_of(formulas: HeadFormulas, ids: Tensor, fused: Tensor, base: int, step
 
 
 def counted(step: UnrolledStep, index: int) -> dict[tuple[int, int], tuple[int, int]]:
-    """(text, base) of what counts -> its text and row in the step."""
+    """(text, base) of each row that counts -> its text and row in the step."""
     found = step.counts.nonzero().tolist()
     return {(text, int(step.places[text, row]) - index): (text, row) for text, row in found}
 
@@ -58,7 +58,7 @@ def test_every_step_equals_a_chain_drafted_entry_by_entry(name: str, reference_o
     fused = [formulas.fuse(taps.split(HIDDEN, dim=-1)) for taps in batch.taps]
     for index, step in enumerate(unroll(network, batch, STEPS)):
         places = counted(step, index)
-        assert places  # something is compared in every step
+        assert places  # every step compares some rows
         for (text, base), at in places.items():
             expected = chain_of(formulas, batch.token_ids[text], fused[text], base, index)
             assert_close(step.states[at], expected)
@@ -75,7 +75,7 @@ def test_every_answer_token_in_reach_is_predicted_once_per_step(reference_ops: O
     network = network_of(TRAINABLE[name], target.embedding, target.lm_head)
     for index, step in enumerate(unroll(network, mixed_batch(name), STEPS)):
         found = [(text, int(step.places[text, row]) + 1) for text, row in step.counts.nonzero()]
-        expected = [  # entry 1 is the first, so step j reaches token j + 2 and those behind
+        expected = [  # entry 1 is the first, so step j reaches tokens from j + 2 on
             (text, place)
             for text, spans in enumerate(ANSWERS)
             for span in spans
@@ -94,7 +94,7 @@ def test_base_rows_are_those_that_some_step_needs() -> None:
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 @torch.no_grad()
-def test_what_lies_behind_a_text_changes_nothing(name: str, reference_ops: Ops) -> None:
+def test_padding_after_a_text_changes_nothing(name: str, reference_ops: Ops) -> None:
     target = TargetWeights.of(reference_ops)
     network = network_of(TRAINABLE[name], target.embedding, target.lm_head)
     batch = mixed_batch(name)

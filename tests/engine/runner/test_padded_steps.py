@@ -18,18 +18,17 @@ from configs.schema import (
     SpeculationConfig,
 )
 from engine.core import EngineCore
-from engine.parallel.shard import WHOLE
+from engine.models.place import Place
 from engine.request import Request
 from engine.runner.graphs import DeviceSteps
 from engine.runner.inputs import StepForm, row_counts
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.speculation.planner import FixedPlanner
-from engine.step.group import TPGroup
 from engine.step.plan import Admission, RowPlan, StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Backend, Ops
 from server.assembly.compose import looks_up, runs_ahead
-from server.assembly.rank import Place, step_settings
+from server.assembly.rank import step_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
 from tests.support.head_lab import SHAPES, HeadLab, write_head
@@ -350,12 +349,12 @@ def test_graphs_are_for_triton_kernels_on_cuda_devices(reference_ops: Ops) -> No
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     triton = replace(reference_ops, backends={"attention": Backend("triton")})
     off = Config(kernels=KernelsConfig(graphs="off"))
-    one, graphed = TPGroup(), Place(TPGroup(), WHOLE, gpu, triton)
+    graphed = Place(triton, torch.bfloat16, gpu)
     eager = StepSettings(exact=False, graphs=False)
     assert step_settings(Config(), graphed) == StepSettings(exact=False, graphs=True)
     assert step_settings(off, graphed) == eager
-    assert step_settings(Config(), Place(one, WHOLE, gpu, reference_ops)) == eager
-    assert step_settings(Config(), Place(one, WHOLE, cpu, triton)) == StepSettings(exact=True)
+    assert step_settings(Config(), replace(graphed, ops=reference_ops)) == eager
+    assert step_settings(Config(), replace(graphed, device=cpu)) == StepSettings(exact=True)
     assert looks_up(Config())
     assert not looks_up(Config(speculation=SpeculationConfig(lookup=False)))
 

@@ -1,4 +1,4 @@
-"""From a configuration to an engine, or to the reason why there is none."""
+"""A configuration becomes an engine, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _torch_threads() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A whole model in float32."""
+    """A complete model in float32."""
     write_tiny_llama(tmp_path)
     return tmp_path
 
@@ -59,26 +59,23 @@ def write_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(settings | changes))
 
 
-def test_an_engine_tells_what_it_is_made_of(
-    folder: Path, native_cache: Path, native_ops: Ops
-) -> None:
+def test_an_engine_reports_its_parts(folder: Path, native_cache: Path, native_ops: Ops) -> None:
     info = build_engine(configure(folder, native_cache)).info
     assert (info.vocab_size, info.max_model_len) == (384, 512)
     assert (info.num_blocks, info.block_size) == (32, 16)
     assert info.eos_token_ids == [EOS]
-    assert info.ops == {name: str(own) for name, own in native_ops.backends.items()}
+    assert info.ops_in_words == {name: str(own) for name, own in native_ops.backends.items()}
+    assert not any(backend.is_fallback for backend in info.ops.values())
     assert info.device == "cpu"
 
 
-def test_sizes_that_are_left_open_are_filled_in(folder: Path, native_cache: Path) -> None:
+def test_unset_sizes_are_filled_in(folder: Path, native_cache: Path) -> None:
     config = configure(folder, native_cache, "cache.num_blocks=null", "scheduler.max_num_seqs=3")
     info = build_engine(config).info
     assert (info.max_model_len, info.num_blocks) == (512, 3 * 32)
 
 
-def test_a_small_cache_bounds_the_context_that_is_left_open(
-    folder: Path, native_cache: Path
-) -> None:
+def test_a_small_cache_bounds_an_unset_context(folder: Path, native_cache: Path) -> None:
     core = build_engine(configure(folder, native_cache, "cache.num_blocks=2"))
     assert core.info.max_model_len == 32
     heard = generate(core, [ask("a", PROMPT, max_tokens=99, ignore_eos=True)])
@@ -133,7 +130,7 @@ def test_torch_leaves_the_cores_to_native_operations(
         ("scheduler.max_num_batched_tokens=8", ValueError, "max_num_batched_tokens is 8"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(
+def test_an_impossible_setting_is_named(
     folder: Path, native_cache: Path, override: str, error: type[Exception], explanation: str
 ) -> None:
     with pytest.raises(error, match=explanation):
@@ -174,7 +171,7 @@ def test_an_end_token_outside_the_vocabulary_is_refused(
         build_engine(configure(folder, native_cache))
 
 
-def test_native_kernels_that_cannot_be_had_are_an_error_only_if_asked_for(
+def test_unavailable_native_kernels_are_an_error_only_if_configured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "find_compiler", lambda: None)
@@ -182,7 +179,9 @@ def test_native_kernels_that_cannot_be_had_are_an_error_only_if_asked_for(
     with pytest.raises(NativeUnavailableError, match="compiler"):
         build_engine(configure(folder, tmp_path, "kernels.backend=native"))
     core = build_engine(configure(folder, tmp_path))
-    assert core.info.ops["linear"].startswith("reference (no C++ compiler")
+    backend = core.info.ops["linear"]
+    assert backend.is_fallback
+    assert str(backend).startswith("reference (no C++ compiler")
     assert len(generate(core, [ask("a", PROMPT)])["a"].token_ids) > 0
 
 

@@ -1,4 +1,4 @@
-"""What a configuration puts on every GPU is counted before anything is loaded."""
+"""The memory that a configuration needs on each GPU is counted before loading."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import pytest
 import torch
 
 from configs.load import load_config
-from configs.schema import Config
+from configs.resolve import HostConfig, with_sizes
 from drafter.checkpoint import load_head
+from drafter.heads.building import HeadBuilder
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import ModelFiles
 from engine.models.footprint import GIB, held_bytes
 from engine.models.llama import LlamaLoader
+from engine.models.place import Place
 from engine.parallel.shard import Shard
 from engine.step.shape import StaticShape
 from kernels.ops import Ops
-from server.assembly.drafting import allocate, tree_shape
+from server.assembly.drafting import Target, allocate, tree_shape
 from server.assembly.memory_plan import MemoryPlan, plan_memory
+from tests.support.configurations import hosted
 from tests.support.live_server import run_aerie
 from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B
 from tests.support.tiny_heads import write_tiny_head
@@ -36,7 +39,7 @@ KV_BYTES = 2 * 2 * 128  # keys and values of a token, KV head and layer: bfloat1
 
 
 def speculator(target: dict[str, Any]) -> dict[str, Any]:
-    """An EAGLE-3 head of the target's widths in the layout of speculators."""
+    """An EAGLE-3 head with the widths of the target, in the layout of speculators."""
     layer = {**target, "num_hidden_layers": 1, "max_position_embeddings": 2048, "head_dim": 128}
     return {
         "architectures": ["Eagle3Speculator"],
@@ -48,13 +51,13 @@ def speculator(target: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shipped(folder: Path, size: str, *overrides: str) -> Config:
+def shipped(folder: Path, size: str, *overrides: str) -> HostConfig:
     """The shipped configuration, with a local config.json of the target and of a head."""
     for name, content in (("target", TARGETS[size]), ("head", speculator(TARGETS[size]))):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(content), encoding="utf-8")
     places = [f"model.source={folder / 'target'}", f"speculation.draft={folder / 'head'}"]
-    return load_config(Path(SHIPPED[size]), [*places, *overrides])
+    return hosted(load_config(Path(SHIPPED[size]), [*places, *overrides]))
 
 
 @pytest.mark.parametrize("size", SHIPPED)
@@ -124,18 +127,20 @@ def test_the_plan_is_what_a_rank_holds(
     path = write_tiny_head(tmp_path / "head", spec)
     settings = ["model.dtype=float32", f"parallel.tensor={size}", "cache.num_blocks=40"]
     places = [f"model.source={tmp_path / 'target'}", f"speculation.draft={path}"]
-    config = load_config(None, [*settings, *places])
+    config = hosted(load_config(None, [*settings, *places]))
     plan = plan_memory(config, 4 * GIB)
 
     checkpoint = open_checkpoint(ModelFiles("hf", tmp_path / "target", "target"))
     arch, shard = checkpoint.arch, Shard(0, size)
-    place = (reference_ops, torch.float32, CPU, spec.max_position_embeddings, shard)
-    model = LlamaLoader(arch, checkpoint.stored, *place).load()
-    head = load_head(path, arch, model.embedding.weight, model.head.weight, *place)
+    place, max_len = Place(reference_ops, torch.float32, CPU, shard), spec.max_position_embeddings
+    model = LlamaLoader(arch, checkpoint.stored, place, max_len).load()
+    target = Target(model, arch, frozenset())
+    head = load_head(path, HeadBuilder(target.weights, place, max_len))
+    resolved = with_sizes(config, max_model_len=max_len, num_blocks=40)
     assert plan.target_weights == held_bytes(model)
     assert plan.draft_weights == held_bytes(model, head) - held_bytes(model)
-    assert plan.target_kv == held_bytes(allocate(arch, config, CPU, shard))
-    assert plan.draft_kv == held_bytes(allocate(head.arch, config, CPU, head.shard))
+    assert plan.target_kv == held_bytes(allocate(arch, resolved, place))
+    assert plan.draft_kv == held_bytes(allocate(head.arch, resolved, place))
 
 
 def test_without_a_head_nothing_is_kept_for_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine inside this process: chats as transformers answers them, and requests it refuses."""
+"""The engine in this process: answers chats as transformers does, and refuses bad requests."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_without_requests_nothing_happens(engine: OfflineEngine) -> None:
     assert list(engine.steps([])) == []
 
 
-def test_the_engine_is_told_about_through_its_info(engine: OfflineEngine) -> None:
+def test_info_describes_the_engine(engine: OfflineEngine) -> None:
     assert engine.info == engine.core.info
     assert engine.info.vocab_size == VOCAB
 
@@ -122,7 +122,7 @@ UNKNOWN_IDS: list[tuple[str, list[int], dict[str, object]]] = [
 
 
 @pytest.mark.parametrize(("problem", "prompt_ids", "params"), UNKNOWN_IDS)
-def test_token_ids_that_the_model_has_not_end_that_request_alone(
+def test_token_ids_outside_the_vocabulary_end_only_their_request(
     engine: OfflineEngine,
     prompts: list[list[int]],
     problem: str,
@@ -150,7 +150,7 @@ def test_the_first_and_the_last_token_id_are_the_models(engine: OfflineEngine) -
     assert finished.reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 
-def test_a_prompt_longer_than_the_context_ends_that_request_alone(engine: OfflineEngine) -> None:
+def test_a_prompt_longer_than_the_context_ends_only_its_request(engine: OfflineEngine) -> None:
     heard = engine.generate([ask("long", [5] * 513), ask("good", [5], max_tokens=2)])
     finished = heard["long"].finished
     assert finished is not None

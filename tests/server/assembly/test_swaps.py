@@ -1,4 +1,4 @@
-"""Another draft head for an engine that runs: the text stays, and a bad head changes nothing."""
+"""Swapping the draft head of a running engine: the text stays, and a bad head changes nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def configure(folders: Folders, cache: Path, *overrides: str) -> Config:
         "model.dtype=float32",
         "cache.num_blocks=96",
         "scheduler.max_num_batched_tokens=128",
-        "speculation.lookup=false",  # what the head drafts is what these tests are about
+        "speculation.lookup=false",  # these tests are about drafts of the head
         *overrides,
     ]
     return resolve_host(load_config(None, settings), HostFacts(2, cache))
@@ -87,14 +87,14 @@ def requests(suffix: str = "") -> list[Request]:
 
 @pytest.fixture(scope="module")
 def truth(folders: Folders, native_cache: Path) -> dict[str, list[int]]:
-    """What the requests say without any draft head."""
+    """The texts of the requests without a draft head."""
     with own_torch_threads():
         core = build_engine(configure(folders, native_cache))
         return {name: heard.token_ids for name, heard in generate(core, requests()).items()}
 
 
 def ask_for(engine: Engine, swaps: DraftSwaps, path: Path | str | None) -> DraftSwapped:
-    """Swap while nothing runs."""
+    """Request a swap while nothing runs."""
     swaps.ask(SwapDraft("swap", None if path is None else str(path)))
     return settled(swaps)[0]
 
@@ -107,7 +107,7 @@ def settled(swaps: DraftSwaps) -> list[DraftSwapped]:
 
 
 class Script:
-    """Runs requests and swaps to a plan: which head to ask for before which step."""
+    """Runs requests with planned swaps: which head to request before which step."""
 
     def __init__(self, engine: Engine) -> None:
         self.core = engine.core
@@ -129,7 +129,7 @@ class Script:
                     heard[event.request_id].take(event)
             self.core.audit()
             step += 1
-        assert step > max(plan, default=-1), "a swap was planned behind the end"
+        assert step > max(plan, default=-1), "a swap was planned after the end"
         return {name: record.token_ids for name, record in heard.items()}
 
 
@@ -172,7 +172,7 @@ def test_swaps_at_every_step_of_an_engine_short_of_blocks_do_not_show(
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has initialised holds NaN from now on."""
+    """From now on, uninitialised memory holds NaN."""
     empty = torch.empty
 
     def poisoned(*shape: object, **options: object) -> torch.Tensor:
@@ -205,7 +205,7 @@ def test_prefixes_cached_under_another_head_are_kept_and_spoil_nothing(
 def test_an_engine_that_began_without_a_head_drafts_with_one(
     folders: Folders, native_cache: Path, truth: dict[str, list[int]]
 ) -> None:
-    """`auto` first measures, one made-up step besides each real one."""
+    """`auto` first measures, with one made-up step per real step."""
     engine = build_swappable_engine(
         configure(folders, native_cache, "speculation.candidates=[chain1]")
     )

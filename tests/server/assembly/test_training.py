@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from configs.host import this_host
-from configs.resolve import resolve_host
+from configs.resolve import HostConfig, resolve_host
 from configs.schema import (
     CacheConfig,
     CacheDirConfig,
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_and_data(tmp_path_factory.mktemp("model"))
 
 
-def engine(folder: Path, cache: Path, head: Path | None) -> Config:
+def engine(folder: Path, cache: Path, head: Path | None) -> HostConfig:
     tree = "root" if head is None else "chain3"
     config = Config(
         model=ModelConfig(source=str(folder / "model"), dtype="float32"),
@@ -132,7 +132,7 @@ def test_training_again_changes_nothing(folder: Path, run: Path, native_cache: P
 def test_a_run_goes_on_from_its_own_settings(
     folder: Path, run: Path, native_cache: Path, tmp_path: Path
 ) -> None:
-    """config.yaml of a run is a configuration: the same command, without all those words."""
+    """config.yaml of a run is a configuration: it replaces all options of the command."""
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert "kernels" not in settings
     words = [f"run.output={tmp_path / 'run'}", "kernels.threads=1", f"files.dir={native_cache}"]
@@ -164,7 +164,7 @@ def test_prompts_are_answered_first(folder: Path, native_cache: Path, tmp_path: 
 def test_a_head_learns_to_draft_what_its_target_says(
     folder: Path, native_cache: Path, tmp_path: Path
 ) -> None:
-    """Acceptance on held-out answers, and in the real engine, above that of the untrained head."""
+    """Acceptance rises above that of the untrained head, on held-out answers and in the engine."""
     changes: dict[str, object] = {
         "data__conversations": "[]",
         "data__prompts": f"[{folder / 'prompts.jsonl'}]",
@@ -277,7 +277,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_before(
 def test_a_file_that_may_not_grow_is_one_line_too(
     folder: Path, native_cache: Path, tmp_path: Path
 ) -> None:
-    """A real refusal by the system, in the middle of a file."""
+    """A real error of the system, in the middle of a file."""
     (tmp_path / "empty.yaml").touch()
     words = ["--config", str(tmp_path / "empty.yaml")]
     words += arguments(folder, native_cache, tmp_path / "run")
@@ -341,7 +341,7 @@ def test_publishing_needs_the_run_alone(run: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["EMPTY"], "holds no checkpoint of a training run"),
-        (["RUN", "loss.decay=0.5"], "'loss.decay=0.5': of a head that is trained, only card.*"),
+        (["RUN", "loss.decay=0.5"], "'loss.decay=0.5': only card.* can be set"),
         (["RUN", "card.colour=red"], "unknown key 'card.colour'"),
         (["RUN", "--report", "/nowhere"], "No such file or directory: '/nowhere'"),
     ],

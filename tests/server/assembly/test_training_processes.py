@@ -60,7 +60,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
 def test_a_process_that_fails_ends_the_others(
     folder: Path, native_cache: Path, tmp_path: Path
 ) -> None:
-    """Only the first process writes, so only it meets what lies where checkpoints should go."""
+    """Only the first process writes, so only it fails at a file in the place of checkpoints."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
     words = arguments(folder, native_cache, tmp_path / "run", run__steps=100_000)

@@ -80,7 +80,7 @@ def test_both_temperatures_and_rankings_are_measured_and_written(
     assert all(tree in done.stdout for tree in trees)
 
 
-def test_limits_and_one_temperature_are_kept_to(
+def test_limits_and_one_temperature_are_respected(
     folder: Path, native_cache: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "report.json"
@@ -123,7 +123,7 @@ def test_help_names_options_and_the_default_trees() -> None:
     assert [text for text in wanted if text not in done.stdout] == []
 
 
-def test_the_sample_that_comes_with_the_package_can_be_asked() -> None:
+def test_the_shipped_sample_can_be_evaluated() -> None:
     prompts = list(read_prompts(sample_prompts()))
     assert len(prompts) > 3
     assert any(prompt.later_turns for prompt in prompts)

@@ -1,4 +1,4 @@
-"""Sizes as `aerie plan-memory` takes them."""
+"""Sizes in the options of `aerie plan-memory`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door for administrators, and what POST /admin/draft answers."""
+"""Admin keys, and the answers of POST /admin/draft."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_without_an_admin_key_the_routes_are_off(
     assert server.engine.swapped == []
 
 
-def test_every_admin_key_is_compared_whichever_is_right(
+def test_every_admin_key_is_compared_even_after_a_match(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = []
@@ -94,7 +94,7 @@ def test_other_bodies_are_400(server: Server, body: Any) -> None:
     assert server.engine.swapped == []
 
 
-def test_an_engine_that_is_not_there_or_dies_is_503(server: Server) -> None:
+def test_a_missing_or_dying_engine_is_503(server: Server) -> None:
     server.engine.dies_at_swap = True
     error_of(server.post(PATH, BODY, headers=ADMIN), 503)
     error = error_of(server.post(PATH, BODY, headers=ADMIN), 503)
@@ -118,6 +118,6 @@ def test_admin_keys_come_from_configuration_and_file(tmp_path: Path) -> None:
         load_admin_keys(config)
 
 
-def test_a_key_for_both_doors_is_an_error() -> None:
+def test_an_admin_key_that_is_an_api_key_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"server\.admin_keys holds an API key"):
         load_admin_keys(ServerConfig(api_keys=("a", "b"), admin_keys=("b",)))

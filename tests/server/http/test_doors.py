@@ -1,4 +1,4 @@
-"""What stands in front of the routes: ids, keys, sizes; and the routes for operators."""
+"""Checks before the routes: ids, keys, sizes; and the routes for operators."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_key_files_without_a_key_are_an_error(tmp_path: Path, content: str | Non
         load_api_keys(ServerConfig(api_key_file=path))
 
 
-def test_every_key_is_compared_whichever_is_right(
+def test_every_key_is_compared_even_after_a_match(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = make_server(api_keys=("a", "b", "c"))
@@ -157,7 +157,7 @@ def test_ready_says_why_it_is_not(server: Server) -> None:
     assert error_of(server.get("/ready"), 503)["code"] == "draining"
     assert server.get("/health").status_code == 200
     name = 'aerie:admission_rejections_total{model_name="tiny",reason="draining"}'
-    assert f"{name} 0.0" in server.get("/metrics").text  # a probe is no request turned away
+    assert f"{name} 0.0" in server.get("/metrics").text  # probes are not counted as rejections
 
 
 def test_info_shows_configuration_versions_and_kernels_but_no_key(make_server: MakeServer) -> None:
@@ -232,8 +232,8 @@ def test_counters_go_on_when_the_engine_starts_again(server: Server) -> None:
     assert metric(server, "aerie:prefix_cache_hits_total") == 21
 
 
-def test_counters_stay_while_the_next_engine_has_said_nothing(server: Server) -> None:
-    """Nobody looked while the first one lived."""
+def test_counters_stay_until_the_next_engine_sends_statistics(server: Server) -> None:
+    """Nothing was scraped while the first engine lived."""
     client = ZmqEngineClient()
     metrics = Metrics(client, "tiny")
     client._take(INFO)

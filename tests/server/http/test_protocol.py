@@ -16,14 +16,14 @@ from server.process.launch import web_config
 from tests.support.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
-DEADLINE = 30.0  # seconds; only what hangs ever takes so long
+DEADLINE = 30.0  # seconds; only a hanging test takes so long
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST " + CHAT_PATH.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 class Hasty(HttpProtocol):
-    """Waits for nothing."""
+    """The protocol with very short timeouts."""
 
     head_timeout = body_timeout = 0.01
 
@@ -36,7 +36,7 @@ class Line:
         self._writer = writer
 
     async def send(self, *pieces: bytes) -> None:
-        """Write pieces one by one; what comes behind a close is dropped."""
+        """Write pieces one by one; those after a close are dropped."""
         for piece in pieces:
             self._writer.write(piece)
             try:
@@ -45,7 +45,7 @@ class Line:
                 return
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
-        """One whole answer: status, headers, body. ConnectionError when there is none."""
+        """One complete answer: status, headers, body. ConnectionError without one."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
             first, *lines = head.decode().strip().split("\r\n")
@@ -56,7 +56,7 @@ class Line:
         return int(first.split()[1]), headers, body
 
     async def rest(self) -> bytes:
-        """All that comes until the server closes."""
+        """All bytes until the server closes."""
         try:
             return await self.reader.read()
         except ConnectionError:
@@ -96,7 +96,7 @@ def talk(
 
 
 async def refused(line: Line, status: int, code: str) -> dict[str, str]:
-    """The next answer is this error, and it is the last; its headers."""
+    """Assert that the next answer is this error and the last one; return its headers."""
     found, headers, body = await line.answer()
     error: dict[str, Any] = json.loads(body)["error"]
     assert (found, error["code"], error["type"]) == (status, code, "invalid_request_error")
@@ -107,7 +107,7 @@ async def refused(line: Line, status: int, code: str) -> dict[str, str]:
 
 
 def letters(count: int) -> list[bytes]:
-    """Any header can go on with these."""
+    """`count` letters in blocks of at most 1024, to make a header longer."""
     return [b"a" * 1024] * (count // 1024) + [b"a" * (count % 1024)]
 
 
@@ -138,7 +138,7 @@ def test_a_body_of_nothing_but_its_encoding_is_refused(server: Server, start: by
 
 
 class Wire(asyncio.Transport):
-    """Keeps what is written."""
+    """A transport that keeps the bytes written to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_a_refusal_carries_the_id_that_was_read_before(server: Server) -> None:
     talk(server, scene)
 
 
-def test_nonsense_behind_a_request_does_not_get_into_its_answer(make_server: MakeServer) -> None:
+def test_invalid_bytes_after_a_request_do_not_change_its_answer(make_server: MakeServer) -> None:
     server = make_server(lambda _: [])
     body = json.dumps(CHAT).encode()
 
@@ -316,7 +316,7 @@ def test_head_answers_as_get_does_without_a_body(server: Server, path: bytes, re
         head = await line.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 %d " % status)
         assert f"content-length: {headers['content-length']}\r\n".encode() in head
-        await line.send(GET)  # had there been a body, this answer would not be found
+        await line.send(GET)  # after a body, this answer would not be found
         assert (await line.answer())[0] == 200
 
     talk(server, scene)

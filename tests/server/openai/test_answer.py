@@ -1,4 +1,4 @@
-"""What both routes that generate do: places in the queue, echoes, generators that are closed."""
+"""What both generating routes share: places in the queue, echoes, closing of generators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Push = Callable[[TextStream, Sequence[int]], TextDelta]
 
 
 def with_echoes_through(monkeypatch: pytest.MonkeyPatch, push: Push) -> None:
-    """Let `push` make the texts of echoed prompts; generated texts are made as ever."""
+    """Let `push` make the texts of echoed prompts; generated texts stay as they are."""
 
     class EchoStream(TextStream):
         def push(self, token_ids: Sequence[int]) -> TextDelta:
@@ -32,7 +32,7 @@ def with_echoes_through(monkeypatch: pytest.MonkeyPatch, push: Push) -> None:
     monkeypatch.setattr(logprobs, "TextStream", EchoStream)
 
 
-def test_an_echo_that_fails_gives_its_places_back(
+def test_an_echo_that_fails_releases_its_places(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(stream: TextStream, token_ids: Sequence[int]) -> TextDelta:
@@ -64,10 +64,10 @@ def test_an_echo_is_made_once_off_the_event_loop_while_its_request_holds_its_pla
 
 @pytest.mark.parametrize("path", CONTENT)
 @pytest.mark.parametrize("stream", [False, True])
-def test_deltas_that_cannot_be_written_are_closed_by_who_asked_for_them(
+def test_deltas_that_cannot_be_written_are_closed_by_their_consumer(
     server: Server, monkeypatch: pytest.MonkeyPatch, path: str, stream: bool
 ) -> None:
-    """Not by the garbage collector, in some task of its own and at any time."""
+    """And not by the garbage collector, in another task and at any time."""
     tasks: list[asyncio.Task[Any] | None] = []
 
     async def deltas(generation: Generation) -> AsyncGenerator[ChoiceDelta, None]:

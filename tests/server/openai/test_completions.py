@@ -142,7 +142,7 @@ def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 
 def scored(*steps: tuple[int, float, list[tuple[int, float]]]) -> Callable[[Request], list[Event]]:
-    """Says tokens with these logprobs and alternatives."""
+    """A script that emits tokens with these logprobs and alternatives."""
 
     def script(request: Request) -> list[Event]:
         ids = [token_id for token_id, _, _ in steps]
@@ -154,7 +154,7 @@ def scored(*steps: tuple[int, float, list[tuple[int, float]]]) -> Callable[[Requ
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_parts_of_characters_are_told_apart_in_logprobs(
+def test_parts_of_characters_differ_in_logprobs(
     make_server: MakeServer, tokenizer: Tokenizer, stream: bool
 ) -> None:
     first, second, third, other, letter = byte_ids(tokenizer, "你".encode() + b"\xe5a")
@@ -181,7 +181,7 @@ def test_parts_of_characters_are_told_apart_in_logprobs(
     assert own == found["token_logprobs"]
 
 
-def test_of_tokens_that_look_alike_the_better_one_is_shown_and_the_chosen_one_always(
+def test_of_tokens_with_equal_text_the_likelier_is_shown_but_the_chosen_one_always(
     make_server: MakeServer, tokenizer: Tokenizer
 ) -> None:
     alike = [token_id for token_id in range(1000) if tokenizer.token_bytes(token_id) == b""][:3]

@@ -1,4 +1,4 @@
-"""Engine failures, clients that leave, queues that are full."""
+"""Engine failures, clients that disconnect, full queues."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_engine_refusal_of_the_length_is_400(make_server: MakeServer, stream: bo
     assert (error["code"], error["message"]) == ("context_length_exceeded", "too long by 8")
 
 
-def test_words_alone_make_no_refusal(make_server: MakeServer) -> None:
+def test_an_error_without_its_code_is_no_refusal(make_server: MakeServer) -> None:
     text = "This model's maximum context length is 32 tokens; the server is shutting down"
     error_of(make_server(fail([], text)).chat(), 500)
 
@@ -66,7 +66,7 @@ def test_words_alone_make_no_refusal(make_server: MakeServer) -> None:
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1])
-def test_requests_cut_by_the_end_of_the_server_are_told_so(
+def test_requests_cut_by_the_end_of_the_server_get_that_error(
     make_server: MakeServer, path: str, stream: bool, num_tokens: int
 ) -> None:
     content = CHAT if path == CHAT_PATH else {"model": "tiny", "prompt": "hi"}

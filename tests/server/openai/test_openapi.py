@@ -1,4 +1,4 @@
-"""The OpenAPI document, and requests made up from it."""
+"""The OpenAPI document, and random requests made from it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_made_up_requests_get_documented_answers(
     @given(case=operation.as_strategy(generation_mode=mode))
     def send(case: Case) -> None:
         if isinstance(case.body, dict) and "model" in case.body:
-            case.body["model"] = MODEL  # else nothing but 404 would be seen
+            case.body["model"] = MODEL  # other values would only give 404
         case.headers["authorization"] = "Bearer root"
         case.call_and_validate(checks=checks)
 

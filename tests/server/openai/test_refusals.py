@@ -1,4 +1,4 @@
-"""What is refused, and in which words. Nothing of it reaches the engine."""
+"""What is refused, and with which message. Nothing of it reaches the engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BIG = 10**40
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of a response, which must have the shape of all errors."""
+    """The error of a response; asserts the format of all errors."""
     assert response.status_code == status, response.text
     body = response.json()
     assert list(body) == ["error"]
@@ -192,7 +192,7 @@ def test_bad_completion_fields_are_400_naming_the_field(
 
 
 @pytest.mark.parametrize("prompt", [["a", 1], [1, "a"], [[1], 2], [1, [2]], ["a", [1]], [1, None]])
-def test_mixed_prompts_are_refused_in_words_that_help(server: Server, prompt: list[Any]) -> None:
+def test_mixed_prompts_are_refused_with_a_clear_message(server: Server, prompt: list[Any]) -> None:
     error = refused(server, COMPLETION_PATH, {"model": MODEL, "prompt": prompt})
     assert error["param"] == "prompt"
     assert error["message"] == (
@@ -286,7 +286,7 @@ def test_a_prompt_that_fills_the_context_leaves_no_room_for_output(server: Serve
     assert server.complete(prompt=[5] * 63).status_code == 200
 
 
-def test_hopeless_texts_are_refused_without_tokenising(
+def test_much_too_long_texts_are_refused_without_tokenising(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(text: str, add_special_tokens: bool = True) -> list[int]:
@@ -321,7 +321,7 @@ def test_unknown_models_are_404(server: Server, path: str) -> None:
     assert error_of(server.get("/v1/models/a/b"), 404)["code"] == "model_not_found"
 
 
-def test_unknown_routes_and_methods_have_the_same_shape(server: Server) -> None:
+def test_unknown_routes_and_methods_have_the_same_format(server: Server) -> None:
     assert error_of(server.get("/nowhere"), 404)["code"] == "not_found"
     response = server.get(CHAT_PATH)
     assert error_of(response, 405)["code"] == "method_not_allowed"

@@ -31,7 +31,7 @@ SDK: dict[str, tuple[Any, Any]] = {
 }
 USAGE = {"include_usage": True}
 STATS = {"stats": True}
-DRAFTS = ((3, 12, 5), (1, 4, 1))  # of two choices: trees, tokens drafted, tokens accepted
+DRAFTS = ((3, 12, 5), (1, 4, 1))  # for each of two choices: trees, tokens drafted, tokens accepted
 TOTALS = {"drafted": 16, "accepted": 6, "acceptance_length": 2.5}
 DETAILS = {
     "reasoning_tokens": 0,
@@ -118,12 +118,12 @@ def test_the_document_says_that_the_text_stays_the_same(server: Server, model: t
 
 @pytest.fixture
 def drafting_server(make_server: MakeServer, server: Server) -> Server:
-    """Says what `server` says, with DRAFTS."""
+    """A server that answers as `server` does, with DRAFTS."""
     return make_server(drafting(server.engine.script, *DRAFTS))
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
-def test_usage_adds_up_what_the_choices_predicted(
+def test_usage_adds_up_the_drafts_of_all_choices(
     drafting_server: Server, server: Server, path: str, body: dict[str, Any]
 ) -> None:
     reply = drafting_server.post(path, body | {"n": 2}).json()
@@ -194,7 +194,7 @@ def test_counts_of_a_choice_that_a_stop_string_ended_are_those_of_the_engine(
     ("num_drafted", "num_accepted", "expected"),
     [(9, 6, 4), (9, 2, 0), (40, 40, 4), (3, 0, 0)],
 )
-def test_usage_counts_no_accepted_token_behind_a_stop_string(
+def test_usage_counts_no_accepted_token_after_a_stop_string(
     make_server: MakeServer,
     server: Server,
     path: str,
@@ -317,7 +317,7 @@ def test_the_time_of_steps_is_exported_by_part(server: Server) -> None:
         assert f'aerie:step_seconds_total{{model_name="tiny",part="{part}"}} {spent}' in text
 
 
-def test_a_head_in_trouble_is_seen(server: Server) -> None:
+def test_faults_of_the_head_are_exported(server: Server) -> None:
     def seen() -> tuple[bool, bool]:
         lines = server.get("/metrics").text.splitlines()
         faults = 'aerie:draft_head_faults_total{model_name="tiny"}'

@@ -1,4 +1,4 @@
-"""The engine client of the HTTP process against a peer that a test speaks for."""
+"""The engine client of the HTTP process against a scripted peer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STATS = EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7)
 
 
 class Peer:
-    """The engine's end of the pair."""
+    """The engine's end of the ZeroMQ pair."""
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
         self._socket = context.socket(zmq.PAIR)
@@ -46,7 +46,7 @@ class Peer:
         await self._socket.send(encode(messages))
 
     async def hear(self, count: int) -> list[ClientMessage]:
-        """The next `count` messages, however they were batched."""
+        """The next `count` messages, in any batches."""
         while len(self._heard) < count:
             self._heard += decode_client(await self._socket.recv())
         found, self._heard = self._heard[:count], self._heard[count:]
@@ -57,7 +57,7 @@ class Peer:
 
 
 class Pair:
-    """A client, and one engine after the other."""
+    """A client and its engines, one after the other."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -84,7 +84,7 @@ Play = Callable[[Pair], Awaitable[None]]
 
 @pytest.fixture
 def play(tmp_path: Path) -> Callable[[Play], None]:
-    """Runs a scene with a pair that is closed afterwards."""
+    """Runs a scene with a pair, then closes the pair."""
 
     def run(scene: Play) -> None:
         async def main() -> None:
@@ -123,7 +123,7 @@ def test_streams_get_their_own_events_in_order(play: Callable[[Play], None]) -> 
     play(scene)
 
 
-def test_a_request_is_handed_over_before_its_stream_is_read(play: Callable[[Play], None]) -> None:
+def test_a_request_is_submitted_before_its_stream_is_read(play: Callable[[Play], None]) -> None:
     async def scene(pair: Pair) -> None:
         peer = await pair.engine()
         pair.client.submit(request("a"))
@@ -143,7 +143,7 @@ def test_an_abort_is_passed_on_while_the_request_is_open(play: Callable[[Play], 
         end = finished(a, FinishReason.ABORT)
         await peer.say(end)
         assert await collect(stream) == [end]
-        pair.client.abort("a")  # it is over: the engine hears of none of this
+        pair.client.abort("a")  # it has ended: nothing is sent to the engine
         pair.client.shut_down()
         assert await peer.hear(1) == [Shutdown()]
 
@@ -201,7 +201,7 @@ def test_without_an_engine_requests_end_at_once(play: Callable[[Play], None]) ->
     play(scene)
 
 
-def test_an_engine_that_talks_nonsense_is_told_to_end(
+def test_an_engine_that_sends_invalid_messages_is_told_to_end(
     play: Callable[[Play], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scene(pair: Pair) -> None:
@@ -217,7 +217,7 @@ def test_an_engine_that_talks_nonsense_is_told_to_end(
     assert "unknown request stranger" in caplog.text
 
 
-def test_messages_of_one_turn_travel_together(play: Callable[[Play], None]) -> None:
+def test_messages_of_one_turn_are_sent_together(play: Callable[[Play], None]) -> None:
     async def scene(pair: Pair) -> None:
         peer = await pair.engine()
         for name in ("a", "b", "c"):
@@ -265,7 +265,7 @@ def test_a_swap_of_an_engine_that_dies_fails(play: Callable[[Play], None]) -> No
     play(scene)
 
 
-def test_an_answer_that_nobody_waits_for_is_harmless(play: Callable[[Play], None]) -> None:
+def test_an_answer_that_nothing_waits_for_is_harmless(play: Callable[[Play], None]) -> None:
     async def scene(pair: Pair) -> None:
         peer = await pair.engine()
         asked = asyncio.create_task(pair.client.swap_draft("a"))

@@ -1,4 +1,4 @@
-"""The loop of the engine process, around an engine that a test wrote down."""
+"""The loop of the engine process, around a scripted engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WAIT = 30_000  # milliseconds
 
 
 class Front:
-    """The HTTP process's end of the pair."""
+    """The HTTP process's end of the ZeroMQ pair."""
 
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
@@ -68,7 +68,7 @@ class Front:
 
 
 class SlowSwaps:
-    """Pretends that loading takes until `settle` has been called often enough."""
+    """Swaps whose loading takes a number of calls of `settle`."""
 
     def __init__(self, patience: int = 3) -> None:
         self._asked: list[SwapDraft] = []
@@ -89,7 +89,7 @@ class SlowSwaps:
 
 
 class Engine(threading.Thread):
-    """`run` on a thread of its own; what it raised is kept."""
+    """`run` on a thread; keeps its exception."""
 
     def __init__(self, core: EngineCore, endpoint: str) -> None:
         super().__init__(daemon=True)
@@ -194,7 +194,7 @@ def test_an_abort_ends_a_request(front: Front, endpoint: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["launch", "collect"])
-def test_what_a_step_raises_ends_every_request_and_the_process(
+def test_an_exception_in_a_step_ends_every_request_and_the_process(
     front: Front, endpoint: str, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     def fail(step: object) -> None:
@@ -215,7 +215,7 @@ def test_what_a_step_raises_ends_every_request_and_the_process(
         assert end.error == "the engine failed: RuntimeError", "no internals"
 
 
-def test_messages_that_have_come_are_taken_together(front: Front, endpoint: str) -> None:
+def test_all_waiting_messages_are_taken_together(front: Front, endpoint: str) -> None:
     channel = EngineChannel(endpoint)
     try:
         assert channel.receive(wait=False) == []

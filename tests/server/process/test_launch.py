@@ -1,4 +1,4 @@
-"""The launcher's parts: its port, its keeper of engines, and the application while one loads."""
+"""Parts of the launcher: its port, `EngineKeeper`, and the application while an engine loads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import msgspec
 import pytest
 import uvloop
 
+from configs.resolve import HostConfig
 from configs.schema import Config, ModelConfig, ServerConfig
-from engine.messages import ErrorCode, Finished
+from engine.messages import ErrorCode, Finished, OperationBackend
 from server.http.app import create_app
 from server.http.context import ServerInfo
 from server.openai.routes import ROUTES
@@ -26,6 +27,7 @@ from server.process.client import ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.launch import EngineKeeper, open_port, warn_of_fallback
 from server.text.chat_template import ChatTemplate
+from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.http_server import tiny_tokenizer
 from tests.support.live_server import wait_gone
@@ -58,7 +60,7 @@ def test_an_unknown_host_is_named() -> None:
 
 @pytest.fixture
 def stub_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Puts a shell script in the place of the engine process; returns the file it may write."""
+    """Replaces the engine process with a shell script; returns the file that it may write."""
 
     def install(body: str) -> Path:
         script, trace = tmp_path / "engine.sh", tmp_path / "trace"
@@ -76,11 +78,11 @@ def keep(
     work: Callable[[EngineKeeper], Awaitable[None]],
     loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
 ) -> int:
-    """Run `work` beside a keeper; the keeper's exit code."""
+    """Run `work` beside an `EngineKeeper`; return the keeper's exit code."""
 
     async def main() -> int:
         client = ZmqEngineClient()
-        keeper = EngineKeeper(config, client)
+        keeper = EngineKeeper(hosted(config), client)
         keeper.start()
         try:
             await asyncio.wait_for(work(keeper), WAIT)
@@ -127,13 +129,13 @@ def test_what_an_engine_leaves_behind_is_killed(
         wait_gone(os.pidfd_open(int(trace.read_text())))
 
 
-def test_the_engine_is_not_told_the_keys(
+def test_keys_are_not_sent_to_the_engine(
     stub_engine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     trace = stub_engine(f'head -n 1 > "$trace"; exit {EXIT_BAD_SETUP}')
     server = ServerConfig(api_keys=("sk-secret",), api_key_file=tmp_path / "keys", port=1234)
     keep(Config(server=server), EngineKeeper.failed)
-    told = Config.model_validate_json(trace.read_text())
+    told = HostConfig.model_validate_json(trace.read_text())
     assert (told.server.api_keys, told.server.api_key_file, told.server.port) == ((), None, 1234)
 
 
@@ -159,10 +161,10 @@ def test_an_engine_that_cannot_be_spawned_is_the_end(
     assert record.getMessage() == f"the engine process cannot be started: {program}: {reason}"
 
 
-def test_a_place_for_the_socket_that_cannot_be_had_is_the_end(
+def test_a_socket_that_cannot_be_created_is_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    long = tmp_path / ("x" * 100)  # addresses of sockets have at most 107 letters
+    long = tmp_path / ("x" * 100)  # addresses of sockets have at most 107 characters
     long.mkdir()
     for folder in (tmp_path / "none", long):
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -173,21 +175,21 @@ def test_a_place_for_the_socket_that_cannot_be_had_is_the_end(
 @pytest.mark.parametrize(
     ("ops", "warnings"),
     [
-        ({"linear": "native", "sample": "reference"}, []),
+        ({"linear": OperationBackend("native", "AMX"), "draw": OperationBackend("reference")}, []),
         (
-            {"linear": "reference (no C++ compiler)", "sample": "reference (no C++ compiler)"},
-            ["slow kernels are used for linear, sample: reference (no C++ compiler)"],
+            dict.fromkeys(("linear", "draw"), OperationBackend("reference", "no C++ compiler")),
+            ["slow kernels are used for linear, draw: reference (no C++ compiler)"],
         ),
     ],
 )
 def test_kernels_that_stand_in_for_others_are_warned_of(
-    caplog: pytest.LogCaptureFixture, ops: dict[str, str], warnings: list[str]
+    caplog: pytest.LogCaptureFixture, ops: dict[str, OperationBackend], warnings: list[str]
 ) -> None:
     warn_of_fallback(msgspec.structs.replace(INFO, ops=ops))
     assert [r.getMessage() for r in caplog.records] == warnings
 
 
-def test_requests_that_a_killed_engine_held_at_the_end_are_told_of_the_end(
+def test_open_requests_of_an_engine_killed_at_the_end_get_the_shutdown_error(
     stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_engine("exec sleep 1000000")
@@ -195,7 +197,7 @@ def test_requests_that_a_killed_engine_held_at_the_end_are_told_of_the_end(
 
     async def main() -> tuple[str | None, ErrorCode | None]:
         client = ZmqEngineClient()
-        keeper = EngineKeeper(Config(), client)
+        keeper = EngineKeeper(hosted(), client)
         keeper.start()
         while keeper._process is None:
             await asyncio.sleep(0)
@@ -261,7 +263,7 @@ def test_while_the_engine_loads_the_server_is_healthy_and_not_ready(tmp_path: Pa
     async def main() -> list[tuple[str, int]]:
         client = ZmqEngineClient()
         client.attach(f"ipc://{tmp_path}/engine")  # where nobody is going to connect
-        config = Config(model=ModelConfig(served_name="tiny"))
+        config = hosted(Config(model=ModelConfig(served_name="tiny")))
         template = ChatTemplate("{{ messages }}", {})
         info = ServerInfo.from_config(config)
         app = create_app(config, client, tiny_tokenizer(tmp_path), template, info, ROUTES)
@@ -270,7 +272,7 @@ def test_while_the_engine_loads_the_server_is_healthy_and_not_ready(tmp_path: Pa
             body = {"model": "tiny", "prompt": "a"}
             answers = [await web.get(path) for path in ("/health", "/ready", "/metrics", "/info")]
             answers.append(await web.post("/v1/completions", json=body))
-            client._take(INFO)  # what a loaded engine says first
+            client._take(INFO)  # the first message of a loaded engine
             answers.append(await web.get("/ready"))
         client.close()
         return [(answer.url.path, answer.status_code) for answer in answers]

@@ -1,4 +1,4 @@
-"""Log records as they are written."""
+"""The format of log records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of sockets: private, gone at the end, and those that killed servers left are removed."""
+"""Folders of sockets: private, removed at the end, and removed later if the server was killed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from server.process.socket_folder import (
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that takes the place of /tmp."""
+    """A folder used instead of /tmp."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 def age(folder: Path) -> None:
-    """As if nothing had happened in it for longer than FRESH."""
+    """Make it look unchanged for longer than FRESH."""
     then = folder.stat().st_mtime - 2 * FRESH
     os.utime(folder, (then, then))
 
@@ -45,7 +45,7 @@ def left_behind(temporary: Path, name: str = PREFIX + "abc", fresh: bool = False
     return folder
 
 
-def test_an_endpoint_is_private_and_gone_at_the_end(temporary: Path) -> None:
+def test_an_endpoint_is_private_and_removed_at_the_end(temporary: Path) -> None:
     with private_endpoint() as endpoint:
         path = Path(endpoint.removeprefix("ipc://"))
         assert path.parent.parent == temporary
@@ -64,7 +64,7 @@ def test_what_killed_servers_left_is_removed(temporary: Path) -> None:
 
 
 def with_ranks(folder: Path, *names: str) -> Path:
-    """Ranks of a killed engine have met there."""
+    """Add the meeting folder of a killed engine's ranks."""
     met = folder / f"{RANKS}x1"
     met.mkdir()
     for name in names:
@@ -74,7 +74,7 @@ def with_ranks(folder: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("names", [(), (STORE,)])
-def test_what_ranks_of_killed_servers_left_is_removed_with_it(
+def test_leftovers_of_ranks_of_killed_servers_are_removed_with_it(
     temporary: Path, names: tuple[str, ...]
 ) -> None:
     with_ranks(left_behind(temporary), *names)

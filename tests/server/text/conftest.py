@@ -16,7 +16,7 @@ from tests.support.tiny_llama import write_tokenizer
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory as far as the text layer looks at it."""
+    """The files of a model directory that the text layer reads."""
     folder = tmp_path_factory.mktemp("tiny")
     write_tokenizer(folder)
     return folder
@@ -35,7 +35,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's: marks for spaces, pieces for bytes, a space in front of the first word."""
+    """As for Llama 2: marks for spaces, pieces for bytes, a space in front of the first word."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
     letters = [SPACE_MARK, *"abcdefghijklmnopqrstuvwxyz,.é日本"]
     pairs = [(SPACE_MARK, "a"), ("t", "h"), ("th", "e"), (SPACE_MARK, "the"), ("日", "本")]

@@ -1,4 +1,4 @@
-"""Conversations become the ids that the chat endpoint would send, and ids become their text."""
+"""Conversations become the token ids of the chat endpoint, and ids become text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from configs.load import load_config
 from server.text.chat_codec import ChatCodec, load_codec
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from tests.support.configurations import hosted
 from tests.support.tiny_llama import write_tiny_llama
 
 MESSAGES = [
@@ -28,9 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, *settings: str) -> ChatCodec:
-    return load_codec(
-        load_config(None, [f"model.source={folder}", f"files.dir={folder}", *settings])
-    )
+    config = load_config(None, [f"model.source={folder}", f"files.dir={folder}", *settings])
+    return load_codec(hosted(config))
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])

@@ -1,4 +1,4 @@
-"""Rendered conversations equal those of transformers; whatever goes wrong is a ValueError."""
+"""Rendered conversations equal those of transformers; every failure is a ValueError."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_model_without_a_template_fails_only_when_one_is_needed() -> None:
         template.render(USER)
 
 
-def test_a_template_that_is_no_jinja_fails_at_once() -> None:
+def test_a_template_of_invalid_jinja_fails_at_once() -> None:
     with pytest.raises(ValueError, match="chat template: "):
         ChatTemplate("{% for %}", {})
 
@@ -139,7 +139,7 @@ def test_a_template_that_fails_is_a_value_error_with_its_reason(source: str, rea
     ],
     ids=["at once", "in a loop"],
 )
-def test_a_template_may_not_write_without_end(source: str) -> None:
+def test_the_output_of_a_template_is_bounded(source: str) -> None:
     with pytest.raises(ValueError, match=f"writes more than {MAX_OUTPUT} characters"):
         render(source)
 

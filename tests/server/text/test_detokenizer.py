@@ -1,4 +1,4 @@
-"""Incremental text equals the text of the whole, however the tokens come."""
+"""Incremental text equals the text of the whole, however the tokens are split."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def incremental(
 
 
 def all_cuts(length: int) -> Iterator[tuple[int, ...]]:
-    """Every split into calls of a short sequence; of a long one, each cut in two and one by one."""
+    """All splits of a short sequence into calls; of a long one, each cut in two, and one by one."""
     if length <= 8:
         places = range(1, length)
         for count in range(max(length, 1)):
@@ -108,7 +108,7 @@ def test_sentencepiece_keeps_the_valid_characters_around_broken_bytes(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_tokens_split_anyhow_give_the_text_of_the_whole(
+def test_any_split_of_any_tokens_gives_the_text_of_the_whole(
     tiny: Tokenizer, data: st.DataObject
 ) -> None:
     ids = data.draw(st.lists(st.integers(0, tiny.vocab_size - 1), max_size=30))
@@ -122,7 +122,7 @@ def test_any_tokens_split_anyhow_give_the_text_of_the_whole(
 def test_prompt_and_output_cut_anywhere_give_the_text_of_the_whole(
     tiny: Tokenizer, data: st.DataObject
 ) -> None:
-    """What is added is what the whole has beyond the prompt's complete characters."""
+    """The output is the text after the complete characters of the prompt."""
     plain = st.integers(3, tiny.vocab_size - 1)
     ids = data.draw(st.lists(plain, max_size=20))
     border = data.draw(st.integers(0, len(ids)))

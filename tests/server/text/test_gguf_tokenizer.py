@@ -24,7 +24,7 @@ NORMAL = 1
 
 @pytest.fixture(scope="module")
 def metadata(tiny_folder: Path) -> dict[str, Any]:
-    """What a converter would write for the tiny tokenizer."""
+    """Metadata that a converter would write for the tiny tokenizer."""
     model = json.loads((tiny_folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return {
@@ -85,7 +85,7 @@ def test_user_defined_tokens_are_whole_but_not_special(metadata: dict[str, Any])
         ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, ["bos", "eos"]),
     ],
 )
-def test_the_frame_is_what_the_file_asks_for(
+def test_bos_and_eos_are_added_as_the_file_asks(
     metadata: dict[str, Any], pre: str, flags: dict[str, bool], expected: list[str]
 ) -> None:
     built = build(metadata, pre=pre, **flags)
@@ -111,7 +111,7 @@ def test_text_is_split_as_the_model_was_trained(
     assert split(metadata, pre, text) == pieces
 
 
-def test_a_word_of_llama_3_is_taken_without_merging(metadata: dict[str, Any]) -> None:
+def test_a_word_of_llama_3_is_used_without_merging(metadata: dict[str, Any]) -> None:
     tokens = [*metadata["tokenizer.ggml.tokens"], "zzqq"]
     types = [*metadata["tokenizer.ggml.token_type"], NORMAL]
     changes = {"tokens": tokens, "token_type": types, "add_bos_token": False}
@@ -124,6 +124,6 @@ def test_an_unknown_splitting_is_refused_with_the_known_ones(metadata: dict[str,
         build(metadata, pre="tekken")
 
 
-def test_other_kinds_are_not_for_this_way() -> None:
+def test_other_kinds_are_not_byte_level() -> None:
     assert not is_byte_level({"tokenizer.ggml.model": "llama"})
     assert not is_byte_level({})

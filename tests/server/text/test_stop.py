@@ -12,7 +12,7 @@ from server.text.stop import StopStringMatcher
 
 
 def by_brute_force(text: str, stops: tuple[str, ...], include: bool) -> tuple[str, str | None]:
-    """Look at ever longer beginnings of the text until one ends in a stop string."""
+    """Check ever longer prefixes of the text until one ends in a stop string."""
     for end in range(1, len(text) + 1):
         hits = [stop for stop in stops if text[:end].endswith(stop)]
         if hits:

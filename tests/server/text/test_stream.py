@@ -28,7 +28,7 @@ def run(
 
 
 def letters(tokenizer: Tokenizer, text: str) -> list[int]:
-    """One token per ASCII letter, or per byte of others."""
+    """One token per ASCII letter, or per byte of other characters."""
     backwards = {}
     for token_id in range(tokenizer.vocab_size):
         backwards.setdefault(tokenizer.token_bytes(token_id), token_id)
@@ -63,7 +63,7 @@ def test_a_stop_string_takes_the_tokens_up_to_the_one_that_completes_it(
         assert stream.stop == "STOP"
 
 
-def test_after_a_stop_nothing_more_is_taken(tiny: Tokenizer) -> None:
+def test_tokens_after_a_stop_are_ignored(tiny: Tokenizer) -> None:
     stream = TextStream(tiny, (), StreamOptions(stop=("b",)))
     stream.push(letters(tiny, "ab"))
     later = stream.push(letters(tiny, "cd"))
@@ -81,7 +81,7 @@ def test_a_stop_string_is_not_looked_for_in_the_prompt(tiny: Tokenizer) -> None:
     [(0, "a"), (1, "a"), (2, "a.b"), (3, "a.b"), (4, "a.b.c"), (5, "a.b.c")],
 )
 @pytest.mark.parametrize("token", [True, False])
-def test_stop_strings_and_tokens_count_alike_behind_min_tokens(
+def test_stop_strings_and_tokens_count_only_after_min_tokens(
     tiny: Tokenizer, min_tokens: int, expected: str, token: bool
 ) -> None:
     ids = letters(tiny, "a.b.c")

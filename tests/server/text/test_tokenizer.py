@@ -1,4 +1,4 @@
-"""Text to ids and back; which files a tokenizer is read from."""
+"""Text to ids and back; the files from which a tokenizer is read."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_a_lone_surrogate_is_a_value_error(tokenizer: Tokenizer, text: str) -> N
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**32, 2**70])
-def test_what_can_be_no_id_is_a_value_error(tiny: Tokenizer, token_id: int) -> None:
+def test_an_invalid_id_is_a_value_error(tiny: Tokenizer, token_id: int) -> None:
     for use in (tiny.token_bytes, tiny.token_text, lambda bad: tiny.decode([5, bad])):
         with pytest.raises(ValueError, match=f"token id {token_id} is not in the vocabulary"):
             use(token_id)
 
 
-def test_ids_behind_the_vocabulary_are_empty_text(tiny: Tokenizer) -> None:
+def test_ids_beyond_the_vocabulary_are_empty_text(tiny: Tokenizer) -> None:
     behind = tiny.vocab_size
     assert tiny.token_bytes(behind) == b""
     assert tiny.decode([behind, *tiny.encode("a")]) == "a"
@@ -112,14 +112,14 @@ def test_token_text_shows_a_part_of_a_character_as_a_replacement(tiny: Tokenizer
     assert tiny.token_text(tiny.encode("the")[0]) in "the"
 
 
-def test_a_decoder_that_is_not_known_is_refused() -> None:
+def test_an_unknown_decoder_is_refused() -> None:
     backend = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match=r"WordPiece.* is not supported; ByteLevel"):
         Tokenizer(backend, {}, None)
 
 
-def test_padding_and_truncation_of_the_file_are_not_taken_over(folder: Path) -> None:
+def test_padding_and_truncation_of_the_file_are_ignored(folder: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(3)
     backend.enable_padding(length=64)

@@ -35,7 +35,7 @@ def write_slow_tokenizer(folder: Path) -> None:
 
 
 def write_sentencepiece_gguf(path: Path) -> None:
-    """As of Llama 2: pieces with scores, marks for spaces, one piece per byte."""
+    """As for Llama 2: pieces with scores, marks for spaces, one piece per byte."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
     types = [2, 3, 3] + [6] * 256
     words = ["▁the", "▁t", "he", "▁", "t", "h", "e", "a", "b", "日", "▁a"]
@@ -70,7 +70,7 @@ def files(tmp_path: Path) -> ModelFiles:
 
 @pytest.fixture
 def conversions(caplog: pytest.LogCaptureFixture) -> Callable[[], int]:
-    """How often something was converted so far."""
+    """The conversions so far."""
     caplog.set_level(logging.INFO)
     return lambda: sum(CONVERTING in record.message for record in caplog.records)
 
@@ -180,7 +180,7 @@ def test_a_damaged_folder_is_converted_again(
         ("chat_template.jinja", "messages", "messages[0]"),
     ],
 )
-def test_another_content_is_another_folder(
+def test_other_content_gets_another_folder(
     files: ModelFiles, tmp_path: Path, file: str, old: str, new: str
 ) -> None:
     before = converted_folder(files, tmp_path / "cache")
@@ -192,7 +192,7 @@ def test_another_content_is_another_folder(
 def test_what_cannot_be_converted_is_a_value_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no tokenizer could be made of it"):
+    with pytest.raises(ValueError, match="cannot be converted to a tokenizer"):
         converted_folder(ModelFiles("hf", tmp_path / "model", "bad"), tmp_path / "cache")
     assert list((tmp_path / "cache" / "tokenizers").iterdir()) == []
 

@@ -1,0 +1,22 @@
+"""Where and with what a rank loads and runs its part of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.parallel.shard import WHOLE, Shard
+from engine.step.group import TPGroup
+from kernels.ops import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rank's operations, dtype, device, shard and group. Loading needs no other rank."""
+
+    ops: Ops
+    dtype: torch.dtype  # of weights and KV cache
+    device: torch.device
+    shard: Shard = WHOLE  # this rank's part of a model
+    group: TPGroup = field(default_factory=TPGroup)  # the ranks that compute steps together
