@@ -1,8 +1,8 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
 # make install | test | test-parallel | test-triton | lint | bench | gpu-check | clean
 #
-# TORCH is what pip installs as torch. On a GPU box that has its own build, put it in a virtual
-# environment first and say: make install TORCH= VENV=path/to/that/venv
+# TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
+# environment that has it: make install TORCH= VENV=path/to/that/venv
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ install: $(VENV)/.installed
 test: $(VENV)/.test-tools
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-# Several ranks, beyond what `make test` checks of them: three to five minutes.
+# More tests with several ranks than `make test` runs: three to five minutes.
 test-parallel: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m parallel $(TEST_ARGS)
 
@@ -41,11 +41,11 @@ lint: $(VENV)/.lint-tools
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
 
-# Needs a CUDA device; says so and succeeds without one.
+# Needs a CUDA device; without one it prints so and succeeds.
 gpu-check: $(VENV)/.test-tools
 	$(BIN)/python -m benchmarks.gpu_check
 
-# The kernels' tests with another Triton than the installed one: make test-triton TRITON=3.6.0
+# The kernel tests with another version of Triton: make test-triton TRITON=3.6.0
 TRITON ?= 3.6.0
 test-triton: $(VENV)/.test-tools
 	test -d build/triton-$(TRITON) || $(PIP) --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
@@ -54,7 +54,7 @@ test-triton: $(VENV)/.test-tools
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt
 
-# The C++ compiler comes from the machine, else from a wheel; then the kernels are compiled once.
+# Uses the machine's C++ compiler, else one from a wheel; then compiles the kernels once.
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) "$(TORCH)")

@@ -1,4 +1,4 @@
-"""What is asked of a measurement, and whether it came."""
+"""Upper limits of measured values, and whether they were kept."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One bar: a value that may be at most so large."""
+    """One bar: a measured value and its upper limit."""
 
     name: str
     at_most: float
-    value: float | None  # None: it could not be measured
+    value: float | None  # None: could not be measured
 
     @property
     def kept(self) -> bool | None:

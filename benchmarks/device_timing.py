@@ -1,4 +1,4 @@
-"""How long a CUDA device takes, by its own clock."""
+"""Times CUDA work by the device's own clock."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Timer = Callable[[Run], float]  # seconds of one run
 Event = Any  # torch.cuda.Event, which has no types
 Span = tuple[Event, Event]
 
-WARM_UPS = 3  # runs before anything is timed or captured: kernels are compiled, workspaces made
+WARM_UPS = 3  # runs before timing or capture, which compile kernels and allocate workspaces
 RUNS = 20  # in one graph
 REPLAYS = 9
-FLUSH_BYTES = 2**28  # read between two runs: several times the second-level cache
-SHORTEST = 1e-9  # seconds; a difference of two times must not become nothing
+FLUSH_BYTES = 2**28  # read between two runs: several times the L2 cache
+SHORTEST = 1e-9  # seconds; keeps a difference of two times positive
 
 
 def graph_seconds(run: Run) -> float:
-    """Of one run that is launched from a CUDA graph, as the engine's steps are, and finds nothing
-    of its own in the cache. From a graph, the host's launches do not count.
+    """Seconds of one run in a CUDA graph, as the engine's steps run, with a cold cache. In a graph,
+    the host's launch times do not count.
 
-    The cache is filled by reading, so that a run does not wait for old writes. The time of reading
-    is that of a second graph, which does nothing else.
+    The cache is flushed by reading, so that a run does not wait for old writes. The time to flush
+    is measured with a second graph and subtracted.
     """
-    torch.compiler.reset()  # of one function, torch compiles a few shapes, then gives up
+    torch.compiler.reset()  # torch compiles only a few shapes per function, then gives up
     other = torch.ones(FLUSH_BYTES // 4, device="cuda")
     read = torch.empty((), device="cuda")
 
@@ -46,12 +46,13 @@ def graph_seconds(run: Run) -> float:
 
 
 def seconds_per_run(whole: Sequence[float], flushes: Sequence[float], runs: int = RUNS) -> float:
-    """Of one of the `runs` runs in a graph, by the medians of its replays with and without them."""
+    """Seconds of one of `runs` runs in a graph, from the medians of replays with and without
+    them."""
     return max((statistics.median(whole) - statistics.median(flushes)) / runs, SHORTEST)
 
 
 def eager_seconds(run: Run) -> float:
-    """Of one run that the host launches: for what lasts much longer than a launch."""
+    """Seconds of one run launched by the host: for work much longer than a launch."""
     for _ in range(WARM_UPS):
         run()
     return statistics.median(_seconds(run, REPLAYS))
@@ -79,19 +80,19 @@ def _seconds(run: Run, repeats: int) -> list[float]:
 
 
 def new_span() -> Span:
-    """Two events, of the begin and of the end of something."""
+    """Two events, for a begin and an end."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     return begin, end
 
 
 def durations_ms(spans: Sequence[Span]) -> list[float]:
-    """From the begin to the end of every span. Waits until the device has passed them all."""
+    """Milliseconds from begin to end of every span. Waits until the device has passed them all."""
     _wait_for(spans)
     return [float(begin.elapsed_time(end)) for begin, end in spans]
 
 
 def pauses_ms(spans: Sequence[Span]) -> list[float]:
-    """From the end of every span to the begin of the next. Waits as `durations_ms` does."""
+    """Milliseconds from the end of every span to the begin of the next. Waits likewise."""
     _wait_for(spans)
     return list(_pauses(spans))
 

@@ -15,8 +15,8 @@ REPEATS = 15
 
 
 def read_seconds(num_bytes: int, threads: int) -> float:
-    """How long `threads` threads need to read `num_bytes` once, over and over from the same place,
-    as decoding reads its weights: what fits into a cache stays there (median of `REPEATS`)."""
+    """Seconds that `threads` threads need to read `num_bytes` once (median of `REPEATS`). The reads
+    repeat from the same place, as decoding reads its weights, so caches help."""
     parts = np.array_split(np.ones(num_bytes // 8, dtype=np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(np.max, parts))  # touch the pages, start the threads
@@ -29,8 +29,8 @@ def read_seconds(num_bytes: int, threads: int) -> float:
 
 
 def weight_bytes(checkpoint: Checkpoint, itemsize: int) -> int:
-    """Bytes of all weights that a decode step reads; a tied embedding is read once, as the head;
-    of an untied one only a row is read."""
+    """Bytes of all weights that a decode step reads. A tied embedding is read once, as the LM head;
+    an untied one does not count, since only single rows of it are read."""
     arch = checkpoint.arch
     shapes = expected_tensors(arch)
     if not arch.tie_word_embeddings:

@@ -1,14 +1,14 @@
-"""All that only a GPU can show, in one command of at most six minutes: `make gpu-check`.
+"""All checks that need a GPU, in one command of at most six minutes: `make gpu-check`.
 
-Kernels against their references on the device, CUDA graphs against eager steps, the bundled model
-with its head against plain decoding, and the speeds with their bars. Each part is a process with a
-time limit (benchmarks/parts.py). After every part, benchmarks/results/gpu-<device>-<date>.json is
-written. Exits with 1 when something failed, with 0 also where bars are missed, and with 0 on a
-machine without a CUDA device, which it says.
+It compares kernels with their references on the device, CUDA graphs with eager steps, and the
+bundled model with its head with plain decoding, and measures speeds against their bars. Each part
+is a process with a time limit (benchmarks/parts.py). After every part it writes
+benchmarks/results/gpu-<device>-<date>.json. Exits with 1 if a part failed, and with 0 if only bars
+were missed or there is no CUDA device.
 
     python -m benchmarks.gpu_check                      # all parts
     python -m benchmarks.gpu_check --list
-    python -m benchmarks.gpu_check --part operations    # one; the file keeps the others' findings
+    python -m benchmarks.gpu_check --part operations    # one; the file keeps results of the others
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ RESULTS, LOGS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "out" / "
 TEST_PROCESSES = 6
 FAILED_LINES = ("FAILED", "ERROR")
 
-# Which tests run, and how: every file of the Triton kernels but the one that compiles for Hopper
-# without a GPU.
+# Runs every test file of the Triton kernels except the one that compiles for Hopper without a GPU.
 TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=120"]
 
 
@@ -63,7 +62,7 @@ def _run_tests(path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def failed_tests(name: str, run: subprocess.CompletedProcess[str]) -> list[str]:
-    """What pytest says of a file. It exits with 5 where nothing is to be run here."""
+    """The failures that pytest reports for a file. It exits with 5 if no test applies here."""
     lines = [line for line in run.stdout.splitlines() if line.startswith(FAILED_LINES)]
     if run.returncode in (0, 5) or lines:
         return lines
@@ -110,7 +109,7 @@ INSIDE: Mapping[str, Callable[[], Found]] = {
     "kernel tests": kernel_tests,
     "same tokens": _same_tokens,
     "group of one rank": _one_rank,
-    "operations run": _operations_run,  # and are compiled
+    "operations run": _operations_run,  # and compile
     "operations": _operations,
     "8B step": _large_step,
     "tokens per second": _speeds,
@@ -134,7 +133,8 @@ PARTS = (
 
 
 def check(parts: Sequence[Part], path: Path, logs: Path, facts: Mapping[str, object]) -> int:
-    """Run the parts, keep what `path` says of others, print the verdicts. The exit code."""
+    """Run the parts, keep the results of other parts in `path`, print the verdicts. Returns the
+    exit code."""
     logs.mkdir(parents=True, exist_ok=True)
     kept = _read(path, parts)
 
@@ -152,7 +152,7 @@ def check(parts: Sequence[Part], path: Path, logs: Path, facts: Mapping[str, obj
 
 
 def _read(path: Path, parts: Sequence[Part]) -> dict[str, Any]:
-    """The findings of other parts that the file has; of a run of all parts, there are none."""
+    """The file's results of parts that do not run this time."""
     try:
         earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["parts"]
     except (OSError, ValueError, KeyError):
@@ -191,8 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check")
-    parser.add_argument("--list", action="store_true", help="say what parts there are")
-    parser.add_argument("--part", choices=list(INSIDE), help="run this one only")
+    parser.add_argument("--list", action="store_true", help="list the parts")
+    parser.add_argument("--part", choices=list(INSIDE), help="run only this part")
     parser.add_argument("--inside", choices=list(INSIDE), help=argparse.SUPPRESS)
     return parser
 

@@ -1,4 +1,4 @@
-"""The whole engine on a CUDA device: same tokens every way, and how long a step takes."""
+"""The whole engine on a CUDA device: the same tokens in every mode, and the time of steps."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _requests(name: str, kinds: Sequence[Mapping[str, Any]]) -> list[Request]:
 
 
 def _texts(*settings: str) -> dict[str, list[int]]:
-    """Of plain rows, and of rows that want more of a step."""
+    """Token ids of the requests of all `KINDS`."""
     engine = OfflineEngine.from_config(host_config(None, ["cache.num_blocks=1024", *settings]))
     found: dict[str, list[int]] = {}
     for name, kinds in KINDS.items():
@@ -91,8 +91,8 @@ def _texts(*settings: str) -> dict[str, list[int]]:
 
 
 def same_tokens() -> dict[str, Any]:
-    """Graphs against eager steps, in bfloat16: the same kernels on the same shapes. The head
-    against plain decoding, in float32, where sums in another order decide nothing."""
+    """Compares graphs with eager steps in bfloat16: same kernels, same shapes. Compares the head
+    with plain decoding in float32, where the order of sums does not change tokens."""
     pairs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "graphs = eager, plain": (
             ("speculation.draft=null",),
@@ -127,7 +127,7 @@ def same_tokens() -> dict[str, Any]:
 
 
 def speeds() -> dict[str, Any]:
-    """SmolLM2 with and without its head, by batch; greedy."""
+    """Greedy tokens per second of SmolLM2 with and without its head, by batch size."""
     found: dict[str, dict[str, float]] = {}
     for name, draft in (("plain", "null"), ("auto", "auto")):
         settings = [f"speculation.draft={draft}", "cache.num_blocks=4096"]
@@ -148,7 +148,7 @@ def speeds() -> dict[str, Any]:
 
 
 class RepeatingProposer(RootProposer):
-    """Fills every node with the root's token: trees that cost nothing to draft."""
+    """Fills every node with the root's token, so that drafting costs nothing."""
 
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:  # noqa: ARG002
         assert isinstance(shape, StaticShape)
@@ -167,11 +167,11 @@ class RepeatingProposer(RootProposer):
 
 @dataclass
 class _Large:
-    """A model of the shape of Llama-3.1-8B with random weights."""
+    """A model of the size of Llama-3.1-8B with random weights."""
 
     ops: Ops
     device: torch.device
-    folder: Path  # exists; every head gets a folder of its own in it
+    folder: Path  # must exist; every head gets its own folder in it
     config: ResolvedConfig = field(
         default_factory=lambda: with_sizes(
             host_config(None, ["scheduler.max_num_seqs=16"]), max_model_len=4096, num_blocks=1024
@@ -209,7 +209,7 @@ class _Large:
 
 ONE = Load()
 AHEAD = Load(run_ahead=True)
-SAME_TOKEN = {"logit_bias": {7: 100.0}}  # a text in which every lookup is right
+SAME_TOKEN = {"logit_bias": {7: 100.0}}  # one token over and over, so that every lookup is right
 LOADS = {
     "penalties": Load(params={"repetition_penalty": 1.1, "frequency_penalty": 0.2}),
     "logprobs": Load(params={"logprobs": 5}),
@@ -221,8 +221,8 @@ LOADS = {
 
 
 def large_step() -> dict[str, Any]:
-    """The step against reading all weights once, verifying 8 nodes against 1, drafting a chain of
-    3, what the host adds, and what else a step may hold."""
+    """Compares a step with reading all weights once, and verifying 8 nodes with 1. Measures
+    drafting a chain of 3, the host's overhead, and steps with other features."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,5 @@
-"""A group of one rank on one GPU: NCCL can be had, every collective leaves a tensor as it is, and
-all of them go into a CUDA graph. Symmetric memory is for several ranks: only several GPUs show it.
+"""A group of one rank on one GPU: NCCL starts, every collective leaves a tensor unchanged, and all
+can be captured in a CUDA graph. Symmetric memory needs several GPUs and is not checked here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Collective = Callable[[Tensor], Tensor]
 
 
 def one_rank() -> dict[str, Any]:
-    """Whether the collectives of a group of one change nothing, eagerly and from a graph."""
+    """Check that the collectives of a group of one change nothing, eagerly and from a graph."""
     device = torch.device("cuda", torch.cuda.current_device())
     with tempfile.TemporaryDirectory() as folder:
         group = DistributedGroup.join(Path(folder) / "store", 0, 1, device, TIMEOUT)
@@ -35,7 +35,7 @@ def one_rank() -> dict[str, Any]:
 
 
 def collectives(group: TPGroup) -> Mapping[str, Collective]:
-    """Each with a result of the shape of its input."""
+    """Every collective, with a result of the shape of its input."""
     return {
         "all_reduce": group.all_reduce,
         "stack": lambda x: group.stack(x)[0],
@@ -45,7 +45,7 @@ def collectives(group: TPGroup) -> Mapping[str, Collective]:
 
 
 def changes(operations: Mapping[str, Collective], device: torch.device) -> list[str]:
-    """The operations and sizes that do not give back what they were given."""
+    """The operations and sizes that do not return their input unchanged."""
     failed = []
     for size in SIZES:
         x = torch.randn(size // 2 // WIDTH, WIDTH, device=device).to(torch.bfloat16)
@@ -58,9 +58,9 @@ def changes(operations: Mapping[str, Collective], device: torch.device) -> list[
 
 
 def _from_graph(operation: Collective, x: Tensor) -> Tensor:
-    """The result of a replay, for an input that came after the capture."""
+    """The result of a replay, with an input written after the capture."""
     graph, buffer = torch.cuda.CUDAGraph(), torch.zeros_like(x)
-    operation(buffer.clone())  # workspaces are made before the capture
+    operation(buffer.clone())  # allocates workspaces before the capture
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         total = operation(buffer.clone())

@@ -1,6 +1,6 @@
-"""What is measured of each operation: shapes of Llama-3.1-8B, bfloat16.
+"""The measured cases of each operation: shapes of Llama-3.1-8B, bfloat16.
 
-Bytes are what must be read and written at least once; weights of a norm and the like are left out.
+Bytes are those that must be read or written at least once, without small ones such as norm weights.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ HEADS, KV_HEADS, D, H, FEED_FORWARD, VOCAB = 32, 8, 128, 4096, 14336, 128256
 BLOCK = 16
 TOKENS = 8192
 LAYERS = 32
-# 16 nodes: three children of the root, then thinner
+# 16 nodes: three children of the root, fewer below
 TREE = (-1, 0, 0, 0, 1, 1, 2, 4, 4, 5, 7, 7, 8, 10, 10, 13)
 
 
 FLOOR = "floor"
-MEMORY_SPEED = 1 / 0.8  # of the floor: four fifths of the speed of a copy
+MEMORY_SPEED = 1 / 0.8  # times the floor: four fifths of the speed of a copy
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """At most `times` what `of` takes: the floor, or a case that comes earlier."""
+    """At most `times` the time of `of`: the floor or an earlier case."""
 
     times: float
     of: str = FLOOR
@@ -44,13 +44,13 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One operation at one shape. `make` allocates, and gives what is timed."""
+    """One operation at one shape. `make` allocates and returns the function to time."""
 
     name: str
     num_bytes: int
     make: Callable[[], Callable[[], object]]
     bars: tuple[Bar, ...] = ()
-    is_peer: bool = False  # somebody else's, to compare with; it may fail
+    is_peer: bool = False  # another library's, for comparison; it may fail
 
 
 def all_cases(ops: Ops, device: torch.device) -> Iterator[Case]:
@@ -70,8 +70,8 @@ class _Lab:
         return torch.randn(shape, device=self.device).to(dtype)
 
     def attention_cases(self) -> Iterator[Case]:
-        """Each shape after torch's own attention over contiguous keys, which it has to beat; a
-        tree also against one node."""
+        """Each shape must beat torch's attention over contiguous keys, which comes first; trees
+        are also compared with one node."""
         floors = {(64, 8192): MEMORY_SPEED, (1, 8192): 2.0, (1, 131072): 1.3}
         for rows, context in (*floors, (4, 8192), (16, 8192)):
             for nodes in (1, 8, 16) if context == 8192 and rows <= 16 else (1,):
@@ -110,12 +110,12 @@ class _Lab:
         return make
 
     def _contiguous(self, rows: int, context: int, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as torch takes them, the nodes' own keys after the context."""
+        """Queries, keys and values in torch's layout, the nodes' keys after the context."""
         keys, values = (self._new(rows, KV_HEADS, context + nodes, D) for _ in range(2))
         return self._new(rows, HEADS, nodes, D), keys, values
 
     def _visible(self, context: int, nodes: int) -> Tensor:
-        """[nodes, context + nodes] bool: the context, and of the nodes the ancestors."""
+        """[nodes, context + nodes] bool: the context and each node's ancestors."""
         masks = torch.tensor(ancestors_of(TREE[:nodes]), device=self.device)
         own = (masks[:, None] >> torch.arange(nodes, device=self.device)) & 1
         return F.pad(own.bool(), (context, 0), value=True)
@@ -129,7 +129,7 @@ class _Lab:
         return make
 
     def _flex(self, rows: int, context: int, nodes: int) -> Callable[[], Callable[[], object]]:
-        """Compiled for the shape, as its users have it."""
+        """Compiled for the shape, as users of flex_attention do."""
 
         def make() -> Callable[[], object]:
             q, k, v = self._contiguous(rows, context, nodes)
@@ -224,7 +224,7 @@ class _Lab:
         return torch.full((R,), value, device=self.device)
 
     def _edit_cases(self, logits: Tensor) -> Iterator[Case]:
-        """Logits in and out; with penalties counts too. Few rows of a batch have any."""
+        """Bytes: logits in and out, and counts with penalties."""
         R, ops = len(logits), self.ops
         size = 4 * R * VOCAB
         penalties, bias = self._penalties(R), self._bias(R)
@@ -244,7 +244,7 @@ class _Lab:
             )
 
     def _penalties(self, R: int) -> Penalties:
-        """Texts of 512 different tokens, and paths of 7."""
+        """Texts of 512 different tokens, and tree paths of 7."""
         counts = torch.zeros(R, VOCAB, dtype=torch.int32, device=self.device)
         counts[:, :: VOCAB // 512] = 3
         order = torch.arange(R, device=self.device)
@@ -260,7 +260,7 @@ class _Lab:
         return BiasEntries(order, ids, torch.ones(shape, device=self.device), until)
 
     def tree_cases(self) -> Iterator[Case]:
-        """No bytes to speak of: the time is what launches take."""
+        """Hardly any bytes: the time is that of the launches."""
         B, k, C, N = 16, 10, 410, 60
         above, local = self._new(B, k, dtype=torch.float32), self._new(B, k, k, dtype=torch.float32)
         tokens = torch.randint(VOCAB, (B, C), device=self.device)

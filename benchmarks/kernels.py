@@ -1,5 +1,5 @@
-"""Every operation on a CUDA device against its floor: the bytes that it must move, at the speed at
-which the same run copies memory.
+"""Compares every operation on a CUDA device with its floor: the time to move its bytes at the
+speed of a memory copy in the same run.
 
     python -m benchmarks.kernels       # prints a table, writes benchmarks/results/kernels-*.json
 """
@@ -40,7 +40,7 @@ class Measured:
 
     name: str
     microseconds: float | None  # None: it failed
-    floor_microseconds: float  # of its bytes; 0: none is known
+    floor_microseconds: float  # 0: no floor is known
     verdicts: tuple[Verdict, ...] = ()
     error: str = ""
     is_peer: bool = False
@@ -52,15 +52,15 @@ class Measured:
 
 
 def copy_bandwidth(timer: Timer = eager_seconds) -> float:
-    """Bytes per second, read and written, of a large copy. Not from a graph, where the same copy
-    was slower on an H200 (2.8 instead of 4.2 TB/s)."""
+    """Bytes per second, read plus written, of a large copy. Launched without a graph, because in a
+    graph the same copy was slower on an H200 (2.8 instead of 4.2 TB/s)."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / timer(lambda: target.copy_(source))
 
 
 def measure(cases: Iterable[Case], bandwidth: float, timer: Timer) -> Iterator[Measured]:
-    """In order; a case that fails is reported and the next one goes on."""
+    """Measure cases in order; a case that fails is reported and skipped."""
     taken: dict[str, float] = {}  # seconds by name
     for case in cases:
         floor = case.num_bytes / bandwidth
@@ -73,7 +73,7 @@ def measure(cases: Iterable[Case], bandwidth: float, timer: Timer) -> Iterator[M
 
 
 def _attempt(case: Case, timer: Timer) -> tuple[float | None, str]:
-    """Seconds, or what went wrong."""
+    """Seconds, or the error."""
     try:
         return timer(case.make()), ""
     except Exception as error:  # noqa: BLE001  (one kernel's failure must not hide the others)
@@ -111,7 +111,7 @@ def _words(verdicts: Iterable[Verdict]) -> str:
 def report(
     cases: Iterable[Case], bandwidth: float, timer: Timer = graph_seconds, tell: Tell = _nobody
 ) -> Found:
-    """All cases. `tell` hears what is found so far, after every case."""
+    """Measure all cases. `tell` is called with the results so far after every case."""
     rows: list[Measured] = []
     for row in measure(cases, bandwidth, timer):
         rows.append(row)
@@ -121,7 +121,7 @@ def report(
 
 
 def found_in(rows: Sequence[Measured], bandwidth: float) -> Found:
-    """As JSON. `failed` are operations of ours that raise; others' may."""
+    """As JSON. `failed` lists our operations that raise; peers may fail."""
     operations = [asdict(row) | {"share_of_floor": row.share_of_floor} for row in rows]
     for operation in operations:
         del operation["verdicts"]  # they are the bars
@@ -134,14 +134,14 @@ def found_in(rows: Sequence[Measured], bandwidth: float) -> Found:
 
 
 def triton_operations(tell: Tell = _nobody) -> Found:
-    """All operations with the Triton kernels on this device."""
+    """Measure all operations with the Triton kernels on this device."""
     ops, device = _triton()
     return report(all_cases(ops, device), copy_bandwidth(), tell=tell)
 
 
 def compiled() -> Found:
-    """Runs every operation once. What is compiled goes into the caches on disk, where the part that
-    measures finds it."""
+    """Runs every operation once, so that the measuring part finds compiled kernels in the caches on
+    disk."""
     ops, device = _triton()
     rows = list(measure(all_cases(ops, device), 1.0, once))
     failed = [f"{row.name}: {row.error}" for row in rows if row.error and not row.is_peer]
@@ -149,7 +149,7 @@ def compiled() -> Found:
 
 
 def once(run: Callable[[], object]) -> float:
-    """A timer that only runs."""
+    """A timer that runs once without measuring."""
     torch.compiler.reset()
     run()
     torch.cuda.synchronize()

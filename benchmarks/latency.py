@@ -1,8 +1,8 @@
-"""Latency of decoding: Aerie beside transformers and any OpenAI-compatible server, in one run.
+"""Decode latency of Aerie, transformers and any OpenAI-compatible server, in one run.
 
 Every batch size is measured `--repeats` times, and the targets take turns within each repeat, so
-that a noisy machine disturbs all of them alike. Ratios are medians over repeats of ratios within
-one repeat. Prompts are random token ids, new for every repeat, so that no prefix cache helps.
+that a noisy machine disturbs all of them alike. Ratios are taken within each repeat; their median
+is reported. Prompts are random token ids, new for every repeat, so that no prefix cache helps.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from server.assembly.drafting import torch_dtype
 from server.assembly.offline import OfflineEngine
 
 METRICS = ("ttft", "ttit_p50", "ttit_p99", "tokens_per_second")
-BASE = "transformers"  # ratios are taken to this target where it runs
-FIRST_TOKEN_ID = 1000  # below lie special tokens
+BASE = "transformers"  # ratios are relative to this target, if it runs
+FIRST_TOKEN_ID = 1000  # special tokens are below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Plan:
     output_tokens: int
     repeats: int
     vocab_size: int
-    salt: int  # of the random prompts: no run meets a cache that an earlier one filled
+    salt: int  # of the random prompts, so that no run hits the prefix cache of an earlier one
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="As of `aerie serve`.")] = None,
+    config: Annotated[Path | None, typer.Option(help="As for `aerie serve`.")] = None,
     url: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +100,7 @@ def main(
 def build_targets(
     config: HostConfig, urls: Sequence[str], in_process: bool, transformers: bool
 ) -> tuple[list[Target], int]:
-    """Load everything that is to be measured; also the vocabulary size."""
+    """Load all targets; also returns the vocabulary size."""
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
     targets: list[Target] = []
     if in_process:
@@ -120,7 +120,7 @@ Runs = dict[tuple[str, int], list[Measured]]
 
 
 def run_all(targets: Sequence[Target], plan: Plan, console: Console) -> Runs:
-    """All repeats of all batch sizes, targets taking turns; one warm-up each before."""
+    """All repeats of all batch sizes, after one warm-up each; targets take turns."""
     runs: Runs = {(t.name, size): [] for t in targets for size in plan.batch_sizes}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(runs) * (plan.repeats + 1))
@@ -164,7 +164,7 @@ def floor_ms(config: HostConfig) -> float:
 
 
 def show(console: Console, rows: Sequence[Row], floor: float, plan: Plan) -> None:
-    """The table, with the range over repeats behind each median."""
+    """Print the table, with the range over repeats after each median."""
     table = Table(
         title=f"{plan.prompt_tokens} prompt + {plan.output_tokens} output tokens, "
         f"median of {plan.repeats} (low-high)",
@@ -188,7 +188,7 @@ def _cell(spread: Spread) -> str:
 def write_json(
     path: Path, config: HostConfig, plan: Plan, rows: Sequence[Row], floor: float
 ) -> None:
-    """Everything that was measured, with where and how."""
+    """Write all results, with the machine and the settings."""
     content = {
         "benchmark": "latency",
         **machine.facts(),

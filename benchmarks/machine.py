@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran."""
+"""The machine and software of a benchmark run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Parts of a long check, each a process with a time limit; what one does stops no other.
+"""Parts of a long check, each a process with a time limit; no part can stop another.
 
-A part prints whatever it likes, and lines `RESULT {...}`: what it has found so far. The last one
-counts, also when the part is ended by its limit. `failed` in it are lines that say what is wrong.
+A part may print anything; lines `RESULT {...}` hold its results so far. The last such line counts,
+even if the part hits its time limit. Its key `failed` lists what is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RESULT = "RESULT "
-LAST_LINES = 15  # of a part that fails, shown
+LAST_LINES = 15  # shown of a part that fails
 ROOT = Path(__file__).resolve().parents[1]
 
 Found = dict[str, Any]
@@ -29,7 +29,7 @@ Save = Callable[[Mapping[str, Found]], None]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command and how long it may take. `alone`: it measures, and nothing may run beside it."""
+    """A command and its time limit. `alone`: nothing may run beside it, because it measures."""
 
     name: str
     command: tuple[str, ...]
@@ -38,18 +38,18 @@ class Part:
 
 
 def print_result(found: Found) -> None:
-    """What a part has found so far."""
+    """Print a part's results so far."""
     print(f"{RESULT}{json.dumps(found)}", flush=True)
 
 
 def run_parts(parts: Sequence[Part], logs: Path, end: float, save: Save) -> dict[str, Found]:
-    """The findings of every part, in the order of `parts`. Those that need not be alone run first,
-    together; then the others, one after the other.
+    """Run all parts; returns their results in the order of `parts`. Those that need not be alone
+    run first, together; then the others, one by one.
 
     Args:
-        logs: folder for what the parts print.
+        logs: folder for the output of the parts.
         end: time.monotonic() at which the last part must have ended.
-        save: called after every part with all findings so far.
+        save: called after every part with all results so far.
     """
     found: dict[str, Found] = {}
     lock = threading.Lock()
@@ -72,7 +72,7 @@ def run_parts(parts: Sequence[Part], logs: Path, end: float, save: Save) -> dict
 
 
 def failures(found: Mapping[str, Found]) -> list[str]:
-    """Every failed line, with its part."""
+    """All failures, each with its part."""
     return [f"{name}: {line}" for name, result in found.items() for line in result["failed"]]
 
 
@@ -91,7 +91,7 @@ def _run(part: Part, log: Path, end: float) -> Found:
 
 
 def _wait(command: Sequence[str], log: Path, limit: float) -> str:
-    """Run a command to its end or its limit. What went wrong, "" if nothing did."""
+    """Run a command until it ends or hits its limit; returns the error, "" if there is none."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -106,14 +106,14 @@ def _wait(command: Sequence[str], log: Path, limit: float) -> str:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """The part and all that it started."""
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and left nobody
+    """Kill the part and all processes that it started."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _last_result(lines: Iterable[str]) -> Found | None:
-    """None without one. A line that was cut off by the end of its part does not count."""
+    """The last result, None without one. A line that was cut off does not count."""
     found: Found | None = None
     for line in lines:
         if line.startswith(RESULT):

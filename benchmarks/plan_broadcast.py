@@ -1,9 +1,9 @@
-"""What telling a step plan to the followers costs rank 0: python -m benchmarks.plan_broadcast
+"""Rank 0's cost of sending a step plan to followers: python -m benchmarks.plan_broadcast
 
-Plans of 64 decoding rows with a chain of three drafts, as the scheduler makes them: every row has
-one token, and now and then a new block. Followers are processes that read and decode; none of them
-runs a model. Two ways are compared: a send over a socket pair to each follower, which is what went
-before, and the board in shared memory.
+Plans have 64 decoding rows with a chain of three drafts, as the scheduler makes them: every row has
+one token and now and then a new block. Followers are processes that receive and decode; they run no
+model. Two ways are compared: one send per follower over a socket pair (the earlier design), and the
+board in shared memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def plans(num_rows: int, num_steps: int) -> Iterator[StepPlan]:
         for line in range(num_rows)
     ]
     yield StepPlan(admitted=tuple(itertools.starmap(Admission, enumerate(requests))))
-    num_known = 0  # blocks that earlier plans have told
+    num_known = 0  # blocks sent with earlier plans
     for start in range(CONTEXT, CONTEXT + num_steps):
         num_blocks = (start + 4) // BLOCK_SIZE + 1
         yield StepPlan(
@@ -65,7 +65,7 @@ def plans(num_rows: int, num_steps: int) -> Iterator[StepPlan]:
 
 
 def follow(way: str, step: float, number: int, end: int, memory: int, wake: int) -> None:
-    """What a follower does; its part of a step takes `step` seconds, without a core."""
+    """Run a follower; its part of a step sleeps for `step` seconds."""
     channel = Channel(socket.socket(fileno=end))
     inbox = Inbox(channel, Board(memory, wake), number)
     receive = inbox.receive if way == BOARD else channel.receive
@@ -77,7 +77,7 @@ def follow(way: str, step: float, number: int, end: int, memory: int, wake: int)
 
 @contextmanager
 def followers(way: str, count: int, step: float) -> Iterator[Callable[[bytes], None]]:
-    """Sends frames to processes that end with the context."""
+    """Gives a function that sends a frame to all followers; they end with the context."""
     with ExitStack() as stack:
         board, channels = Board.create(count), []
         for number in range(count):
@@ -131,7 +131,7 @@ def summary(microseconds: list[float]) -> dict[str, float]:
 def compare(
     chosen: argparse.Namespace, num_followers: int, gap: float
 ) -> Iterator[dict[str, object]]:
-    """Both ways by turns, so that a busy minute hits both."""
+    """Measure both ways in turns, so that a busy minute affects both."""
     found: dict[str, dict[str, list[float]]] = {SOCKETS: {}, BOARD: {}}
     for _ in range(chosen.rounds):
         for way, times in found.items():
@@ -163,9 +163,9 @@ def main() -> None:
         type=float,
         nargs="+",
         default=[0.0008, 0.01],
-        help="seconds between steps: what scheduling takes; so many that followers sleep",
+        help="seconds between steps: as long as scheduling takes; so long that followers sleep",
     )
-    parser.add_argument("--output", type=Path, help="write the result here, too")
+    parser.add_argument("--output", type=Path, help="also write the result here")
     parser.add_argument("--note", default="", help="what else ran, for the result")
     parser.add_argument("--follow", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel for Hopper, without a GPU, and writes what each one takes.
+"""Compiles every Triton kernel for Hopper, without a GPU, and writes the resources of each.
 
     python -m benchmarks.sm90_resources           # writes benchmarks/results/sm90-resources.json
     python -m benchmarks.sm90_resources --print   # writes to standard output instead
 
-Exits with 1 when a kernel has a problem (see `kernels.triton_launch.problems`); --print leaves that
-to the reader of its "problems".
+Exits with 1 if a kernel has a problem (see `kernels.triton_launch.problems`); with --print, always
+with 0: the reader checks "problems".
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 
 def kernel_modules() -> list[str]:
-    """Every `kernels/<operation>/triton_kernel.py`, as it is imported."""
+    """Module names of every `kernels/<operation>/triton_kernel.py`."""
     paths = sorted((ROOT / "kernels").glob("*/triton_kernel.py"))
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
 
 
 def all_launches() -> Iterator[tuple[str, Launch]]:
-    """Every configuration that the engine launches, with the module it comes from."""
+    """Every configuration that the engine launches, with its module."""
     for module in kernel_modules():
         for launch in importlib.import_module(module).launches():
             yield module, launch
 
 
 def report() -> dict[str, Any]:
-    """Triton's version, the resources of every launch by its name, and what is wrong with them."""
+    """Triton's version, the resources of every launch by name, and problems with them."""
     from kernels.triton_launch import compile_for_sm90a, problems  # Triton may be missing
 
     modules, launches = zip(*all_launches(), strict=True)

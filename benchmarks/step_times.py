@@ -1,4 +1,4 @@
-"""How long the steps of an engine take under a load that stays the same from step to step."""
+"""Times the steps of an engine under a constant load."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from engine.request import Request, SamplingParams
 from engine.runner.graphs import GraphedStep
 
 PROMPT = 128  # tokens of each decoding row
-CHUNKS = 2  # of each prompt that is computed beside them
-WARM_UP, STEPS = 20, 60  # a form of step is captured when it is asked for the third time
+CHUNKS = 2  # chunks of each prompt that is computed beside them
+WARM_UP, STEPS = 20, 60  # the warm-up includes captures: a form is captured at its third launch
 MAX_TOKENS = 2000  # no row ends while steps are timed
 
 
@@ -30,7 +30,7 @@ MAX_TOKENS = 2000  # no row ends while steps are timed
 class Load:
     """What every step computes."""
 
-    rows: int = 1  # that decode
+    rows: int = 1  # decoding rows
     params: Mapping[str, Any] = field(default_factory=dict)  # of these rows; greedy
     chunk: int = 0  # tokens of a prompt beside them
     lookup: bool = False
@@ -49,7 +49,7 @@ class Load:
 
 
 def steps(core: EngineCore, load: Load) -> Iterator[float]:
-    """Run one step after the other; seconds of each. The first ones compute the prompts."""
+    """Run steps and yield the seconds of each. The first ones compute the prompts."""
     vocab_size, numbers = core.info.vocab_size, itertools.count()
 
     def ask(name: str, length: int, params: SamplingParams) -> None:
@@ -77,12 +77,12 @@ def steps(core: EngineCore, load: Load) -> Iterator[float]:
 
 
 def time_steps(core: EngineCore, load: Load) -> dict[str, float]:
-    """Medians over steps that are CUDA graphs. `device_ms`: of the graph. `gap_us`: what the host
-    adds to a step. `idle_us`: from the end of one graph to the begin of the next, by the device's
-    clock; copies of inputs and outputs lie in between.
+    """Medians over steps that are CUDA graphs. `device_ms`: time of the graph. `gap_us`: time that
+    the host adds to a step. `idle_us`: from the end of one graph to the begin of the next, by the
+    device's clock, including copies of inputs and outputs.
 
     Raises:
-        RuntimeError: most steps were no graphs.
+        RuntimeError: most steps were not CUDA graphs.
     """
     running = steps(core, load)
     with device_spans() as spans:
@@ -109,7 +109,7 @@ def _medians(walls: Sequence[float], spans: Sequence[Span]) -> dict[str, float]:
 
 @contextmanager
 def device_spans() -> Iterator[list[Span]]:
-    """CUDA events around every replay of a step."""
+    """Records CUDA events around every replay of a step."""
     spans: list[Span] = []
     launch = GraphedStep._launch
 

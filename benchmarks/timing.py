@@ -1,4 +1,4 @@
-"""What a benchmark observes, and the numbers made of it."""
+"""The times that a benchmark records, and the statistics computed from them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Target(Protocol):
     def name(self) -> str: ...
 
     def run(self, prompts: list[list[int]], num_tokens: int) -> list[RequestTimes]:
-        """Generate exactly `num_tokens` tokens behind each prompt, all prompts at once."""
+        """Generate exactly `num_tokens` tokens after each prompt, all prompts at once."""
         ...
 
 

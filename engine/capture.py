@@ -1,4 +1,4 @@
-"""Writes ended sequences to disk as token ids, beside the engine's steps: never in their way.
+"""Writes finished sequences to disk as token ids, in a thread that never delays the engine's steps.
 
 Shards are JSONL files `captured-00000.jsonl`, ... with one object per sequence. A shard is written
 as `*.part` and renamed when it is complete, so a file without that suffix is whole. One process
@@ -22,7 +22,7 @@ import msgspec
 from engine.request import FinishReason, Sequence
 
 QUEUE_SIZE = 256  # sequences that wait for the disk
-CLOSING = 1.5  # seconds to write down what waits
+CLOSING = 1.5  # seconds to write what is still queued
 PART = ".part"
 
 logger = logging.getLogger(__name__)
@@ -37,18 +37,18 @@ class CapturedSequence(msgspec.Struct, frozen=True):
 
 
 class CaptureWriter:
-    """Implements `SequenceSink`. `take` and `close` belong to the thread that steps the engine."""
+    """Implements `SequenceSink`. Only the thread that steps the engine calls `take` and `close`."""
 
     def __init__(
         self, shards: ShardWriter, sample_rate: float, queue_size: int = QUEUE_SIZE
     ) -> None:
-        """`shards`: the thread's from now on. `sample_rate`: share of the sequences."""
+        """`shards`: used only by the writing thread. `sample_rate`: share of the sequences."""
         self._shards = shards
         self._sample_rate = sample_rate
         self._queue: queue.Queue[CapturedSequence | None] = queue.Queue(queue_size)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._write, name="capture", daemon=True)
-        self._lost = 0  # taken, but not written: counted by the thread
+        self._lost = 0  # queued, but not written; only the writing thread counts them
         self._num_refused = 0  # the queue was full
         self.num_captured = 0
 
@@ -61,7 +61,7 @@ class CaptureWriter:
         self._thread.start()
 
     def take(self, seq: Sequence, reason: FinishReason) -> None:
-        """Hand over a sequence that has ended, if it is sampled and says something."""
+        """Queue a finished sequence, if it is sampled and has output."""
         if self._stopped.is_set() or reason is FinishReason.ERROR or seq.num_output == 0:
             return
         if not is_sampled(seq.request_id, self._sample_rate):
@@ -75,7 +75,7 @@ class CaptureWriter:
             self.num_captured += 1
 
     def close(self) -> None:
-        """Write down what waits, as far as CLOSING allows, and complete the last shard."""
+        """Write what is still queued, within CLOSING seconds, and complete the last shard."""
         if not self._thread.is_alive():
             return
         try:
@@ -103,12 +103,12 @@ class CaptureWriter:
         self._guarded(lambda: self._shards.write(line, len(captured.token_ids)))
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Whatever is wrong with the disk ends capturing, and nothing else."""
+        """Run `work`; an OSError ends capturing and nothing else."""
         try:
             work()
         except OSError as error:
             self._stop(self._shards.discard())
-            logger.error("capturing stops, serving goes on: %s", error)
+            logger.error("capturing stops, serving continues: %s", error)
 
     def _stop(self, num_lost: int) -> None:
         self._lost += num_lost
@@ -140,7 +140,7 @@ class ShardWriter:
         return num_bytes <= self._left
 
     def write(self, line: bytes, num_tokens: int) -> None:
-        """Add a line, and complete the shard if it has its tokens. OSError when that fails."""
+        """Add a line; complete the shard once it has `shard_tokens`. OSError when that fails."""
         file = self._file or self._open()
         self._num_lines += 1
         self._num_tokens += num_tokens
@@ -160,7 +160,7 @@ class ShardWriter:
         self._file = None
 
     def discard(self) -> int:
-        """Give up the open shard, which frees its space; returns how many lines it had."""
+        """Delete the open shard, which frees its space; returns how many lines it had."""
         if self._file is None:
             return 0
         part, self._file = self._file, None
@@ -171,7 +171,7 @@ class ShardWriter:
         return self._num_lines
 
     def _open(self) -> BinaryIO:
-        """A new shard; numbers go on behind all others, complete or not."""
+        """Open a new shard, numbered after all others, complete or not."""
         self._path = self.folder / f"captured-{self._next:05}.jsonl"
         part = f"{self._path}{PART}"
         number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -182,12 +182,13 @@ class ShardWriter:
 
 
 def is_sampled(request_id: str, rate: float) -> bool:
-    """Whether a request belongs to the share `rate` of all: always the same for the same id."""
+    """Whether a request belongs to the sampled share `rate`; the same id always gets the same
+    answer."""
     digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < rate * 2**64
 
 
 def _number(path: Path) -> int:
-    """Of a shard's file, -1 for other files."""
+    """The number of a shard's file, -1 for other files."""
     digits = path.name.removesuffix(PART).removeprefix("captured-").removesuffix(".jsonl")
     return int(digits) if digits.isdecimal() else -1

@@ -1,4 +1,4 @@
-"""The events of one request, put together again."""
+"""Collects the events of one request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.messages import Finished, TokenLogprob, Tokens
 
 @dataclass(slots=True)
 class Completion:
-    """All that one request led to."""
+    """The whole output of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -17,7 +17,7 @@ class Completion:
     finished: Finished | None = None
 
     def take(self, event: Tokens | Finished) -> None:
-        """Add what an event of this request tells."""
+        """Add one event of this request."""
         assert self.finished is None
         if isinstance(event, Finished):
             self.finished = event

@@ -17,7 +17,7 @@ from engine.step.plan import StepOutcome, StepPlan
 
 
 class SequenceCounts(Protocol):
-    """What became of ended sequences that are written down."""
+    """How many finished sequences were captured, and how many were dropped."""
 
     @property
     def num_captured(self) -> int: ...
@@ -27,10 +27,10 @@ class SequenceCounts(Protocol):
 
 
 class EngineCore:
-    """Messages in, events out. Not thread-safe: one thread adds and steps.
+    """Messages in, events out. Not thread-safe: one thread calls `add` and `step`.
 
-    With `run_ahead` the device gets its next step before the host waits for the last one: between
-    two calls of `step`, one step at most is in flight.
+    With `run_ahead` the host launches the next step before it waits for the current one. Between
+    two calls of `step`, at most one step is in flight.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class EngineCore:
         self._captured = captured
         self._clock = clock
         self._pace = Pace()
-        self._collected_at: float | None = None  # when the last step was, while there is work
+        self._collected_at: float | None = None  # time of the last collect; None while idle
         self._flight: Launched | None = None
-        self._landed: list[EngineMessage] = []  # events of a step that `land` took in
+        self._landed: list[EngineMessage] = []  # events of collected steps, not yet returned
         self.draft_with(policy or DraftPolicy())
 
     @property
@@ -66,18 +66,18 @@ class EngineCore:
         return msgspec.structs.replace(self._info, draft=self._policy.facts)
 
     def add(self, message: Submit | Abort) -> None:
-        """Take a message; its consequences come out of the next `step`."""
+        """Take a message; the next `step` returns the events that it causes."""
         if isinstance(message, Submit):
             self._scheduler.submit(message.request)
         else:
             self._scheduler.abort(message.request_id)
 
     def has_work(self) -> bool:
-        """Whether `step` has anything to do: rows to run or events to hand over."""
+        """Whether `step` has anything to do: rows to run or events to return."""
         return self._scheduler.has_work() or self._flight is not None or bool(self._landed)
 
     def step(self) -> list[EngineMessage]:
-        """Run one step and return what clients must hear, stats last."""
+        """Run one step and return its events for clients, stats last."""
         launched = self._flight or self._executor.launch(self._schedule())
         following = self._schedule_ahead(launched.plan)
         self._flight = None if following is None else self._executor.launch(following)
@@ -88,14 +88,13 @@ class EngineCore:
         return [*events, self.stats()]
 
     def land(self) -> None:
-        """Take in what is in flight, so that nothing is; what clients must hear of it comes out of
-        the next `step`."""
+        """Collect the step in flight, if there is one. The next `step` returns its events."""
         if self._flight is not None:
             launched, self._flight = self._flight, None
             self._take_in(launched)
 
     def draft_with(self, policy: DraftPolicy) -> None:
-        """Draft in another way from the next step on. The executor has its proposer already."""
+        """Use `policy` from the next step on. The executor must have its proposer already."""
         self.land()
         self._policy = policy
         self._planner = policy.planner
@@ -113,13 +112,13 @@ class EngineCore:
         )
 
     def abort_all(self, reason: str, code: ErrorCode | None = None) -> list[EngineMessage]:
-        """End every open request with ERROR and `reason`; what clients had still to hear of steps
-        before comes first."""
+        """End every open request with ERROR and `reason`. Events of earlier steps that were not
+        returned yet come first."""
         events, self._landed = self._landed, []
         return [*events, *self._scheduler.abort_all(reason, code)]
 
     def audit(self) -> None:
-        """Assert that the bookkeeping adds up."""
+        """Assert that the scheduler's bookkeeping is consistent."""
         self._scheduler.audit()
 
     def _schedule(self) -> StepPlan:
@@ -134,7 +133,7 @@ class EngineCore:
         return self._scheduler.schedule_ahead(before, self._planner.choose)
 
     def _measure(self) -> None:
-        """Run one made-up step, if any are still to be run; the last one decides."""
+        """Run one measuring step, if any are left; after the last, the planner is chosen."""
         if self._measuring is None:
             return
         try:

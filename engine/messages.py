@@ -1,4 +1,4 @@
-"""The wire between the HTTP process and the engine process: tagged msgspec unions.
+"""Messages between the HTTP process and the engine process: tagged msgspec unions.
 
 Every submitted request gets exactly one `Finished`, whatever happens to it.
 """
@@ -13,7 +13,7 @@ from engine.request import FinishReason, Request
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probability of one token under the model, before any sampling parameter."""
+    """Natural log of one token's probability under the model, before any sampling parameter."""
 
     token_id: int
     logprob: float
@@ -29,8 +29,8 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class SwapDraft(msgspec.Struct, frozen=True, tag="swap_draft"):
-    """Load the draft head in the directory `path`, None: go on without one, and use it from some
-    later step on. Answered by one `DraftSwapped`."""
+    """Load the draft head in the directory `path` and use it from a later step on; None: draft
+    without a head. Answered by one `DraftSwapped`."""
 
     request_id: str
     path: str | None
@@ -41,8 +41,8 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
-    """New output tokens of one request, in order. `prompt_logprobs` precede the first token:
-    one entry per prompt token, None for the very first one, sent once when all are known."""
+    """New output tokens of one request, in order. `prompt_logprobs` are sent once, before the
+    first output token: one entry per prompt token, None for the first."""
 
     request_id: str
     token_ids: list[int]
@@ -51,14 +51,14 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 class ErrorCode(enum.StrEnum):
-    """Why a request ended with ERROR, where the front end has to know."""
+    """Why a request ended with ERROR, in the cases that the front end treats differently."""
 
     CONTEXT_LENGTH = "context_length"  # it can never fit into the context
-    STOPPING = "stopping"  # the server ends
+    STOPPING = "stopping"  # the server is stopping
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The last event of a request. Times are seconds of time.time(); None where never reached."""
+    """The last event of a request. Times are seconds of time.time(), None if never reached."""
 
     request_id: str
     reason: FinishReason
@@ -66,9 +66,9 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     num_output: int
     num_cached: int = 0
     num_preemptions: int = 0
-    num_drafts: int = 0  # its trees with more than a root
+    num_drafts: int = 0  # trees with more nodes than the root
     num_drafted: int = 0  # draft nodes that were verified
-    num_accepted: int = 0  # of them, tokens that entered the output
+    num_accepted: int = 0  # of these, tokens that entered the output
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     error: str | None = None  # for people
@@ -94,14 +94,14 @@ class DraftSwapped(msgspec.Struct, frozen=True, tag="draft_swapped"):
 
 
 class OperationBackend(msgspec.Struct, frozen=True):
-    """What carries out an operation: `kernels.ops.Backend`, told to a process without torch."""
+    """The backend of an operation: `kernels.ops.Backend` for a process without torch."""
 
     name: str
     reason: str | None = None
 
     @property
     def is_fallback(self) -> bool:
-        """Whether plain torch stands in for something quicker that cannot be had."""
+        """Whether plain torch replaces a faster backend that is not available."""
         return self.name == "reference" and self.reason is not None
 
     def __str__(self) -> str:
@@ -122,12 +122,12 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
 
     @property
     def ops_in_words(self) -> dict[str, str]:
-        """For people."""
+        """The backends as text, for people."""
         return {name: str(backend) for name, backend in self.ops.items()}
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
-    """Gauges of now and counters since start; sent after every step that changed them."""
+    """Current gauges, and counters since start; sent after every step that changed them."""
 
     num_running: int
     num_waiting: int
@@ -137,16 +137,16 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_preemptions: int
     num_steps: int
     last_step_tokens: int
-    num_drafts: int = 0  # trees with more than a root
+    num_drafts: int = 0  # trees with more nodes than the root
     num_draft_tokens: int = 0  # their nodes besides the roots
     num_accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()  # at [d]: trees whose path reached depth d + 1
     steps_by_tree: dict[str, int] = {}  # name of the shape -> steps
     seconds_by_part: dict[str, float] = {}  # draft, verify, commit or round -> seconds
-    num_captured: int = 0  # sequences handed over to be written down
-    num_capture_dropped: int = 0  # sequences that could not be
-    num_draft_faults: int = 0  # trees not grown because the head's numbers are not finite
-    draft_failed: bool = False  # whether the head broke down and is left alone
+    num_captured: int = 0  # sequences queued for capture
+    num_capture_dropped: int = 0  # sequences that could not be captured
+    num_draft_faults: int = 0  # trees not grown because the head's outputs were not finite
+    draft_failed: bool = False  # whether the head failed and is no longer used
 
 
 ClientMessage = Submit | Abort | SwapDraft | Shutdown

@@ -1,4 +1,4 @@
-"""What a client asked for, and the scheduler's record of how far it has come."""
+"""What a client asked for, and the scheduler's record of its progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens of one request are drawn. Validated by the front end; frozen afterwards.
+    """How tokens of one request are drawn. The front end validates them.
 
     `seed` is always set: the front end draws one when the client gave none, so the text of a
     request is a function of (model, prompt, parameters, seed).
@@ -39,12 +39,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first
-    max_draft_nodes: int | None = None  # in a draft tree of this request; None: no own limit
+    max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
     arrival_time: float = 0.0  # seconds, time.time()
 
 
 class Status(enum.Enum):
-    """Where a sequence is in its life. A preempted sequence is WAITING again."""
+    """The state of a sequence. A preempted sequence is WAITING again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -73,14 +73,14 @@ class Sequence:
     token_ids: list[int]  # prompt + output
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
-    num_planned_blocks: int = 0  # leading ones of `block_ids` that plans have told the executor
-    line: int = -1  # what stands for it in plans while it runs
+    num_planned_blocks: int = 0  # how many leading `block_ids` plans have sent to the executor
+    line: int = -1  # its number in plans while it runs
     status: Status = Status.WAITING
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
-    num_drafts: int = 0  # its trees with more than a root
+    num_drafts: int = 0  # trees with more nodes than the root
     num_drafted: int = 0  # draft nodes that were verified
-    num_accepted: int = 0  # of them, tokens that entered the output
+    num_accepted: int = 0  # of these, tokens that entered the output
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
 

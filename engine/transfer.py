@@ -1,8 +1,8 @@
-"""Copies between host and device: however many tensors, one transfer.
+"""Copies between host and device: one transfer for any number of tensors.
 
-A builder makes host tensors; `upload` takes a whole bundle of them over at once, `download` brings
-one back. A bundle is a tensor, or a tuple or dataclass of bundles and other values, which stay as
-they are. On a CPU both return the bundle itself.
+`upload` copies a whole bundle of host tensors to the device at once, `download` copies one back. A
+bundle is a tensor, or a tuple or dataclass of bundles and other values, which stay as they are. On
+a CPU both return the bundle itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes: for addresses divisible by less, Triton compiles kernels anew
+ALIGNMENT = 16  # bytes: Triton compiles kernels again for addresses that are less aligned
 
 Bundle = TypeVar("Bundle")
 
@@ -41,7 +41,7 @@ def download(bundle: Bundle) -> Bundle:
     _map(bundle, lambda tensor: _note(tensor, found, on_host=False))
     if not found:
         return bundle
-    found.sort(key=lambda tensor: -tensor.itemsize)  # so that each begins where its dtype may
+    found.sort(key=lambda tensor: -tensor.itemsize)  # so that each starts aligned for its dtype
     here = join(found).cpu()
     views, first = {}, 0
     for tensor in found:
@@ -52,8 +52,8 @@ def download(bundle: Bundle) -> Bundle:
 
 
 class Fetch:
-    """One copy from a device that has been started, in its place among what the device was told
-    before; what it is told afterwards does not change what arrives."""
+    """A copy from the device that has been started. It runs in stream order: work queued later
+    does not change what it copies."""
 
     def __init__(self, there: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -66,24 +66,24 @@ class Fetch:
         self._event.record()
 
     def wait(self) -> Tensor:
-        """What has arrived, on the host; waits until it has."""
+        """Wait for the copy and return it, a host tensor."""
         if self._event is not None:
             self._event.synchronize()
         return self._here
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of tensors of one device, one after the other, [bytes] uint8."""
+    """The bytes of tensors on one device, concatenated, [bytes] uint8."""
     return torch.cat([_flat(tensor).view(torch.uint8) for tensor in tensors])
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """In one dimension of stride 1, which a tensor of one element need not have."""
+    """The tensor in one dimension of stride 1; one-element tensors may have another stride."""
     return tensor.contiguous().as_strided((tensor.numel(),), (1,))
 
 
 def pack(tensors: Sequence[Tensor], *, pinned: bool) -> tuple[Tensor, list[int]]:
-    """The bytes of host tensors in one, [bytes] uint8, and where each begins, aligned."""
+    """The bytes of host tensors in one, [bytes] uint8, and the aligned offset of each."""
     firsts, size = [], 0
     for tensor in tensors:
         firsts.append(size)
@@ -95,7 +95,7 @@ def pack(tensors: Sequence[Tensor], *, pinned: bool) -> tuple[Tensor, list[int]]
 
 
 def view(packed: Tensor, first: int, like: Tensor) -> Tensor:
-    """Bytes first .. of `packed` as a tensor of the shape and dtype of `like`."""
+    """Bytes from `first` of `packed`, as a tensor of the shape and dtype of `like`."""
     return packed[first : first + like.numel() * like.itemsize].view(like.dtype).view(like.shape)
 
 

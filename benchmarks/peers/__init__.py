@@ -1,1 +1,1 @@
-"""What Aerie is compared with."""
+"""The measured targets: Aerie and the systems it is compared with."""

@@ -15,7 +15,7 @@ TIMEOUT = 600.0  # seconds for one request
 
 
 class UrlTarget:
-    """One connection per request; token arrival is when its chunk is read."""
+    """One connection per request; a token arrives when its chunk is read."""
 
     def __init__(self, name: str, base_url: str, model: str, api_key: str | None = None) -> None:
         self.name = name

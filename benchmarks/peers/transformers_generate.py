@@ -1,4 +1,4 @@
-"""`generate` of transformers, on the tensors that Aerie serves."""
+"""transformers' `generate`, with the same weights as Aerie."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.checkpoints.checkpoint import Checkpoint
 
 
 class TransformersTarget:
-    """Greedy, static batch, dynamic cache, all threads: what a user of the library gets."""
+    """Greedy, static batch, dynamic cache, all threads: the library's usual setup."""
 
     name = "transformers"
 
@@ -43,7 +43,7 @@ class TransformersTarget:
 
 
 class _Clock(StoppingCriteria):
-    """Asked after every token; never stops."""
+    """Records the time of every token; never stops generation."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -68,7 +68,7 @@ def load_oracle(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def hf_config(arch: LlamaArch) -> LlamaConfig:
-    """The transformers configuration of a shape."""
+    """The transformers configuration of an architecture."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
     if arch.rope_scaling is not None:
         scaling = arch.rope_scaling

@@ -25,7 +25,7 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class LlamaArch:
-    """Everything about a Llama 2 or 3.x but its weights."""
+    """The architecture of a Llama 2 or 3.x: everything except its weights."""
 
     vocab_size: int
     hidden_size: int
@@ -80,7 +80,8 @@ class LlamaArch:
 
 
 def eos_token_ids(config: Json, generation_config: Json | None = None) -> tuple[int, ...]:
-    """Ids that end a text. generation_config.json wins: there instruct models list several."""
+    """Ids that end a text. generation_config.json takes precedence: instruct models list several
+    ids there."""
     found = (generation_config or {}).get("eos_token_id")
     found = config.get("eos_token_id") if found is None else found
     if found is None:
@@ -115,7 +116,7 @@ def _refuse_unsupported(config: Json) -> None:
 
 
 def _rope(config: Json) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
+    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (older)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope parameters must be a table, not {rope!r}")

@@ -22,7 +22,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class Checkpoint(Protocol):
-    """A checked model on disk: every tensor `expected_tensors(arch)` names is there, in shape."""
+    """A checked model on disk: it has every tensor of `expected_tensors(arch)` in its shape."""
 
     @property
     def arch(self) -> LlamaArch: ...
@@ -39,8 +39,8 @@ class Checkpoint(Protocol):
         ...
 
     def stored(self, name: str) -> Stored:
-        """One tensor, of which indexing reads what is asked for (of a .gguf file, all of it:
-        its rows are permuted and quantised)."""
+        """One tensor that is read from disk as it is indexed, only the indexed part. From a .gguf
+        file the whole tensor is read: its rows are permuted and quantised."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -49,9 +49,9 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
-    """Check a model's files against its own configuration; no weight is read yet.
+    """Check a model's files against its own configuration, without reading weights.
 
-    Raises ValueError naming the file, and the tensor where one is at fault.
+    Raises ValueError naming the file and, if one is at fault, the tensor.
     """
     if files.kind == "gguf":
         return GGUFCheckpoint(files.path)
@@ -59,8 +59,8 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 
 def read_arch(source: str, revision: str | None = None) -> LlamaArch:
-    """The shape of a model (see `source.ACCEPTED`), of which no weights need to be here. Raises
-    FileNotFoundError or ValueError as opening it would."""
+    """The architecture of a model (see `source.ACCEPTED`), whose weights need not be on this
+    machine. Raises FileNotFoundError or ValueError as `resolve_source` and `open_checkpoint`."""
     if source == BUNDLED_ALIAS or source.endswith(".gguf"):
         return open_checkpoint(resolve_source(source, revision)).arch
     path = config_folder(source, revision) / "config.json"
@@ -155,7 +155,7 @@ def _indexed_shards(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError that names the file when it is none."""
+    """The JSON object in a file. ValueError naming the file if it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

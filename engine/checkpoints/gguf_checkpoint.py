@@ -23,7 +23,7 @@ ARCHITECTURE = "llama"
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 UNQUANTISED = {"F32": np.float32, "F16": np.float16}
 
-# `gguf.quants` works on 16 rows at a time; wide rows halve the time of a small model.
+# `gguf.quants` works on 16 rows at a time; wide rows halve the loading time of a small model.
 ELEMENTS_PER_ROW = 2048
 
 TOP_NAMES = {
@@ -45,7 +45,7 @@ LAYER_NAMES = {
 
 
 class GGUFCheckpoint:
-    """A checked .gguf file (implements `Checkpoint`). Weights are mapped, not read, until asked."""
+    """A checked .gguf file (implements `Checkpoint`). Weights are memory mapped, read on use."""
 
     def __init__(self, path: Path) -> None:
         self._file = read_gguf(path)
@@ -83,7 +83,7 @@ class GGUFCheckpoint:
         raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
         if kind.name == "BF16":
             return torch.from_numpy(raw.copy()).view(torch.bfloat16).reshape(tensor.shape)
-        if kind.name in UNQUANTISED:  # copied, for a mapped file is read-only
+        if kind.name in UNQUANTISED:  # copied, because the mapped file is read-only
             values = raw.view(UNQUANTISED[kind.name]).copy()
         else:
             values = dequantize(_wide_rows(raw, kind), kind)
@@ -91,7 +91,7 @@ class GGUFCheckpoint:
 
 
 def hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names as is."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; others unchanged."""
     stem, _, kind = name.rpartition(".")
     if stem in TOP_NAMES:
         return f"{TOP_NAMES[stem]}.{kind}"
@@ -110,7 +110,7 @@ def undo_rotary_permutation(tensor: Tensor, num_heads: int) -> Tensor:
 
 
 def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> LlamaArch:
-    """The shape of the model from its `llama.*` keys and the tensors that are present."""
+    """The architecture, from the `llama.*` keys and the tensors that are present."""
     get = file.metadata.get
     hidden = _required(file, "llama.embedding_length")
     num_heads = _required(file, "llama.attention.head_count")
@@ -201,7 +201,7 @@ def _vocab_size(file: GGUFFile) -> int:
 
 
 def _eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
-    """End of text, of turn and of message, as far as the file names them."""
+    """The ids of end of text, end of turn and end of message that the file names."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     ids = (metadata.get(f"tokenizer.ggml.{key}") for key in keys)
     return tuple(dict.fromkeys(int(item) for item in ids if item is not None))

@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata and the place of every tensor. Imports no torch.
+"""The header of a GGUF file: metadata and the offset of every tensor. Imports no torch.
 
-`gguf.GGUFReader` builds several numpy objects per array element, which takes seconds for a
-vocabulary; servers start often enough for that to matter, so the header is read here. Layout:
+We read the header ourselves because `gguf.GGUFReader` builds several numpy objects per array
+element, which takes seconds for a vocabulary at every start of a server. Layout:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -25,7 +25,7 @@ MAX_DIMENSIONS = 4
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Where one tensor lies. `shape` is row-major, the reverse of the order in the file."""
+    """Where one tensor lies in the file. `shape` is row-major; the file has the reverse order."""
 
     name: str
     type_id: int  # a GGMLQuantizationType
@@ -35,7 +35,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """A parsed header. `header_size` bytes describe the file completely but for the weights."""
+    """A parsed header: the first `header_size` bytes, which hold everything but the weights."""
 
     path: Path
     metadata: dict[str, Any]
@@ -45,7 +45,7 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Parse the header. ValueError naming the file if it is no GGUF, truncated or damaged."""
+    """Parse the header. ValueError naming the file if it is not GGUF, truncated or damaged."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Header(data, path).parse()

@@ -1,4 +1,4 @@
-"""Llama 3 rope scaling as GGUF stores it: one divisor per frequency instead of parameters."""
+"""Llama 3 rope scaling as GGUF stores it: one divisor per frequency, not parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-3  # relative
 
 
 def llama3_scaling(divisors: list[float], theta: float) -> Llama3RopeScaling:
-    """The parameters that give these divisors [D / 2]. ValueError if the known ones do not."""
+    """The parameters that give these divisors [D / 2]. ValueError if Llama 3's do not."""
     scaling = Llama3RopeScaling(max(divisors), LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, ORIGINAL_CONTEXT)
     wanted = frequency_divisors(scaling, theta, len(divisors))
     for found, expected in zip(divisors, wanted, strict=True):
@@ -26,7 +26,7 @@ def llama3_scaling(divisors: list[float], theta: float) -> Llama3RopeScaling:
 
 
 def frequency_divisors(scaling: Llama3RopeScaling, theta: float, count: int) -> list[float]:
-    """By what each of `count` rotary frequencies is divided."""
+    """The divisor of each of `count` rotary frequencies."""
     return [_divisor(scaling, theta ** (index / count)) for index in range(count)]
 
 

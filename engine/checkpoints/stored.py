@@ -1,4 +1,4 @@
-"""Tensors that are read in part."""
+"""Tensors that can be read in part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Index = slice | tuple[slice, ...]
 
 
 class Stored(Protocol):
-    """A tensor that indexing reads, as far as the index asks: a view of a file, or a `Tensor`."""
+    """A tensor of which indexing reads only the indexed part: a view of a file, or a `Tensor`."""
 
     def __getitem__(self, index: Index, /) -> Tensor: ...
 

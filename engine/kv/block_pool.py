@@ -1,4 +1,4 @@
-"""Blocks, who holds them, and which free one is taken next."""
+"""KV cache blocks, their reference counts, and the order in which free ones are taken."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Block:
 class BlockPool:
     """Reference-counted blocks with an LRU free list.
 
-    A freed block keeps its content and can be taken back by it until the block is needed for
-    something else; the block that has been free for longest goes first.
+    A freed block keeps its content and can be shared again until it is taken for other content;
+    the block that has been free longest is taken first.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -44,7 +44,7 @@ class BlockPool:
         return self._num_free
 
     def take(self) -> int:
-        """The block that has been free for longest; what it held is forgotten."""
+        """Take the block that has been free longest; its content is forgotten."""
         block = self._head.following
         assert block is not None
         assert block is not self._tail, "the caller checks num_free first"
@@ -67,11 +67,11 @@ class BlockPool:
         return content in self._by_content
 
     def is_free(self, content: bytes) -> bool:
-        """Whether the block with this content is in the free list (sharing it uses one up)."""
+        """Whether the block with this content is in the free list (sharing it takes it out)."""
         return self._by_content[content].ref_count == 0
 
     def publish(self, block_id: int, content: bytes) -> None:
-        """Make a fully written block findable; content that is known already stays where it is."""
+        """Make a fully written block findable, unless another block has the same content."""
         block = self._blocks[block_id]
         assert block.ref_count > 0
         assert block.content is None
@@ -80,7 +80,7 @@ class BlockPool:
             self._by_content[content] = block
 
     def give_back(self, block_id: int) -> None:
-        """Remove one holder; without holders the block becomes free, its content still findable."""
+        """Remove one holder. Without holders the block is free; its content stays findable."""
         block = self._blocks[block_id]
         assert block.ref_count > 0, f"block {block_id} is free already"
         block.ref_count -= 1
@@ -88,7 +88,7 @@ class BlockPool:
             self._append_free(block)
 
     def audit(self, holders: dict[int, int]) -> None:
-        """Assert that reference counts equal `holders`, and that free list and contents agree."""
+        """Assert that reference counts equal `holders` and match the free list and contents."""
         free = set()
         block = self._head.following
         while block is not self._tail:

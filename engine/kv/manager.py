@@ -1,4 +1,4 @@
-"""Which blocks each sequence holds: prefix hits, growth, publication, release."""
+"""Which blocks each sequence holds: prefix cache hits, growth, publishing, release."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass, field
 from engine.kv.block_pool import BlockPool
 from engine.request import Sequence
 
-ROOT = b""  # what the first block of a sequence chains to
+ROOT = b""  # parent hash of a sequence's first block
 
 
 def chained_hash(parent: bytes, token_ids: Iterable[int]) -> bytes:
-    """Content of a block: 128 bits over its tokens and everything in front of them, so that a
-    match means an equal prefix (a collision would hand one user's text to another)."""
+    """Content of a block: a hash of its tokens and all tokens before them, so that equal hashes
+    mean equal prefixes. 128 bits, since a collision would show one user's text to another."""
     packed = b"".join(token.to_bytes(4, "little") for token in token_ids)
     return hashlib.blake2b(parent + packed, digest_size=16).digest()
 
 
 @dataclass(slots=True)
 class _Held:
-    """Hash chain of one sequence's full blocks, and how many of its blocks are published."""
+    """Hash chain of one sequence's full blocks, and how many of them are published."""
 
     chain: list[bytes] = field(default_factory=list)
     num_published: int = 0
 
 
 class KVManager:
-    """Block bookkeeping of all running sequences. Changes `Sequence.block_ids`, and how many of
-    them are planned, nothing else."""
+    """Block bookkeeping of all running sequences. Of a `Sequence` it changes only `block_ids` and
+    `num_planned_blocks`."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
         self._pool = BlockPool(num_blocks)
@@ -37,11 +37,11 @@ class KVManager:
         self._prefix_caching = prefix_caching
         self._held: dict[str, _Held] = {}
         self.prefix_queries = 0  # prompt tokens looked up
-        self.prefix_hits = 0  # of them found
+        self.prefix_hits = 0  # prompt tokens found
 
     @property
     def capacity(self) -> int:
-        """Slots of all blocks together: the longest sequence that could ever run."""
+        """Slots of all blocks together: the length of the longest sequence that can run."""
         return self._pool.num_blocks * self._block_size
 
     @property
@@ -51,7 +51,7 @@ class KVManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks without a holder."""
         return self._pool.num_free
 
     def blocks_for(self, num_slots: int) -> int:
@@ -61,10 +61,10 @@ class KVManager:
         self, seq: Sequence, num_slots: int, *, match: bool, spare: int = 0, lookahead: int = 0
     ) -> int | None:
         """Give a sequence its first blocks: cached ones for its prefix, new ones up to `num_slots`
-        beyond the hit, and for `lookahead` slots behind those.
+        after the hit, and for `lookahead` slots after those.
 
-        Returns the tokens found in the cache, or None (nothing changed) when fewer than `spare`
-        free blocks would be left. At least one token is always left to compute.
+        Returns the number of tokens found in the cache, or None (nothing changed) if fewer than
+        `spare` free blocks would remain. At least one token is always left to compute.
         """
         assert not seq.block_ids
         held = _Held()
@@ -88,7 +88,8 @@ class KVManager:
         return cached
 
     def reserve(self, seq: Sequence, num_slots: int) -> bool:
-        """Grow the sequence's blocks to cover `num_slots` slots: all of them, or none and False."""
+        """Grow the sequence's blocks to cover `num_slots` slots; False, and no growth, if the free
+        blocks do not suffice."""
         needed = self.blocks_for(num_slots) - len(seq.block_ids)
         if needed > self._pool.num_free:
             return False
@@ -97,13 +98,13 @@ class KVManager:
         return True
 
     def trim(self, seq: Sequence, num_slots: int) -> None:
-        """Give back the blocks behind the first `num_slots` slots: nothing in them is needed."""
+        """Give back the blocks after the first `num_slots` slots: nothing in them is needed."""
         while len(seq.block_ids) > self.blocks_for(num_slots):
             self._pool.give_back(seq.block_ids.pop())
         seq.num_planned_blocks = min(seq.num_planned_blocks, len(seq.block_ids))
 
     def publish(self, seq: Sequence) -> None:
-        """Make blocks that lie fully below `num_computed` findable for other prompts."""
+        """Make blocks whose tokens are all computed findable for other prompts."""
         if not self._prefix_caching:
             return
         held = self._held[seq.request_id]
@@ -113,7 +114,8 @@ class KVManager:
         held.num_published = max(held.num_published, full)
 
     def release(self, seq: Sequence) -> None:
-        """Give all blocks back, the last first: the front of a prefix is evicted last."""
+        """Give all blocks back, the last one first, so that the start of a prefix is evicted
+        last."""
         for block_id in reversed(seq.block_ids):
             self._pool.give_back(block_id)
         seq.block_ids, seq.num_planned_blocks = [], 0
@@ -128,7 +130,7 @@ class KVManager:
         self._pool.audit(holders)
 
     def _matching_blocks(self, seq: Sequence, held: _Held) -> int:
-        """How many leading blocks are in the cache, short of the last token."""
+        """How many leading blocks are in the cache; the last token is never looked up."""
         most = (len(seq.token_ids) - 1) // self._block_size
         for index in range(most):
             if not self._pool.contains(self._content(seq, held, index)):

@@ -11,7 +11,7 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that new allocations on `device` may take."""
+    """Bytes that are free for new allocations on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limit = _cgroup_room(CGROUP)
@@ -29,7 +29,7 @@ def _available_bytes(meminfo: str) -> int:
 
 
 def _cgroup_room(folder: Path) -> int | None:
-    """What a container's limit leaves (cgroup v2), None without one."""
+    """Bytes left under the container's limit (cgroup v2), None without a limit."""
     try:
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
         used = int((folder / "memory.current").read_text(encoding="ascii"))
@@ -41,7 +41,8 @@ def _cgroup_room(folder: Path) -> int | None:
 
 
 def _reclaimable_bytes(folder: Path) -> int:
-    """Files in the page cache, such as the model just read: charged, but given up when needed."""
+    """Bytes of files in the page cache, such as the model just read: they count as used, but are
+    freed when needed."""
     try:
         stat = (folder / "memory.stat").read_text(encoding="ascii")
     except OSError:

@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 def slots_of(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Slots [B, n] int64 of cache positions [B, n] of rows with tables [B, max_blocks]; some slot
-    for positions that a table does not reach."""
+    """Slots [B, n] int64 of cache positions [B, n], by block tables [B, max_blocks]; an arbitrary
+    slot for positions beyond the end of a table."""
     columns = (positions // block_size).clamp(max=block_tables.shape[1] - 1)
     blocks = block_tables.gather(1, columns).long()
     return blocks * block_size + positions % block_size
 
 
 def seen_of(ancestors: Tensor, alive: Tensor) -> Tensor:
-    """Ancestor masks [B, n] in which nodes that are not `alive` see the root only. What they wrote
-    lies elsewhere, and their own places may hold anything: NaN there would spread, since zero times
-    NaN is NaN, to all queries that a kernel computes together."""
+    """Ancestor masks [B, n] in which nodes that are not `alive` see only the root. Their keys and
+    values went to the scratch block, so their own slots may hold NaN; zero times NaN is NaN, and
+    it would spread to all queries that a kernel computes together."""
     return torch.where(alive, ancestors, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """A block that belongs to no row: what nobody reads is written there."""
+    """A block that belongs to no row: takes keys and values that nothing reads."""
 
     block: int
     block_size: int
@@ -35,6 +35,6 @@ class Scratch:
         return self.block * self.block_size
 
     def instead_of(self, slots: Tensor, wanted: Tensor, order: Tensor) -> Tensor:
-        """`slots` where `wanted`, elsewhere the scratch slot number `order`, modulo the block size.
-        All have one shape."""
+        """`slots` where `wanted`, elsewhere scratch slot `order` modulo the block size. All three
+        tensors have the same shape."""
         return torch.where(wanted, slots, self.first_slot + order % self.block_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCRATCH_BLOCKS = 1  # after those of sequences: where steps write what nobody reads
+SCRATCH_BLOCKS = 1  # after the blocks of sequences: takes keys and values that nothing reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class KVStorage:
 
     @property
     def num_blocks(self) -> int:
-        """With the scratch block, which is the last."""
+        """Includes the scratch block, which is the last."""
         return self.keys[0].shape[0]
 
     @property
@@ -43,7 +43,7 @@ class KVStorage:
         *,
         zeroed: bool = False,
     ) -> KVStorage:
-        """Pages whose slots are written before they are read; `zeroed` where that is not sure."""
+        """Uninitialised pages; `zeroed` if slots may be read before they are written."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         make = torch.zeros if zeroed else torch.empty  # on a CPU, untouched pages cost nothing
 

@@ -1,4 +1,4 @@
-"""How many bytes a model holds, and how far loading one has come."""
+"""How many bytes a model takes, and the progress of loading one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 GIB = 1024**3
-EVERY = 5.0  # seconds between lines about loading
+EVERY = 5.0  # seconds between log lines about loading
 
 logger = logging.getLogger(__name__)
 
 
 def held_bytes(*parts: Any) -> int:
-    """Bytes of all tensors in dataclasses and tuples of them; those held twice count once."""
+    """Bytes of all tensors in (nested) dataclasses and tuples. A shared tensor counts once."""
     return sum(tensor.nbytes for tensor in {id(each): each for each in _tensors(parts)}.values())
 
 
@@ -35,7 +35,7 @@ def _tensors(part: Any) -> Iterator[Tensor]:
 def layers_with_progress(
     num_layers: int, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[int]:
-    """The indices of the layers to load. Says now and then how many are done."""
+    """The indices of the layers to load. Logs every few seconds how many are done."""
     said = clock()
     for index in range(num_layers):
         if clock() - said >= EVERY:

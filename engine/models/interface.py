@@ -10,10 +10,10 @@ from engine.step.batch import ForwardBatch, ForwardContext
 
 
 class TargetModel(Protocol):
-    """A decoder that runs packed batches. Stateless: weights inside, caches in the context."""
+    """A decoder that runs packed batches. It holds weights only; caches are in the context."""
 
     def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
-        """Hidden states after the final norm, [T, H]; KV of the batch goes to the cache."""
+        """Hidden states after the final norm, [T, H]. Writes the batch's KV to the cache."""
         ...
 
     def logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:

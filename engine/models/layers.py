@@ -1,4 +1,4 @@
-"""The layers of a Llama: each a few lines around operations of the kernel table."""
+"""The layers of a Llama: each calls a few operations of the kernel table."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class ColumnParallelLinear:
 
 @dataclass(frozen=True, slots=True)
 class GatheredLinear:
-    """Each rank computes equally many outputs (see `Shard.padded`), which are then put together:
+    """Each rank computes equally many outputs (see `Shard.padded`), then all ranks gather them:
     input and output are whole on every rank."""
 
     weight: LinearWeight
-    num_outputs: int  # N; ranks together compute a few more if it does not divide
+    num_outputs: int  # N; if ranks do not divide it, they compute a few more together
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         outputs = ctx.group.all_gather(ctx.ops.linear(x, self.weight))
@@ -64,9 +64,9 @@ class RMSNorm:
 
 @dataclass(frozen=True, slots=True)
 class VocabParallelEmbedding:
-    """Each rank holds equally many rows; those of other ranks' tokens count as zeros."""
+    """Each rank holds equally many rows and adds zeros for tokens of other ranks."""
 
-    weight: LinearWeight  # [V / ranks, H], the last ranks' filled up (see `Shard.padded`)
+    weight: LinearWeight  # [V / ranks, H], padded on the last ranks (see `Shard.padded`)
 
     def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         width = self.weight.out_features
@@ -80,9 +80,9 @@ class VocabParallelEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
-    """Each rank makes the logits of its rows, those behind the end of the vocabulary included."""
+    """Each rank computes the logits of its rows, including padding rows after the vocabulary."""
 
-    weight: LinearWeight  # [V / ranks, H], filled up as the embedding's
+    weight: LinearWeight  # [V / ranks, H], padded like the embedding
 
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         return ctx.ops.linear(hidden, self.weight).float()  # [R, V / ranks] float32
@@ -101,7 +101,7 @@ def cos_sin_table(
 
 
 def scale_llama3(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Slow down long wavelengths by `factor`, keep short ones, blend between (Llama 3.1)."""
+    """Divide low frequencies by `factor`, keep high ones, blend in between (Llama 3.1)."""
     wavelengths = 2 * math.pi / frequencies
     context = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -110,7 +110,7 @@ def scale_llama3(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
 
 
 class AttentionInputs(Protocol):
-    """What attention reads of a batch: the target's `ForwardBatch`, or a drafter's own."""
+    """The inputs of attention: the target's `ForwardBatch`, or a drafter's own type."""
 
     @property
     def positions(self) -> Tensor: ...  # [T] int64
@@ -124,7 +124,7 @@ class AttentionInputs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Queries, keys and values in one product; rotation and cache write in one operation."""
+    """One product for queries, keys and values; one operation for rotation and cache write."""
 
     layer: int
     qkv: ColumnParallelLinear  # H -> (Hq + 2 Hkv) D

@@ -38,8 +38,8 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
     ) -> Tensor:
-        """Take the last block's output and the residual stream [T, H], which it updates in place;
-        return this block's output, not yet added."""
+        """Take the last block's output and the residual stream, both [T, H]; add the output to the
+        stream in place. Return this block's output, not yet added."""
         x = self.attention(self.input_norm.add(x, residual, ctx), batch, ctx)
         return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)
 
@@ -75,8 +75,8 @@ class Llama:
 
 
 class LlamaLoader:
-    """Builds a rank's part of a `Llama` from tensors in Hugging Face names, fusing and packing as
-    it reads. ValueError if the model cannot be cut into so many parts."""
+    """Builds a rank's part of a `Llama` from tensors by Hugging Face name; fuses and packs while
+    it reads. ValueError if the model cannot be cut into `shard.size` parts."""
 
     def __init__(self, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> None:
         check_degree(arch, place.shard.size)

@@ -1,5 +1,5 @@
-"""Building the blocks of a decoder layer from named tensors: a rank's slices, fused and packed as
-they are read."""
+"""Builds the blocks of a decoder layer from named tensors: reads a rank's slices, fuses and packs
+them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ALL = slice(None)
 
 @dataclass(frozen=True, slots=True)
 class LayerLoader:
-    """Reads a rank's part of blocks under their Hugging Face names. Widths that are not cut come
-    from the tensors, which the caller has checked; all others from `arch`, which `check_degree`
-    let pass for `place.shard.size` ranks."""
+    """Reads a rank's part of blocks by Hugging Face name. Widths that are cut come from `arch`,
+    which must have passed `check_degree` for `place.shard.size` ranks; all others come from the
+    tensors, which the caller has checked."""
 
     arch: LlamaArch
     read: ReadStored
@@ -39,12 +39,12 @@ class LayerLoader:
 
     @classmethod
     def of(cls, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> LayerLoader:
-        """For blocks that see up to `max_len` positions."""
+        """A loader of blocks for up to `max_len` positions."""
         table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
         return cls(arch, read, place, table.to(place.device))
 
     def attention(self, layer: int, prefix: str) -> Attention:
-        """`layer` is the index of its pages; `prefix` ends in `self_attn`."""
+        """`layer` is its index in the KV cache; `prefix` ends in `self_attn`."""
         bias, head_dim = self.arch.attention_bias, self.arch.head_dim
         queries = _scaled(self.place.shard.even(self.arch.num_heads), head_dim)
         keys = _scaled(self.place.shard.kv_heads(self.arch.num_kv_heads), head_dim)
@@ -71,14 +71,15 @@ class LayerLoader:
         return RMSNorm(weight, self.arch.rms_norm_eps)
 
     def pack_rows(self, parts: Sequence[tuple[str, slice]], *, bias: bool = False) -> LinearWeight:
-        """Stack some outputs of each of the named layers into one packed weight."""
+        """Stack the given rows (outputs) of each named layer into one packed weight."""
         num_rows = sum(rows.stop - rows.start for _, rows in parts)
         weight = self._stack(parts, "weight", num_rows, self.place.dtype)
         offset = self._stack(parts, "bias", num_rows, torch.float32) if bias else None
         return self.place.ops.pack_linear(weight, offset)
 
     def pack_columns(self, name: str, columns: slice, *, bias: bool = False) -> LinearWeight:
-        """Some inputs of a layer whose partial outputs are summed: rank 0 alone adds the bias."""
+        """The given columns (inputs) of a layer. Partial outputs are summed over ranks, so only
+        rank 0 adds the bias."""
         weight = self.read(f"{name}.weight")[ALL, columns].to(self.place.device, self.place.dtype)
         offset = None
         if bias and self.place.shard.rank == 0:
@@ -86,7 +87,7 @@ class LayerLoader:
         return self.place.ops.pack_linear(weight.contiguous(), offset)
 
     def pack_padded(self, name: str, num_rows: int, *, bias: bool = False) -> LinearWeight:
-        """This rank's part of `num_rows` outputs, zeros behind the end (see `Shard.padded`)."""
+        """This rank's part of `num_rows` outputs, zeros after the end (see `Shard.padded`)."""
         weight = self.padded(f"{name}.weight", num_rows, self.place.dtype)
         offset = self.padded(f"{name}.bias", num_rows, torch.float32) if bias else None
         return self.place.ops.pack_linear(weight, offset)
@@ -104,7 +105,7 @@ class LayerLoader:
     def _stack(
         self, parts: Sequence[tuple[str, slice]], kind: str, num_rows: int, dtype: torch.dtype
     ) -> Tensor:
-        """One part is held besides the result at any time."""
+        """The stacked parts. Holds one part at a time besides the result."""
         result, at = None, 0
         for name, rows in parts:
             part = self.read(f"{name}.{kind}")[rows]
@@ -119,5 +120,5 @@ class LayerLoader:
 
 
 def _scaled(items: slice, width: int) -> slice:
-    """The rows of `items` that have `width` rows each."""
+    """The rows of `items`, with `width` rows per item."""
     return slice(items.start * width, items.stop * width)

@@ -1,4 +1,4 @@
-"""Where a rank loads its part of a model and computes with it."""
+"""Where and with what a rank loads and runs its part of a model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kernels.ops import Ops
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank computes, with what, and with whom. Loading asks no other rank."""
+    """A rank's operations, dtype, device, shard and group. Loading needs no other rank."""
 
     ops: Ops
     dtype: torch.dtype  # of weights and KV cache
     device: torch.device
-    shard: Shard = WHOLE  # the part of a model that is here
-    group: TPGroup = field(default_factory=TPGroup)  # with which steps are computed
+    shard: Shard = WHOLE  # this rank's part of a model
+    group: TPGroup = field(default_factory=TPGroup)  # the ranks that compute steps together

@@ -1,4 +1,4 @@
-"""What ranks settle before they serve: sizes, and whether all of them can."""
+"""What ranks agree on before they serve: sizes, and whether every rank can serve."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ MAX_REASON = 2048  # bytes
 
 
 class RefusedByAllError(ValueError):
-    """A rank cannot serve, and all of them know."""
+    """A rank cannot serve; every rank raises this."""
 
 
 def smallest(value: int, group: TPGroup) -> int:
-    """The least of the ranks' values."""
+    """The smallest of the ranks' values."""
     return int(group.stack(torch.tensor(value)).min())
 
 
 def check_all(error: str | None, group: TPGroup) -> None:
-    """Raise on every rank if one of them has an `error`: RefusedByAllError with the first."""
+    """Raise RefusedByAllError on every rank if one has an `error`, with the first rank's error."""
     text = (error or "").encode()[:MAX_REASON]
     line = torch.zeros(MAX_REASON, dtype=torch.uint8)
     line[: len(text)] = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[: len(text)]

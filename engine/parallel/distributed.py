@@ -1,5 +1,5 @@
-"""Groups of several processes on one machine, through torch.distributed: gloo for tensors in host
-memory, NCCL for those on GPUs."""
+"""Groups of processes on one machine, through torch.distributed: gloo for host tensors, NCCL for
+GPU tensors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ LOOPBACK = "lo"  # the only network interface that gloo listens on
 
 
 class DistributedGroup(TPGroup):
-    """One rank of several. Not thread-safe: collectives of one thread only.
+    """One rank of several. Not thread-safe: only one thread may call collectives.
 
-    When another rank dies, collectives in host memory raise RuntimeError; those on GPUs may hang.
+    When another rank dies, collectives of host tensors raise RuntimeError; those of GPU tensors
+    may hang.
     """
 
     def __init__(self, host: dist.ProcessGroup, device: dist.ProcessGroup | None) -> None:
         super().__init__(host.rank(), host.size())
         self._host = host
         self._device = device
-        # One rank shares no memory with anybody: torch has no such sums for it.
+        # Symmetric memory needs at least two ranks.
         self._small = None
         if device is not None and self.size > 1:
             self._small = SmallAllReduce(device)
@@ -38,13 +39,13 @@ class DistributedGroup(TPGroup):
     def join(
         cls, store: Path, rank: int, size: int, device: torch.device, timeout: float
     ) -> DistributedGroup:
-        """Meet the other ranks at the file `store`, in a folder that only this user can enter.
-        Blocks until all have come. `timeout`: seconds that gloo waits for the others, at most."""
+        """Join the other ranks through the file `store`, in a folder that only this user can
+        enter. Blocks until all have joined. `timeout`: seconds that gloo waits for the others."""
         meeting = FileStore(str(store), size)
         host = _gloo(PrefixStore("host", meeting), rank, size, timeout)
         nccl = _nccl(meeting, rank, size, device) if device.type == "cuda" else None
         group = cls(host, nccl)
-        group.stack(torch.zeros(1))  # until here, others may still look into the store
+        group.stack(torch.zeros(1))  # after this, no rank reads the store any more
         return group
 
     @property
@@ -65,8 +66,8 @@ class DistributedGroup(TPGroup):
         return x
 
     def _sum_in_order(self, x: Tensor) -> Tensor:
-        """From rank 0 to the last, for every element. Gloo's own order depends on where an element
-        lies in the tensor: the same token would get other bits beside other tokens."""
+        """Sum in order of ranks for every element. Gloo's own order depends on where an element
+        lies in the tensor, so a token's bits would depend on the other tokens of the batch."""
         total, *others = self.stack(x).unbind()
         for other in others:
             total += other
@@ -106,7 +107,8 @@ def _gloo(store: Store, rank: int, size: int, timeout: float) -> dist.ProcessGro
     options = gloo._Options()
     options._devices = [gloo.create_device(interface=LOOPBACK)]
     options._timeout = timedelta(seconds=timeout)
-    # A backend by itself, which has the collectives of a group: engines of one process stay apart.
+    # A bare backend has the collectives of a group but no global state, so that several engines in
+    # one process do not interfere.
     group: dist.ProcessGroup = gloo(store, rank, size, options)
     return group
 

@@ -1,9 +1,9 @@
 """All-reduce of decode-size tensors over NVLink, through torch's symmetric memory.
 
-Every rank reads what the others hold (one-shot), or a share of it and then the others' sums
-(two-shot), or lets the switch add (multimem): one kernel, a few microseconds, usable inside CUDA
-graphs. NCCL serves what does not fit here. No run on several GPUs has confirmed this file: it was
-written against the operations that torch 2.13 declares.
+Every rank reads all data of the others (one-shot), or reads a share, sums it and reads the others'
+sums (two-shot), or lets the NVLink switch sum (multimem). Each is one kernel, takes a few
+microseconds and works inside CUDA graphs. NCCL sums all other tensors. This file has never run on
+several GPUs: it was written against the operations that torch 2.13 declares.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_BYTES = 256 * 1024
-ONE_SHOT_BYTES = 64 * 1024  # above, reading everything from everybody costs more than two rounds
+ONE_SHOT_BYTES = 64 * 1024  # above, reading all data of all ranks costs more than two rounds
 ALIGNMENT = 16  # bytes that one thread reads at once
 NCCL, ONE_SHOT, TWO_SHOT, MULTIMEM = "nccl", "one-shot", "two-shot", "multimem"
 DTYPES = (torch.bfloat16, torch.float32)
@@ -46,7 +46,7 @@ class SmallAllReduce:
         self._buffers = self._share(group)
 
     def fits(self, x: Tensor) -> bool:
-        """Whether `x` is summed here rather than by NCCL. The choice for a size is printed once."""
+        """Whether `x` is summed here rather than by NCCL. Logs the choice for each size once."""
         return x.dtype in self._buffers and self._how(x) != NCCL
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class SmallAllReduce:
         return how
 
     def _share(self, group: dist.ProcessGroup) -> dict[torch.dtype, Tensor]:
-        """A buffer per dtype that all ranks can reach; none, on all ranks, if one cannot."""
+        """A buffer per dtype that all ranks can access; no buffers on any rank if one fails."""
         import torch.distributed._symmetric_memory as symmetric
 
         device = torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""Plans carried out by all ranks at once, and the check that they agree on what they did."""
+"""Runs plans on all ranks in step, and checks that the ranks agree on the results."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from engine.step.plan import StepOutcome, StepPlan
 
 
 class Progress:
-    """Since when rank 0 has been inside a step; read by the watchdog's thread."""
+    """How long rank 0 has been inside a step; read by the watchdog's thread."""
 
     def __init__(self, limit: float) -> None:
-        """`limit`: seconds that a step may take; may be changed."""
+        """`limit`: seconds that a step may take; it may be changed later."""
         self.limit = limit
         self._since: float | None = None
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step is launched or waited for inside this block."""
+        """Wrap this around launching a step or waiting for it."""
         self._since = time.monotonic()
         try:
             yield
@@ -35,13 +35,13 @@ class Progress:
 
     @property
     def overdue(self) -> bool:
-        """Whether a step that should have ended is still waited for."""
+        """Whether the current step has exceeded the limit."""
         since = self._since
         return since is not None and time.monotonic() - since > self.limit
 
 
 class GroupExecutor:
-    """Rank 0's way to carry out plans on every rank: followers get the plan, and nothing else."""
+    """Runs plans on every rank, from rank 0: followers get the plan and nothing else."""
 
     def __init__(
         self, own: Executor, followers: Orders, progress: Progress, *, scratch: bool = False
@@ -53,7 +53,7 @@ class GroupExecutor:
         self._scratch = scratch
 
     def launch(self, plan: StepPlan) -> Launched:
-        """OSError or RuntimeError when a follower is gone: the group cannot continue."""
+        """OSError or RuntimeError if a follower has died: the group cannot continue."""
         with self._progress.step():
             self._followers.run_step(plan, scratch=self._scratch)
             return self._own.launch(plan)
@@ -65,15 +65,15 @@ class GroupExecutor:
 
 
 class Following:
-    """A follower's way: steps are launched as they come, and collected so that as many are in
-    flight as rank 0 may have: one besides the newest."""
+    """Runs plans on a follower: launches each as it arrives and, like rank 0, keeps at most one
+    step in flight besides the newest."""
 
     def __init__(self, own: Executor) -> None:
         self._own = own
         self._flight: Launched | None = None
 
     def run(self, plan: StepPlan) -> None:
-        """Launch a plan, after everything before it is collected unless it is ahead."""
+        """Launch a plan. Collect the step before it first, or afterwards if the plan is `ahead`."""
         if not plan.ahead:
             self.land()
         launched = self._own.launch(plan)
@@ -81,18 +81,19 @@ class Following:
         self._flight = launched
 
     def land(self) -> None:
-        """Collect what is in flight."""
+        """Collect the step in flight, if there is one."""
         if self._flight is not None:
             flight, self._flight = self._flight, None
             self._own.collect(flight)
 
 
 class DriftCheck:
-    """Carries out plans on this rank and compares with the others, every so many steps, what the
-    plans were and which tokens came out.
+    """Runs plans on this rank; every `check_every` steps it compares plans and emitted tokens with
+    the other ranks.
 
-    Ranks compare before they launch a step, for then all have collected the same ones; rank 0 may
-    have collected the newest while a follower still waits for its next order.
+    Ranks compare before they launch a step, when all have collected the same steps. After a
+    collect they may differ: rank 0 may have collected the newest step while a follower still waits
+    for its next order.
     """
 
     def __init__(self, own: Executor, group: TPGroup, check_every: int) -> None:

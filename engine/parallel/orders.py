@@ -1,5 +1,5 @@
-"""What rank 0 tells its followers, and what they answer: msgpack, no pickles. Without followers,
-nothing."""
+"""The orders of rank 0 to its followers, and their answers: msgpack, no pickles. Without followers
+nothing is sent."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ class RunStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """Launch this plan."""
 
     plan: StepPlan
-    scratch: bool = False  # on the runner that measures a head, not on the one that serves
+    scratch: bool = False  # on the runner that measures a head, not on the serving one
 
 
 class LoadDraft(msgspec.Struct, frozen=True, array_like=True, tag="load"):
-    """Load the head in this directory on a thread, and answer with `DraftLoaded`."""
+    """Load the head in this directory in a thread, and answer with `DraftLoaded`."""
 
     path: str
 
 
 class UseDraft(msgspec.Struct, frozen=True, array_like=True, tag="use"):
-    """Draft with the head that was loaded last, from the next plan on; not `loaded`: with none."""
+    """From the next plan on, draft with the head that was loaded last, or without a head if not
+    `loaded`."""
 
     loaded: bool
 
 
 class DropDraft(msgspec.Struct, frozen=True, array_like=True, tag="drop"):
-    """Forget the head that was loaded last: another rank could not load it."""
+    """Drop the head that was loaded last, because another rank could not load it."""
 
 
 class OpenScratch(msgspec.Struct, frozen=True, array_like=True, tag="scratch"):
-    """Build the runner that measures the head that was loaded last, instead of an earlier one."""
+    """Build the runner that measures the last loaded head; it replaces an earlier such runner."""
 
 
 class DraftLoaded(msgspec.Struct, frozen=True, array_like=True, tag="loaded"):
@@ -44,14 +45,14 @@ class DraftLoaded(msgspec.Struct, frozen=True, array_like=True, tag="loaded"):
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
-    """Leave."""
+    """End the follower."""
 
 
 Order = RunStep | LoadDraft | UseDraft | DropDraft | OpenScratch | Stop
 
 
 class Orders:
-    """Sends orders, in the order in which all ranks follow them."""
+    """Sends orders; all ranks carry them out in the order of sending."""
 
     def __init__(self, followers: Broadcast) -> None:
         self._followers = followers
@@ -61,11 +62,11 @@ class Orders:
         self._send(RunStep(plan, scratch))
 
     def load_draft(self, path: str) -> None:
-        """Let followers load the head in the directory `path`; `failures` must be called next."""
+        """Make followers load the head in the directory `path`; call `failures` next."""
         self._send(LoadDraft(path))
 
     def failures(self) -> list[str]:
-        """Wait until every follower has loaded or failed; says who failed, and why."""
+        """Wait until every follower has loaded the head or failed; returns which failed and why."""
         reasons = []
         for rank, frame in enumerate(self._followers.receive_all(), 1):
             if frame is None:

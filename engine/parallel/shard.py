@@ -1,10 +1,10 @@
 """Which part of each tensor a rank of a tensor-parallel group holds. Pure arithmetic, no torch.
 
-Heads and the feed-forward width are cut into equal parts. KV heads are cut too, or, where there are
-fewer of them than ranks, each is held by several neighbouring ranks. Vocabularies, and whatever
-else is cut with `padded`, may have any size: every rank holds the same number of rows, and what the
-last ranks hold behind the end is zeros. Concatenated over ranks, cut off at the true size, the
-parts are the whole.
+Heads and the feed-forward width are cut into equal parts. KV heads are cut too; if there are fewer
+of them than ranks, several neighbouring ranks hold each. Vocabularies and other sizes that are cut
+with `padded` need not divide by the number of ranks: every rank holds the same number of rows, and
+rows after the end are zeros. The parts of all ranks, concatenated and cut at the true size, give
+the whole tensor.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Shard:
         assert 0 <= self.rank < self.size, f"rank {self.rank} of {self.size}"
 
     def even(self, total: int) -> slice:
-        """This rank's part of `total` things that divide by the number of ranks."""
+        """This rank's part of `total`, which must divide by the number of ranks."""
         assert total % self.size == 0, f"{total} does not divide by {self.size} ranks"
         width = total // self.size
         return slice(self.rank * width, (self.rank + 1) * width)
 
     def kv_heads(self, total: int) -> slice:
-        """The KV heads of this rank: those that its query heads attend to."""
+        """The KV heads that this rank's query heads attend to."""
         if total % self.size == 0:
             return self.even(total)
         assert self.size % total == 0, f"{total} KV heads over {self.size} ranks"
@@ -46,11 +46,11 @@ class Shard:
         return int(heads.stop - heads.start)
 
     def padded_width(self, total: int) -> int:
-        """Rows that each rank holds of a vocabulary of `total`, those behind the end counted."""
+        """Rows that each rank holds of `total` rows, including padding after the end."""
         return -(-total // self.size)
 
     def padded(self, total: int) -> slice:
-        """The true rows among them; an empty slice if all are behind the end."""
+        """This rank's rows without padding; an empty slice if it holds only padding."""
         width = self.padded_width(total)
         return slice(min(self.rank * width, total), min((self.rank + 1) * width, total))
 
@@ -75,12 +75,12 @@ def degree_fault(arch: LlamaArch, size: int) -> str | None:
 
 
 def allowed_degrees(arch: LlamaArch) -> list[int]:
-    """Numbers of ranks that `arch` can be cut into."""
+    """Numbers of ranks over which `arch` can be cut."""
     return [size for size in range(1, MAX_RANKS + 1) if degree_fault(arch, size) is None]
 
 
 def check_degree(arch: LlamaArch, size: int, setting: str = "parallel.tensor") -> None:
-    """ValueError that names the number in the way and the allowed ones, if there is one."""
+    """ValueError with the reason and the allowed sizes if `arch` cannot be cut into `size`."""
     fault = degree_fault(arch, size)
     if fault is not None:
         allowed = ", ".join(str(degree) for degree in allowed_degrees(arch))

@@ -1,13 +1,13 @@
-"""Frames of bytes between ranks: from rank 0 to all others over a board, in shared memory; what it
-has no room for, and answers, over socket pairs.
+"""Frames of bytes between ranks. Rank 0 sends to all followers over a board in shared memory;
+frames that do not fit there, and answers, go over socket pairs.
 
-The board is memory that rank 0 writes a frame into once, for all followers to read. Frames are
-numbered from 1; frame n lies in place n modulo the number of places. A reader looks for the number
-that it waits for. Another processor may see stores in any order, so every frame has a checksum over
-its number and content: a frame that is half there counts as not there yet, on any processor. No
-reader waits in vain: a frame is whole before `wake`, a system call, which orders memory for those
-that it wakes. A place is written again only when all readers have noted that they have what lay
-there, which they do after comparing the checksum of their copy.
+Rank 0 writes each frame to the board once, and all followers read it. Frames are numbered from 1;
+frame n lies in place n modulo the number of places. A reader polls for the next number. Processors
+may see stores in another order, so a frame has a checksum over its number and content, and a
+partly visible frame counts as absent. A reader that sleeps misses no frame: rank 0 completes the
+frame before `wake`, a system call that orders memory for the readers it wakes. Rank 0 reuses a
+place only after all readers have noted that they have its frame, which they do once the checksum of
+their copy matches.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from collections.abc import Sequence
 from engine.parallel.shard import MAX_RANKS
 
 NUM_PLACES = 16
-PLACE_BYTES = 64 * 1024  # memory is used as far as frames reach, which is seldom beyond one page
-HEAD = 3  # words of a place: number, length, checksum
+PLACE_BYTES = 64 * 1024  # only touched pages use memory, and few frames are longer than a page
+HEAD = 3  # words at the start of a place: number, length, checksum
 WORD = 8
-NOTE = 8  # words, a cache line: the number of the newest frame that a reader has
-NOTES_BYTES = MAX_RANKS * NOTE * WORD  # in front of the places
+NOTE = 8  # words, one cache line: holds the number of the newest frame that a reader has
+NOTES_BYTES = MAX_RANKS * NOTE * WORD  # before the places
 NOBODY = 2**64 - 1  # the note of a reader that does not exist
 MAX_FRAME = PLACE_BYTES - HEAD * WORD
-LENGTH = 4  # bytes in front of each frame on a socket
-AWAKE = 0.003  # seconds that a follower looks for a frame before it sleeps; a gap takes 0.8 ms
-NUMBER = 8  # bytes in front of a frame that might have gone over the board
+LENGTH = 4  # bytes before each frame on a socket
+AWAKE = 0.003  # seconds a follower polls before it sleeps; the gap between steps takes 0.8 ms
+NUMBER = 8  # bytes before a frame that goes over a socket instead of the board
 
 
 class Board:
-    """One process posts, others look; each has a `Board` on the same two handles."""
+    """One process posts, others read; each has a `Board` on the same two handles."""
 
     def __init__(self, memory: int, wake: int) -> None:
-        """On handles of another `Board`, which are closed with this one."""
+        """`memory` and `wake`: handles of an existing board; `close` closes them."""
         self.memory = memory
         self.wake_handle = wake  # for edge-triggered polling: it is never read
         self._map = mmap.mmap(memory, NOTES_BYTES + NUM_PLACES * PLACE_BYTES)
         self._bytes = memoryview(self._map)
-        self._words = self._bytes.cast("Q")  # one aligned store each
+        self._words = self._bytes.cast("Q")  # writing a word is one aligned store
         self._had_by_all = 0
 
     @classmethod
     def create(cls, num_readers: int) -> Board:
-        """OSError where there is no shared memory."""
+        """OSError if there is no shared memory."""
         memory = os.memfd_create("aerie-board")
         os.ftruncate(memory, NOTES_BYTES + NUM_PLACES * PLACE_BYTES)
         board = cls(memory, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -59,7 +59,7 @@ class Board:
         return board
 
     def post(self, number: int, frame: bytes) -> bool:
-        """Whether the frame is there now: not if it is too long, or a reader is too far behind."""
+        """Write a frame; False if it is too long or its place is still unread."""
         if len(frame) > MAX_FRAME or not self._is_free(number):
             return False
         at, head = self._place(number)
@@ -70,11 +70,11 @@ class Board:
         return True
 
     def wake(self) -> None:
-        """Let all readers look that sleep, in one system call."""
+        """Wake all sleeping readers, in one system call."""
         os.eventfd_write(self.wake_handle, 1)
 
     def look(self, number: int) -> bytes | None:
-        """A copy of the frame if it is there."""
+        """A copy of the frame, None if it is not there yet."""
         at, head = self._place(number)
         if self._words[head] != number:
             return None
@@ -82,7 +82,7 @@ class Board:
         return frame if zlib.crc32(frame, number) == self._words[head + 2] else None
 
     def note(self, reader: int, number: int) -> None:
-        """Reader `reader`, counted from 0, has all frames up to this one."""
+        """Note that reader `reader`, counted from 0, has all frames up to `number`."""
         self._words[reader * NOTE] = number
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Board:
         return self._had_by_all >= before
 
     def _place(self, number: int) -> tuple[int, int]:
-        """Where its bytes begin, and which word its head is."""
+        """The byte offset of the frame's content, and the word offset of its head."""
         start = NOTES_BYTES + number % NUM_PLACES * PLACE_BYTES
         return start + HEAD * WORD, start // WORD
 
@@ -112,12 +112,12 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, frame: bytes) -> None:
-        """Raises OSError when the other end is gone."""
+        """Raises OSError if the other end is closed."""
         with self._sending:
             self._end.sendall(len(frame).to_bytes(LENGTH, "little") + frame)
 
     def receive(self) -> bytes | None:
-        """The next frame; None when the other end is gone."""
+        """The next frame; None if the other end is closed."""
         head = self._read(LENGTH)
         return None if head is None else self._read(int.from_bytes(head, "little"))
 
@@ -145,8 +145,8 @@ class Broadcast:
     """Rank 0's side: every frame goes to all followers, in the same order."""
 
     def __init__(self, channels: Sequence[Channel], board: Board | None = None) -> None:
-        """`channels`: rank 0's ends, one per follower. `board`: for as many readers; None: there
-        are no followers."""
+        """`channels`: rank 0's ends, one per follower. `board`: has one reader per follower; None
+        if there are no followers."""
         assert (board is None) == (len(channels) == 0)
         self._channels = channels
         self._board = board
@@ -154,8 +154,8 @@ class Broadcast:
         self._sending = threading.Lock()
 
     def send(self, frame: bytes) -> None:
-        """Over the board if it can be, else over the sockets. Then OSError when a follower is
-        gone."""
+        """Send over the board if possible, else over the sockets, where OSError is raised if a
+        follower has died."""
         if self._board is None:
             return
         with self._sending:
@@ -168,7 +168,7 @@ class Broadcast:
                 channel.send(numbered)
 
     def receive_all(self) -> list[bytes | None]:
-        """One frame of each follower, in order of ranks. One thread at a time."""
+        """One frame from each follower, in order of ranks. One thread at a time."""
         return [channel.receive() for channel in self._channels]
 
     def close(self) -> None:
@@ -179,27 +179,27 @@ class Broadcast:
 
 
 class Inbox:
-    """A follower's side of a `Broadcast`. It looks for the next frame for a moment, as steps follow
-    each other and whom rank 0 need not wake takes no time of rank 0's; then it sleeps."""
+    """A follower's side of a `Broadcast`. It polls for the next frame for `AWAKE` seconds, so that
+    between steps rank 0 spends no time to wake it; then it sleeps."""
 
     def __init__(self, channel: Channel, board: Board, reader: int) -> None:
-        """`reader`: which one of the board's, counted from 0."""
+        """`reader`: this follower's number among the board's readers, counted from 0."""
         self._channel = channel
         self._board = board
         self._reader = reader
-        self._number = 1  # of the frame that comes next
-        self._early: tuple[int, bytes] | None = None  # of the socket, not yet its turn
+        self._number = 1  # of the next frame
+        self._early: tuple[int, bytes] | None = None  # frame from the socket, not its turn yet
         self._events = select.epoll()
         self._events.register(channel, select.EPOLLIN)
         self._events.register(board.wake_handle, select.EPOLLIN | select.EPOLLET)
 
     def receive(self) -> bytes | None:
-        """The next frame; None when rank 0 is gone."""
+        """The next frame; None if rank 0 has ended."""
         sleep_at = time.monotonic() + AWAKE
         while (frame := self._look()) is None:
             awake = time.monotonic() < sleep_at
             if awake:
-                os.sched_yield()  # whoever wants the core has it: with few cores, that is rank 0
+                os.sched_yield()  # with few cores, rank 0 may need this one
             if self._is_gone(timeout=0 if awake else None):
                 frame = self._look()  # it may have been posted just before
                 if frame is None:
@@ -215,8 +215,8 @@ class Inbox:
         self._board.close()
 
     def _is_gone(self, timeout: float | None) -> bool:
-        """Wait so long for a sign of rank 0, and take a frame from the socket if there is one;
-        whether the socket says that no more will come."""
+        """Wait for an event, at most `timeout` seconds, and take a frame from the socket if there
+        is one. True if rank 0 has closed the socket."""
         woken = [handle for handle, _ in self._events.poll(timeout)]
         return self._channel.fileno() in woken and self._early is None and not self._hear()
 
@@ -227,7 +227,7 @@ class Inbox:
         return self._board.look(self._number)
 
     def _hear(self) -> bool:
-        """Take a frame from the socket; False when there is none any more."""
+        """Take a frame from the socket; False if rank 0 has closed it."""
         numbered = self._channel.receive()
         if numbered is None:
             return False

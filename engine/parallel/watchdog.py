@@ -1,4 +1,4 @@
-"""Notices followers that died or make no progress, also while rank 0 itself waits for them."""
+"""Notices followers that have died or make no progress, even while rank 0 waits for them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 from engine.parallel.lockstep import Progress
 
-POLL = 0.25  # seconds between looks at the step that goes on
+POLL = 0.25  # seconds between checks of the current step
 
 
 class Watchdog:
-    """Calls `on_loss` with the reason, once, from a thread of its own. An idle group is left alone:
-    a follower that hangs is noticed in the next step."""
+    """Calls `on_loss` once with the reason, from its own thread. In an idle group it notices only
+    followers that have ended; one that hangs is noticed in the next step."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class Watchdog:
         progress: Progress,
         on_loss: Callable[[str], None],
     ) -> None:
-        """`pids`: children of this process; the first is rank 1."""
+        """`pids`: child processes of this one; the first is rank 1."""
         self._ranks = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids, 1)}
         self._progress = progress
         self._on_loss = on_loss
@@ -33,7 +33,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Followers may end from now on."""
+        """Stop watching: from now on followers may end."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()

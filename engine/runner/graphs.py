@@ -1,5 +1,5 @@
-"""How the body of a step is run: at once on a CPU; elsewhere on buffers that stay where they are,
-held by CUDA graphs or launched one by one."""
+"""Runs the body of a step: directly on a CPU; on a GPU with static buffers, captured as CUDA graphs
+or launched kernel by kernel."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from engine.runner.laps import Laps, NoLaps
 from engine.runner.step import StepBody, StepOutputs
 from engine.transfer import Fetch, join, pack, view
 
-WARM_UPS = 2  # launches before a graph is captured: kernels are compiled, workspaces made
-SEEN_OFTEN = 3  # a form that nobody prepared is captured when it is asked for so many times
+WARM_UPS = 2  # launches before a capture, which compile kernels and allocate workspaces
+SEEN_OFTEN = 3  # a form that was not prepared is captured at this launch
 
 logger = logging.getLogger(__name__)
-Outputs = Callable[[], StepOutputs]  # waits for the step, and gives its outputs on the host
+Outputs = Callable[[], StepOutputs]  # waits for the step and returns its outputs on the host
 
 
 class StepRunner(Protocol):
     """Runs steps of any form, in order."""
 
     def launch(self, inputs: StepInputs, form: StepForm, laps: Laps) -> Outputs:
-        """`inputs` of the host. Does not wait for a device."""
+        """Takes host inputs. Does not wait for the device."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostSteps:
-    """The device is the host: a step is over when it is launched."""
+    """Runs steps on the CPU: a step has finished when `launch` returns."""
 
     body: StepBody
 
@@ -45,10 +45,10 @@ class HostSteps:
 
 
 class StaticStep:
-    """One form of the step: inputs go to the device in one copy, outputs come back in one."""
+    """A step of one form: inputs go to the device in one copy, outputs come back in one."""
 
     def __init__(self, body: StepBody, form: StepForm, like: StepInputs) -> None:
-        """`like`: inputs of the host; all inputs have its shapes."""
+        """`like`: host inputs; all inputs have its shapes."""
         self._body = body
         self._form = form
         device = body.state.tables.device
@@ -60,8 +60,8 @@ class StaticStep:
         self._outputs: StepOutputs | None = None
 
     def launch(self, inputs: StepInputs) -> Outputs:
-        """`inputs` of the host. Does not wait, neither for this step nor for one before: the device
-        takes copies and steps in the order in which it was told of them."""
+        """Takes host inputs. Waits neither for this step nor for earlier ones: the device runs
+        copies and steps in the order of launches."""
         packed, _ = pack(_parts(inputs), pinned=self._pinned)
         self._there.copy_(packed, non_blocking=True)
         fetch = Fetch(self._launch())
@@ -75,11 +75,11 @@ class StaticStep:
 
 
 class GraphedStep(StaticStep):
-    """The same, captured once and replayed."""
+    """A static step, captured once as a CUDA graph and replayed."""
 
     def __init__(self, body: StepBody, form: StepForm, like: StepInputs, pool: Any) -> None:
-        """`like`: inputs without a row, so that the launches before the capture change nothing.
-        `pool`: handle of the memory that all graphs share; one runs at a time."""
+        """`like`: inputs with padding rows only, so that the launches before the capture change
+        no state. `pool`: handle of the memory that all graphs share; one runs at a time."""
         super().__init__(body, form, like)
         started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -89,7 +89,7 @@ class GraphedStep(StaticStep):
                 super()._launch()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # Another thread may be loading a head.
+        # Thread-local, because another thread may be loading a draft head.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._joined = super()._launch()
         self.seconds = time.perf_counter() - started
@@ -101,19 +101,19 @@ class GraphedStep(StaticStep):
 
 
 class DeviceSteps:
-    """Steps of a padded form: launched one by one, or, with `graphs`, captured."""
+    """Runs steps of padded forms on a GPU; with `graphs`, captures them as CUDA graphs."""
 
     def __init__(
         self, body: StepBody, idle: Callable[[StepForm], StepInputs], *, graphs: bool
     ) -> None:
-        """`idle` makes inputs of the host that have no row."""
+        """`idle` makes host inputs with padding rows only."""
         self._body = body
         self._idle = idle
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
         self._steps: dict[StepForm, StaticStep] = {}
         self._asked: Counter[StepForm] = Counter()
         self.seconds = 0.0  # spent on capturing
-        self.num_bytes = 0  # that graphs take
+        self.num_bytes = 0  # taken by graphs
 
     def launch(self, inputs: StepInputs, form: StepForm, laps: Laps) -> Outputs:  # noqa: ARG002
         self._asked[form] += 1
@@ -122,7 +122,7 @@ class DeviceSteps:
         return self._steps[form].launch(inputs)
 
     def prepare(self, form: StepForm) -> None:
-        """Capture a form that is likely to come, if there are graphs."""
+        """Capture a form that is likely to occur, if graphs are on."""
         if self._pool is not None:
             self._asked[form] = SEEN_OFTEN
             self._steps[form] = self._make(form, captured=True)
@@ -133,7 +133,7 @@ class DeviceSteps:
         try:
             graphed = GraphedStep(self._body, form, self._idle(form), self._pool)
         except RuntimeError:  # out of memory, or something that cannot be captured
-            logger.exception("no CUDA graph for %s: such steps run without one", form)
+            logger.exception("no CUDA graph for %s: these steps run without one", form)
             return StaticStep(self._body, form, self._idle(form))
         self.seconds += graphed.seconds
         self.num_bytes += graphed.num_bytes
@@ -150,7 +150,7 @@ class DeviceSteps:
 
 
 def _unpacked(here: Tensor, likes: list[Tensor]) -> StepOutputs:
-    """Outputs on the host, of the shapes and dtypes of `likes`."""
+    """Host outputs with the shapes and dtypes of `likes`."""
     parts, first = [], 0
     for like in likes:
         parts.append(view(here, first, like))

@@ -1,4 +1,4 @@
-"""From a step plan (host integers) to the host tensors that a step reads, and to its form."""
+"""Turns a step plan (host integers) into the form of the step and its host inputs."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from engine.sampling.lines import BiasList, Ints, LineSettings
 from engine.step.plan import RowPlan, StepPlan
 from engine.step.shape import MAX_NODES, ROOT, TreeShape
 
-BLOCKS_PER_ROW = 8  # new ones in one step of a padded form; more are sent ahead of it
-NOTHING = torch.empty(0, dtype=torch.int64)  # what a form does not have
+BLOCKS_PER_ROW = 8  # room for new blocks in a padded step; further ones are written before it
+NOTHING = torch.empty(0, dtype=torch.int64)  # stands for inputs that the form lacks
 FIRST_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True, slots=True)
 class StepForm:
-    """What a step is made for: all that decides shapes and which parts take part. Steps of one form
-    can share a CUDA graph."""
+    """Everything that decides a step's tensor shapes and which parts of the body run. Steps of one
+    form can share a CUDA graph."""
 
-    exact: bool  # the host may look at values: sizes follow from the plan and from its trees
+    exact: bool  # the host may read values: sizes are those of the plan and its trees
     num_rows: int  # B, padding included
-    num_own: int  # P, the rows' own tokens, at most
-    num_tokens: int  # T, own tokens and nodes, at most; not used when exact, as the next
-    num_nodes: int  # R, roots and nodes, at most
+    num_own: int  # P, bound of the rows' own tokens
+    num_tokens: int  # T, bound of own tokens and nodes; unused if exact
+    num_nodes: int  # R, bound of roots and nodes; unused if exact
     num_columns: int  # of the block tables
-    only_roots: bool  # no row has more than its root, before trees are grown
-    follows: bool  # roots may be what the step before has left on the device
-    shape: TreeShape  # of the proposer's trees; ROOT: it is not asked
+    only_roots: bool  # every row's only own token is its root
+    follows: bool  # roots may come from the previous step, on the device
+    shape: TreeShape  # of the proposer's trees; ROOT: the proposer does not run
     num_known: int  # K, tokens of the longest known draft
-    draws: bool  # False: no row is at its end
+    draws: bool  # False: no row samples
     any_sampled: bool
     any_greedy: bool
     is_filtered: bool  # some row has top-k, top-p or min-p
     is_penalised: bool
     num_bias: int  # M, entries of the longest list of logit changes
-    num_top: int  # alternatives that are reported with log-probabilities; -1: no row asked
+    num_top: int  # alternatives reported with log-probabilities; -1: no row asked
     num_echo: int  # S, prompt tokens that are scored
     num_echo_top: int
 
@@ -56,28 +56,28 @@ class StepForm:
 
     @property
     def max_queries(self) -> int:
-        """Tokens and nodes of one row, at most."""
+        """Bound of the tokens and nodes of one row."""
         return self.max_nodes if self.only_roots else self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Everything a step is told of its B rows. A padding row has limit 0 and no token."""
+    """All inputs of a step with B rows. A padding row has limit 0 and no token."""
 
     lines: Tensor  # [B] int64, the last line for padding rows
-    follows: Tensor  # [B] bool: the root is what the step before left, see `LineState`
+    follows: Tensor  # [B] bool: the root comes from the previous step, see `LineState`
     starts: Tensor  # [B] int64, position of the first own token
     lens: Tensor  # [B] int64, own tokens
     own_tokens: Tensor  # [P] int64, row after row
     samples: Tensor  # [B] bool
     next_tokens: Tensor  # [B] int64, of rows that do not sample
     limits: Tensor  # [B] int64 nodes, the root included
-    ends: Tensor  # [B] int64, position after the last that has a slot
-    known: Tensor  # [B, K] int64 tokens of drafts that the plan knows
+    ends: Tensor  # [B] int64, position after the last one with a slot
+    known: Tensor  # [B, K] int64 tokens of drafts that are in the plan
     num_known: Tensor  # [B] int64
     seeds: Tensor  # [B] int64
     top_k: Tensor  # [B] int64, vocabulary size when off
-    temperatures: Tensor  # [B] float32, and so are the next five
+    temperatures: Tensor  # [B] float32, as are the next five
     top_p: Tensor
     min_p: Tensor
     repetition: Tensor
@@ -86,12 +86,12 @@ class StepInputs:
     bias_ids: Tensor  # [B, M] int64, -1: no entry; see `BiasEntries`
     bias_values: Tensor  # [B, M] float32
     bias_until: Tensor  # [B, M] int64
-    scored: Tensor  # [B] bool: log-probabilities of what it emits are wanted
+    scored: Tensor  # [B] bool: log-probabilities of emitted tokens are wanted
     echo_rows: Tensor  # [S] int64 row of each prompt token that is scored
-    echo_places: Tensor  # [S] int64, own token of the row that predicts it
+    echo_places: Tensor  # [S] int64, index of the row's own token that predicts it
     echo_tokens: Tensor  # [S] int64
-    table_places: Tensor  # [U] int64, where in the flat block tables blocks are new
-    table_blocks: Tensor  # [U] int32, the blocks
+    table_places: Tensor  # [U] int64, indices of new entries in the flat block tables
+    table_blocks: Tensor  # [U] int32, their blocks
 
 
 class TableChanges(NamedTuple):
@@ -101,7 +101,7 @@ class TableChanges(NamedTuple):
     blocks: list[int]
 
     def split(self, room: int | None) -> tuple[TableChanges, TableChanges]:
-        """The first `room` of them, and the others."""
+        """The first `room` entries, and the others."""
         some, others = slice(None, room), slice(len(self.places) if room is None else room, None)
         return (
             TableChanges(self.places[some], self.blocks[some]),
@@ -111,8 +111,8 @@ class TableChanges(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How sizes of a step are rounded: up to few numbers where steps are captured as graphs, not at
-    all on a CPU, where computing what nobody needs costs more than anything it saves."""
+    """Rounds the sizes of a step: up to a few values where steps are captured as graphs; not at all
+    on a CPU, where computing padding costs more than it saves."""
 
     exact: bool
     max_num_seqs: int
@@ -123,19 +123,19 @@ class Sizes:
         return next(n for n in row_counts(self.max_num_seqs) if n >= count)
 
     def tokens(self, count: int) -> int:
-        """Four sizes for each power of two: at most a fifth is padding."""
+        """Four sizes per power of two: at most a fifth is padding."""
         if self.exact or count <= 16:
             return count if self.exact else 16
         step = 1 << ((count - 1).bit_length() - 3)
         return -(-count // step) * step
 
     def entries(self, count: int) -> int:
-        """Of lists: a power of two, 0 stays 0."""
+        """Length of a list: a power of two, 0 stays 0."""
         return count if self.exact or count == 0 else max(8, 1 << (count - 1).bit_length())
 
 
 def row_counts(max_num_seqs: int) -> tuple[int, ...]:
-    """Numbers of rows that steps are padded to."""
+    """Numbers of rows to which steps are padded."""
     return (*(n for n in FIRST_ROWS if n < max_num_seqs), max_num_seqs)
 
 
@@ -164,11 +164,11 @@ class InputBuilder:
 
     @property
     def num_columns(self) -> int:
-        """Of the block tables: every position, and the nodes of a tree at the last one."""
+        """Columns of the block tables: for every position, and for a tree's nodes at the last."""
         return -(-(self.max_len + MAX_NODES) // self.block_size)
 
     def form(self, plan: StepPlan) -> StepForm:
-        """What kind of step carries out this plan."""
+        """The form of the step that runs this plan."""
         rows, sizes, settings = plan.rows, self.sizes, self.settings
         shape = self._shape(plan)
         packed = self._packed(rows, shape)
@@ -193,8 +193,8 @@ class InputBuilder:
         )
 
     def inputs(self, plan: StepPlan, form: StepForm, changes: TableChanges) -> StepInputs:
-        """Host tensors, with padding rows after those of `plan`. `changes`: of the block tables, at
-        most as many as the form has room for."""
+        """Host inputs, with padding rows after the rows of `plan`. `changes` of the block tables
+        must fit into the form's room."""
         rows, settings = plan.rows, self.settings
         lines = self._lines(rows, form)
         of_rows = torch.zeros(8, form.num_rows, dtype=torch.int64)
@@ -233,7 +233,7 @@ class InputBuilder:
         )
 
     def _of_row(self, row: RowPlan) -> tuple[int, ...]:
-        """In the order in which `inputs` takes them apart."""
+        """A row's integers, in the order in which `inputs` unpacks them."""
         return (
             row.start,
             len(row.token_ids),
@@ -250,15 +250,15 @@ class InputBuilder:
         return np.array([*(row.line for row in rows), *padding], dtype=np.int64)
 
     def likely_forms(self, shapes: Iterable[TreeShape]) -> Iterator[StepForm]:
-        """Of decode steps with these trees, for every number of rows, with filters and without; the
-        largest first."""
+        """Forms of decode steps with these trees, for every number of rows, with and without
+        filters, the largest first."""
         for num_rows in reversed(row_counts(self.sizes.max_num_seqs)):
             for shape in shapes:
                 for is_filtered in (False, True):
                     yield self._decode_form(num_rows, shape, is_filtered)
 
     def _decode_form(self, num_rows: int, shape: TreeShape, is_filtered: bool) -> StepForm:
-        """Of a step in which every row has its root and a tree of `shape`."""
+        """Form of a step in which every row has its root and a tree of `shape`."""
         return StepForm(
             exact=False,
             follows=True,
@@ -282,7 +282,7 @@ class InputBuilder:
         )
 
     def _shape(self, plan: StepPlan) -> TreeShape:
-        """Of the proposer's trees, as far as some row has room for them."""
+        """Shape of the proposer's trees, cut to the largest row limit if sizes are exact."""
         limits = [1 + row.num_draft for row in plan.rows if row.is_drafted]
         if not limits:
             return ROOT
@@ -312,7 +312,8 @@ class InputBuilder:
         return most if most < 0 else self.sizes.entries(most)
 
     def _own_tokens(self, rows: Sequence[RowPlan], form: StepForm) -> Tensor:
-        """A token that is not known yet stands as 0: the step before has left it on the device."""
+        """The rows' own tokens. A token that is not known yet is 0 here: the previous step leaves
+        it on the device."""
         found = [max(token, 0) for row in rows for token in row.token_ids]
         return _integers(found + [0] * (form.num_own - len(found)))
 
@@ -333,7 +334,7 @@ class InputBuilder:
         return dict(zip(names, found, strict=True))
 
     def echo(self, row: RowPlan) -> Sequence[int]:
-        """The prompt tokens that this row's chunk predicts, if they are to be scored."""
+        """The prompt tokens that this row's chunk predicts, if the request wants them scored."""
         if self.settings.num_echo_top[row.line] < 0:
             return ()
         prompt = self.settings.requests[row.line].prompt_ids
@@ -354,7 +355,7 @@ class InputBuilder:
         return dict(zip(names, (padded(numbers), padded(places), padded(found)), strict=True))
 
     def changes(self, rows: Sequence[RowPlan]) -> TableChanges:
-        """What is new in the block tables."""
+        """The new entries of the block tables."""
         places: list[int] = []
         blocks: list[int] = []
         for row in rows:
@@ -364,13 +365,13 @@ class InputBuilder:
         return TableChanges(places, blocks)
 
     def room(self, form: StepForm) -> int | None:
-        """How many changes of the block tables fit into a step of this form; None: any number."""
+        """How many block table changes fit into a step of this form; None: any number."""
         if form.exact:
             return None
         return form.num_rows * BLOCKS_PER_ROW + form.num_own // self.block_size
 
     def _padded_changes(self, changes: TableChanges, form: StepForm) -> TableChanges:
-        """Up to the form's room with changes of the padding line that change nothing."""
+        """Fill the form's room by writing the scratch block to the padding line's table again."""
         missing = (self.room(form) or len(changes.places)) - len(changes.places)
         last = len(self.settings.seeds) * self.num_columns - 1
         return TableChanges(
@@ -381,7 +382,7 @@ class InputBuilder:
 def _matrix(
     parts: Sequence[Sequence[Any]], num_rows: int, width: int, unused: int, dtype: Any = np.int64
 ) -> Tensor:
-    """[num_rows, width], each part followed by `unused`."""
+    """[num_rows, width], each part padded with `unused`."""
     if width == 0:
         return NOTHING
     values = np.full((num_rows, width), unused, dtype=dtype)

@@ -1,4 +1,4 @@
-"""How long the parts of a step take, as the host sees it."""
+"""Measures the host time of the parts of a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Laps:
 
 
 class NoLaps(Laps):
-    """For a device that works asynchronously: what the host spends on a part says nothing."""
+    """Measures nothing: with an asynchronous device, the host time of a part is meaningless."""
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:  # noqa: ARG002

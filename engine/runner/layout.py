@@ -1,9 +1,9 @@
-"""Where everything lies among the packed tokens of a step: each row's own tokens, then the nodes
-below its last one, which is the root. One layout serves prompts, plain decoding and trees.
+"""Where everything lies among the packed tokens of a step: each row's own tokens, the last of which
+is the root, then the nodes below the root. One layout serves prompts, plain decoding and trees.
 
-In an exact form the host looks at the trees and packs tightly. In a padded form all sizes are
-bounds that the host knew before, so that nothing waits for the device: what lies after the last row
-is padding, belongs to no row, and goes to scratch.
+In an exact form the host reads the trees and packs without gaps. In a padded form all sizes are
+bounds that the host knows in advance, so that nothing waits for the device: tokens after the last
+row are padding and write to the scratch block.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from kernels.ops import AttentionMeta
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where B parts of different lengths lie, one after the other."""
+    """B concatenated parts of different lengths."""
 
     cu: Tensor  # [B + 1] int64: part b has places cu[b] .. cu[b+1]-1
-    row_of: Tensor  # [n] int64, the part of each place; some part for padding
-    place: Tensor  # [n] int64, the place within the part; anything for padding
+    row_of: Tensor  # [n] int64, the part of each place; arbitrary for padding
+    place: Tensor  # [n] int64, the place within the part; arbitrary for padding
     used: Tensor | None  # [n] bool; None: there is no padding
-    width: int | None = None  # of every part, where the host knows that all are alike
+    width: int | None = None  # of every part, if the host knows that all are equal
 
     @classmethod
     def of(cls, counts: Tensor, bound: int | None) -> Packing:
-        """Parts of `counts` [B] places. `bound`: places there may be; None: as many as there are,
-        which the host has to look at."""
+        """Parts of `counts` [B] places. `bound`: n, at least the sum of `counts`; None: exactly
+        the sum, which the host reads from the device."""
         known = counts.tolist() if bound is None else []
         if len(set(known)) == 1:
             return cls.alike(len(known), known[0], counts.device)
@@ -48,7 +48,7 @@ class Packing:
 
     @classmethod
     def alike(cls, num_rows: int, width: int, device: torch.device) -> Packing:
-        """Parts of one width."""
+        """Parts of equal width."""
         cu = torch.arange(0, num_rows * width + 1, max(width, 1), device=device)
         order = torch.arange(num_rows * width, device=device)
         if width == 1:
@@ -57,15 +57,15 @@ class Packing:
         return cls(cu[: num_rows + 1], row_of, order - row_of * width, None, width)
 
     def keep(self, values: Tensor, unused: int) -> Tensor:
-        """`values` [n] with `unused` in the padding."""
+        """`values` [n] with the padding set to `unused`."""
         return values if self.used is None else torch.where(self.used, values, unused)
 
     def of_row(self, values: Tensor) -> Tensor:
-        """Values [B, ...] of the parts for each place, [n, ...]."""
+        """Repeats values [B, ...] of the parts for each of their places, [n, ...]."""
         return values if self.width == 1 else values[self.row_of]
 
     def spread(self, values: Tensor, width: int, unused: int) -> Tensor:
-        """Values [n] as [B, width], `unused` where a part is shorter."""
+        """Values [n] as [B, width]; shorter parts are padded with `unused`."""
         num_rows = len(self.cu) - 1
         if self.width == width:
             return values.view(num_rows, width)
@@ -84,9 +84,9 @@ class Layout:
     tables: Tensor  # [B, columns] int32
     scratch: Scratch
     max_len: int
-    own: Tensor  # [B] int64, where each row's own tokens begin among all
+    own: Tensor  # [B] int64, index of each row's first own token among all own tokens
     tokens: Packing  # T
-    nodes: Packing  # R; the same as `tokens` where every row has its root alone, then T is R
+    nodes: Packing  # R; the same object as `tokens` if every row's only own token is its root
 
     @classmethod
     def of(
@@ -109,8 +109,8 @@ class Layout:
         return cls(inputs, tree, form, tables, scratch, max_len, own, tokens, nodes)
 
     def at_nodes(self, values: Tensor) -> Tensor:
-        """Values [T, ...] of the tokens at the nodes, [R, ...]; zeros for padding, for what kernels
-        leave there may be NaN."""
+        """Picks from values [T, ...] of tokens those of the nodes, [R, ...]; zeros for padding,
+        where kernels may leave NaN."""
         if self.nodes is not self.tokens:
             roots = self.tokens.cu[:-1] + self.inputs.lens - 1
             values = values[self.nodes.keep(self.nodes.of_row(roots) + self.nodes.place, 0)]
@@ -119,21 +119,21 @@ class Layout:
         return torch.where(self.nodes.used.view(-1, *[1] * (values.dim() - 1)), values, 0)
 
     def nodes_of(self, values: Tensor, unused: int = -1) -> Tensor:
-        """Values [R] of the nodes as [B, N]."""
+        """Values [R] of nodes as [B, N]."""
         return self.nodes.spread(values, self.tree.tokens.shape[1], unused)
 
     def of_node(self, values: Tensor) -> Tensor:
-        """Values [B, N] of tree nodes as [R]."""
+        """Values [B, N] of nodes as [R]."""
         if self.nodes.width == values.shape[1]:
             return values.flatten()
         return values[self.nodes.row_of, self.nodes.keep(self.nodes.place, 0)]
 
     def of_row(self, values: Tensor) -> Tensor:
-        """Values [B, ...] of rows for each of their nodes, [R, ...]."""
+        """Repeats values [B, ...] of rows for each of their nodes, [R, ...]."""
         return self.nodes.of_row(values)
 
     def batch(self) -> ForwardBatch:
-        """What the target computes."""
+        """The batch that the target computes."""
         packing, starts = self.tokens, self.inputs.starts
         tokens, positions, masks = self._nodes() if self.form.only_roots else self._own_and_nodes()
         return ForwardBatch(
@@ -152,14 +152,14 @@ class Layout:
         )
 
     def _nodes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, positions and masks of nodes alone. A root without nodes needs no mask."""
+        """Tokens, positions and masks if all tokens are nodes. A lone root needs no mask."""
         tree = self.tree
         positions = self.of_row(self.inputs.starts) + self.of_node(tree.depths)
         masks = self.of_node(torch.where(tree.sizes[:, None] > 1, tree.ancestors, 0))
         return self.of_node(tree.tokens), positions, masks
 
     def _own_and_nodes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of prompt chunks, which are causal, and of the nodes below their last token."""
+        """The same for prompt chunks, which are causal, and the nodes below their last token."""
         inputs, tree, row = self.inputs, self.tree, self.tokens.row_of
         place = self.tokens.keep(self.tokens.place, 0)
         node = place - inputs.lens[row] + 1
@@ -172,12 +172,12 @@ class Layout:
         return tokens, positions, torch.where(in_tree, tree.ancestors[row, below], 0)
 
     def committed(self, result: VerifyResult) -> Committed:
-        """All tokens that follow a computed and accepted one: after each own token the next, then
-        what the row emitted. A token beyond the length limit or without a slot is left out: nothing
-        will ever follow it.
+        """The successor of every own token and every accepted node: the next own token, then the
+        row's emitted tokens. Successors beyond the length limit or without a slot are left out:
+        no token will ever follow them.
 
         Args:
-            result: of all rows; those that do not sample emit the token that is known to follow.
+            result: of all rows; rows that do not sample emit the next prompt token.
         """
         inputs, num_entries = self.inputs, result.emitted.shape[1]
         counts = inputs.lens + result.num_accepted
@@ -209,7 +209,7 @@ class Layout:
         )
 
     def _slots(self, packing: Packing, cached: Tensor) -> Tensor:
-        """Of cache positions [n]; scratch for padding."""
+        """Slots of cache positions [n]; scratch slots for padding."""
         block_size = self.scratch.block_size
         column = packing.keep(cached // block_size, 0)
         slots = self.tables[packing.row_of, column].long() * block_size + cached % block_size
@@ -224,7 +224,7 @@ class Layout:
         return int(packing.cu.diff().max()) if packing.width is None else packing.width
 
     def _reach(self, packing: Packing) -> int:
-        """No row of a packing reaches as far into the cache."""
+        """A bound: the cache positions of all rows of a packing are below it."""
         starts = self.inputs.starts
         if not self.form.exact:
             return self.tables.shape[1] * self.scratch.block_size

@@ -1,4 +1,4 @@
-"""From the outputs of a step to one outcome per row of its plan."""
+"""Turns the outputs of a step into one outcome per row of its plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Entries = tuple[TokenLogprob, ...]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What rows asked for when their step was launched: lines may pass on until it is over."""
+    """What rows asked for when their step was launched. It is stored because a line may belong to
+    another sequence when the step ends."""
 
     rows: Sequence[RowPlan]
     num_top: Sequence[int]  # alternatives to emitted tokens, -1: no log-probabilities
@@ -36,11 +37,11 @@ class Report:
 
     @property
     def is_drafted(self) -> bool:
-        """Whether the proposer was asked."""
+        """Whether the proposer drafted for any row."""
         return any(row.is_drafted for row in self.rows)
 
     def outcomes(self, outputs: StepOutputs) -> tuple[RowOutcome, ...]:
-        """`outputs` on the host."""
+        """One outcome per row, from host outputs."""
         emitted = [tuple(t for t in row if t >= 0) for row in outputs.emitted.tolist()]
         paths = [tuple(n for n in row if n > 0) for row in outputs.path.tolist()]
         sizes = outputs.sizes.tolist()
@@ -63,7 +64,7 @@ class Report:
         return _entries(tokens, parts, self.num_top[at])
 
     def _echo(self, outputs: StepOutputs) -> Iterator[Entries | None]:
-        """Row by row."""
+        """Log-probabilities of prompt tokens, row by row."""
         first = 0
         for tokens, num_top in zip(self.echo, self.num_echo_top, strict=True):
             some = slice(first, first + len(tokens))
@@ -77,7 +78,7 @@ class Report:
 
 
 def _entries(tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], num_top: int) -> Entries:
-    """As clients hear it: log-probabilities of tokens [n] and of their best alternatives [n, k]."""
+    """Log-probabilities of tokens [n] and their best alternatives [n, k], as clients get them."""
     chosen, top_ids, top = (part[: len(tokens)].tolist() for part in parts)
     return tuple(
         TokenLogprob(token, value, list(zip(ids[:num_top], values[:num_top], strict=True)))

@@ -1,5 +1,5 @@
-"""Carries out step plans on one rank: keeps what it must know of every line, launches the body of
-the step, and reports what came out."""
+"""Runs step plans on one rank: keeps the state of every line, launches the body of the step and
+reports the outcome."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """How steps are run where they are."""
+    """How steps run on this device."""
 
-    exact: bool  # the device is the host: sizes are those of each step
-    graphs: bool = False  # steps of padded forms are captured as CUDA graphs
+    exact: bool  # True on a CPU: sizes are exact, without padding
+    graphs: bool = False  # capture steps of padded forms as CUDA graphs
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerParts:
-    """What a runner is made of, joined where the engine is put together."""
+    """The parts of a runner."""
 
     model: TargetModel
-    context: ForwardContext  # its pages have one block more than the plans use: scratch
+    context: ForwardContext  # its KV cache has one block more than plans use: scratch
     proposer: Proposer
     vocab_size: int
     eos_token_ids: frozenset[int]
@@ -82,8 +82,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def draft_with(self, proposer: Proposer) -> None:
-        """Take trees from another proposer from the next step on; nothing is in flight. It knows
-        nothing about running rows but what they commit from then on."""
+        """Use another proposer from the next step on; no step may be in flight. Of running rows it
+        only gets the tokens that they commit from then on."""
         context = replace(self._body.context, tap=proposer.tap)
         self._body = replace(self._body, proposer=proposer, context=context)
         self._steps = self._step_runner()
@@ -92,8 +92,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prepare(self, shapes: Sequence[TreeShape]) -> None:
-        """Before the first plan: capture the decode steps of trees that are likely to come. The
-        largest come first, so that the smaller find memory to share."""
+        """Capture the decode steps with the trees that are likely to occur; call it before the
+        first plan. The largest come first, so that smaller ones can share their memory."""
         if isinstance(self._steps, DeviceSteps):
             for form in self._builder.likely_forms(dict.fromkeys((ROOT, *shapes))):
                 self._steps.prepare(form)
@@ -130,7 +130,7 @@ class ModelRunner:
         return self._builder.inputs(StepPlan(), form, TableChanges([], []))
 
     def _turn_over(self, plan: StepPlan) -> None:
-        """Forget lines that are given back, and take in the sequences that enter."""
+        """Release the lines of ended sequences and admit new sequences."""
         if not plan.released and not plan.admitted:
             return
         self._body.proposer.settle()
@@ -148,14 +148,14 @@ class ModelRunner:
             self._body.proposer.admit([admission.line for admission in plan.admitted])
 
     def _write_early(self, changes: TableChanges) -> None:
-        """Block table entries that a step has no room for."""
+        """Write the block table entries that do not fit into the step."""
         if changes.places:
             tables = self._body.state.tables
             at = torch.tensor(changes.places).to(tables.device)
             tables.view(-1)[at] = torch.tensor(changes.blocks, dtype=tables.dtype).to(tables.device)
 
     def _outcome(self, report: Report, outputs: Outputs, laps: Laps) -> StepOutcome:
-        """Wait for a step, and say what came out of it."""
+        """Wait for a step and return its outcome."""
         with self._timed(laps):
             here = outputs()
         if report.is_drafted:
@@ -168,10 +168,10 @@ class ModelRunner:
         )
 
     def _timed(self, laps: Laps) -> AbstractContextManager[None]:
-        """The body times its parts where the device is the host; elsewhere the step is timed."""
+        """Times the whole step on a GPU; on a CPU the body times its parts."""
         return nullcontext() if self._parts.steps.exact else laps.time(STEP)
 
     def _count_faults(self, count: int) -> None:
         if count and not self._num_faults:
-            logger.warning("the draft head gives numbers that are not finite; not drafting there")
+            logger.warning("outputs of the draft head are not finite; not drafting there")
         self._num_faults += count

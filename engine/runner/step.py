@@ -1,9 +1,8 @@
-"""One step, said once: draft, forward, logits, edit, draw, walk, commit, take.
+"""The body of a step: draft, forward, logits, edit, draw, walk, commit, take.
 
-Decode rows, prompt chunks, penalties, known drafts and log-probabilities are inputs of this body,
-not other paths. It is a function on the device: on a CPU it runs on tensors of exact sizes, and the
-host may look at values; elsewhere nothing in it waits for the host and every shape follows from the
-form, so that a CUDA graph can hold it.
+One body serves decode rows, prompt chunks, penalties, known drafts and log-probabilities. On a CPU
+it runs on tensors of exact sizes, and the host may read values. On a GPU nothing in it waits for
+the device and every shape follows from the form, so that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from kernels.sampling.pipeline_reference import (
     Scores,
 )
 
-ECHO_TOKENS = 256  # prompt tokens that are scored together: their logits take [256, V] at a time
+ECHO_TOKENS = 256  # prompt tokens scored at a time: bounds their logits to [256, V]
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """What the host learns, once per step: parts of large elements first, so that each begins where
-    its dtype may when they are joined. Log-probabilities are empty unless the form has them."""
+    """The outputs of a step for the host. Large dtypes come first, so that each part is aligned
+    when all are joined. Log-probabilities are empty unless the form has them."""
 
     emitted: Tensor  # [B, max_depth + 1] int64, -1 after the bonus
     path: Tensor  # [B, max_depth + 1] int64 nodes, -1 after the end
@@ -51,7 +50,7 @@ class StepOutputs:
     top: Tensor  # [B, max_depth + 1, n] float32
     echo_logprobs: Tensor  # [S] float32 of prompt tokens
     echo_top: Tensor  # [S, m] float32
-    faults: Tensor  # [B] bool: the head's numbers were not finite
+    faults: Tensor  # [B] bool: the draft head's outputs were not finite
 
     def parts(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -59,10 +58,10 @@ class StepOutputs:
 
 @dataclass(frozen=True, slots=True)
 class LineState:
-    """What stays on the device between steps, by line. The last line is that of padding rows."""
+    """State that stays on the device between steps, by line. Padding rows use the last line."""
 
     tables: Tensor  # [lines + 1, columns] int32 block tables; the last is all scratch
-    tokens: Tensor  # [lines + 1] int64, the bonus of the last step: the root of the next
+    tokens: Tensor  # [lines + 1] int64, the last step's bonus token: the next root
     positions: Tensor  # [lines + 1] int64, its position
     counts: Tensor  # [lines + 1, V] int32 occurrences of tokens, see `Penalties.counts`
 
@@ -72,13 +71,13 @@ class LineState:
     ) -> LineState:
         tokens, positions = torch.zeros(2, num_lines + 1, dtype=torch.int64, device=device).unbind()
         tables = torch.full((num_lines + 1, columns), scratch.block, dtype=torch.int32)
-        # On a CPU, pages of the counts that no penalised row has used cost nothing.
+        # On a CPU, untouched pages of `counts` cost no memory.
         counts = torch.zeros(num_lines + 1, vocab_size, dtype=torch.int32, device=device)
         return cls(tables.to(device), tokens, positions, counts)
 
     def follow(self, inputs: StepInputs) -> StepInputs:
-        """`inputs` with the roots that the last step left, for rows that follow it. Every row has
-        its root alone."""
+        """`inputs` with the roots that the last step left, for rows that follow it. The only own
+        token of every row must be its root."""
         lines, follows = inputs.lines, inputs.follows
         return replace(
             inputs,
@@ -87,13 +86,13 @@ class LineState:
         )
 
     def keep(self, lines: Tensor, root_positions: Tensor, result: VerifyResult) -> None:
-        """Take note of what a step drew."""
+        """Store the bonus tokens of a step and their positions."""
         bonus = result.emitted.gather(1, result.num_accepted[:, None])[:, 0]
         self.tokens.index_put_((lines,), bonus)
         self.positions.index_put_((lines,), root_positions + 1 + result.num_accepted)
 
     def count(self, inputs: StepInputs, result: VerifyResult) -> None:
-        """Add what rows emitted to the occurrences of their lines."""
+        """Add the emitted tokens to the counts of their lines."""
         counted = (result.emitted >= 0) & inputs.samples[:, None]
         lines = torch.where(counted, inputs.lines[:, None], len(self.tokens) - 1)
         at = lines * self.counts.shape[1] + result.emitted.clamp(min=0)
@@ -103,7 +102,7 @@ class LineState:
 
 @dataclass(frozen=True, slots=True)
 class StepBody:
-    """The parts that take part."""
+    """Runs one step with a model, a proposer and the state of all lines."""
 
     model: TargetModel
     context: ForwardContext
@@ -114,16 +113,16 @@ class StepBody:
     vocab_size: int
 
     def run(self, inputs: StepInputs, form: StepForm, laps: Laps) -> StepOutputs:
-        """`inputs` on the device; the outputs too. `laps` are times of the host.
+        """Inputs and outputs are on the device. `laps` measures host times.
 
-        What only the host can decide between draft and verification (which tokens a grammar allows
-        at each node, say) would come between the two halves, and each would be captured alone.
+        The halves are separate so that the host could decide something between them, such as the
+        tokens that a grammar allows at each node; each half would then be captured on its own.
         """
         return self.verify(*self.draft(inputs, form, laps), laps)
 
     def draft(self, inputs: StepInputs, form: StepForm, laps: Laps) -> tuple[Layout, Tensor]:
-        """The first half: where all tokens and nodes lie; and whose trees the head could not grow,
-        [B] bool."""
+        """The first half. Returns the layout of all tokens and nodes, and which rows' trees the
+        head could not grow, [B] bool."""
         state = self.state
         if len(inputs.table_places):
             state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
@@ -136,7 +135,7 @@ class StepBody:
         return layout, drafted.faults
 
     def verify(self, layout: Layout, faults: Tensor, laps: Laps) -> StepOutputs:
-        """The second half: what is emitted, and its traces in the caches."""
+        """The second half: emits tokens and updates the caches."""
         with laps.time(VERIFY):
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
@@ -160,7 +159,7 @@ class StepBody:
         )
 
     def _draft(self, inputs: StepInputs, tables: Tensor, form: StepForm) -> Drafted:
-        """A tree for every row: the proposer's, a known chain, or the root alone."""
+        """A tree for every row: the proposer's, a known chain, or only the root."""
         tokens = inputs.own_tokens
         if not form.only_roots:
             tokens = tokens[(inputs.lens.cumsum(0) - 1).clamp(min=0)]
@@ -232,7 +231,7 @@ class StepBody:
         return LogitEdits(positions, penalties, bias)
 
     def _echo(self, layout: Layout, hidden: Tensor) -> Scores:
-        """Log-probabilities of prompt tokens, some at a time."""
+        """Log-probabilities of prompt tokens, ECHO_TOKENS at a time."""
         inputs, form, context = layout.inputs, layout.form, self.context
         if form.num_echo == 0:
             return _no_scores(hidden)
@@ -247,7 +246,7 @@ class StepBody:
         return Scores(*(torch.cat(parts) for parts in zip(*map(_parts, found), strict=True)))
 
     def _commit(self, layout: Layout, slots: Tensor, result: VerifyResult) -> None:
-        """Move the KV of accepted nodes, and take note of what was drawn."""
+        """Move the KV of accepted nodes, and store the drawn tokens."""
         if not layout.form.draws:
             return
         inputs, context = layout.inputs, self.context
@@ -260,7 +259,7 @@ class StepBody:
             self.state.count(inputs, result)
 
     def _take(self, layout: Layout, result: VerifyResult, hidden: Tensor) -> None:
-        """Hand every committed token to a proposer that keeps entries of them."""
+        """Hand every committed token to a proposer that keeps a cache of them."""
         if self.proposer.lookahead == 0:
             return
         inputs = layout.inputs
@@ -271,7 +270,7 @@ class StepBody:
 
 
 def shared(drafted: Drafted, group: TPGroup) -> Drafted:
-    """Rank 0's trees for every rank, so that a last bit in which ranks differ splits nothing."""
+    """Rank 0's trees on every rank: ranks may differ in the last bits and grow other trees."""
     if group.size == 1:
         return drafted
     tree, width = drafted.tree, drafted.tree.tokens.shape[1]
@@ -284,7 +283,7 @@ def shared(drafted: Drafted, group: TPGroup) -> Drafted:
 
 
 def _draw_settings(layout: Layout) -> DrawSettings:
-    """How the token of each node is drawn, [R]."""
+    """The settings to draw the token of each node, [R]."""
     inputs, form = layout.inputs, layout.form
     roots = inputs.starts + inputs.lens
     spread = layout.of_row
@@ -301,7 +300,8 @@ def _draw_settings(layout: Layout) -> DrawSettings:
 
 
 def _paths(layout: Layout) -> Tensor:
-    """[R, D] int64 the drafted tokens from each node up to below its root, -1 after these."""
+    """[R, D] int64: the drafted tokens on the path from each node up to its root (excluded), then
+    -1."""
     tree = layout.tree
     node = torch.arange(tree.tokens.shape[1], device=tree.tokens.device).expand_as(tree.tokens)
     found = []
@@ -314,8 +314,8 @@ def _paths(layout: Layout) -> Tensor:
 
 
 def _emitted_scores(layout: Layout, logits: SpreadLogits, result: VerifyResult) -> Scores:
-    """Log-probabilities of the emitted tokens, [B, max_depth + 1]; anything where a row emits
-    nothing or did not ask."""
+    """Log-probabilities of the emitted tokens, [B, max_depth + 1]; arbitrary where a row emits
+    nothing or did not ask for them."""
     num_top = layout.form.num_top
     at = (layout.nodes.cu[:-1, None] + result.path.clamp(min=0)).clamp(max=logits.num_rows - 1)
     wanted = layout.inputs.scored[:, None] & (result.path >= 0)
@@ -327,7 +327,7 @@ def _emitted_scores(layout: Layout, logits: SpreadLogits, result: VerifyResult) 
 
 
 def _where(wanted: Tensor, values: Tensor) -> Tensor:
-    """`values` [n, ...] in the n places of `wanted` [B, E], zeros elsewhere: [B, E, ...]."""
+    """`values` [n, ...] at the n true places of `wanted` [B, E], zeros elsewhere: [B, E, ...]."""
     return values.new_zeros(*wanted.shape, *values.shape[1:]).index_put((wanted,), values)
 
 

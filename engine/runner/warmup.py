@@ -1,4 +1,4 @@
-"""Measures steps before the first request: what each tree costs on this machine."""
+"""Measures what a step with each tree shape costs on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.step.shape import MAX_NODES, TreeShape
 
 PROMPT = 8  # tokens in the cache before measuring
 REPEATS = 3
-ENOUGH = 0.15  # seconds of one tree; slower steps are repeated less
+ENOUGH = 0.15  # seconds per tree shape; slower steps are repeated less often
 ROW_COUNTS = (1, 4, 16, 64)
 
 replace = msgspec.structs.replace
@@ -34,7 +34,7 @@ class WarmUp:
     max_model_len: int
 
     def fits(self, shape: TreeShape) -> bool:
-        """Whether one row can carry such a tree after the made-up prompt."""
+        """Whether one row has room for such a tree after the made-up prompt."""
         slots = self._num_prompt + shape.slots_for(shape.num_nodes) + 1
         return (
             slots <= self._slots_per_row
@@ -54,7 +54,7 @@ class WarmUp:
                 return costs
 
     def steps(self, shapes: Sequence[TreeShape]) -> Generator[None, None, StepCosts]:
-        """The same, one made-up step at a time, so that real ones can run in between."""
+        """The same, one made-up step at a time, so that real steps can run in between."""
         seconds: dict[str, list[tuple[int, float]]] = {shape.name: [] for shape in shapes}
         counts = self._row_counts(shapes)
         rows = yield from self._start(max(counts))
@@ -66,7 +66,7 @@ class WarmUp:
         return StepCosts(seconds)
 
     def _row_counts(self, shapes: Sequence[TreeShape]) -> list[int]:
-        """As many as fit; one row always does."""
+        """The ROW_COUNTS that fit; one row always does."""
         widest = max(shape.num_nodes for shape in shapes)
         most = min(
             self.max_num_seqs,
@@ -84,7 +84,7 @@ class WarmUp:
         return blocks_per_row(self.max_model_len, self.block_size)
 
     def _start(self, num_rows: int) -> Generator[None, None, list[RowPlan]]:
-        """Fill the cache with prompts; returns the rows as they stand before a decode step."""
+        """Fill the cache with prompts; returns the rows without new blocks."""
         params = SamplingParams(max_tokens=1 << 20, temperature=0.0)
         size = self._blocks_per_row
         rows, admissions = [], []
@@ -113,8 +113,8 @@ class WarmUp:
         return [replace(row, first_block=size, new_blocks=()) for row in rows]
 
     def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> Generator[None, None, float]:
-        """Seconds of a step: the least of a few, for what disturbs one only makes it longer, and
-        the first may compile kernels or capture a graph."""
+        """Seconds of a step: the minimum of a few, because disturbances only make it longer and the
+        first may compile kernels or capture a graph."""
         times: list[float] = []
         current: tuple[RowPlan, ...] = ()
         while len(times) < 2 or (len(times) < REPEATS and sum(times) < ENOUGH):
@@ -130,8 +130,8 @@ class WarmUp:
         return min(times)
 
     def _renewed(self, rows: Sequence[RowPlan]) -> Generator[None, None, tuple[RowPlan, ...]]:
-        """Go back to the end of the prompt. Its last token comes once more, so that the drafter has
-        a state for what follows."""
+        """Go back to the end of the prompt and compute its last token again, so that the drafter
+        has its state for the next token."""
         last = self._num_prompt - 1
         again = tuple(replace(row, start=last, token_ids=row.token_ids[-1:]) for row in rows)
         outcome = execute(self.executor, StepPlan(rows=again))
@@ -147,7 +147,7 @@ class WarmUp:
 
 
 def _after(rows: Sequence[RowPlan], outcome: StepOutcome) -> tuple[RowPlan, ...]:
-    """The rows after a step, with the last token that it emitted still to come."""
+    """The rows after a step: the last emitted token is the next root."""
     return tuple(
         replace(row, start=row.start + len(result.emitted), token_ids=result.emitted[-1:])
         for row, result in zip(rows, outcome.rows, strict=True)

@@ -1,4 +1,4 @@
-"""The sampling parameters of running sequences, as host arrays by line: a step picks its rows."""
+"""The sampling parameters of running sequences, as host arrays indexed by line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from engine.step.plan import Admission
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-COLDEST = 1e-5  # temperatures below it count as greedy: dividing by less would overflow float32
+COLDEST = 1e-5  # temperatures below it count as greedy: dividing by them would overflow float32
 FOREVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, slots=True)
 class BiasList:
-    """Values to add to logits of tokens, each up to some position; see `BiasEntries`."""
+    """Values to add to logits of tokens, each until a position; see `BiasEntries`."""
 
     ids: Ints  # [m]
     values: Floats  # [m]
@@ -35,15 +35,15 @@ NO_BIAS = BiasList(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, n
 
 
 class LineSettings:
-    """What the sampler has to know of each line. The last line is that of padding rows, which are
-    greedy and ask for nothing."""
+    """The sampling parameters of each line. Padding rows use the last line, which is greedy and
+    has no options."""
 
     def __init__(self, num_lines: int, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self.requests: dict[int, Request] = {}
         self._bias: dict[int, BiasList] = {}  # `logit_bias`
-        self._held: dict[int, BiasList] = {}  # tokens that may not end the text yet
+        self._held: dict[int, BiasList] = {}  # end tokens that are forbidden until `min_tokens`
 
         def each(value: float, dtype: Any) -> NDArray[Any]:
             return np.full(num_lines + 1, value, dtype=dtype)
@@ -57,13 +57,13 @@ class LineSettings:
         self.top_p, self.repetition = self.floats[4:]  # 1 when off
         self.top_k[:] = vocab_size
         self.floats[4:] = 1
-        self.is_filtered = each(False, np.bool_)  # sampled from a part of the vocabulary
+        self.is_filtered = each(False, np.bool_)  # sampled with top-k, top-p or min-p
         self.is_penalised = each(False, np.bool_)
         self.num_top = each(-1, np.int64)  # alternatives to report with log-probabilities; -1: none
         self.num_echo_top = each(-1, np.int64)  # the same for prompt tokens
 
     def admit(self, admission: Admission) -> None:
-        """A sequence takes a line."""
+        """Give a sequence its line."""
         line, request = admission.line, admission.request
         params = request.params
         self.requests[line] = request
@@ -89,14 +89,14 @@ class LineSettings:
         del self.requests[line], self._bias[line], self._held[line]
 
     def bias(self, line: int, next_position: int) -> list[BiasList]:
-        """What changes logits of tokens drawn from `next_position` on; the position of a plan that
-        is ahead is the first that it may be."""
+        """The bias lists for tokens drawn from `next_position` on. For a plan that runs ahead this
+        is the smallest possible position."""
         held = self._held[line]
         is_held = len(held) > 0 and next_position < held.until[0]
         return [part for part in (self._bias[line], held if is_held else NO_BIAS) if len(part)]
 
     def _held_back(self, request: Request) -> BiasList:
-        """The tokens that would end a text of fewer than `min_tokens` tokens."""
+        """Forbids the tokens that would end a text of fewer than `min_tokens` tokens."""
         params = request.params
         if params.min_tokens == 0:
             return NO_BIAS
@@ -130,8 +130,8 @@ def is_penalised(params: SamplingParams) -> bool:
 def token_counts(
     prompt_ids: Sequence[int], output_ids: Sequence[int], vocab_size: int
 ) -> NDArray[np.int32]:
-    """[V] twice the occurrences of each token in the output, plus 1 if the prompt has it: how
-    `Penalties.counts` holds the text of a line."""
+    """[V] twice the occurrences of each token in the output, plus 1 if the prompt has it: the
+    encoding of `Penalties.counts`."""
     counts = 2 * np.bincount(np.array(output_ids, dtype=np.int64), minlength=vocab_size)
     counts[np.unique(np.array(prompt_ids, dtype=np.int64))] += 1
     return counts.astype(np.int32)

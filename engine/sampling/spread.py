@@ -1,5 +1,5 @@
-"""Sampling spread over ranks: every rank gets the whole logits of its share of the rows, no rank
-those of all."""
+"""Sampling spread over ranks: every rank gets the whole logits of its share of the rows, and
+samples them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kernels.sampling.pipeline_reference import (
 
 @dataclass(frozen=True, slots=True)
 class SpreadLogits:
-    """Logits [R, V] of which this rank has the rows `first` .. `first + len(own) - 1`."""
+    """Logits [R, V], of which this rank has rows `first` .. `first + len(own) - 1`."""
 
     own: Tensor  # [r, V] float32, before any edit
     first: int
@@ -31,14 +31,14 @@ class SpreadLogits:
 
     @classmethod
     def of(cls, local: Tensor, vocab_size: int, group: TPGroup, ops: Ops) -> SpreadLogits:
-        """From this rank's slice [R, V / ranks] of all rows; slices may be padded at the end."""
+        """From this rank's slice [R, V / ranks] of all rows; the last slices may be padded."""
         counts = row_counts(len(local), group.size)
         own = group.to_owners(local, counts)[:, :vocab_size]
         return cls(own.contiguous(), sum(counts[: group.rank]), len(local), group, ops)
 
     def draw(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
-        """One token per row, [R] int64, the same on every rank; `settings` and `edits` of all rows.
-        It depends on the row's logits and parameters alone."""
+        """One token per row, [R] int64, the same on every rank. `settings` and `edits` are those
+        of all rows. A token depends only on its row's logits and parameters."""
         mine = slice(self.first, self.first + len(self.own))
         if self.group.size == 1:
             return self._drawn(settings, edits)
@@ -50,8 +50,8 @@ class SpreadLogits:
         return self.group.stack(drawn).flatten()[: self.num_rows]
 
     def score(self, at: Tensor, tokens: Tensor, num_top: int) -> Scores:
-        """Log-probabilities of `tokens` [S], token s in row at[s], and the best `num_top`
-        alternatives: what the model believed, before penalties and temperature."""
+        """Log-probabilities of `tokens` [S], token s in row at[s], and of the best `num_top`
+        alternatives, before penalties and temperature."""
         if self.group.size == 1:
             return self.ops.score(self.own[at], tokens, num_top)
         mine = (at >= self.first) & (at < self.first + len(self.own))
@@ -64,7 +64,7 @@ class SpreadLogits:
                 torch.zeros(len(at), num_top, dtype=torch.int64, device=self.own.device),
                 self.own.new_zeros(len(at), num_top),
             )
-        # Each entry is one rank's, and zero on all others.
+        # Each entry comes from one rank and is zero on all others.
         return Scores(
             self.group.all_reduce(torch.where(mine, found.chosen, 0)),
             self.group.all_reduce(torch.where(mine[:, None], found.top_ids, 0)),
@@ -77,15 +77,14 @@ class SpreadLogits:
 
 
 def row_counts(num_rows: int, size: int) -> list[int]:
-    """How many of the rows each of `size` ranks samples: equal shares, the last ones may get less
-    or nothing."""
+    """How many rows each of `size` ranks samples: equal shares; the last ranks may get fewer or
+    none."""
     share = -(-num_rows // size)
     return [max(0, min(share, num_rows - rank * share)) for rank in range(size)]
 
 
 def settings_of(settings: DrawSettings, rows: slice) -> DrawSettings:
-    """The settings of some rows. Whether any is sampled or greedy holds for them, if less
-    precisely."""
+    """The settings of some rows. `any_sampled` and `any_greedy` stay those of all rows."""
 
     def part(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[rows]

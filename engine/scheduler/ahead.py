@@ -1,18 +1,17 @@
-"""Plans the decode step that follows one still in flight, with places for tokens not yet known.
+"""Plans the decode step that follows one still in flight, with placeholders for unknown tokens.
 
-Where the tokens of the step in flight end is unknown, so slots are reserved for the most that it
-may emit and all that may hang below the last of them. What does not fit is not planned: the outcome
-is waited for, and `Scheduler.schedule` has all its ways to make room.
+It is unknown how many tokens the step in flight emits, so slots are reserved for the most that it
+may emit and for the tree below the last of them. If they do not fit, no step is planned: the engine
+waits for the outcome, and `Scheduler.schedule` can make room by preemption.
 
-Rows may end when the step in flight is taken in, and their blocks are free from then on, although
-this step still writes to them. That harms nobody:
+Rows may end when the step in flight is collected. Their blocks are free from then on, although this
+step still writes to them. That is safe:
 
-- A row writes to its own blocks only, from the position after the last token that the step in
-  flight emitted. Every block that can be found by its content (`KVManager.publish`) lies in front
-  of that position, also where the end of the text cut off what was emitted. So no cached content
-  changes, whoever takes it up again.
-- Any other block is written by its next owner before that owner reads it, in a later step, and the
-  device takes steps in order.
+- A row writes only to its own blocks, from the position after the last token that the step in
+  flight emitted. Every published block (`KVManager.publish`) lies before that position, even if the
+  end of the text cut off emitted tokens. So no cached content changes.
+- The next owner of any other block writes it before reading it, in a later step, and the device
+  runs steps in order.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ def plan_ahead(
     choose: Callable[[int], TreeShape],
 ) -> StepPlan | None:
     """The step that follows `before`, for those of its rows that may continue; None if there are
-    none, or no slots for them. All of `running` draw a token in `before`.
+    none, or too few slots. Every sequence of `running` must draw a token in `before`.
 
     Args:
         budget: tokens of one step.
-        choose: the shape, for a number of rows that could draft.
+        choose: gives the shape for a number of rows that could draft.
     """
     continuing = _continuing(before, running, drafts.max_len)
     if not continuing:
@@ -73,7 +72,7 @@ def plan_ahead(
 def only(
     plan: StepPlan, outcome: StepOutcome, running: Container[int]
 ) -> tuple[StepPlan, StepOutcome]:
-    """Those rows whose lines are still `running`."""
+    """The rows whose lines are still `running`."""
     kept = [row.line in running for row in plan.rows]
     if all(kept):
         return plan, outcome
@@ -83,7 +82,7 @@ def only(
 
 
 def _continuing(before: StepPlan, running: Rows[Sequence], max_len: int) -> Continuing:
-    """Rows that do not end with the very next token."""
+    """Sequences that do not end with the next token, and how many tokens each will get."""
     known = {row.line: row for row in before.rows}
     found = []
     for seq in running:
@@ -97,7 +96,7 @@ def _continuing(before: StepPlan, running: Rows[Sequence], max_len: int) -> Cont
 
 
 def _reserve(continuing: Continuing, nodes: Rows[int], drafts: DraftRoom, shape: TreeShape) -> bool:
-    """Slots for all rows, or for none."""
+    """Reserve slots for all rows; False, and no reservation, if there are too few blocks."""
     kv = drafts.kv
     wanted = [
         drafts.slots(seq, shape.slots_for(1 + count) if count else 1, awaited)

@@ -1,5 +1,5 @@
-"""What draft nodes get of a step: budget and slots that nobody else wants; and what became of
-them."""
+"""Gives draft nodes the budget and slots of a step that nothing else needs, and counts how many
+were accepted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NOTHING = Awaited()
 
 @dataclass(frozen=True, slots=True)
 class DraftRoom:
-    """Shares room out among the rows of a plan, and finds drafts in their own text."""
+    """Shares room for draft nodes among the rows of a plan, and looks up drafts in their text."""
 
     kv: KVManager
     max_len: int  # positions of one sequence
     lookahead: int  # slots that the proposer needs after a row's last token
-    lookup: Lookup | None  # None: the proposer alone drafts
+    lookup: Lookup | None  # None: only the proposer drafts
 
     def slots(self, seq: Sequence, num_tokens: int, awaited: Awaited = NOTHING) -> int:
         """Slots a sequence needs for its next `num_tokens` tokens and nodes, after those that a
@@ -43,16 +43,16 @@ class DraftRoom:
         return min(end + self.lookahead, self.max_len)
 
     def most_nodes(self, seq: Sequence, awaited: Awaited = NOTHING) -> int:
-        """How many the request and the context length allow, whatever the shape."""
+        """How many nodes the request and the context length allow, whatever the shape."""
         if seq.request.params.max_tokens - seq.num_output - awaited.least <= 1:
-            return 0  # the bonus token is all that is missing
-        # The bonus token needs a place too.
+            return 0  # only the bonus token is missing
+        # The bonus token needs a position too.
         room = max(0, self.max_len - len(seq.token_ids) - awaited.most - 1)
         limit = seq.request.max_draft_nodes
         return room if limit is None else min(room, limit)
 
     def set_aside(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
-        """Share what budget there is for draft nodes among the rows planned so far."""
+        """Share the budget for draft nodes among the rows planned so far."""
         for seq in running:
             if seq.line in plan.rows:
                 room = self.room(seq, shape, plan.spare)
@@ -60,8 +60,8 @@ class DraftRoom:
                 plan.set_aside(seq, len(found) or room, found)
 
     def grow(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
-        """Reserve slots for draft nodes once everybody else has theirs: they preempt nobody and
-        keep nobody out. A row without slots drafts nothing."""
+        """Reserve slots for draft nodes after all other rows have theirs, so that draft nodes never
+        preempt a sequence or delay an admission. A row without slots drafts nothing."""
         for seq in running:
             row = plan.rows.get(seq.line)
             if row is None or row.num_draft == 0:
@@ -72,14 +72,14 @@ class DraftRoom:
                 row.num_draft, row.found = 0, ()
 
     def room(self, seq: Sequence, shape: TreeShape, spare: int, awaited: Awaited = NOTHING) -> int:
-        """How many nodes of `shape` may hang below this sequence's root in a step that has budget
-        for `spare`."""
+        """How many nodes of `shape` this sequence's root may get in a step with budget for
+        `spare`."""
         num_draft = max(0, min(shape.num_nodes - 1, spare, self.most_nodes(seq, awaited)))
         room = self.max_len - len(seq.token_ids) - awaited.most
         return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
 
     def _found(self, plan: PlanDraft, seq: Sequence, *, has_rival: bool) -> list[int]:
-        """A chain from the sequence's own text; never longer than what may still be emitted."""
+        """A chain from the sequence's own text, no longer than its remaining output."""
         if self.lookup is None:
             return []
         wanted = seq.request.params.max_tokens - seq.num_output - 1
@@ -89,7 +89,7 @@ class DraftRoom:
 
 @dataclass(slots=True)
 class DraftCounts:
-    """What became of draft nodes since start."""
+    """Counts draft nodes and accepted tokens since start."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -101,13 +101,13 @@ class DraftCounts:
     failed: bool = False
 
     def add_step(self, tree: str, seconds: Mapping[str, float]) -> None:
-        """A step that verified trees of this shape, and how long its parts took."""
+        """Count a step that verified trees of this shape, and the time of its parts."""
         self.steps_by_tree[tree] += 1
         for part, spent in seconds.items():
             self.seconds_by_part[part] = self.seconds_by_part.get(part, 0.0) + spent
 
     def add_tree(self, num_draft: int, num_accepted: int) -> None:
-        """A tree with `num_draft` nodes besides the root, of which a path was accepted."""
+        """Count a tree with `num_draft` nodes besides the root, `num_accepted` of them accepted."""
         if num_draft == 0:
             return
         self.num_drafts += 1

@@ -1,5 +1,4 @@
-"""A step plan while it is being made: rows can be taken out again when their sequence is
-preempted."""
+"""A step plan in the making: rows can be taken out again if their sequence is preempted."""
 
 from __future__ import annotations
 
@@ -13,12 +12,12 @@ from engine.step.shape import TreeShape
 
 @dataclass(slots=True)
 class RowDraft:
-    """A row in the making. Its blocks are looked at last, when all slots are reserved."""
+    """A row in the making. Its blocks are read last, after all slots are reserved."""
 
     seq: Sequence
     num_tokens: int
-    num_draft: int = 0  # nodes that have a share of the budget
-    found: tuple[int, ...] = ()  # their tokens, if they are a chain found in the text
+    num_draft: int = 0  # draft nodes that have budget
+    found: tuple[int, ...] = ()  # their tokens, if they are a chain from the lookup
 
     def finished(self) -> RowPlan:
         seq = self.seq
@@ -41,7 +40,7 @@ class PlanDraft:
     def __init__(self, budget: int, num_decoding: int) -> None:
         self.budget = budget
         self.num_decoding = num_decoding
-        self.spare = budget - num_decoding  # for draft nodes: every root has its token first
+        self.spare = budget - num_decoding  # for draft nodes, after one token for every root
         self.rows: dict[int, RowDraft] = {}  # by line
         self.admitted: dict[int, Admission] = {}
         self.preempted_any = False
@@ -51,7 +50,7 @@ class PlanDraft:
         self.budget -= num_tokens
 
     def set_aside(self, seq: Sequence, num_draft: int, found: Iterable[int] = ()) -> None:
-        """Spend budget on draft nodes of a row, whose tokens are `found` if they are known."""
+        """Spend budget on draft nodes of a row. `found`: their tokens, if known."""
         row = self.rows[seq.line]
         row.num_draft, row.found = num_draft, tuple(found)
         self.budget -= num_draft
@@ -69,7 +68,7 @@ class PlanDraft:
             self.spare += row.num_draft
 
     def finished(self, released: Iterable[int], shape: TreeShape) -> StepPlan:
-        """The plan, once all slots are reserved."""
+        """The plan, after all slots are reserved."""
         return StepPlan(
             rows=tuple(row.finished() for row in self.rows.values()),
             admitted=tuple(a for line, a in self.admitted.items() if line in self.rows),
@@ -88,8 +87,8 @@ def row_plan(
     draft: tuple[int, ...] = (),
     next_token: int = UNKNOWN,
 ) -> RowPlan:
-    """A row of a plan that is launched for certain: the executor knows all of the sequence's
-    blocks from now on."""
+    """A row of a plan that will be launched: from now on, the executor counts as knowing all of the
+    sequence's blocks."""
     first, seq.num_planned_blocks = seq.num_planned_blocks, len(seq.block_ids)
     return RowPlan(
         line=seq.line,

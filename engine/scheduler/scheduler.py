@@ -1,11 +1,11 @@
-"""Continuous batching under one rule: let `num_computed` of every sequence catch up.
+"""Continuous batching with one rule: let `num_computed` of every sequence catch up with its length.
 
-Each step spends a budget of tokens in this order: sequences that miss only their newest token (so
-that a long prompt never stops decoding), then running prompts, then new admissions. Within each
-group, and for preemption, importance counts: priority, then arrival, then submission.
+Each step spends a budget of tokens in this order: decoding sequences (so that a long prompt never
+stops decoding), then running prompts, then new admissions. Within each group, and for preemption,
+the order is by importance: priority, then arrival, then submission.
 
-Draft nodes get what the roots leave of the budget, half of it while a prompt is to be computed,
-and blocks that nobody else wants in this step.
+Draft nodes get the budget that the roots leave, or half of it while prompts are to be computed, and
+blocks that nothing else needs in this step.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from engine.speculation.lookup import Lookup, tree_name
 from engine.step.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape
 
-LONG_CONTEXT = 2048  # tokens after which attention begins to rule the time of a step
+LONG_CONTEXT = 2048  # tokens of context from which attention dominates the time of a step
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """How much may happen at once."""
+    """Limits of one step and of one sequence."""
 
     max_num_seqs: int  # running sequences
     max_num_batched_tokens: int  # tokens in one step
@@ -59,7 +59,7 @@ class Scheduler:
         clock: Callable[[], float] = time.time,
         on_finish: Callable[[Sequence, FinishReason], None] | None = None,
     ) -> None:
-        """`on_finish` is shown every sequence that ends."""
+        """`on_finish` is called with every sequence that ends."""
         self._limits = limits
         self._kv = kv
         self._eos_token_ids = eos_token_ids
@@ -79,13 +79,13 @@ class Scheduler:
         self._counts = DraftCounts()
         self._on_finish = on_finish
         self._num_submitted = self._num_preemptions = self._num_steps = self._last_tokens = 0
-        self._num_looked_back = 0  # cached tokens that were computed once more
+        self._num_looked_back = 0  # cached tokens that were computed again
 
     def submit(self, request: Request) -> None:
-        """Queue a request. One that can never run gets its `Finished` at once.
+        """Queue a request. A request that can never run gets its `Finished` at once.
 
         Raises:
-            ValueError: the id belongs to a request that is still live.
+            ValueError: the id belongs to a live request.
         """
         if request.request_id in self._live:
             raise ValueError(f"request_id {request.request_id!r} is in use by a live request")
@@ -101,7 +101,7 @@ class Scheduler:
             self._finish(seq, FinishReason.ERROR, *problem)
 
     def abort(self, request_id: str) -> None:
-        """End a request wherever it is. An unknown id is one that has just finished: no error."""
+        """End a request. An unknown id is no error: the request has just finished."""
         seq = self._live.get(request_id)
         if seq is not None:
             self._finish(seq, FinishReason.ABORT)
@@ -114,16 +114,16 @@ class Scheduler:
         return [event for event in events if isinstance(event, Finished)]
 
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether a step has anything to do."""
         return bool(self._live or self._events or self._released)
 
     def draft_with(self, lookahead: int, lookup: Lookup | None) -> None:
-        """From the next step on, plan for another proposer, also for rows that run already.
+        """From the next step on, plan for another proposer, also for running rows.
 
         Args:
-            lookahead: slots that the proposer needs after the last token of a row; as many cached
-                tokens are computed once more, so that it sees their hidden states.
-            lookup: finds drafts in a sequence's own text, where those are the better ones.
+            lookahead: slots that the proposer needs after the last token of a row. As many cached
+                tokens are computed again, so that it sees their hidden states.
+            lookup: finds drafts in a sequence's own text, where they are better.
         """
         self._drafts = DraftRoom(self._kv, self._max_len, lookahead, lookup)
 
@@ -133,12 +133,12 @@ class Scheduler:
         return sum(self._drafts.most_nodes(seq) > 0 for seq in self._decoding())
 
     def schedule(self, shape: TreeShape = ROOT) -> StepPlan:
-        """Choose the tokens of the next step and reserve their slots, also for draft trees of
+        """Choose the tokens of the next step and reserve their slots, and slots for draft trees of
         `shape` where there is room."""
         draft = PlanDraft(self._limits.max_num_batched_tokens, len(self._decoding()))
         missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
         if self._prompts_to_compute(missing):
-            draft.spare //= 2  # trees must not keep a prompt from being computed
+            draft.spare //= 2  # so that trees do not hold up prompts
         for decoding in (True, False):
             for seq in list(self._running):
                 if (missing[seq.request_id] == 1) == decoding and seq.status is Status.RUNNING:
@@ -156,8 +156,8 @@ class Scheduler:
     def schedule_ahead(
         self, before: StepPlan, choose: Callable[[int], TreeShape]
     ) -> StepPlan | None:
-        """The step that follows `before`, whose outcome is not known yet; None if that has to be
-        known first. `choose` is told how many rows could draft."""
+        """The step that follows `before`, whose outcome is not known yet; None if planning needs
+        the outcome. `choose` gives the shape for a number of rows that could draft."""
         drawing = {row.line for row in before.rows if row.samples}
         if self._may_start() or not self._by_line.keys() <= drawing:
             return None
@@ -165,8 +165,8 @@ class Scheduler:
         return plan_ahead(before, self._running, self._drafts, budget, choose)
 
     def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
-        """Take in what the step produced, all of whose rows still run (see `living`); returns what
-        clients must hear, in order."""
+        """Apply the outcome of a step whose rows all still run (see `living`); returns events for
+        clients, in order."""
         if self._drafts.lookup is not None:
             self._drafts.lookup.observe(plan, outcome)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
@@ -181,9 +181,9 @@ class Scheduler:
         return events
 
     def living(self, plan: StepPlan, outcome: StepOutcome) -> tuple[StepPlan, StepOutcome]:
-        """Without rows that ended while the step was in flight: nobody hears or counts that they
-        were computed once more. Their lines have no other sequence yet: only `schedule` gives lines
-        away, and it is called when nothing is in flight."""
+        """Drop rows that ended while the step was in flight: their results are neither sent nor
+        counted. Their lines have no new sequence yet: only `schedule` gives lines away, and it is
+        called only when no step is in flight."""
         return only(plan, outcome, self._by_line)
 
     def stats(self) -> EngineStats:
@@ -207,7 +207,7 @@ class Scheduler:
         )
 
     def audit(self) -> None:
-        """Assert that sequences, queue and blocks add up."""
+        """Assert that sequences, queue and blocks are consistent."""
         self._kv.audit(self._running)
         assert len(self._live) == len(self._running) + len(self._waiting)
         assert self._running == sorted(self._running, key=self._rank)
@@ -221,7 +221,7 @@ class Scheduler:
         return self._ranks[seq.request_id]
 
     def _impossible(self, request: Request) -> tuple[str, ErrorCode | None] | None:
-        """Why this request could never run, even alone."""
+        """Why this request can never run, even alone; None if it can."""
         num_prompt = len(request.prompt_ids)
         if num_prompt == 0:
             return "the prompt is empty", None
@@ -235,7 +235,7 @@ class Scheduler:
         return None if unknown is None else (unknown, None)
 
     def _unknown_id(self, request: Request) -> str | None:
-        """The first token id that the model does not have: it would fail a whole step."""
+        """An error for the first token id outside the vocabulary: it would fail a whole step."""
         params = request.params
         for name, ids in (
             ("prompt_ids", request.prompt_ids),
@@ -248,19 +248,19 @@ class Scheduler:
         return None
 
     def _decoding(self) -> list[Sequence]:
-        """Running sequences that miss only their newest token."""
+        """Running sequences of which only the newest token is not computed."""
         return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed == 1]
 
     def _prompts_to_compute(self, missing: dict[str, int]) -> bool:
-        """Whether a running or a waiting prompt could use budget in this step."""
+        """Whether a running or waiting prompt could use budget in this step."""
         return self._may_start() or any(count > 1 for count in missing.values())
 
     def _may_start(self) -> bool:
-        """Whether somebody waits for whom a line is free."""
+        """Whether a sequence waits and a line is free."""
         return bool(self._waiting) and bool(self._free_lines)
 
     def _plan_row(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
-        """Plan as much of a running sequence as the budget allows, preempting for its slots."""
+        """Plan as much of a running sequence as the budget allows; preempt if slots are missing."""
         num_tokens = min(missing, self._chunk(draft, seq))
         if num_tokens == 0:
             return
@@ -274,14 +274,14 @@ class Scheduler:
         draft.add(seq, num_tokens)
 
     def _chunk(self, draft: PlanDraft, seq: Sequence) -> int:
-        """How many tokens of this sequence the step may compute. Attention makes a token dearer
-        with what lies before it; while others decode, long contexts are taken in smaller bites."""
+        """How many tokens of this sequence the step may compute. A token costs more after a longer
+        context, so chunks of long contexts are smaller while other sequences decode."""
         if draft.num_decoding == 0 or seq.num_computed <= LONG_CONTEXT:
             return draft.budget
         return min(draft.budget, max(1, draft.budget * LONG_CONTEXT // seq.num_computed))
 
     def _reclaim(self, draft: PlanDraft) -> bool:
-        """Take back blocks that sequences hold for nodes of earlier steps only."""
+        """Free blocks that sequences hold only for draft nodes of earlier steps."""
         num_free = self._kv.num_free
         for seq in self._running:
             row = draft.rows.get(seq.line)
@@ -289,8 +289,8 @@ class Scheduler:
         return self._kv.num_free > num_free
 
     def _admit(self, draft: PlanDraft) -> None:
-        """Start waiting sequences in order, while there are rows, budget and blocks. The first
-        that does not fit keeps its place, and nobody passes it."""
+        """Start waiting sequences in order, while there are lines, budget and blocks. If one does
+        not fit, it keeps its place and none after it starts."""
         while draft.budget and self._free_lines:
             seq = self._waiting.peek()
             if seq is None:
@@ -310,12 +310,12 @@ class Scheduler:
             draft.add(seq, min(len(seq.token_ids) - cached, draft.budget))
 
     def _give_first_blocks(self, draft: PlanDraft, seq: Sequence) -> int | None:
-        """The tokens found in the prefix cache; None when there are too few blocks."""
+        """The number of tokens found in the prefix cache; None if there are too few blocks."""
         return self._kv.start(
             seq,
             draft.budget,
             match=seq.request.params.prompt_logprobs is None,
-            # one block to grow for each running row, so that an admission is not undone at once
+            # one spare block per running row, so that growth does not preempt it at once
             spare=len(self._running),
             lookahead=min(self._drafts.lookahead, self._max_len - len(seq.token_ids)),
         )
@@ -331,7 +331,7 @@ class Scheduler:
         bisect.insort(self._running, seq, key=self._rank)
 
     def _preempt(self, draft: PlanDraft, seq: Sequence) -> None:
-        """Take a sequence's blocks away; it starts over from the prefix that is still cached."""
+        """Free a sequence's blocks; later it starts over from the prefix that is still cached."""
         draft.preempted_any = True
         draft.take_out(seq)
         self._stop_running(seq)
@@ -354,7 +354,7 @@ class Scheduler:
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
         """Account for a computed chunk and the tokens emitted after it."""
         seq.num_computed += len(row.token_ids)
-        # A preempted sequence computes its prompt again, but clients hear its scores only once.
+        # A preempted sequence computes its prompt again, but clients get its scores only once.
         if result.prompt_logprobs is not None and seq.num_output == 0:
             self._prompt_scores.setdefault(seq.request_id, [None]).extend(result.prompt_logprobs)
         if not row.samples:
@@ -417,11 +417,10 @@ class Scheduler:
 def cut_emitted(
     seq: Sequence, emitted: Rows[int], eos_token_ids: frozenset[int], max_len: int
 ) -> tuple[list[int], FinishReason | None]:
-    """The emitted tokens that count, and why the sequence ends after them (None: it continues), at
-    whatever offset of what was emitted that falls.
+    """The emitted tokens up to the end of the sequence, and why it ends (None: it continues).
 
-    A token that ends the text (EOS, stop token) is kept: it was generated and is billed; the front
-    end leaves it out of the text.
+    A token that ends the text (EOS, stop token) is kept, because it was generated and is billed;
+    the front end leaves it out of the text.
     """
     params = seq.request.params
     kept: list[int] = []

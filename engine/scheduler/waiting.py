@@ -10,7 +10,7 @@ Rank = tuple[int, float, int]
 
 
 class WaitingQueue:
-    """Ordered by priority, then arrival, then submission. Removal marks; `peek` sweeps."""
+    """Ordered by priority, then arrival, then submission. `peek` drops removed entries."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[Rank, Sequence]] = []
@@ -30,7 +30,7 @@ class WaitingQueue:
         del self._waiting[seq.request_id]
 
     def peek(self) -> Sequence | None:
-        """The most important waiting sequence, None when nothing waits."""
+        """The most important waiting sequence, None if none waits."""
         while self._heap and self._heap[0][1] not in self:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None

@@ -1,9 +1,9 @@
-"""Prompt lookup: draft what followed when the newest tokens stood in the text before.
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the newest tokens.
 
 Answers repeat their prompt and themselves: names, code, quotations, lists (LLMA, arXiv:2304.04487;
-prompt lookup decoding). Such a draft costs no forward of any head; the nodes it adds to the
-verification are all it has to earn. How likely a token of it is accepted is learnt from what was,
-by the length of the match; what a node costs is learnt from how long steps took.
+prompt lookup decoding). Such a draft needs no draft head; its only cost is to verify its nodes. The
+chance that a token is accepted is learnt from earlier drafts, by the length of the match; the cost
+of a node is learnt from step times.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from engine.request import Sequence
 from engine.step.plan import DRAFT, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT
 
-LENGTHS = (2, 3, 4, 6, 8, 12)  # of matches: each has a chance of its own
+LENGTHS = (2, 3, 4, 6, 8, 12)  # of matches: each has its own chance
 WIDTH = 4  # bytes of a token
-NAME = "lookup"  # of the tree, in statistics
+NAME = "lookup"  # tree name in statistics
 MAX_DRAFT = 16  # tokens of one draft
 DECAY = 0.98  # weight of the past per observation
 PRIOR = (0.5, 0.55, 0.6, 0.7, 0.8, 0.85)  # chance of a token, by length of the match
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
-PRIOR_COST = 0.05  # of a node, against that of a step without any
-PROBE_EVERY = 64  # matches of one kind without a draft, and a token is tried all the same
+PRIOR_COST = 0.05  # of a node, relative to a step without draft nodes
+PROBE_EVERY = 64  # of so many matches that do not pay, one drafts a token as a probe
 
 
 class TokenText:
-    """The tokens of one sequence as bytes, so that a search runs at the speed of memory and nothing
-    has to be indexed: a few microseconds for a thousand tokens."""
+    """The tokens of one sequence as bytes. A search needs no index and runs at memory speed: a few
+    microseconds for a thousand tokens."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
@@ -40,12 +40,12 @@ class TokenText:
         return len(self._bytes) // WIDTH
 
     def follow(self, token_ids: Tokens[int]) -> None:
-        """Take in what came behind the tokens known so far."""
+        """Append the tokens after those known so far."""
         self._bytes += array("i", token_ids[len(self) :]).tobytes()
 
     def longest_match(self) -> tuple[int, int]:
-        """The most of the newest tokens that stood together before, one of `LENGTHS` (0: none), and
-        the place behind where they stood last."""
+        """The length of the longest suffix that occurs earlier, one of `LENGTHS` (0: none), and the
+        index after its last earlier occurrence."""
         found = (0, 0)
         for length in LENGTHS:
             if length >= len(self):
@@ -57,23 +57,23 @@ class TokenText:
         return found
 
     def continued(self, place: int, count: int) -> list[int]:
-        """The `count` tokens from `place` on; where the text ends, its repetition goes on."""
+        """The `count` tokens from `place` on; at the end of the text they repeat from `place`."""
         here = array("i", bytes(self._bytes[place * WIDTH : (place + count) * WIDTH])).tolist()
         while len(here) < count:
             here.append(here[len(here) - (len(self) - place)])
         return here
 
     def _last_place_of(self, pattern: bytearray) -> int:
-        """Of whole tokens, the newest one left out; -1 if there is none."""
+        """Token index of the pattern's last occurrence before the newest token; -1 if none."""
         at = self._bytes.rfind(pattern, 0, len(self._bytes) - WIDTH)
-        while at >= 0 and at % WIDTH:  # begins inside a token
+        while at >= 0 and at % WIDTH:  # starts inside a token
             at = self._bytes.rfind(pattern, 0, at + len(pattern) - 1)
         return at // WIDTH if at >= 0 else -1
 
 
 @dataclass(slots=True)
 class Chance:
-    """Running share of drafted tokens that were accepted, of those whose parent was."""
+    """Running share of accepted tokens among drafted tokens whose parent was accepted."""
 
     accepted: float
     seen: float = PRIOR_TOKENS
@@ -89,16 +89,16 @@ class Chance:
         self.seen = self.seen * keep + num_accepted + (num_accepted < num_draft)
 
     def probe(self) -> int:
-        """How many tokens to draft where they promise too little: mostly none, but what is never
-        tried would never be seen to have become better."""
+        """How many tokens to draft although they seem not to pay: mostly 0, but now and then 1, to
+        notice if the chance has improved."""
         self.passed_over = (self.passed_over + 1) % PROBE_EVERY
         return int(self.passed_over == 0)
 
 
 @dataclass(slots=True)
 class StepTime:
-    """A line through how long decode steps took: seconds = base + slope * tokens, by least squares
-    with fading weights."""
+    """Model of the time of decode steps: seconds = base + slope * tokens, by least squares with
+    decaying weights."""
 
     weight: float = 0.0
     tokens: float = 0.0
@@ -114,8 +114,8 @@ class StepTime:
         )
 
     def price(self, num_rows: int) -> float:
-        """Accepted tokens that a node has to bring, or it were better to verify none: its seconds
-        in those that a plain step takes per token."""
+        """Accepted tokens that a node must yield to be worth verifying: its seconds divided by the
+        seconds per token of a plain step."""
         spread = self.weight * self.squares - self.tokens**2
         if spread <= 1e-6 * self.squares or self.seconds <= 0:
             return PRIOR_COST * num_rows / (1 + PRIOR_COST * num_rows)
@@ -127,10 +127,10 @@ class StepTime:
 
 @dataclass(slots=True)
 class HeadAcceptance:
-    """What the draft head gets accepted per row and step, and the time it takes for that."""
+    """Accepted tokens of the draft head per row and step, and its share of the time."""
 
     accepted: float = 0.0
-    share: float = 0.0  # of a step's other time
+    share: float = 0.0  # time of the head relative to the rest of the step
 
     def observe(self, accepted: float, seconds: Mapping[str, float]) -> None:
         others = sum(spent for part, spent in seconds.items() if part != DRAFT)
@@ -139,8 +139,8 @@ class HeadAcceptance:
         self.share = DECAY * self.share + (1 - DECAY) * share
 
     def rival(self, num_rows: int) -> float:
-        """Accepted tokens from which on a lookup is the better draft. A row alone saves the head's
-        time, too."""
+        """Accepted tokens above which a lookup is the better draft. With a single row, a lookup
+        also saves the head's time."""
         if num_rows > 1:
             return self.accepted
         return (1 + self.accepted) / (1 + self.share) - 1
@@ -157,10 +157,10 @@ class Lookup:
     _head: HeadAcceptance = field(default_factory=HeadAcceptance)
 
     def draft(self, seq: Sequence, most: int, num_rows: int, *, has_rival: bool) -> list[int]:
-        """A chain of at most `most` tokens behind the newest one, where one promises to pay.
+        """A chain of at most `most` tokens after the newest one; empty if no chain seems to pay.
 
         Args:
-            num_rows: that decode in this step.
+            num_rows: rows that decode in this step.
             has_rival: the draft head would draft for this row.
         """
         self._matches.pop(seq.line, None)
@@ -184,21 +184,21 @@ class Lookup:
         return text.continued(place, count)
 
     def forget(self, line: int) -> None:
-        """The sequence has left its line."""
+        """Forget a line that its sequence has left."""
         self._texts.pop(line, None)
         self._matches.pop(line, None)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Learn from what a step accepted, and from how long it took."""
+        """Learn from the accepted tokens and the time of a step."""
         accepted_of_head: list[int] = []
         for row, result in zip(plan.rows, outcome.rows, strict=True):
             if row.draft and row.line in self._matches:
                 chance = self._chance(self._matches[row.line])
                 chance.observe(result.num_draft, len(result.path))
-            elif row.num_draft:  # none verified: the head has failed, or knows nothing of the row
+            elif row.num_draft:  # counts 0 if the head has failed or knows nothing of the row
                 accepted_of_head.append(len(result.path))
         if not plan.only_decodes:
-            return  # prompts in between: neither time tells anything about decoding
+            return  # with prompts in the step, its times say nothing about decoding
         self._observe_time(plan.rows, outcome, accepted_of_head)
 
     def _observe_time(
@@ -217,7 +217,7 @@ class Lookup:
 
 
 def tree_name(plan: StepPlan) -> str:
-    """What the step's trees are counted as: the head's shape, lookups alone, or roots."""
+    """The name under which a step's trees are counted: the head's shape, `lookup` or `root`."""
     if any(row.is_drafted for row in plan.rows):
         return plan.shape.name
     return NAME if any(row.draft for row in plan.rows) else ROOT.name
@@ -230,7 +230,7 @@ def _num_verified(rows: tuple[RowPlan, ...], outcomes: tuple[RowOutcome, ...]) -
 
 
 def _worth(chance: float, price: float) -> int:
-    """How many tokens of a chain are likelier than they are dear: chance ** depth > price."""
+    """How many tokens of a chain are worth their price: those with chance ** depth > price."""
     count, reach = 0, chance
     while reach > price and count < MAX_DRAFT:
         count += 1

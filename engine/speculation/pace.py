@@ -1,5 +1,5 @@
-"""Whether to launch steps ahead or to look drafts up: a step ahead cannot look up tokens that are
-not known yet, a step that waits for them leaves the device idle meanwhile."""
+"""Decides whether to launch steps ahead or to look up drafts. A step ahead cannot look up tokens
+that are not known yet; a step that waits for them leaves the device idle."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 DECAY = 0.95  # weight of the past per observed step
 MIN_WEIGHT = 8.0  # observations before a rate counts
 PROBE_EVERY = 256  # steps of the better way between two trials of the other
-PROBE_STEPS = 8  # of a trial
+PROBE_STEPS = 8  # steps of one trial
 
 
 @dataclass(slots=True)
 class Rate:
-    """Running tokens of a row per second."""
+    """Running average of tokens per row and second."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -31,8 +31,8 @@ class Rate:
 
 @dataclass(slots=True)
 class Pace:
-    """Takes the way that has given more tokens per second here, and tries the other now and then.
-    Only speed depends on it."""
+    """Chooses the way with more tokens per second so far, and tries the other now and then. Only
+    speed depends on it."""
 
     _rates: dict[bool, Rate] = field(default_factory=lambda: {True: Rate(), False: Rate()})
     _steps: int = 0
@@ -44,7 +44,7 @@ class Pace:
         return better if self._steps < PROBE_EVERY else not better
 
     def observe(self, num_tokens: int, num_rows: int, seconds: float, *, ahead: bool) -> None:
-        """A decode step: tokens that all its rows emitted, and seconds since the step before."""
+        """Record a decode step: tokens of all its rows, and seconds since the previous step."""
         if num_rows:
             self._rates[ahead].observe(num_tokens / num_rows, seconds)
 

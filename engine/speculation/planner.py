@@ -1,4 +1,4 @@
-"""Which tree to verify in the next step."""
+"""Chooses the tree shape of the next step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Planner(Protocol):
         ...
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Learn from what a step accepted."""
+        """Learn from the accepted tokens of a step."""
         ...
 
 
@@ -33,7 +33,7 @@ class FixedPlanner:
         return self.shape if num_drafting else ROOT
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """The choice does not depend on it."""
+        """A fixed shape needs no observations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class StepCosts:
         at = bisect_left(points, (num_rows, 0.0))
         if at == 0:
             return points[0][1]
-        if at == len(points):  # beyond what was measured: in proportion
+        if at == len(points):  # beyond the measured numbers: in proportion to rows
             return points[-1][1] * num_rows / points[-1][0]
         (low, before), (high, after) = points[at - 1], points[at]
         return before + (after - before) * (num_rows - low) / (high - low)
@@ -69,13 +69,13 @@ PRIOR_TREES = 8.0  # how many observations the prior stands for
 
 @dataclass(slots=True)
 class Acceptance:
-    """Running estimate of how likely the r-th child of an accepted node is the token drawn."""
+    """Running estimate of the chance that an accepted node's r-th child is the drawn token."""
 
     seen: float = PRIOR_TREES  # accepted nodes that had children
     hits: list[float] = field(default_factory=lambda: [p * PRIOR_TREES for p in PRIOR])
 
     def observe(self, shape: StaticShape, num_nodes: int, path: Sequence[int]) -> None:
-        """`path`: accepted nodes from below the root, of the first `num_nodes` of the shape."""
+        """`path`: accepted nodes without the root; the tree is the shape's first `num_nodes`."""
         node = 0
         for child in (*path, None):
             children = [n for n in range(num_nodes) if shape.parents[n] == node]
@@ -91,7 +91,7 @@ class Acceptance:
             node = child
 
     def expected_emitted(self, shape: StaticShape) -> float:
-        """Mean tokens per verified tree, the bonus counted."""
+        """Mean tokens emitted per tree, including the bonus token."""
         reach: list[float] = []
         ranks: dict[int, int] = {}
         for parent in shape.parents:
@@ -111,27 +111,27 @@ class Acceptance:
         self.hits = [hit * DECAY for hit in self.hits]
 
 
-HYSTERESIS = 1.03  # how much better another shape must look before it is taken
+HYSTERESIS = 1.03  # how much better another shape must look to replace the current one
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 30)
 
 
 class AdaptivePlanner:
     """Takes the shape with the most expected tokens per second, from measured step times and the
-    running acceptance. While no tree pays, one step in `probe_every` still carries the cheapest, so
-    that a change of the traffic is noticed; a probe for which there was no room stays due, and one
-    whose outcome is awaited while the next step is planned comes twice."""
+    running acceptance. While no tree pays, one step in `probe_every` still carries the cheapest
+    tree, to notice a change of the traffic. A probe that found no room stays due; with steps
+    planned ahead, a probe runs twice, because its outcome comes after the next plan."""
 
     def __init__(
         self, shapes: Sequence[StaticShape], costs: StepCosts, probe_every: int = 64
     ) -> None:
-        """`shapes`: the candidates besides the root alone, the cheapest first. They are static: the
-        acceptance by rank does not tell how many tokens to expect of a dynamic one."""
+        """`shapes`: the candidates besides the lone root, the cheapest first. They are static: the
+        acceptance by rank does not predict the tokens of a dynamic shape."""
         self._shapes = (ROOT, *shapes)
         self._costs = costs
         self._acceptance = Acceptance()
         self._current: dict[int, StaticShape] = {}
         self._probe_every = probe_every
-        self._since_drafts = 0  # steps that could have carried trees, but did not
+        self._since_drafts = 0  # steps that could have carried trees but did not
 
     def choose(self, num_drafting: int) -> TreeShape:
         if num_drafting == 0:

@@ -1,4 +1,4 @@
-"""How an engine drafts: all that changes when another draft head is put to use."""
+"""How an engine drafts: everything that changes with the draft head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.speculation.planner import FixedPlanner, Planner, StepCosts
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """Steps still to be run before trees can be chosen: made-up ones, one beside every real one."""
+    """Made-up steps to run before trees can be chosen: one before every real step."""
 
     steps: Generator[None, None, StepCosts]  # each `next` runs one; nothing may be in flight
     decide: Callable[[StepCosts], Planner]
@@ -20,10 +20,10 @@ class Measuring:
 
 @dataclass(frozen=True, slots=True)
 class DraftPolicy:
-    """Where drafts come from and who chooses their shape. The default drafts nothing."""
+    """Where drafts come from and what chooses their shape. The default drafts nothing."""
 
     planner: Planner = field(default_factory=FixedPlanner)
     lookahead: int = 0  # of the proposer, see `Proposer.lookahead`
     lookup: Lookup | None = None
     facts: DraftFacts | None = None  # of the draft head, if there is one
-    measuring: Measuring | None = None  # until it is done, `planner` chooses
+    measuring: Measuring | None = None  # `planner` chooses until it is done

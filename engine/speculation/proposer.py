@@ -1,4 +1,4 @@
-"""The contract by which draft heads enter the engine, and the proposer that drafts nothing."""
+"""The interface between engine and draft heads, and the proposer that drafts nothing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from engine.step.tree import DraftTree
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """The newest token of every row, from which its tree grows. Tensors of the device."""
+    """The newest token of every row, from which its tree grows. Device tensors."""
 
-    lines: Tensor  # [B] int64, the row's line: its place in any state that a proposer keeps
+    lines: Tensor  # [B] int64, the row's line: its index in any state that a proposer keeps
     tokens: Tensor  # [B] int64
     positions: Tensor  # [B] int64, of the root; its slot is that of the same position
     max_nodes: Tensor  # [B] int64, root included; 1: no draft for this row, 0: a padding row
@@ -33,17 +33,17 @@ class Roots:
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
-    """What holds for all rows of a step, known to the host."""
+    """Host values that hold for all rows of a step."""
 
-    exact: bool  # the host may look at values, and leaves out rows that do not draft
+    exact: bool  # the host may read values, and leaves out rows that do not draft
     any_sampled: bool  # False promises that all rows are greedy
-    max_context: int  # no entry of the cache lies as far back
-    max_len: int  # positions of a sequence: no position is as high
+    max_context: int  # all positions in the cache are below it
+    max_len: int  # positions of a sequence: all are below it
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """Trees, and which rows the head gave numbers for that are not finite."""
+    """Trees, and the rows for which the head's outputs were not finite."""
 
     tree: DraftTree
     faults: Tensor  # [B] bool: the row would have had a tree
@@ -51,14 +51,14 @@ class Drafted:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Tokens that the step committed, each with the hidden state of the token before it. Tensors of
-    the device.
+    """Tokens that the step committed, each with the hidden state of the token before it. Device
+    tensors.
 
-    Entry c is the token at `positions[c]`; the target has seen the token at `positions[c] - 1`, and
-    `features[c]` is where among the T computed tokens its hidden state lies. Entries of row b are
-    cu[b] .. cu[b+1]-1, at consecutive positions; entries from cu[B] on are padding, and their slots
-    are scratch. The last entry of a row may be the root of its next tree, whose own KV the target
-    has yet to compute.
+    Entry c is the token at `positions[c]`. The target has computed the token at `positions[c] - 1`;
+    its hidden state is at index `features[c]` among the T tokens of the step. Entries of row b are
+    cu[b] .. cu[b+1]-1, at consecutive positions; entries from cu[B] on are padding with scratch
+    slots. The last entry of a row may be the root of its next tree, whose KV the target has not
+    computed yet.
     """
 
     lines: Tensor  # [B] int64
@@ -68,18 +68,18 @@ class Committed:
     positions: Tensor  # [C] int64
     slots: Tensor  # [C] int64
     block_tables: Tensor  # [B, max_blocks] int32
-    max_entries: int  # of one row, at most
-    max_context: int  # no entry of the cache lies as far back
-    exact: bool  # the host may look at values; there is no padding
+    max_entries: int  # bound of the entries of one row
+    max_context: int  # all positions in the cache are below it
+    exact: bool  # the host may read values; there is no padding
 
 
 class Proposer(Protocol):
-    """Proposes trees and learns what was committed.
+    """Proposes trees and takes committed tokens.
 
-    Nothing is assumed about how a tree is made (one forward per level, one for all levels, no
-    model at all). Every committed token passes through `take`, also when trees are cut down to
-    the root, so that drafting can resume at any step. `draft` and `take` never wait for a device,
-    so that a CUDA graph can hold them.
+    A tree may be made in any way (one forward per level, one for all levels, no model at all).
+    Every committed token passes through `take`, even when trees are cut to the root, so that
+    drafting can resume at any step. `draft` and `take` never wait for the device, so that a CUDA
+    graph can capture them.
     """
 
     @property
@@ -90,50 +90,50 @@ class Proposer(Protocol):
 
     @property
     def tap(self) -> FeatureTap | None:
-        """What reads the target's hidden states for this proposer, if anything has to."""
+        """Records the target's hidden states for this proposer; None if it needs none."""
         ...
 
     @property
     def failed(self) -> bool:
-        """Whether it broke down and has drafted nothing since."""
+        """Whether it has failed and drafts nothing any more."""
         ...
 
     def settle(self) -> None:
-        """Rows are about to leave or to enter: finish what was put off. Until now every block is
-        still its row's as far as `take` was told; afterwards others may read and write it."""
+        """Finish deferred work before rows leave or enter. Until then every block still belongs to
+        the row that `take` got it with; afterwards other rows may read and write it."""
         ...
 
     def admit(self, lines: Sequence[int]) -> None:
-        """New sequences take these lines; whatever was known about them is stale."""
+        """New sequences take these lines; earlier state of the lines is stale."""
         ...
 
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
-        """One tree per row, of at most `max_nodes` nodes. A row it knows nothing about gets its
-        root only."""
+        """One tree per row, of at most `max_nodes` nodes. A row without state gets only its
+        root."""
         ...
 
     def take(self, committed: Committed, hidden: Tensor) -> None:
-        """Take in committed tokens. `hidden` [T, H] is the target's output after its final norm;
-        the tap has seen the same T tokens."""
+        """Take committed tokens. `hidden` [T, H] is the target's output after its final norm, for
+        the same T tokens that the tap has recorded."""
         ...
 
 
 class RootProposer:
-    """Plain decoding: the tree is its root."""
+    """Plain decoding: every tree is only its root."""
 
     lookahead = 0
     tap: FeatureTap | None = None
     failed = False
 
     def settle(self) -> None:
-        """Nothing is put off."""
+        """There is no deferred work."""
 
     def admit(self, lines: Sequence[int]) -> None:
-        """No state, nothing stale."""
+        """There is no state."""
 
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:  # noqa: ARG002
         tree = DraftTree.roots(roots.tokens)
         return Drafted(tree, torch.zeros_like(roots.tokens, dtype=torch.bool))
 
     def take(self, committed: Committed, hidden: Tensor) -> None:
-        """Nothing to learn: a root needs no draft state."""
+        """There is no state to update."""

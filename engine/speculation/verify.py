@@ -1,5 +1,6 @@
-"""The walk follows the drawn tokens down the tree, which is lossless for any proposal of point
-masses; the commit moves the KV of accepted nodes to where a plain decode would have put it."""
+"""Verification of draft trees. The walk follows the drawn tokens down the tree; it is lossless for
+every tree, because nodes are fixed tokens (proposals of point mass). The commit moves the KV of
+accepted nodes to where plain decoding would have put it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def walk(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
 
 
 def commit(result: VerifyResult, node_slots: Tensor, kv: KVStorage, ops: Ops) -> None:
-    """Bring the accepted node of depth d from its own slot to slot d after the root's.
+    """Move the KV of the accepted node at depth d from its own slot to slot d after the root's.
 
     Args:
         result: the walk over B trees.
@@ -39,7 +40,7 @@ def commit(result: VerifyResult, node_slots: Tensor, kv: KVStorage, ops: Ops) ->
     moved = (path > 0) & (path != depths)
     if path.device.type == "cpu" and not bool(moved.any()):
         return
-    # How many move is not known to the host: for the others, the root's slot moves onto itself.
+    # The host does not know which nodes move: for the others, the root's slot moves onto itself.
     root = node_slots[:, :1]
     sources = torch.where(moved, node_slots.gather(1, path.clamp(min=0)), root)
     targets = torch.where(moved, node_slots[:, 1 : path.shape[1] + 1], root)

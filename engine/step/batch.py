@@ -1,4 +1,4 @@
-"""Device tensors of one step. Passed down the model as arguments, never kept in a global."""
+"""Device tensors of one step. They are passed to the model as arguments, never kept in a global."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kernels.ops import AttentionMeta, Ops
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """All rows of a step, packed along T: decode roots, tree nodes and prefill chunks alike. Tokens
-    that belong to no row of `attention.cu_q` are padding: their KV goes to scratch, and what is
-    computed for them means nothing."""
+    """All rows of a step, packed along T: roots, tree nodes and prefill chunks alike. Tokens that
+    belong to no row of `attention.cu_q` are padding: their KV goes to scratch, and their results
+    are meaningless."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -25,7 +25,7 @@ class ForwardBatch:
 
 
 class FeatureTap(Protocol):
-    """Receives hidden states while the target runs. No tap, no cost: the model skips the call."""
+    """Receives hidden states while the target runs. Without a tap the model skips the call."""
 
     layers: frozenset[int]  # record the input of these layers; num_layers means the final norm
 
@@ -36,7 +36,7 @@ class FeatureTap(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What a forward needs besides its batch; the same object for every step."""
+    """Everything a forward needs besides its batch; the same object for every step."""
 
     ops: Ops
     kv: KVStorage

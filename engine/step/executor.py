@@ -1,5 +1,4 @@
-"""Who carries out plans: the one contract of a runner, of all ranks together, and of what checks
-them."""
+"""The interface of everything that runs plans: a runner, a group of ranks, and their checks."""
 
 from __future__ import annotations
 
@@ -12,17 +11,17 @@ from engine.step.plan import StepOutcome, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step that the device was told to run."""
+    """A step that was launched on the device."""
 
     plan: StepPlan
-    wait: Callable[[], StepOutcome]  # until the step is over; called once
+    wait: Callable[[], StepOutcome]  # waits until the step has finished; called once
 
 
 class Executor(Protocol):
-    """Carries out plans in the order in which they are launched.
+    """Runs plans in the order of launching, and collects them in the same order.
 
-    A plan that is `ahead` may be launched while the step before it is not collected; any other plan
-    needs everything before it collected. Steps are collected in the order of launching.
+    A plan that is `ahead` may be launched before the previous step is collected; before any other
+    plan, all earlier steps must be collected.
     """
 
     def launch(self, plan: StepPlan) -> Launched: ...
@@ -31,5 +30,5 @@ class Executor(Protocol):
 
 
 def execute(executor: Executor, plan: StepPlan) -> StepOutcome:
-    """Carry out a plan and wait for it."""
+    """Run a plan and wait for its outcome."""
     return executor.collect(executor.launch(plan))

@@ -1,4 +1,4 @@
-"""The ranks that share one target. Collectives appear where they are called, never in a hook."""
+"""The ranks that share one target. Collectives are explicit calls, never hidden in a hook."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 class TPGroup:
     """A tensor-parallel group of one rank: its collectives are the identity, at no cost.
 
-    Several ranks: `DistributedGroup`. All ranks call the same collectives in the same order with
-    tensors of the same shape and dtype, unless stated otherwise.
+    `DistributedGroup` has several ranks. All ranks must call the same collectives in the same order
+    with tensors of the same shape and dtype, unless stated otherwise.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -47,8 +47,8 @@ class TPGroup:
         return x
 
     def from_first(self, x: Tensor) -> Tensor:
-        """What rank 0 has. `x` may be overwritten."""
+        """Rank 0's tensor, on every rank. `x` may be overwritten."""
         return x
 
     def close(self) -> None:
-        """No collective comes any more."""
+        """Free resources; no collective may be called afterwards."""

@@ -1,7 +1,6 @@
-"""What every rank must do in one step (`StepPlan`), and what came out of it (`StepOutcome`).
+"""What every rank must do in one step (`StepPlan`), and the result (`StepOutcome`).
 
-Both are immutable and hold host integers only. A plan is its own wire form: follower ranks get it
-as msgpack, and carry out the same values.
+Both are immutable and hold only host values. Follower ranks get the plan itself, as msgpack.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from engine.request import Request
 from engine.step.shape import ROOT, DynamicShape, StaticShape
 
 DRAFT, VERIFY, COMMIT = "draft", "verify", "commit"  # parts of a step that the host can time
-STEP = "step"  # all of them together, where the device does not wait for the host
+STEP = "step"  # all parts together, for an asynchronous device
 
 UNKNOWN = -1  # stands for a token that a step in flight draws
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence enters the running set and takes a line. `output_ids` is not empty when a
-    preempted sequence comes back."""
+    """A sequence enters the running set and takes a line. `output_ids` is not empty if the
+    sequence was preempted before."""
 
     line: int
     request: Request
@@ -30,15 +29,14 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
 class RowPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """One sequence's part of the step.
 
-    Tokens `token_ids` sit at positions `start .. start + len(token_ids) - 1`. The row's block table
-    keeps its first `first_block` blocks as earlier plans gave them; `new_blocks` follow, and are
-    the last. When `samples`, the last token is the newest of the sequence: it is the root of a
-    draft tree, and a token is drawn after it. Up to `num_draft` nodes may hang below the root;
-    slots for them follow the root's. `draft` holds their tokens where the scheduler knows them: a
-    chain that it found in the text.
+    Tokens `token_ids` are at positions `start .. start + len(token_ids) - 1`. The row's block table
+    is its first `first_block` blocks, from earlier plans, then `new_blocks`. If `samples`, the last
+    token is the newest of the sequence: it is the root of a draft tree, and a token is drawn after
+    it. Up to `num_draft` nodes may be below the root; their slots follow the root's. `draft` holds
+    their tokens if the scheduler knows them: a chain that it found in the text.
     """
 
-    line: int  # stands for the sequence, from its admission to its release
+    line: int  # identifies the sequence, from its admission to its release
     start: int
     token_ids: tuple[int, ...]
     first_block: int
@@ -62,14 +60,14 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Rows in batch order. `released` are lines whose sequences left the running set since the last
     plan (finished, aborted, preempted); they are free for the `admitted`.
 
-    When `ahead`, the plan was made before the outcome of the last one was known, and is launched
-    before that is collected. Its rows were in the last one. Their only token is `UNKNOWN`, `start`
-    is the first position that it may get, and there are slots for the last such position."""
+    If `ahead`, the plan was made before the outcome of the last one was known, and is launched
+    before that one is collected. Its rows were in the last plan. Their only token is `UNKNOWN`,
+    `start` is the smallest position that it may have, and there are slots up to the largest."""
 
     rows: tuple[RowPlan, ...] = ()
     admitted: tuple[Admission, ...] = ()
     released: tuple[int, ...] = ()
-    shape: StaticShape | DynamicShape = ROOT  # of the trees of this step; a row may cut its own
+    shape: StaticShape | DynamicShape = ROOT  # of the step's trees; a row's tree may be cut
     ahead: bool = False
 
     @property
@@ -79,19 +77,19 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     @property
     def only_decodes(self) -> bool:
-        """Whether every row has its root alone, so that the step computes no prompt."""
+        """Whether every row's only token is its root, so that the step computes no prompt."""
         return all(row.samples and len(row.token_ids) == 1 for row in self.rows)
 
 
 class RowOutcome(msgspec.Struct, frozen=True, array_like=True):
-    """What one row of the plan produced: accepted tokens and the bonus, nothing if it did not draw.
+    """The result of one row: accepted tokens and the bonus token; nothing if it did not sample.
 
     `prompt_logprobs` covers the prompt tokens that this step predicted (positions start + 1 ..).
     """
 
     emitted: tuple[int, ...] = ()
-    num_draft: int = 0  # nodes that were verified besides the root
-    path: tuple[int, ...] = ()  # those of them that were accepted, from the root down
+    num_draft: int = 0  # verified nodes besides the root
+    path: tuple[int, ...] = ()  # accepted nodes, from the root down
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
@@ -101,5 +99,5 @@ class StepOutcome(msgspec.Struct, frozen=True, array_like=True):
 
     rows: tuple[RowOutcome, ...] = ()
     seconds: dict[str, float] = {}  # by part of the step, see `Laps`
-    draft_faults: int = 0  # trees that were not grown for numbers that are not finite, since start
-    draft_failed: bool = False  # the draft head broke down and is left alone
+    draft_faults: int = 0  # trees not grown because the head's outputs were not finite, in total
+    draft_failed: bool = False  # the draft head has failed and is no longer used

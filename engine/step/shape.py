@@ -1,4 +1,4 @@
-"""Which tree to grow: host integers, so that a plan can carry it. Pure Python."""
+"""Tree shapes: host integers, so that a plan can carry them. Pure Python."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MAX_NODES = 64  # one 64-bit ancestor mask per node
 
 
 class StaticShape(msgspec.Struct, frozen=True, array_like=True, tag="static"):
-    """A fixed tree: `parents[i]` is the parent of node i, -1 for the root (node 0), and comes
-    before it. The children of a node are its best, second best, ... candidate."""
+    """A fixed tree: `parents[i]` < i is the parent of node i, -1 for the root (node 0). The
+    children of a node are its best, second best, ... candidate."""
 
     name: str
     parents: tuple[int, ...]
@@ -36,18 +36,18 @@ class StaticShape(msgspec.Struct, frozen=True, array_like=True, tag="static"):
         return len(self.parents)
 
     def slots_for(self, num_nodes: int) -> int:
-        """Slots a row needs to draft and verify `num_nodes` of the nodes, the root's included."""
+        """Slots a row needs to draft and verify `num_nodes` nodes, root included."""
         return num_nodes
 
     def first(self, num_nodes: int) -> StaticShape:
-        """The first nodes, which are a tree again."""
+        """The tree of the first `num_nodes` nodes."""
         if num_nodes >= self.num_nodes:
             return self
         return StaticShape(self.name, self.parents[:num_nodes])
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Of every node; the root's is 0."""
+        """Depth of every node; the root's is 0."""
         return depths_of(self.parents)
 
     @property
@@ -56,18 +56,18 @@ class StaticShape(msgspec.Struct, frozen=True, array_like=True, tag="static"):
 
     @property
     def most_children(self) -> int:
-        """Of any node: so many tokens are told apart."""
+        """The most children of any node."""
         return max(Counter(self.parents[1:]).values(), default=0)
 
     @property
     def ancestors(self) -> tuple[int, ...]:
-        """Of every node, a bit mask over nodes with the node itself (unsigned)."""
+        """Ancestors of every node, itself included, as a bit mask over nodes (unsigned)."""
         return ancestors_of(self.parents)
 
 
 class DynamicShape(msgspec.Struct, frozen=True, array_like=True, tag="dynamic"):
-    """EAGLE-2 (arXiv:2406.16858): at every level the `top_k` likeliest nodes of the level get
-    `top_k` children each; of all nodes the likeliest `num_nodes - 1` are kept, besides the root."""
+    """EAGLE-2 (arXiv:2406.16858): at every level, the `top_k` likeliest nodes get `top_k` children
+    each. At the end, the root and the likeliest `num_nodes - 1` other nodes are kept."""
 
     name: str
     num_nodes: int  # root included
@@ -97,16 +97,16 @@ class DynamicShape(msgspec.Struct, frozen=True, array_like=True, tag="dynamic"):
         return 1 + self.top_k * (self.max_depth - 1)
 
     def slots_for(self, num_nodes: int) -> int:
-        """Slots a row needs: frontiers are drafted whole, however few nodes are kept."""
+        """Slots a row needs: frontiers are drafted in full even if few nodes are kept."""
         return max(num_nodes, self.num_drafted)
 
     def first(self, num_nodes: int) -> DynamicShape:
-        """A tree of the likeliest `num_nodes` nodes only."""
+        """The same shape with `num_nodes` nodes."""
         return msgspec.structs.replace(self, num_nodes=max(2, min(num_nodes, self.num_nodes)))
 
     @property
     def most_children(self) -> int:
-        """Of any node: so many tokens are told apart."""
+        """The most children of any node."""
         return self.top_k
 
 
@@ -115,7 +115,7 @@ ROOT = StaticShape("root", (-1,))
 
 
 def chain(length: int) -> StaticShape:
-    """The root and `length` nodes, each the child of the one before."""
+    """The root and `length` nodes, each the child of the previous one."""
     return StaticShape(f"chain{length}", tuple(range(-1, length)))
 
 
@@ -134,5 +134,5 @@ def ancestors_of(parents: Sequence[int]) -> tuple[int, ...]:
 
 
 def signed(mask: int) -> int:
-    """The same 64 bits as a signed integer, as tensors hold it."""
+    """The same 64 bits as a signed integer, for int64 tensors."""
     return mask - (1 << 64) if mask >> 63 else mask

@@ -1,4 +1,4 @@
-"""Draft trees as tensors, and what verifying them yields. Plain decoding is a tree of one node."""
+"""Draft trees as tensors, and the result of verification. Plain decoding is a tree of one node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class DraftTree:
     """One tree per row, parents before children. Node 0 is the root: the newest committed token,
     whose KV is not in the cache yet. Nodes from a row's size on are unused: their parent is -1, and
-    their tokens, depths and masks mean nothing."""
+    their tokens, depths and masks are arbitrary."""
 
     tokens: Tensor  # [B, N] int64
     parents: Tensor  # [B, N] int64, -1 for the root
@@ -45,7 +45,7 @@ class DraftTree:
 
         Args:
             tokens: [B, K] of the drafts.
-            lengths: [B] of the drafts, 0 where there is none.
+            lengths: [B] of the drafts, 0 without a draft.
         """
         known = torch.cat((self.tokens[:, :1], tokens), dim=1)
         nodes = torch.arange(known.shape[1], device=known.device).expand_as(known)
@@ -71,7 +71,7 @@ class DraftTree:
         )
 
     def narrowed(self) -> DraftTree:
-        """As narrow and as deep as the nodes in use, which the host has to look at."""
+        """Cut to the width and depth of the nodes in use, which the host reads from the device."""
         width = int(self.sizes.max())
         used = torch.arange(width, device=self.sizes.device) < self.sizes[:, None]
         depths = self.depths[:, :width]
@@ -86,7 +86,7 @@ class DraftTree:
 
 
 def widened(part: Tensor, width: int, unused: int) -> Tensor:
-    """[B, N] -> [B, width], `unused` in what is added."""
+    """[B, N] -> [B, width], padded with `unused`."""
     missing = width - part.shape[1]
     return part if missing == 0 else torch.nn.functional.pad(part, (0, missing), value=unused)
 

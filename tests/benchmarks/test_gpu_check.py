@@ -1,4 +1,4 @@
-"""The check for GPUs: it skips itself, keeps what is found, and its exit code says what failed."""
+"""The GPU check: it skips without a GPU, keeps results, and its exit code reports failures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(
     assert "8B step" in capsys.readouterr().err
 
 
-def test_missed_bars_are_told_and_are_no_failure(
+def test_missed_bars_are_printed_and_are_no_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "gpu.json"
@@ -70,7 +70,7 @@ def test_a_failed_part_is_the_exit_code_and_the_others_are_kept(
     both = [part("tests", failed=["one"]), part("speeds", x=1)]
     assert check(both, path, tmp_path / "logs", {}) == 1
     assert "FAILED tests: one" in capsys.readouterr().out
-    assert check([part("tests", y=2)], path, tmp_path / "logs", {}) == 0  # this one again
+    assert check([part("tests", y=2)], path, tmp_path / "logs", {}) == 0  # runs this part again
     found = json.loads(path.read_text())["parts"]
     assert (found["tests"]["y"], found["tests"]["failed"], found["speeds"]["x"]) == (2, [], 1)
     assert not list(tmp_path.glob("*.part"))

@@ -1,4 +1,4 @@
-"""What of the engine's benchmark runs without a GPU."""
+"""The parts of the engine's benchmark that run without a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_head_of_the_benchmark_has_a_folder_of_its_own(
     saved: list[Path] = []
 
     def save(folder: Path, *_: object) -> None:
-        folder.mkdir()  # a head is never written over another
+        folder.mkdir()  # raises if a head would overwrite another
         saved.append(folder)
 
     def joined(*_: object) -> Drafting:

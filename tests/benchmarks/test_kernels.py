@@ -1,4 +1,4 @@
-"""Times of operations, with a stand-in for the device's clock."""
+"""Times of operations, with a fake device clock."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CASES = [
 ]
 
 
-def test_an_operation_is_held_against_the_time_its_bytes_take() -> None:
+def test_an_operation_is_compared_with_the_time_its_bytes_take() -> None:
     rows = list(measure(CASES, 1e9, two_microseconds))
     assert [[verdict.kept for verdict in row.verdicts] for row in rows] == [
         [True],
@@ -68,7 +68,7 @@ def test_the_table_has_a_line_for_every_case() -> None:
     assert lines[8] == "| not faster | 2.0 | 1.0 | 0.50 | 1 kept, 1 MISSED |"
 
 
-def test_findings_are_json_and_told_after_every_case() -> None:
+def test_results_are_json_and_reported_after_every_case() -> None:
     told: list[int] = []
     found = report(CASES, 1e9, two_microseconds, lambda so_far: told.append(len(so_far["bars"])))
     assert told == [1, 2, 2, 3, 3, 5, 7, 8]
@@ -84,13 +84,13 @@ def test_findings_are_json_and_told_after_every_case() -> None:
 
 
 def test_every_case_can_be_made(reference_ops: Ops) -> None:
-    """All that is allocated for the cases of a GPU, on a device that has no memory."""
+    """Runs all allocations of the GPU cases, on a device without memory."""
     found = report(all_cases(reference_ops, META), 1e12, two_microseconds)
     assert found["failed"] == []
     assert len(found["bars"]) > 20
 
 
-def test_what_a_case_is_held_against_comes_before_it(reference_ops: Ops) -> None:
+def test_the_cases_of_a_bar_come_before_it(reference_ops: Ops) -> None:
     seen: set[str] = {FLOOR}
     for case in all_cases(reference_ops, META):
         assert {bar.of for bar in case.bars} <= seen, case.name
@@ -127,7 +127,7 @@ def test_flushes_between_runs_are_taken_off() -> None:
 
 
 class Event:
-    """An event that, as on a device, has no time before it was waited for."""
+    """An event that, as on a device, has no time until it was waited for."""
 
     def __init__(self, at: float) -> None:
         self.at = at

@@ -1,4 +1,4 @@
-"""Parts in processes of their own: one that hangs, fails or dies takes nobody with it."""
+"""Parts run in their own processes: one that hangs, fails or dies does not stop the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finds(**found: object) -> str:
 
 
 class Saved:
-    """What was saved, time after time."""
+    """Records every save."""
 
     def __init__(self) -> None:
         self.contents: list[dict[str, Found]] = []
@@ -80,7 +80,7 @@ def test_the_last_result_counts_and_one_that_was_cut_off_does_not(tmp_path: Path
 
 
 def test_parts_that_measure_run_alone(tmp_path: Path) -> None:
-    """Each notes when it begins and ends; together ones overlap, alone ones overlap nobody."""
+    """Each records its begin and end; parts marked `alone` overlap no other."""
     code = "import time; a = time.time(); time.sleep(0.5); print('RESULT', f'[{a}, {time.time()}]')"
     code = code.replace("f'[{a}, {time.time()}]'", "'{\"at\": [%f, %f]}' % (a, time.time())")
     names = ("one", "two", "first", "second")
@@ -115,7 +115,7 @@ def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
 
 
 def is_gone(pid: int) -> bool:
-    """Killed children whose parent is gone may stay as zombies for a while."""
+    """Killed processes whose parent has ended may stay as zombies for a while."""
     end = time.monotonic() + SOON
     while time.monotonic() < end:
         try:

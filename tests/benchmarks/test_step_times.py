@@ -1,4 +1,4 @@
-"""What the timed steps of an engine compute is what they are named after."""
+"""The timed steps of an engine compute what their names say."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_timed_step_is_of_one_form(
 
 
 class Clock:
-    """An event of a device: 1.5 ms after the one before."""
+    """A device event: 1.5 ms after the previous one."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""Sequences on disk: whole shards, within bounds, never in the way of a step."""
+"""Sequences on disk: complete shards, within limits, without delaying a step."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def line_size() -> int:
     return len(msgspec.json.encode(CapturedSequence(seq.token_ids, seq.num_prompt, 0.5))) + 1
 
 
-def test_an_engine_captures_what_its_requests_said(tmp_path: Path) -> None:
+def test_an_engine_captures_the_texts_of_its_requests(tmp_path: Path) -> None:
     writer = open_writer(settings(tmp_path / "new" / "folder"))
     fake = FakeEngine(on_finish=writer.take)
     core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
@@ -98,7 +98,7 @@ def test_an_engine_captures_what_its_requests_said(tmp_path: Path) -> None:
     assert (core.stats().num_captured, core.stats().num_capture_dropped) == (5, 0)
 
 
-def test_aborted_text_is_captured_and_what_failed_or_said_nothing_is_not(tmp_path: Path) -> None:
+def test_aborted_text_is_captured_and_failed_or_empty_text_is_not(tmp_path: Path) -> None:
     writer = open_writer(settings(tmp_path))
     fake = FakeEngine(on_finish=writer.take)
     core = EngineCore(fake.scheduler, fake.executor, INFO, captured=writer)
@@ -117,7 +117,7 @@ def test_aborted_text_is_captured_and_what_failed_or_said_nothing_is_not(tmp_pat
     assert [len(row["token_ids"]) > row["num_prompt"] for row in found] == [True]
 
 
-def test_shards_end_behind_their_tokens_and_numbers_go_on(tmp_path: Path) -> None:
+def test_shards_end_after_their_tokens_and_numbers_continue(tmp_path: Path) -> None:
     sequences = [ended(str(n), num_prompt=4 + n % 3) for n in range(9)]
     config = settings(tmp_path, shard_tokens=12)  # two sequences
     write(config, *sequences[:5])
@@ -178,7 +178,7 @@ def test_capturing_stops_at_max_bytes_with_one_line(
 
 def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
     writer = open_writer(settings(tmp_path), queue_size=2)
-    for n in range(5):  # nobody takes from the queue yet
+    for n in range(5):  # nothing takes from the queue yet
         writer.take(ended(str(n)), FinishReason.LENGTH)
     assert (writer.num_captured, writer.num_dropped) == (2, 3)
     writer.start()
@@ -187,7 +187,7 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """A file on a disk that takes `room` lines."""
+    """A file on a disk with room for `room` lines."""
 
     def __init__(self, room: int) -> None:
         self.room = room

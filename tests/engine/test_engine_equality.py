@@ -1,4 +1,4 @@
-"""The text of a request depends on model, prompt, parameters and seed: on nothing else."""
+"""The text of a request depends only on model, prompt, parameters and seed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tokens_of(heard: dict[str, Completion]) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_engine: TinyEngine) -> dict[str, list[int]]:
-    """Each request by itself on a fresh engine with room for everything."""
+    """Each request alone on a fresh engine with room for everything."""
     texts = {}
     for request in requests():
         texts |= tokens_of(generate(tiny_engine.build(), [request]))
@@ -82,7 +82,7 @@ def test_a_request_gives_the_same_tokens_in_any_company(
 
 
 @pytest.mark.parametrize("budget", [1, 2, 15, 16, 33, 64])
-def test_prompt_chunking_does_not_show(
+def test_prompt_chunking_does_not_change_texts(
     tiny_engine: TinyEngine, alone: dict[str, list[int]], budget: int
 ) -> None:
     engine = replace(tiny_engine, max_num_batched_tokens=budget, max_num_seqs=1).build()

@@ -1,4 +1,4 @@
-"""The bundled model through the whole engine says what transformers says with the same weights."""
+"""The bundled model, through the whole engine, gives the text of transformers on its weights."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.support.threads import own_torch_threads
 
 pytestmark = pytest.mark.slow
 
-# Largest absolute difference of logits (which reach 38 here) to transformers in float64: what
-# float32 may lose. Measured: transformers in float32 0.9e-4, reference 0.8e-4, native 1e-4.
+# Largest allowed difference of logits (which reach 38 here) to transformers in float64, due to
+# float32. Measured: transformers in float32 0.9e-4, reference 0.8e-4, native 1e-4.
 TOLERANCE = 1.5e-4
-NEAR_TIE = 1e-3  # two best logits that are nearer than this could go either way
+NEAR_TIE = 1e-3  # if the two best logits are closer than this, either token is right
 NUM_TOKENS = 64
 QUESTIONS = (
     "What is the capital of France?",
@@ -77,7 +77,7 @@ def exact_oracle() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """Conversations through the model's own template, and plain texts."""
+    """Conversations in the model's chat template, and plain texts."""
     files = resolve_source(BUNDLED_ALIAS)
     tokenizer: Tokenizer = load_tokenizer(files, tmp_path_factory.mktemp("tokenizer"), None)
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
@@ -87,7 +87,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
 
 @pytest.fixture
 def greedy_texts(native_cache: Path, prompts: list[list[int]]) -> list[Completion]:
-    """All prompts in one batch, through the engine as `aerie serve` puts it together."""
+    """All prompts in one batch, through the engine that `aerie serve` builds."""
     settings = [
         "model.dtype=float32",
         "model.max_model_len=512",

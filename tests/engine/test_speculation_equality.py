@@ -1,7 +1,7 @@
-"""Speculation never shows in what a request says: any tree, any proposer, any company.
+"""Speculation never changes the text of a request: with any tree, proposer and batch.
 
-`ScriptedProposer` asserts on the way that every committed token reaches it exactly once, in order,
-with its slot and the hidden state of the token before it.
+`ScriptedProposer` asserts that every committed token reaches it exactly once, in order, with its
+slot and the hidden state of the token before it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.support.scripted_proposer import (
 from tests.support.tiny_engine import EOS, TinyEngine
 
 VOCAB = 131
-MAX_LEN = 120  # no multiple of the block size
+MAX_LEN = 120  # not a multiple of the block size
 BUDGET = 1100  # room for a tree of 64 nodes in each of 16 rows
 
 
@@ -95,7 +95,7 @@ def by_seed(requests: Sequence[Request], heard: dict[str, Completion]) -> dict[i
 
 @dataclass(frozen=True)
 class Truth:
-    """What requests say without any draft."""
+    """The texts of requests without drafts."""
 
     engine: TinyEngine
     requests: tuple[Request, ...]
@@ -219,7 +219,7 @@ MIXED = (chain(3), ROOT, TREES[2], DYNAMIC[0], ROOT, TREES[-1], chain(1))
     ],
 )
 @pytest.mark.parametrize(("whims", "lookup"), [(False, False), (True, False), (False, True)])
-def test_company_memory_and_changing_shapes_do_not_show(
+def test_batches_memory_and_changing_shapes_do_not_change_texts(
     truth: Truth, changes: dict[str, object], whims: bool, lookup: bool
 ) -> None:
     core = truth.with_features().speculating(
@@ -258,10 +258,10 @@ def test_lookups_without_a_head_give_the_same_text_in_fewer_steps(
     assert 0 < ends["limited"].num_drafted <= 2 * ends["limited"].num_drafts
     stats = core.stats()
     assert stats.steps_by_tree["lookup"] > 0
-    assert ends["circle"].num_accepted > 0  # how many depends on what steps are found to cost
+    assert ends["circle"].num_accepted > 0  # how many depends on measured step times
 
 
-def test_aborted_neighbours_do_not_show(truth: Truth) -> None:
+def test_aborted_neighbours_do_not_change_texts(truth: Truth) -> None:
     core = truth.with_features().speculating(CyclingPlanner(MIXED), 0.8)
     for request in truth.requests:
         core.add(Submit(request))
@@ -351,7 +351,7 @@ def test_a_prompt_that_fills_all_blocks_can_be_scored(truth: Truth) -> None:
 def test_the_cache_holds_the_generated_text_and_nothing_else(
     truth: Truth, shape: TreeShape
 ) -> None:
-    """A second turn that finds the first in the cache says what it says without one."""
+    """A second turn that finds the first in the cache gives the same text as without a cache."""
     second = [
         msgspec.structs.replace(
             request,

@@ -1,4 +1,4 @@
-"""Sampled decoding with trees follows the exact law of the model; a broken walk does not.
+"""Sampled decoding with trees follows the exact distribution of the model; a broken walk does not.
 
 Seeds are fixed, so a test either always passes or never does.
 """
@@ -48,7 +48,7 @@ def small(native_ops: Ops) -> TinyEngine:
 
 @torch.inference_mode()
 def exact_law(model: LlamaForCausalLM, temperature: float) -> dict[Text, float]:
-    """Probability of every text of `LENGTH` tokens behind the prompt."""
+    """Probability of every text of `LENGTH` tokens after the prompt."""
     law: dict[Text, float] = {(): 1.0}
     for _ in range(LENGTH):
         logits = model(torch.tensor([PROMPT + list(text) for text in law])).logits[:, -1]
@@ -74,7 +74,7 @@ def texts(engine: TinyEngine, temperature: float, shape: object = TREE) -> list[
 
 
 def excess(seen: list[Text], law: dict[Text, float]) -> float:
-    """Chi-square value over the critical one; rare texts count together."""
+    """Chi-square value divided by the critical one; rare texts are counted together."""
     counts = Counter(seen)
     likely = {text: mass * len(seen) for text, mass in law.items() if mass * len(seen) > 5}
     cells = [(float(counts[text]), expected) for text, expected in likely.items()]
@@ -93,7 +93,7 @@ def test_the_first_tokens_follow_the_exact_law(
 
 
 def first_child(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
-    """Accepts whatever was proposed first."""
+    """A broken walk: accepts the first proposed child."""
     changed = drawn.clone()
     for row, node in itertools.product(range(len(drawn)), range(drawn.shape[1])):
         children = (tree.parents[row] == node).nonzero()[:, 0]
@@ -103,7 +103,7 @@ def first_child(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
 
 
 def near_miss(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
-    """Takes a child for the drawn token although it is the next one in the vocabulary."""
+    """A broken walk: prefers a child whose token id is one above the drawn one."""
     changed = drawn.clone()
     for row, node in itertools.product(range(len(drawn)), range(drawn.shape[1])):
         children = tree.tokens[row, tree.parents[row] == node]

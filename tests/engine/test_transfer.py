@@ -1,4 +1,4 @@
-"""Bundles go to the device and come back as they were, in one copy each way."""
+"""Bundles go to the device and come back unchanged, in one copy each way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Whole:
 
 
 def whole() -> Whole:
-    """Odd sizes, strides that are not contiguous, one element with a stride, nothing at all."""
+    """Odd sizes, non-contiguous strides, one element with a stride, an empty tensor."""
     table = torch.arange(35, dtype=torch.int32).view(5, 7)
     numbers = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     part = Part(ids=torch.arange(3), flags=torch.tensor([True, False, True, True, False]))

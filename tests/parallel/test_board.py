@@ -1,4 +1,4 @@
-"""Frames from rank 0 to all followers: whole, in order, none lost, whoever sleeps or lags."""
+"""Frames from rank 0 reach all followers complete and in order, even if some sleep or lag."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from engine.parallel.transport import MAX_FRAME, NUM_PLACES, Board
 from tests.support.inboxes import connected
 
 WAIT = 60.0
-LONG = bytes(range(256)) * (MAX_FRAME // 256 + 1)  # has no room on a board
+LONG = bytes(range(256)) * (MAX_FRAME // 256 + 1)  # does not fit on a board
 FULL = LONG[:MAX_FRAME]
 
 
 @pytest.fixture
 def board() -> Iterator[Board]:
-    """With two readers."""
+    """A board with two readers."""
     made = Board.create(2)
     yield made
     made.close()
@@ -55,7 +55,7 @@ def test_a_place_is_kept_until_every_reader_has_its_frame(board: Board) -> None:
 
 @pytest.mark.parametrize("old", [b"", b"1 old one", b"an old one, longer than the new one"])
 def test_a_frame_of_which_parts_are_still_unseen_is_not_there_yet(old: bytes) -> None:
-    """Any one word of it may come last."""
+    """Any word of the frame may become visible last."""
     other = Board.create(1)
     for number, frame in ((1, old), (1 + NUM_PLACES, b"the newer one")):
         other.note(0, number)
@@ -76,7 +76,7 @@ def test_a_frame_of_which_parts_are_still_unseen_is_not_there_yet(old: bytes) ->
 
 
 def mixed(count: int) -> list[bytes]:
-    """Frames of which some go over the sockets."""
+    """Frames, some of which go over the sockets."""
     return [LONG[: 1 + (at * 7919) % 3000] if at % 23 else LONG + b"%d" % at for at in range(count)]
 
 
@@ -84,7 +84,7 @@ def mixed(count: int) -> list[bytes]:
 def test_every_follower_gets_all_frames_in_order(
     awake: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those that sleep in between, and more frames than there are places."""
+    """Even followers that sleep in between, and with more frames than places."""
     monkeypatch.setattr(transport, "AWAKE", awake)
     broadcast, followers = connected(3)
     frames = mixed(600)
@@ -103,7 +103,7 @@ def test_every_follower_gets_all_frames_in_order(
         inbox.close()
 
 
-def test_a_follower_that_lags_misses_nothing_and_holds_up_nobody() -> None:
+def test_a_follower_that_lags_misses_nothing_and_delays_no_other() -> None:
     broadcast, followers = connected(2)
     (quick, _), (slow, _) = followers
     frames = [b"%d" % number for number in range(5 * NUM_PLACES)]
@@ -130,7 +130,7 @@ def test_the_end_wakes_a_follower(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_frame_for_followers_that_are_gone_raises_where_it_needs_their_sockets() -> None:
     broadcast, [(inbox, _)] = connected(1)
     inbox.close()
-    broadcast.send(b"")  # whoever watches their processes notices
+    broadcast.send(b"")  # only a watcher of their processes would notice
     with pytest.raises(OSError, match="Broken pipe"):
         broadcast.send(LONG)
     broadcast.close()

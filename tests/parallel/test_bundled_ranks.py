@@ -18,7 +18,7 @@ QUESTIONS = (
 
 
 def answers(native_cache: Path, *overrides: str) -> tuple[list[str], dict[str, float], str]:
-    """To every question, greedily; with the metrics and the log."""
+    """Greedy answers to every question, with the metrics and the log."""
     common: dict[str, Any] = {"model": BUNDLED_ALIAS, "temperature": 0, "max_tokens": 32}
     with LiveServer(
         "model.dtype=float32",

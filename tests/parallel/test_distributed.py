@@ -18,7 +18,7 @@ WAIT = 60.0
 
 
 def reduced(folder: Path, parts: Tensor) -> list[Tensor]:
-    """What every rank has for the sum of `parts` [ranks, T, H]."""
+    """Every rank's sum of `parts` [ranks, T, H]."""
     size = len(parts)
 
     def on_rank(rank: int) -> Tensor:
@@ -30,7 +30,7 @@ def reduced(folder: Path, parts: Tensor) -> list[Tensor]:
 
 
 class Known:
-    """What a group's constructor asks of a process group."""
+    """The part of a process group that a group's constructor uses."""
 
     def __init__(self, size: int) -> None:
         self.size = lambda: size

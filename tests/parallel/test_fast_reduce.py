@@ -1,4 +1,4 @@
-"""Which all-reduce serves which size; the operations themselves need several GPUs."""
+"""Which all-reduce is used for which size; the operations themselves need several GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes say what one says: same tokens, whatever is asked for and however it is run."""
+"""Several ranks give the tokens of one rank, for all kinds of requests and settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def table() -> list[Request]:
 
 
 def growing() -> list[Request]:
-    """Requests that need few blocks at first and many in the end."""
+    """Requests that need few blocks at first and many at the end."""
     return [
         ask(f"long-{n}", prompt(10, n), max_tokens=50, temperature=1.0, seed=n, ignore_eos=True)
         for n in range(4)
@@ -59,7 +59,7 @@ def growing() -> list[Request]:
 
 @dataclass(frozen=True)
 class Group:
-    """Several ranks, and what one says."""
+    """Several ranks, and the texts of one rank."""
 
     ranks: Ranks
     truth: dict[str, Completion]
@@ -70,7 +70,7 @@ class Group:
             assert_same(name, record, self.truth[name])
 
     def swap(self, name: str | None) -> None:
-        """Draft with another head; waits until it is used."""
+        """Swap the draft head and wait until the new one is in use."""
         core = self.ranks.engine.core
         if core.info.draft is None and name is None:
             return
@@ -125,7 +125,7 @@ def group(
     tmp_path_factory: pytest.TempPathFactory,
     native_cache: Path,
 ) -> Iterator[Group]:
-    """Two ranks in every run; three and four where tests marked `parallel` run."""
+    """Two ranks in every run; three and four if tests marked `parallel` run."""
     size = request.param
     made = make(tmp_path_factory.mktemp(f"ranks-{size}"), size)
     with started(made.model, native_cache, "speculation.draft=null") as one, one.core() as core:
@@ -182,7 +182,7 @@ def test_drafts_found_in_the_text_are_the_same_on_all_ranks(group: Group, head: 
     ],
     ids=["chunks-of-17", "chunks-of-5", "three-rows-no-prefix-cache"],
 )
-def test_chunks_and_company_do_not_show(group: Group, limits: dict[str, int]) -> None:
+def test_chunks_and_batches_do_not_change_texts(group: Group, limits: dict[str, int]) -> None:
     group.swap("eagle")
     with group.ranks.core(CyclingPlanner(MIXED), **limits) as core:
         group.check(generate(core, table(), per_step=2))
@@ -204,7 +204,7 @@ def test_what_is_found_in_the_prefix_cache_serves_all_ranks(group: Group) -> Non
         assert core.stats().prefix_hits > 300
 
 
-def test_aborted_neighbours_do_not_show(group: Group) -> None:
+def test_aborted_neighbours_do_not_change_texts(group: Group) -> None:
     group.swap("eagle")
     names = [request.request_id for request in table()]
     kept, gone = {name: Completion() for name in names[::2]}, iter(names[1::2])
@@ -226,8 +226,8 @@ def test_few_rows_leave_ranks_without_any_to_sample(group: Group) -> None:
             group.check(generate(core, [request]))
 
 
-def test_a_head_swapped_while_rows_run_does_not_show(group: Group) -> None:
-    """Of the engine's own core, which plans for the new head from the swap on."""
+def test_a_head_swapped_while_rows_run_does_not_change_texts(group: Group) -> None:
+    """Uses the engine's own core, which plans for the new head after the swap."""
     group.swap(None)
     core, swapper = group.ranks.engine.core, group.ranks.engine.swapper
     heard = {request.request_id: Completion() for request in table()}

@@ -1,4 +1,4 @@
-"""What clients see when a rank is killed or hangs, and what becomes of the others."""
+"""What clients see when a rank is killed or hangs, and what happens to the other ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENDLESS = SHORT | {"max_tokens": MAX_LEN - 100, "extra_body": {"ignore_eos": Tru
 
 @pytest.fixture(scope="module")
 def wish(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rank 1 runs out of the memory that is written here."""
+    """A file: rank 1 runs out of the kind of memory that is written in it."""
     return tmp_path_factory.mktemp("wish") / "wish"
 
 
@@ -36,7 +36,7 @@ def wish(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(
     tmp_path_factory: pytest.TempPathFactory, native_cache: Path, wish: Path
 ) -> Iterator[LiveServer]:
-    """Three ranks behind a port; each test leaves them serving."""
+    """A server with three ranks; each test leaves it serving."""
     base = tmp_path_factory.mktemp("failures")
     build_ops("auto", torch.device("cpu"), torch.float32, 1, native_cache)  # compiled once, here
     spec = TinyLlama(
@@ -68,7 +68,7 @@ def server(
 
 
 def ranks(server: LiveServer) -> list[int]:
-    """Rank 0, which is the engine's process, and its followers."""
+    """Process ids of rank 0 (the engine process) and its followers."""
     return [server.engine_pid, *sorted(children(server.engine_pid))]
 
 
@@ -77,15 +77,15 @@ def text_of(server: LiveServer) -> str:
 
 
 def check_service(server: LiveServer, since: int, before: str, lost: list[int]) -> None:
-    """Other ranks say what the `lost` ones said; `since`: how long the log was before."""
-    server.log.wait_for("3 ranks over gloo", since)  # asking all the time would slow their start
+    """New ranks give the same text as the `lost` ones. `since`: earlier length of the log."""
+    server.log.wait_for("3 ranks over gloo", since)  # polling would slow their start
     server.wait_status("/ready", 200)
     assert set(ranks(server)).isdisjoint(lost)
     assert text_of(server) == before
 
 
 def check_lost(server: LiveServer, strike: Callable[[list[int]], None]) -> None:
-    """Harm the ranks below many streams: all of them end with an error, no rank is left, and
+    """Harm the ranks during many streams: all streams end with an error, no rank is left, and
     service resumes with the same text."""
     before, client, since = text_of(server), server.client(), len(server.log.text())
     lost = ranks(server)
@@ -106,7 +106,7 @@ def check_lost(server: LiveServer, strike: Callable[[list[int]], None]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """At once: whoever sees the file sees all of it."""
+    """Write a file atomically, so that readers see all of it."""
     draft = path.with_suffix(".draft")
     draft.write_text(text, encoding="utf-8")
     draft.rename(path)

@@ -1,4 +1,4 @@
-"""Another draft head for several ranks: all of them have it, or none does."""
+"""Swapping the draft head of several ranks: all of them use the new one, or none does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Group:
         return answers[0]
 
     def check_text(self) -> int:
-        """Run the requests; how many nodes were drafted for them."""
+        """Run the requests and check their texts; returns how many nodes were drafted."""
         core = self.ranks.engine.core
         before, heard = core.stats(), {request.request_id: Completion() for request in REQUESTS}
         for request in REQUESTS:
@@ -78,7 +78,7 @@ def test_ranks_measure_a_new_head_beside_their_rows(group: Group) -> None:
     group.check_text()
 
 
-def test_a_head_that_cannot_be_loaded_is_nobodys(group: Group) -> None:
+def test_a_head_that_one_rank_cannot_load_is_used_by_none(group: Group) -> None:
     broken = group.base / "broken"
     shutil.copytree(group.base / "copied", broken)
     config = json.loads((broken / "config.json").read_text(encoding="utf-8"))

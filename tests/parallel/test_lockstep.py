@@ -37,7 +37,7 @@ def plans_of(kinds: str) -> list[StepPlan]:
 
 
 class Says:
-    """Emits 7 at every step; after the first two, what `later` says."""
+    """Emits 7 in the first two steps, then `later`."""
 
     def __init__(self, later: int) -> None:
         self._later = later
@@ -55,7 +55,7 @@ class Says:
 
 
 def lead(executor: Executor, plans: Sequence[StepPlan]) -> None:
-    """As rank 0's core does: a step is waited for at once, unless the next one is ahead."""
+    """As rank 0's core does: collect a step at once, unless the next one is ahead."""
     flight: Launched | None = None
     for plan, following in pairwise([*plans, StepPlan()]):
         launched = executor.launch(plan)
@@ -74,8 +74,8 @@ def follow(executor: Executor, plans: Sequence[StepPlan]) -> None:
 
 
 def run_steps(kinds: str, later: int) -> list[tuple[str | None, int]]:
-    """What two ranks raise that compare every two steps, of which the second says `later` after two
-    steps; and how many steps each has launched."""
+    """Run two ranks that compare every two steps; the second emits `later` after two steps. Returns
+    what each raised, and how many steps it launched."""
     plans = plans_of(kinds)
 
     def on_rank(group: ThreadGroup) -> tuple[str | None, int]:
@@ -95,7 +95,7 @@ KINDS = ["pppppppp", "paaaaaaa", "papapapa", "ppaapaaa"]
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_ranks_that_agree_go_on(kinds: str) -> None:
+def test_ranks_that_agree_continue(kinds: str) -> None:
     assert run_steps(kinds, later=7) == [(None, 8)] * 2
 
 
@@ -103,10 +103,10 @@ def test_ranks_that_agree_go_on(kinds: str) -> None:
     ("kinds", "steps", "launched"),
     [
         ("pppppppp", "2 of 4", 4),
-        ("paaaaaaa", "2 of 4", 5),  # one is in flight where ranks compare
+        ("paaaaaaa", "2 of 4", 5),  # one step is in flight when ranks compare
         ("papapapa", "2 of 4", 4),
         ("ppaapaaa", "2 of 4", 4),
-        ("paapaaaa", "3 of 3", 3),  # what was in flight is collected before a plan not ahead
+        ("paapaaaa", "3 of 3", 3),  # before a plan that is not ahead, all steps are collected
     ],
 )
 def test_another_token_on_one_rank_is_noticed_by_all_at_the_next_check(
@@ -144,7 +144,7 @@ def test_a_follower_launches_a_plan_that_is_ahead_before_it_collects_the_one_bef
 
 
 @pytest.mark.parametrize("scratch", [False, True])
-def test_followers_hear_of_a_step_when_it_is_launched_and_nothing_when_it_is_collected(
+def test_followers_get_a_step_when_it_is_launched_and_nothing_when_it_is_collected(
     scratch: bool,
 ) -> None:
     broadcast, ((follower, _),) = connected(1)
@@ -200,7 +200,7 @@ def test_ranks_agree_on_the_smallest() -> None:
     assert run_ranks(3, lambda group: smallest(7 - group.rank, group)) == [5, 5, 5]
 
 
-def test_followers_say_who_cannot_load_a_head_and_why() -> None:
+def test_followers_report_which_rank_cannot_load_a_head_and_why() -> None:
     broadcast, followers = connected(3)
     orders = Orders(broadcast)
     orders.load_draft("/heads/new")

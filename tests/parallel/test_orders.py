@@ -1,4 +1,4 @@
-"""Orders arrive as they were sent; what a step costs on the wire stays small."""
+"""Orders arrive unchanged, and a step needs few bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = (ROOT, chain(2), chain(2), DynamicShape("dynamic5", 5, 2, 2), ROOT)
 
 
 def through_bytes(plan: StepPlan) -> tuple[StepPlan, int]:
-    """The plan as a follower gets it, and how many bytes it takes."""
+    """The plan as a follower gets it, and its size in bytes."""
     frame = msgspec.msgpack.encode(RunStep(plan))
     order = msgspec.msgpack.decode(frame, type=Order)
     assert isinstance(order, RunStep)
@@ -41,7 +41,7 @@ def through_bytes(plan: StepPlan) -> tuple[StepPlan, int]:
 
 
 class Relay:
-    """Sends every plan through bytes before it is carried out."""
+    """Encodes and decodes every plan before it runs."""
 
     def __init__(self, executor: FakeExecutor) -> None:
         self.plans: list[StepPlan] = []

@@ -1,4 +1,4 @@
-"""A Llama cut over ranks computes what it computes on one."""
+"""A Llama cut over ranks gives the same results as on one rank."""
 
 from __future__ import annotations
 
@@ -52,13 +52,12 @@ CASES = {
 
 
 def packed(model: Llama, ops: Ops, group: TPGroup, shard: Shard) -> PackedModel:
-    """One rank's model over pages full of NaN."""
+    """One rank's model with a KV cache full of NaN."""
     return PackedModel(model, ops, torch.float32, NUM_BLOCKS, group=group, shard=shard)
 
 
 def run(ranked: PackedModel) -> list[Tensor]:
-    """Logits [T, V] of chunks of two prompts, in one batch with each other, then a token of
-    both."""
+    """Logits [T, V] of chunks of two prompts in one batch, then of one more token of each."""
     vocab = ranked.model.arch.vocab_size
     one, two = ([at * step % vocab for at in range(1, 40)] for step in (7, 11))
     steps = [

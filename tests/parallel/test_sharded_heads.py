@@ -1,4 +1,4 @@
-"""A draft head over ranks, cut or whole on each, computes what it computes on one."""
+"""A draft head over ranks, cut or replicated, gives the same results as on one rank."""
 
 from __future__ import annotations
 

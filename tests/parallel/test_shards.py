@@ -1,4 +1,4 @@
-"""Every element of a model lands where it belongs, once, whatever the number of ranks."""
+"""Every element of a model is loaded exactly where it belongs, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B, PUBLISHED
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 DEGREES = (1, 2, 4, 8)
-NARROW = 16  # hidden size of models whose every element is looked at
+NARROW = 16  # hidden size of models of which every element is checked
 
 
 class Taken:
-    """A stored tensor without contents; remembers which rectangles were read."""
+    """A stored tensor without contents that records which rectangles were read."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -41,7 +41,7 @@ class Taken:
         return torch.empty(shape, dtype=torch.bfloat16, device=META)
 
     def copies(self) -> set[int]:
-        """How often the elements were read: one number if all as often."""
+        """How often elements were read: a single number if all were read equally often."""
         cut = [side for side in range(len(self.shape)) if self._is_cut(side)]
         assert len(cut) <= 1, "cut along two sides"
         side = cut[0] if cut else 0
@@ -79,13 +79,13 @@ def test_every_published_tensor_is_read_once_over_all_ranks(
 
 
 def narrow(config: dict[str, Any]) -> LlamaArch:
-    """One layer with all sizes that are cut as published."""
+    """One layer of a published model; sizes that are not cut are small."""
     arch = LlamaArch.from_hf_config(config)
     return dataclasses.replace(arch, hidden_size=NARROW, num_layers=1)
 
 
 def numbered(arch: LlamaArch) -> dict[str, Tensor]:
-    """Every element of every tensor is another whole number, which float32 holds exactly."""
+    """Every element of every tensor is a different integer, exact in float32."""
     tensors, first = {}, 0
     for key, shape in expected_tensors(arch).items():
         size = torch.Size(shape).numel()

@@ -1,4 +1,4 @@
-"""Several ranks say what one says in padded steps too, one by one and ahead of the host."""
+"""Several ranks give the texts of one rank in padded steps too, with and without running ahead."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def table() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> dict[str, Completion]:
-    """What one rank says without drafts, in exact steps."""
+    """The texts of one rank without drafts, in exact steps."""
     return answer(configure(folder, None), Way(), table(), FixedPlanner()).texts
 
 
@@ -127,7 +127,7 @@ def test_padded_steps_of_several_ranks_say_what_one_rank_says(
     ],
     ids=["chunked", "preempted", "uncached"],
 )
-def test_company_and_memory_do_not_show_where_ranks_run_ahead(
+def test_batches_and_memory_do_not_change_texts_where_ranks_run_ahead(
     folder: Path, truth: dict[str, Completion], overrides: list[str]
 ) -> None:
     config = configure(folder, "eagle", *overrides)
@@ -150,8 +150,8 @@ def test_drafts_found_in_the_text_are_the_same_on_ranks_that_run_ahead(
     assert any(row.draft for plan in heard.plans for row in plan.rows)
 
 
-def test_followers_that_run_ahead_are_told_nothing_but_plans(folder: Path) -> None:
-    """Of a step in flight a plan holds no token: every rank has drawn it itself."""
+def test_followers_that_run_ahead_get_nothing_but_plans(folder: Path) -> None:
+    """A plan holds no token of a step in flight: every rank has drawn it itself."""
     way = Way(4, PADDED, run_ahead=True)
     heard = answer(configure(folder, None), way, table()[:4], FixedPlanner())
     one, *others = heard.orders
@@ -169,7 +169,7 @@ def test_followers_that_run_ahead_are_told_nothing_but_plans(folder: Path) -> No
             assert row.draft == ()
 
 
-def test_a_head_swapped_with_a_step_in_flight_does_not_show(
+def test_a_head_swapped_with_a_step_in_flight_does_not_change_texts(
     folder: Path, truth: dict[str, Completion]
 ) -> None:
     texts = {request.request_id: Completion() for request in table()}

@@ -1,4 +1,4 @@
-"""Configurations are read strictly: what would need other arithmetic is refused by name."""
+"""Configurations are read strictly: unsupported arithmetic is refused by name."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(name: str, values: np.ndarray, spec: TinyLlama) -> np.ndarray:
-    """As llama.cpp's converter lays out q and k: rows i and i + D/2 become neighbours."""
+    """q and k in the layout of llama.cpp's converter: rows i and i + D/2 become neighbours."""
     heads = {"q": spec.num_heads, "k": spec.num_kv_heads}.get(name.rpartition("_proj")[0][-1:])
     if heads is None:
         return values
@@ -51,7 +51,7 @@ def write(
     arch: str = "llama",
     **fields: Any,
 ) -> dict[str, torch.Tensor]:
-    """A whole tiny model; returns what each tensor must read as, under Hugging Face names."""
+    """Write a whole tiny model; returns the tensors that must be read, by Hugging Face name."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(spec.num_layers)
     writer.add_context_length(spec.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""What counts as a model, and what is said when it is none."""
+"""What counts as a model, and the errors for everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors are read in part, and what is loaded can be counted."""
+"""Tensors are read in part, and the bytes of a model are counted."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_tensor_that_is_held_twice_counts_once() -> None:
     assert held_bytes(Part(shared, ()), (inner, inner)) == 30 + 28
 
 
-def test_progress_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_is_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     def clock() -> Iterator[float]:
         seconds = 0.0
         while True:

@@ -1,4 +1,4 @@
-"""Blocks: who holds them, which free one goes first, and that the audit sees faults."""
+"""Blocks: their holders, the order of the free list, and the faults that the audit sees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.kv.block_pool import BlockPool
 
 
 def emptied(pool: BlockPool) -> list[int]:
-    """Take every free block, in the order the pool gives them out."""
+    """Take every free block, in the order in which the pool gives them out."""
     return [pool.take() for _ in range(pool.num_free)]
 
 
@@ -77,7 +77,7 @@ def test_content_that_is_known_stays_where_it_is() -> None:
     pool.publish(second, b"x")
     assert pool.share(b"x") == first
     pool.give_back(second)
-    assert pool.take() == second  # it goes without taking the content along
+    assert pool.take() == second  # its content stays with the other block
     assert pool.contains(b"x")
 
 
@@ -152,7 +152,7 @@ def test_the_audit_sees_a_difference_to_the_holders(holders: dict[int, int]) -> 
 
 
 class PoolModel(RuleBasedStateMachine):
-    """The pool against a list: free blocks in order, holders by id, contents by block."""
+    """Compares the pool with a list: free blocks in order, holders by id, contents by block."""
 
     def __init__(self) -> None:
         super().__init__()

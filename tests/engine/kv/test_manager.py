@@ -1,4 +1,4 @@
-"""Blocks of sequences: prefix hits, growth, publication, release."""
+"""Blocks of sequences: prefix hits, growth, publishing, release."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def manager(num_blocks: int = 8, prefix_caching: bool = True) -> KVManager:
 
 
 def computed(kv: KVManager, name: str, token_ids: list[int], num_computed: int) -> Sequence:
-    """A sequence whose first `num_computed` tokens have been run."""
+    """A sequence whose first `num_computed` tokens are computed."""
     seq = sequence(name, token_ids)
     assert kv.start(seq, len(token_ids), match=True) is not None
     seq.num_computed = num_computed
@@ -31,7 +31,7 @@ def computed(kv: KVManager, name: str, token_ids: list[int], num_computed: int) 
 
 
 def chain(token_ids: list[int]) -> list[bytes]:
-    """Contents of the whole blocks of a sequence."""
+    """Contents of the full blocks of a sequence."""
     contents, parent = [], ROOT
     for start in range(0, len(token_ids) - SIZE + 1, SIZE):
         parent = chained_hash(parent, token_ids[start : start + SIZE])
@@ -44,7 +44,7 @@ TOKENS = st.lists(st.integers(0, 2**32 - 1), min_size=3 * SIZE, max_size=3 * SIZ
 
 @settings(deadline=None, derandomize=True)
 @given(TOKENS, st.integers(0, 3 * SIZE - 1), st.integers(1, 2**32 - 1))
-def test_a_changed_token_changes_its_block_and_all_behind_and_none_before(
+def test_a_changed_token_changes_its_block_and_all_after_and_none_before(
     token_ids: list[int], place: int, change: int
 ) -> None:
     changed = list(token_ids)
@@ -73,7 +73,7 @@ def test_capacity_and_usage() -> None:
     assert kv.usage == 0.0
 
 
-def test_start_reserves_the_slots_beyond_the_hit_but_none_behind_the_last_token() -> None:
+def test_start_reserves_the_slots_after_the_hit_but_none_after_the_last_token() -> None:
     kv = manager()
     kv.release(computed(kv, "a", list(range(10)), 10))
     seq = sequence("b", list(range(20)))
@@ -85,9 +85,7 @@ def test_start_reserves_the_slots_beyond_the_hit_but_none_behind_the_last_token(
 
 
 @pytest.mark.parametrize(("other", "cached"), [(0, 0), (3, 0), (4, 4), (7, 4), (8, 8), (11, 8)])
-def test_a_hit_ends_with_the_block_in_front_of_the_first_other_token(
-    other: int, cached: int
-) -> None:
+def test_a_hit_ends_with_the_block_before_the_first_other_token(other: int, cached: int) -> None:
     kv = manager()
     kv.release(computed(kv, "a", list(range(12)), 12))
     token_ids = list(range(13))
@@ -95,7 +93,7 @@ def test_a_hit_ends_with_the_block_in_front_of_the_first_other_token(
     assert kv.start(sequence("b", token_ids), 13, match=True) == cached
 
 
-def test_equal_tokens_behind_another_prefix_are_no_hit() -> None:
+def test_equal_tokens_after_another_prefix_are_no_hit() -> None:
     kv = manager()
     kv.release(computed(kv, "a", [1] * SIZE + [2] * SIZE, 8))
     assert kv.start(sequence("b", [3] * SIZE + [2] * SIZE + [5]), 9, match=True) == 0
@@ -175,7 +173,7 @@ def test_release_leaves_lists_of_earlier_plans_alone() -> None:
     assert (planned, seq.block_ids) == ([0, 1], [])
 
 
-def test_two_sequences_that_computed_the_same_tokens_both_go_on() -> None:
+def test_two_sequences_that_computed_the_same_tokens_both_continue() -> None:
     kv = manager()
     first = sequence("a", list(range(9)))
     second = sequence("b", list(range(9)))
@@ -190,7 +188,7 @@ def test_two_sequences_that_computed_the_same_tokens_both_go_on() -> None:
     kv.audit([])
 
 
-def test_the_audit_sees_a_sequence_that_is_not_told_of() -> None:
+def test_the_audit_sees_a_sequence_that_is_missing_from_its_list() -> None:
     kv = manager()
     first = computed(kv, "a", list(range(5)), 5)
     second = computed(kv, "b", list(range(50, 55)), 5)

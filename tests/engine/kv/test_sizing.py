@@ -1,4 +1,4 @@
-"""How much memory a cache may take, as /proc and cgroup v2 tell it."""
+"""How much memory a cache may take, according to /proc and cgroup v2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AVAILABLE = 2000 * 1024
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `meminfo` and, below `cgroup`, what a test writes there."""
+    """A folder with `meminfo`, and `cgroup` with the files that a test writes."""
     (tmp_path / "cgroup").mkdir()
     (tmp_path / "meminfo").write_text(MEMINFO)
     monkeypatch.setattr(sizing, "MEMINFO", tmp_path / "meminfo")
@@ -67,7 +67,7 @@ def test_cached_files_do_not_count_as_used(machine: Path, stat: str, free: int) 
     assert sizing.free_bytes(CPU) == free
 
 
-def test_a_kernel_that_does_not_tell_is_an_error_that_says_so(machine: Path) -> None:
+def test_a_kernel_without_memavailable_is_a_clear_error(machine: Path) -> None:
     (machine / "meminfo").write_text("MemTotal: 16000 kB\n")
     with pytest.raises(OSError, match="meminfo has no MemAvailable"):
         sizing.free_bytes(CPU)

@@ -1,4 +1,4 @@
-"""Our forward against transformers in float32, on tiny random models of every shape we claim."""
+"""Compares our forward with transformers in float32, on tiny models of every supported shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft head that fails while steps run ahead costs speed alone."""
+"""A draft head that fails while steps run ahead costs only speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forms and host inputs of a step, against one row after the other in plain Python."""
+"""Compares forms and host inputs of a step with plain Python, row by row."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def built(builder: InputBuilder, plan: StepPlan) -> tuple[StepForm, StepInputs]:
 
 
 def of_requests(*params: dict[str, Any], exact: bool, prompt: int = 9) -> InputBuilder:
-    """Line by line a request with these parameters."""
+    """One line per request, with these parameters."""
     ids = list(range(prompt))
     return builder_of(
         [Admission(line, ask(f"{line}", ids, **each)) for line, each in enumerate(params)],
@@ -165,7 +165,7 @@ def test_a_form_has_the_parts_that_its_rows_ask_for(seed: int, exact: bool) -> N
 def test_usual_decode_steps_have_forms_that_were_foreseen(
     count: int, params: dict[str, Any], shape: Any
 ) -> None:
-    """Captured before the first request: a form that is missed costs a slow step later."""
+    """They are captured before the first request; a missed form costs a slow step later."""
     builder = of_requests(*[params] * NUM_LINES, exact=False)
     foreseen = list(builder.likely_forms([ROOT, shape]))
     rows = tuple(decoding(line, shape.num_nodes - 1) for line in range(count))
@@ -252,7 +252,7 @@ def test_each_row_has_the_bias_entries_of_its_line(seed: int, exact: bool) -> No
 def test_what_holds_endings_back_depends_on_the_token_that_is_drawn(
     num_tokens: int, num_bias: int
 ) -> None:
-    """Not on where the chunk begins that computes the text before it."""
+    """It does not depend on where the last chunk of the prompt begins."""
     builder = of_requests({"min_tokens": 2}, exact=True, prompt=9)
     row = RowPlan(
         line=0,

@@ -1,4 +1,4 @@
-"""Where everything lies among the packed tokens of a step, against loops over the plan."""
+"""Compares the layout of the packed tokens of a step with loops over the plan."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_values_are_kept_in_parts_and_spread_to_rows(spare: int | None) -> None:
 
 @dataclass
 class Case:
-    """A random step: rows, their trees, and what the walk over them finds."""
+    """A random step: rows, their trees and their block tables."""
 
     rows: tuple[RowPlan, ...]
     form: StepForm
     layout: Layout
     trees: list[tuple[list[int], list[int]]]  # parents and tokens, by row of the plan
     tables: list[list[int]]  # blocks, by row of the plan
-    firsts: list[int] = field(default_factory=list)  # where rows begin among all tokens
+    firsts: list[int] = field(default_factory=list)  # index of each row's first token among all
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +128,7 @@ def layout_of(
 
 
 def wider(tree: DraftTree, width: int, depth: int) -> DraftTree:
-    """With anything where nodes are unused."""
+    """The tree with more columns and arbitrary values in unused nodes."""
     inside = torch.arange(width) < tree.sizes[:, None]
 
     def wide(part: Tensor, unused: int) -> Tensor:
@@ -188,7 +188,7 @@ def test_the_target_gets_own_tokens_and_then_the_nodes_of_every_row(
 
 
 def assert_padding(tokens: Tensor, slots: Tensor, masks: Tensor) -> None:
-    """What belongs to no row goes to scratch, no two neighbours to one slot."""
+    """Padding goes to the scratch block, and no two neighbours to the same slot."""
     assert set(tokens.tolist()) <= {0}
     assert set(masks.tolist()) <= {0}
     assert all(SCRATCH * BLOCK <= slot < (SCRATCH + 1) * BLOCK for slot in slots.tolist())
@@ -219,8 +219,8 @@ def test_every_node_is_found_among_the_tokens(seed: int, decodes: bool, exact: b
 
 
 def random_result(rng: random.Random, case: Case) -> VerifyResult:
-    """A path in every tree, and tokens emitted along it. A row that does not sample emits the token
-    that is known to follow, and so is told."""
+    """A path in every tree, and tokens emitted along it. A row that does not sample emits its next
+    prompt token."""
     width = case.layout.tree.max_depth + 1
     paths, emitted = [], []
     for at, row in enumerate(case.rows):
@@ -295,7 +295,7 @@ def test_committed_are_all_tokens_that_follow_a_computed_one_and_have_a_slot(
 
 
 def test_rows_that_reach_the_end_of_their_slots_are_among_the_cases() -> None:
-    """What the test above is for."""
+    """Otherwise the test above would miss them."""
     cut = 0
     for seed in range(25):
         case = case_of(seed, exact=True, decodes=True)

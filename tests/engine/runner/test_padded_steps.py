@@ -1,4 +1,4 @@
-"""Steps packed as on a device, whose host sees nothing, give what steps of exact sizes give."""
+"""Padded steps, as on a GPU, give the same results as steps of exact sizes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def admission(line: int) -> Admission:
 
 
 def with_blocks(row: RowPlan, first: int, blocks: tuple[int, ...]) -> RowPlan:
-    """The next row of its line, at the end of the first one's tokens."""
+    """The line's next row, at position 1, with new blocks after its first `first` ones."""
     return msgspec.structs.replace(row, start=1, first_block=first, new_blocks=blocks)
 
 
@@ -75,7 +75,7 @@ def texts_of(core: EngineCore, only: slice = slice(None)) -> dict[str, list[int]
 
 @pytest.fixture
 def forms(monkeypatch: pytest.MonkeyPatch) -> list[StepForm]:
-    """Of the padded steps that were run."""
+    """The forms of the padded steps that ran."""
     seen: list[StepForm] = []
     launch = DeviceSteps.launch
 
@@ -128,7 +128,7 @@ def test_texts_and_drafts_are_those_of_exact_steps(
     ],
     ids=["chunked", "preempted", "six-rows"],
 )
-def test_changing_shapes_company_and_memory_do_not_show(
+def test_changing_shapes_batches_and_memory_do_not_change_texts(
     lab: HeadLab, plain: dict[str, list[int]], changes: dict[str, Any], forms: list[StepForm]
 ) -> None:
     shapes = (*SHAPES.values(), chain(1), ROOT)
@@ -203,7 +203,7 @@ PLAIN = ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)
 def test_a_step_is_one_copy_each_way_and_no_wait(
     lab: HeadLab, shape: TreeShape, request_: Request
 ) -> None:
-    """The second and later steps of a form: the first makes its buffers."""
+    """From the second step of a form on: the first allocates its buffers."""
     counts = []
     lookup = request_.request_id == "looked up"
     budget = 20 if request_.request_id == "in chunks" else 64
@@ -257,7 +257,7 @@ def feature_requests(feature: str) -> list[Request]:
 def test_every_feature_is_part_of_the_step(
     lab: HeadLab, feature: str, shape: TreeShape, forms: list[StepForm]
 ) -> None:
-    """With neighbours that lack it, prompts in chunks, and everything that clients hear."""
+    """With neighbours that lack it and prompts in chunks; compares everything that clients get."""
     small = replace(lab, engine=replace(lab.engine, max_num_batched_tokens=24))
     usual, _ = small.build(FixedPlanner(shape))
     expected = generate(usual, feature_requests(feature), per_step=1)
@@ -312,7 +312,7 @@ def test_drafts_found_in_the_text_are_part_of_the_step(
     assert any(form.num_known for form in forms)
 
 
-def test_the_pretended_device_sees_what_must_not_be() -> None:
+def test_the_pretended_device_sees_forbidden_operations() -> None:
     with PretendDevice() as device:
         there, here = torch.ones(3).to(pretend_device.DEVICE), torch.ones(3)
         with pytest.raises(RuntimeError, match="of the host and of the device"):

@@ -1,4 +1,4 @@
-"""Steps launched before the host has heard of the one before give the texts of ordinary steps."""
+"""Steps launched before the outcome of the last one is known give the texts of ordinary steps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ahead(lab: HeadLab, **changes: Any) -> HeadLab:
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
-    """What was launched, in order."""
+    """The launched plans, in order."""
     seen: list[StepPlan] = []
     launch = ModelRunner.launch
 
@@ -122,7 +122,7 @@ def test_texts_are_those_of_ordinary_steps(
     ],
     ids=["chunked", "preempted", "uncached", "queued"],
 )
-def test_company_and_memory_do_not_show(
+def test_batches_and_memory_do_not_change_texts(
     lab: HeadLab, plain: dict[str, Completion], changes: dict[str, Any], plans: list[StepPlan]
 ) -> None:
     shapes = (*SHAPES.values(), chain(1), ROOT)
@@ -148,7 +148,7 @@ def known_requests(**params: Any) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def truth(lab: HeadLab) -> list[list[int]]:
-    """Prompts and what follows them, beyond any end of text."""
+    """Prompts with their continuations, beyond any end of text."""
     heard = generate(lab.engine.build(), known_requests(ignore_eos=True))
     return [[*prompt, *heard[f"{at}"].token_ids] for at, prompt in enumerate(PROMPTS)]
 
@@ -168,7 +168,7 @@ def knowing(lab: HeadLab, truth: list[list[int]], planner: Planner, **changes: A
 def test_ends_in_the_middle_of_accepted_paths_are_those_of_plain_decoding(
     lab: HeadLab, truth: list[list[int]], shape: TreeShape, params: dict[str, Any]
 ) -> None:
-    """And what was computed behind an end is counted for nobody."""
+    """And tokens computed after an end are not counted."""
     ends = frozenset({text[-at * 3 - 8] for at, text in enumerate(truth)})
     usual = replace(lab.engine, eos_token_ids=ends).build()
     expected = generate(usual, known_requests(**params))
@@ -184,11 +184,11 @@ def test_ends_in_the_middle_of_accepted_paths_are_those_of_plain_decoding(
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_arrives_and_is_aborted_when(
+def test_random_arrivals_and_aborts_do_not_change_texts(
     lab: HeadLab, truth: list[list[int]], seed: int, plans: list[StepPlan]
 ) -> None:
-    """Two waves, the second with prompts that the first left in the prefix cache: what ran on
-    behind the end of a row must not have changed them."""
+    """Two waves, the second with prompts that the first left in the prefix cache: steps that ran
+    after the end of a row must not have changed them."""
     rng = random.Random(seed)
     changes = {
         "num_blocks": rng.choice([9, 14, 128]),
@@ -228,7 +228,7 @@ def with_prompt(request: Request, prompt: list[int]) -> Request:
 def play(
     core: EngineCore, waiting: list[Request], heard: dict[str, Completion], rng: random.Random
 ) -> None:
-    """Submit at random moments; abort some, as a front end does at a stop string."""
+    """Submit at random times; abort some, as a front end does at a stop string."""
     left = list(waiting)
     stops = {request.request_id: rng.randrange(1, 60) for request in waiting}
     while left or core.has_work():
@@ -288,7 +288,7 @@ def test_an_id_may_come_back_while_its_round_is_in_flight(
 
 
 def test_landing_takes_in_what_is_in_flight(lab: HeadLab, truth: list[list[int]]) -> None:
-    """Before a draft head is swapped, say. Nothing that it brings is lost."""
+    """For example before a draft head is swapped. None of its events is lost."""
     core = knowing(lab, truth, FixedPlanner(chain(3)))
     record = Completion()
     core.add(Submit(known_requests()[0]))
@@ -313,7 +313,7 @@ def test_what_is_left_in_flight_is_work(lab: HeadLab, truth: list[list[int]]) ->
     assert core._flight is None
 
 
-def test_what_has_landed_is_heard_although_all_is_aborted(
+def test_collected_events_are_returned_although_all_is_aborted(
     lab: HeadLab, truth: list[list[int]]
 ) -> None:
     core = knowing(lab, truth, FixedPlanner(chain(3)))
@@ -331,7 +331,7 @@ def test_what_has_landed_is_heard_although_all_is_aborted(
 def test_steps_ahead_and_looked_up_drafts_take_turns(
     lab: HeadLab, plans: list[StepPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each way is tried, and neither shows in the text."""
+    """Both ways are tried, and neither changes the text."""
     monkeypatch.setattr(pace, "PROBE_EVERY", 6)
     monkeypatch.setattr(pace, "PROBE_STEPS", 3)
     asked = [
@@ -347,7 +347,7 @@ def test_steps_ahead_and_looked_up_drafts_take_turns(
 
 
 class LateFetch(transfer.Fetch):
-    """Nothing has arrived before somebody waited for it."""
+    """Nothing arrives before `wait` is called."""
 
     order: list[str]
 
@@ -367,7 +367,7 @@ class LateFetch(transfer.Fetch):
 def test_a_round_is_launched_before_the_wait_for_the_one_before(
     lab: HeadLab, shape: TreeShape, monkeypatch: pytest.MonkeyPatch, plans: list[StepPlan]
 ) -> None:
-    """And there is still one copy each way, and no other wait."""
+    """There is still one copy each way and no other wait."""
     asked = [ask(f"{at}", [3, 4, 5 + at], max_tokens=30, seed=1, temperature=1.0) for at in (0, 1)]
     expected = generate(lab.engine.build(), asked)
     plans.clear()

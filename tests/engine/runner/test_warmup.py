@@ -1,4 +1,4 @@
-"""Steps that are measured before the first request, on caches of any size."""
+"""Steps are measured before the first request, on caches of any size."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_any_cache_can_be_measured_and_is_clean_afterwards(
 
 @dataclass
 class Compiling:
-    """The first step of each shape with drafts takes long, as if something were compiled."""
+    """The first step with drafts of each shape is slow, as if kernels were compiled."""
 
     now: float = 0.0
     seen: set[TreeShape] = field(default_factory=set)

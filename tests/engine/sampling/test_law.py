@@ -1,4 +1,4 @@
-"""Tokens drawn by the sampler follow the law that was asked for (chi-square tests).
+"""Tokens drawn by the sampler follow the requested distribution (chi-square tests).
 
 Seeds and positions are fixed, so a test either always passes or never does. The critical value
 leaves one false alarm in a million.
@@ -34,7 +34,7 @@ def critical(freedom: int) -> float:
 
 
 def rows(params: SamplingParams, num: int, *, along: str) -> list[Text]:
-    """`num` texts that differ in their seed, or in their position, and share their history."""
+    """`num` texts with the same history that differ in their seed or in their position."""
     request = Request(request_id="r", prompt_ids=PROMPT, params=params)
     if along == "positions":
         return [Text(request, OUTPUT, skipped=step) for step in range(num)]
@@ -57,7 +57,7 @@ def draw(ops: Ops, texts: list[Text], logits: list[float] = LOGITS) -> list[int]
 
 
 def edited_logits(params: SamplingParams) -> list[float]:
-    """Penalties and bias, one token at a time."""
+    """Logits after penalties and bias, one token at a time."""
     edited = []
     for token, value in enumerate(LOGITS):
         if token in PROMPT + OUTPUT:
@@ -86,7 +86,7 @@ def exact_law(params: SamplingParams) -> dict[int, float]:
 
 
 def chi_square(counts: Iterable[tuple[int, float]]) -> float:
-    """Over pairs of (seen, expected)."""
+    """Chi-square over pairs of (seen, expected)."""
     return sum((seen - expected) ** 2 / expected for seen, expected in counts)
 
 
@@ -144,7 +144,7 @@ def test_draws_follow_the_law_that_was_asked_for(
 
 
 def assert_independent(pairs: list[tuple[int, int]]) -> None:
-    """Two-way table of the likelier tokens."""
+    """Test on a two-way table of the likelier tokens."""
     likely = [pair for pair in pairs if max(pair) < 6]
     first, second = Counter(a for a, _ in likely), Counter(b for _, b in likely)
     table = Counter(likely)
@@ -235,7 +235,7 @@ def test_equal_logits_give_the_lowest_token_when_greedy(reference_ops: Ops) -> N
 
 
 def test_a_long_row_is_drawn_evenly(reference_ops: Ops) -> None:
-    """20 000 equal logits, by their 100 groups of neighbours."""
+    """20 000 equal logits, counted in 100 groups of neighbours."""
     vocab, groups = 20_000, Counter[int]()
     for seed in range(11, 1_011, 100):
         drawn = draw(reference_ops, rows(sampling(seed=seed), 100, along="seeds"), [0.0] * vocab)

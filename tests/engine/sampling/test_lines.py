@@ -1,4 +1,4 @@
-"""What the sampler has to know of a line follows from the request that took it."""
+"""The sampling parameters of a line follow from its request."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settings() -> LineSettings:
 
 
 def admitted(num_prompt: int = 3, **params: object) -> LineSettings:
-    """Line 1 has a sequence."""
+    """Settings in which line 1 has a sequence."""
     found = settings()
     found.admit(Admission(1, ask("a", [1] * num_prompt, **params)))
     return found
@@ -87,7 +87,7 @@ def test_a_line_has_the_parameters_of_its_request(seed: int) -> None:
         wanted = params.prompt_logprobs
         assert here["num_echo_top"] == (-1 if wanted is None else wanted)
         assert found.requests[admission.line] is admission.request
-    assert values(found, NUM_LINES) == PADDING  # padding rows are greedy and ask for nothing
+    assert values(found, NUM_LINES) == PADDING  # padding rows are greedy, without options
 
 
 def test_a_line_that_passes_on_keeps_nothing() -> None:
@@ -182,14 +182,14 @@ def test_endings_are_held_back_exactly_while_the_text_has_fewer_than_min_tokens(
 ) -> None:
     found = admitted(num_prompt, min_tokens=min_tokens, **params)
     for position in range(num_prompt, num_prompt + 7):
-        is_held = position - num_prompt < min_tokens  # so many tokens are out before it
+        is_held = position - num_prompt < min_tokens  # output tokens before it
         wanted = {(token, -np.inf): 1 for token in ends} if is_held else {}
         assert changes(found, position) == Counter(wanted), position
 
 
 @pytest.mark.parametrize("first", range(3, 9))
 def test_a_list_that_begins_in_time_holds_back_at_every_later_position(first: int) -> None:
-    """A step draws at several positions, and one that is ahead knows only the first of them."""
+    """A step draws at several positions; a step ahead knows only the smallest of them."""
     found = admitted(3, min_tokens=4, logit_bias={EOS[0]: 5.0})
     lists = found.bias(1, first)
     for position in range(first, 12):

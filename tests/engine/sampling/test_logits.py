@@ -1,4 +1,4 @@
-"""Filters and edits of logits against brute force on one row at a time."""
+"""Compares filters and edits of logits with brute force, row by row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OFF = {"top_k": VOCAB, "top_p": 1.0, "min_p": 0.0}
 
 
 def kept_by_brute_force(row: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
-    """Sort the row, walk down, stop at the first filter that says so."""
+    """Sort the row, walk down, stop at the first filter that ends it."""
     order = sorted(range(len(row)), key=lambda token: -row[token])[:top_k]
     weights = [math.exp(row[token] - row[order[0]]) for token in order]
     total, mass, kept = sum(weights), 0.0, set()

@@ -1,4 +1,4 @@
-"""Sampling spread over ranks draws and scores what one rank would."""
+"""Sampling spread over ranks draws and scores the same tokens as one rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_row_belongs_to_one_rank(num_rows: int, size: int) -> None:
 
 
 def texts(per_row: int) -> list[Text]:
-    """One of every kind of request, with a chain of `per_row` nodes."""
+    """One request of every kind, with a chain of `per_row` nodes."""
     parents = tuple(range(-1, per_row - 1))
     return [
         Text(
@@ -99,7 +99,7 @@ def test_a_rank_without_rows_takes_part(reference_ops: Ops, num_rows: int) -> No
 
 def test_every_rank_gets_the_trees_of_rank_0() -> None:
     def own_trees(rank: int) -> Drafted:
-        """Ranks disagree on the tokens, on how many nodes there are, and on what is sound."""
+        """Ranks disagree on tokens, numbers of nodes, and faults."""
         tokens = torch.arange(8).view(2, 4) + 10 * rank
         tree = filled(chain(3), tokens, torch.tensor([4 - rank, 1]))
         return Drafted(tree, torch.tensor([rank > 0, rank == 0]))

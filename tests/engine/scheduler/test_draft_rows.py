@@ -1,6 +1,6 @@
-"""Rows with draft trees: who gets nodes, what they may take, and what is left when they go.
+"""Rows with draft trees: which rows get nodes, which slots, and what happens to rejected nodes.
 
-`FakeExecutor` asserts that nodes have slots of their own within every limit, that a draft head
+`FakeExecutor` asserts that nodes have their own slots within every limit, that a draft head
 finds its entries, and that no slot of a rejected node is ever read as text.
 """
 
@@ -57,7 +57,7 @@ def drafting_engines(draw: st.DrawFn) -> FakeEngine:
 
 
 def limited(trace: list[Arrival | Abort | Step], engine: FakeEngine) -> None:
-    """Play a trace whose requests limit their trees in turn."""
+    """Play a trace in which requests have different tree limits in turn."""
     submit = engine.scheduler.submit
 
     def submit_limited(asked: object) -> None:
@@ -89,10 +89,10 @@ def test_every_trace_with_trees_keeps_the_rules_and_gives_every_request_its_own_
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(engines(), TRACES, st.sampled_from(SHAPES))
-def test_nodes_preempt_nobody(
+def test_nodes_preempt_no_sequence(
     plain: FakeEngine, trace: list[Arrival | Abort | Step], tree: TreeShape
 ) -> None:
-    """While every root can have a block, all roots get on."""
+    """While there is a block for every root, all roots make progress."""
     engine = replace(plain, shapes=(tree,))
     for act in trace:
         play(engine, [act])
@@ -214,7 +214,7 @@ def test_nodes_get_no_block_that_another_root_needs() -> None:
     assert engine.scheduler.stats().num_preemptions == 0
 
 
-def test_blocks_of_rejected_nodes_go_to_whoever_needs_them() -> None:
+def test_blocks_of_rejected_nodes_go_to_rows_that_need_them() -> None:
     engine = FakeEngine(num_blocks=7, max_model_len=28, shapes=(chain(15),))
     engine.executor.always_reject = True
     engine.submit(request("a", prompt_of(4), max_tokens=8))
@@ -236,7 +236,7 @@ def test_what_follows_the_end_of_a_text_is_not_cached() -> None:
     events = scheduler.update(plan, StepOutcome((RowOutcome((6, EOS, 8, 9, 10, 11, 12, 13), 7),)))
     assert [event.token_ids for event in events[:1]] == [[6, EOS]]  # type: ignore[union-attr]
     scheduler.submit(request("b", [*prompt_of(7), 5, 6, EOS, 8, 9, 10, 11, 12], max_tokens=1))
-    assert scheduler.schedule().rows[0].start == 8  # 7 + 1 accepted token whose KV is there
+    assert scheduler.schedule().rows[0].start == 8  # 7 + 1 accepted token whose KV is cached
     scheduler.audit()
     stats = scheduler.stats()
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (1, 7, 2)

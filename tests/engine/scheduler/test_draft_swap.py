@@ -1,4 +1,4 @@
-"""A proposer that comes or goes while rows run: its needs hold from the next plan on."""
+"""If the proposer changes while rows run, the next plan already follows its needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When blocks run short: who waits, who is preempted, and what comes back."""
+"""When blocks run out: which sequences wait, which are preempted, and how they resume."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_preempted_sequence_gets_back_the_blocks_that_are_still_cached() -> No
     assert engine.scheduler.stats().num_preemptions == 1
     finished = engine.heard["mild"].finished
     assert finished is not None
-    assert finished.num_cached == 0  # what counts is the first admission
+    assert finished.num_cached == 0  # only the first admission counts
 
 
 def test_prompt_logprobs_are_sent_once_although_the_sequence_was_preempted() -> None:
@@ -46,7 +46,7 @@ def test_prompt_logprobs_are_sent_once_although_the_sequence_was_preempted() -> 
     assert [score.token_id for score in scores[1:] if score is not None] == prompt_of(7, 2001)
 
 
-def test_nobody_passes_the_first_in_the_queue_that_does_not_fit() -> None:
+def test_none_passes_the_first_in_the_queue_that_does_not_fit() -> None:
     engine = FakeEngine(num_blocks=8)
     engine.submit(request("running", prompt_of(16), max_tokens=3))
     engine.step()

@@ -1,4 +1,4 @@
-"""Scripted steps: who is planned when, and what clients hear."""
+"""Scripted steps: which rows are planned, and which events clients get."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
     ]
 
 
-def test_decoding_goes_on_beside_a_long_prompt() -> None:
+def test_decoding_continues_beside_a_long_prompt() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     engine.submit(request("old", prompt_of(3), max_tokens=5))
     engine.step()
@@ -52,7 +52,7 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
     ]
 
 
-def test_behind_a_long_context_chunks_shrink_while_others_decode(
+def test_after_a_long_context_chunks_shrink_while_others_decode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("engine.scheduler.scheduler.LONG_CONTEXT", 16)
@@ -87,7 +87,7 @@ def test_a_running_prompt_comes_before_new_admissions() -> None:
     assert shape(engine.step(), engine.names) == [("a", 8, 4, True), ("b", 0, 4, False)]
 
 
-def test_priority_then_arrival_then_submission_decide_who_goes_first() -> None:
+def test_priority_then_arrival_then_submission_decide_the_order() -> None:
     engine = FakeEngine(max_num_seqs=1)
     engine.submit(
         request("mild", prompt_of(3), priority=1, arrival=0.0, max_tokens=1),
@@ -226,7 +226,7 @@ def test_an_id_in_use_is_refused_and_a_finished_one_may_come_again() -> None:
     engine.run()
 
 
-def test_an_id_may_come_again_before_the_executor_has_heard_of_its_end() -> None:
+def test_an_id_may_come_again_before_the_executor_knows_of_its_end() -> None:
     engine = FakeEngine()
     engine.submit(request("a", prompt_of(3), max_tokens=1))
     engine.step()

@@ -1,6 +1,6 @@
-"""Random traces: whatever is submitted and aborted when, the rules hold at every step.
+"""Random traces of requests and aborts: the rules hold at every step.
 
-`FakeEngine.step` asserts the budget, that nobody stops decoding, that every row reads its own KV,
+`FakeEngine.step` asserts the budget, that no row stops decoding, that every row reads its own KV,
 one end per request, and `audit()`; `check_idle` compares every text with that of running alone.
 """
 
@@ -21,7 +21,7 @@ VOCAB = 13  # so small that texts end by EOS often and prompts repeat generated 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request to come: a prompt that begins like the others of its family."""
+    """A request whose prompt begins like the others of its family."""
 
     family: int
     shared: int  # tokens in common with the family

@@ -1,4 +1,4 @@
-"""Committing moves exactly the accepted nodes, against a copy in Python."""
+"""Committing moves exactly the accepted nodes, as a copy in Python does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK, BLOCKS, LAYERS = 4, 80, 2
 
 
 def storage() -> KVStorage:
-    """Every slot holds numbers of its own."""
+    """Every slot holds different numbers."""
     kv = KVStorage.allocate(LAYERS, BLOCKS, BLOCK, 2, 64, torch.float32, torch.device("cpu"))
     for at, page in enumerate((*kv.keys, *kv.values)):
         page.copy_(torch.arange(page.numel()).view(page.shape) + at * 2**17)

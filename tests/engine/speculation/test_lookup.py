@@ -1,4 +1,4 @@
-"""Which chains are drafted from a text, and what is learnt from their fate."""
+"""Which chains are drafted from a text, and what is learnt from their acceptance."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def decode(draft: tuple[int, ...], num_draft: int, line: int = 0) -> StepPlan:
 
 
 def teach(lookup: Lookup, seq: Sequence, num_accepted: int, times: int = 100) -> None:
-    """Let drafts for `seq` be accepted up to `num_accepted` tokens each."""
+    """Accept up to `num_accepted` tokens of each draft for `seq`."""
     for _ in range(times):
         draft = lookup.draft(seq, 4, 1, has_rival=False)
         if not draft:
@@ -86,7 +86,7 @@ def test_a_bad_spell_is_not_the_end() -> None:
     assert len(lookup.draft(seq, 4, 8, has_rival=False)) == 4
 
 
-def test_greedy_and_sampled_requests_are_told_apart() -> None:
+def test_greedy_and_sampled_requests_learn_separately() -> None:
     lookup = Lookup()
     teach(lookup, sequence(REPEATING, temperature=1.0), num_accepted=0)
     assert lookup.draft(sequence(REPEATING, temperature=1.0), 3, 1, has_rival=False) == []
@@ -192,7 +192,5 @@ def test_a_text_may_come_in_parts(token_ids: list[int], cut: int) -> None:
     ("place", "count", "expected"),
     [(1, 3, [2, 3, 4]), (3, 2, [4, 5]), (3, 5, [4, 5, 4, 5, 4]), (4, 3, [5, 5, 5])],
 )
-def test_what_follows_goes_on_with_its_own_repetition(
-    place: int, count: int, expected: list[int]
-) -> None:
+def test_a_draft_beyond_the_end_repeats_itself(place: int, count: int, expected: list[int]) -> None:
     assert text_of([1, 2, 3, 4, 5]).continued(place, count) == expected

@@ -1,4 +1,4 @@
-"""Costs measured step by step while real steps go on."""
+"""Costs are measured step by step between real steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COSTS = StepCosts({"root": [(1, 1.0)]})
 
 @dataclass
 class Journal:
-    """Implements `Executor`, and notes what happens in which order."""
+    """Implements `Executor` and records the order of calls."""
 
     noted: list[str] = field(default_factory=list)
     shapes: list[TreeShape] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Journal:
 
 @dataclass
 class MadeUp:
-    """Steps that are measured: each asserts that no real one is in flight."""
+    """Made-up steps: each asserts that no real step is in flight."""
 
     journal: Journal
     num_steps: int
@@ -69,7 +69,7 @@ class MadeUp:
 
 
 def core_over(journal: Journal, policy: DraftPolicy | None = None) -> EngineCore:
-    """A core that runs ahead wherever it may, with two requests at work."""
+    """A core that runs ahead when it may, with two running requests."""
     scheduler = Scheduler(
         SchedulerLimits(4, 64, 64), KVManager(32, 4, True), frozenset({2}), vocab_size=100
     )
@@ -107,7 +107,7 @@ def test_nothing_is_launched_ahead_before_it_is_decided() -> None:
     assert journal.num_ahead > 0
 
 
-def test_what_is_in_flight_is_taken_in_before_another_way_of_drafting_is_measured() -> None:
+def test_the_step_in_flight_is_collected_before_a_new_policy_is_measured() -> None:
     journal = Journal()
     core = core_over(journal)
     for _ in range(3):

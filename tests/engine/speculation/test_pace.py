@@ -1,4 +1,4 @@
-"""Whether steps run ahead: the faster way, once both are known, and now and then the other."""
+"""Steps run ahead or wait: the faster way once both are known, and now and then the other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CYCLE = PROBE_EVERY + PROBE_STEPS
 
 
 def steps(pace: Pace, count: int, *, ahead: float, waiting: float) -> list[bool]:
-    """Decode steps of one row that take so many seconds either way, as `pace` asks for them."""
+    """Decode steps of one row, as `pace` chooses; they take `ahead` or `waiting` seconds."""
     ways = []
     for _ in range(count):
         ways.append(pace.runs_ahead())
@@ -59,7 +59,7 @@ def test_a_rate_counts_from_enough_observations_on() -> None:
     for way in (True, False):
         for _ in range(enough - 1):
             pace.observe(1, 1, 1.0 if way else 9.0, ahead=way)
-    assert pace.runs_ahead() is True  # nothing is known yet: the first way is tried on
+    assert pace.runs_ahead() is True  # nothing is known yet: still the first way
     pace.observe(1, 1, 1.0, ahead=True)
     assert pace.runs_ahead() is False  # although it looks slower
     pace.observe(1, 1, 9.0, ahead=False)
@@ -80,7 +80,7 @@ def test_a_change_of_speed_is_noticed(better: bool) -> None:
 def test_what_counts_are_tokens_of_a_row() -> None:
     pace = Pace()
     for _ in range(20):
-        pace.observe(16, 16, 1.0, ahead=True)  # more tokens, but only one of each row
+        pace.observe(16, 16, 1.0, ahead=True)  # more tokens, but only one per row
         pace.observe(2, 1, 1.0, ahead=False)
     assert pace.runs_ahead() is False
 
@@ -95,7 +95,7 @@ def test_a_step_without_rows_says_nothing() -> None:
 
 @dataclass
 class TimedExecutor:
-    """Implements `Executor` on a clock of its own: steps ahead take `ahead` seconds."""
+    """Implements `Executor` with its own clock: steps ahead take `ahead` seconds."""
 
     ahead: float
     now: float = 0.0

@@ -1,4 +1,4 @@
-"""Which tree the planner takes, for costs and acceptance that are known."""
+"""Which tree the planner chooses for known costs and acceptance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def observed(shape: StaticShape, chance: float, trees: int, seed: int = 0) -> St
 
 
 def step(planner: AdaptivePlanner, num_draft: int) -> TreeShape:
-    """Choose, and report a step in which the row got room for `num_draft` nodes; none is right."""
+    """Choose, and report a step in which the row had `num_draft` nodes, none of them accepted."""
     shape = planner.choose(1)
     given = min(num_draft, shape.num_nodes - 1)
     row = decoding(0, given)
@@ -63,7 +63,7 @@ def test_the_estimate_of_a_chain_follows_the_trees(chance: float) -> None:
     assert acceptance.expected_emitted(chain(3)) == pytest.approx(exact, rel=0.2)
 
 
-def test_ranks_are_told_apart() -> None:
+def test_each_rank_has_its_own_chance() -> None:
     acceptance = Acceptance()
     for step in range(2000):
         acceptance.observe(WIDE, 4, (2,) if step % 2 else ())
@@ -74,7 +74,7 @@ def test_ranks_are_told_apart() -> None:
     assert acceptance.expected_emitted(WIDE) == pytest.approx(1.5, abs=0.1)
 
 
-def test_before_any_tree_the_prior_speaks() -> None:
+def test_before_any_tree_the_prior_counts() -> None:
     assert Acceptance().expected_emitted(chain(1)) == pytest.approx(1 + PRIOR[0])
 
 

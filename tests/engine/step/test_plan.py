@@ -1,4 +1,4 @@
-"""Plans and outcomes are their own wire form, and say little: blocks come as changes."""
+"""Plans and outcomes survive msgpack unchanged; plans are small, with only new blocks."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_the_proposer_drafts_where_nodes_have_room_and_no_tokens(
 
 @pytest.mark.parametrize("seed", range(10))
 def test_block_changes_add_up_to_the_blocks_of_every_sequence(seed: int) -> None:
-    """Replayed from the plans alone, while blocks are short, trees come and go, and sequences are
-    preempted, cached and aborted."""
+    """Replayed only from the plans, with few blocks, changing trees, and preempted, cached and
+    aborted sequences."""
     rng = random.Random(seed)
     engine = FakeEngine(
         num_blocks=rng.choice([12, 20, 40]),
@@ -130,7 +130,7 @@ def test_block_changes_add_up_to_the_blocks_of_every_sequence(seed: int) -> None
 
 
 def replay(engine: FakeEngine, blocks: dict[int, tuple[int, ...]]) -> None:
-    """One step. What `schedule` has just reserved is what the plan says."""
+    """Run one step; the plan must give exactly the blocks that `schedule` has reserved."""
     held: dict[int, tuple[int, ...]] = {}
     schedule = engine.scheduler.schedule
 

@@ -1,4 +1,4 @@
-"""Draft trees as tensors: from a shape, cut, mixed; and the walk against one in Python."""
+"""Draft trees as tensors: from a shape, cut, mixed; and the walk compared with one in Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HAND = StaticShape("hand", (-1, 0, 0, 1, 3, 2))
 
 
 def same(tree: DraftTree, other: DraftTree) -> None:
-    """Equal in all that anybody may look at."""
+    """Assert that two batches of trees are equal except in unused nodes."""
     assert torch.equal(tree.sizes, other.sizes)
     assert torch.equal(tree.parents, other.parents)
     inside = torch.arange(tree.tokens.shape[1]) < tree.sizes[:, None]
@@ -37,7 +37,7 @@ def random_rows(rng: random.Random, count: int, most: int = 20) -> list[Row]:
 
 
 def padded(tree: DraftTree, width: int, depth: int) -> DraftTree:
-    """Wider than need be, with anything in what is unused, and with room for deeper nodes."""
+    """Wider than needed, with arbitrary values in unused nodes and a larger `max_depth`."""
     missing = width - tree.tokens.shape[1]
     inside = torch.arange(width) < tree.sizes[:, None]
 
