@@ -248,6 +248,23 @@ def test_each_row_has_the_bias_entries_of_its_line(seed: int, exact: bool) -> No
         assert list(found) == [*entries, *unused]
 
 
+@pytest.mark.parametrize(("num_tokens", "num_bias"), [(9, 2), (10, 2), (11, 0), (12, 0)])
+def test_what_holds_endings_back_depends_on_the_token_that_is_drawn(
+    num_tokens: int, num_bias: int
+) -> None:
+    """Not on where the chunk begins that computes the text before it."""
+    builder = of_requests({"min_tokens": 2}, exact=True, prompt=9)
+    row = RowPlan(
+        line=0,
+        start=0,
+        token_ids=(5,) * num_tokens,
+        first_block=0,
+        new_blocks=(1, 2, 3),
+        samples=True,
+    )
+    assert builder.form(StepPlan(rows=(row,))).num_bias == num_bias
+
+
 @EXACT
 @pytest.mark.parametrize("seed", range(40))
 def test_prompt_tokens_are_scored_by_the_token_before_them(seed: int, exact: bool) -> None:

@@ -302,4 +302,4 @@ def test_rows_that_reach_the_end_of_their_slots_are_among_the_cases() -> None:
         result = random_result(random.Random(seed), case)
         wanted = sum(len(row.token_ids) for row in case.rows) + int(result.num_accepted.sum())
         cut += wanted - len(case.layout.committed(result).tokens)
-    assert cut > 5
+    assert cut > 0
