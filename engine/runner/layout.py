@@ -49,12 +49,12 @@ class Packing:
     @classmethod
     def alike(cls, num_rows: int, width: int, device: torch.device) -> Packing:
         """Parts of equal width."""
-        cu = torch.arange(0, num_rows * width + 1, max(width, 1), device=device)
+        cu = torch.arange(num_rows + 1, device=device) * width
         order = torch.arange(num_rows * width, device=device)
         if width == 1:
             return cls(cu, order, torch.zeros_like(order), None, width)
         row_of = order.div(max(width, 1), rounding_mode="floor")
-        return cls(cu[: num_rows + 1], row_of, order - row_of * width, None, width)
+        return cls(cu, row_of, order - row_of * width, None, width)
 
     def keep(self, values: Tensor, unused: int) -> Tensor:
         """`values` [n] with the padding set to `unused`."""

@@ -380,3 +380,18 @@ def test_plain_steps_leave_the_head_alone_for_a_while(
     core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(ROOT))).build()  # type: ignore[arg-type]
     generate(core, [ask("a", [3, 4, 5, 6], max_tokens=100, ignore_eos=True)])
     assert taken == [64, 39]
+
+
+def test_a_head_outlives_a_prompt_that_ends_at_the_last_position(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    """The last chunk is one token, alone in its step, and there is no place for what follows."""
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    changes = {"max_model_len": 33, "max_num_batched_tokens": 32}
+    drafting = Drafting(watch, FixedPlanner(chain(3)))
+    core = replace(tiny_engine, **changes, drafting=drafting).build()  # type: ignore[arg-type]
+    generate(core, [ask("full", [3 + at for at in range(33)], max_tokens=0)])
+    assert not core.stats().draft_failed
+    heard = generate(core, [ask("next", [3, 4, 5], max_tokens=20, ignore_eos=True)])
+    assert len(heard["next"].token_ids) == 20
+    assert core.stats().num_drafts > 0

@@ -27,7 +27,9 @@ SEEDS = pytest.mark.parametrize("seed", range(25))
 # Packing
 
 
-@pytest.mark.parametrize("counts", [[3], [0], [2, 0, 3], [0, 0, 4, 1], [1, 1, 1], [5, 0, 0]])
+@pytest.mark.parametrize(
+    "counts", [[3], [0], [2, 0, 3], [0, 0, 4, 1], [1, 1, 1], [5, 0, 0], [0, 0, 0], [2, 2]]
+)
 @pytest.mark.parametrize("spare", [None, 0, 1, 6])
 def test_parts_lie_one_after_the_other(counts: list[int], spare: int | None) -> None:
     total = sum(counts)
@@ -204,14 +206,16 @@ def test_every_node_is_found_among_the_tokens(seed: int, decodes: bool, exact: b
     roots = [case.firsts[at] + len(case.rows[at].token_ids) - 1 for at in rows]
     nodes = [(at, node) for at in rows for node in range(len(case.trees[at][0]))]
     count, width = len(nodes), layout.tree.tokens.shape[1]
-    assert layout.roots[: len(roots)].tolist() == roots
-    assert layout.sampled[:count].tolist() == [roots[at] + node for at, node in nodes]
-    assert layout.sampled.max() < len(layout.batch().token_ids)
+    numbers = torch.arange(len(layout.batch().token_ids)) + 100
+    assert layout.at_nodes(numbers)[:count].tolist() == [
+        100 + roots[at] + node for at, node in nodes
+    ]
+    assert set(layout.at_nodes(numbers)[count:].tolist()) <= {0}
     marks = torch.arange(case.form.num_rows * width).view(case.form.num_rows, width)
     assert layout.of_node(marks)[:count].tolist() == [at * width + node for at, node in nodes]
     assert layout.of_row(marks[:, 0])[:count].tolist() == [at * width for at, _ in nodes]
     assert len(layout.nodes.row_of) == (count if exact else case.form.num_nodes)
-    spread = layout.nodes_of(torch.arange(len(layout.sampled)), -5)
+    spread = layout.nodes_of(torch.arange(len(layout.nodes.row_of)), -5)
     wanted = torch.full((case.form.num_rows, width), -5)
     for number, (at, node) in enumerate(nodes):
         wanted[at, node] = number
