@@ -23,6 +23,7 @@ from engine.messages import Abort, Finished, Submit, Tokens
 from engine.models.layers import cos_sin_table
 from engine.models.loading import LayerLoader
 from engine.request import Request
+from engine.runner.warmup import WarmUp
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -289,6 +290,7 @@ def test_a_window_keeps_the_text_and_goes_on_drafting(
     core, texts = run(tiny_engine, watch, SHAPES["chain3"])
     assert texts == plain
     assert core.stats().num_drafts > 20
+    assert core.stats().num_draft_faults == 0, "no entry was looked at that was never made"
     far = [key for key in whole.seen.keys() & watch.seen.keys() if key[1] > 20]
     assert any(whole.seen[key] != watch.seen[key] for key in far)
 
@@ -397,3 +399,78 @@ def test_a_head_outlives_a_prompt_that_ends_at_the_last_position(
     heard = generate(core, [ask("next", [3, 4, 5], max_tokens=20, ignore_eos=True)])
     assert len(heard["next"].token_ids) == 20
     assert core.stats().num_drafts > 0
+
+
+def sizes_at(watch: Watched, core: EngineCore, line: int, position: int) -> list[int]:
+    """Of the tree that the head would grow on a line's state for a root at `position`."""
+    tables = core._executor._body.state.tables  # type: ignore[attr-defined]
+    roots = Roots(
+        lines=torch.tensor([line]),
+        tokens=torch.tensor([5]),
+        positions=torch.tensor([position]),
+        max_nodes=torch.tensor([4]),
+        block_tables=tables[line : line + 1],
+        temperatures=torch.zeros(1),
+        seeds=torch.zeros(1, dtype=torch.int64),
+    )
+    limits = DraftLimits(exact=True, any_sampled=False, max_context=64, max_len=256)
+    with torch.inference_mode():
+        return watch.inner.draft(roots, chain(3), limits).tree.sizes.tolist()
+
+
+def test_a_tree_grows_from_the_state_of_its_very_root_and_of_no_other(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    core.add(Submit(ask("a", [3, 4, 5, 6], max_tokens=60, ignore_eos=True)))
+    for _ in range(4):
+        core.step()
+    (line,) = watch.inner._positions.argmax(0, keepdim=True).tolist()
+    newest = int(watch.inner._positions[line])
+    assert newest > 4
+    assert sizes_at(watch, core, line, newest) == [4]
+    assert sizes_at(watch, core, line, newest - 1) == [1]
+    assert sizes_at(watch, core, line, newest + 1) == [1]
+    watch.inner.admit([line])
+    assert sizes_at(watch, core, line, newest) == [1], "another sequence's state"
+
+
+def test_after_a_tree_plain_steps_are_put_off_again(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    core.add(Submit(ask("a", [3, 4, 5, 6], max_tokens=60, ignore_eos=True)))
+    for _ in range(4):
+        core.step()
+        assert watch.inner._pending.num_tokens in (0, 4)  # the prompt waits for the first tree
+    core.draft_with(replace(core.policy, planner=FixedPlanner(ROOT)))
+    pending = []
+    for _ in range(4):
+        core.step()
+        pending.append(watch.inner._pending.num_tokens)
+    assert pending == [1, 2, 3, 4]
+
+
+def test_a_head_outlives_steps_that_are_measured_again_and_again(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    """One position, many times, with a tree and without."""
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    watch.seen = Forgetful()
+    measuring = WarmUp(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
+    costs = measuring.measure([ROOT, chain(3)])
+    assert set(costs.seconds) == {"root", "chain3"}
+    assert not watch.failed
+    heard = generate(core, [ask("a", [3, 4, 5], max_tokens=9, ignore_eos=True)])
+    assert len(heard["a"].token_ids) == 9
+    assert core.stats().num_drafts > 0
+
+
+class Forgetful(dict[tuple[int, int], list[int]]):
+    """Compares no drafts: measured rows are no texts."""
+
+    def setdefault(self, key: tuple[int, int], default: list[int]) -> list[int]:
+        return default
