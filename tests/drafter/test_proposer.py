@@ -401,39 +401,91 @@ def test_a_head_outlives_a_prompt_that_ends_at_the_last_position(
     assert core.stats().num_drafts > 0
 
 
-def sizes_at(watch: Watched, core: EngineCore, line: int, position: int) -> list[int]:
-    """Of the tree that the head would grow on a line's state for a root at `position`."""
+def drafted_at(
+    watch: Watched,
+    core: EngineCore,
+    line: int,
+    position: int,
+    *,
+    max_nodes: int = 4,
+    shape: TreeShape = SHAPES["chain3"],
+    exact: bool = True,
+) -> Drafted:
+    """What the head would grow on a line's state for a root at `position`."""
     tables = core._executor._body.state.tables  # type: ignore[attr-defined]
     roots = Roots(
         lines=torch.tensor([line]),
         tokens=torch.tensor([5]),
         positions=torch.tensor([position]),
-        max_nodes=torch.tensor([4]),
+        max_nodes=torch.tensor([max_nodes]),
         block_tables=tables[line : line + 1],
         temperatures=torch.zeros(1),
         seeds=torch.zeros(1, dtype=torch.int64),
     )
-    limits = DraftLimits(exact=True, any_sampled=False, max_context=64, max_len=256)
+    limits = DraftLimits(exact=exact, any_sampled=False, max_context=64, max_len=256)
     with torch.inference_mode():
-        return watch.inner.draft(roots, chain(3), limits).tree.sizes.tolist()
+        return watch.inner.draft(roots, shape, limits)
+
+
+def sizes_at(watch: Watched, core: EngineCore, line: int, position: int) -> list[int]:
+    return drafted_at(watch, core, line, position).tree.sizes.tolist()
+
+
+def after_four_steps(watch: Watched, engine: TinyEngine) -> tuple[EngineCore, int, int]:
+    """An engine with one request at work, its line, and the position of its next root."""
+    core = replace(engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    core.add(Submit(ask("a", [3, 4, 5, 6], max_tokens=60, ignore_eos=True)))
+    for _ in range(4):
+        core.step()
+    line = int(watch.inner._positions.argmax())
+    newest = int(watch.inner._positions[line])
+    assert newest > 4
+    return core, line, newest
 
 
 def test_a_tree_grows_from_the_state_of_its_very_root_and_of_no_other(
     tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
 ) -> None:
     watch = watched(head, native_ops, tiny_engine.num_blocks)
-    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
-    core.add(Submit(ask("a", [3, 4, 5, 6], max_tokens=60, ignore_eos=True)))
-    for _ in range(4):
-        core.step()
-    (line,) = watch.inner._positions.argmax(0, keepdim=True).tolist()
-    newest = int(watch.inner._positions[line])
-    assert newest > 4
+    core, line, newest = after_four_steps(watch, tiny_engine)
     assert sizes_at(watch, core, line, newest) == [4]
     assert sizes_at(watch, core, line, newest - 1) == [1]
     assert sizes_at(watch, core, line, newest + 1) == [1]
     watch.inner.admit([line])
     assert sizes_at(watch, core, line, newest) == [1], "another sequence's state"
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "padded"])
+def test_a_fault_is_a_tree_that_was_wanted_and_could_not_grow(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, exact: bool
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core, line, newest = after_four_steps(watch, tiny_engine)
+    assert drafted_at(watch, core, line, newest, exact=exact).faults.tolist() == [False]
+    watch.inner._states[line] = torch.nan
+    faulty = drafted_at(watch, core, line, newest, exact=exact)
+    assert faulty.faults.tolist() == [True]
+    assert faulty.tree.sizes.tolist() == [1]
+    for position, max_nodes in ((newest, 1), (newest + 1, 4)):
+        unwanted = drafted_at(watch, core, line, position, max_nodes=max_nodes, exact=exact)
+        assert unwanted.faults.tolist() == [False]
+        assert unwanted.tree.sizes.tolist() == [1]
+
+
+@pytest.mark.parametrize("max_nodes", [0, 1])
+def test_a_row_without_a_tree_writes_nothing_where_its_nodes_would_lie(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, max_nodes: int
+) -> None:
+    """Padded steps grow trees for all rows, also for those that have no slots for nodes."""
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core, line, newest = after_four_steps(watch, tiny_engine)
+    for shape in (SHAPES["chain3"], SHAPES["tree"], SHAPES["dynamic"]):
+        before = pages_of(watch).nan_to_num(nan=1e9)
+        found = drafted_at(watch, core, line, newest, max_nodes=max_nodes, shape=shape, exact=False)
+        assert found.tree.sizes.tolist() == [max_nodes]
+        after = pages_of(watch).nan_to_num(nan=1e9)
+        assert torch.equal(before[:, :-1], after[:, :-1])
+        assert not torch.equal(before[:, -1], after[:, -1]), "scratch"
 
 
 def test_after_a_tree_plain_steps_are_put_off_again(
