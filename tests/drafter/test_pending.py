@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from drafter.pending import Pending
@@ -53,6 +55,15 @@ def test_steps_come_out_as_one() -> None:
     assert merged.exact
     assert torch.equal(features[0][merged.features, 0], whole.tokens * 1.0)
     assert torch.equal(features[1][merged.features, 0], whole.tokens * 2.0)
+
+
+def test_a_row_whose_blocks_were_exchanged_has_those_that_it_was_given_last() -> None:
+    """Blocks of rejected nodes may have gone to another row."""
+    first, second = committed((5, 7, 1), (3, 20, 1), width=3), committed((5, 8, 1), width=3)
+    second = replace(second, block_tables=second.block_tables + 100)
+    merged, _ = added(first, second).merge()
+    assert merged.lines.tolist() == [3, 5]
+    assert merged.block_tables.tolist() == [[30, 31, 32], [150, 151, 152]]
 
 
 def test_a_step_follows_if_its_rows_continue() -> None:

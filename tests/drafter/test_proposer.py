@@ -24,6 +24,7 @@ from engine.messages import Abort, Finished, Submit, Tokens
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.request import Request
+from engine.runner.warmup import WarmUp
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -287,6 +288,7 @@ def test_a_window_keeps_the_text_and_goes_on_drafting(
     core, texts = run(tiny_engine, watch, SHAPES["chain3"])
     assert texts == plain
     assert core.stats().num_drafts > 20
+    assert core.stats().num_draft_faults == 0, "no entry was looked at that was never made"
     far = [key for key in whole.seen.keys() & watch.seen.keys() if key[1] > 20]
     assert any(whole.seen[key] != watch.seen[key] for key in far)
 
@@ -395,3 +397,130 @@ def test_a_head_outlives_a_prompt_that_ends_at_the_last_position(
     heard = generate(core, [ask("next", [3, 4, 5], max_tokens=20, ignore_eos=True)])
     assert len(heard["next"].token_ids) == 20
     assert core.stats().num_drafts > 0
+
+
+def drafted_at(
+    watch: Watched,
+    core: EngineCore,
+    line: int,
+    position: int,
+    *,
+    max_nodes: int = 4,
+    shape: TreeShape = SHAPES["chain3"],
+    exact: bool = True,
+) -> Drafted:
+    """What the head would grow on a line's state for a root at `position`."""
+    tables = core._executor._body.state.tables  # type: ignore[attr-defined]
+    roots = Roots(
+        lines=torch.tensor([line]),
+        tokens=torch.tensor([5]),
+        positions=torch.tensor([position]),
+        max_nodes=torch.tensor([max_nodes]),
+        block_tables=tables[line : line + 1],
+        temperatures=torch.zeros(1),
+        seeds=torch.zeros(1, dtype=torch.int64),
+    )
+    limits = DraftLimits(exact=exact, any_sampled=False, max_context=64, max_len=256)
+    with torch.inference_mode():
+        return watch.inner.draft(roots, shape, limits)
+
+
+def sizes_at(watch: Watched, core: EngineCore, line: int, position: int) -> list[int]:
+    return drafted_at(watch, core, line, position).tree.sizes.tolist()
+
+
+def after_four_steps(watch: Watched, engine: TinyEngine) -> tuple[EngineCore, int, int]:
+    """An engine with one request at work, its line, and the position of its next root."""
+    core = replace(engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    core.add(Submit(ask("a", [3, 4, 5, 6], max_tokens=60, ignore_eos=True)))
+    for _ in range(4):
+        core.step()
+    line = int(watch.inner._positions.argmax())
+    newest = int(watch.inner._positions[line])
+    assert newest > 4
+    return core, line, newest
+
+
+def test_a_tree_grows_from_the_state_of_its_very_root_and_of_no_other(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core, line, newest = after_four_steps(watch, tiny_engine)
+    assert sizes_at(watch, core, line, newest) == [4]
+    assert sizes_at(watch, core, line, newest - 1) == [1]
+    assert sizes_at(watch, core, line, newest + 1) == [1]
+    watch.inner.admit([line])
+    assert sizes_at(watch, core, line, newest) == [1], "another sequence's state"
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "padded"])
+def test_a_fault_is_a_tree_that_was_wanted_and_could_not_grow(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, exact: bool
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core, line, newest = after_four_steps(watch, tiny_engine)
+    assert drafted_at(watch, core, line, newest, exact=exact).faults.tolist() == [False]
+    watch.inner._states[line] = torch.nan
+    faulty = drafted_at(watch, core, line, newest, exact=exact)
+    assert faulty.faults.tolist() == [True]
+    assert faulty.tree.sizes.tolist() == [1]
+    for position, max_nodes in ((newest, 1), (newest + 1, 4)):
+        unwanted = drafted_at(watch, core, line, position, max_nodes=max_nodes, exact=exact)
+        assert unwanted.faults.tolist() == [False]
+        assert unwanted.tree.sizes.tolist() == [1]
+
+
+@pytest.mark.parametrize("max_nodes", [0, 1])
+def test_a_row_without_a_tree_writes_nothing_where_its_nodes_would_lie(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead, max_nodes: int
+) -> None:
+    """Padded steps grow trees for all rows, also for those that have no slots for nodes."""
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core, line, newest = after_four_steps(watch, tiny_engine)
+    for shape in (SHAPES["chain3"], SHAPES["tree"], SHAPES["dynamic"]):
+        before = pages_of(watch).nan_to_num(nan=1e9)
+        found = drafted_at(watch, core, line, newest, max_nodes=max_nodes, shape=shape, exact=False)
+        assert found.tree.sizes.tolist() == [max_nodes]
+        after = pages_of(watch).nan_to_num(nan=1e9)
+        assert torch.equal(before[:, :-1], after[:, :-1])
+        assert not torch.equal(before[:, -1], after[:, -1]), "scratch"
+
+
+def test_after_a_tree_plain_steps_are_put_off_again(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    core.add(Submit(ask("a", [3, 4, 5, 6], max_tokens=60, ignore_eos=True)))
+    for _ in range(4):
+        core.step()
+        assert watch.inner._pending.num_tokens in (0, 4)  # the prompt waits for the first tree
+    core.draft_with(replace(core.policy, planner=FixedPlanner(ROOT)))
+    pending = []
+    for _ in range(4):
+        core.step()
+        pending.append(watch.inner._pending.num_tokens)
+    assert pending == [1, 2, 3, 4]
+
+
+def test_a_head_outlives_steps_that_are_measured_again_and_again(
+    tiny_engine: TinyEngine, native_ops: Ops, head: DraftHead
+) -> None:
+    """One position, many times, with a tree and without."""
+    watch = watched(head, native_ops, tiny_engine.num_blocks)
+    core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
+    watch.seen = Forgetful()
+    measuring = WarmUp(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
+    costs = measuring.measure([ROOT, chain(3)])
+    assert set(costs.seconds) == {"root", "chain3"}
+    assert not watch.failed
+    heard = generate(core, [ask("a", [3, 4, 5], max_tokens=9, ignore_eos=True)])
+    assert len(heard["a"].token_ids) == 9
+    assert core.stats().num_drafts > 0
+
+
+class Forgetful(dict[tuple[int, int], list[int]]):
+    """Compares no drafts: measured rows are no texts."""
+
+    def setdefault(self, key: tuple[int, int], default: list[int]) -> list[int]:
+        return default

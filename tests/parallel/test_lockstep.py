@@ -18,6 +18,7 @@ from engine.parallel.orders import DraftLoaded, LoadDraft, Order, Orders, RunSte
 from engine.parallel.watchdog import Watchdog
 from engine.step.executor import Executor, Launched, execute
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.step.shape import chain
 from tests.support.inboxes import connected
 from tests.support.thread_group import ThreadGroup, run_ranks
 
@@ -116,10 +117,19 @@ def test_another_token_on_one_rank_is_noticed_by_all_at_the_next_check(
     assert run_steps(kinds, later=8) == [(error, launched)] * 2
 
 
-def test_another_plan_on_one_rank_is_noticed() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        plan_of(1),
+        msgspec.structs.replace(plan_of(0), released=(2,)),
+        msgspec.structs.replace(plan_of(0), shape=chain(1)),
+    ],
+    ids=["rows", "released", "shape"],
+)
+def test_another_plan_on_one_rank_is_noticed(other: StepPlan) -> None:
     def on_rank(group: ThreadGroup) -> None:
         checked = DriftCheck(Says(7), group, 1)
-        execute(checked, plan_of(group.rank))
+        execute(checked, [plan_of(0), other][group.rank])
         checked.launch(plan_of(0))
 
     with pytest.raises(RuntimeError, match="apart within the last 1 of 1 steps"):

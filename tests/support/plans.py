@@ -88,7 +88,7 @@ def _random_row(
     end = len(text) if decodes else rng.randint(start + 1, len(text))
     samples = end == len(text)
     draft: tuple[int, ...] = ()
-    num_draft = rng.randrange(num_nodes) if samples and end - start == 1 else 0
+    num_draft = rng.randrange(num_nodes) if samples else 0
     if num_draft and rng.random() < 0.3:
         draft = tuple(rng.choices(range(9), k=num_draft))
     num_blocks = -(-(end + num_draft + rng.choice([0, 0, rng.randint(1, 9)])) // block_size)

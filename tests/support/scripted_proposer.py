@@ -126,6 +126,7 @@ class ScriptedProposer:
             self._check_line(line, script, token, position, limit)
             last_slot = roots.block_tables.shape[1] * BLOCK - 1
             assert position + limit - 1 <= min(last_slot, self.max_len - 1), f"row {at}"
+            assert position + limit - 1 < limits.max_context, f"row {at}"
             trees.append(self._tree(script, position, bits, limit, shape, token))
         return Drafted(tree_of(trees), torch.zeros(len(trees), dtype=torch.bool))
 
@@ -146,7 +147,8 @@ class ScriptedProposer:
                 assert positions[0] == 1 or positions[0] % BLOCK == 0, "more than one token again"
                 line.first = positions[0]
             assert positions == list(range(line.end or 0, (line.end or 0) + len(positions)))
-            assert positions[-1] < self.max_len
+            assert positions[-1] < min(self.max_len, committed.max_context)
+            assert len(positions) <= committed.max_entries
             line.tokens += committed.tokens[part].tolist()
             line.hidden += list(hidden[committed.features[part]])
             self.num_entries += len(positions)

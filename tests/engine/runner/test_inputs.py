@@ -208,6 +208,24 @@ def test_every_row_is_described_and_padding_rows_ask_for_nothing(seed: int, exac
 
 
 @EXACT
+def test_no_position_beyond_the_context_has_a_slot(exact: bool) -> None:
+    """Although the last block goes on."""
+    builder = of_requests({}, exact=exact)
+    blocks = tuple(range(-(-MAX_LEN // BLOCK)))
+    row = RowPlan(
+        line=0,
+        start=MAX_LEN - 2,
+        token_ids=(3,),
+        first_block=0,
+        new_blocks=blocks,
+        samples=True,
+    )
+    assert len(blocks) * BLOCK > MAX_LEN
+    _, inputs = built(builder, StepPlan(rows=(row,)))
+    assert inputs.ends[0] == MAX_LEN
+
+
+@EXACT
 @pytest.mark.parametrize("seed", range(40))
 def test_tokens_lie_row_after_row_and_known_drafts_side_by_side(seed: int, exact: bool) -> None:
     builder, plan, _ = random_step(seed, exact=exact)
@@ -225,11 +243,12 @@ def test_tokens_lie_row_after_row_and_known_drafts_side_by_side(seed: int, exact
 
 @EXACT
 def test_a_token_that_is_not_known_yet_is_left_to_the_step_before(exact: bool) -> None:
-    builder = of_requests({}, {}, exact=exact)
-    rows = tuple(msgspec.structs.replace(decoding(line), token_ids=(UNKNOWN,)) for line in range(2))
+    builder = of_requests({}, {}, {}, exact=exact)
+    rows = tuple(msgspec.structs.replace(decoding(line), token_ids=(UNKNOWN,)) for line in range(3))
     form, inputs = built(builder, StepPlan(rows=rows, ahead=True))
     assert form.follows
-    assert inputs.follows.tolist() == [True, True] + [False] * (form.num_rows - 2)
+    assert form.num_rows == (3 if exact else 4)
+    assert inputs.follows.tolist() == [True] * 3 + [False] * (form.num_rows - 3)
     assert set(inputs.own_tokens.tolist()) == {0}
 
 

@@ -14,8 +14,9 @@ from engine.runner.inputs import InputBuilder, Sizes, StepForm, TableChanges
 from engine.runner.layout import Layout, Packing
 from engine.sampling.lines import LineSettings
 from engine.step.plan import Admission, RowPlan, StepPlan
-from engine.step.shape import ancestors_of, depths_of, signed
+from engine.step.shape import ancestors_of, chain, depths_of, signed
 from engine.step.tree import DraftTree, VerifyResult
+from tests.support.engines import ask
 from tests.support.plans import random_admission, random_plan
 from tests.support.scripted_proposer import random_parents, tree_of
 
@@ -296,6 +297,50 @@ def test_committed_are_all_tokens_that_follow_a_computed_one_and_have_a_slot(
     assert_padding(committed.tokens[padding], committed.slots[padding], zeros)
     assert set(committed.features[padding].tolist()) <= {0}
     assert set(committed.positions[padding].tolist()) <= {0}
+
+
+def test_a_padded_step_has_room_for_all_that_long_paths_commit() -> None:
+    """Few own tokens, a chunk among them, and many more that are accepted."""
+    depth = 20
+    settings = LineSettings(NUM_LINES, VOCAB, frozenset())
+    for line in range(4):
+        settings.admit(Admission(line, ask(f"{line}", [5] * 9, max_tokens=30)))
+    builder = InputBuilder(Sizes(False, NUM_LINES), settings, MAX_LEN, BLOCK, VOCAB, SCRATCH)
+    chunk = RowPlan(
+        line=3,
+        start=0,
+        token_ids=(5, 5),
+        first_block=0,
+        new_blocks=(3000,),
+        samples=False,
+        next_token=5,
+    )
+    blocks = range(-(-(9 + depth + 1) // BLOCK))
+    rows = tuple(
+        RowPlan(
+            line=line,
+            start=8,
+            token_ids=(5,),
+            first_block=0,
+            new_blocks=tuple(1000 * line + column for column in blocks),
+            samples=True,
+            num_draft=depth,
+        )
+        for line in range(3)
+    )
+    plan = StepPlan(rows=(*rows, chunk), shape=chain(depth))
+    form = builder.form(plan)
+    trees = [([*range(-1, depth)], [5] * (depth + 1))] * 3 + [([-1], [5])]
+    layout = layout_of(builder, plan, form, trees)
+    case = Case(plan.rows, form, layout, trees, tables_of(plan))
+    path = torch.arange(depth + 1).repeat(form.num_rows, 1)
+    accepted = torch.tensor([depth] * 3 + [0] * (form.num_rows - 3))
+    committed = layout.committed(VerifyResult(path, accepted, path + 7))
+    assert committed.cu.diff().tolist()[:4] == [depth + 1] * 3 + [2]
+    assert len(committed.tokens) >= 3 * (depth + 1) + 2
+    assert committed.max_entries >= depth + 1
+    wanted = [case.slot(at, 9 + place) for at in range(3) for place in range(depth + 1)]
+    assert committed.slots[: len(wanted)].tolist() == wanted
 
 
 def test_rows_that_reach_the_end_of_their_slots_are_among_the_cases() -> None:

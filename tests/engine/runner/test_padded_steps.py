@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -24,10 +25,12 @@ from engine.runner.graphs import DeviceSteps
 from engine.runner.inputs import StepForm, row_counts
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.speculation.planner import FixedPlanner
+from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Roots
 from engine.step.plan import Admission, RowPlan, StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Backend, Ops
 from server.assembly.compose import looks_up, runs_ahead
+from server.assembly.drafting import Drafting
 from server.assembly.rank import step_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
@@ -310,6 +313,80 @@ def test_drafts_found_in_the_text_are_part_of_the_step(
         n: r.token_ids for n, r in expected.items()
     }
     assert any(form.num_known for form in forms)
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["exact", "padded"])
+def test_long_prompts_are_scored_part_by_part(
+    lab: HeadLab, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tokens are scored together, and across the borders of rows."""
+    asked = [
+        ask("a", [(7 * i) % 120 + 3 for i in range(23)], max_tokens=2, prompt_logprobs=2),
+        ask("b", [(5 * i) % 120 + 3 for i in range(31)], max_tokens=2, prompt_logprobs=1),
+    ]
+    expected = generate(lab.engine.build(), asked)
+    monkeypatch.setattr("engine.runner.step.ECHO_TOKENS", 10)
+    heard = generate((padded(lab) if is_padded else lab).engine.build(), asked)
+    for name, record in heard.items():
+        scores = record.prompt_logprobs or []
+        assert scores == expected[name].prompt_logprobs
+        assert [entry.token_id for entry in scores[1:] if entry is not None] == next(
+            request.prompt_ids[1:] for request in asked if request.request_id == name
+        )
+
+
+@dataclass
+class Noting(RootProposer):
+    """Notes which rows may have a tree, and which sequences it is told of."""
+
+    max_nodes: list[list[int]] = field(default_factory=list)
+    admitted: list[list[int]] = field(default_factory=list)
+
+    def admit(self, lines: Sequence[int]) -> None:
+        self.admitted.append(sorted(lines))
+
+    def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
+        self.max_nodes.append(roots.max_nodes.tolist())
+        return super().draft(roots, shape, limits)
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["exact", "padded"])
+def test_a_proposer_is_asked_for_no_tree_where_the_draft_is_known(
+    lab: HeadLab, is_padded: bool
+) -> None:
+    """Such a row has slots for its chain alone."""
+    noting = Noting()
+    built = (padded(lab) if is_padded else lab).engine
+    runner = replace(built, drafting=Drafting(noting, FixedPlanner(chain(3)))).build()._executor
+    assert isinstance(runner, ModelRunner)
+
+    def row(line: int, num_draft: int, draft: tuple[int, ...] = ()) -> RowPlan:
+        return RowPlan(
+            line=line,
+            start=0,
+            token_ids=(5,),
+            first_block=0,
+            new_blocks=(line,),
+            samples=True,
+            num_draft=num_draft,
+            draft=draft,
+        )
+
+    rows = (row(0, 2, (6, 7)), row(1, 3), row(2, 0))
+    plan = StepPlan(rows=rows, admitted=tuple(map(admission, range(3))), shape=chain(3))
+    outcome = runner.execute(plan)
+    assert noting.max_nodes == [[1, 4, 1, 0] if is_padded else [1, 4, 1]]
+    assert [row.num_draft for row in outcome.rows] == [2, 0, 0]
+
+
+def test_another_proposer_hears_of_the_rows_that_run(lab: HeadLab) -> None:
+    noting = Noting()
+    runner = lab.engine.build()._executor
+    assert isinstance(runner, ModelRunner)
+    runner.execute(StepPlan(admitted=tuple(map(admission, range(3)))))
+    runner.execute(StepPlan(released=(1,)))
+    runner.draft_with(noting)
+    assert noting.admitted == [[0, 2]]
 
 
 def test_the_pretended_device_sees_forbidden_operations() -> None:

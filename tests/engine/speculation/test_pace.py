@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
-from engine.messages import Submit
+from engine.messages import Abort, Submit
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
 from engine.speculation.pace import MIN_WEIGHT, PROBE_EVERY, PROBE_STEPS, Pace, Rate
@@ -129,3 +129,87 @@ def test_a_core_runs_ahead_where_that_is_faster_and_always_where_nothing_is_look
         core.step()
         num_steps += 1
     assert executor.num_ahead / num_steps == pytest.approx(share, abs=0.1)
+
+
+@dataclass
+class Noting:
+    """In place of `Pace`: says what the test says, and notes what it is told."""
+
+    ahead: bool = True
+    noted: list[tuple[int, int, float, bool]] = field(default_factory=list)
+
+    def runs_ahead(self) -> bool:
+        return self.ahead
+
+    def observe(self, num_tokens: int, num_rows: int, seconds: float, *, ahead: bool) -> None:
+        self.noted.append((num_tokens, num_rows, seconds, ahead))
+
+
+@pytest.fixture
+def noting(monkeypatch: pytest.MonkeyPatch) -> Noting:
+    found = Noting()
+    monkeypatch.setattr("engine.core.Pace", lambda: found)
+    return found
+
+
+def timed_core() -> tuple[EngineCore, TimedExecutor]:
+    executor = TimedExecutor(0.5)
+    scheduler = Scheduler(
+        SchedulerLimits(4, 64, 1024), KVManager(300, 4, True), frozenset({2}), vocab_size=100
+    )
+    policy, clock = DraftPolicy(lookup=Lookup()), lambda: executor.now
+    return EngineCore(scheduler, executor, INFO, policy, run_ahead=True, clock=clock), executor
+
+
+def test_decode_steps_are_timed_and_steps_that_compute_a_prompt_are_not(noting: Noting) -> None:
+    core, _ = timed_core()
+    core.add(Submit(ask("a", [5, 6, 7], max_tokens=50)))
+    for _ in range(3):
+        core.step()
+    assert noting.noted == [(1, 1, 0.5, True)] * 2
+    core.add(Submit(ask("b", [8, 9, 10], max_tokens=50)))
+    for _ in range(2):
+        core.step()
+    assert noting.noted == [(1, 1, 0.5, True)] * 3, "the prompt's step says nothing"
+    core.step()
+    assert noting.noted[3:] == [(2, 2, 0.5, True)]
+
+
+def test_a_step_counts_for_the_way_in_which_it_was_launched(noting: Noting) -> None:
+    core, _ = timed_core()
+    noting.ahead = False
+    core.add(Submit(ask("a", [5, 6, 7], max_tokens=50)))
+    for _ in range(2):
+        core.step()
+    assert noting.noted == [(1, 1, 1.0, False)]
+    noting.ahead = True
+    for _ in range(2):
+        core.step()
+    assert noting.noted[1:] == [(1, 1, 1.0, False), (1, 1, 0.5, True)]
+    noting.ahead = False
+    for _ in range(2):
+        core.step()
+    assert noting.noted[3:] == [(1, 1, 0.5, True), (1, 1, 1.0, False)]
+
+
+def test_rows_that_ended_meanwhile_do_not_count(noting: Noting) -> None:
+    core, _ = timed_core()
+    for name in "ab":
+        core.add(Submit(ask(name, [5, 6, 7], max_tokens=50)))
+    for _ in range(2):
+        core.step()
+    core.add(Abort("a"))
+    core.step()
+    assert noting.noted == [(2, 2, 0.5, True), (1, 1, 0.5, True)]
+
+
+def test_a_pause_without_work_is_no_time_of_a_step(noting: Noting) -> None:
+    core, executor = timed_core()
+    core.add(Submit(ask("a", [5], max_tokens=2)))
+    while core.has_work():
+        core.step()
+    executor.now += 1000.0
+    core.add(Submit(ask("b", [6], max_tokens=2)))
+    while core.has_work():
+        core.step()
+    assert [step for step in noting.noted if step[1]] == [(1, 1, 0.5, True)] * 2
