@@ -60,7 +60,8 @@ SETTINGS: dict[str, dict[str, object]] = {
         "repetition_penalty": 1.3,
         "logprobs": 3,
     },
-    "greedy-penalised": {"temperature": 0.0, "frequency_penalty": 2.0},
+    # Favours what was said before: one occurrence counted too many or too few shows soon.
+    "greedy-repeating": {"temperature": 0.0, "frequency_penalty": -1.0, "ignore_eos": True},
     "biased": {"temperature": 1.0, "logit_bias": {7: 6.0, 9: 5.5, 11: -100.0}},
     "ends": {"temperature": 1.0, "logit_bias": {EOS: 4.0}, "min_tokens": 2},
     "ends-late": {"temperature": 1.0, "logit_bias": {EOS: 7.0, 8: 7.0}, "min_tokens": 9},

@@ -379,6 +379,34 @@ def test_a_proposer_is_asked_for_no_tree_where_the_draft_is_known(
     assert [row.num_draft for row in outcome.rows] == [2, 0, 0]
 
 
+@dataclass
+class Faulty(Noting):
+    """Cannot grow any tree."""
+
+    def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
+        return replace(super().draft(roots, shape, limits), faults=roots.max_nodes > 1)
+
+
+def test_faults_are_counted_for_each_proposer_anew(lab: HeadLab) -> None:
+    drafting = Drafting(Faulty(), FixedPlanner(chain(3)))
+    runner = replace(lab.engine, drafting=drafting).build()._executor
+    assert isinstance(runner, ModelRunner)
+    row = RowPlan(
+        line=0,
+        start=0,
+        token_ids=(5,),
+        first_block=0,
+        new_blocks=(3,),
+        samples=True,
+        num_draft=3,
+    )
+    first = StepPlan(rows=(row,), admitted=(admission(0),), shape=chain(3))
+    again = msgspec.structs.replace(first, admitted=())
+    assert [runner.execute(plan).draft_faults for plan in (first, again)] == [1, 2]
+    runner.draft_with(Faulty())
+    assert runner.execute(again).draft_faults == 1
+
+
 def test_another_proposer_hears_of_the_rows_that_run(lab: HeadLab) -> None:
     noting = Noting()
     runner = lab.engine.build()._executor
