@@ -6,9 +6,11 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from engine.completion import Completion
 from engine.request import Request
+from kernels.sampling.pipeline_reference import DrawSettings
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine
 
@@ -120,3 +122,26 @@ def test_seeds_matter_and_greedy_ignores_them(tiny_engine: TinyEngine) -> None:
     texts = tokens_of(generate(tiny_engine.build(), [*hot, *cold]))
     assert len({tuple(texts[f"h{seed}"]) for seed in range(6)}) == 6
     assert len({tuple(texts[f"c{seed}"]) for seed in range(6)}) == 1
+
+
+@torch.inference_mode()
+def test_the_noise_of_a_token_is_that_of_its_own_position(tiny_engine: TinyEngine) -> None:
+    """Drafts are ranked with it before the target draws."""
+    asked = ask("hot", prompt(13, 9), temperature=1.3, seed=4, max_tokens=8, ignore_eos=True)
+    text = generate(tiny_engine.build(), [asked])["hot"].token_ids
+    tokens = asked.prompt_ids + text
+    logits = tiny_engine.oracle(torch.tensor([tokens])).logits[0, 12:-1].float()
+    drawn = tiny_engine.ops.draw(
+        logits,
+        DrawSettings(
+            temperature=torch.full((8,), 1.3),
+            seeds=torch.full((8,), 4),
+            positions=torch.arange(13, 21),
+            top_k=None,
+            top_p=None,
+            min_p=None,
+            any_sampled=True,
+            any_greedy=False,
+        ),
+    )
+    assert drawn.tolist() == text
