@@ -115,6 +115,6 @@ def test_nodes_and_the_bonus_token_stay_within_the_context_whatever_is_accepted(
     plan, ahead = two_steps(scheduler, before, chain(4))
     assert ahead is not None
     newest = MAX_LEN - left - 1  # position of the root of the step in flight
-    last_root = newest + 1 + min(plan.rows[0].num_draft, before.max_depth)  # type: ignore[union-attr]
+    last_root = newest + 1 + min(plan.rows[0].num_draft, before.max_depth)
     most = max(0, MAX_LEN - 1 - last_root - 1)
     assert ahead.rows[0].num_draft == min(4, most)
