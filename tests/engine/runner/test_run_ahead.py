@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -331,7 +333,10 @@ def test_collected_events_are_returned_although_all_is_aborted(
 def test_steps_ahead_and_looked_up_drafts_take_turns(
     lab: HeadLab, plans: list[StepPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ways are tried, and neither changes the text."""
+    """Both ways are tried, and neither changes the text. Every step takes as long as any other."""
+    now = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: next(now) / 1000)
+    monkeypatch.setattr("engine.runner.laps.time", clock)
     monkeypatch.setattr(pace, "PROBE_EVERY", 6)
     monkeypatch.setattr(pace, "PROBE_STEPS", 3)
     asked = [
@@ -341,6 +346,7 @@ def test_steps_ahead_and_looked_up_drafts_take_turns(
     expected = generate(lab.engine.build(), asked)
     plans.clear()
     core, _ = ahead(lab, lookup=True).build(FixedPlanner(chain(3)))
+    core._clock = clock.perf_counter
     same(generate(core, asked), expected)
     assert sum(plan.ahead for plan in plans) > 5
     assert sum(any(row.draft for row in plan.rows) for plan in plans) > 2
