@@ -201,8 +201,9 @@ class InputBuilder:
         if rows:
             of_rows[:, : len(rows)] = torch.tensor([self._of_row(row) for row in rows]).T
         starts, lens, samples, next_tokens, limits, ends, num_known, scored = of_rows.unbind()
-        seeds, top_k = torch.from_numpy(settings.ints[:, lines]).unbind()
-        floats = torch.from_numpy(settings.floats[:, lines]).unbind()
+        # `take` keeps each parameter contiguous, as kernels need it; indexing would not.
+        seeds, top_k = torch.from_numpy(settings.ints.take(lines, axis=1)).unbind()
+        floats = torch.from_numpy(settings.floats.take(lines, axis=1)).unbind()
         temperatures, min_p, frequency, presence, top_p, repetition = floats
         places, blocks = self._padded_changes(changes, form)
         return StepInputs(

@@ -30,6 +30,7 @@ WIDTH = 100
 @dataclass
 class Roots:
     tokens: Tensor
+    max_nodes: Tensor
 
 
 @dataclass
@@ -101,8 +102,9 @@ def test_the_drafter_grows_what_growing_node_by_node_gives(
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape.max_depth, 3, shape.top_k, WIDTH, generator=generator) * 3
     roots = torch.tensor([5, 6, 7])
-    grower = ScriptedGrower(logits, Roots(roots), Context(reference_ops))
-    tree = grow_dynamic(grower, shape, torch.zeros(3, 1))  # type: ignore[arg-type]
+    room = Roots(roots, torch.full_like(roots, shape.num_nodes))
+    grower = ScriptedGrower(logits, room, Context(reference_ops))
+    tree = grow_dynamic(shape, grower, torch.zeros(3, 1))  # type: ignore[arg-type]
     scores = logits - logits.logsumexp(dim=-1, keepdim=True)  # [depths, B, K, W]
     for row, root in enumerate(roots.tolist()):
         tokens, parents = grow(scores[:, row], root, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -359,3 +360,15 @@ def test_changes_are_split_after_as_many_as_there_is_room_for(room: int | None) 
     count = 4 if room is None else min(room, 4)
     assert here == ([1, 2, 3, 4][:count], [5, 6, 7, 8][:count])
     assert others == ([1, 2, 3, 4][count:], [5, 6, 7, 8][count:])
+
+
+@EXACT
+@pytest.mark.parametrize("seed", range(4))
+def test_every_input_is_contiguous_as_kernels_need_it(seed: int, exact: bool) -> None:
+    builder, plan, _ = random_step(seed, exact=exact)
+    _, inputs = built(builder, plan)
+    assert [name for name, part in vars_of(inputs).items() if not part.is_contiguous()] == []
+
+
+def vars_of(inputs: StepInputs) -> dict[str, torch.Tensor]:
+    return {part.name: getattr(inputs, part.name) for part in dataclasses.fields(inputs)}
