@@ -68,7 +68,7 @@ Dumper.add_representer(str, _quoted)
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError, or ValueError for a date that is none."""
+    """The value of a YAML text. Raises yaml.YAMLError, or ValueError for an impossible date."""
     return yaml.load(text, Loader)
 
 

@@ -124,8 +124,9 @@ class Sizes:
 
     def tokens(self, count: int) -> int:
         """Four sizes per power of two: at most a fifth is padding."""
-        if self.exact or count <= 16:
-            return count if self.exact else 16
+        if self.exact:
+            return count
+        count = max(count, 16)
         step = 1 << ((count - 1).bit_length() - 3)
         return -(-count // step) * step
 
@@ -159,7 +160,6 @@ class InputBuilder:
     settings: LineSettings
     max_len: int  # positions of one sequence
     block_size: int
-    vocab_size: int
     scratch_block: int
 
     @property

@@ -62,7 +62,6 @@ class ModelRunner:
             self._settings,
             parts.max_len,
             kv.block_size,
-            parts.vocab_size,
             scratch.block,
         )
         state = LineState.allocate(

@@ -66,7 +66,6 @@ class PackedModel:
             settings,
             self.num_blocks * BLOCK,
             BLOCK,
-            arch.vocab_size,
             scratch_block=self.num_blocks,
         )
         columns = self.inputs.num_columns

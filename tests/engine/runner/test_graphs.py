@@ -17,7 +17,7 @@ from engine.sampling.lines import LineSettings
 from engine.step.shape import ROOT
 
 BUILDER = InputBuilder(Sizes(exact=False, max_num_seqs=2), LineSettings(2, 9, frozenset()),
-                       64, 4, 9, 99)  # fmt: skip
+                       64, 4, 99)  # fmt: skip
 FORM, OTHER = list(BUILDER.likely_forms([ROOT]))[:2]
 
 

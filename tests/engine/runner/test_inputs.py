@@ -35,7 +35,7 @@ def builder_of(admissions: list[Admission], *, exact: bool) -> InputBuilder:
     settings = LineSettings(NUM_LINES, VOCAB, EOS)
     for admission in admissions:
         settings.admit(admission)
-    return InputBuilder(Sizes(exact, NUM_LINES), settings, MAX_LEN, BLOCK, VOCAB, SCRATCH)
+    return InputBuilder(Sizes(exact, NUM_LINES), settings, MAX_LEN, BLOCK, SCRATCH)
 
 
 def random_step(seed: int, *, exact: bool) -> tuple[InputBuilder, StepPlan, random.Random]:

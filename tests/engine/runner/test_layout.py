@@ -88,7 +88,7 @@ def case_of(seed: int, *, exact: bool, decodes: bool) -> Case:
     settings = LineSettings(NUM_LINES, VOCAB, frozenset())
     for admission in admissions:
         settings.admit(admission)
-    builder = InputBuilder(Sizes(exact, NUM_LINES), settings, MAX_LEN, BLOCK, VOCAB, SCRATCH)
+    builder = InputBuilder(Sizes(exact, NUM_LINES), settings, MAX_LEN, BLOCK, SCRATCH)
     plan = random_plan(rng, admissions, BLOCK, decodes=decodes)
     form = builder.form(plan)
     trees = [random_tree(rng, row, form) for row in plan.rows]
@@ -305,7 +305,7 @@ def test_a_padded_step_has_room_for_all_that_long_paths_commit() -> None:
     settings = LineSettings(NUM_LINES, VOCAB, frozenset())
     for line in range(4):
         settings.admit(Admission(line, ask(f"{line}", [5] * 9, max_tokens=30)))
-    builder = InputBuilder(Sizes(False, NUM_LINES), settings, MAX_LEN, BLOCK, VOCAB, SCRATCH)
+    builder = InputBuilder(Sizes(False, NUM_LINES), settings, MAX_LEN, BLOCK, SCRATCH)
     chunk = RowPlan(
         line=3,
         start=0,

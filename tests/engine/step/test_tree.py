@@ -163,9 +163,9 @@ def test_walks_over_random_trees_equal_a_walk_in_python(
     assert result.path.shape == (12, tree.max_depth + 1)
     for row, (parents, tokens) in enumerate(rows):
         path = python_walk(parents, tokens, draws[row])
-        behind = [-1] * (tree.max_depth + 1 - len(path))
-        assert result.path[row].tolist() == path + behind
-        assert result.emitted[row].tolist() == [draws[row][node] for node in path] + behind
+        after = [-1] * (tree.max_depth + 1 - len(path))
+        assert result.path[row].tolist() == path + after
+        assert result.emitted[row].tolist() == [draws[row][node] for node in path] + after
         assert result.num_accepted[row] == len(path) - 1
 
 
