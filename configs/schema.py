@@ -34,7 +34,15 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     served_name: str | None = Field(None, description="name in the API; default: `source`")
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="type of weights and KV cache; on a CPU activations are float32"
+        "bfloat16",
+        description="type of the KV cache and of weights that are not quantised; on a CPU "
+        "activations are float32",
+    )
+    weights: Literal["stored", "plain", "q8", "q4"] = Field(
+        "stored",
+        description="stored: weights that a .gguf file holds quantised stay so, which is fastest; "
+        "plain: all become numbers of `dtype`; q8, q4: all are rounded to 8 or 4 bits in groups of "
+        "32. Quantised weights are for CPUs with native kernels; elsewhere `stored` means plain",
     )
     max_model_len: Positive | None = Field(
         None, description="prompt + output tokens; default: the model's own context length"
@@ -73,6 +81,11 @@ class SpeculationConfig(Section):
         "auto",
         description="draft head: auto (the one that ships for the model, if there is one), a "
         "shipped name, a directory or a hub id; null: no drafting",
+    )
+    draft_weights: Literal["auto", "plain", "q8", "q4"] = Field(
+        "auto",
+        description="how the head is kept, as in model.weights; auto: q8 where the kernels read "
+        "quantised weights, else plain",
     )
     tree: str = Field(
         "auto", description="auto, root, or one tree for every step: a name or file of configs/tree"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.linear.grouped import GroupedWeight, GroupLayout
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
 
@@ -27,6 +28,14 @@ class LinearWeight:
     bias: Tensor | None  # [N] float32
     out_features: int
     in_features: int
+    layout: GroupLayout | None = None  # of quantised weights
+    # Weights of other layouts whose outputs follow those of this one
+    more: tuple[LinearWeight, ...] = ()
+
+    @property
+    def all_features(self) -> int:
+        """Outputs of this weight and of those that follow."""
+        return self.out_features + sum(part.out_features for part in self.more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +76,8 @@ class Backend:
 class Ops:
     """All operations, and the backend of each."""
 
-    # (weight [N, K] of the storage dtype, bias [N] or None) -> LinearWeight
-    pack_linear: Callable[[Tensor, Tensor | None], LinearWeight]
+    # (weight [N, K] of the storage dtype, or quantised if `reads_groups`; bias [N] or None)
+    pack_linear: Callable[[Tensor | GroupedWeight, Tensor | None], LinearWeight]
     # (x [T, K], weight) -> [T, N] in x's dtype
     linear: Callable[[Tensor, LinearWeight], Tensor]
     # (ids [T] int64, weight) -> [T, K] in activation dtype: rows of a packed (tied) weight
@@ -108,5 +117,6 @@ class Ops:
     # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
     # emitted [B, max_depth + 1]
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    reads_groups: bool  # whether weights may stay quantised
     activation_dtype: torch.dtype
     backends: dict[str, Backend]  # by operation

@@ -19,6 +19,7 @@ from engine.models.layers import GatheredLinear, VocabParallelEmbedding
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import WHOLE, check_degree
+from kernels.linear.grouped import dense
 from kernels.ops import LinearWeight, Ops
 
 COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
@@ -136,17 +137,19 @@ class _Parts:
         if f"{name}.weight" not in self.names:
             return shared
         place = self.tables.place
-        own = self.tables.padded(f"{name}.weight", size, place.dtype)
-        return shared if same_rows(own, shared, place.ops) else place.ops.pack_linear(own, None)
+        own = self.tables.padded(f"{name}.weight", size)
+        if same_rows(own, shared, place.ops):
+            return shared
+        return place.packer.pack([own], len(own), None)
 
     def _target_ids(self) -> Tensor | None:
         size = self.config.arch.vocab_size
         if manifest.D2T in self.names:
-            ids = vocab.target_ids_of(self.tables.read(manifest.D2T)[:], size)
+            ids = vocab.target_ids_of(dense(self.tables.read(manifest.D2T)[:]), size)
         else:
             ids = torch.arange(size)
         if manifest.T2D in self.names:
-            vocab.check_mask(self.tables.read(manifest.T2D)[:], ids)
+            vocab.check_mask(dense(self.tables.read(manifest.T2D)[:]), ids)
         return None if vocab.is_identity(ids, size) else ids.to(self.tables.place.device)
 
 

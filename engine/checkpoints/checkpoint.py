@@ -40,7 +40,7 @@ class Checkpoint(Protocol):
 
     def stored(self, name: str) -> Stored:
         """One tensor that is read from disk as it is indexed, only the indexed part. From a .gguf
-        file the whole tensor is read: its rows are permuted and quantised."""
+        file the whole tensor is read, as its rows are permuted; quantised ones stay so."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

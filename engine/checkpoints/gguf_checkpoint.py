@@ -16,8 +16,10 @@ from torch import Tensor
 
 from engine.checkpoints.arch import DEFAULT_ROPE_THETA, LlamaArch
 from engine.checkpoints.gguf_file import GGUFFile, GGUFTensor, read_gguf
+from engine.checkpoints.gguf_groups import grouped
 from engine.checkpoints.gguf_rope import ROPE_FREQS, llama3_scaling
 from engine.checkpoints.manifest import check_manifest, expected_tensors
+from kernels.linear.grouped import GroupedWeight
 
 ARCHITECTURE = "llama"
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -65,22 +67,36 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         tensor = self._read(self._sources[name])
-        if ".q_proj." in name:
-            return undo_rotary_permutation(tensor, self.arch.num_heads)
-        if ".k_proj." in name:
-            return undo_rotary_permutation(tensor, self.arch.num_kv_heads)
-        return tensor
+        num_heads = self._rotary_heads(name)
+        return tensor if num_heads is None else undo_rotary_permutation(tensor, num_heads)
 
-    def stored(self, name: str) -> Tensor:
-        return self.tensor(name)
+    def _rotary_heads(self, name: str) -> int | None:
+        """The heads of a tensor whose rows the file permutes, None for others."""
+        if ".q_proj." in name:
+            return self.arch.num_heads
+        return self.arch.num_kv_heads if ".k_proj." in name else None
+
+    def stored(self, name: str) -> Tensor | GroupedWeight:
+        source = self._sources[name]
+        kind = GGMLQuantizationType(source.type_id).name
+        weight = grouped(kind, self._bytes(source), source.shape)
+        if weight is None:
+            return self.tensor(name)
+        num_heads = self._rotary_heads(name)
+        if num_heads is None:
+            return weight
+        return weight.take(undo_rotary_permutation(torch.arange(len(weight)), num_heads))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in expected_tensors(self.arch):
             yield name, self.tensor(name)
 
+    def _bytes(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
+        return self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
+
     def _read(self, tensor: GGUFTensor) -> Tensor:
         kind = GGMLQuantizationType(tensor.type_id)
-        raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
+        raw = self._bytes(tensor)
         if kind.name == "BF16":
             return torch.from_numpy(raw.copy()).view(torch.bfloat16).reshape(tensor.shape)
         if kind.name in UNQUANTISED:  # copied, because the mapped file is read-only

@@ -54,7 +54,7 @@ def _nibbles(packed: Bytes) -> Bytes:
 def _fifth_bits(blocks: Blocks, first: int) -> Bytes:
     """Bit i of a 32-bit word as 16 * bit, for i = 0 .. 31."""
     bits = np.unpackbits(blocks[:, first : first + 4], axis=-1, bitorder="little")
-    return bits << 4
+    return bits << np.uint8(4)
 
 
 def _q4_0(blocks: Blocks) -> Parts:
@@ -98,15 +98,15 @@ def _q4_k(blocks: Blocks) -> Parts:
 def _q5_k(blocks: Blocks) -> Parts:
     codes = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     shifts = np.arange(8, dtype=np.uint8)[:, None]  # bit j belongs to sub-block j
-    fifth = (blocks[:, None, 16:48] >> shifts & 1) << 4
+    fifth = (blocks[:, None, 16:48] >> shifts & np.uint8(1)) << np.uint8(4)
     return (codes | fifth).reshape(len(blocks), -1), *_k_scales(blocks), 8
 
 
 def _q6_k(blocks: Blocks) -> Parts:
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
-    codes = (low | high << 4) + np.uint8(128 - 32)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & np.uint8(3)
+    codes = (low | high << np.uint8(4)) + np.uint8(128 - 32)
     scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
     wide = _halves(blocks, 208).astype(np.float32) * scales
     return codes.reshape(len(blocks), -1), wide, None, 8

@@ -74,44 +74,48 @@ struct GroupBlock {
   }
 };
 
+// A whole product: where everything lies.
+struct GroupProduct {
+  LinearShape shape;
+  GroupInputs x;
+  const uint8_t* weight;
+  const float* bias;  // [N] or null
+  float* out;         // [M, N], rows `stride` apart
+  int64_t stride;
+};
+
 // Multiply the rows row .. row+Rows-1 by the panels from `panel` on.
 template <class Kind, int Rows, int Panels>
-void multiply_group_block(const LinearShape& shape, const GroupInputs& x, int64_t row,
-                          const uint8_t* weight, const float* bias, float* out, int64_t panel) {
-  const int64_t size = Kind::panel_bytes(shape.K);
-  const uint8_t* group = weight + panel * size;
+void multiply_group_block(const GroupProduct& p, int64_t row, int64_t panel) {
+  const int64_t size = Kind::panel_bytes(p.shape.K);
+  const uint8_t* group = p.weight + panel * size;
   GroupBlock<Kind, Rows, Panels> block{};
-  for (int64_t g = 0; g < x.groups; ++g, group += Kind::kBytes)
-    block.add_group(group, size, x, row, g);
-  AERIE_UNROLL for (int p = 0; p < Panels; ++p) {
-    const int64_t column = (panel + p) * kPanel, columns = shape.N - column;
-    const F16 offset = bias ? load_columns(bias + column, columns) : F16{};
+  for (int64_t g = 0; g < p.x.groups; ++g, group += Kind::kBytes)
+    block.add_group(group, size, p.x, row, g);
+  AERIE_UNROLL for (int q = 0; q < Panels; ++q) {
+    const int64_t column = (panel + q) * kPanel, columns = p.shape.N - column;
+    const F16 offset = p.bias ? load_columns(p.bias + column, columns) : F16{};
     AERIE_UNROLL for (int r = 0; r < Rows; ++r) {
-      const F16 sum = block.sums[r][p];
-      store_columns(out + (row + r) * shape.N + column, bias ? sum + offset : sum, columns);
+      const F16 sum = block.sums[r][q];
+      store_columns(p.out + (row + r) * p.stride + column, p.bias ? sum + offset : sum, columns);
     }
   }
 }
 
 template <class Kind, int Rows>
-void multiply_group_rows(const LinearShape& shape, const GroupInputs& x, int64_t row,
-                         const uint8_t* weight, const float* bias, float* out, int64_t first,
-                         int64_t last) {
+void multiply_group_rows(const GroupProduct& p, int64_t row, int64_t first, int64_t last) {
   constexpr int wide = group_panels_at_once(Rows);
-  for (; first + wide <= last; first += wide)
-    multiply_group_block<Kind, Rows, wide>(shape, x, row, weight, bias, out, first);
-  for (; first < last; ++first)
-    multiply_group_block<Kind, Rows, 1>(shape, x, row, weight, bias, out, first);
+  for (; first + wide <= last; first += wide) multiply_group_block<Kind, Rows, wide>(p, row, first);
+  for (; first < last; ++first) multiply_group_block<Kind, Rows, 1>(p, row, first);
 }
 
+// Multiply `rows` rows from `row` on, at most kMaxGroupRows, by the panels first .. last-1.
 template <class Kind, int Rows = 1>
-void dispatch_group_rows(int64_t rows, const LinearShape& shape, const GroupInputs& x, int64_t row,
-                         const uint8_t* weight, const float* bias, float* out, int64_t first,
+void dispatch_group_rows(int64_t rows, const GroupProduct& p, int64_t row, int64_t first,
                          int64_t last) {
-  if (rows == Rows)
-    return multiply_group_rows<Kind, Rows>(shape, x, row, weight, bias, out, first, last);
+  if (rows == Rows) return multiply_group_rows<Kind, Rows>(p, row, first, last);
   if constexpr (Rows < kMaxGroupRows)
-    dispatch_group_rows<Kind, Rows + 1>(rows, shape, x, row, weight, bias, out, first, last);
+    dispatch_group_rows<Kind, Rows + 1>(rows, p, row, first, last);
 }
 
 }  // namespace aerie

@@ -69,15 +69,16 @@ int64_t panels_per_task(int64_t panels, int num_threads) {
 
 template <class Kind>
 void multiply_groups(Pool& pool, const LinearShape& shape, const float* x, const uint8_t* weight,
-                     const float* bias, float* out) {
-  const GroupInputs inputs = quantise_inputs<Kind>(pool, x, shape.M, shape.K);
+                     const float* bias, float* out, int64_t stride) {
+  const GroupProduct product{
+      shape, quantise_inputs<Kind>(pool, x, shape.M, shape.K), weight, bias, out, stride};
   const int64_t panels = num_panels(shape.N), step = panels_per_task(panels, pool.num_threads());
   const int64_t blocks = (shape.M + kMaxGroupRows - 1) / kMaxGroupRows;
   pool.run((panels + step - 1) / step, [&](int64_t task) {
     const int64_t first = task * step, last = std::min(first + step, panels);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = shape.M * b / blocks, end = shape.M * (b + 1) / blocks;
-      dispatch_group_rows<Kind>(end - row, shape, inputs, row, weight, bias, out, first, last);
+      dispatch_group_rows<Kind>(end - row, product, row, first, last);
     }
   });
 }
@@ -142,9 +143,10 @@ void aerie_pack_groups(Pool* pool, int64_t bits, int64_t group, int64_t wide, co
 
 void aerie_linear_groups(Pool* pool, int64_t bits, int64_t group, int64_t wide, int64_t minimums,
                          const float* x, int64_t M, int64_t K, const uint8_t* weight, int64_t N,
-                         const float* bias, float* out) {
+                         const float* bias, float* out, int64_t stride) {
   aerie::with_kind(bits, group, wide, minimums, [&](auto kind) {
-    aerie::multiply_groups<decltype(kind)>(*pool, LinearShape{M, K, N}, x, weight, bias, out);
+    aerie::multiply_groups<decltype(kind)>(*pool, LinearShape{M, K, N}, x, weight, bias, out,
+                                            stride);
   });
 }
 

@@ -25,6 +25,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 SOURCES = (
     "native/pool.cpp",
     "linear/native_kernel.cpp",
+    "linear/group_native.cpp",
     "norm/native_kernel.cpp",
     "rope/native_kernel.cpp",
     "attention/native_kernel.cpp",
@@ -63,10 +64,12 @@ AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 X86_VARIANTS = (  # the best first
     Variant(
         "amx",
-        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-        AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
     ),
+    Variant("avx512vnni", ("-march=x86-64-v4", "-mavx512vnni"), AVX512 | {"avx512_vnni"}),
     Variant("avx512", ("-march=x86-64-v4",), AVX512),
+    Variant("avxvnni", ("-march=x86-64-v3", "-mavxvnni"), AVX2 | {"avx_vnni"}),
     Variant("avx2", ("-march=x86-64-v3",), AVX2),
     Variant("sse2", ("-march=x86-64",), frozenset()),
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.linear.grouped import GroupedWeight
 from kernels.native.library import NativeLibrary, pointer
 from kernels.ops import AttentionMeta, Backend, LinearWeight
 
@@ -33,6 +34,9 @@ class NativeOps:
         self._pack = library.call(f"aerie_pack_{suffix}")
         self._linear = library.call(f"aerie_linear_{suffix}{tiles}")
         self._embedding = library.call(f"aerie_embedding_{suffix}")
+        self._pack_groups = library.call("aerie_pack_groups")
+        self._linear_groups = library.call("aerie_linear_groups")
+        self._embedding_groups = library.call("aerie_embedding_groups")
         self._rms_norm = library.call("aerie_rms_norm")
         self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
         self._attention = library.call(f"aerie_attention_{suffix}{tiles}")
@@ -42,19 +46,50 @@ class NativeOps:
         self._argmax = library.call("aerie_argmax")
         self._logsumexp = library.call("aerie_logsumexp")
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearWeight:
+    def pack_linear(self, weight: Tensor | GroupedWeight, bias: Tensor | None) -> LinearWeight:
+        bias = None if bias is None else bias.float().contiguous()
+        if isinstance(weight, GroupedWeight):
+            return self._pack_grouped(weight, bias)
         weight = weight.to(self._dtype).contiguous()
         N, K = weight.shape
         size = self.library.number(f"aerie_packed_elements_{self._suffix}", N, K)
         packed = torch.empty(size, dtype=self._dtype)
         self._pack(self._pool, weight.data_ptr(), N, K, packed.data_ptr())
-        bias = None if bias is None else bias.float().contiguous()
         return LinearWeight(packed, bias, N, K)
+
+    def _pack_grouped(self, weight: GroupedWeight, bias: Tensor | None) -> LinearWeight:
+        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+        minimums = None if weight.minimums is None else weight.minimums.contiguous()
+        (N, K), layout = codes.shape, weight.layout
+        packed = torch.empty(
+            self.library.number("aerie_packed_bytes_groups", *layout, N, K), dtype=torch.uint8
+        )
+        self._pack_groups(
+            self._pool,
+            *layout[:3],
+            codes.data_ptr(),
+            scales.data_ptr(),
+            pointer(minimums),
+            N,
+            K,
+            packed.data_ptr(),
+        )
+        return LinearWeight(packed, bias, N, K, layout)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         x = x.contiguous()
+        out = torch.empty(len(x), weight.all_features)
+        if weight.layout is None:
+            self._multiply(x, weight, out)
+            return out
+        first = 0
+        for part in (weight, *weight.more):
+            self._multiply_groups(x, part, out, first)
+            first += part.out_features
+        return out
+
+    def _multiply(self, x: Tensor, weight: LinearWeight, out: Tensor) -> None:
         M, K = x.shape
-        out = torch.empty(M, weight.out_features)
         self._linear(
             self._pool,
             x.data_ptr(),
@@ -65,13 +100,33 @@ class NativeOps:
             pointer(weight.bias),
             out.data_ptr(),
         )
-        return out
+
+    def _multiply_groups(self, x: Tensor, weight: LinearWeight, out: Tensor, first: int) -> None:
+        """Write the outputs of a quantised weight to the columns of `out` from `first` on."""
+        assert weight.layout is not None
+        M, K = x.shape
+        self._linear_groups(
+            self._pool,
+            *weight.layout,
+            x.data_ptr(),
+            M,
+            K,
+            weight.data.data_ptr(),
+            weight.out_features,
+            pointer(weight.bias),
+            out.data_ptr() + first * out.element_size(),
+            out.stride(0),
+        )
 
     def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
         token_ids = token_ids.contiguous()
         out = torch.empty(len(token_ids), weight.in_features)
-        self._embedding(
+        call, layout = self._embedding, weight.layout or ()
+        if weight.layout is not None:
+            call = self._embedding_groups
+        call(
             self._pool,
+            *layout,
             token_ids.data_ptr(),
             len(token_ids),
             weight.data.data_ptr(),

@@ -15,13 +15,14 @@ from configs.resolve import (
     context_length,
     resolve_model,
 )
-from configs.schema import Config
+from configs.schema import Config, SpeculationConfig
 from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
+from engine.models.weights import WeightForm
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
@@ -32,6 +33,7 @@ from engine.step.batch import ForwardContext
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT
+from kernels.ops import Ops
 from kernels.registry import build_ops
 from server.assembly.drafting import (
     AUTO,
@@ -130,7 +132,8 @@ def _load(
     model = LlamaLoader(arch, checkpoint.stored, place, max_len).load()
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
-    loader = HeadLoader(target, place, max_len, replicated and group.size > 1)
+    head_place = replace(place, weights=_head_form(config.speculation, place.ops))
+    loader = HeadLoader(target, head_place, max_len, replicated and group.size > 1)
     trees = TreeChooser(config)
     return place, target, loader, trees, _load_draft(config, loader, trees)
 
@@ -140,7 +143,25 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
     ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
-    return Place(ops, dtype, device, Shard(group.rank, group.size), group)
+    form = weight_form(config.model.weights, "model.weights", ops)
+    return Place(ops, dtype, device, Shard(group.rank, group.size), group, form)
+
+
+def _head_form(speculation: SpeculationConfig, ops: Ops) -> WeightForm:
+    if speculation.draft_weights == "auto":
+        return "q8" if ops.reads_groups else "plain"
+    return weight_form(speculation.draft_weights, "speculation.draft_weights", ops)
+
+
+def weight_form(wanted: WeightForm, setting: str, ops: Ops) -> WeightForm:
+    """`wanted`. ValueError if it needs kernels that `ops` does not have."""
+    if wanted in ("q8", "q4") and not ops.reads_groups:
+        backend = ops.backends["linear"]
+        raise ValueError(
+            f"{setting} = {wanted!r} needs native kernels on a CPU, but linear layers run on "
+            f"{backend}; stored and plain are possible"
+        )
+    return wanted
 
 
 def threads_per_rank(config: HostConfig) -> int:
