@@ -32,6 +32,7 @@ SOURCES = (
     "kv/native_kernel.cpp",
     "activation/native_kernel.cpp",
     "sampling/native_kernel.cpp",
+    "layer/native_kernel.cpp",
 )
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
