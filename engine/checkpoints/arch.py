@@ -80,16 +80,16 @@ class LlamaArch:
 
 
 def eos_token_ids(config: Json, generation_config: Json | None = None) -> tuple[int, ...]:
-    """Ids that end a text. generation_config.json takes precedence: instruct models list several
-    ids there."""
-    found = (generation_config or {}).get("eos_token_id")
-    found = config.get("eos_token_id") if found is None else found
-    if found is None:
-        return ()
-    ids = found if isinstance(found, list) else [found]
-    if not all(type(item) is int and item >= 0 for item in ids):
-        raise ValueError(f"eos_token_id must be an id or a list of ids, not {found!r}")
-    return tuple(ids)
+    """Ids that end a text: those of generation_config.json, where instruct models list several,
+    then those of config.json."""
+    ids: list[int] = []
+    for table in (generation_config or {}, config):
+        found = table.get("eos_token_id")
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(item) is int and item >= 0 for item in listed):
+            raise ValueError(f"eos_token_id must be an id or a list of ids, not {found!r}")
+        ids += listed
+    return tuple(dict.fromkeys(ids))
 
 
 def bos_token_id(config: Json) -> int | None:

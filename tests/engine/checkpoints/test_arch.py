@@ -92,12 +92,13 @@ def test_unsupported_configurations_are_refused_by_name(
     ("config", "generation", "expected"),
     [
         ({"eos_token_id": 2}, None, (2,)),
-        ({"eos_token_id": 2}, {"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": 2}, {"eos_token_id": [7, 2]}, (7, 2)),
+        ({"eos_token_id": 0}, {"eos_token_id": 7}, (7, 0)),
         ({"eos_token_id": [3, 4]}, {}, (3, 4)),
         ({}, None, ()),
     ],
 )
-def test_eos_ids_come_from_the_generation_config_first(
+def test_eos_ids_are_those_of_both_configurations(
     config: dict[str, Any], generation: dict[str, Any] | None, expected: tuple[int, ...]
 ) -> None:
     assert eos_token_ids(config, generation) == expected
