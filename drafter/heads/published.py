@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from drafter.heads.config import AUX_IDS, HeadConfig
-from engine.checkpoints.arch import ARCHITECTURE, Llama3RopeScaling, LlamaArch
+from engine.checkpoints.arch import ARCHITECTURE, LlamaArch
+from engine.checkpoints.rope_scaling import json_positions, rope_json
 
 EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 
@@ -64,13 +64,9 @@ def _layers_json(arch: LlamaArch) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": arch.rms_norm_eps,
         "rope_theta": arch.rope_theta,
-        "rope_scaling": _rope_json(arch.rope_scaling),
-        "max_position_embeddings": arch.max_position_embeddings,
+        "rope_scaling": rope_json(arch.rope_scaling),
+        "max_position_embeddings": json_positions(arch.rope_scaling, arch.max_position_embeddings),
         "attention_bias": arch.attention_bias,
         "mlp_bias": arch.mlp_bias,
         "tie_word_embeddings": False,
     }
-
-
-def _rope_json(scaling: Llama3RopeScaling | None) -> dict[str, Any] | None:
-    return None if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)}

@@ -14,10 +14,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from engine.checkpoints.arch import DEFAULT_ROPE_THETA, LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from engine.checkpoints.gguf_rope import ROPE_FREQS, llama3_scaling
 from engine.checkpoints.manifest import check_manifest, expected_tensors
+from engine.checkpoints.rope_scaling import DEFAULT_ROPE_THETA
 
 ARCHITECTURE = "llama"
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")

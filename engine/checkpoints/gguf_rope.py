@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from engine.checkpoints.arch import Llama3RopeScaling
+from engine.checkpoints.rope_scaling import Llama3RopeScaling
 
 ROPE_FREQS = "rope_freqs.weight"
 # Every published Llama 3.1 to 3.3 uses these; the factor (8 or 32) shows in the divisors.

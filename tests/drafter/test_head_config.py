@@ -10,7 +10,7 @@ import pytest
 from drafter.heads.config import HeadConfig
 from drafter.heads.published import eagle3_json
 from drafter.heads.untrained import eagle3_config
-from engine.checkpoints.arch import Llama3RopeScaling
+from engine.checkpoints.rope_scaling import Llama3RopeScaling
 from tests.drafter.published_heads import (
     DRAFT_VOCAB,
     HEAD_DIM,
@@ -93,7 +93,7 @@ def test_outputs_named_by_nvidia_are_inputs_of_the_next_layers() -> None:
         (EAGLE3 | {"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
         (EAGLE3 | {"norm_output": True}, "norm_output True is not supported"),
         (EAGLE3 | {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state false"),
-        (EAGLE3 | {"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        (EAGLE3 | {"rope_scaling": {"rope_type": "su"}}, "rope type 'su'"),
         (EAGLE3 | {"draft_vocab_size": 132}, "draft_vocab_size 132 must be 1 to vocab_size 131"),
         (EAGLE3 | {"draft_vocab_size": "37"}, "draft_vocab_size must be int, not '37'"),
         (EAGLE3 | {"norm_before_residual": 1}, "norm_before_residual must be bool, not 1"),

@@ -11,13 +11,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from engine.checkpoints.arch import Llama3RopeScaling, LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoints.gguf_checkpoint import LAYER_NAMES, TOP_NAMES
 from engine.checkpoints.gguf_file import read_gguf
 from engine.checkpoints.gguf_rope import frequency_divisors
+from engine.checkpoints.rope_scaling import Llama3RopeScaling
 from engine.checkpoints.source import ModelFiles
-from engine.models.layers import scale_llama3
+from engine.models.rope import scale_llama3
 from tests.support.tiny_llama import TinyLlama, random_model
 
 SUPPORTED = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
