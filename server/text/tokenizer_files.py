@@ -47,11 +47,19 @@ def load_tokenizer(files: ModelFiles, cache_dir: Path, chat_template: str | None
 
 
 def _from_metadata(path: Path, metadata: dict[str, Any], chat_template: str | None) -> Tokenizer:
-    template = chat_template or metadata.get("tokenizer.chat_template")
+    template = chat_template or metadata_template(path, metadata)
     try:
         return Tokenizer(build_tokenizer(metadata), special_tokens(metadata), template)
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path} has no usable tokenizer: {error}") from error
+
+
+def metadata_template(path: Path, metadata: dict[str, Any]) -> str | None:
+    """The default template of a GGUF, else one of those that have names."""
+    prefix = "tokenizer.chat_template."
+    named = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
+    found = metadata.get("tokenizer.chat_template") or named
+    return _default_template(found, path) if found else None
 
 
 def _from_folder(folder: Path, chat_template: str | None) -> Tokenizer:
@@ -97,7 +105,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _default_template(found: Any, folder: Path) -> str | None:
+def _default_template(found: Any, origin: Path) -> str | None:
     """The template to use of one, or of several that have names: the one called `default`, or the
     only one."""
     if isinstance(found, str):
@@ -110,7 +118,7 @@ def _default_template(found: Any, folder: Path) -> str | None:
         logger.warning(
             "%s: none of the chat templates %s is called %r, so none is used; set "
             "model.chat_template to a file",
-            folder,
+            origin,
             ", ".join(map(repr, found)),
             DEFAULT,
         )
