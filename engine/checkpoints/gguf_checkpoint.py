@@ -16,6 +16,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.config_values import integer
 from engine.checkpoints.gguf_file import GGUFFile, GGUFTensor
 from engine.checkpoints.gguf_parts import read_parts
 from engine.checkpoints.gguf_rope import ROPE_FREQS, rope_scaling
@@ -28,6 +29,19 @@ SUPPORTED_TYPES = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 )
 UNQUANTISED = {"F32": np.float32, "F16": np.float16}
+
+# Keys that change the computation; Llamas have none of them, or zero.
+OTHER_ARITHMETIC = (
+    "llama.attention.clamp_kqv",
+    "llama.attention.scale",
+    "llama.attention.sliding_window",
+    "llama.attn_logit_softcapping",
+    "llama.embedding_scale",
+    "llama.expert_count",
+    "llama.final_logit_softcapping",
+    "llama.logit_scale",
+    "llama.residual_scale",
+)
 
 # `gguf.quants` works on 16 rows at a time; wide rows halve the loading time of a small model.
 ELEMENTS_PER_ROW = 2048
@@ -126,8 +140,8 @@ def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> Llam
     """The architecture, from the `llama.*` keys and the tensors that are present."""
     get = file.metadata.get
     hidden = _required(file, "llama.embedding_length")
-    num_heads = _required(file, "llama.attention.head_count")
-    head_dim = get("llama.attention.key_length", hidden // max(num_heads, 1))
+    num_heads = integer(file.metadata, "llama.attention.head_count")
+    head_dim = get("llama.attention.key_length", hidden // num_heads)
     rotated = get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ValueError(f"rotary embeddings over {rotated} of {head_dim} dimensions")
@@ -137,9 +151,9 @@ def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> Llam
         hidden_size=hidden,
         num_layers=_required(file, "llama.block_count"),
         num_heads=num_heads,
-        num_kv_heads=get("llama.attention.head_count_kv", num_heads),
+        num_kv_heads=integer(file.metadata, "llama.attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        intermediate_size=_required(file, "llama.feed_forward_length"),
+        intermediate_size=integer(file.metadata, "llama.feed_forward_length"),
         rms_norm_eps=_required(file, "llama.attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
         rope_scaling=rope_scaling(file.metadata, rope_factors, theta),
@@ -155,8 +169,9 @@ def _refuse_unsupported(file: GGUFFile) -> None:
     architecture = file.metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(f"{file.path}: architecture {architecture!r}; {ARCHITECTURE!r} is served")
-    if file.metadata.get("llama.expert_count", 0):
-        raise ValueError(f"{file.path}: mixtures of experts are not supported")
+    for key in OTHER_ARITHMETIC:
+        if file.metadata.get(key, 0):
+            raise ValueError(f"{file.path}: {key} {file.metadata[key]!r} is not supported; 0 is")
 
 
 def _check_tensors(file: GGUFFile) -> None:

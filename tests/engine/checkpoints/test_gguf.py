@@ -230,7 +230,9 @@ def test_lengths_beyond_the_file_are_refused_without_reading_on(tmp_path: Path) 
     ("changes", "message"),
     [
         ({"arch": "qwen2"}, "architecture 'qwen2'"),
-        ({"llama__expert_count": 8}, "experts"),
+        ({"llama__expert_count": 8}, "llama.expert_count 8 is not supported; 0 is"),
+        ({"llama__attention__scale": 0.5}, "llama.attention.scale 0.5"),
+        ({"llama__attention__sliding_window": 128}, "sliding_window 128"),
         ({"split__count": 2}, "one of 2 parts"),
         ({"llama__rope__scaling__type": "longrope"}, "rope scaling 'longrope' by 1.0"),
         (
