@@ -111,7 +111,7 @@ def test_bos_and_eos_are_added_as_the_file_asks(
         ("llama-v3", "I'LL go!", ["I", "'LL", " go", "!"]),
         ("smaug-bpe", "I'LL a1234", ["I", "'LL", " a", "123", "4"]),
         ("default", "I'll a = 12345", ["I", "'", "ll", " a", " ", "=", " ", "123", "45"]),
-        (None, "x, y\n\n1234", ["x", ",", " y", "\n\n", "123", "4"]),
+        (None, "x, y\n\n1234", ["x", ",", " y", "\n", "\n", "123", "4"]),
     ],
 )
 def test_text_is_split_as_the_model_was_trained(
