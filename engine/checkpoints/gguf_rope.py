@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from engine.checkpoints.config_values import integer
 from engine.checkpoints.rope_scaling import (
     BETA_FAST,
     BETA_SLOW,
@@ -39,7 +40,8 @@ def rope_scaling(
             f"rope scaling {kind!r} by {factor}{with_divisors} is not supported; "
             "'none', 'linear' and 'yarn' by at least 1 are"
         )
-    context = metadata.get(PREFIX + "original_context_length", metadata["llama.context_length"])
+    served = integer(metadata, "llama.context_length")
+    context = integer(metadata, PREFIX + "original_context_length", served)
     if kind == "linear":
         return LinearRopeScaling(factor, context)
     return _yarn(metadata, factor, context)
