@@ -83,6 +83,9 @@ class DraftFacts(msgspec.Struct, frozen=True):
     num_layers: int
     draft_vocab_size: int
     num_parameters: int  # in its files; what it shares with the target is not counted
+    # Target layers whose input the head reads; the number of layers means the final norm's output,
+    # -1 the last layer's.
+    tap_layers: tuple[int, ...] = ()
 
 
 class DraftSwapped(msgspec.Struct, frozen=True, tag="draft_swapped"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from drafter import manifest, vocab
 from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
-from drafter.heads.eagle3 import Eagle3Head
+from drafter.heads.eagle3 import Eagle3Head, Fusion
 from drafter.heads.layer import DraftLayer
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
@@ -96,12 +96,22 @@ class _Parts:
             target_ids=self._target_ids(),
             embedding=self._embedding(),
             embedding_norm=self.blocks.norm("layers.0.input_layernorm"),
-            fc=self._fc(),
+            fusion=self._fusion() if self.config.use_aux else None,
             feature_norm=self.blocks.norm("layers.0.hidden_norm"),
             norm_before_residual=self.config.norm_before_residual,
             layers=self._layers(first_has_norm=False),
             norm=self.blocks.norm("norm"),
+            norm_output=self.config.norm_output,
             lm_head=self._lm_head(),
+        )
+
+    def _fusion(self) -> Fusion:
+        taps = range(self.config.num_taps if self.config.fc_norm else 0)
+        before = self.config.norm_before_fc
+        return Fusion(
+            layer_norms=tuple(self.blocks.norm(f"fc_norm.{index}") for index in taps),
+            input_norm=self.blocks.norm("input_norm") if before else None,
+            fc=self._fc(),
         )
 
     def _fc(self) -> GatheredLinear:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from engine.checkpoints.arch import Llama3RopeScaling
 from engine.step.batch import ForwardContext
 from kernels.ops import AttentionMeta, LinearWeight
 
@@ -86,27 +83,6 @@ class LMHead:
 
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         return ctx.ops.linear(hidden, self.weight).float()  # [R, V / ranks] float32
-
-
-def cos_sin_table(
-    head_dim: int, max_len: int, theta: float, scaling: Llama3RopeScaling | None
-) -> Tensor:
-    """[max_len, head_dim] float32: cosines of all frequencies, then sines (arXiv:2104.09864)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / (theta**exponents)  # [D / 2] radians per position
-    if scaling is not None:
-        frequencies = scale_llama3(frequencies, scaling)
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
-def scale_llama3(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Divide low frequencies by `factor`, keep high ones, blend in between (Llama 3.1)."""
-    wavelengths = 2 * math.pi / frequencies
-    context = scaling.original_max_position_embeddings
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((context / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
 
 
 class AttentionInputs(Protocol):

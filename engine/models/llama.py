@@ -24,6 +24,7 @@ from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import check_degree
 from engine.step.batch import ForwardBatch, ForwardContext
+from engine.step.taps import LAST_OUTPUT
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Llama:
         for index, layer in enumerate(self.layers):
             self._tap(index, x, residual, ctx)
             x = layer(x, residual, batch, ctx)
+        if ctx.tap is not None and LAST_OUTPUT in ctx.tap.layers:
+            ctx.tap.record(LAST_OUTPUT, x + residual)
         hidden = self.norm.add(x, residual, ctx)
         if ctx.tap is not None and len(self.layers) in ctx.tap.layers:
             ctx.tap.record(len(self.layers), hidden)

@@ -17,9 +17,9 @@ from engine.models.layers import (
     GatedMLP,
     RMSNorm,
     RowParallelLinear,
-    cos_sin_table,
 )
 from engine.models.place import Place
+from engine.models.rope import cos_sin_table
 from engine.models.weights import Part, with_zero_rows
 from kernels.linear.grouped import dense
 from kernels.ops import LinearWeight

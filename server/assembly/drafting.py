@@ -110,6 +110,7 @@ class HeadLoader:
             num_layers=config.arch.num_layers,
             draft_vocab_size=config.draft_vocab_size,
             num_parameters=sum(math.prod(t.shape) for name, t in tensors if name not in (D2T, T2D)),
+            tap_layers=config.tap_layers(self.target.arch),
         )
 
     def check_room(self, path: Path, config: ResolvedConfig) -> None:

@@ -19,7 +19,7 @@ from configs.schema import Config, SpeculationConfig
 from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
-from engine.checkpoints.source import resolve_source
+from engine.checkpoints.source import ModelFiles, resolve_source
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from engine.models.weights import WeightForm
@@ -48,6 +48,8 @@ from server.assembly.drafting import (
     rank_free_bytes,
     torch_dtype,
 )
+from server.text.chat_codec import load_codec
+from server.text.tokenizer_files import has_tokenizer
 
 SCRATCH_ROWS = 16  # most sequences per step when measuring beside a serving engine
 BAD_SETUP = (ValueError, OSError, RuntimeError, MemoryError)
@@ -126,7 +128,7 @@ def _load(
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
     arch = checkpoint.arch
-    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch)
+    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch) | _text_endings(config, files, arch)
     max_len = context_length(config, arch.max_position_embeddings)
     place = _place(config, group, device)
     model = LlamaLoader(arch, checkpoint.stored, place, max_len).load()
@@ -190,6 +192,14 @@ def _known_ids(eos_token_ids: Collection[int], arch: LlamaArch) -> frozenset[int
                 f"eos_token_id {token_id} is not in the model's vocabulary of {arch.vocab_size}"
             )
     return frozenset(eos_token_ids)
+
+
+def _text_endings(config: HostConfig, files: ModelFiles, arch: LlamaArch) -> frozenset[int]:
+    """What tokenizer and chat template end an answer with; config.json often lacks these ids."""
+    if not has_tokenizer(files):
+        return frozenset()
+    ids = load_codec(config).ending_ids()
+    return frozenset(token_id for token_id in ids if token_id < arch.vocab_size)
 
 
 def _model_facts(

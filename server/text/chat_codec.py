@@ -10,6 +10,8 @@ from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_files import load_tokenizer
 
+ANSWER = "the answer"
+
 
 class ChatCodec:
     """Encodes conversations exactly as the chat endpoint does. Threads may share it."""
@@ -28,6 +30,22 @@ class ChatCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens. ValueError for invalid ids."""
         return self.tokenizer.decode(token_ids)
+
+    def ending_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the tokenizer's EOS, and the added token that the template
+        writes after an answer, if it writes one."""
+        found = (self.tokenizer.eos_token_id, self._after_an_answer())
+        return frozenset(token_id for token_id in found if token_id is not None)
+
+    def _after_an_answer(self) -> int | None:
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ANSWER}]
+        try:
+            text = self.template.render(turns, False)
+        except ValueError:  # there is no template, or it takes no such conversation
+            return None
+        _, found, tail = text.rpartition(ANSWER)
+        ids = self.tokenizer.encode(tail.lstrip(), add_special_tokens=False) if found else []
+        return ids[0] if ids and ids[0] in self.tokenizer.added_ids else None
 
 
 def load_codec(config: HostConfig) -> ChatCodec:

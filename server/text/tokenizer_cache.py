@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoints.gguf_file import read_gguf
@@ -27,10 +30,23 @@ def converted_folder(files: ModelFiles, cache_dir: Path) -> Path:
     folder is converted again.
     """
     folder = cache_dir / "tokenizers" / _content_key(files)
-    if not _is_intact(folder):
-        logger.info("converting the tokenizer of %s; this is done once", files.name)
-        _convert(files, folder)
+    if _is_intact(folder):
+        return folder
+    with _alone(cache_dir / "tokenizers.lock"):
+        if not _is_intact(folder):
+            logger.info("converting the tokenizer of %s; this is done once", files.name)
+            _convert(files, folder)
     return folder
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """The processes of a server need the tokenizer at the same time, and converting one can take
+    many seconds: one of them does it, the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _content_key(files: ModelFiles) -> str:

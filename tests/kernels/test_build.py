@@ -197,7 +197,16 @@ def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (AVX2 | {"avx_vnni"}, "avxvnni"),
         (AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"}, "amx"),
     ],
-    ids=["oldest", "avx2", "avx2-without-fma", "avx512", "half-of-amx", "avx512vnni", "avxvnni", "amx"],
+    ids=[
+        "oldest",
+        "avx2",
+        "avx2-without-fma",
+        "avx512",
+        "half-of-amx",
+        "avx512vnni",
+        "avxvnni",
+        "amx",
+    ],
 )
 def test_without_a_compiler_the_best_library_that_runs_here_is_taken(
     ahead: Path, monkeypatch: pytest.MonkeyPatch, flags: set[str], name: str

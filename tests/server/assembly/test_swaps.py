@@ -242,6 +242,7 @@ def test_facts_of_a_head_are_told(folders: Folders, native_cache: Path) -> None:
     draft = ask_for(engine, DraftSwaps(engine.core, engine.swapper), folders.second).draft
     assert draft is not None
     assert (draft.kind, draft.num_layers, draft.draft_vocab_size) == ("eagle3", 2, 97)
+    assert draft.tap_layers == (0, 1)
     stored = load_file(folders.second / "model.safetensors")
     counted = {name: t.numel() for name, t in stored.items() if name not in ("d2t", "t2d")}
     assert draft.num_parameters == sum(counted.values())
