@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,21 @@ class LinearWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """A whole decoder layer; engine/models/layers.py says what is done with each."""
+
+    input_norm: Tensor | None  # [H] float32; None: the input is normalised already
+    post_norm: Tensor  # [H] float32
+    eps: float
+    qkv: LinearWeight
+    output: LinearWeight
+    gate_up: LinearWeight
+    down: LinearWeight
+    cos_sin: Tensor  # [max_len, D] float32
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMeta:
     """Where the keys of each packed query lie.
 
@@ -58,6 +74,23 @@ class AttentionMeta:
     ancestors: Tensor  # [T] int64
     max_q: int
     max_context: int  # longest prefix + suffix
+
+
+class LayerCall(Protocol):
+    """A decoder layer as one call: bit for bit what its operations give one after the other."""
+
+    def __call__(
+        self,
+        x: Tensor,  # [T, H]
+        residual: Tensor,  # [T, H], changed in place
+        positions: Tensor,  # [T] int64
+        slots: Tensor,  # [T] int64
+        meta: AttentionMeta,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """-> [T, H], not yet added to the residual stream."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +150,8 @@ class Ops:
     # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
     # emitted [B, max_depth + 1]
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    # Makes one call of a decoder layer; None where layers are made of the operations above
+    whole_layer: Callable[[LayerWeights], LayerCall] | None
     reads_groups: bool  # whether weights may stay quantised
     activation_dtype: torch.dtype
     backends: dict[str, Backend]  # by operation

@@ -140,6 +140,7 @@ def native_ops(native: NativeOps) -> Ops:
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        whole_layer=native.whole_layer,
         reads_groups=True,
         activation_dtype=torch.float32,
         backends=dict.fromkeys(OPERATIONS, Backend("native"))
@@ -180,6 +181,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        whole_layer=None,
         reads_groups=False,
         activation_dtype=storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
@@ -211,6 +213,7 @@ def reference_ops(
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        whole_layer=None,
         reads_groups=False,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("reference", reason)),

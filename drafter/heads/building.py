@@ -12,10 +12,9 @@ from drafter import manifest, vocab
 from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head, Fusion
-from drafter.heads.layer import DraftLayer
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
-from engine.models.layers import GatheredLinear, VocabParallelEmbedding
+from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabParallelEmbedding
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import WHOLE, check_degree
@@ -76,15 +75,15 @@ class _Parts:
         return self._eagle() if self.config.kind == "eagle" else self._eagle3()
 
     def _eagle(self) -> EagleHead:
-        has_norm = manifest.FINAL_NORM in self.names
         return EagleHead(
             arch=self.config.arch,
             shard=self.blocks.place.shard,
             tap_layers=self.config.tap_layers(self.target.arch),
             embedding=self._embedding(),
             fc=self._fc(),
-            layers=self._layers(first_has_norm=manifest.FIRST_NORM in self.names),
-            norm=self.blocks.norm("norm") if has_norm else None,
+            first_norm=self._norm_if_there(manifest.FIRST_NORM),
+            layers=self._layers(),
+            norm=self._norm_if_there(manifest.FINAL_NORM),
             lm_head=self._lm_head(),
         )
 
@@ -99,7 +98,7 @@ class _Parts:
             fusion=self._fusion() if self.config.use_aux else None,
             feature_norm=self.blocks.norm("layers.0.hidden_norm"),
             norm_before_residual=self.config.norm_before_residual,
-            layers=self._layers(first_has_norm=False),
+            layers=self._layers(),
             norm=self.blocks.norm("norm"),
             norm_output=self.config.norm_output,
             lm_head=self._lm_head(),
@@ -114,6 +113,9 @@ class _Parts:
             fc=self._fc(),
         )
 
+    def _norm_if_there(self, name: str) -> RMSNorm | None:
+        return self.blocks.norm(name.removesuffix(".weight")) if name in self.names else None
+
     def _fc(self) -> GatheredLinear:
         size = self.config.arch.hidden_size
         weight = self.blocks.pack_padded("fc", size, bias=manifest.FC_BIAS in self.names)
@@ -127,19 +129,11 @@ class _Parts:
         size, shared = self.config.draft_vocab_size, self.target.lm_head
         return GatheredLinear(self._own_or_shared("lm_head", size, shared), size)
 
-    def _layers(self, first_has_norm: bool) -> tuple[DraftLayer, ...]:
+    def _layers(self) -> tuple[DecoderLayer, ...]:
+        """Heads prepare the first layer's input themselves."""
         return tuple(
-            self._layer(index, index > 0 or first_has_norm)
+            self.blocks.decoder_layer(index, f"layers.{index}", with_input_norm=index > 0)
             for index in range(self.config.arch.num_layers)
-        )
-
-    def _layer(self, index: int, has_norm: bool) -> DraftLayer:
-        prefix, blocks = f"layers.{index}", self.blocks
-        return DraftLayer(
-            input_norm=blocks.norm(f"{prefix}.input_layernorm") if has_norm else None,
-            attention=blocks.attention(index, f"{prefix}.self_attn"),
-            post_attention_norm=blocks.norm(f"{prefix}.post_attention_layernorm"),
-            mlp=blocks.mlp(f"{prefix}.mlp"),
         )
 
     def _own_or_shared(self, name: str, size: int, shared: LinearWeight) -> LinearWeight:

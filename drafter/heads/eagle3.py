@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from drafter.heads.contexts import inside, vocabulary
 from drafter.heads.interface import DraftBatch, DraftContext
-from drafter.heads.layer import DraftLayer, follow, inside, vocabulary
 from engine.checkpoints.arch import LlamaArch
-from engine.models.layers import GatheredLinear, RMSNorm, VocabParallelEmbedding
+from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabParallelEmbedding
 from engine.parallel.shard import Shard
 from engine.step.batch import ForwardContext
 
@@ -53,7 +53,7 @@ class Eagle3Head:
     fusion: Fusion | None  # None: the feature is the target's hidden state itself
     feature_norm: RMSNorm
     norm_before_residual: bool
-    layers: tuple[DraftLayer, ...]  # the first takes [embedding; feature], 2H
+    layers: tuple[DecoderLayer, ...]  # the first takes [embedding; feature], 2H
     norm: RMSNorm
     norm_output: bool
     lm_head: GatheredLinear  # H -> Vd
@@ -67,8 +67,8 @@ class Eagle3Head:
     def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
         own = inside(ctx, self.shard)
         x, residual = self._enter(features, batch, ctx)
-        x = self.layers[0](x, residual, batch, own)
-        x = follow(self.layers[1:], x, residual, batch, own)
+        for layer in self.layers:
+            x = layer(x, residual, batch, own)
         return self.norm.add(x, residual, own) if self.norm_output else x + residual
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.step.batch import ForwardContext
-from kernels.ops import AttentionMeta, LinearWeight
+from kernels.ops import AttentionMeta, LayerCall, LinearWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +126,32 @@ class GatedMLP:
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         return self.down(ctx.ops.silu_and_mul(self.gate_up(x, ctx)), ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Attention and feed-forward over a residual stream."""
+
+    input_norm: RMSNorm | None
+    attention: Attention
+    post_attention_norm: RMSNorm
+    mlp: GatedMLP
+    whole: LayerCall | None = None  # all of it as one call, if this rank needs no other
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, batch: AttentionInputs, ctx: ForwardContext
+    ) -> Tensor:
+        """Take the last block's output and the residual stream, both [T, H]; add the output to the
+        stream in place. Return this block's output, not yet added.
+
+        Without an input norm `x` is the input of attention itself, of any width, and is not added.
+        """
+        if self.whole is not None:
+            keys, values = ctx.kv.keys[self.attention.layer], ctx.kv.values[self.attention.layer]
+            return self.whole(
+                x, residual, batch.positions, batch.slots, batch.attention, keys, values
+            )
+        if self.input_norm is not None:
+            x = self.input_norm.add(x, residual, ctx)
+        x = self.attention(x, batch, ctx)
+        return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)

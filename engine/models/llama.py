@@ -14,8 +14,7 @@ from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
 from engine.models.footprint import GIB, held_bytes, layers_with_progress
 from engine.models.layers import (
-    Attention,
-    GatedMLP,
+    DecoderLayer,
     LMHead,
     RMSNorm,
     VocabParallelEmbedding,
@@ -27,22 +26,6 @@ from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.taps import LAST_OUTPUT
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    input_norm: RMSNorm
-    attention: Attention
-    post_attention_norm: RMSNorm
-    mlp: GatedMLP
-
-    def __call__(
-        self, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
-    ) -> Tensor:
-        """Take the last block's output and the residual stream, both [T, H]; add the output to the
-        stream in place. Return this block's output, not yet added."""
-        x = self.attention(self.input_norm.add(x, residual, ctx), batch, ctx)
-        return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +90,10 @@ class LlamaLoader:
         return Llama(
             arch=arch,
             embedding=VocabParallelEmbedding(embedding),
-            layers=tuple(self._layer(index) for index in self._indices()),
+            layers=tuple(
+                self._blocks.decoder_layer(index, f"model.layers.{index}")
+                for index in self._indices()
+            ),
             norm=self._blocks.norm("model.norm"),
             head=LMHead(head),
         )
@@ -115,12 +101,3 @@ class LlamaLoader:
     def _indices(self) -> Iterable[int]:
         num_layers, rank = self._arch.num_layers, self._place.shard.rank
         return layers_with_progress(num_layers) if rank == 0 else range(num_layers)
-
-    def _layer(self, index: int) -> DecoderLayer:
-        prefix, blocks = f"model.layers.{index}", self._blocks
-        return DecoderLayer(
-            input_norm=blocks.norm(f"{prefix}.input_layernorm"),
-            attention=blocks.attention(index, f"{prefix}.self_attn"),
-            post_attention_norm=blocks.norm(f"{prefix}.post_attention_layernorm"),
-            mlp=blocks.mlp(f"{prefix}.mlp"),
-        )

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from engine.checkpoints.stored import ReadStored
 from engine.models.layers import (
     Attention,
     ColumnParallelLinear,
+    DecoderLayer,
     GatedMLP,
     RMSNorm,
     RowParallelLinear,
@@ -22,7 +23,7 @@ from engine.models.place import Place
 from engine.models.rope import cos_sin_table
 from engine.models.weights import Part, with_zero_rows
 from kernels.linear.grouped import dense
-from kernels.ops import LinearWeight
+from kernels.ops import LayerCall, LayerWeights, LinearWeight
 
 ReadTensor = Callable[[str], Tensor]
 ALL = slice(None)
@@ -44,6 +45,39 @@ class LayerLoader:
         """A loader of blocks for up to `max_len` positions."""
         table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
         return cls(arch, read, place, table.to(place.device))
+
+    def decoder_layer(
+        self, layer: int, prefix: str, *, with_input_norm: bool = True
+    ) -> DecoderLayer:
+        """`layer` is its index in the KV cache."""
+        norm = self.norm(f"{prefix}.input_layernorm") if with_input_norm else None
+        parts = DecoderLayer(
+            input_norm=norm,
+            attention=self.attention(layer, f"{prefix}.self_attn"),
+            post_attention_norm=self.norm(f"{prefix}.post_attention_layernorm"),
+            mlp=self.mlp(f"{prefix}.mlp"),
+        )
+        return replace(parts, whole=self._whole(parts))
+
+    def _whole(self, parts: DecoderLayer) -> LayerCall | None:
+        """The layer as one call, if there is such an operation. Ranks that sum partial outputs
+        cannot use it."""
+        whole_layer = self.place.ops.whole_layer
+        if whole_layer is None or self.place.shard.size > 1:
+            return None
+        post = parts.post_attention_norm
+        weights = LayerWeights(
+            input_norm=None if parts.input_norm is None else parts.input_norm.weight,
+            post_norm=post.weight,
+            eps=post.eps,
+            qkv=parts.attention.qkv.weight,
+            output=parts.attention.output.weight,
+            gate_up=parts.mlp.gate_up.weight,
+            down=parts.mlp.down.weight,
+            cos_sin=self.cos_sin,
+            scale=parts.attention.scale,
+        )
+        return whole_layer(weights)
 
     def attention(self, layer: int, prefix: str) -> Attention:
         """`layer` is its index in the KV cache; `prefix` ends in `self_attn`."""

@@ -24,6 +24,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_pack_groups": (I, I, I, P, P, P, I, I, P),
     "aerie_linear_groups": (I, I, I, I, P, I, I, P, I, P, P, I),
     "aerie_embedding_groups": (I, I, I, I, P, I, P, I, P),
+    "aerie_decoder_layer": (P, P, P, P, P, P, P),
     "aerie_rms_norm": (P, P, P, I, I, R, P),
     "aerie_rope_kv_write_bf16": (P, I, I, I, I, P, P, P, P, P, P),
     "aerie_rope_kv_write_f32": (P, I, I, I, I, P, P, P, P, P, P),
@@ -60,6 +61,12 @@ class NativeLibrary:
         function.argtypes = (P, *SIGNATURES[name])
         function.restype = None
         return function
+
+    def address(self, name: str) -> int:
+        """Where a function lies, for structures that point to it."""
+        address = ctypes.cast(getattr(self._library, name), P).value
+        assert address is not None
+        return address
 
     def number(self, name: str, *arguments: int) -> int:
         """Call a function that takes and returns integers and needs no pool."""

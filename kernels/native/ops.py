@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.linear.grouped import GroupedWeight
+from kernels.native.layer import SUFFIXES, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
-from kernels.ops import AttentionMeta, Backend, LinearWeight
-
-SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-MAX_HEAD_DIM = 256
-MAX_GROUP = 32  # query heads per KV head
+from kernels.ops import AttentionMeta, Backend, LayerCall, LayerWeights, LinearWeight
 
 
 class NativeOps:
@@ -30,7 +27,7 @@ class NativeOps:
         backend = Backend("native", "amx" if amx else None)
         self.backends = dict.fromkeys(("linear", "attention"), backend)
         self._pool = library.pool
-        self._dtype, self._suffix = storage_dtype, suffix
+        self._dtype, self._suffix, self._tiles = storage_dtype, suffix, tiles
         self._pack = library.call(f"aerie_pack_{suffix}")
         self._linear = library.call(f"aerie_linear_{suffix}{tiles}")
         self._embedding = library.call(f"aerie_embedding_{suffix}")
@@ -135,6 +132,9 @@ class NativeOps:
         )
         return out
 
+    def whole_layer(self, weights: LayerWeights) -> LayerCall:
+        return NativeLayer(self.library, weights, self._dtype, self._tiles)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)
 
@@ -187,12 +187,7 @@ class NativeOps:
     ) -> Tensor:
         T, num_heads, head_dim = q.shape
         block_size, num_kv_heads = k_cache.shape[1:3]
-        if head_dim > MAX_HEAD_DIM or num_heads > num_kv_heads * MAX_GROUP:
-            raise ValueError(
-                f"native attention takes heads of at most {MAX_HEAD_DIM} and {MAX_GROUP} query "
-                f"heads per KV head, not {head_dim} and {num_heads // num_kv_heads}; choose "
-                "kernels.backend=reference"
-            )
+        check_heads(num_heads, num_kv_heads, head_dim)
         out = torch.empty(T, num_heads * head_dim)
         q, block_tables = q.contiguous(), meta.block_tables.contiguous()
         ancestors = meta.ancestors.contiguous()
