@@ -3,43 +3,42 @@ no torch; `engine.models.rope` computes the tables."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from engine.checkpoints.config_values import Json, flag, integer, number
 
 DEFAULT_ROPE_THETA = 10000.0
 PLAIN_ROPE = (None, "none", "default")
+TYPE = "rope_type"
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 BETA_FAST, BETA_SLOW = 32.0, 1.0  # turns over the original context, as in the paper
-COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+COMMON_KEYS = {TYPE, "type", "rope_theta", "partial_rotary_factor"}
 HARMLESS_KEYS = {"finetuned"}  # says how the model was trained
 YARN_KEYS = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast"}
 YARN_KEYS |= {"beta_slow", "mscale", "mscale_all_dim", "truncate"}
 LLAMA3_KEYS = {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
 
 
-@dataclass(frozen=True, slots=True)
-class LinearRopeScaling:
+class LinearRopeScaling(msgspec.Struct, frozen=True, tag_field=TYPE, tag="linear"):
     """All frequencies divided by `factor`."""
 
     factor: float
     original_max_position_embeddings: int  # positions, as everywhere below
 
 
-@dataclass(frozen=True, slots=True)
-class DynamicRopeScaling:
+class DynamicRopeScaling(msgspec.Struct, frozen=True, tag_field=TYPE, tag="dynamic"):
     """A larger base for sequences longer than the original context (NTK-aware scaling)."""
 
     factor: float
     original_max_position_embeddings: int
 
 
-@dataclass(frozen=True, slots=True)
-class YarnRopeScaling:
+class YarnRopeScaling(msgspec.Struct, frozen=True, tag_field=TYPE, tag="yarn"):
     """Low frequencies divided by `factor`, high ones kept; rotated vectors are multiplied by
     `attention_factor` (arXiv:2309.00071)."""
 
@@ -51,8 +50,7 @@ class YarnRopeScaling:
     truncate: bool = True  # round the range of blended dimensions to whole ones
 
 
-@dataclass(frozen=True, slots=True)
-class Llama3RopeScaling:
+class Llama3RopeScaling(msgspec.Struct, frozen=True, tag_field=TYPE, tag="llama3"):
     """Frequency scaling of Llama 3.1 and later."""
 
     factor: float
@@ -62,12 +60,6 @@ class Llama3RopeScaling:
 
 
 RopeScaling = LinearRopeScaling | DynamicRopeScaling | YarnRopeScaling | Llama3RopeScaling
-ROPE_TYPES = {
-    LinearRopeScaling: "linear",
-    DynamicRopeScaling: "dynamic",
-    YarnRopeScaling: "yarn",
-    Llama3RopeScaling: "llama3",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +95,8 @@ def read_rope(config: Json) -> Rope:
 
 def rope_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """The table of a config.json; `read_rope` reads it back."""
-    if scaling is None:
-        return None
-    return {"rope_type": ROPE_TYPES[type(scaling)], **dataclasses.asdict(scaling)}
+    table: dict[str, Any] | None = msgspec.to_builtins(scaling)
+    return table
 
 
 def json_positions(scaling: RopeScaling | None, max_positions: int) -> int:
@@ -121,7 +112,7 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
 
 
 def _scaling(rope: Json, config: Json) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type"))
+    kind = rope.get(TYPE, rope.get("type"))
     original = integer(config, "max_position_embeddings", 2048)
     if kind in PLAIN_ROPE:
         _check_keys(rope, set())

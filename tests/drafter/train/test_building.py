@@ -96,7 +96,7 @@ def test_frozen_rows_have_the_given_dtype_and_weights_are_float32(kind: str) -> 
     ("changes", "message"),
     [
         ({"draft_vocab_size": 132}, r"head\.draft_vocab_size 132 must be at most 131"),
-        ({"aux_layers": (1, 8)}, r"target layers \[1, 8\].*layers 0 to 7"),
+        ({"aux_layers": (1, 9)}, r"target layers \[1, 9\].*layers 0 to 7"),
     ],
 )
 def test_what_the_target_cannot_have_is_refused(changes: dict[str, Any], message: str) -> None:

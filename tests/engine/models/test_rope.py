@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -76,6 +77,8 @@ def test_scalings_are_written_as_they_are_read(kind: str) -> None:
         "max_position_embeddings": json_positions(arch.rope_scaling, arch.max_position_embeddings),
     }
     assert LlamaArch.from_hf_config(content | written) == arch
+    # records of training runs hold architectures
+    assert msgspec.json.decode(msgspec.json.encode(arch), type=LlamaArch) == arch
 
 
 def test_the_original_context_of_yarn_may_stand_outside_of_its_table() -> None:
