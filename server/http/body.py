@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -10,10 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from server.http.context import context_of
-from server.http.errors import invalid, unknown_field, validation_error
+from server.http.errors import invalid, shorten, unknown_field
+from server.http.request_log import record_of
+from server.http.validation import path_in, validation_error, written
 
 MAX_MEMBERS = 1024  # of one JSON object
 JSON_TYPE = "application/json"
+Unknown: TypeAlias = Literal["refuse", "warn"]
 
 
 class Fields(BaseModel):
@@ -23,12 +30,35 @@ class Fields(BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    def not_used(self) -> Iterator[str]:
+        """Parts of this object, besides its `NotUsed` fields, that had no effect."""
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True)
+class _NotUsed:
+    """Marks a field that is accepted without effect."""
+
+
+Value = TypeVar("Value")
+NotUsed: TypeAlias = Annotated[Value | None, _NotUsed()]
+# Values that ask for nothing, so that there is nothing to warn of.
+ASK_NOTHING: Sequence[Any] = (None, False, "", [], {}, "auto", "default", "none")
 
 Body = TypeVar("Body", bound=Fields)
 
 
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[Body]):
+    """A checked body, and the names of what was sent but has no effect."""
+
+    body: Body
+    not_used: list[str]
+
+
 async def read_body(request: HttpRequest, model: type[Body]) -> Body:
-    """The body of a request as `model`. ApiError 400 if it is invalid."""
+    """The body of a request as `model`. What has no effect is noted in the request's record, for
+    the log and the warning header. ApiError 400 if the body is invalid."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
         # Browsers let web pages send some other types across origins without a preflight.
@@ -37,26 +67,95 @@ async def read_body(request: HttpRequest, model: type[Body]) -> Body:
         raw = await request.body()
     except ClientDisconnect as error:
         raise invalid("The client left before the whole body had arrived") from error
-    return await context_of(request).in_pool(parse_body, raw, model)
+    context = context_of(request)
+    parsed = await context.in_pool(parse_body, raw, model, context.config.server.unknown_fields)
+    record_of(request.scope).not_used += parsed.not_used
+    return parsed.body
 
 
-def parse_body(raw: bytes, model: type[Body]) -> Body:
-    """JSON to `model`. NaN, infinities, lone surrogates and invalid UTF-8 are refused."""
+def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Parsed[Body]:
+    """JSON to `model`. NaN, infinities, lone surrogates, invalid UTF-8 and repeated keys are
+    refused, and so are unknown fields, unless they are null or `unknown` is "warn"."""
+    data = _json_object(raw)
+    not_used = _drop([[name] for name in data if name not in model.model_fields], data, unknown)
+    for name in data:
+        if name not in model.model_fields:  # report only the first: there may be very many
+            raise unknown_field(name)
+    for name, value in data.items():
+        _check_width(value, name)
+    while True:
+        try:
+            body = model.model_validate(data)
+            return Parsed(body, [*not_used, *_unused_in(body, "")])
+        except ValidationError as error:
+            entries = error.errors(include_url=False)
+            extra = [it for it in entries if it["type"] == "extra_forbidden"]
+            dropped = _drop([path_in(data, it) for it in extra], data, unknown)
+            if not dropped:
+                raise validation_error(error, data) from error
+            not_used += dropped
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         data = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise invalid(f"The body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(data, dict):
         raise invalid("The body must be a JSON object", code="invalid_json")
-    for name in data:
-        if name not in model.model_fields:  # report only the first: there may be very many
-            raise unknown_field(name)
-    for name, value in data.items():
-        _check_width(value, name)
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise validation_error(error, data) from error
+    json.loads(raw, object_pairs_hook=_refuse_repeated)  # the parser above keeps the last value
+    return data
+
+
+def _refuse_repeated(members: list[tuple[str, Any]]) -> None:
+    if len(members) < 2:
+        return
+    seen: set[str] = set()
+    for name, _ in members:
+        if name in seen:
+            shown = written([name])
+            raise invalid(
+                f"The key {shorten(name)} occurs twice in one object", shown, "repeated_key"
+            )
+        seen.add(name)
+
+
+def _drop(paths: Sequence[list[int | str]], data: dict[str, Any], unknown: Unknown) -> list[str]:
+    """Remove unknown members that may be ignored; return their names."""
+    dropped = []
+    for path in paths:
+        holder: Any = data
+        for step in path[:-1]:
+            holder = holder[step]
+        name = path[-1] if path else ""
+        if name in holder and (unknown == "warn" or holder[name] is None):
+            del holder[name]
+            dropped.append(written(path))
+    return dropped
+
+
+@functools.cache
+def _fields_without_effect(model: type[Fields]) -> frozenset[str]:
+    return frozenset(
+        name
+        for name, field in model.model_fields.items()
+        if any(isinstance(mark, _NotUsed) for mark in field.metadata)
+    )
+
+
+def _unused_in(body: Fields, prefix: str) -> Iterator[str]:
+    """Names of fields that were sent but have no effect, also in nested objects."""
+    without_effect = _fields_without_effect(type(body))
+    for name, value in body:
+        if name in without_effect:
+            if value not in ASK_NOTHING:
+                yield prefix + name
+        elif isinstance(value, Fields):
+            yield from _unused_in(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Fields):
+            for index, member in enumerate(value):
+                yield from _unused_in(member, f"{prefix}{name}[{index}].")
+    yield from (prefix + name for name in body.not_used())
 
 
 def _check_width(value: Any, name: str) -> None:

@@ -40,6 +40,7 @@ class ChatTemplate:
         Raises ValueError for a template that is not valid Jinja.
         """
         self._special_tokens = dict(special_tokens)
+        self.shows_tool_calls = source is not None and "tool_calls" in source
         self._template: Template | None = None
         if source is not None:
             try:

@@ -82,7 +82,7 @@ def test_the_option_limits_the_drafts_of_every_choice(
         ("stats", 0),
         ("stats", "yes"),
         ("depth", 3),
-        ("max_node", None),
+        ("max_node", 3),
     ],
 )
 def test_bad_options_are_400_naming_the_field(
