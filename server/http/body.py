@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
@@ -19,12 +20,13 @@ from server.http.request_log import record_of
 from server.http.validation import path_in, validation_error, written
 
 MAX_MEMBERS = 1024  # of one JSON object
+MAX_REPAIRS = 20  # rounds of validation
 JSON_TYPE = "application/json"
 Unknown: TypeAlias = Literal["refuse", "warn"]
 
 
 class Fields(BaseModel):
-    """A JSON object of a request: no unknown fields, no conversions between types."""
+    """A JSON object of a request: no unknown fields, no conversions between JSON's types."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
@@ -75,7 +77,8 @@ async def read_body(request: HttpRequest, model: type[Body]) -> Body:
 
 def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Parsed[Body]:
     """JSON to `model`. NaN, infinities, lone surrogates, invalid UTF-8 and repeated keys are
-    refused, and so are unknown fields, unless they are null or `unknown` is "warn"."""
+    refused, and so are unknown fields, unless they are null or `unknown` is "warn". A number such
+    as 5.0 may stand for an integer."""
     data = _json_object(raw)
     not_used = _drop([[name] for name in data if name not in model.model_fields], data, unknown)
     for name in data:
@@ -83,17 +86,16 @@ def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Pa
             raise unknown_field(name)
     for name, value in data.items():
         _check_width(value, name)
-    while True:
+    for repairs_left in reversed(range(MAX_REPAIRS)):
         try:
             body = model.model_validate(data)
             return Parsed(body, [*not_used, *_unused_in(body, "")])
         except ValidationError as error:
-            entries = error.errors(include_url=False)
-            extra = [it for it in entries if it["type"] == "extra_forbidden"]
-            dropped = _drop([path_in(data, it) for it in extra], data, unknown)
-            if not dropped:
+            dropped = _repair(error, data, unknown) if repairs_left else None
+            if dropped is None:
                 raise validation_error(error, data) from error
             not_used += dropped
+    raise AssertionError("the last round returns or raises")
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
@@ -120,18 +122,65 @@ def _refuse_repeated(members: list[tuple[str, Any]]) -> None:
         seen.add(name)
 
 
+def _repair(error: ValidationError, data: dict[str, Any], unknown: Unknown) -> list[str] | None:
+    """Change what may be changed, and return the names of what was dropped; None if there is
+    nothing to change."""
+    entries = error.errors(include_url=False)
+    extra = [path_in(data, entry) for entry in entries if entry["type"] == "extra_forbidden"]
+    dropped = _drop(extra, data, unknown)
+    return dropped if _write_integers(entries, data) or dropped else None
+
+
 def _drop(paths: Sequence[list[int | str]], data: dict[str, Any], unknown: Unknown) -> list[str]:
     """Remove unknown members that may be ignored; return their names."""
     dropped = []
     for path in paths:
-        holder: Any = data
-        for step in path[:-1]:
-            holder = holder[step]
-        name = path[-1] if path else ""
-        if name in holder and (unknown == "warn" or holder[name] is None):
-            del holder[name]
-            dropped.append(written(path))
+        for where in _alike(path, data):
+            holder, name = _at(data, where[:-1]), where[-1]
+            if not isinstance(holder, dict) or name not in holder:
+                continue
+            if unknown == "warn" or holder[name] is None:
+                del holder[name]
+                dropped.append(written(where))
     return dropped
+
+
+def _alike(path: list[int | str], data: dict[str, Any]) -> Iterator[list[int | str]]:
+    """The path of a member of an object; in an array, also those of the same member of the other
+    entries, so that one round repairs them all."""
+    if len(path) > 1 and isinstance(path[-2], int):
+        for index in range(len(_at(data, path[:-2]))):
+            yield [*path[:-2], index, path[-1]]
+    elif path:
+        yield path
+
+
+def _write_integers(entries: Sequence[ErrorDetails], data: dict[str, Any]) -> bool:
+    """Write 5.0 as 5 where an integer is needed: JSON has one kind of number, and some clients
+    write all numbers so. Whether there was any."""
+    found = False
+    for entry in entries:
+        value = entry["input"]
+        if entry["type"] == "int_type" and isinstance(value, float) and value.is_integer():
+            holder: Any = data
+            path = path_in(data, entry)
+            while len(path) > 1 and isinstance(holder[path[0]], dict):
+                holder = holder[path.pop(0)]
+            holder[path[0]] = _whole(holder[path[0]])
+            found = True
+    return found
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_whole(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _at(data: Any, path: Sequence[int | str]) -> Any:
+    for step in path:
+        data = data[step]
+    return data
 
 
 @functools.cache

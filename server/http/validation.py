@@ -109,7 +109,8 @@ def _allowed(entries: Sequence[ErrorDetails]) -> str:
     texts = list(dict.fromkeys(text for text in ours if text is not None))
     needs = list(dict.fromkeys(_need(entry) for entry in helpful if _own_words(entry) is None))
     if needs:
-        texts.append("it must " + " or ".join(needs))
+        first, *others = needs
+        texts.append(f"it must {' or '.join([first, *(it.removeprefix('be ') for it in others)])}")
     return "; ".join(texts)
 
 

@@ -39,7 +39,7 @@ class ToolCall(Fields):
     id: str | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
-    index: NotUsed[int] = Field(None, description=HARMLESS + "the order of the calls counts.")
+    index: NotUsed[Any] = Field(None, description=HARMLESS + "the order of the calls counts.")
 
     def for_template(self) -> dict[str, Any]:
         function = {"name": self.function.name, "arguments": _object(self.function.arguments)}
@@ -98,38 +98,84 @@ class ChatMessage(Fields):
             return self.content
         return "\n".join(part.text for part in self.content) if self.content else None
 
-    def for_template(self, shows_calls: bool) -> dict[str, Any]:
-        """As transformers hands it to a template. A template that shows calls also knows messages
-        without text; others would fail for null."""
-        calls = [call.for_template() for call in self.tool_calls or ()] if shows_calls else []
+    def for_template(self, template: ChatTemplate) -> dict[str, Any]:
+        """As transformers hands it to a template: without what is null. Only a template that tests
+        for null content gets it, and one that cannot show calls gets empty text instead."""
+        calls = self.tool_calls if template.shows_tool_calls else None
         text = self.text()
+        if text is None and not calls:
+            text = ""
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
         known: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
             "name": self.name,
             "tool_call_id": self.tool_call_id,
-            "reasoning_content": self.reasoning_content,
+            "reasoning_content": reasoning,
             "reasoning": self.reasoning,
-            "tool_calls": calls or None,
+            "thinking": reasoning,
+            "tool_calls": [call.for_template() for call in calls] if calls else None,
         }
-        role = "system" if self.role == "developer" else self.role
-        content = text if text is not None or calls else ""
-        return {"role": role, "content": content} | {
-            name: value for name, value in known.items() if value is not None
-        }
+        kept = {name: value for name, value in known.items() if value is not None}
+        return kept | ({"content": None} if text is None and template.tests_null_content else {})
+
+
+class RenderingFields(Fields):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="Ask the chat template to open the assistant's turn. Default true, unless "
+        "`continue_final_message` is.",
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Leave the last message open, so that the model continues it."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> RenderingFields:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise broken_rule(
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt must not both be true",
+            )
+        return self
+
+    @property
+    def opens_a_turn(self) -> bool:
+        """Whether the template is to open the assistant's turn."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
 
 def render_chat(
-    template: ChatTemplate,
-    messages: Sequence[ChatMessage],
-    add_generation_prompt: bool | None,
-    kwargs: dict[str, object] | None,
+    template: ChatTemplate, messages: Sequence[ChatMessage], how: RenderingFields
 ) -> str:
     """The prompt of a conversation. ApiError 400 when the template refuses it."""
-    opens = add_generation_prompt is not False
-    shown = [message.for_template(template.shows_tool_calls) for message in messages]
+    shown = [message.for_template(template) for message in messages]
+    kwargs = how.chat_template_kwargs or {}
     try:
-        return template.render(shown, opens, **(kwargs or {}))
+        text = template.render(shown, how.opens_a_turn, **kwargs)
     except ValueError as error:
         raise invalid(str(error), "messages", "chat_template_error") from error
+    return _without_end(text, messages[-1]) if how.continue_final_message else text
+
+
+def _without_end(text: str, last: ChatMessage) -> str:
+    """`text` up to the end of the last message, so that the model continues it. Templates may
+    strip messages; white space at the end stays if the template wrote it."""
+    words = last.text() or ""
+    begin = text.rfind(words.strip())
+    if not words.strip() or begin < 0:
+        raise invalid(
+            "continue_final_message is true: the last message must have text that the chat "
+            "template shows as it is",
+            "continue_final_message",
+        )
+    kept = words.lstrip()
+    return text[: begin + len(kept if text.startswith(kept, begin) else words.strip())]
 
 
 def hidden_calls(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[str]:

@@ -69,9 +69,7 @@ def _begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
 def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
     """Render and tokenise a conversation. Templates write the special tokens themselves."""
     template = context.chat_template
-    text = render_chat(
-        template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-    )
+    text = render_chat(template, body.messages, body)
     cuts = _cuts(body)
     special = bool(body.add_special_tokens)
     token_ids = encode(context, info, text, special, "messages", may_be_long=cuts)

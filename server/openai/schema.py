@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from server.http.body import Fields, NotUsed
 from server.http.validation import broken_rule
-from server.openai.conversation import ChatMessage
+from server.openai.conversation import ChatMessage, RenderingFields
 from server.openai.fields import (
     HARMLESS,
     MAX_INT,
@@ -169,7 +169,7 @@ class SamplingFields(Fields):
         return self.speculation is not None and self.speculation.stats
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, RenderingFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
@@ -180,12 +180,6 @@ class ChatRequest(SamplingFields):
     )
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="Alternatives per token; needs `logprobs`."
-    )
-    add_generation_prompt: bool | None = Field(
-        None, description="Ask the chat template to open the assistant's turn. Default true."
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Further variables of the chat template."
     )
     response_format: ResponseFormat = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, min_length=1)] | None = (
@@ -280,7 +274,7 @@ class CompletionRequest(SamplingFields):
         return self.prompt
 
 
-class TokenizeRequest(Fields):
+class TokenizeRequest(RenderingFields):
     """POST /tokenize. Exactly one of `prompt` and `messages`."""
 
     model: str | None = None
@@ -292,17 +286,15 @@ class TokenizeRequest(Fields):
     return_token_strs: bool | None = Field(
         None, description="Add `token_strs`, the text of each token. Default false."
     )
-    add_generation_prompt: bool | None = Field(None, description="For messages. Default true.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="For messages.")
 
     @model_validator(mode="after")
     def _one_of_prompt_and_messages(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise broken_rule("prompt", "exactly one of prompt and messages is required")
-        if self.messages is None and (self.add_generation_prompt or self.chat_template_kwargs):
-            raise broken_rule(
-                "messages", "add_generation_prompt and chat_template_kwargs need messages"
-            )
+        needs = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        for name in needs:
+            if self.messages is None and getattr(self, name):
+                raise broken_rule(name, f"{name} is only allowed with messages")
         return self
 
 

@@ -59,9 +59,7 @@ def _token_ids(context: ServerContext, info: EngineInfo, body: TokenizeRequest) 
         assert body.prompt is not None  # a rule of the schema
         special = body.add_special_tokens is not False
         return encode(context, info, body.prompt, special, "prompt")
-    text = render_chat(
-        context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-    )
+    text = render_chat(context.chat_template, body.messages, body)
     return encode(context, info, text, bool(body.add_special_tokens), "messages")
 
 

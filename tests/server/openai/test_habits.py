@@ -3,12 +3,15 @@ effect."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from server.http.body import parse_body
 from server.openai.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import (
@@ -19,9 +22,18 @@ from tests.support.http_server import (
     Server,
     events_of,
 )
-from tests.support.tiny_llama import BOS
+from tests.support.tiny_llama import BOS, CHAT_TEMPLATE, write_tokenizer
 
 MakeServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("oracle")
+    write_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)  # type: ignore[no-any-return]
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
 
@@ -147,6 +159,31 @@ def test_unknown_fields_are_refused_or_warned_of(make_server: MakeServer, server
     assert len(wide.headers["x-aerie-warning"]) < 1100
 
 
+def test_whole_numbers_may_have_a_point(server: Server) -> None:
+    fields: dict[str, Any] = {
+        "n": 1.0,
+        "seed": 3.0,
+        "top_k": 4.0,
+        "speculation": {"max_nodes": 2.0},
+    }
+    server.complete(prompt=[[5.0, 6.0], [7, 8]], stop_token_ids=[9.0], max_tokens=5.0, **fields)
+    first, second = server.engine.submitted
+    assert (first.prompt_ids, second.prompt_ids) == ([5, 6], [7, 8])
+    params = first.params
+    assert (params.seed, params.top_k, params.max_tokens) == (3, 4, 5)
+    assert (params.stop_token_ids, first.max_draft_nodes) == ((9,), 2)
+    assert error_of(server.complete(max_tokens=5.5), 400)["param"] == "max_tokens"
+
+
+def test_many_nulls_of_one_name_are_dropped_and_many_names_are_refused(server: Server) -> None:
+    message = {"role": "user", "content": "a"}
+    same = [message | {"parsed": None} for _ in range(100)]
+    parsed = parse_body(json.dumps(CHAT | {"messages": same}).encode(), ChatRequest)
+    assert parsed.not_used == [f"messages[{index}].parsed" for index in range(100)]
+    different = [message | {f"k{index}": None} for index in range(100)]
+    assert error_of(server.chat(messages=different), 400)["code"] == "unknown_field"
+
+
 def test_top_p_of_zero_is_greedy(server: Server) -> None:
     server.chat(top_p=0, temperature=1)
     params = server.engine.submitted[0].params
@@ -255,18 +292,45 @@ def history(content: Any, **call: Any) -> list[dict[str, Any]]:
 
 
 SHOWS_CALLS = (
-    "{% for m in messages %}{{ m.role }}:{{ 'null' if m.content is none else m.content }}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.reasoning_content }}"
     "{% for c in m.tool_calls or [] %}[{{ c.id }} {{ c.function.name }} "
     "{{ c.function.arguments | tojson }}]{% endfor %}{{ m.tool_call_id }};{% endfor %}"
 )
 
 
 @pytest.mark.parametrize("content", [None, [], ...])
-def test_calls_of_earlier_replies_reach_the_template(make_server: MakeServer, content: Any) -> None:
+def test_calls_of_earlier_replies_reach_the_template(
+    make_server: MakeServer, oracle: PreTrainedTokenizerBase, content: Any
+) -> None:
     server = make_server(template=SHOWS_CALLS)
     assert warning(server, messages=history(content)) is None
     prompt = server.tokenizer.decode(server.engine.submitted[0].prompt_ids, False)
-    assert prompt == 'user:u;assistant:null[c1 f {"a": [1]}];tool:42c1;'
+    assert prompt == 'user:u;assistant:[c1 f {"a": [1]}];tool:42c1;'
+    function = {"name": "f", "arguments": {"a": [1]}}
+    calls = [{"id": "c1", "type": "function", "function": function}]
+    shown = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+    ]
+    assert prompt == oracle.apply_chat_template(shown, tokenize=False, chat_template=SHOWS_CALLS)
+    tests_null = "{% if m.content is none %}null{% endif %};{% endfor %}"
+    server = make_server(template=SHOWS_CALLS.replace(";{% endfor %}", tests_null))
+    assert warning(server, messages=history(content)) is None
+    prompt = server.tokenizer.decode(server.engine.submitted[0].prompt_ids, False)
+    assert prompt == 'user:u;assistant:None[c1 f {"a": [1]}]null;tool:42c1;'
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_of_earlier_replies_reaches_the_template(
+    make_server: MakeServer, oracle: PreTrainedTokenizerBase, name: str
+) -> None:
+    server = make_server(template=SHOWS_CALLS)
+    messages = [{"role": "assistant", "content": "a", name: "because"}]
+    assert warning(server, messages=messages) is None
+    prompt = server.tokenizer.decode(server.engine.submitted[0].prompt_ids, False)
+    expected = oracle.apply_chat_template(messages, tokenize=False, chat_template=SHOWS_CALLS)
+    assert prompt == expected == "assistant:abecause;"
 
 
 @pytest.mark.parametrize(
@@ -290,6 +354,40 @@ def test_a_template_that_does_not_show_calls_gets_an_empty_message(
     assert warning(server, messages=history(content)) == name
     prompt = server.tokenizer.decode(server.engine.submitted[0].prompt_ids, False)
     assert "<|im_start|>assistant\n<|im_end|>" in prompt
+
+
+@pytest.mark.parametrize("last", ["The answer", " The answer ", "a <|im_end|> b\n\n"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_the_last_message_is_continued_as_in_transformers(
+    make_server: MakeServer, oracle: PreTrainedTokenizerBase, last: str, strips: bool
+) -> None:
+    template = CHAT_TEMPLATE
+    if strips:
+        template = template.replace("message['content']", "message['content'] | trim")
+    messages = [*MESSAGES, {"role": "assistant", "content": last}]
+    expected = oracle.apply_chat_template(
+        messages, tokenize=False, chat_template=template, continue_final_message=True
+    )
+    server = make_server(template=template)
+    server.chat(messages=messages, continue_final_message=True)
+    body = {"messages": messages, "continue_final_message": True}
+    reply = server.post("/tokenize", body | {"add_generation_prompt": False}).json()
+    prompt = server.engine.submitted[0].prompt_ids
+    assert server.tokenizer.decode(prompt, False) == expected
+    assert reply["tokens"] == prompt
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"add_generation_prompt": True},
+        {"messages": [{"role": "assistant", "content": " "}]},
+        {"messages": [{"role": "assistant"}]},
+    ],
+)
+def test_what_cannot_be_continued_is_refused(server: Server, fields: dict[str, Any]) -> None:
+    error = error_of(server.chat(continue_final_message=True, **fields), 400)
+    assert error["param"] == "continue_final_message"
 
 
 def test_replies_can_be_sent_back_as_they_came(server: Server) -> None:

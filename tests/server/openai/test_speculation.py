@@ -75,7 +75,7 @@ def test_the_option_limits_the_drafts_of_every_choice(
         ("max_nodes", 64),
         ("max_nodes", 10**40),
         ("max_nodes", True),
-        ("max_nodes", 3.0),
+        ("max_nodes", 3.5),
         ("max_nodes", "3"),
         ("max_nodes", [3]),
         ("stats", None),

@@ -91,7 +91,7 @@ def test_no_error_speaks_the_words_of_a_library(model: type[Fields]) -> None:
         ({"temperature": 3}, "temperature is 3: it must be at most 2"),
         ({"temperature": None, "stream": 1}, "stream is 1: it must be true or false"),
         ({"stop": ["a"] * 33}, "stop is an array of 33: it must have at most 32 entries"),
-        ({"stop": 5}, "stop is 5: it must be a string or be an array"),
+        ({"stop": 5}, "stop is 5: it must be a string or an array"),
         ({"stop": [1]}, "stop[0] is 1: it must be a string"),
         ({"logit_bias": {"a": 1}}, 'logit_bias.a is "a": a key must be a token id'),
         (
