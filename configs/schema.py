@@ -161,6 +161,11 @@ class ServerConfig(Section):
     max_waiting_tokens: Positive = Field(262_144, description="prompt tokens not yet started")
     max_body_bytes: Positive = 4_194_304
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    unknown_fields: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="fields of requests that the API does not know: a 400, or ignored with a "
+        "warning in the header x-aerie-warning and in the log",
+    )
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
     restart_engine: StrictBool = Field(True, description="restart the engine when it dies")

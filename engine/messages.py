@@ -54,6 +54,7 @@ class ErrorCode(enum.StrEnum):
     """Why a request ended with ERROR, in the cases that the front end treats differently."""
 
     CONTEXT_LENGTH = "context_length"  # it can never fit into the context
+    INVALID = "invalid"  # the engine cannot carry it out, whatever its length
     STOPPING = "stopping"  # the server is stopping
 
 

@@ -220,11 +220,11 @@ class Scheduler:
     def _rank(self, seq: Sequence) -> Rank:
         return self._ranks[seq.request_id]
 
-    def _impossible(self, request: Request) -> tuple[str, ErrorCode | None] | None:
+    def _impossible(self, request: Request) -> tuple[str, ErrorCode] | None:
         """Why this request can never run, even alone; None if it can."""
         num_prompt = len(request.prompt_ids)
         if num_prompt == 0:
-            return "the prompt is empty", None
+            return "the prompt is empty", ErrorCode.INVALID
         if num_prompt + min(request.params.max_tokens, 1) > self._max_len:
             return (
                 f"This model's maximum context length is {self._max_len} tokens, but the prompt "
@@ -232,7 +232,7 @@ class Scheduler:
                 ErrorCode.CONTEXT_LENGTH,
             )
         unknown = self._unknown_id(request)
-        return None if unknown is None else (unknown, None)
+        return None if unknown is None else (unknown, ErrorCode.INVALID)
 
     def _unknown_id(self, request: Request) -> str | None:
         """An error for the first token id outside the vocabulary: it would fail a whole step."""

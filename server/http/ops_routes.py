@@ -55,6 +55,12 @@ async def metrics(http: HttpRequest) -> Response:
     return Response(context_of(http).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
+@router.get("/version", responses={401: {"description": "The API key is missing or wrong"}})
+async def show_version() -> dict[str, str]:
+    """The version of Aerie, in vLLM's shape."""
+    return {"version": version()}
+
+
 @router.get("/info", responses={401: {"description": "The API key is missing or wrong"}})
 async def info(http: HttpRequest) -> Response:
     """Configuration without secrets, versions, facts of the engine and its kernels."""

@@ -69,6 +69,7 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         stack.callback(ticket.release)
         info = context.engine_info()
         prompts = await context.in_pool(task.prompts, context, info, body)
+        record.not_used += [name for prompt in prompts for name in prompt.not_used]
         params = [task.params(body, prompt, info) for prompt in prompts]
         generation = start_generation(
             context, record, ticket, body, prompts, params, info, task.id_prefix

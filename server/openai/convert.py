@@ -12,10 +12,11 @@ from engine.messages import EngineInfo
 from engine.request import SamplingParams
 from server.http.context import ServerContext
 from server.http.errors import bad_value, context_overflow, invalid
+from server.openai.conversation import hidden_calls, render_chat
 from server.openai.logprobs import Echo, echo_of
-from server.openai.schema import ChatMessage, ChatRequest, CompletionRequest, SamplingFields
-from server.text.chat_template import ChatTemplate
+from server.openai.schema import ChatRequest, CompletionRequest, SamplingFields
 from server.text.stream import StreamOptions
+from server.text.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -27,62 +28,72 @@ class Prompt:
     token_ids: list[int]
     text: str | None
     echo: Echo | None = None  # set when the prompt is to precede its completion
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """A conversation as the chat template receives it."""
-    rendered = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        entry = {"role": role, "content": message.text()}
-        if message.name is not None:
-            entry["name"] = message.name
-        if message.tool_call_id is not None:
-            entry["tool_call_id"] = message.tool_call_id
-        rendered.append(entry)
-    return rendered
-
-
-def render_chat(
-    template: ChatTemplate,
-    messages: Sequence[ChatMessage],
-    add_generation_prompt: bool | None,
-    kwargs: dict[str, object] | None,
-) -> str:
-    """The prompt of a conversation. ApiError 400 when the template refuses it."""
-    opens = add_generation_prompt is not False
-    try:
-        return template.render(template_messages(messages), opens, **(kwargs or {}))
-    except ValueError as error:
-        raise invalid(str(error), "messages", "chat_template_error") from error
+    not_used: Sequence[str] = ()  # what the client sent but the prompt does not contain
 
 
 def encode(
-    context: ServerContext, info: EngineInfo, text: str, add_special_tokens: bool, param: str
+    context: ServerContext,
+    info: EngineInfo,
+    text: str,
+    add_special_tokens: bool,
+    param: str,
+    *,
+    may_be_long: bool = False,
 ) -> list[int]:
-    """Token ids of a prompt.
+    """Token ids of a prompt, with one BOS token where the text begins with it and
+    `add_special_tokens` would put another in front.
 
     Raises:
         ApiError: 400; the text is not valid Unicode, or exceeds the context even if all its tokens
-            were the longest of the vocabulary. The latter is checked before tokenising.
+            were the longest of the vocabulary. The latter is checked before tokenising, unless the
+            text `may_be_long`.
     """
     max_model_len = info.max_model_len
-    if len(text) > max_model_len and len(text) > max_model_len * context.longest_token():
+    long = len(text) > max_model_len and len(text) > max_model_len * context.longest_token()
+    if long and not may_be_long:
         raise context_overflow(
             max_model_len, f"your prompt has {len(text)} characters, which are more", param
         )
+    special = add_special_tokens and not _begins_with_bos(context.tokenizer, text)
     try:
-        return context.tokenizer.encode(text, add_special_tokens)
+        return context.tokenizer.encode(text, special)
     except ValueError as error:
         raise invalid(f"{param}: {error}", param) from error
 
 
+def _begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
+    bos = tokenizer.special_tokens.get("bos_token")
+    return bool(bos) and tokenizer.bos_token_id is not None and text.startswith(str(bos))
+
+
 def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
     """Render and tokenise a conversation. Templates write the special tokens themselves."""
-    text = render_chat(
-        context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-    )
-    return [Prompt(encode(context, info, text, False, "messages"), text)]
+    template = context.chat_template
+    text = render_chat(template, body.messages, body)
+    cuts = _cuts(body)
+    special = bool(body.add_special_tokens)
+    token_ids = encode(context, info, text, special, "messages", may_be_long=cuts)
+    kept = _last_tokens(token_ids, body, info)
+    return [Prompt(kept, text, not_used=hidden_calls(template, body.messages))]
+
+
+def _cuts(body: SamplingFields) -> bool:
+    """Whether only the last tokens of a prompt are wanted."""
+    return body.truncate_prompt_tokens not in (None, 0)
+
+
+def _last_tokens(token_ids: list[int], body: SamplingFields, info: EngineInfo) -> list[int]:
+    """The tokens of a prompt that are to be used."""
+    limit = body.truncate_prompt_tokens
+    if limit is None or limit == 0:
+        return token_ids
+    if limit == -1:
+        limit = max(info.max_model_len - _or_one(body.token_limit), 1)
+    return token_ids[-limit:]
+
+
+def _or_one(asked: int | None) -> int:
+    return 1 if asked is None else asked
 
 
 def completion_prompts(
@@ -95,11 +106,17 @@ def completion_prompts(
 def _completion_prompt(
     context: ServerContext, info: EngineInfo, body: CompletionRequest, prompt: str | list[int]
 ) -> Prompt:
+    text: str | None = None
     if isinstance(prompt, str):
-        token_ids, text = encode(context, info, prompt, True, "prompt"), prompt
+        special = body.add_special_tokens is not False
+        text = prompt
+        token_ids = encode(context, info, prompt, special, "prompt", may_be_long=_cuts(body))
     else:
         check_token_ids(prompt, info, "prompt")
-        token_ids, text = prompt, None
+        token_ids = prompt
+    kept = _last_tokens(token_ids, body, info)
+    if len(kept) < len(token_ids):
+        token_ids, text = kept, None
     if not body.echo or len(token_ids) > info.max_model_len:  # too long: `budget` refuses it
         return Prompt(token_ids, text)
     skips = body.skip_special_tokens is not False
@@ -125,7 +142,7 @@ def budget(
     if num_prompt == 0:
         raise invalid("The prompt is empty: it must have at least one token", param)
     room = max_model_len - num_prompt
-    wanted = 1 if asked is None else asked
+    wanted = _or_one(asked)
     if wanted > room:
         raise context_overflow(
             max_model_len,
@@ -144,7 +161,7 @@ def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> Sampling
 
 
 def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body.max_tokens, DEFAULT_COMPLETION_TOKENS, info, "prompt")
+    max_tokens = budget(prompt, body.token_limit, DEFAULT_COMPLETION_TOKENS, info, "prompt")
     scored = body.logprobs if body.echo else None
     return _sampling_params(body, max_tokens, body.logprobs, scored, info)
 
@@ -161,14 +178,15 @@ def _sampling_params(
         allowed = f"at most the tokens that may be generated, {max_tokens}"
         raise bad_value("min_tokens", min_tokens, allowed)
     check_token_ids(body.stop_token_ids or (), info, "stop_token_ids")
+    only_likeliest = body.top_p == 0
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=_or(body.temperature, 1.0),
+        temperature=0.0 if only_likeliest else _or(body.temperature, 1.0),
         top_k=max(body.top_k or 0, 0),
-        top_p=_or(body.top_p, 1.0),
+        top_p=1.0 if only_likeliest else _or(body.top_p, 1.0),
         min_p=_or(body.min_p, 0.0),
-        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        seed=secrets.randbits(64) if body.seed in (None, -1) else body.seed % 2**64,
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),

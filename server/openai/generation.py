@@ -18,9 +18,11 @@ from server.openai.bodies import SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, stream_options, with_seed_of_choice
 from server.openai.schema import SamplingFields
-from server.openai.usage import count_drafts, count_tokens
+from server.openai.usage import count_drafts, count_so_far, count_tokens
 
 Event = Tokens | Finished
+# Why the engine refuses a request -> the code of the client's error.
+REFUSALS = {ErrorCode.CONTEXT_LENGTH: "context_length_exceeded", ErrorCode.INVALID: None}
 
 
 class Generation:
@@ -72,6 +74,10 @@ class Generation:
                     if self._keeps_text:
                         self._output.append(delta.text)
                     yield delta
+
+    def usage_so_far(self) -> Usage:
+        """Tokens of all choices up to now, without details."""
+        return count_so_far(self.prompts, self.choices)
 
     def usage(self) -> Usage:
         """Tokens of all choices; all of them must have ended."""
@@ -125,8 +131,8 @@ class Generation:
         about the request."""
         if event.error_code is ErrorCode.STOPPING:
             return self._admission.draining()
-        if event.error_code is ErrorCode.CONTEXT_LENGTH and event.error is not None:
-            return invalid(event.error, code="context_length_exceeded")
+        if event.error_code in REFUSALS and event.error is not None:
+            return invalid(event.error, code=REFUSALS[event.error_code])
         return server_error("The engine failed to finish this request; it can be sent again")
 
     def _abort(self, choice: Choice) -> None:

@@ -13,7 +13,8 @@ from server.http.docs import Routes, operation
 from server.http.errors import invalid
 from server.http.sse import StructResponse
 from server.openai.bodies import Detokenized, Tokenized
-from server.openai.convert import check_token_ids, encode, render_chat
+from server.openai.conversation import render_chat
+from server.openai.convert import check_token_ids, encode
 from server.openai.schema import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter()
@@ -28,8 +29,16 @@ async def tokenize(http: HttpRequest) -> Response:
     body = await read_body(http, TokenizeRequest)
     context.check_model(body.model)
     token_ids = await context.in_pool(_token_ids, context, info, body)
+    texts = None
+    if body.return_token_strs:
+        texts = [context.tokenizer.token_text(token_id) for token_id in token_ids]
     return StructResponse(
-        Tokenized(count=len(token_ids), max_model_len=info.max_model_len, tokens=token_ids)
+        Tokenized(
+            count=len(token_ids),
+            max_model_len=info.max_model_len,
+            tokens=token_ids,
+            token_strs=texts,
+        )
     )
 
 
@@ -50,9 +59,7 @@ def _token_ids(context: ServerContext, info: EngineInfo, body: TokenizeRequest) 
         assert body.prompt is not None  # a rule of the schema
         special = body.add_special_tokens is not False
         return encode(context, info, body.prompt, special, "prompt")
-    text = render_chat(
-        context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-    )
+    text = render_chat(context.chat_template, body.messages, body)
     return encode(context, info, text, bool(body.add_special_tokens), "messages")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ MAX_OUTPUT = 16_000_000  # characters
 RESERVED = ("messages", "add_generation_prompt")
 # transformers defines these for every template; some templates test only `is none`
 ALWAYS_DEFINED = {"tools": None, "documents": None}
+NULL_CONTENT = re.compile(r"""\bcontent(['"]\])?\s+is\s+(not\s+)?none\b""")
 NO_TEMPLATE = (
     "this model has no chat template; use /v1/completions, or set model.chat_template to a file"
 )
@@ -40,6 +42,8 @@ class ChatTemplate:
         Raises ValueError for a template that is not valid Jinja.
         """
         self._special_tokens = dict(special_tokens)
+        self.shows_tool_calls = source is not None and "tool_calls" in source
+        self.tests_null_content = source is not None and NULL_CONTENT.search(source) is not None
         self._template: Template | None = None
         if source is not None:
             try:

@@ -263,7 +263,7 @@ def test_a_request_that_can_never_run_ends_at_once(
         assert finished.reason is FinishReason.ERROR
         assert problem in (finished.error or "")
         too_long = num_prompt >= 16
-        assert finished.error_code is (ErrorCode.CONTEXT_LENGTH if too_long else None)
+        assert finished.error_code is (ErrorCode.CONTEXT_LENGTH if too_long else ErrorCode.INVALID)
         assert finished.first_scheduled_time is None
 
 

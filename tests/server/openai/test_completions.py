@@ -209,7 +209,7 @@ def test_stop_string_cuts_each_choice_for_itself(make_server: MakeServer, server
 def test_tokenize_and_detokenize_are_inverse(server: Server) -> None:
     ids = server.ids("hello there")
     reply = server.post("/tokenize", {"prompt": "hello there"}).json()
-    assert reply == {"count": len(ids), "max_model_len": 64, "tokens": ids}
+    assert reply == {"count": len(ids), "max_model_len": 64, "tokens": ids, "token_strs": None}
     assert server.post("/detokenize", {"tokens": ids}).json() == {"prompt": "hello there"}
     assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
 

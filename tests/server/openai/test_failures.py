@@ -52,10 +52,21 @@ def test_engine_error_after_the_first_byte_is_an_event_without_done(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_engine_refusal_of_the_length_is_400(make_server: MakeServer, stream: bool) -> None:
-    server = make_server(fail([], "too long by 8", ErrorCode.CONTEXT_LENGTH))
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [(ErrorCode.CONTEXT_LENGTH, "context_length_exceeded"), (ErrorCode.INVALID, None)],
+)
+def test_what_the_engine_refuses_is_400(
+    make_server: MakeServer, stream: bool, reason: ErrorCode, code: str | None
+) -> None:
+    server = make_server(fail([], "too long by 8", reason))
     error = error_of(server.chat(stream=stream), 400)
-    assert (error["code"], error["message"]) == ("context_length_exceeded", "too long by 8")
+    assert (error["code"], error["message"]) == (code, "too long by 8")
+
+
+def test_every_reason_of_the_engine_has_its_own_answer(make_server: MakeServer) -> None:
+    for reason in ErrorCode:
+        assert make_server(fail([], "why", reason)).chat().status_code in (400, 503)
 
 
 def test_an_error_without_its_code_is_no_refusal(make_server: MakeServer) -> None:
