@@ -66,7 +66,7 @@ def test_every_layout_loads_as_its_kind(name: str, reference_ops: Ops, tmp_path:
         assert head.target_ids is None
     if isinstance(head, EagleHead):
         assert (head.norm is not None) == (layout.kind == "dense")
-        assert (head.layers[0].input_norm is not None) == (layout.kind == "dense")
+        assert (head.first_norm is not None) == (layout.kind == "dense")
 
 
 @pytest.mark.parametrize(
