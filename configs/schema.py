@@ -58,6 +58,13 @@ class SchedulerConfig(Section):
 
     max_num_seqs: Positive = Field(64, description="sequences in one step")
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
+    token_time: Number | None = Field(
+        0.2,
+        gt=0,
+        description="seconds: goal for the time from token to token of running streams while "
+        "prompts are computed beside them. Measured step times say how many prompt tokens that "
+        "allows; prompts get at least half of the time. null: max_num_batched_tokens alone decides",
+    )
     run_ahead: StrictBool | None = Field(
         None,
         description="launch a step before the result of the previous one is known, so that the "

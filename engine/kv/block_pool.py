@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -66,9 +67,11 @@ class BlockPool:
     def contains(self, content: bytes) -> bool:
         return content in self._by_content
 
-    def is_free(self, content: bytes) -> bool:
-        """Whether the block with this content is in the free list (sharing it takes it out)."""
-        return self._by_content[content].ref_count == 0
+    def count_free(self, contents: Iterable[bytes]) -> int:
+        """How many of the blocks with these contents are in the free list (sharing them takes them
+        out)."""
+        blocks = map(self._by_content.__getitem__, contents)
+        return sum(block.ref_count == 0 for block in blocks)
 
     def publish(self, block_id: int, content: bytes) -> None:
         """Make a fully written block findable, unless another block has the same content."""
