@@ -32,7 +32,7 @@ def answer(scheduler: Scheduler, plan: StepPlan) -> None:
 def saturated(num_rows: int, num_waiting: int, prompt: int) -> Scheduler:
     """`num_rows` decoding rows, and `num_waiting` requests that lack blocks."""
     long = [n % VOCAB for n in range(prompt)]
-    blocks = prompt // BLOCK + num_rows * (64 // BLOCK) + num_rows
+    blocks = prompt // BLOCK + 2 * num_rows - 1  # one too few for the next one to start
     limits = SchedulerLimits(2 * num_rows, 512 + num_rows, prompt + 64)
     kv = KVManager(blocks, BLOCK, prefix_caching=True)
     scheduler = Scheduler(limits, kv, frozenset(), vocab_size=VOCAB)
