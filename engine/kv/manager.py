@@ -83,6 +83,18 @@ class KVManager:
         seq.num_published_blocks = hits
         return cached
 
+    def hash_prefix(self, seq: Sequence, at_most: int) -> bool:
+        """Hash up to `at_most` more blocks of a sequence, as far as they are in the cache. Whether
+        `start` then has none left to hash."""
+        if not self._prefix_caching:
+            return True
+        most = self._most_matching(seq)
+        known = len(seq.prompt_hashes) + len(seq.output_hashes)
+        for index in range(max(0, known - 1), min(most, known + at_most)):
+            if not self._pool.contains(self._content(seq, index)):
+                return True
+        return known + at_most >= most
+
     def may_match_more(self, seq: Sequence) -> bool:
         """Whether more of the prefix of a sequence is in the cache than when it was last looked up.
         Looks at one block."""

@@ -19,7 +19,6 @@ class Sums:
     """Weighted sums for a fit of seconds = token * T + pair * A, with T the prompt tokens of a step
     and A their pairs with tokens before them."""
 
-    weight: float = 0.0
     tt: float = 0.0
     ta: float = 0.0
     aa: float = 0.0
@@ -27,7 +26,6 @@ class Sums:
     as_: float = 0.0
 
     def add(self, tokens: float, pairs: float, seconds: float) -> None:
-        self.weight = DECAY * self.weight + 1
         self.tt = DECAY * self.tt + tokens * tokens
         self.ta = DECAY * self.ta + tokens * pairs
         self.aa = DECAY * self.aa + pairs * pairs
@@ -48,7 +46,8 @@ class Sums:
 
 
 class StepTimes:
-    """Running estimate of the time of a step by its prompt tokens and their context."""
+    """Running estimate of the time of a step by its prompt tokens and their context. The first step
+    of each kind does not count: kernels may have been compiled in it."""
 
     def __init__(self) -> None:
         self._sums = Sums()
@@ -62,16 +61,18 @@ class StepTimes:
         if tokens == 0:
             self._observe_decode(seconds)
             return
+        self._num_prompt += 1
+        if self._num_prompt == 1:
+            return
         seconds = min(seconds, self._most_believed(tokens, pairs))
         self._sums.add(tokens, pairs, max(0.0, seconds - self._decode))
         self._per_token, self._per_pair = self._sums.fit()
-        self._num_prompt += 1
 
     def room(self, goal: float) -> float | None:
         """Seconds that prompts may add to a step beside decoding rows: what these leave of the
         `goal`, but at least as long as they take themselves, so that prompts get half of the time
         however hard the goal is. None while too little is known."""
-        if min(self._num_decode, self._num_prompt) < MIN_STEPS:
+        if min(self._num_decode, self._num_prompt) <= MIN_STEPS:
             return None
         return max(goal - self._decode, self._decode)
 
@@ -90,14 +91,16 @@ class StepTimes:
         return int(2 * seconds / (linear + root)) if linear + root > 0 else 1 << 30
 
     def _observe_decode(self, seconds: float) -> None:
-        if self._num_decode >= MIN_STEPS:
-            seconds = min(seconds, SURPRISE * self._decode)
         self._num_decode += 1
-        share = max(1 - DECAY, 1 / self._num_decode)
+        if self._num_decode == 1:
+            return
+        if self._num_decode > MIN_STEPS + 1:
+            seconds = min(seconds, SURPRISE * self._decode)
+        share = max(1 - DECAY, 1 / (self._num_decode - 1))
         self._decode += share * (seconds - self._decode)
 
     def _most_believed(self, tokens: int, pairs: float) -> float:
-        if self._num_prompt < MIN_STEPS:
+        if self._num_prompt <= MIN_STEPS + 1:
             return math.inf
         predicted = self._decode + self._per_token * tokens + self._per_pair * pairs
         return SURPRISE * predicted

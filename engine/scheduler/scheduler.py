@@ -37,6 +37,7 @@ from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape
 
 ADMITTED_BLOCKS = 8192  # no more sequences start in a step whose new ones got as many blocks
+HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run
 OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
 
 
@@ -351,6 +352,8 @@ class Scheduler:
                 return
             seq = self._waiting.peek()
             assert seq is not None
+            if not self._is_hashed(seq):
+                return
             cached = self._give_first_blocks(draft, seq)
             if cached is not None:
                 self._waiting.pop()
@@ -358,6 +361,13 @@ class Scheduler:
             elif not (self._reclaim(draft) or self._make_way(draft, best, seq.num_lacking_blocks)):
                 self._blocked = seq
                 return
+
+    def _is_hashed(self, seq: Sequence) -> bool:
+        """Whether a sequence can be looked up in the prefix cache; a long one is hashed in several
+        steps, so that no running row waits for it."""
+        if not self._running or not _uses_prefix_cache(seq):
+            return True
+        return self._kv.hash_prefix(seq, HASHED_BLOCKS)
 
     def _make_way(self, draft: PlanDraft, priority: int, num_lacking: int) -> bool:
         """Preempt a sequence of a larger priority than this; False if there is none, or all of them

@@ -80,10 +80,20 @@ def test_nothing_is_limited_before_both_kinds_of_steps_were_seen() -> None:
     for _ in range(9):
         assert times.room(0.1) is None
         times.observe(step_of(64), 0.1)
-    for _ in range(3):
+    for _ in range(4):
         assert times.room(0.1) is None
         times.observe(step_of(), 0.01)
     assert times.room(0.1) is not None
+
+
+def test_the_first_step_of_each_kind_does_not_count() -> None:
+    times = StepTimes()
+    for seconds in (100.0, *[0.01] * 4):
+        times.observe(step_of(), seconds)
+    for seconds in (100.0, *[0.05] * 4):
+        times.observe(step_of(40), seconds)
+    assert times.cost(40, 0) == pytest.approx(0.04)
+    assert times.room(0.1) == pytest.approx(0.09)
 
 
 def test_the_first_chunk_of_a_step_is_never_empty() -> None:
@@ -126,5 +136,5 @@ def test_a_long_prompt_is_computed_in_full_chunks_where_these_meet_the_goal() ->
 
 def test_streams_keep_to_the_goal_beside_a_long_prompt() -> None:
     steps = step_times(32_768, 512, goal=0.03)
-    assert max(steps[4:]) <= 0.032, "once enough steps were seen"
+    assert max(steps[5:]) <= 0.032, "once enough steps were seen"
     assert len(steps) < 1.3 * sum(second - DECODE for second in steps) / (0.03 - DECODE)

@@ -101,6 +101,30 @@ def test_the_prompt_of_all_choices_is_hashed_once(counted: Counted) -> None:
     assert all(other.prompt_ids is one.prompt_ids for other in engine.submitted.values())
 
 
+def test_a_long_cached_prompt_is_hashed_in_several_steps_while_others_run(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.scheduler.scheduler.HASHED_BLOCKS", 4)
+    engine = FakeEngine()
+    for name in ("before", "idle"):
+        engine.submit(request(name, prompt_of(50, 2000), max_tokens=1))
+        counted.clear()
+        assert len(engine.run()) == 1, "an idle engine hashes all at once"
+        assert counted["chained_hash"] == 12
+    engine.submit(request("running", prompt_of(3), max_tokens=20))
+    engine.step()
+    engine.submit(request("cached", prompt_of(50, 2000), max_tokens=1))
+    hashed = []
+    while engine.scheduler.stats().num_waiting:
+        counted.clear()
+        engine.step()
+        hashed.append(counted["chained_hash"])
+    assert max(hashed) <= 4 + 1, "and a block that the running row filled"
+    assert len(hashed) == 3
+    engine.run()
+    assert engine.heard["cached"].finished.num_cached == 48  # type: ignore[union-attr]
+
+
 def test_what_waits_is_not_copied() -> None:
     engine = FakeEngine(max_num_seqs=1)
     choices = choices_of(request("a", prompt_of(9), max_tokens=2), 3)
