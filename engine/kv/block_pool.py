@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -66,6 +67,11 @@ class BlockPool:
 
     def contains(self, content: bytes) -> bool:
         return content in self._by_content
+
+    def count_leading(self, contents: Iterable[bytes]) -> int:
+        """How many contents some block has, up to the first that none has."""
+        known = self._by_content
+        return sum(1 for _ in itertools.takewhile(known.__contains__, contents))
 
     def count_free(self, contents: Iterable[bytes]) -> int:
         """How many of the blocks with these contents are in the free list (sharing them takes them

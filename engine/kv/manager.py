@@ -89,7 +89,7 @@ class KVManager:
         if not self._prefix_caching:
             return True
         most = self._most_matching(seq)
-        known = len(seq.prompt_hashes) + len(seq.output_hashes)
+        known = self._num_hashed(seq)
         for index in range(max(0, known - 1), min(most, known + at_most)):
             if not self._pool.contains(self._content(seq, index)):
                 return True
@@ -145,13 +145,18 @@ class KVManager:
 
     def _matching_blocks(self, seq: Sequence) -> int:
         """How many leading blocks are in the cache; the last token is never looked up."""
-        found = most = self._most_matching(seq)
-        for index in range(most):
-            if not self._pool.contains(self._content(seq, index)):
-                found = index
-                break
+        most = self._most_matching(seq)
+        num_known = min(most, self._num_hashed(seq))
+        found = self._pool.count_leading(self._contents(seq, num_known))
+        if found == num_known:
+            while found < most and self._pool.contains(self._content(seq, found)):
+                found += 1
         seq.num_matched_blocks = found
         return found
+
+    def _num_hashed(self, seq: Sequence) -> int:
+        """How many of its leading blocks have hashes."""
+        return len(seq.prompt_hashes) + len(seq.output_hashes)
 
     def _most_matching(self, seq: Sequence) -> int:
         return (len(seq.token_ids) - 1) // self._block_size

@@ -36,7 +36,7 @@ from engine.speculation.lookup import Lookup, tree_name
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape
 
-ADMITTED_BLOCKS = 8192  # no more sequences start in a step whose new ones got as many blocks
+ADMITTED_BLOCKS = 4096  # no more sequences start in a step whose new ones got as many blocks
 HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run
 OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
 
