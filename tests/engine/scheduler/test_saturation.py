@@ -11,7 +11,8 @@ from engine.kv import manager
 from engine.kv.block_pool import BlockPool
 from engine.request import FinishReason, Request
 from engine.scheduler.waiting import WaitingQueue
-from engine.step.shape import chain
+from engine.step.plan import RowPlan, StepPlan
+from engine.step.shape import ROOT, chain
 from tests.support.fake_executor import FakeEngine, choices_of, prompt_of, request, shape
 
 Counted = Counter[str]
@@ -203,6 +204,21 @@ def test_a_more_important_request_takes_a_line_of_a_less_important_one() -> None
     assert engine.scheduler.stats().num_preemptions == 1
     engine.run()
     assert engine.heard["b"].finished.num_preemptions == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("priority", "runs_ahead"), [(0, True), (-1, False)])
+def test_no_step_runs_ahead_of_a_request_that_would_take_a_line(
+    priority: int, runs_ahead: bool
+) -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    engine.submit(request("running", prompt_of(4), max_tokens=40))
+    engine.step()
+    engine.submit(request("waiting", prompt_of(4, 2000), priority=priority, max_tokens=2))
+    scheduler = engine.scheduler
+    plan = StepPlan(
+        rows=(RowPlan(line=0, start=4, token_ids=(1,), first_block=0, new_blocks=(), samples=True),)
+    )
+    assert (scheduler.schedule_ahead(plan, lambda _: ROOT) is not None) == runs_ahead
 
 
 def test_a_more_important_request_takes_blocks_of_less_important_ones() -> None:
