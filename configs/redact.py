@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.schema import Config
 
-SECRETS = ("server.api_keys", "server.admin_keys")  # tuples of keys
+SECRETS = ("server.api_keys", "server.admin_keys", "server.priority_keys")  # tuples of keys
 REDACTED = "***"
 
 

@@ -59,6 +59,12 @@ class CacheConfig(Section):
         0.3, gt=0, le=0.95, description="share of the free memory, used when num_blocks is unset"
     )
     prefix_caching: StrictBool = True
+    share_between_clients: StrictBool = Field(
+        False,
+        description="requests find the cached prompts of other API keys, too: faster where keys "
+        "share prompts, but `cached_tokens` and the time to the first token tell one key what "
+        "another has sent",
+    )
 
 
 class SchedulerConfig(Section):
@@ -66,6 +72,13 @@ class SchedulerConfig(Section):
 
     max_num_seqs: Positive = Field(64, description="sequences in one step")
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
+    token_time: Number | None = Field(
+        0.2,
+        gt=0,
+        description="seconds: goal for the time from token to token of running streams while "
+        "prompts are computed beside them. Measured step times say how many prompt tokens that "
+        "allows; prompts get at least half of the time. null: max_num_batched_tokens alone decides",
+    )
     run_ahead: StrictBool | None = Field(
         None,
         description="launch a step before the result of the previous one is known, so that the "
@@ -157,8 +170,19 @@ class ServerConfig(Section):
         (), description="bearer tokens of POST /admin/...; empty: no admin routes"
     )
     admin_key_file: Path | None = Field(None, description="one key per line, # for comments")
-    max_queued_requests: Positive = 256
-    max_waiting_tokens: Positive = Field(262_144, description="prompt tokens not yet started")
+    least_priority: Integer = Field(
+        0, description="most urgent priority that a request may ask for; lower runs first"
+    )
+    priority_keys: tuple[str, ...] = Field(
+        (), description="API keys whose requests may ask for any priority"
+    )
+    max_queued_requests: Positive = Field(256, description="requests without a first token")
+    max_queued_choices: Positive = Field(
+        4096, description="choices (n x prompts) of these requests without a first token"
+    )
+    max_waiting_tokens: Positive = Field(
+        262_144, description="prompt tokens not yet started; the choices of a prompt share it"
+    )
     max_body_bytes: Positive = 4_194_304
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
     unknown_fields: Literal["refuse", "warn"] = Field(

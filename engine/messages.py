@@ -20,8 +20,35 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]  # best alternatives first, at most `logprobs` of them
 
 
+class Choice(msgspec.Struct, frozen=True, array_like=True):
+    """What distinguishes one more choice from a `Request` for the same prompt."""
+
+    request_id: str
+    seed: int
+    choice: int
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Requests for one prompt, which is sent once."""
+
     request: Request
+    others: tuple[Choice, ...] = ()
+
+    def requests(self) -> list[Request]:
+        """One per choice, all with the same list of prompt ids."""
+        first, replace = self.request, msgspec.structs.replace
+        return [
+            first,
+            *(
+                replace(
+                    first,
+                    request_id=other.request_id,
+                    choice=other.choice,
+                    params=replace(first.params, seed=other.seed),
+                )
+                for other in self.others
+            ),
+        ]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

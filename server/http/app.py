@@ -15,6 +15,7 @@ from starlette.responses import Response
 from configs.resolve import HostConfig
 from server.http import admin_routes, ops_routes
 from server.http.admission import Admission
+from server.http.callers import Callers
 from server.http.context import ServerContext, ServerInfo, context_of
 from server.http.docs import Routes, openapi
 from server.http.engine_client import EngineClient
@@ -82,6 +83,7 @@ def _context(
         info=info,
         state=state,
         admission=Admission(config.server, client, state, metrics),
+        callers=Callers(config.server),
         metrics=metrics,
         pool=ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="text"),
         longest_token=functools.cache(functools.partial(_longest_token, tokenizer)),

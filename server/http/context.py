@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from configs.resolve import HostConfig, ResolvedConfig, with_sizes
 from engine.messages import EngineInfo
 from server.http.admission import Admission
+from server.http.callers import Callers
 from server.http.engine_client import EngineClient
 from server.http.errors import model_not_found
 from server.http.metrics import Metrics
@@ -54,6 +55,7 @@ class ServerContext:
     info: ServerInfo
     state: ServerState
     admission: Admission
+    callers: Callers
     metrics: Metrics
     pool: (
         ThreadPoolExecutor  # for work that would block the event loop: JSON, templates, tokenising

@@ -64,6 +64,8 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
     context.admission.check_open()
     body = await read_body(http, task.body)
     context.check_model(body.model)
+    caller = context.callers.of(http.scope["headers"])
+    caller.check_priority(body.priority or 0)
     with ExitStack() as stack:
         ticket = context.admission.admit(body.num_sequences)
         stack.callback(ticket.release)
@@ -72,7 +74,7 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         record.not_used += [name for prompt in prompts for name in prompt.not_used]
         params = [task.params(body, prompt, info) for prompt in prompts]
         generation = start_generation(
-            context, record, ticket, body, prompts, params, info, task.id_prefix
+            context, record, ticket, body, prompts, params, info, task.id_prefix, caller
         )
         writer = task.writer(generation, body)
         stack.pop_all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from server.text.stream import StreamOptions
 from server.text.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+RANDOM_SEED = -1  # as in other servers: draw one
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,7 @@ def _sampling_params(
         top_k=max(body.top_k or 0, 0),
         top_p=1.0 if only_likeliest else _or(body.top_p, 1.0),
         min_p=_or(body.min_p, 0.0),
-        seed=secrets.randbits(64) if body.seed in (None, -1) else body.seed % 2**64,
+        seed=_seed(body.seed),
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),
@@ -196,6 +199,10 @@ def _sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _seed(asked: int | None) -> int:
+    return secrets.randbits(64) if asked is None or asked == RANDOM_SEED else asked % 2**64
 
 
 def _or(value: float | None, default: float) -> float:
@@ -209,8 +216,19 @@ def _logit_bias(entries: dict[str, float], info: EngineInfo) -> dict[int, float]
 
 
 def with_seed_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """The parameters of one choice: choices of a prompt differ only in their seed."""
-    return msgspec.structs.replace(params, seed=(params.seed + choice) % 2**64)
+    """The parameters of one choice: choices of a prompt differ only in their seed. The first has
+    the seed of the request; the others a hash, so that requests with seeds close to each other have
+    no texts in common."""
+    if choice == 0:
+        return params
+    packed = struct.pack("<QQ", params.seed, choice)
+    digest = hashlib.blake2b(packed, digest_size=8).digest()
+    return msgspec.structs.replace(params, seed=int.from_bytes(digest, "little"))
+
+
+def cache_salt(label: str, asked: str | None) -> str:
+    """The engine's salt for a caller with this label ("": any) and for the client's own salt."""
+    return f"{label}/{asked or ''}" if label or asked else ""
 
 
 def stream_options(body: SamplingFields, info: EngineInfo) -> StreamOptions:

@@ -163,7 +163,16 @@ Seed = Annotated[
         ge=-(2**63),
         le=2**64 - 1,
         description="Any 64-bit integer; the same request with the same seed gives the same text. "
-        "Choice i of n uses seed + i. Drawn at random when absent or -1.",
+        "The first choice uses the seed, choice i of n a hash of the seed and i. Drawn at random "
+        "when absent or -1.",
+    ),
+]
+CacheSalt = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=256,
+        description="The prompt cache is shared only between requests with the same salt.",
     ),
 ]
 

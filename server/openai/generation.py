@@ -11,12 +11,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from engine.messages import EngineInfo, ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
 from server.http.admission import Ticket
+from server.http.callers import Caller
 from server.http.context import ServerContext
 from server.http.errors import ApiError, invalid, server_error
 from server.http.request_log import RequestRecord
 from server.openai.bodies import SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
-from server.openai.convert import Prompt, stream_options, with_seed_of_choice
+from server.openai.convert import Prompt, cache_salt, stream_options, with_seed_of_choice
 from server.openai.schema import SamplingFields
 from server.openai.usage import count_drafts, count_so_far, count_tokens
 
@@ -149,16 +150,17 @@ def start_generation(
     params: Sequence[SamplingParams],  # one per prompt
     info: EngineInfo,
     prefix: str,
+    caller: Caller,
 ) -> Generation:
     """Make the engine requests of an HTTP request; its id begins with `prefix`.
 
     Raises:
         ApiError: 429; too many prompt tokens are waiting.
     """
-    ticket.add_prompts(
-        [len(prompt.token_ids) for prompt in prompts for _ in range(body.num_choices)]
-    )
+    ticket.add_prompts([len(prompt.token_ids) for prompt in prompts], body.num_choices)
     id, now, options = f"{prefix}-{uuid.uuid4().hex}", time.time(), stream_options(body, info)
+    shared_cache = context.config.cache.share_between_clients
+    salt = cache_salt("" if shared_cache else caller.label, body.cache_salt)
     choices: list[Choice] = []
     for prompt, shared in zip(prompts, params, strict=True):
         for number in range(body.num_choices):
@@ -167,7 +169,10 @@ def start_generation(
                 request_id=f"{id}-{index}",
                 prompt_ids=prompt.token_ids,
                 params=with_seed_of_choice(shared, number),
+                choice=index,
                 priority=body.priority or 0,
+                client=caller.label,
+                cache_salt=salt,
                 max_draft_nodes=body.max_draft_nodes,
                 arrival_time=now,
             )

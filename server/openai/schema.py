@@ -14,6 +14,7 @@ from server.openai.conversation import ChatMessage, RenderingFields
 from server.openai.fields import (
     HARMLESS,
     MAX_INT,
+    CacheSalt,
     Fraction,
     LogitBias,
     NumLogprobs,
@@ -73,8 +74,13 @@ class SamplingFields(Fields):
         None, description="Leave special tokens out of the text. Default true."
     )
     priority: int | None = Field(
-        None, ge=-(2**31), le=2**31 - 1, description="Lower runs first. Default 0."
+        None,
+        ge=-(2**31),
+        le=2**31 - 1,
+        description="Lower runs first. Default 0. The server may limit how urgent a "
+        "request may be.",
     )
+    cache_salt: CacheSalt = None
     speculation: SpeculationOptions | None = Field(
         None, description="Speculative decoding. Changes speed only, never the text."
     )

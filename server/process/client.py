@@ -26,7 +26,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
-from server.process.wire import decode_engine, encode, unbounded
+from server.process.wire import decode_engine, encode, share_prompts, unbounded
 
 ENGINE_LOST = "the engine stopped unexpectedly"
 NO_ENGINE = "the engine is not running"
@@ -132,7 +132,9 @@ class ZmqEngineClient:
     def _flush(self) -> None:
         batch, self._outbox = self._outbox, []
         if batch and self._socket is not None:
-            self._socket.send(encode(batch))  # the queue has no limit: this never waits
+            self._socket.send(
+                encode(share_prompts(batch))
+            )  # the queue has no limit: this never waits
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         """Take messages until cancelled. If one is invalid, the engine is told to end: `detach`

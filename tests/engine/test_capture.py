@@ -39,6 +39,7 @@ def settings(folder: Path, **changes: object) -> CaptureConfig:
 def ended(name: str, num_prompt: int = 3, num_output: int = 2) -> Sequence:
     request = ask(name, list(range(1, num_prompt + 1)), temperature=0.5)
     seq = Sequence.from_request(request)
+    seq.own_tokens()
     seq.token_ids += range(100, 100 + num_output)
     return seq
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import httpx
 import tokenizers
 
-from configs.schema import Config, LogConfig, ModelConfig, ServerConfig
+from configs.schema import CacheConfig, Config, LogConfig, ModelConfig, ServerConfig
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
 from server.openai.routes import ROUTES
@@ -47,6 +47,7 @@ class Server:
         script: Script | None = None,
         template: str | None = CHAT_TEMPLATE,
         log_prompts: bool = False,
+        share_between_clients: bool = False,
         **limits: Any,
     ) -> None:
         self.tokenizer = tokenizer
@@ -54,6 +55,7 @@ class Server:
         self.config = hosted(
             Config(
                 model=ModelConfig(served_name=MODEL),
+                cache=CacheConfig(share_between_clients=share_between_clients),
                 server=ServerConfig(**limits),
                 log=LogConfig(prompts=log_prompts),
             )

@@ -228,6 +228,50 @@ def test_a_full_queue_is_429_until_a_first_token_comes(make_server: MakeServer) 
     )
 
 
+def test_many_choices_of_one_request_leave_the_queue_open_for_others(
+    make_server: MakeServer,
+) -> None:
+    server = make_server(silent, max_queued_requests=2, max_waiting_tokens=30)
+    body = {"model": "tiny", "prompt": [5] * 20}
+
+    async def main(client: httpx.AsyncClient) -> httpx.Response:
+        calls = [OpenCall(server, COMPLETION_PATH, body | {"n": 100})]
+        await wait_open(server, 100)
+        admission = server.context.admission
+        found = (admission.num_requests, admission.num_waiting, admission.waiting_tokens)
+        assert found == (1, 100, 20)
+        calls.append(OpenCall(server, COMPLETION_PATH, body | {"prompt": [5]}))
+        await wait_open(server, 101)
+        refusal = await client.post(COMPLETION_PATH, json=body)
+        server.engine.feed(tokens(server.engine.submitted[0], [75]))
+        while admission.waiting_tokens > 1:  # the prompt is computed
+            await asyncio.sleep(0)
+        assert (admission.num_requests, admission.num_waiting) == (2, 100)
+        for call in calls:
+            call.leave()
+        await asyncio.gather(*(call.task for call in calls))
+        assert (admission.num_requests, admission.num_waiting) == (0, 0)
+        return refusal
+
+    assert "2 requests are waiting" in error_of(server.run(main), 429)["message"]
+    assert server.engine.open_ids == []
+
+
+def test_the_choices_of_all_waiting_requests_are_limited_too(make_server: MakeServer) -> None:
+    server = make_server(silent, max_queued_choices=6)
+
+    async def main(client: httpx.AsyncClient) -> httpx.Response:
+        call = OpenCall(server, CHAT_PATH, CHAT | {"n": 4})
+        await wait_open(server, 4)
+        refusal = await client.post(CHAT_PATH, json=CHAT | {"n": 3})
+        call.leave()
+        await call.task
+        return refusal
+
+    message = error_of(server.run(main), 429)["message"]
+    assert "4 choices are waiting and 3 more are asked, at most 6 may" in message
+
+
 def test_too_many_waiting_prompt_tokens_are_429(make_server: MakeServer) -> None:
     server = make_server(silent, max_waiting_tokens=30)
     body = {"model": "tiny", "prompt": [5] * 20}

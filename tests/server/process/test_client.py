@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -224,6 +225,28 @@ def test_messages_of_one_turn_are_sent_together(play: Callable[[Play], None]) ->
             pair.client.submit(request(name))
         frame = await peer._socket.recv()
         assert decode_client(frame) == [Submit(request(name)) for name in ("a", "b", "c")]
+
+    play(scene)
+
+
+def test_choices_of_one_request_are_one_message_with_one_prompt(
+    play: Callable[[Play], None],
+) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        prompt = list(range(100))
+        choices = [
+            msgspec.structs.replace(ask(f"a{n}", prompt, seed=n), choice=n) for n in range(60)
+        ]
+        single = ask("alone", list(prompt), seed=7)
+        cooler = ask("cooler", single.prompt_ids, seed=7, temperature=0.5)
+        for request in (*choices, single, cooler):
+            pair.client.submit(request)
+        first, second, third = decode_client(await peer._socket.recv())
+        assert isinstance(first, Submit)
+        assert first.requests() == choices
+        assert len({id(request.prompt_ids) for request in first.requests()}) == 1
+        assert [second, third] == [Submit(single), Submit(cooler)]
 
     play(scene)
 

@@ -133,8 +133,14 @@ def test_keys_are_not_sent_to_the_engine(
     stub_engine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     trace = stub_engine(f'head -n 1 > "$trace"; exit {EXIT_BAD_SETUP}')
-    server = ServerConfig(api_keys=("sk-secret",), api_key_file=tmp_path / "keys", port=1234)
+    server = ServerConfig(
+        api_keys=("sk-secret",),
+        priority_keys=("sk-secret",),
+        api_key_file=tmp_path / "keys",
+        port=1234,
+    )
     keep(Config(server=server), EngineKeeper.failed)
+    assert "sk-secret" not in trace.read_text()
     told = HostConfig.model_validate_json(trace.read_text())
     assert (told.server.api_keys, told.server.api_key_file, told.server.port) == ((), None, 1234)
 
