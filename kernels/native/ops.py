@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels.native.library import NativeLibrary, pointer
 from kernels.ops import AttentionMeta, Backend, LinearWeight
+from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.reference import noise_keys
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_HEAD_DIM = 256
@@ -39,6 +41,7 @@ class NativeOps:
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
+        self._add_noise = library.call("aerie_add_noise")
         self._argmax = library.call("aerie_argmax")
         self._logsumexp = library.call("aerie_logsumexp")
 
@@ -191,6 +194,26 @@ class NativeOps:
             self._pool, logits.data_ptr(), keys.data_ptr(), *logits.shape, tokens.data_ptr()
         )
         return tokens
+
+    def add_noise(self, logits: Tensor, settings: DrawSettings, token_ids: Tensor | None) -> Tensor:
+        if not settings.any_sampled:
+            return logits
+        logits = logits.contiguous()
+        out = torch.empty_like(logits)
+        filters = [part.contiguous() for part in settings.filters(logits.shape[1])]
+        temperature = settings.temperature.contiguous()
+        keys = noise_keys(settings.seeds, settings.positions)
+        self._add_noise(
+            self._pool,
+            logits.data_ptr(),
+            temperature.data_ptr(),
+            keys.data_ptr(),
+            pointer(token_ids),
+            *(map(pointer, filters) if settings.is_filtered else (None, None, None)),
+            *logits.shape,
+            out.data_ptr(),
+        )
+        return out
 
     def argmax(self, logits: Tensor) -> Tensor:
         logits = logits.contiguous()
