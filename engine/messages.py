@@ -83,6 +83,7 @@ class ErrorCode(enum.StrEnum):
     CONTEXT_LENGTH = "context_length"  # it can never fit into the context
     INVALID = "invalid"  # the engine cannot carry it out, whatever its length
     STOPPING = "stopping"  # the server is stopping
+    UNSOUND = "unsound"  # the model's logits are NaN or infinite
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -178,6 +179,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_capture_dropped: int = 0  # sequences that could not be captured
     num_draft_faults: int = 0  # trees not grown because the head's outputs were not finite
     draft_failed: bool = False  # whether the head failed and is no longer used
+    num_unsound: int = 0  # requests that ended because the model's logits were NaN or infinite
 
 
 ClientMessage = Submit | Abort | SwapDraft | Shutdown

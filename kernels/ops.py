@@ -136,6 +136,9 @@ class Ops:
     edit_logits: Callable[[Tensor, LogitEdits], Tensor]
     # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits stay unchanged
     draw: Callable[[Tensor, DrawSettings], Tensor]
+    # (draft logits [R, V] float32, settings, target's ids [V] int64 or None) -> [R, V] float32 to
+    # rank drafts by, noise included; see kernels/sampling/noisy_reference.py
+    add_noise: Callable[[Tensor, DrawSettings, Tensor | None], Tensor]
     # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
     # best under the raw logits
     score: Callable[[Tensor, Tensor, int], Scores]

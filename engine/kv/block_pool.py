@@ -88,6 +88,10 @@ class BlockPool:
             block.content = content
             self._by_content[content] = block
 
+    def forget(self, block_id: int) -> None:
+        """Make a block unfindable; its holders keep it."""
+        self._forget(self._blocks[block_id])
+
     def give_back(self, block_id: int) -> None:
         """Remove one holder. Without holders the block is free; its content stays findable."""
         block = self._blocks[block_id]

@@ -128,6 +128,11 @@ class KVManager:
             self._pool.publish(seq.block_ids[index], self._content(seq, index))
         seq.num_published_blocks = max(seq.num_published_blocks, full)
 
+    def forget(self, seq: Sequence) -> None:
+        """Make the sequence's blocks unfindable for other prompts. It must be released next."""
+        for block_id in seq.block_ids:
+            self._pool.forget(block_id)
+
     def release(self, seq: Sequence) -> None:
         """Give all blocks back, the last one first, so that the start of a prefix is evicted
         last."""

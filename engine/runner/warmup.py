@@ -146,10 +146,33 @@ class WarmUp:
         return min(self.max_model_len, self._blocks_per_row * self.block_size)
 
 
+def run_largest(executor: Executor, num_tokens: int, block_size: int) -> None:
+    """Compute a prompt of `num_tokens` tokens in one step, which scores them all. All blocks must
+    be free."""
+    params = SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, prompt_logprobs=1)
+    prompt = [3 + at % 97 for at in range(num_tokens)]
+    request = Request(request_id="warm-up", prompt_ids=prompt, params=params)
+    row = RowPlan(
+        line=0,
+        start=0,
+        token_ids=tuple(prompt),
+        first_block=0,
+        new_blocks=tuple(range(-(-num_tokens // block_size))),
+        samples=True,
+    )
+    execute(executor, StepPlan(rows=(row,), admitted=(Admission(0, request),)))
+    execute(executor, StepPlan(released=(0,)))
+
+
 def _after(rows: Sequence[RowPlan], outcome: StepOutcome) -> tuple[RowPlan, ...]:
-    """The rows after a step: the last emitted token is the next root."""
+    """The rows after a step: the last emitted token is the next root. A model with unsound logits
+    emits none, which requests will be told; here only times matter."""
     return tuple(
-        replace(row, start=row.start + len(result.emitted), token_ids=result.emitted[-1:])
+        replace(
+            row,
+            start=row.start + len(result.emitted),
+            token_ids=result.emitted[-1:] or row.token_ids,
+        )
         for row, result in zip(rows, outcome.rows, strict=True)
     )
 

@@ -39,6 +39,7 @@ from engine.step.shape import ROOT, TreeShape
 ADMITTED_BLOCKS = 4096  # no more sequences start in a step whose new ones got as many blocks
 HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run
 OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
+UNSOUND_LOGITS = "the model's logits for the next token are NaN or infinite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class Scheduler:
         self._blocked: Sequence | None = None
         self._num_requests = self._num_submitted = 0
         self._num_preemptions = self._num_steps = self._last_tokens = 0
+        self._num_unsound = 0
         self._num_looked_back = 0  # cached tokens that were computed again
 
     def submit(self, *requests: Request) -> None:
@@ -229,6 +231,7 @@ class Scheduler:
             steps_by_tree=dict(self._counts.steps_by_tree),
             seconds_by_part=dict(self._counts.seconds_by_part),
             num_draft_faults=self._counts.num_faults,
+            num_unsound=self._num_unsound,
             draft_failed=self._counts.failed,
         )
 
@@ -429,6 +432,9 @@ class Scheduler:
 
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
         """Account for a computed chunk and the tokens emitted after it."""
+        if result.unsound:
+            self._end_unsound(seq, result)
+            return
         seq.num_computed += len(row.token_ids)
         # A preempted sequence computes its prompt again, but clients get its scores only once.
         if result.prompt_logprobs is not None and seq.num_output == 0:
@@ -448,6 +454,21 @@ class Scheduler:
         scores = self._prompt_scores.pop(seq.request_id, None)
         self._events.append(Tokens(seq.request_id, kept, logprobs, scores))
         if reason is not None:
+            self._finish(seq, reason)
+
+    def _end_unsound(self, seq: Sequence, result: RowOutcome) -> None:
+        """End a sequence that the model has no sound logits for. Tokens drawn before are sent; its
+        blocks may hold NaN, too, so no other prompt may find them."""
+        self._num_unsound += 1
+        kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
+        if kept:
+            seq.token_ids += kept
+            logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
+            self._events.append(Tokens(seq.request_id, kept, logprobs))
+        self._kv.forget(seq)
+        if reason is None:
+            self._finish(seq, FinishReason.ERROR, UNSOUND_LOGITS, ErrorCode.UNSOUND)
+        else:
             self._finish(seq, reason)
 
     def _count_draft(self, seq: Sequence, result: RowOutcome, num_kept: int) -> None:

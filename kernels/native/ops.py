@@ -12,6 +12,8 @@ from kernels.linear.grouped import GroupedWeight
 from kernels.native.layer import SUFFIXES, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
 from kernels.ops import AttentionMeta, Backend, LayerCall, LayerWeights, LinearWeight
+from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.reference import noise_keys
 
 
 class NativeOps:
@@ -40,6 +42,7 @@ class NativeOps:
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
+        self._add_noise = library.call("aerie_add_noise")
         self._argmax = library.call("aerie_argmax")
         self._logsumexp = library.call("aerie_logsumexp")
 
@@ -241,6 +244,26 @@ class NativeOps:
             self._pool, logits.data_ptr(), keys.data_ptr(), *logits.shape, tokens.data_ptr()
         )
         return tokens
+
+    def add_noise(self, logits: Tensor, settings: DrawSettings, token_ids: Tensor | None) -> Tensor:
+        if not settings.any_sampled:
+            return logits
+        logits = logits.contiguous()
+        out = torch.empty_like(logits)
+        filters = [part.contiguous() for part in settings.filters(logits.shape[1])]
+        temperature = settings.temperature.contiguous()
+        keys = noise_keys(settings.seeds, settings.positions)
+        self._add_noise(
+            self._pool,
+            logits.data_ptr(),
+            temperature.data_ptr(),
+            keys.data_ptr(),
+            pointer(token_ids),
+            *(map(pointer, filters) if settings.is_filtered else (None, None, None)),
+            *logits.shape,
+            out.data_ptr(),
+        )
+        return out
 
     def argmax(self, logits: Tensor) -> Tensor:
         logits = logits.contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import ModelFiles, resolve_source
+from engine.kv.sizing import check_reserve
+from engine.models.footprint import step_bytes
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from engine.models.weights import WeightForm
@@ -27,7 +29,7 @@ from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
 from engine.runner.runner import ModelRunner, RunnerParts, StepSettings
-from engine.runner.warmup import blocks_per_row
+from engine.runner.warmup import blocks_per_row, run_largest
 from engine.speculation.proposer import Proposer
 from engine.step.batch import ForwardContext
 from engine.step.executor import Executor
@@ -83,6 +85,12 @@ class Rank:
         draft = self.loader.load(path)
         return draft, drafting_with(self.config, draft, self.place, late=True)
 
+    def get_ready(self, draft: LoadedDraft | None, drafting: Drafting) -> Iterator[None]:
+        """Capture the steps with another head, or with none, one with each item; then
+        `ModelRunner.draft_with` finds them."""
+        shapes = [] if draft is None else self.trees.shapes(draft.facts)
+        return self.runner.get_ready(drafting.proposer, shapes)
+
     def scratch(self, draft: LoadedDraft) -> tuple[ResolvedConfig, Executor]:
         """Runs made-up plans in a few pages of their own, beside an engine that serves."""
         config = _with_few_pages(self.config)
@@ -116,6 +124,7 @@ def build_rank(config: HostConfig, group: TPGroup, device: torch.device) -> Rank
     resolved = resolve_model(config, _model_facts(config, target, place, draft))
     drafting = Drafting() if draft is None else drafting_with(resolved, draft, place)
     runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer))
+    _check_reserve(runner, resolved, target, place)
     runner.prepare([] if draft is None else trees.shapes(draft.facts))
     beside = loader.beside_the_engine(config)
     return Rank(resolved, place, target, beside, trees, draft, drafting, runner)
@@ -209,8 +218,34 @@ def _model_facts(
     block = block_bytes(target.arch, config, place)
     if draft is not None:
         block += block_bytes(draft.head.arch, config, replace(place, shard=draft.head.shard))
-    free = smallest(rank_free_bytes(place), place.group)
+    step = largest_step(target.arch, config, place)
+    free = max(0, smallest(rank_free_bytes(place), place.group) - step)
     return ModelFacts(target.arch.max_position_embeddings, block, free)
+
+
+def largest_step(arch: LlamaArch, config: Config, place: Place) -> int:
+    """Bytes kept for a step when the cache is sized."""
+    scheduler = config.scheduler
+    return step_bytes(
+        arch,
+        place.shard.size,
+        place.ops.activation_dtype,
+        scheduler.max_num_seqs,
+        scheduler.max_num_batched_tokens,
+    )
+
+
+def _check_reserve(
+    runner: ModelRunner, config: ResolvedConfig, target: Target, place: Place
+) -> None:
+    size, scheduler = config.cache.block_size, config.scheduler
+    room = min(config.model.max_model_len, config.cache.num_blocks * size)
+    num_tokens = min(scheduler.max_num_batched_tokens, room)
+    check_reserve(
+        lambda: run_largest(runner, num_tokens, size),
+        largest_step(target.arch, config, place),
+        place.device,
+    )
 
 
 def _with_few_pages(config: ResolvedConfig) -> ResolvedConfig:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from server.assembly.rank import Rank
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[LoadedDraft, Drafting]
+DONE = object()  # after the last step was captured
 
 
 class DraftSwapper:
@@ -71,12 +72,23 @@ class DraftSwapper:
             raise ValueError("; ".join(failures))
         return loaded
 
-    def swap(self, loaded: Loaded | None) -> None:
+    def get_ready(self, loaded: Loaded | None) -> Generator[None, None, Drafting]:
+        """Capture the steps with the loaded head on all ranks, one with each item, so that no
+        request waits for them after the swap. Advance it between steps only. Returns what `swap`
+        takes."""
+        draft, drafting = loaded or (None, Drafting())
+        steps = self._rank.get_ready(draft, drafting)
+        while True:
+            self._orders.prepare_draft(loaded=loaded is not None)
+            if next(steps, DONE) is DONE:
+                return drafting
+            yield
+
+    def swap(self, loaded: Loaded | None, drafting: Drafting) -> None:
         """Draft with the loaded head from the next step on. Call it between steps only."""
         self._core.land()
-        drafting = Drafting()
         if loaded is not None:
-            draft, drafting = loaded
+            draft, _ = loaded
             planner, measuring = self._rank.trees.choose(
                 draft, lambda: self._scratch(draft), at_once=False
             )
@@ -95,6 +107,7 @@ class DraftSwaps:
         self._swapper = swapper
         self._asked: deque[SwapDraft] = deque()
         self._loading: Future[Loaded | None] | None = None
+        self._preparing: Generator[None, None, Drafting] | None = None
 
     @property
     def busy(self) -> bool:
@@ -105,12 +118,15 @@ class DraftSwaps:
         self._asked.append(message)
 
     def settle(self) -> list[DraftSwapped]:
-        """Call it between steps: swaps in a head that has been loaded, starts loading the next one,
-        and returns the answers that are due."""
+        """Call it between steps: captures one step of a head that has been loaded, swaps it in
+        after the last, starts loading the next one, and returns the answers that are due."""
         answers = []
         if self._loading is not None and self._loading.done():
-            answers.append(self._finish(self._asked.popleft(), self._loading))
-            self._loading = None
+            answer = self._advance(self._asked[0], self._loading)
+            if answer is not None:
+                answers.append(answer)
+                self._asked.popleft()
+                self._loading = self._preparing = None
         if self._loading is None and self._asked:
             self._loading = Future()
             threading.Thread(
@@ -124,11 +140,21 @@ class DraftSwaps:
         except Exception as error:  # noqa: BLE001  (files may be wrong in any way; serving continues)
             loading.set_exception(error)
 
-    def _finish(self, message: SwapDraft, loading: Future[Loaded | None]) -> DraftSwapped:
+    def _advance(self, message: SwapDraft, loading: Future[Loaded | None]) -> DraftSwapped | None:
+        """None if there is more to capture."""
         error = loading.exception()
-        if error is None:
-            self._swapper.swap(loading.result())
+        if error is not None:
+            return self._refused(message, error)
+        if self._preparing is None:
+            self._preparing = self._swapper.get_ready(loading.result())
+        try:
+            next(self._preparing)
+        except StopIteration as end:
+            self._swapper.swap(loading.result(), end.value)
             return DraftSwapped(message.request_id, self._core.info.draft)
+        return None
+
+    def _refused(self, message: SwapDraft, error: BaseException) -> DraftSwapped:
         expected = isinstance(error, ValueError | OSError)
         logger.error(
             "the draft head stays as it is: %s", error, exc_info=None if expected else error

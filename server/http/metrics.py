@@ -37,6 +37,7 @@ COUNTERS = {
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens that were accepted"),
     "captured_sequences": ("num_captured", "Sequences queued to be written to capture.dir"),
     "capture_dropped": ("num_capture_dropped", "Sampled sequences that could not be written"),
+    "unsound_logits": ("num_unsound", "Requests ended by NaN or infinite logits of the model"),
     "draft_head_faults": ("num_draft_faults", "Trees not drafted: the head gave non-finite values"),
 }
 PER_POSITION, STEPS, PARTS = "spec_decode_num_accepted_tokens_per_pos", "steps", "step_seconds"

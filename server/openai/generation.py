@@ -134,6 +134,11 @@ class Generation:
             return self._admission.draining()
         if event.error_code in REFUSALS and event.error is not None:
             return invalid(event.error, code=REFUSALS[event.error_code])
+        if event.error_code is ErrorCode.UNSOUND:
+            return server_error(
+                "The model gave NaN or infinite scores for the next token, so this request cannot "
+                "be finished; other requests go on"
+            )
         return server_error("The engine failed to finish this request; it can be sent again")
 
     def _abort(self, choice: Choice) -> None:
