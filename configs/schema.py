@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    model_validator,
+)
+
+REDACTED = "***"  # stands for a secret that is not shown
 
 
 def _refuse_truth(value: object) -> object:
@@ -18,6 +28,15 @@ def _refuse_truth(value: object) -> object:
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_refuse_truth)]
+
+
+def _refuse_redacted(keys: tuple[str, ...]) -> tuple[str, ...]:
+    if REDACTED in keys:
+        raise ValueError(f"{REDACTED} stands for a key that was not shown: write the key itself")
+    return keys
+
+
+Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 class Section(BaseModel):
@@ -138,9 +157,9 @@ class ServerConfig(Section):
 
     host: str = "127.0.0.1"
     port: Integer = Field(8000, ge=0, le=65535, description="0 picks a free port")
-    api_keys: tuple[str, ...] = Field((), description="accepted bearer tokens; empty: no check")
+    api_keys: Secrets = Field((), description="accepted bearer tokens; empty: no check")
     api_key_file: Path | None = Field(None, description="one key per line, # for comments")
-    admin_keys: tuple[str, ...] = Field(
+    admin_keys: Secrets = Field(
         (), description="bearer tokens of POST /admin/...; empty: no admin routes"
     )
     admin_key_file: Path | None = Field(None, description="one key per line, # for comments")
