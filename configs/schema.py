@@ -173,11 +173,22 @@ class ServerConfig(Section):
 
 
 class CaptureConfig(Section):
+    max_connections: Positive | None = Field(
+        None,
+        description="client connections that may be open; above it 503, but for probes; default: "
+        "what the limit of open files allows",
+    )
     """Storage of live sequences as token ids, for training; ids can be turned back into text."""
 
     dir: Path | None = Field(None, description="folder of the shards; null: no capture")
     consent: StrictBool = Field(
         False, description="you may store what clients send; required when dir is set"
+    engine_timeout: Number = Field(
+        300.0,
+        gt=0,
+        description="seconds without a sign of life from an engine that has work, until it is "
+        "killed and restarted; more than the longest step takes, compilation included",
+    )
     )
     sample_rate: Number = Field(0.1, ge=0, le=1, description="share of the sequences")
     max_bytes: Positive = Field(268_435_456, description="total of the shards; then capture stops")

@@ -14,7 +14,7 @@ from configs.load import load_config
 from configs.schema import Config
 from server.version import UNKNOWN, version
 from tests.architecture.source_tree import modules
-from tests.support.live_server import child_environment, run_aerie
+from tests.support.live_server import aerie_command, child_environment, run_aerie
 
 COMMANDS = ("serve", "config", "prepare", "plan-memory", "version")
 HEAVY = ("torch", "transformers", "kernels", "drafter", "zmq", "fastapi")
@@ -138,5 +138,14 @@ def test_code_that_is_not_installed_has_an_unknown_version() -> None:
 
 
 def test_only_one_place_asks_for_the_version() -> None:
+
+
+def test_streams_that_are_closed_are_replaced() -> None:
+    command = [*aerie_command("version"), "<&-", ">&-", "2>&-"]
+    shell = f"{' '.join(command)}; echo $?"
+    done = subprocess.run(
+        ["/bin/sh", "-c", shell], capture_output=True, text=True, env=child_environment()
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
     asking = [m.path for m in modules() if re.search(r"version\(\s*[\"']aerie", m.text)]
     assert asking == ["server/version.py"]
