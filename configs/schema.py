@@ -59,6 +59,11 @@ class ModelConfig(Section):
         None, description="prompt + output tokens; default: the model's own context length"
     )
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own")
+    generation_config: Literal["model", "none"] = Field(
+        "model",
+        description="sampling parameters of requests that do not name them: those of the model's "
+        "generation_config.json, or none of these",
+    )
 
 
 class CacheConfig(Section):

@@ -80,7 +80,7 @@ async def _serve(config: HostConfig, listener: socket.socket) -> int:
         await _first(stop.wait(), text)
         if not stop.is_set():
             codec = await text
-            info = ServerInfo.from_config(config)
+            info = ServerInfo.from_config(config, codec.defaults)
             app = create_app(config, client, codec.tokenizer, codec.template, info, ROUTES)
             await _run(config, app, client, engine, listener, stop)
     finally:

@@ -17,6 +17,7 @@ from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
 from server.openai.routes import ROUTES
 from server.text.chat_template import ChatTemplate
+from server.text.generation_config import SamplingDefaults
 from server.text.tokenizer import Tokenizer
 from tests.support.configurations import hosted
 from tests.support.scripted_engine import Script, ScriptedEngine, say
@@ -47,6 +48,7 @@ class Server:
         script: Script | None = None,
         template: str | None = CHAT_TEMPLATE,
         log_prompts: bool = False,
+        defaults: SamplingDefaults | None = None,
         **limits: Any,
     ) -> None:
         self.tokenizer = tokenizer
@@ -63,7 +65,7 @@ class Server:
             self.engine,
             tokenizer,
             ChatTemplate(template, SPECIAL_TOKENS),
-            ServerInfo.from_config(self.config),
+            ServerInfo.from_config(self.config, defaults),
             ROUTES,
         )
 
