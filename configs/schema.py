@@ -120,6 +120,9 @@ class SpeculationConfig(Section):
     shared_noise: StrictBool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"
     )
+    load_timeout: Number = Field(
+        600.0, gt=0, description="seconds that a head named by POST /admin/draft may take to load"
+    )
     window: Positive | None = Field(
         None, description="the head attends only to so many of the newest positions; default: all"
     )
@@ -170,30 +173,30 @@ class ServerConfig(Section):
     admin_key_file: Path | None = Field(None, description="one key per line, # for comments")
     max_queued_requests: Positive = 256
     max_waiting_tokens: Positive = Field(262_144, description="prompt tokens not yet started")
-    max_body_bytes: Positive = 4_194_304
-    max_choices: Positive = Field(128, description="largest n x prompts of one request")
-    retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
-    drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
-    restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
-
-
-class CaptureConfig(Section):
     max_connections: Positive | None = Field(
         None,
         description="client connections that may be open; above it 503, but for probes; default: "
         "what the limit of open files allows",
     )
-    """Storage of live sequences as token ids, for training; ids can be turned back into text."""
-
-    dir: Path | None = Field(None, description="folder of the shards; null: no capture")
-    consent: StrictBool = Field(
-        False, description="you may store what clients send; required when dir is set"
+    max_body_bytes: Positive = 4_194_304
+    max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
+    drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
+    restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
     engine_timeout: Number = Field(
         300.0,
         gt=0,
         description="seconds without a sign of life from an engine that has work, until it is "
         "killed and restarted; more than the longest step takes, compilation included",
     )
+
+
+class CaptureConfig(Section):
+    """Storage of live sequences as token ids, for training; ids can be turned back into text."""
+
+    dir: Path | None = Field(None, description="folder of the shards; null: no capture")
+    consent: StrictBool = Field(
+        False, description="you may store what clients send; required when dir is set"
     )
     sample_rate: Number = Field(0.1, ge=0, le=1, description="share of the sequences")
     max_bytes: Positive = Field(268_435_456, description="total of the shards; then capture stops")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from configs.files import check_regular, read_text
 from engine.checkpoints.arch import LlamaArch, bos_token_id, eos_token_ids
 from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from engine.checkpoints.manifest import Shape, check_manifest, expected_tensors
@@ -92,6 +93,7 @@ class SafetensorsCheckpoint:
         shards: dict[str, tuple[Path, Any]] = {}
         handle: Any
         for path in paths:
+            check_regular(path)
             try:
                 handle = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
@@ -157,7 +159,7 @@ def _indexed_shards(folder: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. ValueError naming the file if it holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -133,7 +133,8 @@ def main() -> None:
     if capture is not None:
         capture.start()
     try:
-        _serve(endpoint, engine.core, DraftSwaps(engine.core, engine.swapper), capture)
+        swaps = DraftSwaps(engine.core, engine.swapper, config.speculation.load_timeout)
+        _serve(endpoint, engine.core, swaps, capture)
     except Exception as error:
         engine.followers.abandon(f"rank 0 failed: {error!r}")
         raise

@@ -8,12 +8,14 @@ from typing import Any
 
 import tokenizers
 
+from configs.files import check_regular, read_text
 from engine.checkpoints.gguf_file import read_gguf
 from engine.checkpoints.source import ModelFiles
 from server.text.gguf_tokenizer import build_tokenizer, is_byte_level, special_tokens
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_cache import converted_folder
 
+MAX_TOKENIZER = 2**30  # bytes of tokenizer.json
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -43,6 +45,7 @@ def _from_metadata(path: Path, metadata: dict[str, Any], chat_template: str | No
 def _from_folder(folder: Path, chat_template: str | None) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
+        check_regular(path, MAX_TOKENIZER)
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} cannot be loaded: {error}") from error
@@ -66,7 +69,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else tokenizer_config.json: a string, or a list of named ones."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     found = config.get("chat_template")
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}
@@ -78,7 +81,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
