@@ -51,7 +51,9 @@ def test_sigterm_lets_open_streams_end_and_refuses_new_requests(make_server: Mak
         assert server.wait() == 0
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "second", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)]
+)
 def test_a_second_signal_ends_open_streams_with_an_error(
     make_server: MakeServer, second: signal.Signals
 ) -> None:
