@@ -5,15 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from server.http.errors import ApiError, unavailable
 from server.http.metrics import CONNECTIONS, Metrics
 
-PROBES = 8  # connections above the limit that may still ask for health, readiness and metrics
+PROBES = 8  # connections above the limit, which may only ask for health, readiness and metrics
 PROBE_PATHS = frozenset({b"/health", b"/ready", b"/metrics"})
 LOG_EVERY = 10.0  # seconds between lines about refused connections
 
 logger = logging.getLogger(__name__)
+
+
+class Extra(Protocol):
+    """A connection above the limit."""
+
+    def give_way(self) -> None:
+        """Answer 503, if there is no answer yet, and close."""
+        ...
 
 
 class Connections:
@@ -33,14 +42,24 @@ class Connections:
         self._clock = clock
         self._num_refused = 0  # not in the log yet
         self._logged_at: float | None = None
+        self._extras: dict[Extra, None] = {}  # the oldest first
 
     def is_extra(self, num_open: int) -> bool:
         """Whether the newest of `num_open` connections is above the limit."""
         return num_open > self._limit
 
-    def leaves_no_place(self, num_open: int) -> bool:
-        """Whether the newest of `num_open` connections has not even a place for a probe."""
-        return num_open > self._limit + PROBES
+    def enter(self, extra: Extra) -> None:
+        """A new connection above the limit: if there is no place for it, the oldest gives way,
+        which most likely asks for nothing."""
+        if len(self._extras) == PROBES:
+            oldest = next(iter(self._extras))
+            self.leave(oldest)
+            oldest.give_way()
+        self._extras[extra] = None
+
+    def leave(self, extra: Extra) -> None:
+        """A connection closes. May be repeated, and be about one within the limit."""
+        self._extras.pop(extra, None)
 
     def refuse(self) -> ApiError:
         """Count one refused connection; returns the 503 for its client."""

@@ -41,16 +41,22 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        num_open = len(self.server_state.connections)
-        self._is_extra = self._limit is not None and self._limit.is_extra(num_open)
-        if self._limit is not None and self._limit.leaves_no_place(num_open):
-            self._refuse(self._limit.refuse())
-        else:
-            self._expect_within(self.extra_timeout if self._is_extra else self.head_timeout)
+        if self._limit is not None and self._limit.is_extra(len(self.server_state.connections)):
+            self._is_extra = True
+            self._limit.enter(self)
+        self._expect_within(self.extra_timeout if self._is_extra else self.head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
+        if self._limit is not None:
+            self._limit.leave(self)
         super().connection_lost(exc)
+
+    def give_way(self) -> None:
+        """Close a connection above the limit, for another one."""
+        assert self._limit is not None
+        if not self.transport.is_closing():
+            self._refuse(self._limit.refuse())
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -129,7 +135,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer with an error and close; if another answer is being sent, only close."""
         if self._may_answer():
             id = request_id(self.headers or [])
-            logger.info("refused a request: status=%d request_id=%s", error.status, ascii(id))
+            level = logging.DEBUG if self._is_extra else logging.INFO  # the limit has its own lines
+            logger.log(level, "refused a request: status=%d request_id=%s", error.status, ascii(id))
             self._write(error, id)
         if self.cycle is not None:  # it must not write after this
             self.cycle.disconnected = True

@@ -100,7 +100,6 @@ class EngineKeeper:
             if not self._stopping.is_set():
                 logger.error("the engine process cannot be started: %s", error)
             return False, self._was_ever_ready or error.errno in SHORTAGES
-        self._was_ever_ready |= was_ready
         if not self._stopping.is_set():
             logger.error("the engine process ended with exit code %d", code)
         return was_ready, code != EXIT_BAD_SETUP
@@ -118,6 +117,7 @@ class EngineKeeper:
                 code = await self._run_to_end(process)
             finally:
                 was_ready = self._client.was_ready
+                self._was_ever_ready |= was_ready
                 if self._stopping.is_set():
                     self._client.detach(STOPPING, ErrorCode.STOPPING)
                 else:

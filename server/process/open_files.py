@@ -10,7 +10,9 @@ from pathlib import Path
 from server.http.connections import PROBES
 
 MOST = 1 << 20  # files; a higher limit only makes some libraries slow
-RESERVE = 32  # files to start an engine, to read and to write while all connections are in use
+# Files to start an engine, to read and to write while all connections are in use; a quarter of all
+# where there are few.
+RESERVE = 32
 OPEN = Path("/proc/self/fd")
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def connection_limit(configured: int | None) -> int:
     but no more than there are files left for, besides a reserve. At least one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST if soft == resource.RLIM_INFINITY else soft
-    room = max(1, most - _num_open() - RESERVE - PROBES)
+    room = max(1, most - _num_open() - min(RESERVE, most // 4) - PROBES)
     if configured is not None and configured > room:
         logger.warning(
             "server.max_connections is %d, but the limit of open files, %d, leaves room for %d",

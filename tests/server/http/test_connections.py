@@ -102,16 +102,19 @@ def test_probes_are_answered_above_the_limit_and_end_their_connection(server: Se
     assert num_refused(server) == 0
 
 
-def test_there_are_few_places_for_probes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_of_many_extra_connections_gives_way(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Hasty, "extra_timeout", DEADLINE)
 
     async def main() -> None:
         async with full(server) as one:
-            idle = [await one.connect() for _ in range(PROBES)]
+            oldest, *others = [await one.connect() for _ in range(PROBES)]
             late = await one.connect()
-            await refused(late, 503, "too_many_connections", "unavailable_error")
-            await idle[-1].send(GET)
-            assert (await idle[-1].answer())[0] == 200
+            await refused(oldest, 503, "too_many_connections", "unavailable_error")
+            for line in (late, others[0]):
+                await line.send(GET)
+                assert (await line.answer())[0] == 200
 
     asyncio.run(main())
     assert num_refused(server) == 1

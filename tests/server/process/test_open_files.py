@@ -20,7 +20,7 @@ print(found, found - RESERVE - PROBES - room, connection_limit(50) == min(50, ro
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "used", "warns"), [(100, 200, range(3, 60), False), (40, 40, (), True)]
+    ("soft", "hard", "used", "warns"), [(100, 200, range(3, 60), False), (24, 24, (), True)]
 )
 def test_the_limit_is_raised_and_connections_leave_a_reserve(
     soft: int, hard: int, used: range | tuple[()], warns: bool
@@ -34,4 +34,4 @@ def test_the_limit_is_raised_and_connections_leave_a_reserve(
     found, other, bounded, positive = done.stdout.split()
     assert (int(found), bounded, positive) == (hard, "True", "True")
     assert not used or int(other) in used
-    assert ("leaves room for 1" in done.stderr) is warns
+    assert ("leaves room for" in done.stderr) is warns
