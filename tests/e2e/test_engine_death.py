@@ -41,7 +41,9 @@ def check_failure_of_open_requests(
     assert (caught.value.status_code, caught.value.code) == (500, "internal_error")
 
 
-def test_a_killed_engine_fails_open_requests_and_is_started_again(make_server: MakeServer) -> None:
+def test_a_killed_engine_is_started_again_and_a_killed_server_takes_its_engine_along(
+    make_server: MakeServer,
+) -> None:
     with make_server() as server:
         before, first_pid = text_of(server), server.engine_pid
         check_failure_of_open_requests(server)
@@ -55,11 +57,6 @@ def test_a_killed_engine_fails_open_requests_and_is_started_again(make_server: M
         assert server.engine_pid != first_pid
         assert text_of(server) == before
         assert server.metrics()["request_success_total"] == 4
-        assert server.stop() == 0
-
-
-def test_a_killed_server_takes_its_engine_along(make_server: MakeServer) -> None:
-    with make_server() as server:
         busy = server.client().completions.create(**ENDLESS, stream=True)
         next(iter(busy))
         engine = os.pidfd_open(server.engine_pid)

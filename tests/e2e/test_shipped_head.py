@@ -66,7 +66,7 @@ def cases() -> Iterator[ParameterSet]:
             yield pytest.param(tree, heat, id=f"{tree}-{heat:g}", marks=marks)
 
 
-@pytest.mark.parametrize(("tree", "heat"), cases())
+@pytest.mark.parametrize(("tree", "heat"), list(cases()))
 def test_accepted_drafts_leave_every_text_as_it_was(
     engine: OfflineEngine,
     prompts: list[list[int]],

@@ -74,7 +74,7 @@ def cases() -> Iterator[ParameterSet]:
             yield pytest.param(shape, padded, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("shape", "padded"), cases())
+@pytest.mark.parametrize(("shape", "padded"), list(cases()))
 def test_tokens_and_drafts_are_those_of_the_reference(
     lab: HeadLab, reference_ops: object, shape: TreeShape, padded: bool
 ) -> None:
