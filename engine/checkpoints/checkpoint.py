@@ -19,6 +19,7 @@ from engine.checkpoints.stored import Stored
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SINGLE_FILE = "model.safetensors"
+MAX_JSON = 2**24  # bytes; parsing holds up all other threads
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -157,9 +158,10 @@ def _indexed_shards(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError naming the file if it holds something else."""
+    """The JSON object in a file. ValueError naming the file if it holds something else, or more
+    than MAX_JSON bytes."""
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -98,15 +98,20 @@ def build_library(cache_dir: Path, prebuilt: Path = PREBUILT) -> Path:
     problem = _why_unusable(target.parent)
     if problem is not None:
         folder = private_folder()
-        logger.warning(
-            "files.dir cannot be used (%s): the compiled kernels are kept in %s instead, which may "
-            "be emptied at any time",
-            *(problem, folder),
-        )
+        _warn_once(problem, folder)
         target = folder / target.name
     if not target.is_file():
         _compile(compiler, LOCAL, target)
     return target
+
+
+@functools.cache
+def _warn_once(problem: str, folder: Path) -> None:
+    logger.warning(
+        "files.dir cannot be used (%s): the compiled kernels are kept in %s instead, which may be "
+        "emptied at any time",
+        *(problem, folder),
+    )
 
 
 def private_folder() -> Path:

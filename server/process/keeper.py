@@ -102,7 +102,8 @@ class EngineKeeper:
             return False, self._was_ever_ready or error.errno in SHORTAGES
         if not self._stopping.is_set():
             logger.error("the engine process ended with exit code %d", code)
-        return was_ready, code != EXIT_BAD_SETUP
+        # What was set up well once may lack memory, files or a disk now, and get them back.
+        return was_ready, code != EXIT_BAD_SETUP or self._was_ever_ready
 
     async def _run_once(self) -> tuple[int, bool]:
         """Run one engine to its end; return its exit code and whether it was ever ready.
