@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    model_validator,
+)
+
+REDACTED = "***"  # stands for a secret that is not shown
 
 
 def _refuse_truth(value: object) -> object:
@@ -18,6 +28,15 @@ def _refuse_truth(value: object) -> object:
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_refuse_truth)]
+
+
+def _refuse_redacted(keys: tuple[str, ...]) -> tuple[str, ...]:
+    if REDACTED in keys:
+        raise ValueError(f"{REDACTED} stands for a key that was not shown: write the key itself")
+    return keys
+
+
+Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 class Section(BaseModel):
@@ -48,6 +67,11 @@ class ModelConfig(Section):
         None, description="prompt + output tokens; default: the model's own context length"
     )
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own")
+    generation_config: Literal["model", "none"] = Field(
+        "model",
+        description="sampling parameters of requests that do not name them: those of the model's "
+        "generation_config.json, or none of these",
+    )
 
 
 class CacheConfig(Section):
@@ -122,6 +146,9 @@ class SpeculationConfig(Section):
     shared_noise: StrictBool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"
     )
+    load_timeout: Number = Field(
+        600.0, gt=0, description="seconds that a head named by POST /admin/draft may take to load"
+    )
     window: Positive | None = Field(
         None, description="the head attends only to so many of the newest positions; default: all"
     )
@@ -164,9 +191,9 @@ class ServerConfig(Section):
 
     host: str = "127.0.0.1"
     port: Integer = Field(8000, ge=0, le=65535, description="0 picks a free port")
-    api_keys: tuple[str, ...] = Field((), description="accepted bearer tokens; empty: no check")
+    api_keys: Secrets = Field((), description="accepted bearer tokens; empty: no check")
     api_key_file: Path | None = Field(None, description="one key per line, # for comments")
-    admin_keys: tuple[str, ...] = Field(
+    admin_keys: Secrets = Field(
         (), description="bearer tokens of POST /admin/...; empty: no admin routes"
     )
     admin_key_file: Path | None = Field(None, description="one key per line, # for comments")
@@ -183,6 +210,11 @@ class ServerConfig(Section):
     max_waiting_tokens: Positive = Field(
         262_144, description="prompt tokens not yet started; the choices of a prompt share it"
     )
+    max_connections: Positive | None = Field(
+        None,
+        description="client connections that may be open; above it 503, but for probes; default: "
+        "what the limit of open files allows",
+    )
     max_body_bytes: Positive = 4_194_304
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
     unknown_fields: Literal["refuse", "warn"] = Field(
@@ -193,6 +225,12 @@ class ServerConfig(Section):
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
     restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
+    engine_timeout: Number = Field(
+        300.0,
+        gt=0,
+        description="seconds without a sign of life from an engine that has work, until it is "
+        "killed and restarted; more than the longest step takes, compilation included",
+    )
 
 
 class CaptureConfig(Section):

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from configs.files import check_regular
 from drafter.manifest import DTYPES, FLOATS, HeadTensors, common_name, is_harmless
 from engine.checkpoints.checkpoint import INDEX_FILE, read_json
 from engine.checkpoints.manifest import Shape
@@ -110,6 +111,7 @@ def _check(stored: StoredTensor, shape: Shape, dtypes: tuple[str, ...]) -> None:
 
 def _open(path: Path) -> list[StoredTensor]:
     handle: Any
+    check_regular(path)  # to open a pipe would wait for ever, with the interpreter's lock
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

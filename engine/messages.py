@@ -158,8 +158,13 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
         return {name: str(backend) for name, backend in self.ops.items()}
 
 
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine takes no more requests, and its process ends."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
-    """Current gauges, and counters since start; sent after every step that changed them."""
+    """Current gauges, and counters since start; sent after every step, and as a sign of life while
+    a draft head is loaded."""
 
     num_running: int
     num_waiting: int
@@ -183,4 +188,4 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
 
 
 ClientMessage = Submit | Abort | SwapDraft | Shutdown
-EngineMessage = Tokens | Finished | EngineInfo | EngineStats | DraftSwapped
+EngineMessage = Tokens | Finished | EngineInfo | EngineFailed | EngineStats | DraftSwapped

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from configs.files import check_regular, read_text
 from engine.checkpoints.arch import LlamaArch, bos_token_id, eos_token_ids
 from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from engine.checkpoints.manifest import (
@@ -27,6 +28,7 @@ from engine.checkpoints.stored import Stored
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SINGLE_FILE = "model.safetensors"
+MAX_JSON = 2**24  # bytes; parsing holds up all other threads
 INDEX_FILE = "model.safetensors.index.json"
 COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
 
@@ -139,6 +141,7 @@ class SafetensorsCheckpoint:
         shards: dict[str, tuple[Path, Any]] = {}
         handle: Any
         for path in paths:
+            check_regular(path)
             try:
                 handle = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
@@ -202,9 +205,10 @@ def _indexed_shards(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError naming the file if it holds something else."""
+    """The JSON object in a file. ValueError naming the file if it holds something else, or more
+    than MAX_JSON bytes."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -84,6 +86,10 @@ class DraftSwapper:
                 return drafting
             yield
 
+    def drop(self) -> None:
+        """Let the other ranks forget a head that was loaded and is not going to be used."""
+        self._orders.drop_draft()
+
     def swap(self, loaded: Loaded | None, drafting: Drafting) -> None:
         """Draft with the loaded head from the next step on. Call it between steps only."""
         self._core.land()
@@ -102,12 +108,23 @@ class DraftSwapper:
 class DraftSwaps:
     """Requested swaps, done one after the other."""
 
-    def __init__(self, core: EngineCore, swapper: DraftSwapper) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        swapper: DraftSwapper,
+        timeout: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`timeout`: seconds for a head to load; then the old one stays."""
         self._core = core
         self._swapper = swapper
+        self._timeout = timeout
+        self._clock = clock
         self._asked: deque[SwapDraft] = deque()
         self._loading: Future[Loaded | None] | None = None
         self._preparing: Generator[None, None, Drafting] | None = None
+        self._began = 0.0
+        self._given_up: Future[Loaded | None] | None = None  # its thread may still run
 
     @property
     def busy(self) -> bool:
@@ -127,12 +144,25 @@ class DraftSwaps:
                 answers.append(answer)
                 self._asked.popleft()
                 self._loading = self._preparing = None
+        elif self._loading is not None and self._clock() - self._began > self._timeout:
+            reason = f"it did not load within {self._timeout:g} s (speculation.load_timeout)"
+            answers.append(self._refuse(self._asked.popleft(), reason))
+            self._given_up, self._loading = self._loading, None
+        if self._given_up is not None and self._given_up.done():
+            if self._given_up.exception() is None:
+                self._swapper.drop()
+            self._given_up = None
         if self._loading is None and self._asked:
-            self._loading = Future()
-            threading.Thread(
-                target=self._load, args=(self._asked[0].path, self._loading), daemon=True
-            ).start()
+            if self._given_up is None:
+                self._start(self._asked[0].path)
+            else:  # heads are loaded by one thread at a time
+                reason = "an earlier head, which was given up, is still being loaded"
+                answers.append(self._refuse(self._asked.popleft(), reason))
         return answers
+
+    def _start(self, path: str | None) -> None:
+        self._loading, self._began = Future(), self._clock()
+        threading.Thread(target=self._load, args=(path, self._loading), daemon=True).start()
 
     def _load(self, path: str | None, loading: Future[Loaded | None]) -> None:
         try:
@@ -155,9 +185,12 @@ class DraftSwaps:
         return None
 
     def _refused(self, message: SwapDraft, error: BaseException) -> DraftSwapped:
-        expected = isinstance(error, ValueError | OSError)
-        logger.error(
-            "the draft head stays as it is: %s", error, exc_info=None if expected else error
-        )
-        reason = str(error) if expected else f"it cannot be loaded ({type(error).__name__})"
+        if isinstance(error, ValueError | OSError):
+            return self._refuse(message, str(error))
+        return self._refuse(message, f"it cannot be loaded ({type(error).__name__})", error)
+
+    def _refuse(
+        self, message: SwapDraft, reason: str, error: BaseException | None = None
+    ) -> DraftSwapped:
+        logger.error("the draft head stays as it is: %s", reason, exc_info=error)
         return DraftSwapped(message.request_id, self._core.info.draft, reason)

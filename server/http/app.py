@@ -21,7 +21,14 @@ from server.http.docs import Routes, openapi
 from server.http.engine_client import EngineClient
 from server.http.errors import ApiError
 from server.http.metrics import Metrics
-from server.http.middleware import ApiKeys, BodyLimit, KeyRing, load_admin_keys, load_api_keys
+from server.http.middleware import (
+    ApiKeys,
+    BodyLimit,
+    KeyRing,
+    load_admin_keys,
+    load_api_keys,
+    warn_of_readable_keys,
+)
 from server.http.request_log import RequestLog, record_of
 from server.http.state import ServerState
 from server.text.chat_template import ChatTemplate
@@ -58,6 +65,7 @@ def create_app(
     # The middleware added last sees a request first.
     app.add_middleware(BodyLimit, max_bytes=config.server.max_body_bytes)
     keys = load_api_keys(config.server)
+    warn_of_readable_keys(config.server)
     if keys:
         app.add_middleware(ApiKeys, keys=keys)
     app.add_middleware(RequestLog, state=context.state)

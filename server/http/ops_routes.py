@@ -71,6 +71,7 @@ async def info(http: HttpRequest) -> Response:
             "model": context.info.model_name,
             "system_fingerprint": context.info.fingerprint,
             "draining": context.state.draining,
+            "sampling_defaults": context.info.defaults.named(),
             "config": redacted(context.resolved_config()),
             "versions": versions(),
             "engine": None if engine is None else _facts(engine),

@@ -8,6 +8,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from server.http.connections import PROBE_PATHS, Connections
 from server.http.errors import ApiError, invalid
 from server.http.request_log import ID_HEADER, error_response, request_id
 
@@ -26,21 +27,36 @@ class HttpProtocol(HttpToolsProtocol):
 
     head_timeout = 30.0  # seconds for the whole head
     body_timeout = 60.0  # seconds between pieces of the body
+    extra_timeout = 2.0  # seconds for the whole head on a connection above the limit
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limit: Connections | None = None, **kwargs: Any) -> None:
+        """`limit`: of open connections, None for none."""
         super().__init__(*args, **kwargs)
+        self._limit = limit
+        self._is_extra = False  # above the limit: serves one probe, and nothing else
         self._num_fruitless = 0  # bytes
-        self._head_is_long = False
+        self._refusal: ApiError | None = None  # why a head that the parser accepts is refused
         self._in_request = False  # between the first and last byte of a request
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_within(self.head_timeout)
+        if self._limit is not None and self._limit.is_extra(len(self.server_state.connections)):
+            self._is_extra = True
+            self._limit.enter(self)
+        self._expect_within(self.extra_timeout if self._is_extra else self.head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
+        if self._limit is not None:
+            self._limit.leave(self)
         super().connection_lost(exc)
+
+    def give_way(self) -> None:
+        """Close a connection above the limit, for another one."""
+        assert self._limit is not None
+        if not self.transport.is_closing():
+            self._refuse(self._limit.refuse())
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -57,16 +73,23 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_request = True
-        self._expect_within(self.head_timeout)
+        if not self._is_extra:
+            self._expect_within(self.head_timeout)
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD:
-            self._head_is_long = True
+            self._refusal = _head_too_large()
+        elif self._is_extra and self.url.partition(b"?")[0] not in PROBE_PATHS:
+            assert self._limit is not None
+            self._refusal = self._limit.refuse()
+        if self._refusal is not None:
             raise ValueError("the parser reports it as its own error")
         self._num_fruitless = 0
         self._expect_within(self.body_timeout)
         super().on_headers_complete()
+        if self._is_extra:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._num_fruitless = 0
@@ -81,7 +104,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this when its parser fails."""
-        self._refuse(_head_too_large() if self._head_is_long else invalid(msg, code="invalid_http"))
+        self._refuse(self._refusal or invalid(msg, code="invalid_http"))
 
     def _waits(self) -> bool:
         """Whether no request is being received or answered."""
@@ -112,7 +135,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer with an error and close; if another answer is being sent, only close."""
         if self._may_answer():
             id = request_id(self.headers or [])
-            logger.info("refused a request: status=%d request_id=%s", error.status, ascii(id))
+            level = logging.DEBUG if self._is_extra else logging.INFO  # the limit has its own lines
+            logger.log(level, "refused a request: status=%d request_id=%s", error.status, ascii(id))
             self._write(error, id)
         if self.cycle is not None:  # it must not write after this
             self.cycle.disconnected = True

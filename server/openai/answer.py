@@ -20,6 +20,7 @@ from server.http.request_log import record_of
 from server.http.sse import EventStream, WholeJson
 from server.openai.choice import ChoiceDelta
 from server.openai.convert import Prompt
+from server.openai.defaults import limited, with_model_defaults
 from server.openai.generation import Generation, start_generation
 from server.openai.schema import SamplingFields
 
@@ -66,13 +67,15 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
     context.check_model(body.model)
     caller = context.callers.of(http.scope["headers"])
     caller.check_priority(body.priority or 0)
+    defaults = context.info.defaults
+    body = with_model_defaults(body, defaults)
     with ExitStack() as stack:
         ticket = context.admission.admit(body.num_sequences)
         stack.callback(ticket.release)
         info = context.engine_info()
         prompts = await context.in_pool(task.prompts, context, info, body)
         record.not_used += [name for prompt in prompts for name in prompt.not_used]
-        params = [task.params(body, prompt, info) for prompt in prompts]
+        params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
         generation = start_generation(
             context, record, ticket, body, prompts, params, info, task.id_prefix, caller
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from configs.files import read_text
 from configs.resolve import HostConfig
 from engine.checkpoints.source import resolve_source
 from server.text.chat_template import ChatTemplate
+from server.text.generation_config import SamplingDefaults, load_defaults
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_files import load_tokenizer
 
@@ -16,9 +18,12 @@ ANSWER = "the answer"
 class ChatCodec:
     """Encodes conversations exactly as the chat endpoint does. Threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, defaults: SamplingDefaults | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.defaults = defaults or SamplingDefaults()  # of the model
 
     def encode(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
@@ -55,7 +60,8 @@ def load_codec(config: HostConfig) -> ChatCodec:
         OSError, ValueError: the model's files are missing or invalid.
     """
     path = config.model.chat_template
-    source = None if path is None else path.read_text(encoding="utf-8")
+    source = None if path is None else read_text(path)
     files = resolve_source(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(files, config.files.dir, source)
-    return ChatCodec(tokenizer, ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens))
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    return ChatCodec(tokenizer, template, load_defaults(config, files))

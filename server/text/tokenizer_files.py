@@ -10,6 +10,7 @@ from typing import Any
 
 import tokenizers
 
+from configs.files import check_regular, read_text
 from engine.checkpoints.gguf_file import read_gguf
 from engine.checkpoints.source import ModelFiles
 from server.text.added_tokens import TokenFiles, complete
@@ -17,6 +18,7 @@ from server.text.gguf_tokenizer import build_tokenizer, is_byte_level, special_t
 from server.text.tokenizer import Tokenizer
 from server.text.tokenizer_cache import converted_folder
 
+MAX_TOKENIZER = 2**30  # bytes of tokenizer.json
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DEFAULT = "default"  # the name of a template among several
@@ -65,6 +67,7 @@ def metadata_template(path: Path, metadata: dict[str, Any]) -> str | None:
 def _from_folder(folder: Path, chat_template: str | None) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
+        check_regular(path, MAX_TOKENIZER)
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} cannot be loaded: {error}") from error
@@ -97,7 +100,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     chat_template.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     legacy = _read_json(folder / "chat_template.json")
     for found in (config.get("chat_template"), legacy.get("chat_template")):
         if found:
@@ -130,7 +133,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -17,6 +17,7 @@ from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
 from server.openai.routes import ROUTES
 from server.text.chat_template import ChatTemplate
+from server.text.generation_config import SamplingDefaults
 from server.text.tokenizer import Tokenizer
 from tests.support.configurations import hosted
 from tests.support.scripted_engine import Script, ScriptedEngine, say
@@ -48,6 +49,7 @@ class Server:
         template: str | None = CHAT_TEMPLATE,
         log_prompts: bool = False,
         share_between_clients: bool = False,
+        defaults: SamplingDefaults | None = None,
         **limits: Any,
     ) -> None:
         self.tokenizer = tokenizer
@@ -65,7 +67,7 @@ class Server:
             self.engine,
             tokenizer,
             ChatTemplate(template, SPECIAL_TOKENS),
-            ServerInfo.from_config(self.config),
+            ServerInfo.from_config(self.config, defaults),
             ROUTES,
         )
 

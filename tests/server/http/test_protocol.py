@@ -95,11 +95,13 @@ def talk(
     asyncio.run(main())
 
 
-async def refused(line: Line, status: int, code: str) -> dict[str, str]:
+async def refused(
+    line: Line, status: int, code: str, kind: str = "invalid_request_error"
+) -> dict[str, str]:
     """Assert that the next answer is this error and the last one; return its headers."""
     found, headers, body = await line.answer()
     error: dict[str, Any] = json.loads(body)["error"]
-    assert (found, error["code"], error["type"]) == (status, code, "invalid_request_error")
+    assert (found, error["code"], error["type"]) == (status, code, kind)
     assert headers["content-type"] == "application/json"
     assert headers["connection"] == "close"
     assert await line.rest() == b""

@@ -17,6 +17,7 @@ from engine.messages import (
     ClientMessage,
     DraftFacts,
     DraftSwapped,
+    EngineFailed,
     EngineMessage,
     EngineStats,
     Finished,
@@ -186,6 +187,36 @@ def test_events_come_again_from_the_next_engine(play: Callable[[Play], None]) ->
         events = [tokens(b, [4]), finished(b, FinishReason.LENGTH, 1)]
         await second.say(*events)
         assert await collect(stream) == events
+
+    play(scene)
+
+
+def test_an_engine_that_says_it_failed_gets_no_more_requests(
+    play: Callable[[Play], None],
+) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        a = request("a")
+        stream = pair.client.submit(a)
+        assert await peer.hear(1) == [Submit(a)]
+        await peer.say(msgspec.structs.replace(STATS, draft_failed=True))
+        await peer.say(EngineFailed())
+        end = finished(a, FinishReason.ERROR, error="a step failed")
+        await peer.say(end)
+        assert await collect(stream) == [end]
+        assert pair.client.info is None
+        assert pair.client.has_failed
+        assert pair.client.stats is not None
+        stats = pair.client.stats
+        assert (stats.num_running, stats.num_waiting, stats.draft_failed) == (0, 0, False)
+        (refused,) = await collect(pair.client.submit(request("b")))
+        assert isinstance(refused, Finished)
+        assert refused.error == NO_ENGINE
+        pair.client.detach()
+        peer.close()
+        peer = await pair.engine()
+        assert not pair.client.has_failed
+        peer.close()
 
     play(scene)
 

@@ -257,3 +257,31 @@ def test_a_tokenizer_that_loads_directly_needs_no_cache(tmp_path: Path) -> None:
     load_tokenizer(ModelFiles("hf", tmp_path / "model", "new"), tmp_path / "cache", None)
     assert not (tmp_path / "cache").exists()
     tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+
+
+def test_code_in_a_folder_is_never_run_nor_offered_to_be_run(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*words: str) -> str:
+        raise AssertionError(f"asked {words}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    ran = tmp_path / "ran"
+    program = f"open({str(ran)!r}, 'w')\nclass Config: ...\nclass Own: ...\n"
+    (files.path / "planted.py").write_text(program)
+    auto_map = {"AutoConfig": "planted.Config", "AutoTokenizer": ["planted.Own", "planted.Own"]}
+    path = files.path / "tokenizer_config.json"
+    path.write_text(json.dumps({"tokenizer_class": "Own", "auto_map": auto_map}))
+    (files.path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    with pytest.raises(ValueError, match="cannot be converted to a tokenizer"):
+        converted_folder(files, tmp_path / "cache")
+    assert not ran.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_keeping(
+    files: ModelFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").touch()
+    tokenizer = load_tokenizer(files, tmp_path / "cache", None)
+    assert tokenizer.decode(tokenizer.encode("the")) == "the"
+    assert "files.dir cannot be used" in caplog.text
