@@ -200,7 +200,7 @@ class ServerConfig(Section):
     least_priority: Integer = Field(
         0, description="most urgent priority that a request may ask for; lower runs first"
     )
-    priority_keys: tuple[str, ...] = Field(
+    priority_keys: Secrets = Field(
         (), description="API keys whose requests may ask for any priority"
     )
     max_queued_requests: Positive = Field(256, description="requests without a first token")
