@@ -122,7 +122,7 @@ def test_padded_steps_of_several_ranks_say_what_one_rank_says(
     "overrides",
     [
         ["scheduler.max_num_batched_tokens=17", "scheduler.max_num_seqs=3"],
-        ["cache.num_blocks=9"],
+        ["cache.num_blocks=8"],
         ["cache.num_blocks=9", "cache.prefix_caching=false", "scheduler.max_num_seqs=4"],
     ],
     ids=["chunked", "preempted", "uncached"],
@@ -135,7 +135,7 @@ def test_batches_and_memory_do_not_change_texts_where_ranks_run_ahead(
     heard = answer(config, Way(2, PADDED, run_ahead=True), table(), planner, per_step=2)
     check(heard.texts, truth)
     assert any(plan.ahead for plan in heard.plans)
-    if "cache.num_blocks=9" in overrides:
+    if overrides[0].startswith("cache.num_blocks"):
         assert heard.stats.num_preemptions > 0
 
 
