@@ -13,7 +13,7 @@ from configs.load import load_config
 from configs.resolve import HostConfig, HostFacts, resolve_host
 from engine.completion import Completion
 from engine.messages import Finished, Submit, SwapDraft, Tokens
-from engine.parallel.orders import RunStep, Stop, UseDraft
+from engine.parallel.orders import PrepareDraft, RunStep, Stop, UseDraft
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.plan import UNKNOWN
@@ -198,5 +198,6 @@ def test_a_head_swapped_with_a_step_in_flight_does_not_change_texts(
     check(texts, truth)
     assert num_done == 4
     used = [at for at, order in enumerate(orders) if isinstance(order, UseDraft)]
-    before = [orders[at - 1] for at in used]
+    assert all(isinstance(orders[at - 1], PrepareDraft) for at in used)
+    before = [orders[at - 2] for at in used]
     assert any(isinstance(order, RunStep) and order.plan.ahead for order in before)
