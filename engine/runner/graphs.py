@@ -121,9 +121,14 @@ class DeviceSteps:
             self._steps[form] = self._make(form, captured=self._asked[form] >= SEEN_OFTEN)
         return self._steps[form].launch(inputs)
 
+    @property
+    def captures(self) -> bool:
+        """Whether graphs are on."""
+        return self._pool is not None
+
     def prepare(self, form: StepForm) -> None:
         """Capture a form that is likely to occur, if graphs are on."""
-        if self._pool is not None:
+        if self.captures:
             self._asked[form] = SEEN_OFTEN
             self._steps[form] = self._make(form, captured=True)
 

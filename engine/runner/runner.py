@@ -115,7 +115,7 @@ class ModelRunner:
         yield from self._prepare(following.steps, shapes)
 
     def _prepare(self, steps: StepRunner, shapes: Sequence[TreeShape]) -> Iterator[None]:
-        if isinstance(steps, DeviceSteps):
+        if isinstance(steps, DeviceSteps) and steps.captures:
             for form in self._builder.likely_forms(dict.fromkeys((ROOT, *shapes))):
                 steps.prepare(form)
                 yield

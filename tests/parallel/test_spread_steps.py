@@ -13,7 +13,7 @@ from configs.load import load_config
 from configs.resolve import HostConfig, HostFacts, resolve_host
 from engine.completion import Completion
 from engine.messages import Finished, Submit, SwapDraft, Tokens
-from engine.parallel.orders import RunStep, Stop, UseDraft
+from engine.parallel.orders import PrepareDraft, RunStep, Stop, UseDraft
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.plan import UNKNOWN
@@ -122,7 +122,7 @@ def test_padded_steps_of_several_ranks_say_what_one_rank_says(
     "overrides",
     [
         ["scheduler.max_num_batched_tokens=17", "scheduler.max_num_seqs=3"],
-        ["cache.num_blocks=9"],
+        ["cache.num_blocks=8"],
         ["cache.num_blocks=9", "cache.prefix_caching=false", "scheduler.max_num_seqs=4"],
     ],
     ids=["chunked", "preempted", "uncached"],
@@ -135,7 +135,7 @@ def test_batches_and_memory_do_not_change_texts_where_ranks_run_ahead(
     heard = answer(config, Way(2, PADDED, run_ahead=True), table(), planner, per_step=2)
     check(heard.texts, truth)
     assert any(plan.ahead for plan in heard.plans)
-    if "cache.num_blocks=9" in overrides:
+    if overrides[0].startswith("cache.num_blocks"):
         assert heard.stats.num_preemptions > 0
 
 
@@ -198,5 +198,6 @@ def test_a_head_swapped_with_a_step_in_flight_does_not_change_texts(
     check(texts, truth)
     assert num_done == 4
     used = [at for at, order in enumerate(orders) if isinstance(order, UseDraft)]
-    before = [orders[at - 1] for at in used]
+    assert all(isinstance(orders[at - 1], PrepareDraft) for at in used)
+    before = [orders[at - 2] for at in used]
     assert any(isinstance(order, RunStep) and order.plan.ahead for order in before)
