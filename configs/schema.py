@@ -20,6 +20,10 @@ Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_refuse_truth)]
 
 
+def _shown(path: Path | None) -> str:
+    return "null" if path is None else repr(str(path))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -40,6 +44,12 @@ class ModelConfig(Section):
         None, description="prompt + output tokens; default: the model's own context length"
     )
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own")
+    special_tokens_in_content: Literal["text", "tokens"] = Field(
+        "text",
+        description="special tokens written in chat messages and chat_template_kwargs: text (they "
+        "are letters, so that no client can begin or end a turn) or tokens; prompts of text "
+        "completions may always contain them",
+    )
 
 
 class CacheConfig(Section):
@@ -138,6 +148,27 @@ class ServerConfig(Section):
 
     host: str = "127.0.0.1"
     port: Integer = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    socket: Path | None = Field(
+        None, description="path of a Unix socket to listen on instead of host and port"
+    )
+    root_path: str = Field(
+        "",
+        description="prefix of all paths, such as /llm, under which a proxy serves this server",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host headers to accept, without port; * accepts all. Default: the names of "
+        "loopback addresses if the server listens on one and needs no key, else all",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="origins whose web pages may send requests, such as https://chat.example; "
+        "* means all",
+    )
+    tls_certificate: Path | None = Field(
+        None, description="certificate chain in PEM; with tls_key the server speaks HTTPS"
+    )
+    tls_key: Path | None = Field(None, description="private key of tls_certificate, in PEM")
     api_keys: tuple[str, ...] = Field((), description="accepted bearer tokens; empty: no check")
     api_key_file: Path | None = Field(None, description="one key per line, # for comments")
     admin_keys: tuple[str, ...] = Field(
@@ -146,11 +177,33 @@ class ServerConfig(Section):
     admin_key_file: Path | None = Field(None, description="one key per line, # for comments")
     max_queued_requests: Positive = 256
     max_waiting_tokens: Positive = Field(262_144, description="prompt tokens not yet started")
-    max_body_bytes: Positive = 4_194_304
+    max_body_bytes: Positive = Field(4_194_304, description="of one request, after decoding")
+    max_pending_body_bytes: Positive = Field(
+        67_108_864,
+        description="bodies of all requests without an answer so far; above it they get 429",
+    )
+    body_timeout: Number = Field(
+        60.0, gt=0, description="seconds in which a whole request body must arrive"
+    )
+    write_timeout: Number = Field(
+        30.0,
+        gt=0,
+        description="seconds after which a client that does not read its answer (less than 1 KiB "
+        "per second) is disconnected",
+    )
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
     restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
+
+    @model_validator(mode="after")
+    def _tls_needs_both_files(self) -> ServerConfig:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError(
+                f"server.tls_certificate is {_shown(self.tls_certificate)} and server.tls_key is "
+                f"{_shown(self.tls_key)}: set both, or none of them"
+            )
+        return self
 
 
 class CaptureConfig(Section):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET
@@ -21,8 +19,9 @@ from server.openai.bodies import (
     ChatDelta,
     ChatLogprobs,
     ChatReply,
+    ChatTokenLogprob,
 )
-from server.openai.choice import ChoiceDelta, ScoredToken
+from server.openai.choice import ChoiceDelta
 from server.openai.convert import chat_params, chat_prompts
 from server.openai.generation import Generation
 from server.openai.logprobs import chat_logprobs
@@ -50,7 +49,7 @@ class ChatWriter:
         self._with_drafts = body.include_draft_stats
         self._opened = False
         self._texts: list[list[str]] = [[] for _ in generation.choices]
-        self._tokens: list[list[ScoredToken]] = [[] for _ in generation.choices]
+        self._scores: list[list[ChatTokenLogprob]] = [[] for _ in generation.choices]
 
     def events(self, delta: ChoiceDelta) -> bytes:
         head = b"" if self._opened else self._openings()
@@ -62,7 +61,7 @@ class ChatWriter:
 
     def add(self, delta: ChoiceDelta) -> None:
         self._texts[delta.index].append(delta.text)
-        self._tokens[delta.index].extend(delta.scored)
+        self._scores[delta.index] += chat_logprobs(self._generation.tokenizer, delta.scored)
 
     def whole(self) -> ChatCompletion:
         generation = self._generation
@@ -75,7 +74,7 @@ class ChatWriter:
                 ChatChoice(
                     index=choice.index,
                     message=ChatReply(content="".join(self._texts[choice.index])),
-                    logprobs=self._logprobs(self._tokens[choice.index]),
+                    logprobs=self._logprobs(self._scores[choice.index]),
                     finish_reason=choice.ended(),
                 )
                 for choice in generation.choices
@@ -97,7 +96,7 @@ class ChatWriter:
             content = ChatChunkChoice(
                 index=delta.index,
                 delta=ChatDelta(content=delta.text),
-                logprobs=self._logprobs(delta.scored),
+                logprobs=self._logprobs(chat_logprobs(self._generation.tokenizer, delta.scored)),
             )
             data = event(self._chunk([content]))
         if delta.finish_reason is not None:
@@ -126,8 +125,8 @@ class ChatWriter:
             usage=None if self._with_usage else UNSET,
         )
 
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> ChatLogprobs | None:
-        return chat_logprobs(self._generation.tokenizer, scored) if self._scored else None
+    def _logprobs(self, scores: list[ChatTokenLogprob]) -> ChatLogprobs | None:
+        return ChatLogprobs(content=scores) if self._scored else None
 
 
 TASK = Task(ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -14,10 +15,13 @@ from server.http.context import ServerContext
 from server.http.errors import bad_value, context_overflow, invalid
 from server.openai.logprobs import Echo, echo_of
 from server.openai.schema import ChatMessage, ChatRequest, CompletionRequest, SamplingFields
-from server.text.chat_template import ChatTemplate
+from server.text.letters import Rendered
+from server.text.rendering import Renderer
 from server.text.stream import StreamOptions
 
 DEFAULT_COMPLETION_TOKENS = 16
+PROBED = 8  # characters for each token of the context: texts rarely have so many
+CUT = 64  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +33,15 @@ class Prompt:
     echo: Echo | None = None  # set when the prompt is to precede its completion
 
 
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """A conversation as the chat template receives it."""
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """A conversation for the chat template, which takes texts and lists of parts."""
     rendered = []
     for message in messages:
         role = "system" if message.role == "developer" else message.role
-        entry = {"role": role, "content": message.text()}
+        content: Any = message.content
+        if not isinstance(content, str):
+            content = [{"type": part.type, "text": part.text} for part in content]
+        entry = {"role": role, "content": content}
         if message.name is not None:
             entry["name"] = message.name
         if message.tool_call_id is not None:
@@ -44,45 +51,55 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
 
 
 def render_chat(
-    template: ChatTemplate,
+    renderer: Renderer,
     messages: Sequence[ChatMessage],
     add_generation_prompt: bool | None,
     kwargs: dict[str, object] | None,
-) -> str:
+) -> Rendered:
     """The prompt of a conversation. ApiError 400 when the template refuses it."""
     opens = add_generation_prompt is not False
     try:
-        return template.render(template_messages(messages), opens, **(kwargs or {}))
+        return renderer.render(template_messages(messages), opens, kwargs or {})
     except ValueError as error:
         raise invalid(str(error), "messages", "chat_template_error") from error
 
 
 def encode(
-    context: ServerContext, info: EngineInfo, text: str, add_special_tokens: bool, param: str
+    context: ServerContext,
+    info: EngineInfo,
+    prompt: Rendered,
+    add_special_tokens: bool,
+    param: str,
 ) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        ApiError: 400; the text is not valid Unicode, or exceeds the context even if all its tokens
-            were the longest of the vocabulary. The latter is checked before tokenising.
+        ApiError: 400; the text is not valid Unicode, or exceeds the context. The latter is found
+            without tokenising a whole text that is much too long.
     """
-    max_model_len = info.max_model_len
-    if len(text) > max_model_len and len(text) > max_model_len * context.longest_token():
-        raise context_overflow(
-            max_model_len, f"your prompt has {len(text)} characters, which are more", param
-        )
+    text, max_model_len = prompt.text, info.max_model_len
+    if len(text) > max_model_len:
+        fewest = context.tokenizer.fewest_tokens(text)
+        if fewest <= max_model_len and len(text) > PROBED * max_model_len:
+            # Where a text is cut may change the last tokens, but not their number by much.
+            begin = context.tokenizer.encode(text[: PROBED * max_model_len], False)
+            fewest = len(begin) - CUT
+        if fewest > max_model_len:
+            raise context_overflow(
+                max_model_len, f"your prompt has at least {fewest} tokens", param
+            )
     try:
-        return context.tokenizer.encode(text, add_special_tokens)
+        return context.tokenizer.encode_rendered(prompt, add_special_tokens)
     except ValueError as error:
         raise invalid(f"{param}: {error}", param) from error
 
 
 def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
     """Render and tokenise a conversation. Templates write the special tokens themselves."""
-    text = render_chat(
-        context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
+    prompt = render_chat(
+        context.renderer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
     )
-    return [Prompt(encode(context, info, text, False, "messages"), text)]
+    return [Prompt(encode(context, info, prompt, False, "messages"), prompt.plain())]
 
 
 def completion_prompts(
@@ -96,7 +113,7 @@ def _completion_prompt(
     context: ServerContext, info: EngineInfo, body: CompletionRequest, prompt: str | list[int]
 ) -> Prompt:
     if isinstance(prompt, str):
-        token_ids, text = encode(context, info, prompt, True, "prompt"), prompt
+        token_ids, text = encode(context, info, Rendered(prompt), True, "prompt"), prompt
     else:
         check_token_ids(prompt, info, "prompt")
         token_ids, text = prompt, None

@@ -42,7 +42,8 @@ class ChatMessage(Fields):
         description="`developer` is shown to the chat template as `system`."
     )
     content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] = Field(
-        description="Text, or text parts, which are joined by a newline. Null is refused: it needs "
+        description="Text, or text parts. A chat template that does not read parts gets their "
+        "text, joined by newlines. Null is refused: it needs "
         "tool calls, which are not supported yet."
     )
     name: str | None = Field(None, description="Handed to the chat template.")
@@ -60,11 +61,6 @@ class ChatMessage(Fields):
                 "tool_call_id", "tool_call_id is required with the role tool, and only there"
             )
         return self
-
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
 
 
 class SamplingFields(Fields):

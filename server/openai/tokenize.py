@@ -7,7 +7,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import EngineInfo
-from server.http.body import read_body
+from server.http.body import body_size, read_body
 from server.http.context import ServerContext, context_of
 from server.http.docs import Routes, operation
 from server.http.errors import invalid
@@ -15,6 +15,7 @@ from server.http.sse import StructResponse
 from server.openai.bodies import Detokenized, Tokenized
 from server.openai.convert import check_token_ids, encode, render_chat
 from server.openai.schema import DetokenizeRequest, TokenizeRequest
+from server.text.letters import Rendered
 
 router = APIRouter()
 ROUTES = Routes(router, (TokenizeRequest, DetokenizeRequest), (Tokenized, Detokenized))
@@ -27,7 +28,7 @@ async def tokenize(http: HttpRequest) -> Response:
     info = context.engine_info()
     body = await read_body(http, TokenizeRequest)
     context.check_model(body.model)
-    token_ids = await context.in_pool(_token_ids, context, info, body)
+    token_ids = await context.in_pool(body_size(http), _token_ids, context, info, body)
     return StructResponse(
         Tokenized(count=len(token_ids), max_model_len=info.max_model_len, tokens=token_ids)
     )
@@ -41,7 +42,7 @@ async def detokenize(http: HttpRequest) -> Response:
     body = await read_body(http, DetokenizeRequest)
     context.check_model(body.model)
     check_token_ids(body.tokens, info, "tokens")
-    text = await context.in_pool(_text, context, body.tokens)
+    text = await context.in_pool(body_size(http), _text, context, body.tokens)
     return StructResponse(Detokenized(prompt=text))
 
 
@@ -49,11 +50,11 @@ def _token_ids(context: ServerContext, info: EngineInfo, body: TokenizeRequest) 
     if body.messages is None:
         assert body.prompt is not None  # a rule of the schema
         special = body.add_special_tokens is not False
-        return encode(context, info, body.prompt, special, "prompt")
-    text = render_chat(
-        context.chat_template, body.messages, body.add_generation_prompt, body.chat_template_kwargs
+        return encode(context, info, Rendered(body.prompt), special, "prompt")
+    prompt = render_chat(
+        context.renderer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
     )
-    return encode(context, info, text, bool(body.add_special_tokens), "messages")
+    return encode(context, info, prompt, bool(body.add_special_tokens), "messages")
 
 
 def _text(context: ServerContext, token_ids: list[int]) -> str:

@@ -9,9 +9,12 @@ import logging
 import os
 import signal
 import socket
+import ssl
+import stat
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -22,10 +25,11 @@ from fastapi import FastAPI
 from configs.env import engine_environment
 from configs.redact import redacted
 from configs.resolve import HostConfig
+from configs.schema import ServerConfig
 from engine.messages import EngineInfo, ErrorCode
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo, with_engine_facts
-from server.http.protocol import HttpProtocol
+from server.http.protocol import protocol_with
 from server.openai.routes import ROUTES
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
@@ -35,6 +39,7 @@ from server.text.chat_codec import load_codec
 
 LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
 GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
+SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
 
 logger = logging.getLogger(__name__)
@@ -47,27 +52,70 @@ def serve(config: HostConfig) -> int:
         OSError, ValueError: the port, the model's files or the API keys cannot be used.
     """
     set_up_logging(config.log)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     remove_stale_folders()
-    listener = open_port(config.server.host, config.server.port)
+    check_tls(config.server)
+    listener = open_listener(config.server)
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    with contextlib.closing(listener), runner:
-        return runner.run(_serve(config, listener))
+    try:
+        with contextlib.closing(listener), runner:
+            return runner.run(_serve(config, listener))
+    finally:
+        if config.server.socket is not None:
+            config.server.socket.unlink(missing_ok=True)
+
+
+def check_tls(config: ServerConfig) -> None:
+    """ValueError, naming the files, if they hold no certificate and its key."""
+    if config.tls_certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.tls_certificate, config.tls_key, password=""
+        )
+    except (OSError, ssl.SSLError) as error:
+        files = f"server.tls_certificate {config.tls_certificate}, server.tls_key {config.tls_key}"
+        raise ValueError(f"{files}: {error}") from error
+
+
+def open_listener(config: ServerConfig) -> socket.socket:
+    """A socket that listens where the configuration says. OSError, naming the place, when it cannot
+    be opened."""
+    if config.socket is None:
+        return open_port(config.host, config.port)
+    return open_unix_socket(config.socket)
 
 
 def open_port(host: str, port: int) -> socket.socket:
     """A listening socket. OSError, naming the address, when it cannot be opened."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    place = f"{host}:{port} (server.host, server.port)"
+    return _listening(family, (host, port), place)
+
+
+def open_unix_socket(path: Path) -> socket.socket:
+    """A listening Unix socket; one that nobody listens on any more is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
+            path.unlink()
+    return _listening(socket.AF_UNIX, str(path), f"{path} (server.socket)")
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def _listening(family: int, address: tuple[str, int] | str, place: str) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        listener.bind(address)
         listener.listen(2048)
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            f"cannot listen on {host}:{port} (server.host, server.port): {reason}"
-        ) from error
+        raise OSError(f"cannot listen on {place}: {reason}") from error
     return listener
 
 
@@ -116,8 +164,18 @@ async def _run(
 
 
 def web_config(app: FastAPI) -> uvicorn.Config:
+    context: ServerContext = app.state.context
+    settings = context.config.server
+    protocol = protocol_with(settings, lambda: context.state.draining)
     return uvicorn.Config(
-        app, http=HttpProtocol, ws="none", log_config=None, access_log=False, lifespan="on"
+        app,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        http=protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="on",
     )
 
 
@@ -126,13 +184,21 @@ async def _announce(config: HostConfig, client: ZmqEngineClient, listener: socke
     info = await client.wait_ready()
     warn_of_fallback(info)
     resolved = redacted(with_engine_facts(config, info))
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    url = f"http://{host}:{port}"
+    url = address_of(config.server, listener)
     facts = {"config": resolved, "ops": info.ops_in_words}
     sys.stdout.write(yaml.safe_dump(facts, sort_keys=False))
     sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
     sys.stdout.flush()
+
+
+def address_of(config: ServerConfig, listener: socket.socket) -> str:
+    """The URL by which clients reach the server."""
+    scheme = "http" if config.tls_certificate is None else "https"
+    if config.socket is not None:
+        return f"{scheme}+unix://{config.socket}{config.root_path}"
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{host}:{port}{config.root_path}"
 
 
 def warn_of_fallback(info: EngineInfo) -> None:

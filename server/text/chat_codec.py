@@ -22,8 +22,7 @@ class ChatCodec:
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
     ) -> list[int]:
         """Ids of the rendered messages. ValueError when the template refuses them."""
-        text = self.template.render(messages, add_generation_prompt)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode_rendered(self.template.render(messages, add_generation_prompt))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens. ValueError for invalid ids."""
@@ -40,4 +39,6 @@ def load_codec(config: HostConfig) -> ChatCodec:
     source = None if path is None else path.read_text(encoding="utf-8")
     files = resolve_source(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(files, config.files.dir, source)
-    return ChatCodec(tokenizer, ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens))
+    hidden = tokenizer.special_texts if config.model.special_tokens_in_content == "text" else ()
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, hidden)
+    return ChatCodec(tokenizer, template)

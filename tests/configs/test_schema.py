@@ -15,7 +15,6 @@ OBVIOUS = {
     "cache.prefix_caching",
     "server.host",
     "server.max_queued_requests",
-    "server.max_body_bytes",
     "log.format",
     "log.level",
 }

@@ -26,7 +26,11 @@ TRUTHS = {"true": True, "True": True, "on": True, "yes": True, "Off": False, "no
 TRUTHS |= {"off": False, "NO": False, "false": False, "on ": True}
 # What a whole configuration needs before the key under test can have its value.
 ALONGSIDE = {
-    Config: {"capture.consent": "true"},
+    Config: {
+        "capture.consent": "true",
+        "server.tls_certificate": "a",
+        "server.tls_key": "b",
+    },
     TrainingConfig: {"data.prompts": "[p]", "loss.features": "1"},
 }
 SOURCES = ("override", "variable", "file")
