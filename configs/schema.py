@@ -20,10 +20,6 @@ Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_refuse_truth)]
 
 
-def _shown(path: Path | None) -> str:
-    return "null" if path is None else repr(str(path))
-
-
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -195,15 +191,6 @@ class ServerConfig(Section):
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
     restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
-
-    @model_validator(mode="after")
-    def _tls_needs_both_files(self) -> ServerConfig:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError(
-                f"server.tls_certificate is {_shown(self.tls_certificate)} and server.tls_key is "
-                f"{_shown(self.tls_key)}: set both, or none of them"
-            )
-        return self
 
 
 class CaptureConfig(Section):

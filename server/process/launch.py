@@ -67,14 +67,16 @@ def serve(config: HostConfig) -> int:
 
 def check_tls(config: ServerConfig) -> None:
     """ValueError, naming the files, if they hold no certificate and its key."""
-    if config.tls_certificate is None:
+    files = f"server.tls_certificate {config.tls_certificate}, server.tls_key {config.tls_key}"
+    if config.tls_certificate is None or config.tls_key is None:
+        if config.tls_certificate is not config.tls_key:
+            raise ValueError(f"{files}: set both, or none of them")
         return
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
             config.tls_certificate, config.tls_key, password=""
         )
     except (OSError, ssl.SSLError) as error:
-        files = f"server.tls_certificate {config.tls_certificate}, server.tls_key {config.tls_key}"
         raise ValueError(f"{files}: {error}") from error
 
 

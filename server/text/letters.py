@@ -54,6 +54,8 @@ class SpecialLetters:
                 self._openings.setdefault(text[:cut], set()).add(text[cut : cut + 2])
                 self._endings.setdefault(text[cut:], set()).add(text[:cut][-2:])
         self._longest = max(map(len, found), default=0)
+        self._first = {text[0] for text in found}
+        self._last = {text[-1] for text in found}
 
     def hide(self, value: Any) -> tuple[Any, dict[str, str]]:
         """`value`, a tree of lists and dicts, with stand-ins; and the letters they stand for.
@@ -61,6 +63,8 @@ class SpecialLetters:
         Raises:
             ValueError: the strings hold all characters that could be stand-ins.
         """
+        if self._pattern is None:
+            return value, {}
         texts = set(_strings(value))
         borders = _Borders({self._folded(text).strip() for text in texts} - {""}, self._rest)
         places = {text: sorted(set(self._places(text, borders))) for text in texts}
@@ -86,15 +90,18 @@ class SpecialLetters:
     def _places(self, text: str, borders: _Borders) -> Iterator[int]:
         """Where special tokens begin; also where one ends that may begin before the string, or
         begins one that may end after it."""
-        if self._pattern is None:
-            return
+        assert self._pattern is not None
         text = self._folded(text)
         begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
-        for length in range(1, min(self._longest, end - begin + 1)):
-            if borders.after(self._openings.get(text[end - length : end], ())):
-                yield end - length
-            if borders.before(self._endings.get(text[begin : begin + length], ())):
-                yield begin + length - 1
+        most = min(self._longest, end - begin + 1)
+        if not self._first.isdisjoint(text[max(end - most, 0) : end]):
+            for cut in range(end - most + 1, end):
+                if borders.after(self._openings.get(text[cut:end], ())):
+                    yield cut
+        if not self._last.isdisjoint(text[begin : begin + most]):
+            for cut in range(begin + 1, begin + most):
+                if borders.before(self._endings.get(text[begin:cut], ())):
+                    yield cut - 1
         for found in self._pattern.finditer(text):
             yield found.start()
 

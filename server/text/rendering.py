@@ -87,24 +87,21 @@ def _end(processes: set[_Process]) -> None:
 
 
 def is_small(messages: Messages, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a template cannot make much out of a conversation."""
-    size = 0
-    for weight in _weights([messages, kwargs]):
-        size += weight
+    """Whether a template cannot make much out of a conversation, of lists and dicts."""
+    size, rest = 0, list[Any]((messages, kwargs))
+    while rest:
+        value = rest.pop()
+        size += 8
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, dict):
+            rest += value.keys()
+            rest += value.values()
+        elif isinstance(value, (list, tuple)):
+            rest += value
         if size > SMALL:
             return False
     return True
-
-
-def _weights(value: Any) -> Iterator[int]:
-    yield 8 + (len(value) if isinstance(value, str) else 0)
-    if isinstance(value, Mapping):
-        for key, member in value.items():
-            yield len(key)
-            yield from _weights(member)
-    elif isinstance(value, list | tuple):
-        for member in value:
-            yield from _weights(member)
 
 
 class _Process:

@@ -20,7 +20,8 @@ from jinja2.visitor import NodeTransformer
 MAX_OUTPUT = 16_000_000  # characters
 TIMEOUT = 5.0  # seconds of one rendering
 CLOCK_EVERY = 256  # steps between looks at the clock
-WATCH, LETTERS = "aerie watch", "aerie letters"  # names that no template can write
+# Names that no template can write.
+WATCH, LETTERS, TURN = "aerie watch", "aerie letters", "aerie turn"
 
 
 class Watch:
@@ -56,11 +57,8 @@ class GenerationBlock(Extension):
 
 
 class Limits(Extension):
-    """Changes a template so that every turn of a loop, and every `~`, is a call: then
-    `SandboxedTemplates.call` counts and bounds it."""
-
-    def turn(self) -> None:
-        """Called at every turn of a loop."""
+    """Changes a template so that every turn of a loop counts as a step, and every `~` is a call,
+    which `SandboxedTemplates.call` counts and bounds."""
 
     def joined(self, *values: Any) -> str:
         """What `~` means."""
@@ -73,8 +71,8 @@ class Limits(Extension):
         """Change a template."""
         _Joins(self).visit(tree)
         for loop in tree.find_all(nodes.For):
-            call = nodes.ExprStmt(self.call_method("turn"))
-            loop.body.insert(0, call.set_lineno(loop.lineno))
+            turn = nodes.Filter(nodes.Const(None), TURN, [], [], None, None)  # the cheapest call
+            loop.body.insert(0, nodes.ExprStmt(turn).set_lineno(loop.lineno))
 
 
 class _Joins(NodeTransformer):
@@ -99,6 +97,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         )
         self.filters["tojson"] = _tojson
         self.filters = {name: _bounded_filter(call) for name, call in self.filters.items()}
+        self.filters[TURN] = _turn
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
@@ -110,11 +109,14 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         return tree
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        _watch(__context).step()
+        __context.parent[WATCH].step()
         return _checked(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _watch(context).step()
+        if operator == "+" and type(left) is str and type(right) is str:  # nearly all of them
+            if len(left) + len(right) > MAX_OUTPUT:
+                raise _too_long()
+            return left + right
         if _size_of_result(operator, left, right) > MAX_OUTPUT:
             raise _too_long()
         return super().call_binop(context, operator, left, right)
@@ -158,6 +160,11 @@ def _size_of_result(operator: str, left: Any, right: Any) -> int:
 
 def _length(value: Any) -> int:
     return len(value) if isinstance(value, str | list | tuple) else 0
+
+
+@pass_context
+def _turn(context: Context, _: None) -> None:
+    context.parent[WATCH].step()
 
 
 @pass_context

@@ -26,11 +26,7 @@ TRUTHS = {"true": True, "True": True, "on": True, "yes": True, "Off": False, "no
 TRUTHS |= {"off": False, "NO": False, "false": False, "on ": True}
 # What a whole configuration needs before the key under test can have its value.
 ALONGSIDE = {
-    Config: {
-        "capture.consent": "true",
-        "server.tls_certificate": "a",
-        "server.tls_key": "b",
-    },
+    Config: {"capture.consent": "true"},
     TrainingConfig: {"data.prompts": "[p]", "loss.features": "1"},
 }
 SOURCES = ("override", "variable", "file")

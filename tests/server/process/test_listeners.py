@@ -105,7 +105,7 @@ def test_files_without_certificate_and_key_are_named(tls: dict[str, Any], tmp_pa
         with pytest.raises(ValueError, match=r"server\.tls_certificate .*, server\.tls_key "):
             check_tls(ServerConfig(**tls | changed))
     with pytest.raises(ValueError, match="set both, or none"):
-        ServerConfig(tls_key=tls["tls_key"])
+        check_tls(ServerConfig(tls_key=tls["tls_key"]))
 
 
 @pytest.mark.parametrize("root_path", ["llm", "/llm/", "/a b", "/a?b"])
