@@ -9,7 +9,8 @@ from collections.abc import Callable
 TICK = 1.0  # seconds between looks at a client that has not read everything
 SLOWEST = 1024  # bytes per second that a client must read
 DRAIN_TIMEOUT = 2.0  # seconds without reading, while the server drains
-LINGER = 2.0  # seconds that an unfinished request is read on after its answer
+# How long, and how much, of an unfinished request is read on after its answer.
+LINGER, LINGER_BYTES = 2.0, 16 * 2**20  # seconds, bytes
 
 
 class Outlet:
@@ -27,6 +28,7 @@ class Outlet:
         self._written = 0
         self._mark = (0.0, 0)  # a time, and the bytes that the client had taken then
         self.lingering = False
+        self._discarded = 0
 
     def write(self, data: bytes) -> None:
         self._transport.write(data)
@@ -52,6 +54,12 @@ class Outlet:
             self._transport.write_eof()
         self._transport.resume_reading()
         self._loop.call_later(LINGER, self._transport.close)
+
+    def discard(self, num_bytes: int) -> None:
+        """Bytes came after the answer. Of very many, the client may lose it."""
+        self._discarded += num_bytes
+        if self._discarded > LINGER_BYTES:
+            self._transport.close()
 
     def stop(self) -> None:
         """The connection is lost."""

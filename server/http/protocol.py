@@ -85,6 +85,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.outlet.is_closing():
+            self.outlet.discard(len(data))
             return
         self._num_fruitless += len(data)
         super().data_received(data)
