@@ -1,5 +1,5 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
-# make install | test | test-parallel | test-triton | lint | bench | gpu-check | clean
+# make install | test | test-extended | test-parallel | test-triton | lint | bench | gpu-check | clean
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
 # environment that has it: make install TORCH= VENV=path/to/that/venv
@@ -17,7 +17,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test test-parallel test-triton lint bench gpu-check clean
+.PHONY: install serve test test-extended test-parallel test-triton lint bench gpu-check clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -28,7 +28,11 @@ install: $(VENV)/.installed
 test: $(VENV)/.test-tools
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-# More tests with several ranks than `make test` runs: three to five minutes.
+# What `make test` leaves out: more instruction sets, trees and kernels, and more tests with several
+# ranks. Of these, the last alone: test-parallel.
+test-extended: $(VENV)/.test-tools
+	$(BIN)/python -m pytest -m "parallel or extended" $(TEST_ARGS)
+
 test-parallel: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m parallel $(TEST_ARGS)
 

@@ -22,7 +22,7 @@ from configs.host import host_config
 from configs.resolve import ResolvedConfig, with_sizes
 from drafter.checkpoint import save_eagle3
 from drafter.heads.untrained import eagle3_config, random_eagle3
-from drafter.static_levels import levels_of
+from drafter.static_levels import StaticLevels
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.manifest import expected_tensors
 from engine.models.llama import LlamaLoader
@@ -150,9 +150,12 @@ def speeds() -> dict[str, Any]:
 class RepeatingProposer(RootProposer):
     """Fills every node with the root's token, so that drafting costs nothing."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._levels = StaticLevels(device)
+
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:  # noqa: ARG002
         assert isinstance(shape, StaticShape)
-        plan = levels_of(shape, roots.tokens.device)
+        plan = self._levels.of(shape)
         tokens = roots.tokens[:, None].repeat(1, shape.num_nodes)
         tree = DraftTree(
             tokens=tokens,
@@ -231,7 +234,7 @@ def large_step() -> dict[str, Any]:
         target = large.target()
 
         def free(shape: TreeShape, load: Load) -> dict[str, float]:
-            drafting = Drafting(RepeatingProposer(), FixedPlanner(shape))
+            drafting = Drafting(RepeatingProposer(large.device), FixedPlanner(shape))
             return large.steps(target, drafting, load)
 
         def drafted(load: Load) -> dict[str, float]:

@@ -210,6 +210,12 @@ class _Lab:
         yield Case("draw, temperature 1", read, lambda: lambda: ops.draw(logits, whole))
         filtered = self._settings(R, 1.0, top_p=0.9)
         yield Case("draw, top-p 0.9", read, lambda: lambda: ops.draw(logits, filtered), (Bar(4.0),))
+        for name, settings in (("temperature 1", whole), ("top-p 0.9", filtered)):
+            yield Case(
+                f"add_noise, {name}",
+                2 * read,
+                lambda chosen=settings: lambda: ops.add_noise(logits, chosen, None),  # type: ignore[misc]
+            )
 
     def _settings(self, R: int, temperature: float, top_p: float | None = None) -> DrawSettings:
         order = torch.arange(R, device=self.device)

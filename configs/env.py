@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+PREFIX = "AERIE_"  # of variables that set a key of the configuration
+
 
 def environment() -> Mapping[str, str]:
     """The variables of this process."""
@@ -14,8 +16,16 @@ def environment() -> Mapping[str, str]:
 
 
 def engine_environment() -> dict[str, str]:
-    """The engine process's variables: ranks of one machine connect over its loopback interface."""
-    return {"NCCL_SOCKET_IFNAME": "lo"} | dict(os.environ)
+    """The engine process's variables, without Aerie's own, which may hold keys: it is told its
+    configuration. Ranks of one machine connect over its loopback interface."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return {"NCCL_SOCKET_IFNAME": "lo"} | kept
+
+
+def quiet_libraries() -> None:
+    """Call it before they are imported: they draw no progress bars, which are no lines of a log."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"
 
 
 def default_cache_dir() -> Path:

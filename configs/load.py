@@ -13,14 +13,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from configs.redact import REDACTED, SECRETS
-from configs.schema import Config, Section
+from configs.env import PREFIX
+from configs.files import read_text
+from configs.redact import SECRETS
+from configs.schema import REDACTED, Config, Section
 from configs.values import Dumper, field_type, is_nothing, kinds_of, parse, parse_for, typed
 
 Schema = TypeVar("Schema", bound=Section)
 
 SERVE = "serve"  # folder of configs/ with the files for `aerie serve`
-ENV_PREFIX = "AERIE_"
 ENV_SEPARATOR = "__"  # AERIE_MODEL__DTYPE=float32 is model.dtype
 RESERVED_ENV = frozenset({"AERIE_CONFIG"})  # read by the command line: the file's path
 # Kubernetes sets these in containers of a namespace with a Service whose name begins with "aerie".
@@ -66,7 +67,7 @@ def load_schema(
     tree: dict[str, Any] = {} if path is None else _read_yaml(path, kind)
     for name, value in (environment or {}).items():
         if _is_ours(name, value):
-            keys = name.removeprefix(ENV_PREFIX).lower().split(ENV_SEPARATOR)
+            keys = name.removeprefix(PREFIX).lower().split(ENV_SEPARATOR)
             _put(tree, keys, _parse(value, keys, schema, name), name)
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -88,7 +89,7 @@ def as_yaml(config: Section, exclude: set[str]) -> str:
 
 
 def _is_ours(name: str, value: str) -> bool:
-    if not name.startswith(ENV_PREFIX) or name in RESERVED_ENV:
+    if not name.startswith(PREFIX) or name in RESERVED_ENV:
         return False
     return not SERVICE_ENV.fullmatch(name) and not SERVICE_ADDRESS.match(value)
 
@@ -102,7 +103,7 @@ def shipped_configs(kind: str = SERVE) -> dict[str, Path]:
 def _read_yaml(path: Path, kind: str) -> dict[str, Any]:
     path = shipped_configs(kind).get(str(path), path)
     try:
-        tree = parse(path.read_text(encoding="utf-8"))
+        tree = parse(read_text(path, pipes=True))
     except FileNotFoundError as error:
         known = ", ".join(shipped_configs(kind))
         raise ConfigError(f"no configuration file {str(path)!r}; shipped ones: {known}") from error
@@ -162,8 +163,9 @@ def _allowed(kind: str, location: tuple[int | str, ...], schema: type[Section]) 
 
 
 def _problem(key: str, kind: str, message: str, value: object) -> str:
+    message = message.removeprefix("Value error, ")
     if kind == "value_error" and isinstance(value, Mapping):
-        return message.removeprefix("Value error, ")  # of a whole section; it names its keys
+        return message  # of a whole section; it names its keys
     shown = REDACTED if key.startswith(SECRETS) else repr(value)
     return f"{key} = {shown}: {message}"
 

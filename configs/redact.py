@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import Config
+from configs.schema import REDACTED, Config
 
-SECRETS = ("server.api_keys", "server.admin_keys")  # tuples of keys
-REDACTED = "***"
+SECRETS = ("server.api_keys", "server.admin_keys", "server.priority_keys")  # tuples of keys
 
 
 def redacted(config: Config) -> dict[str, Any]:

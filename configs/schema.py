@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    model_validator,
+)
+
+REDACTED = "***"  # stands for a secret that is not shown
 
 
 def _refuse_truth(value: object) -> object:
@@ -18,6 +28,15 @@ def _refuse_truth(value: object) -> object:
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_refuse_truth)]
+
+
+def _refuse_redacted(keys: tuple[str, ...]) -> tuple[str, ...]:
+    if REDACTED in keys:
+        raise ValueError(f"{REDACTED} stands for a key that was not shown: write the key itself")
+    return keys
+
+
+Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 class Section(BaseModel):
@@ -34,7 +53,15 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     served_name: str | None = Field(None, description="name in the API; default: `source`")
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="type of weights and KV cache; on a CPU activations are float32"
+        "bfloat16",
+        description="type of the KV cache and of weights that are not quantised; on a CPU "
+        "activations are float32",
+    )
+    weights: Literal["stored", "plain", "q8", "q4"] = Field(
+        "stored",
+        description="stored: weights that a .gguf file holds quantised stay so, which is fastest; "
+        "plain: all become numbers of `dtype`; q8, q4: all are rounded to 8 or 4 bits in groups of "
+        "32. Quantised weights are for CPUs with native kernels; elsewhere `stored` means plain",
     )
     max_model_len: Positive | None = Field(
         None, description="prompt + output tokens; default: the model's own context length"
@@ -45,6 +72,11 @@ class ModelConfig(Section):
         description="special tokens written in chat messages and chat_template_kwargs: text (they "
         "are letters, so that no client can begin or end a turn) or tokens; prompts of text "
         "completions may always contain them",
+    )
+    generation_config: Literal["model", "none"] = Field(
+        "model",
+        description="sampling parameters of requests that do not name them: those of the model's "
+        "generation_config.json, or none of these",
     )
 
 
@@ -57,6 +89,12 @@ class CacheConfig(Section):
         0.3, gt=0, le=0.95, description="share of the free memory, used when num_blocks is unset"
     )
     prefix_caching: StrictBool = True
+    share_between_clients: StrictBool = Field(
+        False,
+        description="requests find the cached prompts of other API keys, too: faster where keys "
+        "share prompts, but `cached_tokens` and the time to the first token tell one key what "
+        "another has sent",
+    )
 
 
 class SchedulerConfig(Section):
@@ -64,6 +102,13 @@ class SchedulerConfig(Section):
 
     max_num_seqs: Positive = Field(64, description="sequences in one step")
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step")
+    token_time: Number | None = Field(
+        0.2,
+        gt=0,
+        description="seconds: goal for the time from token to token of running streams while "
+        "prompts are computed beside them. Measured step times say how many prompt tokens that "
+        "allows; prompts get at least half of the time. null: max_num_batched_tokens alone decides",
+    )
     run_ahead: StrictBool | None = Field(
         None,
         description="launch a step before the result of the previous one is known, so that the "
@@ -79,6 +124,11 @@ class SpeculationConfig(Section):
         "auto",
         description="draft head: auto (the one that ships for the model, if there is one), a "
         "shipped name, a directory or a hub id; null: no drafting",
+    )
+    draft_weights: Literal["auto", "plain", "q8", "q4"] = Field(
+        "auto",
+        description="how the head is kept, as in model.weights; auto: q8 where the kernels read "
+        "quantised weights, else plain",
     )
     tree: str = Field(
         "auto", description="auto, root, or one tree for every step: a name or file of configs/tree"
@@ -101,6 +151,9 @@ class SpeculationConfig(Section):
     )
     shared_noise: StrictBool = Field(
         True, description="rank drafts of sampled requests with the noise the target draws with"
+    )
+    load_timeout: Number = Field(
+        600.0, gt=0, description="seconds that a head named by POST /admin/draft may take to load"
     )
     window: Positive | None = Field(
         None, description="the head attends only to so many of the newest positions; default: all"
@@ -165,14 +218,30 @@ class ServerConfig(Section):
         None, description="certificate chain in PEM; with tls_key the server speaks HTTPS"
     )
     tls_key: Path | None = Field(None, description="private key of tls_certificate, in PEM")
-    api_keys: tuple[str, ...] = Field((), description="accepted bearer tokens; empty: no check")
+    api_keys: Secrets = Field((), description="accepted bearer tokens; empty: no check")
     api_key_file: Path | None = Field(None, description="one key per line, # for comments")
-    admin_keys: tuple[str, ...] = Field(
+    admin_keys: Secrets = Field(
         (), description="bearer tokens of POST /admin/...; empty: no admin routes"
     )
     admin_key_file: Path | None = Field(None, description="one key per line, # for comments")
-    max_queued_requests: Positive = 256
-    max_waiting_tokens: Positive = Field(262_144, description="prompt tokens not yet started")
+    least_priority: Integer = Field(
+        0, description="most urgent priority that a request may ask for; lower runs first"
+    )
+    priority_keys: Secrets = Field(
+        (), description="API keys whose requests may ask for any priority"
+    )
+    max_queued_requests: Positive = Field(256, description="requests without a first token")
+    max_queued_choices: Positive = Field(
+        4096, description="choices (n x prompts) of these requests without a first token"
+    )
+    max_waiting_tokens: Positive = Field(
+        262_144, description="prompt tokens not yet started; the choices of a prompt share it"
+    )
+    max_connections: Positive | None = Field(
+        None,
+        description="client connections that may be open; above it 503, but for probes; default: "
+        "what the limit of open files allows",
+    )
     max_body_bytes: Positive = Field(4_194_304, description="of one request, after decoding")
     max_pending_body_bytes: Positive = Field(
         67_108_864,
@@ -188,9 +257,20 @@ class ServerConfig(Section):
         "per second) is disconnected",
     )
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    unknown_fields: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="fields and query parameters that the API does not know: a 400, or ignored "
+        "with a warning in the header x-aerie-warning and in the log",
+    )
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
     restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
+    engine_timeout: Number = Field(
+        300.0,
+        gt=0,
+        description="seconds without a sign of life from an engine that has work, until it is "
+        "killed and restarted; more than the longest step takes, compilation included",
+    )
 
 
 class CaptureConfig(Section):

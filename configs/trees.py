@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
+from configs.files import read_text
 from configs.load import ConfigError
 from configs.schema import Integer, Section
 from configs.values import parse, typed
@@ -42,7 +43,7 @@ def load_tree(name: str) -> TreeConfig:
     """The tree of a shipped file, or of a path. ConfigError if it is missing or invalid."""
     path = shipped_trees().get(name, Path(name))
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path))
         kind = _kind(content)
         return kind.model_validate(typed(content, kind))
     except FileNotFoundError as error:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+YAML_STARTS = ("[", "{", "- ")  # of a list or a mapping
 NOTHING = ("", "~", "null", "none")
 TRUTHS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 DECIMAL = re.compile(r"[+-]?[0-9][0-9_]{0,30}")
@@ -74,12 +75,19 @@ def parse(text: str) -> Any:
 
 def parse_for(text: str, wanted: object) -> Any:
     """The value of a text for one field. Only lists, mappings and quoted texts are YAML: what else
-    is written for a field of one value is that value, whatever YAML would make of its characters.
+    is written for a field of one value is that value, whatever YAML would make of its characters,
+    and for a field of a list it is the items, with commas between them.
     """
     text = text.strip()
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    holds_several = any(_holds_several(kind) for kind in kinds_of(wanted))
-    return parse(text) if is_quoted or holds_several else Unquoted(text)
+    kinds = kinds_of(wanted)
+    is_list = any(get_origin(kind) is tuple for kind in kinds)
+    if is_quoted or any(_is_section(kind) for kind in kinds):
+        return [parse(text)] if is_quoted and is_list else parse(text)
+    if not is_list:
+        return Unquoted(text)
+    is_yaml = text.startswith(YAML_STARTS) or text.lower() in NOTHING
+    return parse(text) if is_yaml else [Unquoted(item.strip()) for item in text.split(",")]
 
 
 def typed(value: object, wanted: object) -> object:
@@ -118,10 +126,6 @@ def kinds_of(wanted: object) -> tuple[object, ...]:
     if origin in (Union, types.UnionType):
         return tuple(kind for part in get_args(wanted) for kind in kinds_of(part))
     return (wanted,)
-
-
-def _holds_several(kind: object) -> bool:
-    return get_origin(kind) is tuple or _is_section(kind)
 
 
 def _is_section(kind: object) -> bool:

@@ -16,7 +16,7 @@ from drafter import manifest, vocab
 from drafter.head_files import check_tensors, open_tensors, read_config
 from drafter.head_shards import write_json, write_tensors
 from drafter.heads.building import HeadBuilder, LoadedHead
-from drafter.heads.config import HeadConfig
+from drafter.heads.config import AUX_IDS, HeadConfig
 from drafter.heads.published import eagle3_json, eagle_json
 from engine.checkpoints.arch import LlamaArch
 
@@ -32,6 +32,32 @@ def load_head(path: Path, builder: HeadBuilder) -> LoadedHead:
     config = read_head_config(path, target)
     found = open_tensors(path)
     check_tensors(manifest.head_tensors(config, target, found), found, path)
+    _warn(path, config, target, max_len)
+    try:
+        return builder.build(config, found.keys(), found.__getitem__)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _warn(path: Path, config: HeadConfig, target: LlamaArch, max_len: int) -> None:
+    """Log what was decided without the configuration, or against it."""
+    named, stored = HeadConfig.from_json(read_config(path)).arch.num_layers, config.arch.num_layers
+    if named != stored:
+        logger.warning(
+            "%s: num_hidden_layers is %d, but the files hold %d: the head has %d",
+            path / "config.json",
+            named,
+            stored,
+            stored,
+        )
+    if config.guesses_taps:
+        logger.warning(
+            "%s names no target layers (%s): the usual ones, %s, are read. If few drafted tokens "
+            "are accepted, add the ids that the head was trained with",
+            path / "config.json",
+            AUX_IDS,
+            list(config.tap_layers(target)),
+        )
     if max_len > config.arch.max_position_embeddings:
         logger.warning(
             "%s was trained for %d positions and will draft at up to %d: expect fewer accepted "
@@ -40,10 +66,6 @@ def load_head(path: Path, builder: HeadBuilder) -> LoadedHead:
             config.arch.max_position_embeddings,
             max_len,
         )
-    try:
-        return builder.build(config, found.keys(), found.__getitem__)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_head_config(path: Path, target: LlamaArch) -> HeadConfig:
@@ -55,7 +77,16 @@ def read_head_config(path: Path, target: LlamaArch) -> HeadConfig:
         _check_fits(config, target)
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
-    return config
+    return _with_stored_layers(config, path)
+
+
+def _with_stored_layers(config: HeadConfig, path: Path) -> HeadConfig:
+    """The configuration with as many layers as the files hold, if they are here: some trainers
+    copy num_hidden_layers from the target."""
+    stored = manifest.num_layers(open_tensors(path)) if any(path.glob("*.safetensors")) else 0
+    if stored == 0:
+        return config
+    return dataclasses.replace(config, arch=dataclasses.replace(config.arch, num_layers=stored))
 
 
 def _check_fits(config: HeadConfig, target: LlamaArch) -> None:

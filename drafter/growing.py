@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
-from drafter.ranking import Noise, best_children
-from drafter.static_levels import children_of, levels_of
+from drafter.ranking import best_children
+from drafter.static_levels import StaticLevels
 from engine.kv.slots import Scratch, seen_of, slots_of
+from engine.sampling.spread import settings_of
 from engine.speculation.proposer import DraftLimits, Roots
+from engine.step.batch import logit_slices
 from engine.step.shape import DynamicShape, StaticShape, TreeShape
 from engine.step.tree import DraftTree
 from kernels.ops import AttentionMeta
+from kernels.sampling.pipeline_reference import DrawSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Grower:
     first_keys: Tensor  # [B] int32, cache position of the first entry that is attended to
     limits: DraftLimits
     scratch: Scratch  # slots for nodes that have none of their own
+    levels: StaticLevels
 
     @property
     def num_rows(self) -> int:
@@ -45,14 +49,13 @@ class Grower:
             Two [B, n, count] tensors.
         """
         per_row = states.shape[1]
-        noise = Noise(
-            self.roots.temperatures.repeat_interleave(per_row),
-            self.roots.seeds.repeat_interleave(per_row),
-            (self.roots.positions + depth + 1).repeat_interleave(per_row),
-            self.limits.any_sampled,
-        )
-        logits = self.head.logits(states.flatten(0, 1), self.ctx)
-        tokens, scores = best_children(logits, count, noise, self.head.target_ids)
+        settings, nodes = self._settings(depth, per_row), states.flatten(0, 1)
+        found = []
+        for some in logit_slices(len(nodes)):
+            logits = self.head.logits(nodes[some], self.ctx)
+            part = settings_of(settings, some)
+            found.append(best_children(logits, count, part, self.head.target_ids, self.ctx.ops))
+        tokens, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         shape = (self.num_rows, per_row, tokens.shape[1])
         return tokens.view(shape), scores.view(shape)
 
@@ -90,6 +93,23 @@ class Grower:
         states = self.head.forward(features.flatten(0, 1), batch, self.ctx)
         return states.view(num_rows, per_row, -1)
 
+    def _settings(self, depth: int, per_row: int) -> DrawSettings:
+        """How the target will draw the tokens after the nodes of one depth."""
+        roots, is_filtered = self.roots, self.limits.is_filtered
+
+        def spread(values: Tensor) -> Tensor:
+            return values.repeat_interleave(per_row)
+
+        return DrawSettings(
+            temperature=spread(roots.temperatures),
+            seeds=spread(roots.seeds),
+            positions=spread(roots.positions + depth + 1),
+            top_k=spread(roots.top_k) if is_filtered else None,
+            top_p=spread(roots.top_p) if is_filtered else None,
+            min_p=spread(roots.min_p) if is_filtered else None,
+            any_sampled=self.limits.any_sampled,
+        )
+
     def _positions(self, depth: int) -> Tensor:
         """Positions of the nodes of one depth, [B]. They are clamped to a sequence's last position,
         where rotary tables end; nodes beyond it are useless anyway."""
@@ -118,7 +138,7 @@ def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> Draf
     Args:
         root_states: [B, H].
     """
-    plan = levels_of(shape, root_states.device)
+    plan = grower.levels.of(shape)
     tokens = grower.roots.tokens[:, None].repeat(1, shape.num_nodes)  # [B, N]
     states = root_states[:, None].repeat(1, shape.num_nodes, 1)  # [B, N, H]
     for depth, level in enumerate(plan.levels):
@@ -131,7 +151,7 @@ def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> Draf
                 depth,
             )
         best, _ = grower.children(states[:, level.nodes], depth, level.most_children)
-        nodes, candidates = children_of(shape, depth, best.shape[2], tokens.device)
+        nodes, candidates = grower.levels.children(shape, depth, best.shape[2])
         tokens[:, nodes] = best.flatten(1)[:, candidates]
     return DraftTree(
         tokens=tokens,

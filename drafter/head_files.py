@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from configs.files import check_regular
 from drafter.manifest import DTYPES, FLOATS, HeadTensors, common_name, is_harmless
-from engine.checkpoints.checkpoint import read_json
+from engine.checkpoints.checkpoint import INDEX_FILE, read_json
 from engine.checkpoints.manifest import Shape
 from engine.checkpoints.stored import Index
 
@@ -58,11 +60,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the directory under its common name. Shards need no index, because
-    `check_tensors` refuses an incomplete head."""
+    """Every tensor of the directory under its common name. Shards need no index, but those that
+    an index names must be there."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise _no_safetensors(folder)
+    _check_index(folder, {path.name for path in paths})
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         for stored in _open(path):
@@ -73,9 +76,16 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _check_index(folder: Path, present: Collection[str]) -> None:
+    index = folder / INDEX_FILE
+    named = read_json(index).get("weight_map", {}).values() if index.is_file() else ()
+    for name in sorted(set(named) - set(present)):
+        raise ValueError(f"{index} names the shard {name!r}, which is not in {folder}")
+
+
 def check_tensors(expected: HeadTensors, found: dict[str, StoredTensor], folder: Path) -> None:
-    """Raise ValueError unless `found` is what a head needs. Tensors that the head computes itself
-    may be there, too."""
+    """Raise ValueError unless `found` is what a head needs. Tensors that no head needs may
+    be there, too."""
     for name, shape in expected.required.items():
         if name not in found:
             raise ValueError(f"{folder}: missing tensor {name}, of shape {list(shape)}")
@@ -84,7 +94,7 @@ def check_tensors(expected: HeadTensors, found: dict[str, StoredTensor], folder:
         if name in known:
             _check(stored, known[name], DTYPES.get(name, FLOATS))
         elif is_harmless(name):
-            logger.info("%s is ignored: the head computes it itself", stored)
+            logger.info("%s is ignored: the head does not need it", stored)
         else:
             raise ValueError(f"{stored} is unexpected")
 
@@ -101,6 +111,7 @@ def _check(stored: StoredTensor, shape: Shape, dtypes: tuple[str, ...]) -> None:
 
 def _open(path: Path) -> list[StoredTensor]:
     handle: Any
+    check_regular(path)  # to open a pipe would wait for ever, with the interpreter's lock
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,20 +16,29 @@ FC = "fc.weight"
 FC_BIAS = "fc.bias"
 FINAL_NORM = "norm.weight"
 FIRST_NORM = "layers.0.input_layernorm.weight"
+INPUT_NORM = "input_norm.weight"  # over all that `fc` reads
 HIDDEN_NORM = "layers.0.hidden_norm.weight"
 D2T, T2D = "d2t", "t2d"
 
 FLOATS = ("F32", "F16", "BF16")
 DTYPES = {D2T: ("I64", "I32"), T2D: ("BOOL", "U8")}  # all others: FLOATS
 
+# What speculators keep of the target to train with; serving needs neither.
+OF_TARGET = ("verifier_norm.weight", "verifier_lm_head.weight")
+
 # The EAGLE trainer, SpecForge and NVIDIA write midlayer; speculators transformer and fusion_fc;
 # Meta feed_forward; vLLM model and draft_id_to_target_id.
 PREFIXES = (
+    ("model.", ""),  # twice in old files of vLLM
     ("model.", ""),
     ("midlayer.", "layers.0."),
     ("transformer.", "layers.0."),
     ("fusion_fc.", "fc."),
+    ("aux_norm_low.", "fc_norm.0."),
+    ("aux_norm_mid.", "fc_norm.1."),
+    ("aux_norm_high.", "fc_norm.2."),
 )
+LAYER = re.compile(r"layers\.(\d+)\.")
 WHOLE_NAMES = {"draft_id_to_target_id": D2T}
 
 
@@ -49,6 +59,12 @@ def common_name(name: str) -> str:
     return WHOLE_NAMES.get(name, name.replace(".feed_forward.", ".mlp."))
 
 
+def num_layers(names: Collection[str]) -> int:
+    """How many decoder layers the tensors of these common names are for."""
+    found = (LAYER.match(name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
 def published_name(name: str) -> str:
     """The name of a `common_name` in files of EAGLE-3 heads."""
     first = "layers.0."
@@ -56,8 +72,13 @@ def published_name(name: str) -> str:
 
 
 def is_harmless(name: str) -> bool:
-    """Whether the tensor can be ignored: the head recomputes rotary tables."""
-    return name.endswith("rotary_emb.inv_freq")
+    """Whether the tensor can be ignored: rotary tables are recomputed, the target is there."""
+    return name in OF_TARGET or name.endswith("rotary_emb.inv_freq")
+
+
+def fc_norm(index: int) -> str:
+    """The norm of one of the target's layers that `fc` reads."""
+    return f"fc_norm.{index}.weight"
 
 
 def head_tensors(config: HeadConfig, target: LlamaArch, found: Collection[str]) -> HeadTensors:
@@ -67,9 +88,10 @@ def head_tensors(config: HeadConfig, target: LlamaArch, found: Collection[str]) 
     arch, hidden = config.arch, config.arch.hidden_size
     required = _layers(arch)
     inputs = config.feature_size + (hidden if config.kind == "eagle" else 0)
-    required[FC] = (hidden, inputs)
-    if FC_BIAS in found if config.fc_bias is None else config.fc_bias:
-        required[FC_BIAS] = (hidden,)
+    if config.use_aux:
+        required[FC] = (hidden, inputs)
+        if FC_BIAS in found if config.fc_bias is None else config.fc_bias:
+            required[FC_BIAS] = (hidden,)
     optional: dict[str, Shape] = {
         EMBEDDING: (arch.vocab_size, hidden),
         LM_HEAD: (config.draft_vocab_size, hidden),
@@ -92,6 +114,10 @@ def _add_eagle3(
         name = f"layers.0.self_attn.{part}_proj.weight"
         required[name] = (required[name][0], 2 * hidden)
     required[HIDDEN_NORM] = (hidden,)
+    if config.use_aux and config.norm_before_fc:
+        required[INPUT_NORM] = (config.feature_size,)
+    if config.use_aux and config.fc_norm:
+        required |= {fc_norm(k): (target.hidden_size,) for k in range(config.num_taps)}
     optional |= {D2T: (config.draft_vocab_size,), T2D: (arch.vocab_size,)}
     whole_vocab = config.draft_vocab_size == arch.vocab_size
     if not whole_vocab:

@@ -12,6 +12,7 @@ from torch import Tensor
 from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
 from drafter.pending import Features, Pending
+from drafter.static_levels import StaticLevels
 from drafter.taps import FeatureCollector
 from engine.kv.slots import Scratch
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
@@ -62,6 +63,7 @@ class DraftProposer:
         self._shared_noise = shared_noise
         self._scratch = Scratch(ctx.kv.num_blocks - 1, ctx.kv.block_size)
         device = ctx.kv.device
+        self._levels = StaticLevels(device)
         # By line; padding rows use the last line.
         self._states = torch.zeros(
             num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=device
@@ -143,6 +145,7 @@ class DraftProposer:
             first_keys=self._first_keys(roots.positions),
             limits=limits if self._shared_noise else replace(limits, any_sampled=False),
             scratch=self._scratch,
+            levels=self._levels,
         )
         tree = grow(shape, grower, states)
         return tree.cut(torch.where(ready, roots.max_nodes, roots.max_nodes.clamp(max=1)))

@@ -1,9 +1,9 @@
-"""Static tree shapes by level, as tensors on the drafting device; made once per shape."""
+"""Static tree shapes by level, as tensors on the drafting device."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,37 @@ class Levels:
     levels: tuple[Level, ...]  # by depth
 
 
-@functools.lru_cache(maxsize=64)
-def levels_of(shape: StaticShape, device: torch.device) -> Levels:
+class Children(NamedTuple):
+    """The m nodes of a depth, and the candidate that each takes."""
+
+    nodes: Tensor  # [m] int64
+    candidates: Tensor  # [m] int64, index among the n * width candidates of the level above
+
+
+class StaticLevels:
+    """The levels of the shapes that one proposer grows. They are made at the first use of a shape
+    and never dropped: captured steps hold the addresses of these tensors. So the proposer owns
+    them, and lives as long as its steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._levels: dict[StaticShape, Levels] = {}
+        self._children: dict[tuple[StaticShape, int, int], Children] = {}
+
+    def of(self, shape: StaticShape) -> Levels:
+        if shape not in self._levels:
+            self._levels[shape] = _levels_of(shape, self._device)
+        return self._levels[shape]
+
+    def children(self, shape: StaticShape, depth: int, width: int) -> Children:
+        """Which child takes which candidate, if each node of a depth has `width` candidates."""
+        key = shape, depth, width
+        if key not in self._children:
+            self._children[key] = _children_of(shape, depth, width, self._device)
+        return self._children[key]
+
+
+def _levels_of(shape: StaticShape, device: torch.device) -> Levels:
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(device)
 
@@ -47,23 +76,14 @@ def levels_of(shape: StaticShape, device: torch.device) -> Levels:
     )
 
 
-@functools.lru_cache(maxsize=256)
-def children_of(
-    shape: StaticShape, depth: int, width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Which child takes which candidate; each of the level's n nodes has `width` candidates.
-
-    Returns:
-        nodes: [m] int64, of depth `depth` + 1.
-        candidates: [m] int64, index among the n * width candidates of the level.
-    """
+def _children_of(shape: StaticShape, depth: int, width: int, device: torch.device) -> Children:
     nodes, candidates = [], []
     for place, parent in enumerate(_with_children(shape, depth)):
         children = [node for node, above in enumerate(shape.parents) if above == parent]
         for rank, child in enumerate(children[:width]):
             nodes.append(child)
             candidates.append(place * width + rank)
-    return torch.tensor(nodes).to(device), torch.tensor(candidates).to(device)
+    return Children(torch.tensor(nodes).to(device), torch.tensor(candidates).to(device))
 
 
 def _with_children(shape: StaticShape, depth: int) -> list[int]:

@@ -49,7 +49,7 @@ class CaptureWriter:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._write, name="capture", daemon=True)
         self._lost = 0  # queued, but not written; only the writing thread counts them
-        self._num_refused = 0  # the queue was full
+        self._num_refused = 0  # the queue was full, or capturing had stopped
         self.num_captured = 0
 
     @property
@@ -61,10 +61,14 @@ class CaptureWriter:
         self._thread.start()
 
     def take(self, seq: Sequence, reason: FinishReason) -> None:
-        """Queue a finished sequence, if it is sampled and has output."""
-        if self._stopped.is_set() or reason is FinishReason.ERROR or seq.num_output == 0:
+        """Queue a finished sequence, if it is sampled and has output. Once capturing has stopped,
+        it counts as dropped."""
+        if reason is FinishReason.ERROR or seq.num_output == 0:
             return
         if not is_sampled(seq.request_id, self._sample_rate):
+            return
+        if self._stopped.is_set():
+            self._num_refused += 1
             return
         temperature = seq.request.params.temperature
         try:
@@ -107,7 +111,7 @@ class CaptureWriter:
         try:
             work()
         except OSError as error:
-            self._stop(self._shards.discard())
+            self._stop(max(1, self._shards.discard()))  # without a shard, it is the line alone
             logger.error("capturing stops, serving continues: %s", error)
 
     def _stop(self, num_lost: int) -> None:

@@ -68,7 +68,7 @@ class EngineCore:
     def add(self, message: Submit | Abort) -> None:
         """Take a message; the next `step` returns the events that it causes."""
         if isinstance(message, Submit):
-            self._scheduler.submit(message.request)
+            self._scheduler.submit(*message.requests())
         else:
             self._scheduler.abort(message.request_id)
 
@@ -145,13 +145,19 @@ class EngineCore:
     def _take_in(self, launched: Launched) -> None:
         outcome = self._executor.collect(launched)
         plan, outcome = self._scheduler.living(launched.plan, outcome)
-        self._observe_pace(plan, outcome)
+        seconds = self._since_last_collect()
+        if seconds is not None and launched.plan.rows:
+            self._scheduler.observe_time(launched.plan, seconds)
+            self._observe_pace(plan, outcome, seconds)
         self._planner.observe(plan, outcome)
         self._landed += self._scheduler.update(plan, outcome)
 
-    def _observe_pace(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def _since_last_collect(self) -> float | None:
+        """Seconds since the step before was collected, None if the engine was idle."""
         before, self._collected_at = self._collected_at, self._clock()
-        if before is not None and plan.only_decodes:
+        return None if before is None else self._collected_at - before
+
+    def _observe_pace(self, plan: StepPlan, outcome: StepOutcome, seconds: float) -> None:
+        if plan.only_decodes:
             num_tokens = sum(len(row.emitted) for row in outcome.rows)
-            seconds = self._collected_at - before
             self._pace.observe(num_tokens, len(plan.rows), seconds, ahead=plan.ahead)

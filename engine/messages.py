@@ -20,8 +20,35 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]  # best alternatives first, at most `logprobs` of them
 
 
+class Choice(msgspec.Struct, frozen=True, array_like=True):
+    """What distinguishes one more choice from a `Request` for the same prompt."""
+
+    request_id: str
+    seed: int
+    choice: int
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Requests for one prompt, which is sent once."""
+
     request: Request
+    others: tuple[Choice, ...] = ()
+
+    def requests(self) -> list[Request]:
+        """One per choice, all with the same list of prompt ids."""
+        first, replace = self.request, msgspec.structs.replace
+        return [
+            first,
+            *(
+                replace(
+                    first,
+                    request_id=other.request_id,
+                    choice=other.choice,
+                    params=replace(first.params, seed=other.seed),
+                )
+                for other in self.others
+            ),
+        ]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -54,7 +81,9 @@ class ErrorCode(enum.StrEnum):
     """Why a request ended with ERROR, in the cases that the front end treats differently."""
 
     CONTEXT_LENGTH = "context_length"  # it can never fit into the context
+    INVALID = "invalid"  # the engine cannot carry it out, whatever its length
     STOPPING = "stopping"  # the server is stopping
+    UNSOUND = "unsound"  # the model's logits are NaN or infinite
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -83,6 +112,9 @@ class DraftFacts(msgspec.Struct, frozen=True):
     num_layers: int
     draft_vocab_size: int
     num_parameters: int  # in its files; what it shares with the target is not counted
+    # Target layers whose input the head reads; the number of layers means the final norm's output,
+    # -1 the last layer's.
+    tap_layers: tuple[int, ...] = ()
 
 
 class DraftSwapped(msgspec.Struct, frozen=True, tag="draft_swapped"):
@@ -126,8 +158,13 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
         return {name: str(backend) for name, backend in self.ops.items()}
 
 
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine takes no more requests, and its process ends."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
-    """Current gauges, and counters since start; sent after every step that changed them."""
+    """Current gauges, and counters since start; sent after every step, and as a sign of life while
+    a draft head is loaded."""
 
     num_running: int
     num_waiting: int
@@ -147,7 +184,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_capture_dropped: int = 0  # sequences that could not be captured
     num_draft_faults: int = 0  # trees not grown because the head's outputs were not finite
     draft_failed: bool = False  # whether the head failed and is no longer used
+    num_unsound: int = 0  # requests that ended because the model's logits were NaN or infinite
 
 
 ClientMessage = Submit | Abort | SwapDraft | Shutdown
-EngineMessage = Tokens | Finished | EngineInfo | EngineStats | DraftSwapped
+EngineMessage = Tokens | Finished | EngineInfo | EngineFailed | EngineStats | DraftSwapped

@@ -38,7 +38,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
+    choice: int = 0  # its number among the sequences of one HTTP request
     priority: int = 0  # lower runs first
+    client: str = ""  # opaque label of who pays; work is shared fairly between clients
+    cache_salt: str = ""  # prefixes are shared only between requests with the same salt
     max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
     arrival_time: float = 0.0  # seconds, time.time()
 
@@ -60,6 +63,9 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+Rank = tuple[int, int, int]  # smaller is more important: priority, turn, number of its submission
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The progress of one request. Only the scheduler (and its KV manager) changes it.
@@ -70,8 +76,16 @@ class Sequence:
     """
 
     request: Request
-    token_ids: list[int]  # prompt + output
+    token_ids: list[int]  # prompt + output; until it first runs, the prompt of its request itself
+    rank: Rank = (0, 0, 0)
     num_computed: int = 0
+    # Hashes of its full blocks, each made once: those of the prompt, which all choices share, then
+    # those of blocks that end in the output.
+    prompt_hashes: list[bytes] = field(default_factory=list)
+    output_hashes: list[bytes] = field(default_factory=list)
+    num_matched_blocks: int = 0  # found in the prefix cache when it was last looked up
+    num_lacking_blocks: int = 0  # free ones, when it was last refused its first blocks
+    num_published_blocks: int = 0
     block_ids: list[int] = field(default_factory=list)
     num_planned_blocks: int = 0  # how many leading `block_ids` plans have sent to the executor
     line: int = -1  # its number in plans while it runs
@@ -86,7 +100,13 @@ class Sequence:
 
     @classmethod
     def from_request(cls, request: Request) -> Sequence:
-        return cls(request=request, token_ids=list(request.prompt_ids))
+        """Its record at the start. A prompt is not copied while it waits: see `own_tokens`."""
+        return cls(request=request, token_ids=request.prompt_ids)
+
+    def own_tokens(self) -> None:
+        """Copy the prompt, so that tokens can be added to it."""
+        if self.token_ids is self.request.prompt_ids:
+            self.token_ids = list(self.token_ids)
 
     @property
     def request_id(self) -> str:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.linear.grouped import GroupedWeight, GroupLayout
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
 
@@ -27,6 +29,29 @@ class LinearWeight:
     bias: Tensor | None  # [N] float32
     out_features: int
     in_features: int
+    layout: GroupLayout | None = None  # of quantised weights
+    # Weights of other layouts whose outputs follow those of this one
+    more: tuple[LinearWeight, ...] = ()
+
+    @property
+    def all_features(self) -> int:
+        """Outputs of this weight and of those that follow."""
+        return self.out_features + sum(part.out_features for part in self.more)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """A whole decoder layer; engine/models/layers.py says what is done with each."""
+
+    input_norm: Tensor | None  # [H] float32; None: the input is normalised already
+    post_norm: Tensor  # [H] float32
+    eps: float
+    qkv: LinearWeight
+    output: LinearWeight
+    gate_up: LinearWeight
+    down: LinearWeight
+    cos_sin: Tensor  # [max_len, D] float32
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +76,23 @@ class AttentionMeta:
     max_context: int  # longest prefix + suffix
 
 
+class LayerCall(Protocol):
+    """A decoder layer as one call: bit for bit what its operations give one after the other."""
+
+    def __call__(
+        self,
+        x: Tensor,  # [T, H]
+        residual: Tensor,  # [T, H], changed in place
+        positions: Tensor,  # [T] int64
+        slots: Tensor,  # [T] int64
+        meta: AttentionMeta,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """-> [T, H], not yet added to the residual stream."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """The implementation of an operation."""
@@ -67,8 +109,8 @@ class Backend:
 class Ops:
     """All operations, and the backend of each."""
 
-    # (weight [N, K] of the storage dtype, bias [N] or None) -> LinearWeight
-    pack_linear: Callable[[Tensor, Tensor | None], LinearWeight]
+    # (weight [N, K] of the storage dtype, or quantised if `reads_groups`; bias [N] or None)
+    pack_linear: Callable[[Tensor | GroupedWeight, Tensor | None], LinearWeight]
     # (x [T, K], weight) -> [T, N] in x's dtype
     linear: Callable[[Tensor, LinearWeight], Tensor]
     # (ids [T] int64, weight) -> [T, K] in activation dtype: rows of a packed (tied) weight
@@ -94,6 +136,9 @@ class Ops:
     edit_logits: Callable[[Tensor, LogitEdits], Tensor]
     # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits stay unchanged
     draw: Callable[[Tensor, DrawSettings], Tensor]
+    # (draft logits [R, V] float32, settings, target's ids [V] int64 or None) -> [R, V] float32 to
+    # rank drafts by, noise included; see kernels/sampling/noisy_reference.py
+    add_noise: Callable[[Tensor, DrawSettings, Tensor | None], Tensor]
     # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
     # best under the raw logits
     score: Callable[[Tensor, Tensor, int], Scores]
@@ -108,5 +153,8 @@ class Ops:
     # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
     # emitted [B, max_depth + 1]
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    # Makes one call of a decoder layer; None where layers are made of the operations above
+    whole_layer: Callable[[LayerWeights], LayerCall] | None
+    reads_groups: bool  # whether weights may stay quantised
     activation_dtype: torch.dtype
     backends: dict[str, Backend]  # by operation

@@ -17,6 +17,7 @@ from kernels.native.ops import NativeOps
 from kernels.norm import reference as norm
 from kernels.ops import Backend, Ops
 from kernels.rope import reference as rope
+from kernels.sampling import noisy_reference as noisy
 from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference as sampling
 from kernels.sampling.torch_draw import TorchDraw
@@ -36,6 +37,7 @@ OPERATIONS = (
     "argmax",
     "edit_logits",
     "draw",
+    "add_noise",
     "score",
     "tree_expand",
     "tree_select",
@@ -135,11 +137,14 @@ def native_ops(native: NativeOps) -> Ops:
         argmax=native.argmax,
         edit_logits=edit_logits,
         draw=TorchDraw(native.argmax, native.gumbel_argmax),
+        add_noise=native.add_noise,
         score=TorchScore(native.logsumexp),
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        whole_layer=native.whole_layer,
+        reads_groups=True,
         activation_dtype=torch.float32,
         backends=dict.fromkeys(OPERATIONS, Backend("native"))
         | native.backends
@@ -157,6 +162,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_edit as edit
     from kernels.sampling import triton_kernel as sampling
+    from kernels.sampling import triton_noisy as noisy
     from kernels.sampling import triton_pipeline as pipeline
     from kernels.sampling import triton_score as score
     from kernels.tree import triton_kernel as tree
@@ -174,11 +180,14 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         argmax=sampling.argmax,
         edit_logits=edit.edit_logits,
         draw=pipeline.draw,
+        add_noise=noisy.add_noise,
         score=score.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        whole_layer=None,
+        reads_groups=False,
         activation_dtype=storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
     )
@@ -204,11 +213,14 @@ def reference_ops(
         argmax=sampling.argmax,
         edit_logits=edit_logits if on_cpu else pipeline.edit_logits,
         draw=draw,
+        add_noise=noisy.add_noise,
         score=TorchScore(sampling.logsumexp) if on_cpu else pipeline.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        whole_layer=None,
+        reads_groups=False,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("reference", reason)),
     )

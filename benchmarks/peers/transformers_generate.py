@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, Stoppi
 from benchmarks.timing import RequestTimes
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.rope_scaling import json_positions, rope_json
 
 
 class TransformersTarget:
@@ -69,10 +70,7 @@ def load_oracle(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 def hf_config(arch: LlamaArch) -> LlamaConfig:
     """The transformers configuration of an architecture."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
-    if arch.rope_scaling is not None:
-        scaling = arch.rope_scaling
-        rope |= {"rope_type": "llama3", **{n: getattr(scaling, n) for n in scaling.__slots__}}
+    rope = rope_json(arch.rope_scaling) or {"rope_type": "default"}
     return LlamaConfig(
         vocab_size=arch.vocab_size,
         hidden_size=arch.hidden_size,
@@ -82,11 +80,11 @@ def hf_config(arch: LlamaArch) -> LlamaConfig:
         num_key_value_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
         rms_norm_eps=arch.rms_norm_eps,
-        rope_parameters=rope,
+        rope_parameters=rope | {"rope_theta": arch.rope_theta},
         tie_word_embeddings=arch.tie_word_embeddings,
         attention_bias=arch.attention_bias,
         mlp_bias=arch.mlp_bias,
-        max_position_embeddings=arch.max_position_embeddings,
+        max_position_embeddings=json_positions(arch.rope_scaling, arch.max_position_embeddings),
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,

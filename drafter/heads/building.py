@@ -11,14 +11,14 @@ from torch import Tensor
 from drafter import manifest, vocab
 from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
-from drafter.heads.eagle3 import Eagle3Head
-from drafter.heads.layer import DraftLayer
+from drafter.heads.eagle3 import Eagle3Head, Fusion
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
-from engine.models.layers import GatheredLinear, VocabParallelEmbedding
+from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabParallelEmbedding
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import WHOLE, check_degree
+from kernels.linear.grouped import dense
 from kernels.ops import LinearWeight, Ops
 
 COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
@@ -75,15 +75,15 @@ class _Parts:
         return self._eagle() if self.config.kind == "eagle" else self._eagle3()
 
     def _eagle(self) -> EagleHead:
-        has_norm = manifest.FINAL_NORM in self.names
         return EagleHead(
             arch=self.config.arch,
             shard=self.blocks.place.shard,
             tap_layers=self.config.tap_layers(self.target.arch),
             embedding=self._embedding(),
             fc=self._fc(),
-            layers=self._layers(first_has_norm=manifest.FIRST_NORM in self.names),
-            norm=self.blocks.norm("norm") if has_norm else None,
+            first_norm=self._norm_if_there(manifest.FIRST_NORM),
+            layers=self._layers(),
+            norm=self._norm_if_there(manifest.FINAL_NORM),
             lm_head=self._lm_head(),
         )
 
@@ -95,13 +95,26 @@ class _Parts:
             target_ids=self._target_ids(),
             embedding=self._embedding(),
             embedding_norm=self.blocks.norm("layers.0.input_layernorm"),
-            fc=self._fc(),
+            fusion=self._fusion() if self.config.use_aux else None,
             feature_norm=self.blocks.norm("layers.0.hidden_norm"),
             norm_before_residual=self.config.norm_before_residual,
-            layers=self._layers(first_has_norm=False),
+            layers=self._layers(),
             norm=self.blocks.norm("norm"),
+            norm_output=self.config.norm_output,
             lm_head=self._lm_head(),
         )
+
+    def _fusion(self) -> Fusion:
+        taps = range(self.config.num_taps if self.config.fc_norm else 0)
+        before = self.config.norm_before_fc
+        return Fusion(
+            layer_norms=tuple(self.blocks.norm(f"fc_norm.{index}") for index in taps),
+            input_norm=self.blocks.norm("input_norm") if before else None,
+            fc=self._fc(),
+        )
+
+    def _norm_if_there(self, name: str) -> RMSNorm | None:
+        return self.blocks.norm(name.removesuffix(".weight")) if name in self.names else None
 
     def _fc(self) -> GatheredLinear:
         size = self.config.arch.hidden_size
@@ -116,19 +129,11 @@ class _Parts:
         size, shared = self.config.draft_vocab_size, self.target.lm_head
         return GatheredLinear(self._own_or_shared("lm_head", size, shared), size)
 
-    def _layers(self, first_has_norm: bool) -> tuple[DraftLayer, ...]:
+    def _layers(self) -> tuple[DecoderLayer, ...]:
+        """Heads prepare the first layer's input themselves."""
         return tuple(
-            self._layer(index, index > 0 or first_has_norm)
+            self.blocks.decoder_layer(index, f"layers.{index}", with_input_norm=index > 0)
             for index in range(self.config.arch.num_layers)
-        )
-
-    def _layer(self, index: int, has_norm: bool) -> DraftLayer:
-        prefix, blocks = f"layers.{index}", self.blocks
-        return DraftLayer(
-            input_norm=blocks.norm(f"{prefix}.input_layernorm") if has_norm else None,
-            attention=blocks.attention(index, f"{prefix}.self_attn"),
-            post_attention_norm=blocks.norm(f"{prefix}.post_attention_layernorm"),
-            mlp=blocks.mlp(f"{prefix}.mlp"),
         )
 
     def _own_or_shared(self, name: str, size: int, shared: LinearWeight) -> LinearWeight:
@@ -136,17 +141,19 @@ class _Parts:
         if f"{name}.weight" not in self.names:
             return shared
         place = self.tables.place
-        own = self.tables.padded(f"{name}.weight", size, place.dtype)
-        return shared if same_rows(own, shared, place.ops) else place.ops.pack_linear(own, None)
+        own = self.tables.padded(f"{name}.weight", size)
+        if same_rows(own, shared, place.ops):
+            return shared
+        return place.packer.pack([own], len(own), None)
 
     def _target_ids(self) -> Tensor | None:
         size = self.config.arch.vocab_size
         if manifest.D2T in self.names:
-            ids = vocab.target_ids_of(self.tables.read(manifest.D2T)[:], size)
+            ids = vocab.target_ids_of(dense(self.tables.read(manifest.D2T)[:]), size)
         else:
             ids = torch.arange(size)
         if manifest.T2D in self.names:
-            vocab.check_mask(self.tables.read(manifest.T2D)[:], ids)
+            vocab.check_mask(dense(self.tables.read(manifest.T2D)[:]), ids)
         return None if vocab.is_identity(ids, size) else ids.to(self.tables.place.device)
 
 

@@ -7,15 +7,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from engine.checkpoints.arch import ARCHITECTURE, LlamaArch
+from engine.step.taps import LAST_OUTPUT
 
 Json = Mapping[str, Any]
 Kind = Literal["eagle", "eagle3"]
 T = TypeVar("T", int, bool)
 
-# Names used by the reference, SGLang, SpecForge, NVIDIA, vLLM and speculators. Files of the
+# Names used by the reference, SGLang, SpecForge, NVIDIA, vLLM (old: EAGLEModel, with the layers'
+# configuration in `model`) and speculators. Files of the
 # reference call both kinds LlamaForCausalLM; only EAGLE-3 files have the keys below.
 EAGLE_ARCHITECTURES = frozenset(
-    {ARCHITECTURE, "LlamaForCausalLMEagle", "EagleLlamaForCausalLM", "EagleSpeculator"}
+    {
+        ARCHITECTURE,
+        "LlamaForCausalLMEagle",
+        "EagleLlamaForCausalLM",
+        "EagleSpeculator",
+        "EAGLEModel",
+    }
 )
 EAGLE3_ARCHITECTURES = frozenset(
     {"LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"}
@@ -23,6 +31,7 @@ EAGLE3_ARCHITECTURES = frozenset(
 EAGLE3_KEYS = ("draft_vocab_size", "eagle_config")
 FC_BIAS_KEYS = ("fusion_bias", "eagle_fc_bias", "bias")
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
+DEFAULT_AUX = 3  # target layers that are read if the file names none
 
 # Options of some heads, with the only value that is implemented here.
 ONLY = {
@@ -30,11 +39,10 @@ ONLY = {
     "add_para_norm": False,
     "skip_prenorm": True,
     "skip_output_norm": True,
-    "norm_before_fc": False,
-    "fc_norm": False,
-    "norm_output": False,
     "use_qk_norm": False,
     "parallel_drafting": False,
+    "use_mtp_layernorm": False,
+    "parallel_draft_step": 1,
 }
 
 
@@ -53,7 +61,12 @@ class HeadConfig:
     target_hidden_size: int
     fc_bias: bool | None = None  # None: there is one if the file holds `fc.bias`
     norm_before_residual: bool = False  # EAGLE-3: the residual starts after `hidden_norm`
-    aux_layers: tuple[int, ...] | None = None  # EAGLE-3: target layers whose input is read
+    # EAGLE-3: target layers whose input is read; their number means the output of the last one
+    aux_layers: tuple[int, ...] | None = None
+    use_aux: bool = True  # False, EAGLE-3: reads the final norm's output instead, without `fc`
+    norm_before_fc: bool = False  # EAGLE-3: one norm over all that `fc` reads
+    fc_norm: bool = False  # EAGLE-3: a norm for each layer that `fc` reads
+    norm_output: bool = False  # EAGLE-3: the next entry's feature is the output of the final norm
 
     def __post_init__(self) -> None:
         if not 1 <= self.draft_vocab_size <= self.arch.vocab_size:
@@ -67,6 +80,11 @@ class HeadConfig:
             )
         if self.aux_layers is not None and not self.aux_layers:
             raise ValueError(f"{AUX_IDS} must name at least one layer")
+        if not self.use_aux and self.target_hidden_size != self.arch.hidden_size:
+            raise ValueError(
+                f"use_aux_hidden_state false needs a hidden_size {self.arch.hidden_size} equal to "
+                f"target_hidden_size {self.target_hidden_size}"
+            )
 
     @classmethod
     def from_json(cls, config: Json) -> HeadConfig:
@@ -83,31 +101,45 @@ class HeadConfig:
             arch,
             draft_vocab_size=_typed(config, "draft_vocab_size", arch.vocab_size),
             target_hidden_size=_typed(config, "target_hidden_size", arch.hidden_size),
-            norm_before_residual=_typed(config, "norm_before_residual", False),
+            norm_before_residual=_option(config, "norm_before_residual", False),
             aux_layers=_aux_layers(config),
+            use_aux=_option(config, "use_aux_hidden_state", True),
+            norm_before_fc=_option(config, "norm_before_fc", False),
+            fc_norm=_option(config, "fc_norm", False),
+            norm_output=_option(config, "norm_output", False),
         )
 
     @property
     def feature_size(self) -> int:
         """Width of the target's features [C, feature_size] that `fc` reads."""
-        if self.kind == "eagle":
-            return self.target_hidden_size
-        return self.target_hidden_size * (3 if self.aux_layers is None else len(self.aux_layers))
+        return self.target_hidden_size * self.num_taps
+
+    @property
+    def num_taps(self) -> int:
+        """How many hidden states of the target an entry is made from."""
+        if self.kind == "eagle" or not self.use_aux:
+            return 1
+        return DEFAULT_AUX if self.aux_layers is None else len(self.aux_layers)
+
+    @property
+    def guesses_taps(self) -> bool:
+        """Whether the configuration leaves open which target layers the head reads."""
+        return self.kind == "eagle3" and self.use_aux and self.aux_layers is None
 
     def tap_layers(self, target: LlamaArch) -> tuple[int, ...]:
-        """Target layers whose input the head reads; `num_layers` is the final norm's output."""
-        if self.kind == "eagle":
+        """Places in the target that the head reads (see `engine.step.taps`)."""
+        if self.kind == "eagle" or not self.use_aux:
             return (target.num_layers,)
         layers = self.aux_layers
         if layers is None:
             layers = (2, target.num_layers // 2, target.num_layers - 3)
         for layer in layers:
-            if not 0 <= layer < target.num_layers:
+            if not 0 <= layer <= target.num_layers:
                 raise ValueError(
                     f"the head reads the input of target layers {list(layers)}; "
                     f"this target has layers 0 to {target.num_layers - 1}"
                 )
-        return layers
+        return tuple(LAST_OUTPUT if k == target.num_layers else k for k in layers)
 
 
 def _kind(config: Json) -> Kind:
@@ -128,9 +160,9 @@ def _kind(config: Json) -> Kind:
 
 
 def _layers(config: Json) -> Json:
-    """The part that describes decoder layers; speculators nests it in its own key."""
+    """The part that describes decoder layers; speculators and old vLLM nest it in a key."""
     if config.get("speculators_model_type") is None:
-        return config
+        return config if config.get("model") is None else _table(config, "model")
     if config.get("transformer_layer_config") is None:
         raise ValueError("transformer_layer_config is missing")
     return _table(config, "transformer_layer_config")
@@ -140,10 +172,13 @@ def _refuse_unsupported(config: Json) -> None:
     if config.get("model_type", "llama") not in ("llama", "eagle", "eagle3", "speculator_model"):
         raise ValueError(f"model_type {config['model_type']!r} is not supported; 'llama' is")
     for key, value in ONLY.items():
-        if config.get(key, value) not in (None, value):
-            raise ValueError(f"{key} {config[key]!r} is not supported; {value} is")
-    if not _typed(_table(config, "eagle_config"), "use_aux_hidden_state", True):
-        raise ValueError("use_aux_hidden_state false is not supported; true is")
+        for table in (config, _table(config, "eagle_config")):
+            if table.get(key, value) not in (None, value):
+                raise ValueError(f"{key} {table[key]!r} is not supported; {value} is")
+    size = config.get("vocab_size", _table(config, "model").get("vocab_size"))
+    if config.get("truncated_vocab_size", size) not in (None, size):
+        found = config["truncated_vocab_size"]
+        raise ValueError(f"truncated_vocab_size {found!r} is not supported; vocab_size {size} is")
 
 
 def _fc_bias(config: Json) -> bool | None:
@@ -154,6 +189,16 @@ def _fc_bias(config: Json) -> bool | None:
 
 
 def _aux_layers(config: Json) -> tuple[int, ...] | None:
+    """The layers whose inputs are read, if the file names them, as many as it says."""
+    layers, wanted = _named_layers(config), _typed(config, "num_aux_hidden_states", 0)
+    found = DEFAULT_AUX if layers is None else len(layers)
+    if wanted not in (0, found):
+        named = "names none" if layers is None else f"names {found}"
+        raise ValueError(f"num_aux_hidden_states is {wanted}, but {AUX_IDS} {named}")
+    return layers
+
+
+def _named_layers(config: Json) -> tuple[int, ...] | None:
     """vLLM and speculators list layers whose input is read, at the top level; NVIDIA and SGLang
     list layers whose output is read, in `eagle_config`."""
     inputs = _ids(config.get(AUX_IDS))
@@ -184,6 +229,11 @@ def _table(config: Json, key: str) -> Json:
     if not isinstance(value, Mapping):
         raise ValueError(f"{key} must be a table, not {value!r}")
     return value
+
+
+def _option(config: Json, key: str, default: bool) -> bool:
+    """An option at the top level or, as NVIDIA writes some, in `eagle_config`."""
+    return _typed(config, key, _typed(_table(config, "eagle_config"), key, default))
 
 
 def _typed(config: Json, key: str, default: T) -> T:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafter.heads.contexts import inside, vocabulary
 from drafter.heads.interface import DraftBatch, DraftContext
-from drafter.heads.layer import DraftLayer, follow, inside, vocabulary
 from engine.checkpoints.arch import LlamaArch
-from engine.models.layers import GatheredLinear, RMSNorm, VocabParallelEmbedding
+from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabParallelEmbedding
 from engine.parallel.shard import Shard
 
 
@@ -29,7 +29,8 @@ class EagleHead:
     tap_layers: tuple[int, ...]
     embedding: VocabParallelEmbedding
     fc: GatheredLinear  # 2H -> H on [embedding; feature]
-    layers: tuple[DraftLayer, ...]
+    first_norm: RMSNorm | None  # of the first layer's input
+    layers: tuple[DecoderLayer, ...]  # the first has no input norm of its own
     norm: RMSNorm | None
     lm_head: GatheredLinear  # H -> V
 
@@ -45,10 +46,9 @@ class EagleHead:
         own = inside(ctx, self.shard)
         embedded = self.embedding(batch.token_ids, vocabulary(ctx))
         residual = self.fc(torch.cat((embedded, features), dim=-1), own)  # [C, H]
-        first = self.layers[0]
-        x = residual if first.input_norm is None else first.input_norm(residual, own)
-        x = first(x, residual, batch, own)
-        x = follow(self.layers[1:], x, residual, batch, own)
+        x = residual if self.first_norm is None else self.first_norm(residual, own)
+        for layer in self.layers:
+            x = layer(x, residual, batch, own)
         return x + residual if self.norm is None else self.norm.add(x, residual, own)
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:

@@ -6,18 +6,43 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from drafter.heads.contexts import inside, vocabulary
 from drafter.heads.interface import DraftBatch, DraftContext
-from drafter.heads.layer import DraftLayer, follow, inside, vocabulary
 from engine.checkpoints.arch import LlamaArch
-from engine.models.layers import GatheredLinear, RMSNorm, VocabParallelEmbedding
+from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabParallelEmbedding
 from engine.parallel.shard import Shard
+from engine.step.batch import ForwardContext
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Makes one feature of hidden states of several target layers."""
+
+    layer_norms: tuple[RMSNorm, ...]  # one per layer, or none
+    input_norm: RMSNorm | None  # over all layers together
+    fc: GatheredLinear  # taps * H target -> H
+
+    def __call__(self, features: tuple[Tensor, ...], ctx: ForwardContext) -> Tensor:
+        if self.layer_norms:
+            pairs = zip(self.layer_norms, features, strict=True)
+            features = tuple(norm(feature, ctx) for norm, feature in pairs)
+        x = torch.cat(features, dim=-1)  # [C, taps * H target]
+        return self.fc(x if self.input_norm is None else _wide_norm(x, self.input_norm), ctx)
+
+
+def _wide_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """In plain torch: kernels take no rows as wide as three hidden states."""
+    normed = functional.rms_norm(x.float(), x.shape[-1:], norm.weight, norm.eps)
+    return normed.to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Head:
     """Predicts tokens of a draft vocabulary from a token's embedding and fused features of several
-    target layers (implements `DraftHead`). The state is the stream before the final norm."""
+    target layers (implements `DraftHead`). The state is the stream before the final norm, or with
+    `norm_output` after it."""
 
     arch: LlamaArch  # of the layers
     shard: Shard  # of the layers and `fc`
@@ -25,26 +50,31 @@ class Eagle3Head:
     target_ids: Tensor | None  # [Vd] int64
     embedding: VocabParallelEmbedding
     embedding_norm: RMSNorm
-    fc: GatheredLinear  # taps * H target -> H
+    fusion: Fusion | None  # None: the feature is the target's hidden state itself
     feature_norm: RMSNorm
     norm_before_residual: bool
-    layers: tuple[DraftLayer, ...]  # the first takes [embedding; feature], 2H
+    layers: tuple[DecoderLayer, ...]  # the first takes [embedding; feature], 2H
     norm: RMSNorm
+    norm_output: bool
     lm_head: GatheredLinear  # H -> Vd
 
     def fuse(self, features: tuple[Tensor, ...], ctx: DraftContext) -> Tensor:
         assert len(features) == len(self.tap_layers)
-        return self.fc(torch.cat(features, dim=-1), inside(ctx, self.shard))
+        if self.fusion is None:
+            return features[0]
+        return self.fusion(features, inside(ctx, self.shard))
 
     def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
         own = inside(ctx, self.shard)
         x, residual = self._enter(features, batch, ctx)
-        x = self.layers[0](x, residual, batch, own)
-        return follow(self.layers[1:], x, residual, batch, own) + residual
+        for layer in self.layers:
+            x = layer(x, residual, batch, own)
+        return self.norm.add(x, residual, own) if self.norm_output else x + residual
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
         whole = vocabulary(ctx)
-        return self.lm_head(self.norm(states, whole), whole).float()
+        normed = states if self.norm_output else self.norm(states, whole)
+        return self.lm_head(normed, whole).float()
 
     def _enter(
         self, features: Tensor, batch: DraftBatch, ctx: DraftContext

@@ -50,8 +50,7 @@ class DraftHead(Protocol):
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
-        """Target layers whose input `fuse` takes, in order; the number of target layers means the
-        output of the final norm."""
+        """Places in the target that `fuse` reads, in order (see `engine.step.taps`)."""
         ...
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from drafter.heads.config import AUX_IDS, HeadConfig
-from engine.checkpoints.arch import ARCHITECTURE, Llama3RopeScaling, LlamaArch
+from engine.checkpoints.arch import ARCHITECTURE, LlamaArch
+from engine.checkpoints.rope_scaling import json_positions, rope_json
+from engine.step.taps import LAST_OUTPUT
 
 EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
+NORMS = ("norm_before_fc", "fc_norm", "norm_output")  # written only where they are there
 
 
 def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
@@ -16,7 +18,8 @@ def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
     head of another kind, or one that reads layers which `target` does not have."""
     if config.kind != "eagle3":
         raise ValueError(f"a head of kind {config.kind!r} cannot be written as 'eagle3'")
-    inputs = config.tap_layers(target)
+    places = config.tap_layers(target) if config.use_aux else ()
+    inputs = [target.num_layers if place == LAST_OUTPUT else place for place in places]
     return {
         "architectures": [EAGLE3_ARCHITECTURE],
         "model_type": "llama",
@@ -25,11 +28,12 @@ def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,
         # The same tensors twice: as inputs and as outputs of layers.
-        AUX_IDS: list(inputs),
+        AUX_IDS: inputs,
         "eagle_config": {
             AUX_IDS: [layer - 1 for layer in inputs],
-            "use_aux_hidden_state": True,
+            "use_aux_hidden_state": config.use_aux,
         },
+        **{name: True for name in NORMS if getattr(config, name)},
     }
 
 
@@ -64,13 +68,9 @@ def _layers_json(arch: LlamaArch) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": arch.rms_norm_eps,
         "rope_theta": arch.rope_theta,
-        "rope_scaling": _rope_json(arch.rope_scaling),
-        "max_position_embeddings": arch.max_position_embeddings,
+        "rope_scaling": rope_json(arch.rope_scaling),
+        "max_position_embeddings": json_positions(arch.rope_scaling, arch.max_position_embeddings),
         "attention_bias": arch.attention_bias,
         "mlp_bias": arch.mlp_bias,
         "tie_word_embeddings": False,
     }
-
-
-def _rope_json(scaling: Llama3RopeScaling | None) -> dict[str, Any] | None:
-    return None if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)}

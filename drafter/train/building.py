@@ -13,6 +13,7 @@ from drafter import manifest, vocab
 from drafter.checkpoint import read_head_config
 from drafter.head_files import check_tensors, open_tensors
 from drafter.heads.config import HeadConfig, Kind
+from drafter.heads.published import NORMS
 from drafter.heads.untrained import eagle3_config, random_tensors
 from drafter.train.initial import deepened, weights_from_target
 from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
@@ -101,6 +102,11 @@ def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
     found, config = open_tensors(path), read_head_config(path, target)
     check_tensors(manifest.head_tensors(config, target, found), found, path)
     dense = config.kind == "eagle" and manifest.FINAL_NORM in found
+    for option in NORMS:
+        if getattr(config, option):
+            raise ValueError(f"head.init {path} has {option}; heads with it cannot be trained")
+    if not config.use_aux:
+        raise ValueError(f"head.init {path} reads no layers of the target; it cannot be trained")
     arch, vocab_size = config.arch, settings.draft_vocab_size or target.vocab_size
     num_layers = arch.num_layers
     if config.kind == "eagle3" and settings.num_layers > num_layers:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from drafter.heads.config import HeadConfig
 from engine.checkpoints.arch import LlamaArch
-from engine.models.layers import cos_sin_table
+from engine.models.rope import cos_sin_table
 
 
 class TrainableNorm(nn.Module):

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from configs.files import check_regular, read_text
 from engine.checkpoints.arch import LlamaArch, bos_token_id, eos_token_ids
 from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
-from engine.checkpoints.manifest import Shape, check_manifest, expected_tensors
+from engine.checkpoints.manifest import (
+    EMBEDDING,
+    LM_HEAD,
+    Shape,
+    check_manifest,
+    expected_tensors,
+)
 from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles, config_folder, resolve_source
 from engine.checkpoints.stored import Stored
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SINGLE_FILE = "model.safetensors"
+MAX_JSON = 2**24  # bytes; parsing holds up all other threads
 INDEX_FILE = "model.safetensors.index.json"
+COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoint(Protocol):
@@ -40,7 +54,7 @@ class Checkpoint(Protocol):
 
     def stored(self, name: str) -> Stored:
         """One tensor that is read from disk as it is indexed, only the indexed part. From a .gguf
-        file the whole tensor is read: its rows are permuted and quantised."""
+        file the whole tensor is read, as its rows are permuted; quantised ones stay so."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -84,7 +98,42 @@ class SafetensorsCheckpoint:
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
         self._shards = self._open_shards(_shard_paths(folder))
+        self.arch = replace(self.arch, tie_word_embeddings=self._is_tied(folder))
         check_manifest(self.arch, self._shapes(), folder)
+
+    def _is_tied(self, folder: Path) -> bool:
+        """Whether the embedding is the LM head. The tensors decide, as in transformers: a config
+        may say that the two are tied although the file has another head, or the reverse."""
+        tied = self.arch.tie_word_embeddings
+        if LM_HEAD not in self._shards:
+            if not tied:
+                logger.warning(
+                    "%s: tie_word_embeddings is false, but there is no %s: the embedding is used "
+                    "in its place",
+                    folder,
+                    LM_HEAD,
+                )
+            return True
+        if tied and not self._same(LM_HEAD, EMBEDDING):
+            logger.warning(
+                "%s: tie_word_embeddings is true, but %s differs from %s and is used",
+                folder,
+                LM_HEAD,
+                EMBEDDING,
+            )
+            return False
+        return tied
+
+    def _same(self, name: str, other: str) -> bool:
+        """Whether two matrices are equal; true if one of them is not in the files."""
+        if name not in self._shards or other not in self._shards:
+            return True
+        left, right = (self._shards[each][1].get_slice(each) for each in (name, other))
+        if left.get_shape() != right.get_shape():
+            return False
+        starts = range(0, left.get_shape()[0], COMPARED_ROWS)
+        rows = (slice(start, start + COMPARED_ROWS) for start in starts)
+        return all(torch.equal(left[part].float(), right[part].float()) for part in rows)
 
     @staticmethod
     def _open_shards(paths: list[Path]) -> dict[str, tuple[Path, Any]]:
@@ -92,6 +141,7 @@ class SafetensorsCheckpoint:
         shards: dict[str, tuple[Path, Any]] = {}
         handle: Any
         for path in paths:
+            check_regular(path)
             try:
                 handle = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
@@ -155,9 +205,10 @@ def _indexed_shards(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError naming the file if it holds something else."""
+    """The JSON object in a file. ValueError naming the file if it holds something else, or more
+    than MAX_JSON bytes."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

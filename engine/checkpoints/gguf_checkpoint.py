@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,35 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from engine.checkpoints.arch import DEFAULT_ROPE_THETA, LlamaArch
-from engine.checkpoints.gguf_file import GGUFFile, GGUFTensor, read_gguf
-from engine.checkpoints.gguf_rope import ROPE_FREQS, llama3_scaling
+from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.config_values import integer
+from engine.checkpoints.gguf_file import GGUFFile, GGUFTensor
+from engine.checkpoints.gguf_groups import grouped
+from engine.checkpoints.gguf_parts import read_parts
+from engine.checkpoints.gguf_rope import ROPE_FREQS, rope_scaling
 from engine.checkpoints.manifest import check_manifest, expected_tensors
+from engine.checkpoints.rope_scaling import DEFAULT_ROPE_THETA
+from kernels.linear.grouped import GroupedWeight
 
 ARCHITECTURE = "llama"
-SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+SUPPORTED_TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
 UNQUANTISED = {"F32": np.float32, "F16": np.float16}
+
+# Keys that change the computation; Llamas have none of them, or zero.
+OTHER_ARITHMETIC = (
+    "llama.attention.clamp_kqv",
+    "llama.attention.scale",
+    "llama.attention.sliding_window",
+    "llama.attn_logit_softcapping",
+    "llama.embedding_scale",
+    "llama.expert_count",
+    "llama.final_logit_softcapping",
+    "llama.logit_scale",
+    "llama.residual_scale",
+)
 
 # `gguf.quants` works on 16 rows at a time; wide rows halve the loading time of a small model.
 ELEMENTS_PER_ROW = 2048
@@ -45,13 +67,19 @@ LAYER_NAMES = {
 
 
 class GGUFCheckpoint:
-    """A checked .gguf file (implements `Checkpoint`). Weights are memory mapped, read on use."""
+    """A checked model of one or several .gguf files (implements `Checkpoint`). Weights are memory
+    mapped, read on use."""
 
     def __init__(self, path: Path) -> None:
-        self._file = read_gguf(path)
-        _refuse_unsupported(self._file)
-        self._data = np.memmap(path, mode="r")  # [bytes] uint8
-        self._sources = {hf_name(name): tensor for name, tensor in self._file.tensors.items()}
+        parts = read_parts(path)
+        first = parts[0]
+        _refuse_unsupported(first)
+        for part in parts:
+            _check_tensors(part)
+        self._data = {part.path: np.memmap(part.path, mode="r") for part in parts}  # [bytes] uint8
+        stored = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+        self._file = replace(first, tensors=stored)
+        self._sources = {hf_name(name): tensor for name, tensor in stored.items()}
         freqs = self._sources.pop(ROPE_FREQS, None)
         factors = None if freqs is None else self._read(freqs).reshape(-1).tolist()
         try:
@@ -65,22 +93,37 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         tensor = self._read(self._sources[name])
-        if ".q_proj." in name:
-            return undo_rotary_permutation(tensor, self.arch.num_heads)
-        if ".k_proj." in name:
-            return undo_rotary_permutation(tensor, self.arch.num_kv_heads)
-        return tensor
+        num_heads = self._rotary_heads(name)
+        return tensor if num_heads is None else undo_rotary_permutation(tensor, num_heads)
 
-    def stored(self, name: str) -> Tensor:
-        return self.tensor(name)
+    def _rotary_heads(self, name: str) -> int | None:
+        """The heads of a tensor whose rows the file permutes, None for others."""
+        if ".q_proj." in name:
+            return self.arch.num_heads
+        return self.arch.num_kv_heads if ".k_proj." in name else None
+
+    def stored(self, name: str) -> Tensor | GroupedWeight:
+        source = self._sources[name]
+        kind = GGMLQuantizationType(source.type_id).name
+        weight = grouped(kind, self._bytes(source), source.shape)
+        if weight is None:
+            return self.tensor(name)
+        num_heads = self._rotary_heads(name)
+        if num_heads is None:
+            return weight
+        return weight.take(undo_rotary_permutation(torch.arange(len(weight)), num_heads))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in expected_tensors(self.arch):
             yield name, self.tensor(name)
 
+    def _bytes(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
+        data = self._data[tensor.path]
+        return data[tensor.offset : tensor.offset + _num_bytes(tensor)]
+
     def _read(self, tensor: GGUFTensor) -> Tensor:
         kind = GGMLQuantizationType(tensor.type_id)
-        raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
+        raw = self._bytes(tensor)
         if kind.name == "BF16":
             return torch.from_numpy(raw.copy()).view(torch.bfloat16).reshape(tensor.shape)
         if kind.name in UNQUANTISED:  # copied, because the mapped file is read-only
@@ -113,8 +156,8 @@ def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> Llam
     """The architecture, from the `llama.*` keys and the tensors that are present."""
     get = file.metadata.get
     hidden = _required(file, "llama.embedding_length")
-    num_heads = _required(file, "llama.attention.head_count")
-    head_dim = get("llama.attention.key_length", hidden // max(num_heads, 1))
+    num_heads = integer(file.metadata, "llama.attention.head_count")
+    head_dim = get("llama.attention.key_length", hidden // num_heads)
     rotated = get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ValueError(f"rotary embeddings over {rotated} of {head_dim} dimensions")
@@ -124,12 +167,12 @@ def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> Llam
         hidden_size=hidden,
         num_layers=_required(file, "llama.block_count"),
         num_heads=num_heads,
-        num_kv_heads=get("llama.attention.head_count_kv", num_heads),
+        num_kv_heads=integer(file.metadata, "llama.attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        intermediate_size=_required(file, "llama.feed_forward_length"),
+        intermediate_size=integer(file.metadata, "llama.feed_forward_length"),
         rms_norm_eps=_required(file, "llama.attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
-        rope_scaling=None if rope_factors is None else llama3_scaling(rope_factors, theta),
+        rope_scaling=rope_scaling(file.metadata, rope_factors, theta),
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
@@ -142,13 +185,12 @@ def _refuse_unsupported(file: GGUFFile) -> None:
     architecture = file.metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(f"{file.path}: architecture {architecture!r}; {ARCHITECTURE!r} is served")
-    if file.metadata.get("llama.expert_count", 0):
-        raise ValueError(f"{file.path}: mixtures of experts are not supported")
-    if file.metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{file.path} is split; join its parts with llama-gguf-split --merge")
-    scaling = file.metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or file.metadata.get("llama.rope.scale_linear", 1.0) != 1.0:
-        raise ValueError(f"{file.path}: rope scaling {scaling!r} is not supported")
+    for key in OTHER_ARITHMETIC:
+        if file.metadata.get(key, 0):
+            raise ValueError(f"{file.path}: {key} {file.metadata[key]!r} is not supported; 0 is")
+
+
+def _check_tensors(file: GGUFFile) -> None:
     for tensor in file.tensors.values():
         _check_tensor(file, tensor)
 

@@ -31,6 +31,7 @@ class GGUFTensor:
     type_id: int  # a GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
+    path: Path  # of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class _Header:
         places = [self._tensor_place() for _ in range(num_tensors)]
         base = self._aligned(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
         tensors = {
-            name: GGUFTensor(name, type_id, shape, base + offset)
+            name: GGUFTensor(name, type_id, shape, base + offset, self._path)
             for name, type_id, shape, offset in places
         }
         if len(tensors) != len(places):

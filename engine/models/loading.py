@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,16 @@ from engine.checkpoints.stored import ReadStored
 from engine.models.layers import (
     Attention,
     ColumnParallelLinear,
+    DecoderLayer,
     GatedMLP,
     RMSNorm,
     RowParallelLinear,
-    cos_sin_table,
 )
 from engine.models.place import Place
-from kernels.ops import LinearWeight
+from engine.models.rope import cos_sin_table
+from engine.models.weights import Part, with_zero_rows
+from kernels.linear.grouped import dense
+from kernels.ops import LayerCall, LayerWeights, LinearWeight
 
 ReadTensor = Callable[[str], Tensor]
 ALL = slice(None)
@@ -42,6 +45,39 @@ class LayerLoader:
         """A loader of blocks for up to `max_len` positions."""
         table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
         return cls(arch, read, place, table.to(place.device))
+
+    def decoder_layer(
+        self, layer: int, prefix: str, *, with_input_norm: bool = True
+    ) -> DecoderLayer:
+        """`layer` is its index in the KV cache."""
+        norm = self.norm(f"{prefix}.input_layernorm") if with_input_norm else None
+        parts = DecoderLayer(
+            input_norm=norm,
+            attention=self.attention(layer, f"{prefix}.self_attn"),
+            post_attention_norm=self.norm(f"{prefix}.post_attention_layernorm"),
+            mlp=self.mlp(f"{prefix}.mlp"),
+        )
+        return replace(parts, whole=self._whole(parts))
+
+    def _whole(self, parts: DecoderLayer) -> LayerCall | None:
+        """The layer as one call, if there is such an operation. Ranks that sum partial outputs
+        cannot use it."""
+        whole_layer = self.place.ops.whole_layer
+        if whole_layer is None or self.place.shard.size > 1:
+            return None
+        post = parts.post_attention_norm
+        weights = LayerWeights(
+            input_norm=None if parts.input_norm is None else parts.input_norm.weight,
+            post_norm=post.weight,
+            eps=post.eps,
+            qkv=parts.attention.qkv.weight,
+            output=parts.attention.output.weight,
+            gate_up=parts.mlp.gate_up.weight,
+            down=parts.mlp.down.weight,
+            cos_sin=self.cos_sin,
+            scale=parts.attention.scale,
+        )
+        return whole_layer(weights)
 
     def attention(self, layer: int, prefix: str) -> Attention:
         """`layer` is its index in the KV cache; `prefix` ends in `self_attn`."""
@@ -67,56 +103,43 @@ class LayerLoader:
         )
 
     def norm(self, name: str) -> RMSNorm:
-        weight = self.read(f"{name}.weight")[ALL].to(self.place.device, torch.float32)
-        return RMSNorm(weight, self.arch.rms_norm_eps)
+        return RMSNorm(self._vector(f"{name}.weight", ALL), self.arch.rms_norm_eps)
 
     def pack_rows(self, parts: Sequence[tuple[str, slice]], *, bias: bool = False) -> LinearWeight:
         """Stack the given rows (outputs) of each named layer into one packed weight."""
         num_rows = sum(rows.stop - rows.start for _, rows in parts)
-        weight = self._stack(parts, "weight", num_rows, self.place.dtype)
-        offset = self._stack(parts, "bias", num_rows, torch.float32) if bias else None
-        return self.place.ops.pack_linear(weight, offset)
+        weights = (self.read(f"{name}.weight")[rows] for name, rows in parts)
+        offset = None
+        if bias:
+            offset = torch.cat([self._vector(f"{name}.bias", rows) for name, rows in parts])
+        return self.place.packer.pack(weights, num_rows, offset)
 
     def pack_columns(self, name: str, columns: slice, *, bias: bool = False) -> LinearWeight:
         """The given columns (inputs) of a layer. Partial outputs are summed over ranks, so only
         rank 0 adds the bias."""
-        weight = self.read(f"{name}.weight")[ALL, columns].to(self.place.device, self.place.dtype)
-        offset = None
-        if bias and self.place.shard.rank == 0:
-            offset = self.read(f"{name}.bias")[ALL].to(self.place.device, torch.float32)
-        return self.place.ops.pack_linear(weight.contiguous(), offset)
+        weight = self.read(f"{name}.weight")[ALL, columns]
+        own = bias and self.place.shard.rank == 0
+        offset = self._vector(f"{name}.bias", ALL) if own else None
+        return self.place.packer.pack([weight], len(weight), offset)
 
     def pack_padded(self, name: str, num_rows: int, *, bias: bool = False) -> LinearWeight:
         """This rank's part of `num_rows` outputs, zeros after the end (see `Shard.padded`)."""
-        weight = self.padded(f"{name}.weight", num_rows, self.place.dtype)
-        offset = self.padded(f"{name}.bias", num_rows, torch.float32) if bias else None
-        return self.place.ops.pack_linear(weight, offset)
+        width = self.place.shard.padded_width(num_rows)
+        offset = None
+        if bias:
+            offset = dense(self._padded(f"{name}.bias", num_rows)).to(self.place.device)
+        return self.place.packer.pack([self._padded(f"{name}.weight", num_rows)], width, offset)
 
-    def padded(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """This rank's part of the rows of a tensor, not packed."""
+    def padded(self, name: str, num_rows: int) -> Tensor:
+        """This rank's part of the rows of a weight as plain numbers, not packed."""
+        return dense(self._padded(name, num_rows)).to(self.place.device, self.place.dtype)
+
+    def _padded(self, name: str, num_rows: int) -> Part:
         width, rows = self.place.shard.padded_width(num_rows), self.place.shard.padded(num_rows)
-        part = self.read(name)[rows]
-        if len(part) == width:
-            return part.to(self.place.device, dtype)
-        result = torch.zeros((width, *part.shape[1:]), dtype=dtype, device=self.place.device)
-        result[: len(part)].copy_(part)
-        return result
+        return with_zero_rows(self.read(name)[rows], width)
 
-    def _stack(
-        self, parts: Sequence[tuple[str, slice]], kind: str, num_rows: int, dtype: torch.dtype
-    ) -> Tensor:
-        """The stacked parts. Holds one part at a time besides the result."""
-        result, at = None, 0
-        for name, rows in parts:
-            part = self.read(f"{name}.{kind}")[rows]
-            if result is None:
-                shape = (num_rows, *part.shape[1:])
-                result = torch.empty(shape, dtype=dtype, device=self.place.device)
-            result[at : at + len(part)].copy_(part)
-            at += len(part)
-        assert result is not None
-        assert at == num_rows, "fewer rows than the configuration says"
-        return result
+    def _vector(self, name: str, items: slice) -> Tensor:
+        return dense(self.read(name)[items]).to(self.place.device, torch.float32)
 
 
 def _scaled(items: slice, width: int) -> slice:

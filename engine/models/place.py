@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.models.weights import WeightForm, WeightPacker
 from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
 from kernels.ops import Ops
@@ -16,7 +17,12 @@ class Place:
     """A rank's operations, dtype, device, shard and group. Loading needs no other rank."""
 
     ops: Ops
-    dtype: torch.dtype  # of weights and KV cache
+    dtype: torch.dtype  # of the KV cache, and of weights that are not quantised
     device: torch.device
     shard: Shard = WHOLE  # this rank's part of a model
     group: TPGroup = field(default_factory=TPGroup)  # the ranks that compute steps together
+    weights: WeightForm = "stored"
+
+    @property
+    def packer(self) -> WeightPacker:
+        return WeightPacker(self.ops, self.dtype, self.device, self.weights)

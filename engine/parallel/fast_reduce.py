@@ -4,11 +4,20 @@ Every rank reads all data of the others (one-shot), or reads a share, sums it an
 sums (two-shot), or lets the NVLink switch sum (multimem). Each is one kernel, takes a few
 microseconds and works inside CUDA graphs. NCCL sums all other tensors. This file has never run on
 several GPUs: it was written against the operations that torch 2.13 declares.
+
+Sums are accumulated in float32 and rounded to the tensor's type once. The switch does so by itself.
+torch's one-shot and two-shot kernels add in the type of their input, rank after rank, so bfloat16
+tensors are widened before them: twice the bytes instead of up to `size` - 1 roundings. NCCL rounds
+at every step of its ring.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +28,16 @@ ONE_SHOT_BYTES = 64 * 1024  # above, reading all data of all ranks costs more th
 ALIGNMENT = 16  # bytes that one thread reads at once
 NCCL, ONE_SHOT, TWO_SHOT, MULTIMEM = "nccl", "one-shot", "two-shot", "multimem"
 DTYPES = (torch.bfloat16, torch.float32)
+ACCUMULATED = torch.float32  # the type in which sums are added up
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-def choose(num_bytes: int, size: int, *, multicast: bool) -> str:
-    """How `size` ranks sum tensors of `num_bytes`."""
-    if num_bytes == 0 or num_bytes > MAX_BYTES or num_bytes % ALIGNMENT:
+def choose(x: Tensor, size: int, *, multicast: bool) -> str:
+    """How `size` ranks sum tensors like `x`."""
+    num_bytes = x.nbytes if multicast else x.numel() * ACCUMULATED.itemsize
+    if x.dtype not in DTYPES or num_bytes == 0 or num_bytes > MAX_BYTES or num_bytes % ALIGNMENT:
         return NCCL
     if multicast:
         return MULTIMEM
@@ -41,54 +53,103 @@ class SmallAllReduce:
         self._name = group.group_name
         self._size = group.size()
         self._is_first = group.rank() == 0
-        self._chosen: dict[int, str] = {}  # bytes -> how
-        self._multicast = False
-        self._buffers = self._share(group)
+        self._chosen: dict[tuple[int, torch.dtype], str] = {}
+        self._shared = share(_Symmetric(group), functools.partial(_all_agree, group))
 
     def fits(self, x: Tensor) -> bool:
         """Whether `x` is summed here rather than by NCCL. Logs the choice for each size once."""
-        return x.dtype in self._buffers and self._how(x) != NCCL
+        return bool(self._shared.buffers) and self._how(x) != NCCL
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The sum over ranks, as a new tensor of the shape of `x`, which must fit."""
+        """The sum over ranks, as a new tensor of the shape and type of `x`, which must fit."""
         how, ops = self._how(x), torch.ops.symm_mem
         total: Tensor
-        shared = self._buffers[x.dtype][: x.numel()]
-        if how == ONE_SHOT:
-            total = ops.one_shot_all_reduce_copy(shared, x.flatten(), "sum", self._name)
+        shared = self._shared.buffers[x.dtype if how == MULTIMEM else ACCUMULATED][: x.numel()]
+        shared.copy_(x.flatten())
+        if how == MULTIMEM:
+            total = ops.multimem_one_shot_all_reduce(shared, "sum", self._name)
+        elif how == ONE_SHOT:
+            total = ops.one_shot_all_reduce(shared, "sum", self._name)
         else:
-            shared.copy_(x.flatten())
-            if how == MULTIMEM:
-                total = ops.multimem_one_shot_all_reduce(shared, "sum", self._name)
-            else:
-                total = ops.two_shot_all_reduce_out(
-                    shared, "sum", self._name, torch.empty_like(shared)
-                )
-        return total.view(x.shape)
+            total = ops.two_shot_all_reduce_out(shared, "sum", self._name, torch.empty_like(shared))
+        return total.to(x.dtype).view(x.shape)
 
     def _how(self, x: Tensor) -> str:
-        how = self._chosen.get(x.nbytes)
+        how = self._chosen.get((x.numel(), x.dtype))
         if how is None:
-            how = choose(x.nbytes, self._size, multicast=self._multicast)
-            self._chosen[x.nbytes] = how
+            how = choose(x, self._size, multicast=self._shared.multicast)
+            self._chosen[x.numel(), x.dtype] = how
             if self._is_first:
-                logger.info("all-reduce of %d bytes: %s", x.nbytes, how)
+                logger.info("all-reduce of %d bytes of %s: %s", x.nbytes, x.dtype, how)
         return how
 
-    def _share(self, group: dist.ProcessGroup) -> dict[torch.dtype, Tensor]:
-        """A buffer per dtype that all ranks can access; no buffers on any rank if one fails."""
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Buffers that all ranks can access, by dtype; none if a rank could not have them."""
+
+    buffers: dict[torch.dtype, Tensor]
+    multicast: bool  # whether the switch can sum them, on every rank
+
+
+class SymmetricMemory(Protocol):
+    """Makes buffers that all ranks can access. Both methods raise RuntimeError or ImportError where
+    that is not possible."""
+
+    def allocate(self, dtype: torch.dtype) -> Tensor:
+        """A buffer of MAX_BYTES on this rank's GPU."""
+        ...
+
+    def meet(self, buffer: Tensor) -> bool:
+        """Open the buffers of the others: all ranks call it at the same time and wait for each
+        other. Returns whether the switch can sum them."""
+        ...
+
+
+def share(memory: SymmetricMemory, all_agree: Callable[[bool], bool]) -> Shared:
+    """Buffers for all DTYPES on every rank, or on none. `all_agree` tells whether every rank says
+    True. Ranks agree before each meeting, since one that stays away would let the others wait."""
+    nothing = Shared({}, multicast=False)
+    buffers = _tried(lambda: {dtype: memory.allocate(dtype) for dtype in DTYPES})
+    if not all_agree(buffers is not None) or buffers is None:
+        return nothing
+    multicast = True
+    for buffer in buffers.values():
+        summed = _tried(functools.partial(memory.meet, buffer))
+        if not all_agree(summed is not None):
+            return nothing
+        multicast = all_agree(bool(summed)) and multicast
+    return Shared(buffers, multicast)
+
+
+def _tried(attempt: Callable[[], T]) -> T | None:
+    """None, and a warning, where there is no symmetric memory."""
+    try:
+        return attempt()
+    except (RuntimeError, ImportError) as error:
+        logger.warning("no symmetric memory, NCCL sums tensors of all sizes: %s", error)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Symmetric:
+    """Implements `SymmetricMemory` with torch."""
+
+    group: dist.ProcessGroup
+
+    def allocate(self, dtype: torch.dtype) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric
 
         device = torch.device("cuda", torch.cuda.current_device())
-        buffers = {}
-        works = torch.ones(1, device=device)
-        try:
-            for dtype in DTYPES:
-                shared = symmetric.empty(MAX_BYTES // dtype.itemsize, dtype=dtype, device=device)
-                self._multicast = symmetric.rendezvous(shared, group).multicast_ptr != 0
-                buffers[dtype] = shared
-        except RuntimeError as error:
-            logger.warning("no symmetric memory, NCCL sums tensors of all sizes: %s", error)
-            works.zero_()
-        group.allreduce([works], dist.ReduceOp.MIN).wait()
-        return buffers if bool(works) else {}
+        return symmetric.empty(MAX_BYTES // dtype.itemsize, dtype=dtype, device=device)
+
+    def meet(self, buffer: Tensor) -> bool:
+        import torch.distributed._symmetric_memory as symmetric
+
+        return bool(symmetric.rendezvous(buffer, self.group).multicast_ptr != 0)
+
+
+def _all_agree(group: dist.ProcessGroup, agree: bool) -> bool:
+    answer = torch.tensor([int(agree)], device=torch.device("cuda", torch.cuda.current_device()))
+    group.allreduce([answer], dist.ReduceOp.MIN).wait()
+    return bool(answer)

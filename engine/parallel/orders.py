@@ -22,9 +22,16 @@ class LoadDraft(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     path: str
 
 
+class PrepareDraft(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
+    """Capture the next step with the head that was loaded last, or without a head if not `loaded`:
+    one order for each step, and one more."""
+
+    loaded: bool
+
+
 class UseDraft(msgspec.Struct, frozen=True, array_like=True, tag="use"):
     """From the next plan on, draft with the head that was loaded last, or without a head if not
-    `loaded`."""
+    `loaded`. `PrepareDraft` came before."""
 
     loaded: bool
 
@@ -48,7 +55,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """End the follower."""
 
 
-Order = RunStep | LoadDraft | UseDraft | DropDraft | OpenScratch | Stop
+Order = RunStep | LoadDraft | PrepareDraft | UseDraft | DropDraft | OpenScratch | Stop
 
 
 class Orders:
@@ -79,6 +86,9 @@ class Orders:
 
     def drop_draft(self) -> None:
         self._send(DropDraft())
+
+    def prepare_draft(self, *, loaded: bool) -> None:
+        self._send(PrepareDraft(loaded))
 
     def use_draft(self, *, loaded: bool) -> None:
         self._send(UseDraft(loaded))

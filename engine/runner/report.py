@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,11 +36,6 @@ class Report:
             [builder.echo(row) for row in rows],
         )
 
-    @property
-    def is_drafted(self) -> bool:
-        """Whether the proposer drafted for any row."""
-        return any(row.is_drafted for row in self.rows)
-
     def outcomes(self, outputs: StepOutputs) -> tuple[RowOutcome, ...]:
         """One outcome per row, from host outputs."""
         emitted = [tuple(t for t in row if t >= 0) for row in outputs.emitted.tolist()]
@@ -49,11 +45,15 @@ class Report:
         found = []
         for at, row in enumerate(self.rows):
             scores = next(echo)
+            unsound = scores is not None and any(math.isnan(entry.logprob) for entry in scores)
             if not row.samples:
-                found.append(RowOutcome(prompt_logprobs=scores))
+                found.append(RowOutcome(prompt_logprobs=scores, unsound=unsound))
                 continue
             logprobs = self._emitted(at, emitted[at], outputs)
-            outcome = RowOutcome(emitted[at], sizes[at] - 1, paths[at], logprobs, scores)
+            no_bonus = len(emitted[at]) == len(paths[at])
+            outcome = RowOutcome(
+                emitted[at], sizes[at] - 1, paths[at], logprobs, scores, unsound or no_bonus
+            )
             found.append(outcome)
         return tuple(found)
 

@@ -4,9 +4,10 @@ reports the outcome."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -49,6 +50,13 @@ class RunnerParts:
     steps: StepSettings
 
 
+class _Next(NamedTuple):
+    """What runs steps with another proposer."""
+
+    body: StepBody
+    steps: StepRunner
+
+
 class ModelRunner:
     """Implements `Executor` on one rank."""
 
@@ -76,16 +84,19 @@ class ModelRunner:
             max_len=parts.max_len,
             vocab_size=parts.vocab_size,
         )
-        self._steps = self._step_runner()
+        self._steps = self._step_runner(self._body)
+        self._next: _Next | None = None
         self._num_faults = 0  # trees that the current head could not grow
 
     @torch.inference_mode()
     def draft_with(self, proposer: Proposer) -> None:
         """Use another proposer from the next step on; no step may be in flight. Of running rows it
-        only gets the tokens that they commit from then on."""
-        context = replace(self._body.context, tap=proposer.tap)
-        self._body = replace(self._body, proposer=proposer, context=context)
-        self._steps = self._step_runner()
+        only gets the tokens that they commit from then on. Steps that `get_ready` has captured for
+        it are used."""
+        following, self._next = self._next, None
+        if following is None or following.body.proposer is not proposer:
+            following = self._following(proposer)
+        self._body, self._steps = following
         self._num_faults = 0
         proposer.admit(list(self._settings.requests))
 
@@ -93,9 +104,26 @@ class ModelRunner:
     def prepare(self, shapes: Sequence[TreeShape]) -> None:
         """Capture the decode steps with the trees that are likely to occur; call it before the
         first plan. The largest come first, so that smaller ones can share their memory."""
-        if isinstance(self._steps, DeviceSteps):
+        for _ in self._prepare(self._steps, shapes):
+            pass
+
+    @torch.inference_mode()
+    def get_ready(self, proposer: Proposer, shapes: Sequence[TreeShape]) -> Iterator[None]:
+        """Capture the same steps with another proposer, one with each item, before `draft_with`
+        uses it. Steps with the current proposer may run between the items."""
+        following = self._next = self._following(proposer)
+        yield from self._prepare(following.steps, shapes)
+
+    def _prepare(self, steps: StepRunner, shapes: Sequence[TreeShape]) -> Iterator[None]:
+        if isinstance(steps, DeviceSteps):
             for form in self._builder.likely_forms(dict.fromkeys((ROOT, *shapes))):
-                self._steps.prepare(form)
+                steps.prepare(form)
+                yield
+
+    def _following(self, proposer: Proposer) -> _Next:
+        context = replace(self._body.context, tap=proposer.tap)
+        body = replace(self._body, proposer=proposer, context=context)
+        return _Next(body, self._step_runner(body))
 
     def execute(self, plan: StepPlan) -> StepOutcome:
         return execute(self, plan)
@@ -114,16 +142,16 @@ class ModelRunner:
         with self._timed(laps):
             outputs = self._steps.launch(inputs, form, laps)
         report = Report.of(plan.rows, self._builder)
-        return Launched(plan, lambda: self._outcome(report, outputs, laps))
+        return Launched(plan, lambda: self._outcome(plan, report, outputs, laps))
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepOutcome:
         return launched.wait()
 
-    def _step_runner(self) -> StepRunner:
+    def _step_runner(self, body: StepBody) -> StepRunner:
         if self._parts.steps.exact:
-            return HostSteps(self._body)
-        return DeviceSteps(self._body, self._idle, graphs=self._parts.steps.graphs)
+            return HostSteps(body)
+        return DeviceSteps(body, self._idle, graphs=self._parts.steps.graphs)
 
     def _idle(self, form: StepForm) -> StepInputs:
         return self._builder.inputs(StepPlan(), form, TableChanges([], []))
@@ -153,11 +181,11 @@ class ModelRunner:
             at = torch.tensor(changes.places).to(tables.device)
             tables.view(-1)[at] = torch.tensor(changes.blocks, dtype=tables.dtype).to(tables.device)
 
-    def _outcome(self, report: Report, outputs: Outputs, laps: Laps) -> StepOutcome:
+    def _outcome(self, plan: StepPlan, report: Report, outputs: Outputs, laps: Laps) -> StepOutcome:
         """Wait for a step and return its outcome."""
         with self._timed(laps):
             here = outputs()
-        if report.is_drafted:
+        if plan.is_drafted:
             self._count_faults(int(here.faults.sum()))
         return StepOutcome(
             rows=report.outcomes(here),

@@ -7,6 +7,7 @@ the device and every shape follows from the form, so that a CUDA graph can captu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -17,10 +18,10 @@ from engine.models.interface import TargetModel
 from engine.runner.inputs import StepForm, StepInputs
 from engine.runner.laps import Laps
 from engine.runner.layout import Layout
-from engine.sampling.spread import SpreadLogits
+from engine.sampling.spread import SpreadLogits, edits_of, settings_of
 from engine.speculation.proposer import Drafted, DraftLimits, Proposer, Roots
 from engine.speculation.verify import commit, walk
-from engine.step.batch import ForwardContext
+from engine.step.batch import ForwardContext, logit_slices
 from engine.step.group import TPGroup
 from engine.step.plan import COMMIT, DRAFT, VERIFY
 from engine.step.shape import ROOT
@@ -33,7 +34,7 @@ from kernels.sampling.pipeline_reference import (
     Scores,
 )
 
-ECHO_TOKENS = 256  # prompt tokens scored at a time: bounds their logits to [256, V]
+Score = Callable[[Tensor, Tensor, int], Scores]  # as `SpreadLogits.score`
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,10 @@ class LineState:
         )
 
     def keep(self, lines: Tensor, root_positions: Tensor, result: VerifyResult) -> None:
-        """Store the bonus tokens of a step and their positions."""
+        """Store the bonus tokens of a step and their positions. A row without a bonus token ends,
+        but the next step may already be on its way: any token will do."""
         bonus = result.emitted.gather(1, result.num_accepted[:, None])[:, 0]
-        self.tokens.index_put_((lines,), bonus)
+        self.tokens.index_put_((lines,), bonus.clamp(min=0))
         self.positions.index_put_((lines,), root_positions + 1 + result.num_accepted)
 
     def count(self, inputs: StepInputs, result: VerifyResult) -> None:
@@ -187,28 +189,53 @@ class StepBody:
             block_tables=tables,
             temperatures=inputs.temperatures,
             seeds=inputs.seeds,
+            top_k=inputs.top_k,
+            top_p=inputs.top_p,
+            min_p=inputs.min_p,
         )
 
     def _limits(self, roots: Roots, form: StepForm) -> DraftLimits:
         reach = roots.block_tables.shape[1] * self.scratch.block_size
         if form.exact:
             reach = int(roots.positions.max()) + form.shape.slots_for(form.shape.num_nodes)
-        return DraftLimits(form.exact, form.any_sampled, reach, self.max_len)
+        return DraftLimits(form.exact, form.any_sampled, form.is_filtered, reach, self.max_len)
 
     def _verify(self, layout: Layout, hidden: Tensor) -> tuple[VerifyResult, Scores]:
-        """Draw the target's token at every node, then walk."""
+        """Draw the target's token at every node, LOGIT_ROWS nodes at a time, then walk."""
         inputs, form, context = layout.inputs, layout.form, self.context
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
             return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
-        local = self.model.logits(layout.at_nodes(hidden), context)
-        logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
-        settings = _draw_settings(layout)
-        drawn = logits.draw(settings, self._edits(layout, settings.positions))
-        result = walk(layout.tree, layout.nodes_of(drawn), context.ops)
+        nodes, settings = layout.at_nodes(hidden), _draw_settings(layout)
+        edits = self._edits(layout, settings.positions)
+        drawn = []
+        for some in logit_slices(len(nodes)):
+            logits = self._logits(nodes[some])
+            part = None if edits is None else edits_of(edits, some)
+            drawn.append(logits.draw(settings_of(settings, some), part))
+        result = walk(layout.tree, layout.nodes_of(torch.cat(drawn)), context.ops)
         if form.num_top < 0:
             return result, _no_scores(hidden)
-        return result, _emitted_scores(layout, logits, result)
+
+        def again(at: Tensor, tokens: Tensor, num_top: int) -> Scores:
+            return self._scores(nodes[at], tokens, num_top)
+
+        score = logits.score if len(drawn) == 1 else again
+        return result, _emitted_scores(layout, len(nodes), score, result)
+
+    def _logits(self, hidden: Tensor) -> SpreadLogits:
+        """Those after hidden states [R, H]."""
+        local = self.model.logits(hidden, self.context)
+        return SpreadLogits.of(local, self.vocab_size, self.context.group, self.context.ops)
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, num_top: int) -> Scores:
+        """Log-probabilities of the tokens [S] after hidden states [S, H], LOGIT_ROWS at a time."""
+        found = []
+        for some in logit_slices(len(hidden)):
+            logits = self._logits(hidden[some])
+            order = torch.arange(logits.num_rows, device=hidden.device)
+            found.append(logits.score(order, tokens[some], num_top))
+        return Scores(*(torch.cat(parts) for parts in zip(*map(_parts, found), strict=True)))
 
     def _edits(self, layout: Layout, positions: Tensor) -> LogitEdits | None:
         """The changes to the logits of all nodes, each with the history of its own path."""
@@ -231,19 +258,12 @@ class StepBody:
         return LogitEdits(positions, penalties, bias)
 
     def _echo(self, layout: Layout, hidden: Tensor) -> Scores:
-        """Log-probabilities of prompt tokens, ECHO_TOKENS at a time."""
-        inputs, form, context = layout.inputs, layout.form, self.context
+        """Log-probabilities of prompt tokens."""
+        inputs, form = layout.inputs, layout.form
         if form.num_echo == 0:
             return _no_scores(hidden)
         places = layout.tokens.cu[inputs.echo_rows] + inputs.echo_places
-        found = []
-        for first in range(0, form.num_echo, ECHO_TOKENS):
-            some = slice(first, first + ECHO_TOKENS)
-            local = self.model.logits(hidden[places[some]], context)
-            logits = SpreadLogits.of(local, self.vocab_size, context.group, context.ops)
-            order = torch.arange(len(local), device=local.device)
-            found.append(logits.score(order, inputs.echo_tokens[some], form.num_echo_top))
-        return Scores(*(torch.cat(parts) for parts in zip(*map(_parts, found), strict=True)))
+        return self._scores(hidden[places], inputs.echo_tokens, form.num_echo_top)
 
     def _commit(self, layout: Layout, slots: Tensor, result: VerifyResult) -> None:
         """Move the KV of accepted nodes, and store the drawn tokens."""
@@ -313,16 +333,16 @@ def _paths(layout: Layout) -> Tensor:
     return torch.stack([layout.of_node(tokens) for tokens in found], dim=1)
 
 
-def _emitted_scores(layout: Layout, logits: SpreadLogits, result: VerifyResult) -> Scores:
+def _emitted_scores(layout: Layout, num_nodes: int, score: Score, result: VerifyResult) -> Scores:
     """Log-probabilities of the emitted tokens, [B, max_depth + 1]; arbitrary where a row emits
     nothing or did not ask for them."""
     num_top = layout.form.num_top
-    at = (layout.nodes.cu[:-1, None] + result.path.clamp(min=0)).clamp(max=logits.num_rows - 1)
+    at = (layout.nodes.cu[:-1, None] + result.path.clamp(min=0)).clamp(max=num_nodes - 1)
     wanted = layout.inputs.scored[:, None] & (result.path >= 0)
     if not layout.form.exact:
-        found = logits.score(at.flatten(), result.emitted.clamp(min=0).flatten(), num_top)
+        found = score(at.flatten(), result.emitted.clamp(min=0).flatten(), num_top)
         return Scores(*(part.view(*wanted.shape, *part.shape[1:]) for part in _parts(found)))
-    found = logits.score(at[wanted], result.emitted[wanted], num_top)
+    found = score(at[wanted], result.emitted[wanted].clamp(min=0), num_top)
     return Scores(*(_where(wanted, part) for part in _parts(found)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ PROMPT = 8  # tokens in the cache before measuring
 REPEATS = 3
 ENOUGH = 0.15  # seconds per tree shape; slower steps are repeated less often
 ROW_COUNTS = (1, 4, 16, 64)
+PATIENCE = 5.0  # seconds of one step of each shape; if they take longer, more rows are not tried
 
+logger = logging.getLogger(__name__)
 replace = msgspec.structs.replace
 
 
@@ -56,11 +59,14 @@ class WarmUp:
     def steps(self, shapes: Sequence[TreeShape]) -> Generator[None, None, StepCosts]:
         """The same, one made-up step at a time, so that real steps can run in between."""
         seconds: dict[str, list[tuple[int, float]]] = {shape.name: [] for shape in shapes}
-        counts = self._row_counts(shapes)
-        rows = yield from self._start(max(counts))
-        for num_rows in counts:
+        rows: list[RowPlan] = []
+        for num_rows in self._row_counts(shapes):
+            if sum(measured[-1][1] for measured in seconds.values() if measured) > PATIENCE:
+                logger.warning("steps are slow: trees are measured for %d rows at most", len(rows))
+                break
+            rows += yield from self._start(len(rows), num_rows)
             for shape in shapes:
-                cost = yield from self._time(rows[:num_rows], shape)
+                cost = yield from self._time(rows, shape)
                 seconds[shape.name].append((num_rows, cost))
         execute(self.executor, StepPlan(released=tuple(row.line for row in rows)))
         return StepCosts(seconds)
@@ -83,12 +89,13 @@ class WarmUp:
     def _blocks_per_row(self) -> int:
         return blocks_per_row(self.max_model_len, self.block_size)
 
-    def _start(self, num_rows: int) -> Generator[None, None, list[RowPlan]]:
-        """Fill the cache with prompts; returns the rows without new blocks."""
+    def _start(self, first: int, last: int) -> Generator[None, None, list[RowPlan]]:
+        """Fill the cache with the prompts of rows [first, last); returns them without new
+        blocks."""
         params = SamplingParams(max_tokens=1 << 20, temperature=0.0)
         size = self._blocks_per_row
         rows, admissions = [], []
-        for number in range(num_rows):
+        for number in range(first, last):
             prompt = [(7 * number + 3 * i) % 97 + 3 for i in range(self._num_prompt)]
             request = Request(request_id=f"warm-up-{number}", prompt_ids=prompt, params=params)
             blocks = tuple(range(number * size, (number + 1) * size))
@@ -104,8 +111,8 @@ class WarmUp:
             )
             admissions.append(Admission(number, request))
         together = max(1, self.max_num_batched_tokens // self._num_prompt)
-        for first in range(0, num_rows, together):
-            part = slice(first, first + together)
+        for begin in range(0, len(rows), together):
+            part = slice(begin, begin + together)
             execute(
                 self.executor, StepPlan(rows=tuple(rows[part]), admitted=tuple(admissions[part]))
             )
@@ -146,10 +153,33 @@ class WarmUp:
         return min(self.max_model_len, self._blocks_per_row * self.block_size)
 
 
+def run_largest(executor: Executor, num_tokens: int, block_size: int) -> None:
+    """Compute a prompt of `num_tokens` tokens in one step, which scores them all. All blocks must
+    be free."""
+    params = SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, prompt_logprobs=1)
+    prompt = [3 + at % 97 for at in range(num_tokens)]
+    request = Request(request_id="warm-up", prompt_ids=prompt, params=params)
+    row = RowPlan(
+        line=0,
+        start=0,
+        token_ids=tuple(prompt),
+        first_block=0,
+        new_blocks=tuple(range(-(-num_tokens // block_size))),
+        samples=True,
+    )
+    execute(executor, StepPlan(rows=(row,), admitted=(Admission(0, request),)))
+    execute(executor, StepPlan(released=(0,)))
+
+
 def _after(rows: Sequence[RowPlan], outcome: StepOutcome) -> tuple[RowPlan, ...]:
-    """The rows after a step: the last emitted token is the next root."""
+    """The rows after a step: the last emitted token is the next root. A model with unsound logits
+    emits none, which requests will be told; here only times matter."""
     return tuple(
-        replace(row, start=row.start + len(result.emitted), token_ids=result.emitted[-1:])
+        replace(
+            row,
+            start=row.start + len(result.emitted),
+            token_ids=result.emitted[-1:] or row.token_ids,
+        )
         for row, result in zip(rows, outcome.rows, strict=True)
     )
 

@@ -18,6 +18,15 @@ from kernels.sampling.pipeline_reference import (
     Scores,
 )
 
+UNSOUND = -1  # stands for the token of a row whose logits are unsound
+
+
+def are_sound(logits: Tensor) -> Tensor:
+    """Whether each row of logits [R, V] has a highest one: [R] bool. A row with a NaN or +inf, or
+    with nothing finite, is unsound: no token is drawn from it, and its request ends with an error.
+    This is the rule for every backend, whose kernels take NaN differently."""
+    return logits.amax(dim=1).isfinite()
+
 
 @dataclass(frozen=True, slots=True)
 class SpreadLogits:
@@ -37,8 +46,9 @@ class SpreadLogits:
         return cls(own.contiguous(), sum(counts[: group.rank]), len(local), group, ops)
 
     def draw(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
-        """One token per row, [R] int64, the same on every rank. `settings` and `edits` are those
-        of all rows. A token depends only on its row's logits and parameters."""
+        """One token per row, [R] int64, the same on every rank; UNSOUND where the logits are.
+        `settings` and `edits` are those of all rows. A token depends only on its row's logits and
+        parameters."""
         mine = slice(self.first, self.first + len(self.own))
         if self.group.size == 1:
             return self._drawn(settings, edits)
@@ -51,13 +61,13 @@ class SpreadLogits:
 
     def score(self, at: Tensor, tokens: Tensor, num_top: int) -> Scores:
         """Log-probabilities of `tokens` [S], token s in row at[s], and of the best `num_top`
-        alternatives, before penalties and temperature."""
+        alternatives, before penalties and temperature. Those of unsound rows are NaN."""
         if self.group.size == 1:
-            return self.ops.score(self.own[at], tokens, num_top)
+            return self._scored(at, tokens, num_top)
         mine = (at >= self.first) & (at < self.first + len(self.own))
         if len(self.own):
             place = torch.where(mine, at - self.first, 0)
-            found = self.ops.score(self.own[place], tokens, num_top)
+            found = self._scored(place, tokens, num_top)
         else:
             found = Scores(
                 self.own.new_zeros(len(at)),
@@ -73,7 +83,12 @@ class SpreadLogits:
 
     def _drawn(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
         logits = self.own if edits is None else self.ops.edit_logits(self.own, edits)
-        return self.ops.draw(logits, settings)
+        return torch.where(are_sound(self.own), self.ops.draw(logits, settings), UNSOUND)
+
+    def _scored(self, rows: Tensor, tokens: Tensor, num_top: int) -> Scores:
+        logits = self.own[rows]
+        found = self.ops.score(logits, tokens, num_top)
+        return replace(found, chosen=torch.where(are_sound(logits), found.chosen, torch.nan))
 
 
 def row_counts(num_rows: int, size: int) -> list[int]:

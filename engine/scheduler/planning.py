@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.request import Sequence
+from engine.scheduler.pacing import PromptTime
 from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan
 from engine.step.shape import TreeShape
 
@@ -37,13 +38,33 @@ class RowDraft:
 class PlanDraft:
     """A plan in the making."""
 
-    def __init__(self, budget: int, num_decoding: int) -> None:
+    def __init__(self, budget: int, num_decoding: int, time: PromptTime | None = None) -> None:
+        """`time`: limits the prompt tokens besides the budget; None: only the budget does."""
         self.budget = budget
+        self._time = time
         self.num_decoding = num_decoding
         self.spare = budget - num_decoding  # for draft nodes, after one token for every root
         self.rows: dict[int, RowDraft] = {}  # by line
         self.admitted: dict[int, Admission] = {}
-        self.preempted_any = False
+        self.num_admitted_blocks = 0
+        self.preempted_any = False  # because blocks have run out
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the budget and the time allow more prompt tokens."""
+        return self.budget > 0 and (self._time is None or self._time.is_left)
+
+    def chunk(self, wanted: int, context: int) -> int:
+        """How many of the `wanted` prompt tokens after `context` others a row gets. The time that
+        they take is spent."""
+        return wanted if self._time is None else self._time.spend(wanted, context)
+
+    def admit(self, seq: Sequence, num_tokens: int) -> None:
+        """Add a row of a sequence that starts or starts over in this step."""
+        output_ids = tuple(seq.token_ids[seq.num_prompt :])
+        self.admitted[seq.line] = Admission(seq.line, seq.request, output_ids)
+        self.num_admitted_blocks += len(seq.block_ids)
+        self.add(seq, num_tokens)
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         self.rows[seq.line] = RowDraft(seq, num_tokens)
@@ -62,6 +83,7 @@ class PlanDraft:
             row.num_draft, row.found = 0, ()
 
     def take_out(self, seq: Sequence) -> None:
+        assert seq.line not in self.admitted, "the executor does not know the line yet"
         row = self.rows.pop(seq.line, None)
         if row is not None:
             self.budget += row.num_tokens + row.num_draft

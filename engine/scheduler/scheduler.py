@@ -1,8 +1,15 @@
 """Continuous batching with one rule: let `num_computed` of every sequence catch up with its length.
 
 Each step spends a budget of tokens in this order: decoding sequences (so that a long prompt never
-stops decoding), then running prompts, then new admissions. Within each group, and for preemption,
-the order is by importance: priority, then arrival, then submission.
+stops decoding), then running prompts, then new admissions; but a waiting sequence comes before
+running prompts of a larger priority. Among the running, the order is by rank: priority, then turn.
+Choice i of a request has its turn with the request that comes i requests later, so that many
+choices do not hold up others. `WaitingQueue` says who starts next, and engine/scheduler/
+preempting.py who gives way when blocks are missing, or lines for a more important one.
+
+A step costs the host a bounded time per running row and nothing per waiting one: only the next one
+is looked up in the prefix cache, its blocks are hashed once, and if blocks are missing it is not
+looked up again before some came free.
 
 Draft nodes get the budget that the roots leave, or half of it while prompts are to be computed, and
 blocks that nothing else needs in this step.
@@ -18,16 +25,21 @@ from dataclasses import dataclass
 
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, ErrorCode, Finished, TokenLogprob, Tokens
-from engine.request import FinishReason, Request, Sequence, Status
+from engine.request import FinishReason, Rank, Request, Sequence, Status
 from engine.scheduler.ahead import only, plan_ahead
 from engine.scheduler.drafts import DraftCounts, DraftRoom
+from engine.scheduler.pacing import PromptTime, StepTimes
 from engine.scheduler.planning import PlanDraft
-from engine.scheduler.waiting import Rank, WaitingQueue
+from engine.scheduler.preempting import choose_outranked, choose_victim
+from engine.scheduler.waiting import WaitingQueue
 from engine.speculation.lookup import Lookup, tree_name
-from engine.step.plan import Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape
 
-LONG_CONTEXT = 2048  # tokens of context from which attention dominates the time of a step
+ADMITTED_BLOCKS = 4096  # no more sequences start in a step whose new ones got as many blocks
+HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run
+OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
+UNSOUND_LOGITS = "the model's logits for the next token are NaN or infinite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,7 @@ class SchedulerLimits:
     max_num_seqs: int  # running sequences
     max_num_batched_tokens: int  # tokens in one step
     max_model_len: int  # prompt + output tokens of one sequence
+    token_time: float | None = None  # seconds: goal for steps that decode and compute prompts
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -68,7 +81,6 @@ class Scheduler:
         self._max_len = min(limits.max_model_len, kv.capacity)
         self._drafts = DraftRoom(kv, self._max_len, lookahead=0, lookup=None)
         self._live: dict[str, Sequence] = {}
-        self._ranks: dict[str, Rank] = {}
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # most important first
         self._free_lines = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -77,28 +89,37 @@ class Scheduler:
         self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
         self._counts = DraftCounts()
+        self._times = StepTimes()
         self._on_finish = on_finish
-        self._num_submitted = self._num_preemptions = self._num_steps = self._last_tokens = 0
+        # Waits for blocks. Nothing it needs can have come free until this is None again.
+        self._blocked: Sequence | None = None
+        self._num_requests = self._num_submitted = 0
+        self._num_preemptions = self._num_steps = self._last_tokens = 0
+        self._num_unsound = 0
         self._num_looked_back = 0  # cached tokens that were computed again
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. A request that can never run gets its `Finished` at once.
+    def submit(self, *requests: Request) -> None:
+        """Queue the requests for one prompt, which have one list of prompt ids. Requests that can
+        never run get their `Finished` at once.
 
         Raises:
-            ValueError: the id belongs to a live request.
+            ValueError: an id belongs to a live request.
         """
-        if request.request_id in self._live:
-            raise ValueError(f"request_id {request.request_id!r} is in use by a live request")
-        seq = Sequence.from_request(request)
-        self._live[request.request_id] = seq
-        self._num_submitted += 1
-        rank = (request.priority, request.arrival_time, self._num_submitted)
-        self._ranks[request.request_id] = rank
-        problem = self._impossible(request)
-        if problem is None:
-            self._waiting.push(rank, seq)
-        else:
-            self._finish(seq, FinishReason.ERROR, *problem)
+        new: set[str] = set()
+        for request in requests:
+            if request.request_id in self._live or request.request_id in new:
+                raise ValueError(f"request_id {request.request_id!r} is in use by a live request")
+            new.add(request.request_id)
+        problem = self._impossible(requests[0])
+        prompt_hashes: list[bytes] = []
+        for request in requests:
+            seq = Sequence.from_request(request)
+            seq.rank, seq.prompt_hashes = self._next_rank(request), prompt_hashes
+            self._live[request.request_id] = seq
+            if problem is None:
+                self._waiting.push(seq)
+            else:
+                self._finish(seq, FinishReason.ERROR, *problem)
 
     def abort(self, request_id: str) -> None:
         """End a request. An unknown id is no error: the request has just finished."""
@@ -126,6 +147,7 @@ class Scheduler:
             lookup: finds drafts in a sequence's own text, where they are better.
         """
         self._drafts = DraftRoom(self._kv, self._max_len, lookahead, lookup)
+        self._blocked = None
 
     @property
     def num_drafting(self) -> int:
@@ -135,16 +157,18 @@ class Scheduler:
     def schedule(self, shape: TreeShape = ROOT) -> StepPlan:
         """Choose the tokens of the next step and reserve their slots, and slots for draft trees of
         `shape` where there is room."""
-        draft = PlanDraft(self._limits.max_num_batched_tokens, len(self._decoding()))
+        draft = self._new_draft()
         missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
         if self._prompts_to_compute(missing):
             draft.spare //= 2  # so that trees do not hold up prompts
-        for decoding in (True, False):
-            for seq in list(self._running):
-                if (missing[seq.request_id] == 1) == decoding and seq.status is Status.RUNNING:
-                    self._plan_row(draft, seq, missing[seq.request_id])
-            if decoding:
-                self._drafts.set_aside(draft, self._running, shape)
+        before = list(self._running)
+        for seq in before:
+            if missing[seq.request_id] == 1 and seq.status is Status.RUNNING:
+                self._plan_row(draft, seq, 1)
+        self._drafts.set_aside(draft, self._running, shape)
+        for seq in before:
+            if missing[seq.request_id] > 1:
+                self._plan_prompt(draft, seq, missing[seq.request_id])
         if draft.preempted_any:
             draft.drop_drafts()
         else:
@@ -180,6 +204,10 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
+    def observe_time(self, plan: StepPlan, seconds: float) -> None:
+        """Learn how many seconds the step of a plan took."""
+        self._times.observe(plan, seconds)
+
     def living(self, plan: StepPlan, outcome: StepOutcome) -> tuple[StepPlan, StepOutcome]:
         """Drop rows that ended while the step was in flight: their results are neither sent nor
         counted. Their lines have no new sequence yet: only `schedule` gives lines away, and it is
@@ -203,6 +231,7 @@ class Scheduler:
             steps_by_tree=dict(self._counts.steps_by_tree),
             seconds_by_part=dict(self._counts.seconds_by_part),
             num_draft_faults=self._counts.num_faults,
+            num_unsound=self._num_unsound,
             draft_failed=self._counts.failed,
         )
 
@@ -210,21 +239,23 @@ class Scheduler:
         """Assert that sequences, queue and blocks are consistent."""
         self._kv.audit(self._running)
         assert len(self._live) == len(self._running) + len(self._waiting)
-        assert self._running == sorted(self._running, key=self._rank)
+        assert self._running == sorted(self._running, key=_rank)
         assert self._by_line == {seq.line: seq for seq in self._running}
         assert sorted([*self._by_line, *self._free_lines]) == list(range(self._limits.max_num_seqs))
         for seq in self._running:
             assert 0 <= seq.num_computed < len(seq.token_ids)
             assert len(seq.block_ids) >= self._kv.blocks_for(seq.num_computed)
 
-    def _rank(self, seq: Sequence) -> Rank:
-        return self._ranks[seq.request_id]
+    def _next_rank(self, request: Request) -> Rank:
+        self._num_submitted += 1
+        self._num_requests += request.choice == 0
+        return request.priority, self._num_requests + request.choice, self._num_submitted
 
-    def _impossible(self, request: Request) -> tuple[str, ErrorCode | None] | None:
+    def _impossible(self, request: Request) -> tuple[str, ErrorCode] | None:
         """Why this request can never run, even alone; None if it can."""
         num_prompt = len(request.prompt_ids)
         if num_prompt == 0:
-            return "the prompt is empty", None
+            return "the prompt is empty", ErrorCode.INVALID
         if num_prompt + min(request.params.max_tokens, 1) > self._max_len:
             return (
                 f"This model's maximum context length is {self._max_len} tokens, but the prompt "
@@ -232,20 +263,28 @@ class Scheduler:
                 ErrorCode.CONTEXT_LENGTH,
             )
         unknown = self._unknown_id(request)
-        return None if unknown is None else (unknown, None)
+        return None if unknown is None else (unknown, ErrorCode.INVALID)
 
     def _unknown_id(self, request: Request) -> str | None:
-        """An error for the first token id outside the vocabulary: it would fail a whole step."""
+        """An error for a token id outside the vocabulary: it would fail a whole step."""
         params = request.params
         for name, ids in (
             ("prompt_ids", request.prompt_ids),
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
         ):
-            for token_id in ids:
+            for token_id in (min(ids, default=0), max(ids, default=0)):
                 if not 0 <= token_id < self._vocab_size:
                     return f"{name} has token id {token_id}; ids end at {self._vocab_size - 1}"
         return None
+
+    def _new_draft(self) -> PlanDraft:
+        """An empty plan. Beside decoding rows, prompts get only so much time that these reach the
+        goal for their tokens."""
+        num_decoding, goal = len(self._decoding()), self._limits.token_time
+        room = self._times.room(goal) if num_decoding and goal is not None else None
+        limit = None if room is None else PromptTime(self._times, room)
+        return PlanDraft(self._limits.max_num_batched_tokens, num_decoding, limit)
 
     def _decoding(self) -> list[Sequence]:
         """Running sequences of which only the newest token is not computed."""
@@ -256,29 +295,42 @@ class Scheduler:
         return self._may_start() or any(count > 1 for count in missing.values())
 
     def _may_start(self) -> bool:
-        """Whether a sequence waits and a line is free."""
-        return bool(self._waiting) and bool(self._free_lines)
+        """Whether a sequence waits that could get a line, and is not known to lack blocks."""
+        best = self._waiting.best_priority
+        if best is None or self._is_blocked():
+            return False
+        return bool(self._free_lines) or choose_outranked(self._running, best, 0) is not None
+
+    def _is_blocked(self) -> bool:
+        """Whether the next waiting sequence was refused blocks, and nothing has changed for it."""
+        seq = self._blocked
+        if seq is None or self._waiting.peek() is not seq:
+            return False
+        return not (_uses_prefix_cache(seq) and self._kv.may_match_more(seq))
+
+    def _plan_prompt(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
+        """Plan a chunk of a running prompt, after the waiting ones that are more important."""
+        if not draft.preempted_any:
+            self._admit(draft, above=seq)
+        if seq.status is Status.RUNNING and seq.line not in draft.rows:
+            self._plan_row(draft, seq, missing)
 
     def _plan_row(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
         """Plan as much of a running sequence as the budget allows; preempt if slots are missing."""
-        num_tokens = min(missing, self._chunk(draft, seq))
+        num_tokens = min(missing, draft.budget)
+        if missing > 1:
+            num_tokens = draft.chunk(num_tokens, seq.num_computed)
         if num_tokens == 0:
             return
         while not self._kv.reserve(seq, self._drafts.slots(seq, num_tokens)):
             if self._reclaim(draft):
                 continue
-            victim = self._running[-1]
+            victim = choose_victim(self._running)
+            draft.preempted_any = True
             self._preempt(draft, victim)
             if victim is seq:
                 return
         draft.add(seq, num_tokens)
-
-    def _chunk(self, draft: PlanDraft, seq: Sequence) -> int:
-        """How many tokens of this sequence the step may compute. A token costs more after a longer
-        context, so chunks of long contexts are smaller while other sequences decode."""
-        if draft.num_decoding == 0 or seq.num_computed <= LONG_CONTEXT:
-            return draft.budget
-        return min(draft.budget, max(1, draft.budget * LONG_CONTEXT // seq.num_computed))
 
     def _reclaim(self, draft: PlanDraft) -> bool:
         """Free blocks that sequences hold only for draft nodes of earlier steps."""
@@ -288,58 +340,84 @@ class Scheduler:
             self._kv.trim(seq, self._drafts.slots(seq, 0 if row is None else row.num_tokens))
         return self._kv.num_free > num_free
 
-    def _admit(self, draft: PlanDraft) -> None:
+    def _admit(self, draft: PlanDraft, above: Sequence | None = None) -> None:
         """Start waiting sequences in order, while there are lines, budget and blocks. If one does
-        not fit, it keeps its place and none after it starts."""
-        while draft.budget and self._free_lines:
+        not fit, it keeps its place and none after it starts.
+
+        Args:
+            above: start only sequences of a smaller priority than that of this one.
+        """
+        while draft.takes_prompts and draft.num_admitted_blocks < ADMITTED_BLOCKS:
+            best = self._waiting.best_priority
+            if best is None or (above is not None and best >= above.rank[0]):
+                return
+            if self._is_blocked() or not (self._free_lines or self._make_way(draft, best, 0)):
+                return
             seq = self._waiting.peek()
-            if seq is None:
+            assert seq is not None
+            if not self._is_hashed(seq):
                 return
             cached = self._give_first_blocks(draft, seq)
-            if cached is None:
-                if self._reclaim(draft):
-                    continue
+            if cached is not None:
+                self._waiting.pop()
+                self._start(draft, seq, cached)
+            elif not (self._reclaim(draft) or self._make_way(draft, best, seq.num_lacking_blocks)):
+                self._blocked = seq
                 return
-            looked_back = min(cached, self._drafts.lookahead)
-            self._num_looked_back += looked_back
-            cached -= looked_back
-            self._waiting.pop()
-            self._start(seq, cached)
-            output_ids = tuple(seq.token_ids[seq.num_prompt :])
-            draft.admitted[seq.line] = Admission(seq.line, seq.request, output_ids)
-            draft.add(seq, min(len(seq.token_ids) - cached, draft.budget))
+
+    def _is_hashed(self, seq: Sequence) -> bool:
+        """Whether a sequence can be looked up in the prefix cache; a long one is hashed in several
+        steps, so that no running row waits for it."""
+        if not self._running or not _uses_prefix_cache(seq):
+            return True
+        return self._kv.hash_prefix(seq, HASHED_BLOCKS)
+
+    def _make_way(self, draft: PlanDraft, priority: int, num_lacking: int) -> bool:
+        """Preempt a sequence of a larger priority than this; False if there is none, or all of them
+        together do not hold `num_lacking` blocks."""
+        victim = choose_outranked(self._running, priority, num_lacking)
+        if victim is not None:
+            self._preempt(draft, victim)
+        return victim is not None
 
     def _give_first_blocks(self, draft: PlanDraft, seq: Sequence) -> int | None:
         """The number of tokens found in the prefix cache; None if there are too few blocks."""
         return self._kv.start(
             seq,
             draft.budget,
-            match=seq.request.params.prompt_logprobs is None,
+            match=_uses_prefix_cache(seq),
             # one spare block per running row, so that growth does not preempt it at once
             spare=len(self._running),
             lookahead=min(self._drafts.lookahead, self._max_len - len(seq.token_ids)),
         )
 
-    def _start(self, seq: Sequence, cached: int) -> None:
+    def _start(self, draft: PlanDraft, seq: Sequence, cached: int) -> None:
+        """Let a sequence run whose first blocks hold `cached` computed tokens."""
+        looked_back = min(cached, self._drafts.lookahead)
+        self._num_looked_back += looked_back
+        cached -= looked_back
+        seq.own_tokens()
         seq.status = Status.RUNNING
         seq.num_computed = cached
         seq.line = self._free_lines.pop()
         self._by_line[seq.line] = seq
+        missing = len(seq.token_ids) - cached
         if seq.first_scheduled_time is None:
             seq.first_scheduled_time = self._clock()
             seq.num_cached = cached
-        bisect.insort(self._running, seq, key=self._rank)
+            self._waiting.charge(seq.request.client, missing)
+        bisect.insort(self._running, seq, key=_rank)
+        draft.admit(seq, max(1, draft.chunk(min(missing, draft.budget), cached)))
 
     def _preempt(self, draft: PlanDraft, seq: Sequence) -> None:
         """Free a sequence's blocks; later it starts over from the prefix that is still cached."""
-        draft.preempted_any = True
         draft.take_out(seq)
         self._stop_running(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0
         seq.num_preemptions += 1
         self._num_preemptions += 1
-        self._waiting.push(self._rank(seq), seq)
+        self._waiting.push(seq)
 
     def _stop_running(self, seq: Sequence) -> None:
         self._running.remove(seq)
@@ -350,9 +428,13 @@ class Scheduler:
             self._drafts.lookup.forget(seq.line)
         self._prompt_scores.pop(seq.request_id, None)
         self._kv.release(seq)
+        self._blocked = None
 
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
         """Account for a computed chunk and the tokens emitted after it."""
+        if result.unsound:
+            self._end_unsound(seq, result)
+            return
         seq.num_computed += len(row.token_ids)
         # A preempted sequence computes its prompt again, but clients get its scores only once.
         if result.prompt_logprobs is not None and seq.num_output == 0:
@@ -362,6 +444,7 @@ class Scheduler:
             return
         kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
         seq.token_ids += kept
+        self._waiting.charge(seq.request.client, OUTPUT_WEIGHT * len(kept))
         seq.num_computed += max(len(kept) - 1, 0)  # accepted draft tokens have their KV already
         self._count_draft(seq, result, len(kept))
         if kept and seq.first_token_time is None:
@@ -371,6 +454,21 @@ class Scheduler:
         scores = self._prompt_scores.pop(seq.request_id, None)
         self._events.append(Tokens(seq.request_id, kept, logprobs, scores))
         if reason is not None:
+            self._finish(seq, reason)
+
+    def _end_unsound(self, seq: Sequence, result: RowOutcome) -> None:
+        """End a sequence that the model has no sound logits for. Tokens drawn before are sent; its
+        blocks may hold NaN, too, so no other prompt may find them."""
+        self._num_unsound += 1
+        kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
+        if kept:
+            seq.token_ids += kept
+            logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
+            self._events.append(Tokens(seq.request_id, kept, logprobs))
+        self._kv.forget(seq)
+        if reason is None:
+            self._finish(seq, FinishReason.ERROR, UNSOUND_LOGITS, ErrorCode.UNSOUND)
+        else:
             self._finish(seq, reason)
 
     def _count_draft(self, seq: Sequence, result: RowOutcome, num_kept: int) -> None:
@@ -391,8 +489,9 @@ class Scheduler:
             self._stop_running(seq)
         elif seq in self._waiting:
             self._waiting.remove(seq)
+            self._blocked = None
         seq.status = Status.FINISHED
-        del self._live[seq.request_id], self._ranks[seq.request_id]
+        del self._live[seq.request_id]
         if self._on_finish is not None:
             self._on_finish(seq, reason)
         self._events.append(
@@ -412,6 +511,15 @@ class Scheduler:
                 error_code=code,
             )
         )
+
+
+def _rank(seq: Sequence) -> Rank:
+    return seq.rank
+
+
+def _uses_prefix_cache(seq: Sequence) -> bool:
+    """Whether cached tokens help: scores of prompt tokens need every one of them computed."""
+    return seq.request.params.prompt_logprobs is None
 
 
 def cut_emitted(

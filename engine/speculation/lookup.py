@@ -218,7 +218,7 @@ class Lookup:
 
 def tree_name(plan: StepPlan) -> str:
     """The name under which a step's trees are counted: the head's shape, `lookup` or `root`."""
-    if any(row.is_drafted for row in plan.rows):
+    if plan.is_drafted:
         return plan.shape.name
     return NAME if any(row.draft for row in plan.rows) else ROOT.name
 

@@ -144,7 +144,7 @@ class AdaptivePlanner:
         return self._probing(current)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        if any(row.is_drafted for row in plan.rows):
+        if plan.is_drafted:
             self._since_drafts = 0
         shape = next((shape for shape in self._shapes if shape == plan.shape), ROOT)
         for row, result in zip(plan.rows, outcome.rows, strict=True):

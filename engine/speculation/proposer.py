@@ -25,6 +25,9 @@ class Roots:
     block_tables: Tensor  # [B, max_blocks] int32
     temperatures: Tensor  # [B] float32, 0 is greedy
     seeds: Tensor  # [B] int64, the bits of the unsigned seed
+    top_k: Tensor  # [B] int64, the vocabulary size when off
+    top_p: Tensor  # [B] float32, 1 when off
+    min_p: Tensor  # [B] float32, 0 when off
 
     def rows(self, which: Tensor) -> Roots:
         """A selection of the rows."""
@@ -37,6 +40,7 @@ class DraftLimits:
 
     exact: bool  # the host may read values, and leaves out rows that do not draft
     any_sampled: bool  # False promises that all rows are greedy
+    is_filtered: bool  # False promises that no row has top-k, top-p or min-p
     max_context: int  # all positions in the cache are below it
     max_len: int  # positions of a sequence: all are below it
 

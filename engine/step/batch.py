@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,14 @@ from torch import Tensor
 from engine.kv.storage import KVStorage
 from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
+
+LOGIT_ROWS = 512  # rows of logits at a time: bounds them to [512, V]
+
+
+def logit_slices(num_rows: int) -> Iterator[slice]:
+    """All of `num_rows` rows, LOGIT_ROWS at a time; one empty slice of none."""
+    for first in range(0, max(num_rows, 1), LOGIT_ROWS):
+        yield slice(first, min(first + LOGIT_ROWS, num_rows))
 
 
 @dataclass(frozen=True, slots=True)

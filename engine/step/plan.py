@@ -76,6 +76,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         return sum(len(row.token_ids) + row.num_draft for row in self.rows)
 
     @property
+    def is_drafted(self) -> bool:
+        """Whether the proposer may draft for any row."""
+        return any(row.is_drafted for row in self.rows)
+
+    @property
     def only_decodes(self) -> bool:
         """Whether every row's only token is its root, so that the step computes no prompt."""
         return all(row.samples and len(row.token_ids) == 1 for row in self.rows)
@@ -85,6 +90,9 @@ class RowOutcome(msgspec.Struct, frozen=True, array_like=True):
     """The result of one row: accepted tokens and the bonus token; nothing if it did not sample.
 
     `prompt_logprobs` covers the prompt tokens that this step predicted (positions start + 1 ..).
+    `unsound`: the model's logits have a NaN or +inf, or nothing finite, at the node that the walk
+    came to, or at a prompt token that was to be scored. Then there is no bonus token, and the
+    request cannot go on.
     """
 
     emitted: tuple[int, ...] = ()
@@ -92,6 +100,7 @@ class RowOutcome(msgspec.Struct, frozen=True, array_like=True):
     path: tuple[int, ...] = ()  # accepted nodes, from the root down
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    unsound: bool = False
 
 
 class StepOutcome(msgspec.Struct, frozen=True, array_like=True):

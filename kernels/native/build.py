@@ -12,8 +12,10 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,12 +27,14 @@ PACKAGE = Path(__file__).resolve().parent.parent
 SOURCES = (
     "native/pool.cpp",
     "linear/native_kernel.cpp",
+    "linear/group_native.cpp",
     "norm/native_kernel.cpp",
     "rope/native_kernel.cpp",
     "attention/native_kernel.cpp",
     "kv/native_kernel.cpp",
     "activation/native_kernel.cpp",
     "sampling/native_kernel.cpp",
+    "layer/native_kernel.cpp",
 )
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
@@ -39,6 +43,7 @@ NO_COMPILER = (
     "(pip install ziglang)"
 )
 TIMEOUT = 300  # seconds for one compilation
+ROOM = 8 * 2**20  # bytes, more than a library has
 LOCAL = ("-march=native",)
 PREBUILT = PACKAGE / "native" / "prebuilt"
 
@@ -63,10 +68,12 @@ AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 X86_VARIANTS = (  # the best first
     Variant(
         "amx",
-        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-        AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
     ),
+    Variant("avx512vnni", ("-march=x86-64-v4", "-mavx512vnni"), AVX512 | {"avx512_vnni"}),
     Variant("avx512", ("-march=x86-64-v4",), AVX512),
+    Variant("avxvnni", ("-march=x86-64-v3", "-mavxvnni"), AVX2 | {"avx_vnni"}),
     Variant("avx2", ("-march=x86-64-v3",), AVX2),
     Variant("sse2", ("-march=x86-64",), frozenset()),
 )
@@ -80,19 +87,67 @@ def variants() -> tuple[Variant, ...]:
 
 def build_library(cache_dir: Path, prebuilt: Path = PREBUILT) -> Path:
     """The library for this machine: from the cache, or compiled now; without a compiler, the best
-    one that was compiled ahead.
+    one that was compiled ahead. Where the cache cannot be written to, a private folder among the
+    temporary files takes its place.
 
     Raises:
         NativeUnavailableError: no compiler and nothing compiled ahead, or the compiler failed.
     """
     target = cache_dir / "kernels" / f"aerie-{_key()}.so"
-    if target.is_file():
+    if os.path.isfile(target):  # False, too, where it may not be looked up
         return target
     compiler = find_compiler()
     if compiler is None:
         return find_prebuilt(prebuilt)
-    _compile(compiler, LOCAL, target)
+    problem = _why_unusable(target.parent)
+    if problem is not None:
+        folder = private_folder()
+        _warn_once(problem, folder)
+        target = folder / target.name
+    if not target.is_file():
+        _compile(compiler, LOCAL, target)
     return target
+
+
+@functools.cache
+def _warn_once(problem: str, folder: Path) -> None:
+    logger.warning(
+        "files.dir cannot be used (%s): the compiled kernels are kept in %s instead, which may be "
+        "emptied at any time",
+        *(problem, folder),
+    )
+
+
+def private_folder() -> Path:
+    """A folder that only this user can write to, the same one at every start.
+
+    Raises:
+        NativeUnavailableError: there is none to be had.
+    """
+    folder = Path(tempfile.gettempdir()) / f"aerie-kernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise NativeUnavailableError(f"no folder for compiled kernels: {error}") from error
+    # Whoever else could write there could have us run their code.
+    others = stat.S_IWGRP | stat.S_IWOTH
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & others:
+        raise NativeUnavailableError(f"{folder} is not this user's own folder")
+    if problem := _why_unusable(folder):
+        raise NativeUnavailableError(f"no folder for compiled kernels: {problem}")
+    return folder
+
+
+def _why_unusable(folder: Path) -> str | None:
+    """Why a library cannot be written to `folder`; None if it can. Makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, ROOM)
+    except OSError as error:
+        return f"{folder}: {error.strerror or error}"
+    return None
 
 
 def find_prebuilt(folder: Path) -> Path:

@@ -21,6 +21,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_linear_bf16_amx": (P, I, I, P, I, P, P),
     "aerie_embedding_bf16": (P, I, P, I, P),
     "aerie_embedding_f32": (P, I, P, I, P),
+    "aerie_pack_groups": (I, I, I, P, P, P, I, I, P),
+    "aerie_linear_groups": (I, I, I, I, P, I, I, P, I, P, P, I),
+    "aerie_embedding_groups": (I, I, I, I, P, I, P, I, P),
+    "aerie_decoder_layer": (P, P, P, P, P, P, P),
     "aerie_rms_norm": (P, P, P, I, I, R, P),
     "aerie_rope_kv_write_bf16": (P, I, I, I, I, P, P, P, P, P, P),
     "aerie_rope_kv_write_f32": (P, I, I, I, I, P, P, P, P, P, P),
@@ -29,6 +33,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_attention_f32": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_kv_move": (P, I, I, P, P, I),
     "aerie_silu_and_mul": (P, I, I, P),
+    "aerie_add_noise": (P, P, P, P, P, P, P, I, I, P),
     "aerie_gumbel_argmax": (P, P, I, I, P),
     "aerie_argmax": (P, I, I, P),
     "aerie_logsumexp": (P, I, I, P),
@@ -57,6 +62,12 @@ class NativeLibrary:
         function.argtypes = (P, *SIGNATURES[name])
         function.restype = None
         return function
+
+    def address(self, name: str) -> int:
+        """Where a function lies, for structures that point to it."""
+        address = ctypes.cast(getattr(self._library, name), P).value
+        assert address is not None
+        return address
 
     def number(self, name: str, *arguments: int) -> int:
         """Call a function that takes and returns integers and needs no pool."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.linear.grouped import GroupedWeight
+from kernels.native.layer import SUFFIXES, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
-from kernels.ops import AttentionMeta, Backend, LinearWeight
-
-SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-MAX_HEAD_DIM = 256
-MAX_GROUP = 32  # query heads per KV head
+from kernels.ops import AttentionMeta, Backend, LayerCall, LayerWeights, LinearWeight
+from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.reference import noise_keys
 
 
 class NativeOps:
@@ -29,32 +29,67 @@ class NativeOps:
         backend = Backend("native", "amx" if amx else None)
         self.backends = dict.fromkeys(("linear", "attention"), backend)
         self._pool = library.pool
-        self._dtype, self._suffix = storage_dtype, suffix
+        self._dtype, self._suffix, self._tiles = storage_dtype, suffix, tiles
         self._pack = library.call(f"aerie_pack_{suffix}")
         self._linear = library.call(f"aerie_linear_{suffix}{tiles}")
         self._embedding = library.call(f"aerie_embedding_{suffix}")
+        self._pack_groups = library.call("aerie_pack_groups")
+        self._linear_groups = library.call("aerie_linear_groups")
+        self._embedding_groups = library.call("aerie_embedding_groups")
         self._rms_norm = library.call("aerie_rms_norm")
         self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
         self._attention = library.call(f"aerie_attention_{suffix}{tiles}")
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
+        self._add_noise = library.call("aerie_add_noise")
         self._argmax = library.call("aerie_argmax")
         self._logsumexp = library.call("aerie_logsumexp")
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearWeight:
+    def pack_linear(self, weight: Tensor | GroupedWeight, bias: Tensor | None) -> LinearWeight:
+        bias = None if bias is None else bias.float().contiguous()
+        if isinstance(weight, GroupedWeight):
+            return self._pack_grouped(weight, bias)
         weight = weight.to(self._dtype).contiguous()
         N, K = weight.shape
         size = self.library.number(f"aerie_packed_elements_{self._suffix}", N, K)
         packed = torch.empty(size, dtype=self._dtype)
         self._pack(self._pool, weight.data_ptr(), N, K, packed.data_ptr())
-        bias = None if bias is None else bias.float().contiguous()
         return LinearWeight(packed, bias, N, K)
+
+    def _pack_grouped(self, weight: GroupedWeight, bias: Tensor | None) -> LinearWeight:
+        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+        minimums = None if weight.minimums is None else weight.minimums.contiguous()
+        (N, K), layout = codes.shape, weight.layout
+        packed = torch.empty(
+            self.library.number("aerie_packed_bytes_groups", *layout, N, K), dtype=torch.uint8
+        )
+        self._pack_groups(
+            self._pool,
+            *layout[:3],
+            codes.data_ptr(),
+            scales.data_ptr(),
+            pointer(minimums),
+            N,
+            K,
+            packed.data_ptr(),
+        )
+        return LinearWeight(packed, bias, N, K, layout)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         x = x.contiguous()
+        out = torch.empty(len(x), weight.all_features)
+        if weight.layout is None:
+            self._multiply(x, weight, out)
+            return out
+        first = 0
+        for part in (weight, *weight.more):
+            self._multiply_groups(x, part, out, first)
+            first += part.out_features
+        return out
+
+    def _multiply(self, x: Tensor, weight: LinearWeight, out: Tensor) -> None:
         M, K = x.shape
-        out = torch.empty(M, weight.out_features)
         self._linear(
             self._pool,
             x.data_ptr(),
@@ -65,13 +100,33 @@ class NativeOps:
             pointer(weight.bias),
             out.data_ptr(),
         )
-        return out
+
+    def _multiply_groups(self, x: Tensor, weight: LinearWeight, out: Tensor, first: int) -> None:
+        """Write the outputs of a quantised weight to the columns of `out` from `first` on."""
+        assert weight.layout is not None
+        M, K = x.shape
+        self._linear_groups(
+            self._pool,
+            *weight.layout,
+            x.data_ptr(),
+            M,
+            K,
+            weight.data.data_ptr(),
+            weight.out_features,
+            pointer(weight.bias),
+            out.data_ptr() + first * out.element_size(),
+            out.stride(0),
+        )
 
     def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
         token_ids = token_ids.contiguous()
         out = torch.empty(len(token_ids), weight.in_features)
-        self._embedding(
+        call, layout = self._embedding, weight.layout or ()
+        if weight.layout is not None:
+            call = self._embedding_groups
+        call(
             self._pool,
+            *layout,
             token_ids.data_ptr(),
             len(token_ids),
             weight.data.data_ptr(),
@@ -79,6 +134,9 @@ class NativeOps:
             out.data_ptr(),
         )
         return out
+
+    def whole_layer(self, weights: LayerWeights) -> LayerCall:
+        return NativeLayer(self.library, weights, self._dtype, self._tiles)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)
@@ -132,12 +190,7 @@ class NativeOps:
     ) -> Tensor:
         T, num_heads, head_dim = q.shape
         block_size, num_kv_heads = k_cache.shape[1:3]
-        if head_dim > MAX_HEAD_DIM or num_heads > num_kv_heads * MAX_GROUP:
-            raise ValueError(
-                f"native attention takes heads of at most {MAX_HEAD_DIM} and {MAX_GROUP} query "
-                f"heads per KV head, not {head_dim} and {num_heads // num_kv_heads}; choose "
-                "kernels.backend=reference"
-            )
+        check_heads(num_heads, num_kv_heads, head_dim)
         out = torch.empty(T, num_heads * head_dim)
         q, block_tables = q.contiguous(), meta.block_tables.contiguous()
         ancestors = meta.ancestors.contiguous()
@@ -191,6 +244,26 @@ class NativeOps:
             self._pool, logits.data_ptr(), keys.data_ptr(), *logits.shape, tokens.data_ptr()
         )
         return tokens
+
+    def add_noise(self, logits: Tensor, settings: DrawSettings, token_ids: Tensor | None) -> Tensor:
+        if not settings.any_sampled:
+            return logits
+        logits = logits.contiguous()
+        out = torch.empty_like(logits)
+        filters = [part.contiguous() for part in settings.filters(logits.shape[1])]
+        temperature = settings.temperature.contiguous()
+        keys = noise_keys(settings.seeds, settings.positions)
+        self._add_noise(
+            self._pool,
+            logits.data_ptr(),
+            temperature.data_ptr(),
+            keys.data_ptr(),
+            pointer(token_ids),
+            *(map(pointer, filters) if settings.is_filtered else (None, None, None)),
+            *logits.shape,
+            out.data_ptr(),
+        )
+        return out
 
     def argmax(self, logits: Tensor) -> Tensor:
         logits = logits.contiguous()

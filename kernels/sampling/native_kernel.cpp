@@ -1,4 +1,5 @@
-// Draws from logits. The integers of the noise equal those of reference.py bit for bit.
+// Draws from logits, and scores to rank drafts by. The integers of the noise equal those of
+// reference.py bit for bit.
 
 #include <algorithm>
 #include <cmath>
@@ -126,6 +127,140 @@ float logsumexp(const float* logits, int64_t V) {
   return highest + static_cast<float>(std::log(total));
 }
 
+// ---- drafts, see noisy_reference.py --------------------------------------------------------------
+
+constexpr int kBins = 1024;
+constexpr float kBinsPerNat = 32.0f, kOutside = 30.0f;
+
+struct Filters {
+  int64_t top_k;
+  float top_p, min_p;
+};
+
+// How one row ranks drafts; `temperature` is above 0.
+struct Ranking {
+  const float* logits;
+  const int64_t* token_ids;  // null: 0, 1, ...
+  int64_t V;
+  Key key;
+  float temperature;
+};
+
+// Tokens of one row by the distance to its highest logit.
+class Bins {
+ public:
+  Bins(const Ranking& row, float highest) {
+    const float scale = kBinsPerNat / row.temperature;
+    for (int64_t v = 0; v < row.V; ++v) {
+      const float gap = (highest - row.logits[v]) * scale;
+      ++counts_[gap >= 0 && gap < kBins ? static_cast<int>(gap) : kBins - 1];
+    }
+  }
+
+  // How many of the best bins the filters keep.
+  int kept(const Filters& filters) const {
+    double masses[kBins], total = 0;
+    int64_t before = 0;
+    for (int bin = 0; bin < kBins; ++bin) {
+      const int64_t left = std::max<int64_t>(filters.top_k - before, 0);
+      masses[bin] = std::min<int64_t>(counts_[bin], left) * std::exp((bin + 0.5) / -kBinsPerNat);
+      total += masses[bin];
+      before += counts_[bin];
+    }
+    const double reach = -std::log(filters.min_p) * kBinsPerNat + 1;
+    const double target = filters.top_p < 1 ? filters.top_p * total : 2 * total;
+    double mass = 0;
+    before = 0;
+    int bin = 0;
+    for (; bin < kBins && before < filters.top_k && mass < target && bin < reach; ++bin) {
+      before += counts_[bin];
+      mass += masses[bin];
+    }
+    return std::max(bin, 1);
+  }
+
+ private:
+  int64_t counts_[kBins] = {};
+};
+
+// ln(x) of positive normal x, about 1 ulp: the polynomial of Cephes' logf.
+AERIE_INLINE F16 logarithm(F16 x) {
+  AERIE_EACH_PART {
+    const IVec bits = (IVec)x.part[i];
+    const IVec power = (bits - 0x3f3504f3) >> 23;  // x / 2^power is between sqrt(1/2) and sqrt(2)
+    const Vec r = (Vec)(bits - (power << 23)) - 1.0f;
+    Vec p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * r + 1.1676998740e-1f;
+    p = p * r - 1.2420140846e-1f;
+    p = p * r + 1.4249322787e-1f;
+    p = p * r - 1.6668057665e-1f;
+    p = p * r + 2.0000714765e-1f;
+    p = p * r - 2.4999993993e-1f;
+    p = p * r + 3.3333331174e-1f;
+    p = r + (p * r - 0.5f) * r * r;
+    x.part[i] = p + __builtin_convertvector(power, Vec) * 0.69314718056f;
+  }
+  return x;
+}
+
+// -log(-log(1 - v)) to about 1e-3: a series where 1 - v would lose v.
+AERIE_INLINE F16 rough_gumbel(U16 bits) {
+  F16 v, rest;
+  AERIE_EACH_PART {
+    const Vec uniform = (__builtin_convertvector(bits.part[i], Vec) + 0.5f) * 0x1p-32f;
+    const Vec most = Vec{} + (1.0f - 0x1p-24f);
+    v.part[i] = uniform < most ? uniform : most;
+    rest.part[i] = 1.0f - v.part[i];
+  }
+  F16 waited = logarithm(rest);
+  AERIE_EACH_PART {
+    const Vec x = v.part[i];
+    const Vec series = x * (1.0f + x * (0.5f + x * (1.0f / 3.0f)));
+    waited.part[i] = x < 0.001f ? series : -waited.part[i];
+  }
+  return broadcast(0.0f) - logarithm(waited);
+}
+
+// Sixteen tokens from v on. Those at `reach` or more below `highest` lie outside the filters.
+AERIE_INLINE F16 noisy(const Ranking& row, const float* logits, U16 ids, float highest,
+                       float reach) {
+  const F16 values = load(logits), gaps = broadcast(highest) - values;
+  F16 scaled = values * broadcast(1.0f / row.temperature);
+  AERIE_EACH_PART {
+    const Vec lower = scaled.part[i] - kOutside;
+    scaled.part[i] = gaps.part[i] < reach ? scaled.part[i] : lower;
+    ids.part[i] = noise_bits(ids.part[i], row.key);
+  }
+  return scaled + rough_gumbel(ids);
+}
+
+U16 ids_of(const Ranking& row, int64_t v, int count) {
+  if (row.token_ids == nullptr) return token_ids(static_cast<uint32_t>(v));
+  U16 ids{};
+  for (int k = 0; k < count; ++k)
+    ids.part[k / kLanes][k % kLanes] = static_cast<uint32_t>(row.token_ids[v + k]);
+  return ids;
+}
+
+void add_noise(const Ranking& row, const Filters* filters, float* out) {
+  float highest = 0, reach = std::numeric_limits<float>::infinity();
+  if (filters != nullptr) {
+    highest = row.logits[argmax(row.logits, row.V)];
+    const int kept = Bins(row, highest).kept(*filters);
+    if (kept < kBins) reach = kept * row.temperature / kBinsPerNat;
+  }
+  int64_t v = 0;
+  for (; v + 16 <= row.V; v += 16)
+    store(out + v, noisy(row, row.logits + v, ids_of(row, v, 16), highest, reach));
+  if (v < row.V) {
+    const int count = static_cast<int>(row.V - v);
+    float last[16] = {};
+    std::copy_n(row.logits + v, count, last);
+    store(last, noisy(row, last, ids_of(row, v, count), highest, reach));
+    std::copy_n(last, count, out + v);
+  }
+}
+
 }  // namespace
 }  // namespace aerie
 
@@ -147,6 +282,32 @@ void aerie_argmax(aerie::Pool* pool, const float* logits, int64_t R, int64_t V, 
 
 void aerie_logsumexp(aerie::Pool* pool, const float* logits, int64_t R, int64_t V, float* out) {
   pool->run(R, [&](int64_t r) { out[r] = aerie::logsumexp(logits + r * V, V); });
+}
+
+// logits and out [R, V]; temperatures, keys [R]; token_ids [V] or null; top_k, top_p, min_p [R], or
+// all null.
+void aerie_add_noise(aerie::Pool* pool, const float* logits, const float* temperatures,
+                     const int64_t* keys, const int64_t* token_ids, const int64_t* top_k,
+                     const float* top_p, const float* min_p, int64_t R, int64_t V, float* out) {
+  pool->run(R, [&](int64_t r) {
+    const float* from = logits + r * V;
+    if (!(temperatures[r] > 0)) {
+      std::copy_n(from, V, out + r * V);
+      return;
+    }
+    const auto key = static_cast<uint64_t>(keys[r]);
+    const aerie::Ranking row{from,
+                             token_ids,
+                             V,
+                             {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)},
+                             temperatures[r]};
+    if (top_k == nullptr) {
+      aerie::add_noise(row, nullptr, out + r * V);
+    } else {
+      const aerie::Filters filters{top_k[r], top_p[r], min_p[r]};
+      aerie::add_noise(row, &filters, out + r * V);
+    }
+  });
 }
 
 }  // extern "C"

@@ -92,6 +92,15 @@ class DrawSettings:
     def is_filtered(self) -> bool:
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
+    def filters(self, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """top_k [R] int64, top_p and min_p [R] float32, also where none was given."""
+        top_k, top_p, min_p = self.top_k, self.top_p, self.min_p
+        return (
+            torch.full_like(self.seeds, vocab_size) if top_k is None else top_k,
+            torch.full_like(self.temperature, 1.0) if top_p is None else top_p,
+            torch.full_like(self.temperature, 0.0) if min_p is None else min_p,
+        )
+
 
 def edit_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
     """The logits [R, V] float32 after penalties and bias: a changed copy."""

@@ -41,14 +41,7 @@ class TorchDraw:
     def _sampled(self, logits: Tensor, settings: DrawSettings, rows: Tensor | slice) -> Tensor:
         scaled = logits / settings.temperature[rows, None]
         if settings.is_filtered:
-            vocab_size = logits.shape[1]
-            top_k = settings.top_k
-            if top_k is None:
-                top_k = torch.full_like(settings.seeds, vocab_size)
-            top_p, min_p = (
-                torch.full_like(settings.temperature, off) if part is None else part
-                for part, off in ((settings.top_p, 1.0), (settings.min_p, 0.0))
-            )
+            top_k, top_p, min_p = settings.filters(logits.shape[1])
             scaled = filter_logits(scaled, top_k[rows], top_p[rows], min_p[rows])
         keys = noise_keys(settings.seeds[rows], settings.positions[rows])
         return self.gumbel_argmax(scaled, keys)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling import triton_edit, triton_pipeline, triton_score
+from kernels.sampling import triton_edit, triton_noisy, triton_pipeline, triton_score
 from kernels.sampling.triton_draw import (
     MINUS_INFINITY,
     NO_TOKEN,
@@ -135,6 +135,7 @@ def launches() -> list[Launch]:
         *_best_launches(logits, keys, keys, TILE),
         *_best_launches(logits, None, keys, TILE)[:1],
         *triton_edit.example_launches(logits),
+        *triton_noisy.example_launches(logits),
         *triton_pipeline.example_launches(logits),
         *triton_score.example_launches(logits),
     ]

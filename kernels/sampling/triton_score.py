@@ -24,7 +24,7 @@ from kernels.sampling.triton_draw import (
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
 TILE = 2048  # tokens of one program
-MAX_TOP = 32
+MAX_TOP = 64  # the most children of a node
 
 
 @triton.jit

@@ -207,6 +207,7 @@ def _core(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_model_len=config.model.max_model_len,
+        token_time=config.scheduler.token_time,
     )
     scheduler = Scheduler(
         limits,

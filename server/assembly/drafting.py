@@ -90,6 +90,8 @@ class HeadLoader:
         """A loader for another thread than the engine's. Native operations run one at a time, so
         what loading calls gets a pool of its own, of one thread."""
         place, ops = self.place, self.place.ops
+        if ops.backends["linear"].name == "reference":
+            return self  # plain torch; to try for native operations again would take long
         own = build_ops(config.kernels.backend, place.device, place.dtype, 1, config.files.dir)
         assert own.backends == ops.backends, "weights would be packed for other kernels"
         ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)
@@ -110,6 +112,7 @@ class HeadLoader:
             num_layers=config.arch.num_layers,
             draft_vocab_size=config.draft_vocab_size,
             num_parameters=sum(math.prod(t.shape) for name, t in tensors if name not in (D2T, T2D)),
+            tap_layers=config.tap_layers(self.target.arch),
         )
 
     def check_room(self, path: Path, config: ResolvedConfig) -> None:

@@ -24,9 +24,10 @@ from engine.models.place import Place
 from engine.parallel.shard import Shard, check_degree, kv_copies
 from kernels.registry import reference_ops
 from server.assembly.drafting import block_bytes, torch_dtype
+from server.assembly.rank import largest_step
 
 META = torch.device("meta")
-RESERVED = 2 * GIB  # for CUDA, NCCL and activations of a step: an estimate
+RESERVED = GIB  # for CUDA, its graphs and NCCL: an estimate
 SEQUENCE = 8192  # tokens
 
 
@@ -40,6 +41,7 @@ class MemoryPlan:
     draft_weights: int
     target_kv: int
     draft_kv: int
+    step: int  # activations and logits
     kv_copies: int  # GPUs that hold each KV head of the target
     block_size: int  # tokens
     num_blocks: int
@@ -51,7 +53,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Including the reserve."""
-        return self.weights + self.target_kv + self.draft_kv + RESERVED
+        return self.weights + self.target_kv + self.draft_kv + self.step + RESERVED
 
     @property
     def num_sequences(self) -> int:
@@ -65,7 +67,8 @@ class MemoryPlan:
             "draft weights": self.draft_weights,
             "target KV": self.target_kv,
             "draft KV": self.draft_kv,
-            "CUDA, NCCL, activations (estimate)": RESERVED,
+            "activations and logits": self.step,
+            "CUDA, NCCL (estimate)": RESERVED,
             "free": self.gpu - self.total,
         }
         copies = f", each KV head on {self.kv_copies}" if self.kv_copies > 1 else ""
@@ -105,12 +108,13 @@ def plan_of(
         draft_weights = held_bytes(model, draft) - target_weights
         draft_block = block_bytes(head.arch, config, replace(outline.place, shard=draft.shard))
     target_block = block_bytes(arch, config, outline.place)
-    free = gpu_bytes - RESERVED - target_weights - draft_weights
+    step = largest_step(arch, config, outline.place)
+    free = gpu_bytes - RESERVED - step - target_weights - draft_weights
     if free <= 0:
         raise ValueError(
             f"{(target_weights + draft_weights) / GIB:.1f} GiB of weights on each of "
-            f"{config.parallel.tensor} GPUs, and {RESERVED / GIB:.1f} GiB for CUDA, NCCL and "
-            f"activations, do not fit into {gpu_bytes / GIB:.1f} GiB: a larger parallel.tensor "
+            f"{config.parallel.tensor} GPUs, and {(RESERVED + step) / GIB:.1f} GiB for CUDA, NCCL "
+            f"and activations, do not fit into {gpu_bytes / GIB:.1f} GiB: a larger parallel.tensor "
             "puts less on each"
         )
     facts = ModelFacts(arch.max_position_embeddings, target_block + draft_block, free)
@@ -128,6 +132,7 @@ def plan_of(
         draft_weights=draft_weights,
         target_kv=(num_blocks + SCRATCH_BLOCKS) * target_block,
         draft_kv=(num_blocks + SCRATCH_BLOCKS) * draft_block,
+        step=step,
         kv_copies=kv_copies(arch.num_kv_heads, config.parallel.tensor),
         block_size=config.cache.block_size,
         num_blocks=num_blocks,

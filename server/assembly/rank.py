@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,23 +15,27 @@ from configs.resolve import (
     context_length,
     resolve_model,
 )
-from configs.schema import Config
+from configs.schema import Config, SpeculationConfig
 from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
-from engine.checkpoints.source import resolve_source
+from engine.checkpoints.source import ModelFiles, resolve_source
+from engine.kv.sizing import check_reserve
+from engine.models.footprint import step_bytes
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
+from engine.models.weights import WeightForm
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
 from engine.runner.runner import ModelRunner, RunnerParts, StepSettings
-from engine.runner.warmup import blocks_per_row
+from engine.runner.warmup import blocks_per_row, run_largest
 from engine.speculation.proposer import Proposer
 from engine.step.batch import ForwardContext
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT
+from kernels.ops import Ops
 from kernels.registry import build_ops
 from server.assembly.drafting import (
     AUTO,
@@ -46,6 +50,8 @@ from server.assembly.drafting import (
     rank_free_bytes,
     torch_dtype,
 )
+from server.text.chat_codec import load_codec
+from server.text.tokenizer_files import has_tokenizer
 
 SCRATCH_ROWS = 16  # most sequences per step when measuring beside a serving engine
 BAD_SETUP = (ValueError, OSError, RuntimeError, MemoryError)
@@ -78,6 +84,12 @@ class Rank:
         self.loader.check_room(path, self.config)
         draft = self.loader.load(path)
         return draft, drafting_with(self.config, draft, self.place, late=True)
+
+    def get_ready(self, draft: LoadedDraft | None, drafting: Drafting) -> Iterator[None]:
+        """Capture the steps with another head, or with none, one with each item; then
+        `ModelRunner.draft_with` finds them."""
+        shapes = [] if draft is None else self.trees.shapes(draft.facts)
+        return self.runner.get_ready(drafting.proposer, shapes)
 
     def scratch(self, draft: LoadedDraft) -> tuple[ResolvedConfig, Executor]:
         """Runs made-up plans in a few pages of their own, beside an engine that serves."""
@@ -112,6 +124,7 @@ def build_rank(config: HostConfig, group: TPGroup, device: torch.device) -> Rank
     resolved = resolve_model(config, _model_facts(config, target, place, draft))
     drafting = Drafting() if draft is None else drafting_with(resolved, draft, place)
     runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer))
+    _check_reserve(runner, resolved, target, place)
     runner.prepare([] if draft is None else trees.shapes(draft.facts))
     beside = loader.beside_the_engine(config)
     return Rank(resolved, place, target, beside, trees, draft, drafting, runner)
@@ -124,13 +137,14 @@ def _load(
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
     arch = checkpoint.arch
-    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch)
+    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch) | _text_endings(config, files, arch)
     max_len = context_length(config, arch.max_position_embeddings)
     place = _place(config, group, device)
     model = LlamaLoader(arch, checkpoint.stored, place, max_len).load()
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
-    loader = HeadLoader(target, place, max_len, replicated and group.size > 1)
+    head_place = replace(place, weights=_head_form(config.speculation, place.ops))
+    loader = HeadLoader(target, head_place, max_len, replicated and group.size > 1)
     trees = TreeChooser(config)
     return place, target, loader, trees, _load_draft(config, loader, trees)
 
@@ -140,7 +154,25 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
     ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
-    return Place(ops, dtype, device, Shard(group.rank, group.size), group)
+    form = weight_form(config.model.weights, "model.weights", ops)
+    return Place(ops, dtype, device, Shard(group.rank, group.size), group, form)
+
+
+def _head_form(speculation: SpeculationConfig, ops: Ops) -> WeightForm:
+    if speculation.draft_weights == "auto":
+        return "q8" if ops.reads_groups else "plain"
+    return weight_form(speculation.draft_weights, "speculation.draft_weights", ops)
+
+
+def weight_form(wanted: WeightForm, setting: str, ops: Ops) -> WeightForm:
+    """`wanted`. ValueError if it needs kernels that `ops` does not have."""
+    if wanted in ("q8", "q4") and not ops.reads_groups:
+        backend = ops.backends["linear"]
+        raise ValueError(
+            f"{setting} = {wanted!r} needs native kernels on a CPU, but linear layers run on "
+            f"{backend}; stored and plain are possible"
+        )
+    return wanted
 
 
 def threads_per_rank(config: HostConfig) -> int:
@@ -171,6 +203,14 @@ def _known_ids(eos_token_ids: Collection[int], arch: LlamaArch) -> frozenset[int
     return frozenset(eos_token_ids)
 
 
+def _text_endings(config: HostConfig, files: ModelFiles, arch: LlamaArch) -> frozenset[int]:
+    """What tokenizer and chat template end an answer with; config.json often lacks these ids."""
+    if not has_tokenizer(files):
+        return frozenset()
+    ids = load_codec(config).ending_ids()
+    return frozenset(token_id for token_id in ids if token_id < arch.vocab_size)
+
+
 def _model_facts(
     config: Config, target: Target, place: Place, draft: LoadedDraft | None
 ) -> ModelFacts:
@@ -178,8 +218,34 @@ def _model_facts(
     block = block_bytes(target.arch, config, place)
     if draft is not None:
         block += block_bytes(draft.head.arch, config, replace(place, shard=draft.head.shard))
-    free = smallest(rank_free_bytes(place), place.group)
+    step = largest_step(target.arch, config, place)
+    free = max(0, smallest(rank_free_bytes(place), place.group) - step)
     return ModelFacts(target.arch.max_position_embeddings, block, free)
+
+
+def largest_step(arch: LlamaArch, config: Config, place: Place) -> int:
+    """Bytes kept for a step when the cache is sized."""
+    scheduler = config.scheduler
+    return step_bytes(
+        arch,
+        place.shard.size,
+        place.ops.activation_dtype,
+        scheduler.max_num_seqs,
+        scheduler.max_num_batched_tokens,
+    )
+
+
+def _check_reserve(
+    runner: ModelRunner, config: ResolvedConfig, target: Target, place: Place
+) -> None:
+    size, scheduler = config.cache.block_size, config.scheduler
+    room = min(config.model.max_model_len, config.cache.num_blocks * size)
+    num_tokens = min(scheduler.max_num_batched_tokens, room)
+    check_reserve(
+        lambda: run_largest(runner, num_tokens, size),
+        largest_step(target.arch, config, place),
+        place.device,
+    )
 
 
 def _with_few_pages(config: ResolvedConfig) -> ResolvedConfig:

@@ -88,6 +88,7 @@ def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
     if config.data.prompts:
         conversations.append(_answered(config, serving, codec, worker))
     target, eos_ids = _load_target(config, worker)
+    eos_ids |= codec.ending_ids()  # as the engine ends answers
     settings = EncodingSettings(target.tensors.arch.vocab_size, eos_ids, config.data.max_tokens)
     coverage = Coverage()
     examples: list[Example] = []

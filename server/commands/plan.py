@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from configs.host import host_config
-from configs.redact import redacted
+from configs.redact import SECRETS, redacted
 from configs.schema import Config
 from server.commands.options import ConfigFile, Overrides, failed
 
@@ -33,6 +33,8 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
         typer.echo(f"{name}:  # {type(section).__doc__}")
         for key, about in type(section).model_fields.items():
             text = f"{key}: {json.dumps(values[name][key])}"
+            if f"{name}.{key}" in SECRETS and values[name][key]:  # so that the output can be used
+                text = f"# {key}: {len(values[name][key])} of them, not shown"
             typer.echo(f"  {text}" + (f"  # {about.description}" if about.description else ""))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 from pathlib import Path
 from types import FrameType
@@ -12,6 +13,8 @@ import typer
 
 from configs.host import host_config
 from server.commands.options import ConfigFile, Overrides, failed
+
+logger = logging.getLogger(__name__)
 
 CaptureFolder = Annotated[
     Path | None,
@@ -88,10 +91,14 @@ def serve(
         for key, value in options.items()
         if value is not None
     ]
+    resolved = None
     try:
         resolved = host_config(config, [*(overrides or ()), *extra])
         raise typer.Exit(run(resolved))
     except (ValueError, OSError) as error:
+        if resolved is not None and resolved.log.format == "json":
+            logger.error("%s", error)
+            raise typer.Exit(2) from None
         raise failed(error) from None
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from configs.schema import ServerConfig
 from server.http.engine_client import EngineClient
 from server.http.errors import ApiError, invalid, rate_limited, unavailable
-from server.http.metrics import DRAINING, ENGINE_NOT_READY, REQUESTS, TOKENS, Metrics
+from server.http.metrics import CHOICES, DRAINING, ENGINE_NOT_READY, REQUESTS, TOKENS, Metrics
 from server.http.state import ServerState
 
 
 class Admission:
-    """Counts waiting sequences and their prompt tokens. A request may exceed these limits while no
-    other waits, so that an idle server never refuses it; `max_choices` and the context length
-    still bound it."""
+    """Counts waiting requests, their sequences and their prompt tokens. The choices of a prompt
+    share its tokens and belong to one request, so that many choices leave the queue open for
+    others. A request may exceed these limits while no other waits, so that an idle server never
+    refuses it; `max_choices` and the context length still bound it."""
 
     def __init__(
         self, limits: ServerConfig, client: EngineClient, state: ServerState, metrics: Metrics
@@ -21,8 +22,14 @@ class Admission:
         self._client = client
         self._state = state
         self._metrics = metrics
+        self._num_requests = 0
         self._num_waiting = 0
         self._waiting_tokens = 0
+
+    @property
+    def num_requests(self) -> int:
+        """Admitted HTTP requests of which a sequence waits for its first token."""
+        return self._num_requests
 
     @property
     def num_waiting(self) -> int:
@@ -31,7 +38,7 @@ class Admission:
 
     @property
     def waiting_tokens(self) -> int:
-        """Prompt tokens of the waiting sequences."""
+        """Tokens of the prompts that no sequence has started with a first token."""
         return self._waiting_tokens
 
     def closed(self) -> ApiError | None:
@@ -72,11 +79,21 @@ class Admission:
                 "(server.max_choices)",
                 "n",
             )
-        limit = self._limits.max_queued_requests
-        if self._num_waiting and self._num_waiting + num_choices > limit:
-            raise self._full(REQUESTS, f"{self._num_waiting} requests are waiting, at most {limit}")
+        self._check_full(num_choices)
+        self._num_requests += 1
         self._num_waiting += num_choices
         return Ticket(self, num_choices)
+
+    def _check_full(self, num_choices: int) -> None:
+        limits = self._limits
+        if self._num_requests + 1 > limits.max_queued_requests and self._num_requests:
+            explanation = f"{self._num_requests} requests are waiting"
+            raise self._full(REQUESTS, f"{explanation}, at most {limits.max_queued_requests}")
+        if self._num_waiting + num_choices > limits.max_queued_choices and self._num_waiting:
+            explanation = (
+                f"{self._num_waiting} choices are waiting and {num_choices} more are asked"
+            )
+            raise self._full(CHOICES, f"{explanation}, at most {limits.max_queued_choices}")
 
     def _add_tokens(self, num_tokens: int) -> None:
         limit = self._limits.max_waiting_tokens
@@ -86,11 +103,11 @@ class Admission:
             )
         self._waiting_tokens += num_tokens
 
-    def _leave(self, num_choices: int, num_tokens: int) -> None:
+    def _leave(self, num_choices: int, num_tokens: int, *, last: bool) -> None:
+        self._num_requests -= last
         self._num_waiting -= num_choices
         self._waiting_tokens -= num_tokens
-        assert self._num_waiting >= 0
-        assert self._waiting_tokens >= 0
+        assert min(self._num_requests, self._num_waiting, self._waiting_tokens) >= 0
 
     def _full(self, reason: str, explanation: str) -> ApiError:
         self._metrics.reject(reason)
@@ -106,24 +123,34 @@ class Ticket:
 
     def __init__(self, admission: Admission, num_choices: int) -> None:
         self._admission = admission
-        self._unnamed = num_choices  # places of sequences not tokenised yet
-        self._tokens: dict[int, int] = {}  # choice -> its prompt tokens, while it waits
+        self._num_waiting = num_choices
+        self._per_prompt = num_choices
+        self._waiting: set[int] = set()  # choices, once they are tokenised
+        self._tokens: list[int] = []  # by prompt; 0 once one of its choices left
 
-    def add_prompts(self, num_tokens: list[int]) -> None:
-        """Add the prompt tokens of each choice. ApiError 429 when too many are waiting."""
-        assert len(num_tokens) == self._unnamed
+    def add_prompts(self, num_tokens: list[int], num_choices: int) -> None:
+        """Add the tokens of each prompt, which has `num_choices` choices. ApiError 429 when too
+        many are waiting."""
+        assert len(num_tokens) * num_choices == self._num_waiting
         self._admission._add_tokens(sum(num_tokens))
-        self._tokens = dict(enumerate(num_tokens))
-        self._unnamed = 0
+        self._tokens, self._per_prompt = list(num_tokens), num_choices
+        self._waiting = set(range(self._num_waiting))
 
     def leave(self, choice: int) -> None:
         """A choice got its first token, or ended without one. May be repeated."""
-        num_tokens = self._tokens.pop(choice, None)
-        if num_tokens is not None:
-            self._admission._leave(1, num_tokens)
+        if choice not in self._waiting:
+            return
+        self._waiting.remove(choice)
+        prompt = choice // self._per_prompt  # computed now: its other choices find it in the cache
+        found, self._tokens[prompt] = self._tokens[prompt], 0
+        self._give_back(1, found)
 
     def release(self) -> None:
         """Release all places still held. May be repeated."""
-        self._admission._leave(self._unnamed + len(self._tokens), sum(self._tokens.values()))
-        self._unnamed = 0
-        self._tokens = {}
+        if self._num_waiting:
+            self._give_back(self._num_waiting, sum(self._tokens))
+        self._waiting, self._tokens = set(), []
+
+    def _give_back(self, num_choices: int, num_tokens: int) -> None:
+        self._num_waiting -= num_choices
+        self._admission._leave(num_choices, num_tokens, last=self._num_waiting == 0)

@@ -16,12 +16,12 @@ from configs.resolve import HostConfig
 from server.http import admin_routes, docs_page, ops_routes
 from server.http.admission import Admission
 from server.http.body_limit import BodyLimit
+from server.http.callers import Callers
 from server.http.context import ServerContext, ServerInfo, context_of
 from server.http.docs import Routes, openapi
 from server.http.engine_client import EngineClient
 from server.http.errors import ApiError
 from server.http.guards import (
-    WARNING_HEADER,
     KnownHosts,
     KnownQuery,
     RootPath,
@@ -30,8 +30,14 @@ from server.http.guards import (
 )
 from server.http.lanes import Lanes
 from server.http.metrics import Metrics
-from server.http.middleware import ApiKeys, KeyRing, load_admin_keys, load_api_keys
-from server.http.request_log import RequestLog, record_of
+from server.http.middleware import (
+    ApiKeys,
+    KeyRing,
+    load_admin_keys,
+    load_api_keys,
+    warn_of_readable_keys,
+)
+from server.http.request_log import WARNING_HEADER, RequestLog, record_of
 from server.http.state import ServerState
 from server.text.chat_template import ChatTemplate
 from server.text.rendering import Renderer
@@ -70,6 +76,7 @@ def create_app(
     app.include_router(docs_page.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    warn_of_readable_keys(config.server)
     _add_middlewares(app, context)
     needs_key = bool(load_api_keys(config.server))
     document = functools.partial(
@@ -83,7 +90,7 @@ def _add_middlewares(app: FastAPI, context: ServerContext) -> None:
     """The middleware added last sees a request first."""
     limits, keys = context.config.server, load_api_keys(context.config.server)
     app.add_middleware(BodyLimit, limits=limits, metrics=context.metrics)
-    app.add_middleware(KnownQuery)
+    app.add_middleware(KnownQuery, unknown=limits.unknown_fields)
     if keys:
         app.add_middleware(ApiKeys, keys=keys)
     if limits.cors_origins:  # before keys: browsers ask without one
@@ -119,6 +126,7 @@ def _context(
         info=info,
         state=state,
         admission=Admission(config.server, client, state, metrics),
+        callers=Callers(config.server),
         metrics=metrics,
         lanes=Lanes(),
         admin_keys=KeyRing(load_admin_keys(config.server)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -13,12 +13,14 @@ from starlette.requests import Request as HttpRequest
 from configs.resolve import HostConfig, ResolvedConfig, with_sizes
 from engine.messages import EngineInfo
 from server.http.admission import Admission
+from server.http.callers import Callers
 from server.http.engine_client import EngineClient
 from server.http.errors import model_not_found
 from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
 from server.http.state import ServerState
+from server.text.generation_config import SamplingDefaults
 from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
@@ -34,12 +36,16 @@ class ServerInfo:
     model_name: str  # what clients call the model
     created: int  # seconds since the epoch
     fingerprint: str  # changes with every setting that may change the text of a seeded request
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of the model
 
     @classmethod
-    def from_config(cls, config: HostConfig) -> ServerInfo:
+    def from_config(
+        cls, config: HostConfig, defaults: SamplingDefaults | None = None
+    ) -> ServerInfo:
+        defaults = defaults or SamplingDefaults()
         settings = config.model.model_dump_json() + config.kernels.model_dump_json()
-        digest = hashlib.sha256(f"{version()} {settings}".encode()).hexdigest()
-        return cls(config.model.served_name, int(time.time()), f"fp_{digest[:12]}")
+        digest = hashlib.sha256(f"{version()} {settings} {defaults}".encode()).hexdigest()
+        return cls(config.model.served_name, int(time.time()), f"fp_{digest[:12]}", defaults)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class ServerContext:
     info: ServerInfo
     state: ServerState
     admission: Admission
+    callers: Callers
     metrics: Metrics
     lanes: Lanes
     admin_keys: KeyRing

@@ -20,6 +20,7 @@ REF = "#/components/schemas/{}"
 ERRORS = {
     400: "The request is invalid",
     401: "The key is missing or wrong",
+    403: "The key may not ask for this priority",
     404: "No such model",
     413: "The body is too large",
     415: "The content-encoding is not known",

@@ -1,16 +1,12 @@
-"""Errors in OpenAI's format, and how invalid requests are turned into them."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
 
-RULE = "broken_rule"
 MAX_SHOWN = 60  # characters of an offending value in a message
 
 
@@ -95,37 +91,6 @@ def server_error(message: str) -> ApiError:
     return ApiError(500, message, "server_error", code="internal_error")
 
 
-def validation_error(error: ValidationError, body: Any) -> ApiError:
-    """The pydantic errors of `body` as one 400, about the most deeply nested invalid field.
-
-    Every branch of a union reports an error; errors of one field are joined by "or".
-    """
-    entries = error.errors(include_url=False)
-    found = [(_path(_location(entry), body, entry["type"]), entry) for entry in entries]
-    path, entry = max(found, key=lambda pair: len(pair[0]))
-    param = _written(path)
-    if entry["type"] == "extra_forbidden":
-        return unknown_field(param)
-    if entry["type"] == "missing":
-        return invalid(f"{param} is missing: it is required", param)
-    allowed = " or ".join(dict.fromkeys(_allowed(other) for where, other in found if where == path))
-    if entry["type"] == RULE:
-        return invalid(allowed, param)
-    if not path:
-        return invalid(f"The request is {shorten(entry['input'])}: {allowed}")
-    return bad_value(param, entry["input"], allowed)
-
-
-def broken_rule(param: str, message: str) -> PydanticCustomError:
-    """The error of a validator for fields that contradict each other; `param` is reported."""
-    return PydanticCustomError(RULE, "{message}", {"message": message, "param": param})
-
-
-def _location(entry: ErrorDetails) -> tuple[int | str, ...]:
-    blamed = (entry["ctx"]["param"],) if entry["type"] == RULE else ()
-    return entry["loc"] + blamed
-
-
 def shorten(value: Any) -> str:
     """A JSON value for a message: at most about MAX_SHOWN characters."""
     if isinstance(value, str):
@@ -138,30 +103,3 @@ def shorten(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
     return json.dumps(value)
-
-
-def _path(loc: Sequence[int | str], body: Any, kind: str) -> list[int | str]:
-    """`loc` without the names of union branches, which are not in the client's request."""
-    path: list[int | str] = []
-    for index, step in enumerate(loc):
-        known = isinstance(body, dict) and step in body
-        if isinstance(body, list) and isinstance(step, int) and step < len(body):
-            known = True
-        if known:
-            body = body[step]
-            path.append(step)
-        elif kind in ("missing", RULE) and index == len(loc) - 1:
-            path.append(step)
-    return path
-
-
-def _written(path: Sequence[int | str]) -> str:
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
-
-
-def _allowed(entry: ErrorDetails) -> str:
-    message = str(entry["msg"]).removeprefix("Value error, ")
-    return "it" + message.removeprefix("Input") if message.startswith("Input ") else message

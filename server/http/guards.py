@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import re
 from collections.abc import Iterable
 from urllib.parse import parse_qsl
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from configs.schema import ServerConfig
-from server.http.errors import ApiError, invalid, shorten
+from server.http.body import Unknown
+from server.http.errors import MAX_SHOWN, ApiError, invalid, shorten
 from server.http.middleware import OPEN_PATHS
-from server.http.request_log import send_error
+from server.http.request_log import record_of, send_error
 
 PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
-WARNING_HEADER = "x-aerie-warning"
-
-logger = logging.getLogger(__name__)
 
 
 def check_root_path(root_path: str) -> None:
@@ -97,28 +93,23 @@ def _written(host: str) -> str:
 
 class KnownQuery:
     """Middleware: 400 for a query parameter, as no route has one. Paths for probes and
-    documentation answer with a warning instead: load balancers add parameters to them."""
+    documentation answer with a warning instead, as load balancers add parameters to them; and so
+    do all where `unknown` is "warn"."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, unknown: Unknown) -> None:
         self._app = app
+        self._unknown = unknown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         query = scope["query_string"] if scope["type"] == "http" else b""
-        if not query:
-            await self._app(scope, receive, send)
-            return
-        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=None)
-        name = shorten(pairs[0][0] if pairs else query.decode("latin-1"))
-        if scope["path"] not in OPEN_PATHS:
-            message = f"Unknown query parameter {name}: no query parameter is accepted"
-            await send_error(invalid(message, code="unknown_query_parameter"), send)
-            return
-        logger.warning("ignored the query parameter %s of %s", ascii(name), scope["path"])
-
-        async def send_with_warning(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                warning = f"unknown query parameter {name!a} was ignored"
-                MutableHeaders(scope=message)[WARNING_HEADER] = warning
-            await send(message)
-
-        await self._app(scope, receive, send_with_warning)
+        if query:
+            pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=None)
+            names = [name for name, _ in pairs] or [query.decode("latin-1")]
+            if self._unknown == "refuse" and scope["path"] not in OPEN_PATHS:
+                shown = shorten(names[0])
+                message = f"Unknown query parameter {shown}: no query parameter is accepted"
+                await send_error(invalid(message, code="unknown_query_parameter"), send)
+                return
+            for name in dict.fromkeys(names):
+                record_of(scope).not_used.append(f"query parameter {name[:MAX_SHOWN]}")
+        await self._app(scope, receive, send)

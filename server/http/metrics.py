@@ -17,9 +17,10 @@ from server.http.engine_client import EngineClient
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5)
 # which limit of the queue, or of the bodies, was reached
-REQUESTS, TOKENS, BODIES = "requests", "tokens", "body_bytes"
+REQUESTS, CHOICES, TOKENS, BODIES = "requests", "choices", "tokens", "body_bytes"
 DRAINING, ENGINE_NOT_READY = "draining", "engine_not_ready"
-REJECTIONS = (REQUESTS, TOKENS, BODIES, DRAINING, ENGINE_NOT_READY)
+CONNECTIONS = "connections"  # too many are open
+REJECTIONS = (REQUESTS, CHOICES, TOKENS, BODIES, DRAINING, ENGINE_NOT_READY, CONNECTIONS)
 LABEL = "model_name"
 GAUGES = {  # metric -> (attribute of EngineStats, help)
     "num_requests_running": ("num_running", "Sequences in the running batch"),
@@ -38,6 +39,7 @@ COUNTERS = {
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens that were accepted"),
     "captured_sequences": ("num_captured", "Sequences queued to be written to capture.dir"),
     "capture_dropped": ("num_capture_dropped", "Sampled sequences that could not be written"),
+    "unsound_logits": ("num_unsound", "Requests ended by NaN or infinite logits of the model"),
     "draft_head_faults": ("num_draft_faults", "Trees not drafted: the head gave non-finite values"),
 }
 PER_POSITION, STEPS, PARTS = "spec_decode_num_accepted_tokens_per_pos", "steps", "step_seconds"

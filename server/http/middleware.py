@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from configs.files import read_text
 from configs.schema import ServerConfig
 from server.http.errors import ApiError
 from server.http.request_log import send_error
@@ -16,6 +19,8 @@ from server.http.request_log import send_error
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
 ADMIN_PREFIX = "/admin/"  # these routes check admin keys themselves
 REALM = {"www-authenticate": "Bearer"}
+
+logger = logging.getLogger(__name__)
 
 
 class ApiKeys:
@@ -104,13 +109,21 @@ def _load_keys(name: str, settings: tuple[str, ...], path: Path | None) -> tuple
     keys = list(settings)
     if path is not None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = [line.strip() for line in read_text(path).splitlines()]
+        except (OSError, ValueError) as error:
             raise ValueError(f"server.{name}_file {path} cannot be read: {error}") from error
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             raise ValueError(f"server.{name}_file {path} holds no key")
         keys += found
     if any(not key.strip() for key in keys):
         raise ValueError(f"server.{name}s holds an empty key")
     return tuple(dict.fromkeys(keys))
+
+
+def warn_of_readable_keys(config: ServerConfig) -> None:
+    """Log which files of keys everybody on this machine can read."""
+    for name in ("api_key_file", "admin_key_file"):
+        path: Path | None = getattr(config, name)
+        if path is not None and path.stat().st_mode & stat.S_IROTH:
+            logger.warning("server.%s %s can be read by every user: chmod o-r it", name, path)

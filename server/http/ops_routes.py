@@ -55,6 +55,12 @@ async def metrics(http: HttpRequest) -> Response:
     return Response(context_of(http).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
+@router.get("/version", responses={401: {"description": "The API key is missing or wrong"}})
+async def show_version() -> dict[str, str]:
+    """The version of Aerie, in vLLM's shape."""
+    return {"version": version()}
+
+
 @router.get("/info", responses={401: {"description": "The API key is missing or wrong"}})
 async def info(http: HttpRequest) -> Response:
     """Configuration without secrets, versions, facts of the engine and its kernels."""
@@ -65,6 +71,7 @@ async def info(http: HttpRequest) -> Response:
             "model": context.info.model_name,
             "system_fingerprint": context.info.fingerprint,
             "draining": context.state.draining,
+            "sampling_defaults": context.info.defaults.named(),
             "config": redacted(context.resolved_config()),
             "versions": versions(),
             "engine": None if engine is None else _facts(engine),

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from configs.schema import ServerConfig
+from server.http.connections import PROBE_PATHS, Connections
 from server.http.errors import ApiError, invalid, unavailable
 from server.http.outlet import Outlet
 from server.http.request_log import ID_HEADER, error_response, request_id
@@ -42,13 +43,18 @@ class HttpProtocol(HttpToolsProtocol):
     head_timeout = 30.0  # seconds for the whole head
     body_timeout = 60.0  # seconds for the whole body
     write_timeout = 30.0  # seconds in which a client reads nothing
+    extra_timeout = 2.0  # seconds for the whole head on a connection above the limit
+    probe_paths = PROBE_PATHS  # which such a connection may ask for
     draining: Callable[[], bool] = staticmethod(lambda: False)
     outlet: Outlet
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limit: Connections | None = None, **kwargs: Any) -> None:
+        """`limit`: of open connections, None for none."""
         super().__init__(*args, **kwargs)
+        self._limit = limit
+        self._is_extra = False  # above the limit: serves one probe, and nothing else
         self._num_fruitless = 0  # bytes
-        self._head_is_long = False
+        self._refusal: ApiError | None = None  # why a head that the parser accepts is refused
         self._in_request = False  # between the first and last byte of a request
         self._timer: asyncio.TimerHandle | None = None
         self._heard_all = False  # the client has closed its side
@@ -56,11 +62,16 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.outlet = Outlet(transport, self.write_timeout, self.draining)
-        self._expect_within(self.head_timeout)
+        if self._limit is not None and self._limit.is_extra(len(self.server_state.connections)):
+            self._is_extra = True
+            self._limit.enter(self)
+        self._expect_within(self.extra_timeout if self._is_extra else self.head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
         self.outlet.stop()
+        if self._limit is not None:
+            self._limit.leave(self)
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -83,6 +94,14 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             super().shutdown()
 
+    def give_way(self) -> None:
+        """Close a connection above the limit, for another one."""
+        assert self._limit is not None
+        if self.outlet.is_closing():
+            self.outlet.close()  # it may still linger
+        else:
+            self._refuse(self._limit.refuse())
+
     def data_received(self, data: bytes) -> None:
         if self.outlet.is_closing():
             self.outlet.discard(len(data))
@@ -99,16 +118,23 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_request = True
-        self._expect_within(self.head_timeout)
+        if not self._is_extra:
+            self._expect_within(self.head_timeout)
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD:
-            self._head_is_long = True
+            self._refusal = _head_too_large()
+        elif self._is_extra and self.url.partition(b"?")[0] not in self.probe_paths:
+            assert self._limit is not None
+            self._refusal = self._limit.refuse()
+        if self._refusal is not None:
             raise ValueError("the parser reports it as its own error")
         self._num_fruitless = 0
         self._expect_within(self.body_timeout)
         super().on_headers_complete()
+        if self._is_extra:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._num_fruitless = 0
@@ -122,7 +148,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this when its parser fails."""
-        self._refuse(_head_too_large() if self._head_is_long else invalid(msg, code="invalid_http"))
+        self._refuse(self._refusal or invalid(msg, code="invalid_http"))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         cycle.transport = _CycleOutlet(self, cycle)  # type: ignore[assignment]
@@ -173,12 +199,16 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer with an error and close; if another answer is being sent, only close."""
         if self._may_answer():
             id = request_id(self.headers or [])
-            logger.info("refused a request: status=%d request_id=%s", error.status, ascii(id))
+            level = logging.DEBUG if self._is_extra else logging.INFO  # the limit has its own lines
+            logger.log(level, "refused a request: status=%d request_id=%s", error.status, ascii(id))
             self._write(error, id)
         if self.cycle is not None:  # it must not write after this
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self.outlet.linger()
+        if self._is_extra:
+            self.outlet.close()  # open files are few
+        else:
+            self.outlet.linger()
 
     def _may_answer(self) -> bool:
         cycle = self.cycle
@@ -201,7 +231,9 @@ class HttpProtocol(HttpToolsProtocol):
 
 def protocol_with(config: ServerConfig, draining: Callable[[], bool]) -> type[HttpProtocol]:
     """The protocol with the timeouts of a configuration."""
+    root = config.root_path.encode()
     settings = {
+        "probe_paths": PROBE_PATHS | {root + path for path in PROBE_PATHS},
         "body_timeout": config.body_timeout,
         "write_timeout": config.write_timeout,
         "draining": staticmethod(draining),

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from server.http.state import ServerState
 
 ID_HEADER = b"x-request-id"
 MAX_ID_LENGTH = 128
+WARNING_HEADER = "x-aerie-warning"
+MAX_WARNING = 1000  # characters
 RECORD = "aerie.record"  # key in the ASGI scope
 QUIET = frozenset(
     {"/health", "/ready", "/metrics"}
@@ -36,6 +39,7 @@ class RequestRecord:
     output_tokens: int | None = None
     finish_reasons: list[str] = field(default_factory=list)  # one per choice
     error: str | None = None
+    not_used: list[str] = field(default_factory=list)  # what was sent but has no effect
     prompt: str | None = None  # these two only with log.prompts
     output: str | None = None
 
@@ -50,6 +54,7 @@ class RequestRecord:
             "output_tokens": self.output_tokens,
             "finish_reason": ",".join(self.finish_reasons) or None,
             "error": self.error,
+            "not_used": ",".join(self.not_used) or None,
             "prompt": self.prompt,
             "output": self.output,
         }
@@ -64,8 +69,9 @@ def record_of(scope: Scope) -> RequestRecord:
 
 
 class RequestLog:
-    """ASGI middleware. Sets `x-request-id`, counts open requests, answers 500 when the application
-    fails before it has answered, and logs one line when the response is complete."""
+    """ASGI middleware. Sets `x-request-id` and the warning header, counts open requests, answers
+    500 when the application fails before it has answered, and logs one line when the response is
+    complete."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
@@ -87,7 +93,10 @@ class RequestLog:
             request.arrived()
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.request_id
+                if record.not_used:
+                    headers[WARNING_HEADER] = _warning(record.not_used)
             await send(message)
 
         with self._state.request(_has_body(scope["headers"])) as request:
@@ -133,6 +142,12 @@ def error_response(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     raw = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
     return raw, body
+
+
+def _warning(names: Sequence[str]) -> str:
+    """The value of the warning header: printable ASCII."""
+    text = json.dumps("not used: " + ", ".join(names))[1:-1]
+    return text if len(text) <= MAX_WARNING else text[:MAX_WARNING] + "..."
 
 
 def _write(record: RequestRecord, scope: Scope) -> None:

@@ -21,6 +21,7 @@ from server.http.request_log import record_of
 from server.http.sse import EventStream, WholeJson
 from server.openai.choice import ChoiceDelta
 from server.openai.convert import Prompt
+from server.openai.defaults import limited, with_model_defaults
 from server.openai.generation import Generation, start_generation
 from server.openai.schema import SamplingFields
 
@@ -68,14 +69,19 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
     context.admission.check_open()
     body = await read_body(http, task.body)
     context.check_model(body.model)
+    caller = context.callers.of(http.scope["headers"])
+    caller.check_priority(body.priority or 0)
+    defaults = context.info.defaults
+    body = with_model_defaults(body, defaults)
     with ExitStack() as stack:
         ticket = context.admission.admit(body.num_sequences)
         stack.callback(ticket.release)
         info = context.engine_info()
         prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
-        params = [task.params(body, prompt, info) for prompt in prompts]
+        record.not_used += [name for prompt in prompts for name in prompt.not_used]
+        params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
         generation = start_generation(
-            context, record, ticket, body, prompts, params, info, task.id_prefix
+            context, record, ticket, body, prompts, params, info, task.id_prefix, caller
         )
         writer = task.writer(generation, body)
         stack.pop_all()

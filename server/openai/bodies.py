@@ -23,11 +23,13 @@ class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of all choices; in a chunk, those so far."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET  # known at the end
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class SpeculationStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,18 +70,25 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     message: ChatReply
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What replies and chunks of all routes have in common."""
+
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    service_tier: Literal["default"] = "default"
     system_fingerprint: str
+    usage: Usage | UnsetType | None = UNSET
     speculation: SpeculationStats | UnsetType = UNSET
+
+
+class ChatCompletion(Reply, frozen=True, kw_only=True):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    service_tier: Literal["default"] = "default"
+    prompt_token_ids: list[int] | UnsetType = UNSET  # these, and ids elsewhere: on request
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,18 +101,14 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
-    id: str
+class ChatChunk(Reply, frozen=True, kw_only=True):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
     service_tier: Literal["default"] = "default"
-    system_fingerprint: str
-    speculation: SpeculationStats | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,19 +127,32 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
+class Completion(Reply, frozen=True, kw_only=True):
     """Also the chunk of a stream."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
-    system_fingerprint: str
-    speculation: SpeculationStats | UnsetType = UNSET
+
+
+class ModelPermission(msgspec.Struct, frozen=True, kw_only=True):
+    """What older OpenAI clients read: every client may do the same."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,7 +160,10 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    max_model_len: int | None
+    root: str  # where the model comes from: a name of the hub, a directory or a file
+    parent: str | None = None
+    max_model_len: int | None  # null while the engine is loading
+    permission: list[ModelPermission]
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,6 +175,7 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | None = None  # on request: the text of each token
 
 
 class Detokenized(msgspec.Struct, frozen=True, kw_only=True):

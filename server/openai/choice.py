@@ -31,6 +31,7 @@ class ChoiceDelta:
     scored: Sequence[ScoredToken]
     finish_reason: bodies.FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    token_ids: Sequence[int] = ()  # those since the last delta, the one that ended the choice too
 
 
 class Choice:
@@ -55,6 +56,7 @@ class Choice:
         self._metrics = metrics
         self._emitted = 0  # characters
         self._held: list[ScoredToken] = []  # their text is not emitted yet
+        self._unsent: list[int] = []  # tokens since the last delta
         self._newest: float | None = None  # time of the last tokens
 
     @property
@@ -84,6 +86,7 @@ class Choice:
         self._measure(len(event.token_ids))
         taken = self._stream.push(event.token_ids)
         self.num_output += taken.num_tokens
+        self._unsent += event.token_ids[: taken.num_tokens]
         self._emitted += len(taken.text)
         scored: Sequence[ScoredToken] = ()
         if event.logprobs is not None:
@@ -94,9 +97,7 @@ class Choice:
             self.finish_reason = "stop"
         if not (taken.text or scored or taken.stop is not None or event.prompt_logprobs):
             return None
-        return ChoiceDelta(
-            self.index, taken.text, scored, self.finish_reason, event.prompt_logprobs
-        )
+        return self._delta(taken.text, scored, event.prompt_logprobs)
 
     def take_finished(self, event: Finished) -> ChoiceDelta | None:
         """Take the engine's last event. None when a stop string had already ended the choice."""
@@ -110,7 +111,7 @@ class Choice:
         self.finish_reason = "stop" if stopped else "length"
         scored = self._release() if self._stream.stop is not None else self._held
         self._measure_end(event, self.finish_reason)
-        return ChoiceDelta(self.index, text, scored, self.finish_reason)
+        return self._delta(text, scored)
 
     def fail(self, event: Finished) -> None:
         """The engine ended it by an error or an abort."""
@@ -126,6 +127,15 @@ class Choice:
             self.num_output,
         )
         self._measure_end(seen, self.finish_reason or FinishReason.ABORT.value)
+
+    def _delta(
+        self,
+        text: str,
+        scored: Sequence[ScoredToken],
+        prompt_logprobs: list[TokenLogprob | None] | None = None,
+    ) -> ChoiceDelta:
+        ids, self._unsent = self._unsent, []
+        return ChoiceDelta(self.index, text, scored, self.finish_reason, prompt_logprobs, ids)
 
     def _release(self) -> list[ScoredToken]:
         """Remove and return the leading tokens whose text has been emitted, at least in part."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import msgspec
 from fastapi import APIRouter
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
 from server.http.docs import Routes, operation
-from server.http.sse import event
 from server.openai.answer import Task, answer
 from server.openai.bodies import Completion, CompletionChoice
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import completion_params, completion_prompts
 from server.openai.generation import Generation
 from server.openai.logprobs import CompletionLogprobsWriter, Echo
+from server.openai.report import Report
 from server.openai.schema import CompletionRequest
 
 router = APIRouter()
@@ -35,46 +34,22 @@ class CompletionWriter:
     with them."""
 
     def __init__(self, generation: Generation, body: CompletionRequest) -> None:
-        self._generation = generation
-        self._with_usage = body.include_usage
-        self._with_drafts = body.include_draft_stats
+        self._report = Report(generation, body, Completion)
         self._choices = [_ChoiceWriter(generation, choice, body) for choice in generation.choices]
 
     def events(self, delta: ChoiceDelta) -> bytes:
         writer = self._choices[delta.index]
         writer.add(delta)
-        if not writer.has_news:
-            return b""
-        return event(self._object([writer.take()], None if self._with_usage else UNSET))
+        return self._report.chunk([writer.take()]) if writer.has_news else b""
 
     def last_events(self) -> bytes:
-        if self._with_usage or self._with_drafts:
-            return event(self._with_totals([], self._with_usage))
-        return b""
+        return self._report.last()
 
     def add(self, delta: ChoiceDelta) -> None:
         self._choices[delta.index].add(delta)
 
     def whole(self) -> Completion:
-        return self._with_totals([writer.take() for writer in self._choices], True)
-
-    def _with_totals(self, choices: list[CompletionChoice], with_usage: bool) -> Completion:
-        return msgspec.structs.replace(
-            self._object(choices, UNSET),
-            usage=self._generation.usage() if with_usage else UNSET,
-            speculation=self._generation.draft_stats() if self._with_drafts else UNSET,
-        )
-
-    def _object(self, choices: list[CompletionChoice], usage: UnsetType | None) -> Completion:
-        generation = self._generation
-        return Completion(
-            id=generation.id,
-            created=generation.created,
-            model=generation.model,
-            system_fingerprint=generation.fingerprint,
-            choices=choices,
-            usage=usage,
-        )
+        return self._report.whole(Completion, choices=[it.take() for it in self._choices])
 
 
 class _ChoiceWriter:
@@ -86,7 +61,12 @@ class _ChoiceWriter:
         # Characters of the echoed prompt.
         self._width = 0 if self._echo is None else len(self._echo.text)
         scored = body.logprobs is not None
-        self._logprobs = CompletionLogprobsWriter(generation.tokenizer) if scored else None
+        as_ids = bool(body.return_tokens_as_token_ids)
+        writer = CompletionLogprobsWriter(generation.tokenizer, as_ids)
+        self._logprobs = writer if scored else None
+        self._with_ids = bool(body.return_token_ids)
+        self._ids: list[int] = []
+        self._opened = False
         self._texts: list[str] = []
         self._news = False
         self._ended = False
@@ -100,6 +80,7 @@ class _ChoiceWriter:
             self._add_echo(self._echo, delta.prompt_logprobs)
             self._echo = None
         self._texts.append(delta.text)
+        self._ids += delta.token_ids
         if self._logprobs is not None:
             for item in delta.scored:
                 entry = item.logprob
@@ -110,11 +91,16 @@ class _ChoiceWriter:
     def take(self) -> CompletionChoice:
         """What was added since the last `take`."""
         text, self._texts, self._news = "".join(self._texts), [], False
+        ids, self._ids = self._ids, []
+        prompt_ids = [] if self._opened else self._choice.request.prompt_ids
+        self._opened = True
         return CompletionChoice(
             index=self._choice.index,
             text=text,
             logprobs=None if self._logprobs is None else self._logprobs.take(),
             finish_reason=self._choice.ended() if self._ended else None,
+            token_ids=ids if self._with_ids else UNSET,
+            prompt_token_ids=prompt_ids if self._with_ids and prompt_ids else UNSET,
         )
 
     def _add_echo(self, echo: Echo, scores: list[TokenLogprob | None] | None) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -13,13 +14,15 @@ from engine.messages import EngineInfo
 from engine.request import SamplingParams
 from server.http.context import ServerContext
 from server.http.errors import bad_value, context_overflow, invalid
+from server.openai.conversation import hidden_calls, render_chat
 from server.openai.logprobs import Echo, echo_of
-from server.openai.schema import ChatMessage, ChatRequest, CompletionRequest, SamplingFields
+from server.openai.schema import ChatRequest, CompletionRequest, SamplingFields
 from server.text.letters import Rendered
-from server.text.rendering import Renderer
 from server.text.stream import StreamOptions
+from server.text.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+RANDOM_SEED = -1  # as in other servers: draw one
 PROBED = 8  # characters for each token of the context: texts rarely have so many
 CUT = 64  # tokens
 
@@ -31,37 +34,7 @@ class Prompt:
     token_ids: list[int]
     text: str | None
     echo: Echo | None = None  # set when the prompt is to precede its completion
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """A conversation for the chat template, which takes texts and lists of parts."""
-    rendered = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        content: Any = message.content
-        if not isinstance(content, str):
-            content = [{"type": part.type, "text": part.text} for part in content]
-        entry = {"role": role, "content": content}
-        if message.name is not None:
-            entry["name"] = message.name
-        if message.tool_call_id is not None:
-            entry["tool_call_id"] = message.tool_call_id
-        rendered.append(entry)
-    return rendered
-
-
-def render_chat(
-    renderer: Renderer,
-    messages: Sequence[ChatMessage],
-    add_generation_prompt: bool | None,
-    kwargs: dict[str, object] | None,
-) -> Rendered:
-    """The prompt of a conversation. ApiError 400 when the template refuses it."""
-    opens = add_generation_prompt is not False
-    try:
-        return renderer.render(template_messages(messages), opens, kwargs or {})
-    except ValueError as error:
-        raise invalid(str(error), "messages", "chat_template_error") from error
+    not_used: Sequence[str] = ()  # what the client sent but the prompt does not contain
 
 
 def encode(
@@ -70,36 +43,69 @@ def encode(
     prompt: Rendered,
     add_special_tokens: bool,
     param: str,
+    *,
+    may_be_long: bool = False,
 ) -> list[int]:
-    """Token ids of a prompt.
+    """Token ids of a prompt, with one BOS token where the text begins with it and
+    `add_special_tokens` would put another in front.
 
     Raises:
         ApiError: 400; the text is not valid Unicode, or exceeds the context. The latter is found
-            without tokenising a whole text that is much too long.
+            without tokenising a whole text that is much too long, unless it `may_be_long`.
     """
-    text, max_model_len = prompt.text, info.max_model_len
-    if len(text) > max_model_len:
-        fewest = context.tokenizer.fewest_tokens(text)
-        if fewest <= max_model_len and len(text) > PROBED * max_model_len:
-            # Where a text is cut may change the last tokens, but not their number by much.
-            begin = context.tokenizer.encode(text[: PROBED * max_model_len], False)
-            fewest = len(begin) - CUT
-        if fewest > max_model_len:
-            raise context_overflow(
-                max_model_len, f"your prompt has at least {fewest} tokens", param
-            )
+    if not may_be_long:
+        _check_length(context.tokenizer, info.max_model_len, prompt.text, param)
+    special = add_special_tokens and not _begins_with_bos(context.tokenizer, prompt.text)
     try:
-        return context.tokenizer.encode_rendered(prompt, add_special_tokens)
+        return context.tokenizer.encode_rendered(prompt, special)
     except ValueError as error:
         raise invalid(f"{param}: {error}", param) from error
 
 
+def _check_length(tokenizer: Tokenizer, max_model_len: int, text: str, param: str) -> None:
+    """ApiError 400 for a text of more tokens than the context, as far as this is seen quickly."""
+    if len(text) <= max_model_len:
+        return
+    fewest = tokenizer.fewest_tokens(text)
+    if fewest <= max_model_len and len(text) > PROBED * max_model_len:
+        # Where a text is cut may change the last tokens, but not their number by much.
+        fewest = len(tokenizer.encode(text[: PROBED * max_model_len], False)) - CUT
+    if fewest > max_model_len:
+        raise context_overflow(max_model_len, f"your prompt has at least {fewest} tokens", param)
+
+
+def _begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
+    bos = tokenizer.special_tokens.get("bos_token")
+    return bool(bos) and tokenizer.bos_token_id is not None and text.startswith(str(bos))
+
+
 def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
     """Render and tokenise a conversation. Templates write the special tokens themselves."""
-    prompt = render_chat(
-        context.renderer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-    )
-    return [Prompt(encode(context, info, prompt, False, "messages"), prompt.plain())]
+    prompt = render_chat(context.renderer, body.messages, body)
+    special = bool(body.add_special_tokens)
+    token_ids = encode(context, info, prompt, special, "messages", may_be_long=_cuts(body))
+    kept = _last_tokens(token_ids, body, info)
+    hidden = hidden_calls(context.renderer.template, body.messages)
+    return [Prompt(kept, prompt.plain(), not_used=hidden)]
+
+
+def _cuts(body: SamplingFields) -> bool:
+    """Whether only the last tokens of a prompt are wanted."""
+    return body.truncate_prompt_tokens not in (None, 0)
+
+
+def _last_tokens(token_ids: list[int], body: SamplingFields, info: EngineInfo) -> list[int]:
+    """The tokens of a prompt that are to be used."""
+    limit = body.truncate_prompt_tokens
+    if limit is None or limit == 0:
+        return token_ids
+    if limit == -1:
+        limit = max(info.max_model_len - _or_one(body.token_limit), 1)
+    return token_ids[-limit:]
+
+
+def _or_one(asked: int | None) -> int:
+    return 1 if asked is None else asked
 
 
 def completion_prompts(
@@ -112,11 +118,17 @@ def completion_prompts(
 def _completion_prompt(
     context: ServerContext, info: EngineInfo, body: CompletionRequest, prompt: str | list[int]
 ) -> Prompt:
+    text: str | None = None
     if isinstance(prompt, str):
-        token_ids, text = encode(context, info, Rendered(prompt), True, "prompt"), prompt
+        special = body.add_special_tokens is not False
+        text, rendered = prompt, Rendered(prompt)
+        token_ids = encode(context, info, rendered, special, "prompt", may_be_long=_cuts(body))
     else:
         check_token_ids(prompt, info, "prompt")
-        token_ids, text = prompt, None
+        token_ids = prompt
+    kept = _last_tokens(token_ids, body, info)
+    if len(kept) < len(token_ids):
+        token_ids, text = kept, None
     if not body.echo or len(token_ids) > info.max_model_len:  # too long: `budget` refuses it
         return Prompt(token_ids, text)
     skips = body.skip_special_tokens is not False
@@ -142,7 +154,7 @@ def budget(
     if num_prompt == 0:
         raise invalid("The prompt is empty: it must have at least one token", param)
     room = max_model_len - num_prompt
-    wanted = 1 if asked is None else asked
+    wanted = _or_one(asked)
     if wanted > room:
         raise context_overflow(
             max_model_len,
@@ -161,7 +173,7 @@ def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> Sampling
 
 
 def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body.max_tokens, DEFAULT_COMPLETION_TOKENS, info, "prompt")
+    max_tokens = budget(prompt, body.token_limit, DEFAULT_COMPLETION_TOKENS, info, "prompt")
     scored = body.logprobs if body.echo else None
     return _sampling_params(body, max_tokens, body.logprobs, scored, info)
 
@@ -178,14 +190,15 @@ def _sampling_params(
         allowed = f"at most the tokens that may be generated, {max_tokens}"
         raise bad_value("min_tokens", min_tokens, allowed)
     check_token_ids(body.stop_token_ids or (), info, "stop_token_ids")
+    only_likeliest = body.top_p == 0
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=_or(body.temperature, 1.0),
+        temperature=0.0 if only_likeliest else _or(body.temperature, 1.0),
         top_k=max(body.top_k or 0, 0),
-        top_p=_or(body.top_p, 1.0),
+        top_p=1.0 if only_likeliest else _or(body.top_p, 1.0),
         min_p=_or(body.min_p, 0.0),
-        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        seed=_seed(body.seed),
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),
@@ -195,6 +208,10 @@ def _sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _seed(asked: int | None) -> int:
+    return secrets.randbits(64) if asked is None or asked == RANDOM_SEED else asked % 2**64
 
 
 def _or(value: float | None, default: float) -> float:
@@ -208,8 +225,19 @@ def _logit_bias(entries: dict[str, float], info: EngineInfo) -> dict[int, float]
 
 
 def with_seed_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """The parameters of one choice: choices of a prompt differ only in their seed."""
-    return msgspec.structs.replace(params, seed=(params.seed + choice) % 2**64)
+    """The parameters of one choice: choices of a prompt differ only in their seed. The first has
+    the seed of the request; the others a hash, so that requests with seeds close to each other have
+    no texts in common."""
+    if choice == 0:
+        return params
+    packed = struct.pack("<QQ", params.seed, choice)
+    digest = hashlib.blake2b(packed, digest_size=8).digest()
+    return msgspec.structs.replace(params, seed=int.from_bytes(digest, "little"))
+
+
+def cache_salt(label: str, asked: str | None) -> str:
+    """The engine's salt for a caller with this label ("": any) and for the client's own salt."""
+    return f"{label}/{asked or ''}" if label or asked else ""
 
 
 def stream_options(body: SamplingFields, info: EngineInfo) -> StreamOptions:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.json_schema import WithJsonSchema
 
 from engine.step.shape import MAX_NODES
-from server.http.body import Fields
+from server.http.body import Fields, NotUsed
+from server.http.errors import shorten
 
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
+MAX_STOPS = 32
+MAX_BIASES = 1024
 
 
 def _refuse(value: Any) -> None:
     if value is not None:
         raise ValueError("not supported yet; leave it out or send null")
-
-
-def _refuse_entries(value: Any) -> None:
-    if value is not None and value != []:
-        raise ValueError("not supported yet; leave it out, or send null or an empty array")
 
 
 def _only_text(value: Any) -> Any:
@@ -30,10 +28,41 @@ def _only_text(value: Any) -> Any:
     return value
 
 
-def _only_none(value: Any) -> Any:
-    if value not in (None, "none"):
-        raise ValueError('not supported yet; only "none" is')
+def _no_choice(value: Any) -> Any:
+    if value not in (None, "none", "auto"):
+        raise ValueError('not supported yet; only "none" is, and "auto" without tools')
     return value
+
+
+def _without_empty(value: Any) -> Any:
+    """Clients send empty strings for no stop string; they could never end a text."""
+    if isinstance(value, list):
+        return [entry for entry in value if entry != ""]
+    return None if value == "" else value
+
+
+def _no_suffix(value: Any) -> None:
+    _refuse(_without_empty(value))
+
+
+def _false_is_null(value: Any) -> Any:
+    return None if value is False else value
+
+
+def _different_ids(value: dict[str, float]) -> dict[str, float]:
+    """Refuse two keys that name the same token: one of them would have no effect."""
+    names: dict[int, str] = {}
+    for name in value:
+        other = names.setdefault(int(name), name)
+        if other != name:
+            raise ValueError(f"its keys {shorten(other)} and {shorten(name)} are the same token id")
+    return value
+
+
+def _token_key(name: str) -> str:
+    if not (name.isascii() and name.isdigit() and len(name) <= 10):
+        raise ValueError('a key must be a token id, written as a string such as "50"')
+    return name
 
 
 def _of_one_kind(value: Any) -> Any:
@@ -52,16 +81,23 @@ class TextFormat(Fields):
 Unsupported = Annotated[
     None, BeforeValidator(_refuse), WithJsonSchema({"type": "null"}), Field(description="Refused.")
 ]
-UnsupportedList = Annotated[
+Suffix = Annotated[
     None,
-    BeforeValidator(_refuse_entries),
-    WithJsonSchema({"anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]}),
+    BeforeValidator(_no_suffix),
+    WithJsonSchema({"anyOf": [{"type": "string", "maxLength": 0}, {"type": "null"}]}),
     Field(description="Refused, unless it is empty."),
 ]
-OnlyNone = Annotated[
-    Literal["none"] | None,
-    BeforeValidator(_only_none),
-    Field(description='Only "none", as tools are not supported yet.'),
+ToolList = Annotated[
+    list[dict[str, Any]] | None,
+    Field(
+        description='Only with `tool_choice` or `function_call` "none", and then without effect: '
+        "calling tools is not supported yet."
+    ),
+]
+ToolChoice = Annotated[
+    Literal["none", "auto"] | None,
+    BeforeValidator(_no_choice),
+    Field(description='Only "none", or "auto" without tools: they are not supported yet.'),
 ]
 ResponseFormat = Annotated[
     TextFormat | None,
@@ -82,18 +118,44 @@ Temperature = Annotated[
     float | None, Field(ge=0, le=2, description="Below 1e-5 it is greedy. Default 1.")
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-TopP = Annotated[float | None, Field(gt=0, le=1, description="Default 1: off.")]
+TopP = Annotated[
+    float | None, Field(ge=0, le=1, description="0: always the likeliest token. Default 1: off.")
+]
 Penalty = Annotated[float | None, Field(ge=-2, le=2, description="Default 0: off.")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias] | None,
-    Field(
-        max_length=1024, description="Token id, written as a string -> what is added to its logit."
-    ),
+    Annotated[
+        dict[
+            Annotated[
+                str,
+                AfterValidator(_token_key),
+                WithJsonSchema({"type": "string", "pattern": "^[0-9]{1,10}$"}),
+            ],
+            Bias,
+        ],
+        Field(max_length=MAX_BIASES),
+        AfterValidator(_different_ids),
+    ]
+    | None,
+    Field(description="Token id, written as a string -> what is added to its logit."),
 ]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=4)] | None,
-    Field(description="Up to 4 strings that end the text; they are not part of it."),
+    StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
+    BeforeValidator(_without_empty),
+    Field(
+        description=f"Up to {MAX_STOPS} strings that end the text; they are not part of it. "
+        "Empty strings are left out."
+    ),
+]
+NumLogprobs = Annotated[
+    int | None,
+    Field(
+        ge=0,
+        le=20,
+        description="Alternatives per token; log-probabilities are those under the model, before "
+        "the sampling parameters. Minus infinity is written as -9999. False: none.",
+    ),
+    BeforeValidator(_false_is_null),
 ]
 Seed = Annotated[
     int | None,
@@ -101,7 +163,16 @@ Seed = Annotated[
         ge=-(2**63),
         le=2**64 - 1,
         description="Any 64-bit integer; the same request with the same seed gives the same text. "
-        "Choice i of n uses seed + i. Drawn at random when absent.",
+        "The first choice uses the seed, choice i of n a hash of the seed and i. Drawn at random "
+        "when absent or -1.",
+    ),
+]
+CacheSalt = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=256,
+        description="The prompt cache is shared only between requests with the same salt.",
     ),
 ]
 
@@ -112,8 +183,11 @@ class StreamRequestOptions(Fields):
     include_usage: bool | None = Field(
         None, description="Send token counts in a last chunk without choices."
     )
-    include_obfuscation: Literal[False] | None = Field(
-        None, description="Only false: chunks are never padded."
+    continuous_usage_stats: bool | None = Field(
+        None, description="Send the token counts so far in every chunk."
+    )
+    include_obfuscation: NotUsed[bool] = Field(
+        None, description=HARMLESS + "chunks are never padded."
     )
 
 

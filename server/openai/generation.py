@@ -11,16 +11,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from engine.messages import EngineInfo, ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
 from server.http.admission import Ticket
+from server.http.callers import Caller
 from server.http.context import ServerContext
 from server.http.errors import ApiError, invalid, server_error
 from server.http.request_log import RequestRecord
 from server.openai.bodies import SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
-from server.openai.convert import Prompt, stream_options, with_seed_of_choice
+from server.openai.convert import Prompt, cache_salt, stream_options, with_seed_of_choice
 from server.openai.schema import SamplingFields
-from server.openai.usage import count_drafts, count_tokens
+from server.openai.usage import count_drafts, count_so_far, count_tokens
 
 Event = Tokens | Finished
+# Why the engine refuses a request -> the code of the client's error.
+REFUSALS = {ErrorCode.CONTEXT_LENGTH: "context_length_exceeded", ErrorCode.INVALID: None}
 
 
 class Generation:
@@ -72,6 +75,10 @@ class Generation:
                     if self._keeps_text:
                         self._output.append(delta.text)
                     yield delta
+
+    def usage_so_far(self) -> Usage:
+        """Tokens of all choices up to now, without details."""
+        return count_so_far(self.prompts, self.choices)
 
     def usage(self) -> Usage:
         """Tokens of all choices; all of them must have ended."""
@@ -125,8 +132,13 @@ class Generation:
         about the request."""
         if event.error_code is ErrorCode.STOPPING:
             return self._admission.draining()
-        if event.error_code is ErrorCode.CONTEXT_LENGTH and event.error is not None:
-            return invalid(event.error, code="context_length_exceeded")
+        if event.error_code in REFUSALS and event.error is not None:
+            return invalid(event.error, code=REFUSALS[event.error_code])
+        if event.error_code is ErrorCode.UNSOUND:
+            return server_error(
+                "The model gave NaN or infinite scores for the next token, so this request cannot "
+                "be finished; other requests go on"
+            )
         return server_error("The engine failed to finish this request; it can be sent again")
 
     def _abort(self, choice: Choice) -> None:
@@ -143,16 +155,17 @@ def start_generation(
     params: Sequence[SamplingParams],  # one per prompt
     info: EngineInfo,
     prefix: str,
+    caller: Caller,
 ) -> Generation:
     """Make the engine requests of an HTTP request; its id begins with `prefix`.
 
     Raises:
         ApiError: 429; too many prompt tokens are waiting.
     """
-    ticket.add_prompts(
-        [len(prompt.token_ids) for prompt in prompts for _ in range(body.num_choices)]
-    )
+    ticket.add_prompts([len(prompt.token_ids) for prompt in prompts], body.num_choices)
     id, now, options = f"{prefix}-{uuid.uuid4().hex}", time.time(), stream_options(body, info)
+    shared_cache = context.config.cache.share_between_clients
+    salt = cache_salt("" if shared_cache else caller.label, body.cache_salt)
     choices: list[Choice] = []
     for prompt, shared in zip(prompts, params, strict=True):
         for number in range(body.num_choices):
@@ -161,7 +174,10 @@ def start_generation(
                 request_id=f"{id}-{index}",
                 prompt_ids=prompt.token_ids,
                 params=with_seed_of_choice(shared, number),
+                choice=index,
                 priority=body.priority or 0,
+                client=caller.label,
+                cache_salt=salt,
                 max_draft_nodes=body.max_draft_nodes,
                 arrival_time=now,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,10 +26,13 @@ def finite(logprob: float) -> float:
     return logprob if logprob > SMALLEST else SMALLEST
 
 
-def chat_logprobs(tokenizer: Tokenizer, scored: Sequence[ScoredToken]) -> list[ChatTokenLogprob]:
+def chat_logprobs(
+    tokenizer: Tokenizer, scored: Sequence[ScoredToken], as_ids: bool = False
+) -> list[ChatTokenLogprob]:
     """The entries of `ChatLogprobs`, encoded one by one: all of a long reply at its end would
-    block the event loop."""
-    entries = (_chat_entry(tokenizer, item.logprob) for item in scored)
+    block the event loop. With `as_ids`, tokens are written as their ids."""
+    name = token_name if as_ids else tokenizer.token_text
+    entries = (_chat_entry(tokenizer, item.logprob, name) for item in scored)
     return [cast(ChatTokenLogprob, _encoded(entry)) for entry in entries]
 
 
@@ -38,14 +41,21 @@ def _encoded(value: Any) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
-def _chat_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatTokenLogprob:
+def token_name(token_id: int) -> str:
+    """A token as its id: unlike its text, it is never ambiguous."""
+    return f"token_id:{token_id}"
+
+
+def _chat_entry(
+    tokenizer: Tokenizer, entry: TokenLogprob, name: Callable[[int], str]
+) -> ChatTokenLogprob:
     return ChatTokenLogprob(
-        token=tokenizer.token_text(entry.token_id),
+        token=name(entry.token_id),
         logprob=finite(entry.logprob),
         bytes=list(tokenizer.token_bytes(entry.token_id)),
         top_logprobs=[
             TopLogprob(
-                token=tokenizer.token_text(token_id),
+                token=name(token_id),
                 logprob=finite(logprob),
                 bytes=list(tokenizer.token_bytes(token_id)),
             )
@@ -57,8 +67,10 @@ def _chat_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatTokenLogprob:
 class CompletionLogprobsWriter:
     """Collects the parallel lists of a completion's logprobs."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        """With `as_ids`, tokens are written as their ids."""
         self._tokenizer = tokenizer
+        self._as_ids = as_ids
         self._content = CompletionLogprobs(
             tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]
         )
@@ -92,6 +104,8 @@ class CompletionLogprobsWriter:
     def _text(self, token_id: int) -> str:
         r"""This format has no field for bytes, so an incomplete character is written as OpenAI
         does: `bytes:\xe4\xbd`."""
+        if self._as_ids:
+            return token_name(token_id)
         data = self._tokenizer.token_bytes(token_id)
         try:
             return data.decode()

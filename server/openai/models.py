@@ -9,7 +9,7 @@ from starlette.responses import Response
 from server.http.context import ServerContext, context_of
 from server.http.docs import Routes, operation
 from server.http.sse import StructResponse
-from server.openai.bodies import ModelCard, ModelList
+from server.openai.bodies import ModelCard, ModelList, ModelPermission
 
 router = APIRouter()
 ROUTES = Routes(router, answers=(ModelList,))
@@ -30,10 +30,12 @@ async def get_model(http: HttpRequest, model_id: str) -> Response:
 
 
 def _card(context: ServerContext) -> ModelCard:
-    engine = context.client.info
+    engine, info = context.client.info, context.info
     return ModelCard(
-        id=context.info.model_name,
-        created=context.info.created,
+        id=info.model_name,
+        created=info.created,
         owned_by="aerie",
+        root=context.config.model.source,
+        permission=[ModelPermission(id=f"modelperm-{info.model_name}", created=info.created)],
         max_model_len=None if engine is None else engine.max_model_len,
     )

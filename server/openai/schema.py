@@ -3,18 +3,21 @@ effect, or refused; an unknown field is an error."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields
-from server.http.errors import broken_rule
+from server.http.body import Fields, NotUsed
+from server.http.validation import broken_rule
+from server.openai.conversation import ChatMessage, RenderingFields
 from server.openai.fields import (
     HARMLESS,
     MAX_INT,
+    CacheSalt,
     Fraction,
     LogitBias,
-    OnlyNone,
+    NumLogprobs,
     Penalty,
     Prompts,
     ResponseFormat,
@@ -22,45 +25,14 @@ from server.openai.fields import (
     SpeculationOptions,
     Stop,
     StreamRequestOptions,
+    Suffix,
     Temperature,
     TokenId,
+    ToolChoice,
+    ToolList,
     TopP,
     Unsupported,
-    UnsupportedList,
 )
-
-
-class TextPart(Fields):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Fields):
-    """One message. Assistant messages of earlier replies can be sent back as they came."""
-
-    role: Literal["developer", "system", "user", "assistant", "tool"] = Field(
-        description="`developer` is shown to the chat template as `system`."
-    )
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] = Field(
-        description="Text, or text parts. A chat template that does not read parts gets their "
-        "text, joined by newlines. Null is refused: it needs "
-        "tool calls, which are not supported yet."
-    )
-    name: str | None = Field(None, description="Handed to the chat template.")
-    tool_call_id: str | None = Field(None, description="Required for `tool` messages.")
-    refusal: Unsupported = None
-    audio: Unsupported = None
-    function_call: Unsupported = None
-    tool_calls: UnsupportedList = None
-    annotations: UnsupportedList = None
-
-    @model_validator(mode="after")
-    def _tool_messages_name_their_call(self) -> ChatMessage:
-        if (self.role == "tool") != (self.tool_call_id is not None):
-            raise broken_rule(
-                "tool_call_id", "tool_call_id is required with the role tool, and only there"
-            )
-        return self
 
 
 class SamplingFields(Fields):
@@ -68,13 +40,19 @@ class SamplingFields(Fields):
 
     model: str
     n: int | None = Field(None, ge=1, le=MAX_INT, description="Choices per prompt. Default 1.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_INT, description="Default: the rest of the context."
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_INT, description="The older name; `max_completion_tokens` wins."
+    )
     temperature: Temperature = None
     top_p: TopP = None
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0, -1 (default): off.")
     min_p: Fraction | None = Field(None, description="Default 0: off.")
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
-    repetition_penalty: float | None = Field(None, ge=0.01, le=2, description="Default 1: off.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Default 1: off.")
     logit_bias: LogitBias = None
     seed: Seed = None
     stop: Stop = None
@@ -96,14 +74,61 @@ class SamplingFields(Fields):
         None, description="Leave special tokens out of the text. Default true."
     )
     priority: int | None = Field(
-        None, ge=-(2**31), le=2**31 - 1, description="Lower runs first. Default 0."
+        None,
+        ge=-(2**31),
+        le=2**31 - 1,
+        description="Lower runs first. Default 0. The server may limit how urgent a "
+        "request may be.",
     )
+    cache_salt: CacheSalt = None
     speculation: SpeculationOptions | None = Field(
         None, description="Speculative decoding. Changes speed only, never the text."
     )
     stream: bool | None = Field(None, description="Send the text as it comes. Default false.")
     stream_options: StreamRequestOptions | None = Field(None, description="Needs `stream`.")
-    user: str | None = Field(None, description=HARMLESS + "end users are not distinguished.")
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Put BOS in front of a prompt that is text, unless it begins with it. Default: "
+        "true for completions; false for chat, where the chat template writes it.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        le=MAX_INT,
+        description="Use only so many of the last tokens of each prompt; 0: all; -1: as many as "
+        "leave room for the output. Default: all.",
+    )
+    return_token_ids: bool | None = Field(
+        None, description="Add `token_ids` to choices, and `prompt_token_ids`. Default false."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='Write tokens in log-probabilities as "token_id:50". Default false.'
+    )
+    use_beam_search: Literal[False] | None = Field(None, description="Only false.")
+    length_penalty: float | None = Field(
+        None, ge=1, le=1, description="Only 1: it is for beam search."
+    )
+    spaces_between_special_tokens: NotUsed[bool] = Field(
+        None, description=HARMLESS + "the tokenizer decides about spaces."
+    )
+    request_id: NotUsed[str] = Field(
+        None, description=HARMLESS + "the header x-request-id sets the id."
+    )
+    user: NotUsed[str] = Field(None, description=HARMLESS + "end users are not distinguished.")
+    service_tier: NotUsed[str] = Field(None, description=HARMLESS + "there is one tier.")
+    store: NotUsed[bool] = Field(None, description=HARMLESS + "no completion is ever stored.")
+    metadata: NotUsed[dict[str, Any]] = Field(
+        None, description=HARMLESS + "it labels stored completions, and none is stored."
+    )
+    safety_identifier: NotUsed[str] = Field(
+        None, description=HARMLESS + "end users are not distinguished."
+    )
+    prompt_cache_key: NotUsed[str] = Field(
+        None, description=HARMLESS + "equal prefixes are found without a key."
+    )
+    prompt_cache_retention: NotUsed[str] = Field(
+        None, description=HARMLESS + "prefixes stay cached as long as there is room."
+    )
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> SamplingFields:
@@ -124,8 +149,19 @@ class SamplingFields(Fields):
         return self.num_choices
 
     @property
+    def token_limit(self) -> int | None:
+        """Most output tokens of a choice; None: the route decides."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def max_draft_nodes(self) -> int | None:
@@ -139,16 +175,10 @@ class SamplingFields(Fields):
         return self.speculation is not None and self.speculation.stats
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, RenderingFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=MAX_INT, description="Default: the rest of the context."
-    )
-    max_tokens: int | None = Field(
-        None, ge=1, le=MAX_INT, description="The older name; `max_completion_tokens` wins."
-    )
     logprobs: bool | None = Field(
         None,
         description="Log-probability of each output token under the model, before temperature and "
@@ -157,63 +187,61 @@ class ChatRequest(SamplingFields):
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="Alternatives per token; needs `logprobs`."
     )
-    add_generation_prompt: bool | None = Field(
-        None, description="Ask the chat template to open the assistant's turn. Default true."
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Further variables of the chat template."
-    )
     response_format: ResponseFormat = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, min_length=1)] | None = (
         Field(None, description='Only ["text"].')
     )
-    service_tier: Literal["auto", "default"] | None = Field(
-        None, description=HARMLESS + "there is one tier. Other tiers are refused."
+    reasoning_effort: NotUsed[str] = Field(
+        None, description=HARMLESS + "the model is asked as the chat template says."
     )
-    store: bool | None = Field(None, description=HARMLESS + "no completion is ever stored.")
-    metadata: dict[str, str] | None = Field(
-        None, description=HARMLESS + "it labels stored completions, and none is stored."
+    verbosity: NotUsed[str] = Field(
+        None, description=HARMLESS + "the model is asked as the chat template says."
     )
-    safety_identifier: str | None = Field(
-        None, description=HARMLESS + "end users are not distinguished."
+    prediction: NotUsed[dict[str, Any]] = Field(
+        None, description=HARMLESS + "drafts are made without it, and the text is the same."
     )
-    prompt_cache_key: str | None = Field(
-        None, description=HARMLESS + "equal prefixes are found without a key."
-    )
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
+    prompt_cache_options: NotUsed[dict[str, Any]] = Field(
         None, description=HARMLESS + "prefixes stay cached as long as there is room."
     )
-    parallel_tool_calls: bool | None = Field(
+    parallel_tool_calls: NotUsed[bool] = Field(
         None, description=HARMLESS + "it is about tools, which are refused."
     )
-    tool_choice: OnlyNone = None
-    function_call: OnlyNone = None
-    tools: UnsupportedList = None
-    functions: UnsupportedList = None
+    tools: ToolList = None
+    tool_choice: ToolChoice = None
+    functions: ToolList = None
+    function_call: ToolChoice = None
+    echo: Literal[False] | None = Field(None, description="Only false.")
     audio: Unsupported = None
     moderation: Unsupported = None
-    prediction: Unsupported = None
-    prompt_cache_options: Unsupported = None
-    reasoning_effort: Unsupported = None
-    verbosity: Unsupported = None
     web_search_options: Unsupported = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise broken_rule("top_logprobs", "top_logprobs is only allowed when logprobs is true")
         return self
+
+    @model_validator(mode="after")
+    def _tools_are_not_to_be_called(self) -> ChatRequest:
+        for name, given, choice_name, choice in (
+            ("tools", self.tools, "tool_choice", self.tool_choice),
+            ("functions", self.functions, "function_call", self.function_call),
+        ):
+            if given and choice != "none":
+                raise broken_rule(
+                    name,
+                    f"{name} is an array of {len(given)}: calling tools is not supported yet; "
+                    f'leave it out, or send "{choice_name}": "none"',
+                )
+        return self
+
+    def not_used(self) -> Iterator[str]:
+        yield from (name for name in ("tools", "functions") if getattr(self, name))
 
     @property
     def num_logprobs(self) -> int | None:
         """Alternatives per output token; None when no logprobs were asked for."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def token_limit(self) -> int | None:
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return self.max_tokens
 
 
 class CompletionRequest(SamplingFields):
@@ -225,16 +253,13 @@ class CompletionRequest(SamplingFields):
     max_tokens: int | None = Field(
         None, ge=0, le=MAX_INT, description="Default 16. 0 with `echo` scores a prompt."
     )
-    logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=20,
-        description="Alternatives per token; log-probabilities are those under the model, before "
-        "the sampling parameters. Minus infinity is written as -9999.",
+    max_completion_tokens: int | None = Field(
+        None, ge=0, le=MAX_INT, description="Another name of it, as chat has; it wins."
     )
+    logprobs: NumLogprobs = None
     echo: bool | None = Field(None, description="Put the prompt in front of the text.")
     best_of: int | None = Field(None, ge=1, le=MAX_INT, description="Only the value of `n`.")
-    suffix: Unsupported = None
+    suffix: Suffix = None
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> CompletionRequest:
@@ -255,7 +280,7 @@ class CompletionRequest(SamplingFields):
         return self.prompt
 
 
-class TokenizeRequest(Fields):
+class TokenizeRequest(RenderingFields):
     """POST /tokenize. Exactly one of `prompt` and `messages`."""
 
     model: str | None = None
@@ -264,17 +289,18 @@ class TokenizeRequest(Fields):
     add_special_tokens: bool | None = Field(
         None, description="Put BOS in front. Default: true for a prompt, false for messages."
     )
-    add_generation_prompt: bool | None = Field(None, description="For messages. Default true.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="For messages.")
+    return_token_strs: bool | None = Field(
+        None, description="Add `token_strs`, the text of each token. Default false."
+    )
 
     @model_validator(mode="after")
     def _one_of_prompt_and_messages(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise broken_rule("prompt", "exactly one of prompt and messages is required")
-        if self.messages is None and (self.add_generation_prompt or self.chat_template_kwargs):
-            raise broken_rule(
-                "messages", "add_generation_prompt and chat_template_kwargs need messages"
-            )
+        needs = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        for name in needs:
+            if self.messages is None and getattr(self, name):
+                raise broken_rule(name, f"{name} is only allowed with messages")
         return self
 
 

@@ -13,7 +13,8 @@ from server.http.docs import Routes, operation
 from server.http.errors import invalid
 from server.http.sse import StructResponse
 from server.openai.bodies import Detokenized, Tokenized
-from server.openai.convert import check_token_ids, encode, render_chat
+from server.openai.conversation import render_chat
+from server.openai.convert import check_token_ids, encode
 from server.openai.schema import DetokenizeRequest, TokenizeRequest
 from server.text.letters import Rendered
 
@@ -28,9 +29,14 @@ async def tokenize(http: HttpRequest) -> Response:
     info = context.engine_info()
     body = await read_body(http, TokenizeRequest)
     context.check_model(body.model)
-    token_ids = await context.in_pool(body_size(http), _token_ids, context, info, body)
+    token_ids, texts = await context.in_pool(body_size(http), _tokens, context, info, body)
     return StructResponse(
-        Tokenized(count=len(token_ids), max_model_len=info.max_model_len, tokens=token_ids)
+        Tokenized(
+            count=len(token_ids),
+            max_model_len=info.max_model_len,
+            tokens=token_ids,
+            token_strs=texts,
+        )
     )
 
 
@@ -46,14 +52,22 @@ async def detokenize(http: HttpRequest) -> Response:
     return StructResponse(Detokenized(prompt=text))
 
 
+def _tokens(
+    context: ServerContext, info: EngineInfo, body: TokenizeRequest
+) -> tuple[list[int], list[str] | None]:
+    """The ids, and the texts if they are wanted."""
+    token_ids = _token_ids(context, info, body)
+    if not body.return_token_strs:
+        return token_ids, None
+    return token_ids, [context.tokenizer.token_text(token_id) for token_id in token_ids]
+
+
 def _token_ids(context: ServerContext, info: EngineInfo, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         assert body.prompt is not None  # a rule of the schema
         special = body.add_special_tokens is not False
         return encode(context, info, Rendered(body.prompt), special, "prompt")
-    prompt = render_chat(
-        context.renderer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-    )
+    prompt = render_chat(context.renderer, body.messages, body)
     return encode(context, info, prompt, bool(body.add_special_tokens), "messages")
 
 

@@ -1,8 +1,10 @@
-"""Token counts of a reply, over all its choices; all of them must have ended."""
+"""Token counts of a reply, over all its choices. Details need the end of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import msgspec
 
 from engine.messages import Finished
 from server.openai.bodies import (
@@ -17,21 +19,28 @@ from server.openai.convert import Prompt
 
 def count_tokens(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:
     """Tokens of all choices; a prompt counts once, however many choices it has."""
-    num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
-    num_output = sum(choice.num_output for choice in choices)
     per_prompt = len(choices) // len(prompts)
     ends = _ends(choices)
     num_drafted = sum(end.num_drafted for end in ends)
     num_accepted = sum(_accepted(choice) for choice in choices)
-    return Usage(
-        prompt_tokens=num_prompt,
-        completion_tokens=num_output,
-        total_tokens=num_prompt + num_output,
+    return msgspec.structs.replace(
+        count_so_far(prompts, choices),
         prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached(ends, per_prompt)),
         completion_tokens_details=CompletionTokensDetails(
             accepted_prediction_tokens=num_accepted,
             rejected_prediction_tokens=num_drafted - num_accepted,
         ),
+    )
+
+
+def count_so_far(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:
+    """Tokens of all choices up to now. Details are known only at the end."""
+    num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
+    num_output = sum(choice.num_output for choice in choices)
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_output,
+        total_tokens=num_prompt + num_output,
     )
 
 

@@ -15,6 +15,7 @@ from engine.messages import (
     Abort,
     ClientMessage,
     DraftSwapped,
+    EngineFailed,
     EngineInfo,
     EngineMessage,
     EngineStats,
@@ -26,7 +27,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
-from server.process.wire import decode_engine, encode, unbounded
+from server.process.wire import decode_engine, encode, share_prompts, unbounded
 
 ENGINE_LOST = "the engine stopped unexpectedly"
 NO_ENGINE = "the engine is not running"
@@ -51,6 +52,8 @@ class ZmqEngineClient:
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
         self._ready = asyncio.Event()
+        self.was_ready = False  # whether the attached engine, or the last one, ever was
+        self.num_heard = 0  # batches of messages
 
     @property
     def info(self) -> EngineInfo | None:
@@ -59,6 +62,16 @@ class ZmqEngineClient:
     @property
     def stats(self) -> EngineStats | None:
         return self._stats
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the attached engine has said that it ends."""
+        return self.was_ready and self._info is None
+
+    @property
+    def awaits_engine(self) -> bool:
+        """Whether the engine has work, so that it must send something before long."""
+        return self.has_failed or bool(self._info and (self._streams or self._swaps))
 
     async def wait_ready(self) -> EngineInfo:
         """Return once the attached engine can take requests."""
@@ -69,6 +82,7 @@ class ZmqEngineClient:
     def attach(self, endpoint: str) -> None:
         """Listen at `endpoint` for a new engine to connect."""
         assert self._socket is None
+        self.was_ready = False
         self._socket = self._context.socket(zmq.PAIR)
         unbounded(self._socket)
         self._socket.bind(endpoint)
@@ -76,10 +90,7 @@ class ZmqEngineClient:
 
     def detach(self, reason: str = ENGINE_LOST, code: ErrorCode | None = None) -> None:
         """The engine has ended: every open stream ends with an error."""
-        self._info = None
-        if self._stats is not None:
-            self._stats = _at_rest(self._stats)
-        self._ready.clear()
+        self._close_for_requests()
         self._outbox.clear()
         if self._reader is not None:
             self._reader.cancel()
@@ -92,6 +103,12 @@ class ZmqEngineClient:
         for answer in swaps.values():
             if not answer.done():
                 answer.set_exception(ConnectionError(reason))
+
+    def _close_for_requests(self) -> None:
+        self._info = None
+        self._ready.clear()
+        if self._stats is not None:
+            self._stats = _at_rest(self._stats)
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         assert request.request_id not in self._streams, "request ids are used once"
@@ -134,14 +151,18 @@ class ZmqEngineClient:
     def _flush(self) -> None:
         batch, self._outbox = self._outbox, []
         if batch and self._socket is not None:
-            self._socket.send(encode(batch))  # the queue has no limit: this never waits
+            self._socket.send(
+                encode(share_prompts(batch))
+            )  # the queue has no limit: this never waits
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         """Take messages until cancelled. If one is invalid, the engine is told to end: `detach`
         follows, so that no client waits for ever."""
         try:
             while True:
-                for message in decode_engine(await socket.recv()):
+                batch = decode_engine(await socket.recv())
+                self.num_heard += 1
+                for message in batch:
                     self._take(message)
         except Exception:  # nothing awaits this task: log it here
             logger.exception("the engine sent an invalid message; it is told to end")
@@ -150,7 +171,10 @@ class ZmqEngineClient:
     def _take(self, message: EngineMessage) -> None:
         if isinstance(message, EngineInfo):
             self._info = message
+            self.was_ready = True
             self._ready.set()
+        elif isinstance(message, EngineFailed):
+            self._close_for_requests()
         elif isinstance(message, EngineStats):
             self._stats = message
         elif isinstance(message, DraftSwapped):
@@ -177,7 +201,7 @@ class ZmqEngineClient:
 def _at_rest(stats: EngineStats) -> EngineStats:
     """The counts of an ended engine, in which nothing runs any more."""
     return msgspec.structs.replace(
-        stats, num_running=0, num_waiting=0, kv_usage=0.0, last_step_tokens=0
+        stats, num_running=0, num_waiting=0, kv_usage=0.0, last_step_tokens=0, draft_failed=False
     )
 
 

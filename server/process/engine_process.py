@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from typing import Protocol
 
 import zmq
@@ -17,13 +18,21 @@ from configs.resolve import HostConfig
 from configs.schema import CaptureConfig
 from engine.capture import CaptureWriter, ShardWriter
 from engine.core import EngineCore
-from engine.messages import ClientMessage, DraftSwapped, ErrorCode, Shutdown, SwapDraft
+from engine.messages import (
+    ClientMessage,
+    DraftSwapped,
+    EngineFailed,
+    ErrorCode,
+    Shutdown,
+    SwapDraft,
+)
 from server.process.logs import set_up_logging
 from server.process.parent import die_with_parent, open_pipe
 from server.process.socket_folder import folder_of
 from server.process.wire import decode_client, encode, unbounded
 
 EXIT_BAD_SETUP = 3  # the configuration or the model is invalid: starting again would not help
+BEAT = 1.0  # seconds between signs of life while a draft head is loaded
 LOADING_POLL = 0.02  # seconds between polls of a draft head that is being loaded, when idle
 STOPPING = "the server is shutting down"
 
@@ -77,6 +86,7 @@ def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
     """Serve until a `Shutdown` comes. An exception in a step ends all requests and the process: its
     state may be inconsistent, and the launcher starts a new engine."""
     channel.send(encode([core.info]))
+    sent_at = time.monotonic()
     try:
         while True:
             at_most = LOADING_POLL if swaps.busy else None
@@ -92,7 +102,12 @@ def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
                 channel.send(encode(answers))
             if core.has_work():
                 channel.send(encode(core.step()))
+                sent_at = time.monotonic()
+            elif swaps.busy and time.monotonic() - sent_at > BEAT:
+                channel.send(encode([core.stats()]))
+                sent_at = time.monotonic()
     except Exception as error:
+        channel.send(encode([EngineFailed()]))
         channel.send(encode(core.abort_all(f"the engine failed: {type(error).__name__}")))
         raise
 
@@ -118,7 +133,8 @@ def main() -> None:
     if capture is not None:
         capture.start()
     try:
-        _serve(endpoint, engine.core, DraftSwaps(engine.core, engine.swapper), capture)
+        swaps = DraftSwaps(engine.core, engine.swapper, config.speculation.load_timeout)
+        _serve(endpoint, engine.core, swaps, capture)
     except Exception as error:
         engine.followers.abandon(f"rank 0 failed: {error!r}")
         raise

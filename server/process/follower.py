@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,12 +28,12 @@ from engine.parallel.orders import (
     LoadDraft,
     OpenScratch,
     Order,
+    PrepareDraft,
     RunStep,
     Stop,
     UseDraft,
 )
 from engine.parallel.transport import Board, Channel, Inbox
-from engine.speculation.proposer import RootProposer
 from server.assembly.drafting import Drafting, LoadedDraft
 from server.assembly.followers import EXIT_LOST, device_of, join
 from server.assembly.rank import BAD_SETUP, Rank, build_rank
@@ -53,6 +54,8 @@ class Follower:
         self._serving = Following(rank.executor)
         self._scratch: Following | None = None
         self._loaded: tuple[LoadedDraft, Drafting] | None = None
+        self._next = Drafting()  # what `UseDraft` puts to use
+        self._preparing: Iterator[None] | None = None
 
     def run(self) -> None:
         """Run until rank 0 sends `Stop` or ends."""
@@ -70,8 +73,10 @@ class Follower:
             runner.run(order.plan)
         elif isinstance(order, LoadDraft):
             threading.Thread(target=self._load, args=(order.path,), daemon=True).start()
+        elif isinstance(order, PrepareDraft):
+            self._prepare(self._loaded if order.loaded else None)
         elif isinstance(order, UseDraft):
-            self._use(self._loaded if order.loaded else None)
+            self._use(loaded=order.loaded)
         elif isinstance(order, DropDraft):
             self._loaded = None
         elif isinstance(order, OpenScratch):
@@ -79,11 +84,17 @@ class Follower:
             _, executor = self._rank.scratch(self._loaded[0])
             self._scratch = Following(executor)
 
-    def _use(self, loaded: tuple[LoadedDraft, Drafting] | None) -> None:
+    def _prepare(self, loaded: tuple[LoadedDraft, Drafting] | None) -> None:
+        if self._preparing is None:
+            draft, self._next = loaded or (None, Drafting())
+            self._preparing = self._rank.get_ready(draft, self._next)
+        next(self._preparing, None)
+
+    def _use(self, *, loaded: bool) -> None:
         self._serving.land()
-        self._rank.runner.draft_with(RootProposer() if loaded is None else loaded[1].proposer)
-        self._loaded = None
-        if loaded is None:
+        self._rank.runner.draft_with(self._next.proposer)
+        self._loaded = self._preparing = None
+        if not loaded:
             self._scratch = None
 
     def _load(self, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -12,35 +13,33 @@ import socket
 import ssl
 import stat
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
 import yaml
-import zmq
 from fastapi import FastAPI
 
-from configs.env import engine_environment
+from configs.files import check_regular
 from configs.redact import redacted
 from configs.resolve import HostConfig
 from configs.schema import ServerConfig
-from engine.messages import EngineInfo, ErrorCode
+from engine.messages import EngineInfo
 from server.http.app import create_app
+from server.http.connections import Connections
 from server.http.context import ServerContext, ServerInfo, with_engine_facts
 from server.http.protocol import protocol_with
 from server.openai.routes import ROUTES
-from server.process.client import ENGINE_LOST, ZmqEngineClient
-from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
-from server.process.logs import set_up_logging
-from server.process.socket_folder import private_endpoint, remove_stale_folders
+from server.process.client import ZmqEngineClient
+from server.process.keeper import LAST_WORDS, EngineKeeper
+from server.process.logs import machine_line, set_up_logging
+from server.process.open_files import connection_limit, raise_limit
+from server.process.socket_folder import remove_stale_folders
 from server.text.chat_codec import load_codec
 
-LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
-GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
 SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
-FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,7 @@ def serve(config: HostConfig) -> int:
     """
     set_up_logging(config.log)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    raise_limit()
     remove_stale_folders()
     check_tls(config.server)
     listener = open_listener(config.server)
@@ -73,10 +73,12 @@ def check_tls(config: ServerConfig) -> None:
             raise ValueError(f"{files}: set both, or none of them")
         return
     try:
+        for path in (config.tls_certificate, config.tls_key):
+            check_regular(path)
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
             config.tls_certificate, config.tls_key, password=""
         )
-    except (OSError, ssl.SSLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{files}: {error}") from error
 
 
@@ -131,7 +133,7 @@ async def _serve(config: HostConfig, listener: socket.socket) -> int:
         await _first(stop.wait(), text)
         if not stop.is_set():
             codec = await text
-            info = ServerInfo.from_config(config)
+            info = ServerInfo.from_config(config, codec.defaults)
             app = create_app(config, client, codec.tokenizer, codec.template, info, ROUTES)
             await _run(config, app, client, engine, listener, stop)
     finally:
@@ -149,7 +151,7 @@ async def _run(
     stop: asyncio.Event,
 ) -> None:
     """Answer requests until a signal comes or the engine cannot be restarted."""
-    web = _WebServer(web_config(app))
+    web = _WebServer(web_config(app, _limit(config.server, app.state.context)))
     running = asyncio.create_task(web.serve(sockets=[listener]))
     announcing = asyncio.create_task(_announce(config, client, listener))
     await _first(stop.wait(), engine.failed(), running)
@@ -165,10 +167,17 @@ async def _run(
     await running
 
 
-def web_config(app: FastAPI) -> uvicorn.Config:
+def _limit(config: ServerConfig, context: ServerContext) -> Connections:
+    most = connection_limit(config.max_connections)
+    return Connections(most, config.retry_after, context.metrics)
+
+
+def web_config(app: FastAPI, limit: Connections | None = None) -> uvicorn.Config:
+    """How uvicorn serves `app`, with at most so many connections."""
     context: ServerContext = app.state.context
     settings = context.config.server
-    protocol = protocol_with(settings, lambda: context.state.draining)
+    configured = protocol_with(settings, lambda: context.state.draining)
+    protocol: Any = functools.partial(configured, limit=limit)
     return uvicorn.Config(
         app,
         ssl_certfile=settings.tls_certificate,
@@ -188,9 +197,20 @@ async def _announce(config: HostConfig, client: ZmqEngineClient, listener: socke
     resolved = redacted(with_engine_facts(config, info))
     url = address_of(config.server, listener)
     facts = {"config": resolved, "ops": info.ops_in_words}
-    sys.stdout.write(yaml.safe_dump(facts, sort_keys=False))
-    sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(announcement(facts, url, config.log.format))
+        sys.stdout.flush()
+    except OSError as error:  # nobody reads it any more
+        logger.warning("standard output cannot be written to: %s", error)
+
+
+def announcement(facts: Mapping[str, Any], url: str, form: str) -> str:
+    """What standard output gets once the server is ready; `form` is `log.format`."""
+    if form == "json":
+        places = {"url": url, "openai_base_url": f"{url}/v1"}
+        return machine_line("configuration", facts) + machine_line("ready", places)
+    text: str = yaml.safe_dump(facts, sort_keys=False)
+    return f"{text}READY {url}  (OpenAI base URL: {url}/v1)\n"
 
 
 def address_of(config: ServerConfig, listener: socket.socket) -> str:
@@ -251,119 +271,3 @@ class _WebServer(uvicorn.Server):
 
     def stop_waiting(self) -> None:
         self.force_exit = True
-
-
-class EngineKeeper:
-    """Starts the engine process, and restarts it when it dies."""
-
-    def __init__(self, config: HostConfig, client: ZmqEngineClient) -> None:
-        self._config = config
-        self._client = client
-        self._process: asyncio.subprocess.Process | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._stopping = asyncio.Event()
-        self.exit_code = 0
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._keep())
-
-    async def failed(self) -> None:
-        """Return when the engine has ended for good."""
-        assert self._task is not None
-        await asyncio.wait({self._task})
-
-    async def stop(self) -> None:
-        """End the engine, and with it all open requests."""
-        self._stopping.set()
-        if self._task is None:
-            return
-        if self._client.info is None:
-            self._kill()  # it has no requests, and reads no messages while loading
-        self._client.shut_down()
-        try:
-            await asyncio.wait_for(asyncio.shield(self._task), LAST_WORDS)
-        except TimeoutError:
-            self._kill()
-            await self._task
-
-    def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-
-    async def _keep(self) -> None:
-        backoff = FIRST_BACKOFF
-        while not self._stopping.is_set():
-            try:
-                code, was_ready = await self._run_once()
-            except (OSError, zmq.ZMQError) as error:
-                logger.error("the engine process cannot be started: %s", error)
-                self.exit_code = 1
-                return
-            if self._stopping.is_set():
-                return
-            logger.error("the engine process ended with exit code %d", code)
-            if code == EXIT_BAD_SETUP or not self._config.server.restart_engine:
-                self.exit_code = 1
-                return
-            backoff = FIRST_BACKOFF if was_ready else min(backoff * 2, LONGEST_BACKOFF)
-            logger.info("starting the engine again in %.1f s", backoff)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff)
-
-    async def _run_once(self) -> tuple[int, bool]:
-        """Run one engine to its end; return its exit code and whether it was ever ready.
-
-        Raises:
-            OSError, zmq.ZMQError: its process or socket cannot be created.
-        """
-        with private_endpoint() as endpoint:
-            self._client.attach(endpoint)
-            self._process = await _spawn(endpoint)
-            if self._stopping.is_set():
-                self._kill()
-            assert self._process.stdin is not None
-            self._process.stdin.write(_without_secrets(self._config).encode() + b"\n")
-            code = await self._process.wait()
-            was_ready = self._client.info is not None
-            if self._stopping.is_set():
-                self._client.detach(STOPPING, ErrorCode.STOPPING)
-            else:
-                self._client.detach(ENGINE_LOST)
-            await end_group(self._process.pid)
-            return code, was_ready
-
-
-async def end_group(leader: int) -> None:
-    """Kill the remaining processes of an ended leader's group: its children end with it, unless
-    they are stopped or hang."""
-    end = time.monotonic() + LAST_WORDS
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < end:
-            with contextlib.suppress(ChildProcessError):  # as PID 1 of a container, we inherit them
-                os.waitpid(-leader, os.WNOHANG)
-            os.killpg(leader, 0)
-            await asyncio.sleep(GROUP_POLL)
-        logger.warning("processes of the engine do not end with it: they are killed")
-        os.killpg(leader, signal.SIGKILL)
-
-
-async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
-    """Start an engine process. OSError, naming the program, when it cannot be started."""
-    program = sys.executable
-    try:
-        return await asyncio.create_subprocess_exec(
-            *(program, "-P", "-m", f"{__package__}.engine_process", endpoint),
-            stdin=asyncio.subprocess.PIPE,
-            env=engine_environment(),
-            start_new_session=True,  # this process handles a terminal's Ctrl-C
-        )
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(f"{program}: {reason}") from error
-
-
-def _without_secrets(config: HostConfig) -> str:
-    """What the engine is told: everything but the keys."""
-    no_keys = {"api_keys": (), "api_key_file": None, "admin_keys": (), "admin_key_file": None}
-    server = config.server.model_copy(update=no_keys)
-    return config.model_copy(update={"server": server}).model_dump_json()

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
 
+from configs.env import quiet_libraries
 from configs.schema import LogConfig
+
+logger = logging.getLogger(__name__)
 
 
 def set_up_logging(config: LogConfig) -> None:
-    """Send the records of this process to standard error, in the configured format."""
+    """Send the records of this process to standard error, in the configured format: also warnings,
+    and exceptions that nothing catches."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(log_formatter(config))
     root = logging.getLogger()
@@ -18,6 +26,29 @@ def set_up_logging(config: LogConfig) -> None:
     root.setLevel(config.level.upper())
     for name in ("httpx", "urllib3", "asyncio", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    if config.format == "json":
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_uncaught_in_thread
+        quiet_libraries()
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    logger.critical("the process ends", exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(caught: threading.ExceptHookArgs) -> None:
+    if caught.exc_value is not None:
+        logger.critical("a thread ends", exc_info=caught.exc_value)
+
+
+def machine_line(event: str, fields: Mapping[str, Any]) -> str:
+    """One line for standard output, as one of the log in its JSON format."""
+    record = logging.makeLogRecord({"name": __name__, "levelno": logging.INFO, "levelname": "INFO"})
+    record.fields = {"event": event, **fields}
+    return JsonFormatter().format(record) + "\n"
 
 
 class JsonFormatter(logging.Formatter):

@@ -29,7 +29,8 @@ def private_endpoint() -> Iterator[str]:
     The folder is locked as long as its owner lives. Unlike process numbers, locks also work between
     containers that share the temporary folder.
     """
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, _opened(Path(folder)) as handle:
+    own = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    with own as folder, _opened(Path(folder)) as handle:
         with contextlib.suppress(
             OSError
         ):  # a file system without locks: the folder is never removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ Messages = Sequence[Mapping[str, Any]]
 RESERVED = ("messages", "add_generation_prompt")
 # transformers defines these for every template; some templates test only `is none`
 ALWAYS_DEFINED = {"tools": None, "documents": None}
+NULL_CONTENT = re.compile(r"""\bcontent(['"]\])?\s+is\s+(not\s+)?none\b""")
 NO_TEMPLATE = (
     "this model has no chat template; use /v1/completions, or set model.chat_template to a file"
 )
@@ -40,6 +42,8 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         self.specials_in_content = list(specials_in_content)
         self._letters = SpecialLetters(self.specials_in_content, source or "")
+        self.shows_tool_calls = source is not None and "tool_calls" in source
+        self.tests_null_content = source is not None and NULL_CONTENT.search(source) is not None
         self._template: Template | None = None
         self.part_roles: frozenset[str] = frozenset()  # whose content must be a list of parts
         if source is not None:

@@ -19,6 +19,13 @@ NAMED = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# Applied one after another where `tokenizer.ggml.pre` is `default` or absent.
+DEFAULT_SPLITS = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,20 +41,29 @@ class _Splitting:
     adds_bos: bool = False  # unless the file says otherwise
 
 
-def _splittings() -> dict[str, _Splitting]:
+def _splittings() -> dict[str | None, _Splitting]:
+    """By name, as in llama.cpp."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    llama3 = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    llama3 = _Splitting(_splits(LLAMA3_SPLIT), whole_words_first=True, adds_bos=True)
+    default = _Splitting(_splits(*DEFAULT_SPLITS))
     return {
+        None: default,
+        "default": default,
         "gpt-2": _Splitting(byte_level),
         "smollm": _Splitting(digits),
-        "llama-bpe": _Splitting(llama3, whole_words_first=True, adds_bos=True),
+        "llama-bpe": llama3,
+        "llama3": llama3,
+        "llama-v3": llama3,
+        "falcon3": llama3,
+        "smaug-bpe": _Splitting(_splits(LLAMA3_SPLIT)),
     }
+
+
+def _splits(*patterns: str) -> Any:
+    pieces = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*pieces, byte_level])
 
 
 def is_byte_level(metadata: Mapping[str, Any]) -> bool:
@@ -61,7 +77,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if name not in known:
         raise ValueError(
-            f"tokenizer.ggml.pre {name!r} is not supported ({', '.join(known)} are); "
+            f"tokenizer.ggml.pre {name!r} is not supported ({', '.join(filter(None, known))} are); "
             "serve the model's Hugging Face directory instead"
         )
     splitting = known[name]

@@ -36,7 +36,7 @@ class Renderer:
     """Renders conversations for many threads. Processes start when they are first needed."""
 
     def __init__(self, template: ChatTemplate) -> None:
-        self._template = template
+        self.template = template
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(NUM_PROCESSES):
             self._idle.put(None)
@@ -49,8 +49,8 @@ class Renderer:
         self, messages: Messages, add_generation_prompt: bool, kwargs: Mapping[str, Any]
     ) -> Rendered:
         """As `ChatTemplate.render`. It may wait for a process."""
-        if self._template.source is None or is_small(messages, kwargs):
-            return self._template.render(messages, add_generation_prompt, **kwargs)
+        if self.template.source is None or is_small(messages, kwargs):
+            return self.template.render(messages, add_generation_prompt, **kwargs)
         with self._process() as process:
             asked = Conversation(list(map(dict, messages)), add_generation_prompt, dict(kwargs))
             return process.render(asked)
@@ -76,7 +76,7 @@ class Renderer:
             if self._closed:
                 raise ValueError("chat template: the server is shutting down")
             self._running -= {process for process in self._running if process.ended}
-            process = _Process(self._template)
+            process = _Process(self.template)
             self._running.add(process)
             return process
 

@@ -46,6 +46,7 @@ class TextStream:
             tokenizer, prompt_ids, self._options.skip_special_tokens
         )
         self._matcher = StopStringMatcher(self._options.stop, self._options.include_stop)
+        self._special_stops = _special_stops(tokenizer, self._options)
         self._length = 0  # characters decoded so far, with those held back
         self._num_tokens = 0
         self.stop: str | int | None = None
@@ -75,6 +76,8 @@ class TextStream:
 
     def _take(self, token_id: int) -> str:
         self._num_tokens += 1
+        if self._may_stop and token_id in self._special_stops:
+            return self._end_at(self._special_stops[token_id])
         if self._may_stop and token_id in self._options.stop_token_ids:
             return self._end(token_id)
         return self._scan(self._detokenizer.add((token_id,)))
@@ -85,6 +88,14 @@ class TextStream:
         self.stop = scan.stop
         return scan.text
 
+    def _end_at(self, stop: str) -> str:
+        """A stop string that is the text of a skipped token, so that no text shows it."""
+        text = self._scan(self._detokenizer.flush())
+        if self.stop is not None:
+            return text
+        self.stop = stop
+        return text + self._matcher.flush() + (stop if self._options.include_stop else "")
+
     def _end(self, token_id: int) -> str:
         """A stop token: its text is left out unless the client asked for it."""
         last = self._detokenizer.add((token_id,)) if self._options.include_stop else ""
@@ -92,3 +103,11 @@ class TextStream:
         if self.stop is None:
             self.stop = token_id
         return text + self._matcher.flush()
+
+
+def _special_stops(tokenizer: Tokenizer, options: StreamOptions) -> dict[int, str]:
+    """The stop strings that are special tokens, by id, where the text leaves these out."""
+    if not options.skip_special_tokens:
+        return {}
+    ids = {tokenizer.special_id(stop): stop for stop in options.stop}
+    return {index: stop for index, stop in ids.items() if index is not None}

@@ -38,6 +38,7 @@ class Tokenizer:
         self.chat_template = chat_template  # Jinja source
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)  # special tokens, and markers that are not special
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.special_texts = frozenset(added[index].content for index in self.special_ids)
         self._letters: LetterEncoder | None = None  # made when it is first needed
@@ -109,6 +110,11 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """`token_bytes` for display: incomplete characters show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`."""
+        found = self._backend.token_to_id(text)
+        return found if found in self.special_ids else None
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

@@ -115,6 +115,17 @@ def unsafe_call(module: Module) -> list[str]:
     return [module.at(node, f"{name} may run code") for node, name in called + pickles + loaded]
 
 
+def trusting_load(module: Module) -> list[str]:
+    """transformers may run code from a model's folder unless it is told not to, each time."""
+    calls = [node for node in module.nodes if isinstance(node, ast.Call)]
+    return [
+        module.at(node, "from_pretrained needs trust_remote_code=False")
+        for node in calls
+        if dotted(node.func).endswith(".from_pretrained")
+        and "trust_remote_code" not in {word.arg for word in node.keywords}
+    ]
+
+
 def dotted(node: ast.AST) -> str:
     return ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
 
@@ -131,6 +142,7 @@ IN_PRODUCT: tuple[Rule, ...] = (
     bare_except,
     loose_keyword,
     unsafe_call,
+    trusting_load,
 )
 PLANTED: list[tuple[Rule, str, str]] = [
     (init_with_code, "engine/__init__.py", ""),
@@ -159,6 +171,8 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (unsafe_call, "engine/a.py", "eval('1')"),
     (unsafe_call, "engine/a.py", "exec(text)"),
     (unsafe_call, "engine/a.py", "import os\nos.system('ls')"),
+    (trusting_load, "engine/a.py", "x = AutoTokenizer.from_pretrained(p)"),
+    (trusting_load, "engine/a.py", "x = T.from_pretrained(p, **{'trust_remote_code': False})"),
 ]
 HARMLESS: list[tuple[Rule, str, str]] = [
     (init_with_code, "engine/__init__.py", '"""Engine."""'),
@@ -169,6 +183,7 @@ HARMLESS: list[tuple[Rule, str, str]] = [
     (environment_read, "engine/a.py", "import os\nx = os.linesep"),
     (bare_except, "engine/a.py", "try:\n    f()\nexcept Exception:\n    pass"),
     (loose_keyword, "engine/a.py", "zip(a, b, strict=True)\nf(shell=False, strictness=False)"),
+    (trusting_load, "engine/a.py", "T.from_pretrained(p, trust_remote_code=False)"),
     (unsafe_call, "engine/a.py", "model.eval()\nregex.exec('')\njson.load(f)"),
 ]
 

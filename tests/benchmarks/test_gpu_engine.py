@@ -26,7 +26,7 @@ def test_every_head_of_the_benchmark_has_a_folder_of_its_own(
         saved.append(folder)
 
     def joined(*_: object) -> Drafting:
-        return Drafting(RepeatingProposer(), FixedPlanner(ROOT))
+        return Drafting(RepeatingProposer(torch.device("cpu")), FixedPlanner(ROOT))
 
     class Loader:
         def __init__(self, *_: object) -> None: ...

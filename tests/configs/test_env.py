@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.env import default_cache_dir, environment, num_cpus
+from configs.env import default_cache_dir, engine_environment, environment, num_cpus
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,15 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert num_cpus() == 1
+
+
+def test_the_engine_gets_no_variable_that_may_hold_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AERIE_SERVER__API_KEYS", "[sk-secret]")
+    monkeypatch.setenv("AERIE_server__admin_keys", "[sk-secret]")
+    monkeypatch.setenv("OTHER", "kept")
+    found = engine_environment()
+    assert "sk-secret" not in str(found)
+    assert found["OTHER"] == "kept"
 
 
 def test_variables_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

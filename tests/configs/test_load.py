@@ -81,6 +81,9 @@ def test_variables_that_are_not_ours_are_left_alone(ignored: dict[str, str]) -> 
         ("model.chat_template=some/file.jinja", Path("some/file.jinja")),
         ("server.api_keys=[a, b]", ("a", "b")),
         ("server.api_keys=[]", ()),
+        ("server.api_keys=sk-#1: a", ("sk-#1: a",)),
+        ("server.api_keys='a, b'", ("a, b",)),
+        ("server.api_keys=sk-1, 017 ,sk-*", ("sk-1", "017", "sk-*")),
         ("server.drain_timeout=1e3", 1000.0),
         ("server.drain_timeout=2", 2.0),
         ("server.drain_timeout=0.5", 0.5),
@@ -130,12 +133,19 @@ def test_choices_are_listed() -> None:
     assert "'float32'" in message
 
 
-@pytest.mark.parametrize("value", ["hunter2", "[hunter2, [22]]", "{hunter2: 1}"])
+@pytest.mark.parametrize("value", ["{hunter2: 1}", "[hunter2, [22]]", "[hunter2, '***']"])
 def test_keys_of_clients_are_never_shown(value: str) -> None:
     message = refusal([f"server.api_keys={value}"])
     assert "server.api_keys" in message
     assert "hunter2" not in message
     assert "22" not in message
+
+
+@pytest.mark.parametrize("keys", ["api_keys", "admin_keys"])
+def test_what_stands_for_a_key_that_is_not_shown_is_no_key(keys: str, file: Path) -> None:
+    file.write_text(f"server:\n  {keys}: [a, '***']\n")
+    message = refusal([], file)
+    assert f"server.{keys} = ***: *** stands for a key that was not shown" in message
 
 
 def test_an_unknown_key_names_its_neighbours() -> None:

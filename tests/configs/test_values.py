@@ -4,7 +4,7 @@ would make of the characters. A wrong value is answered with the key, the value,
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -136,14 +136,27 @@ def takes_every_text(key: Key) -> bool:
     return set(kinds_of(key.wanted)) <= {str, Path, type(None)} and not choices_of(key.wanted)
 
 
+def from_all_sources(keys: Sequence[Key]) -> list[Any]:
+    """Every key from one source, and every kind of key from every source: how a value is read
+    depends on these two alone."""
+    kinds: dict[object, list[Key]] = {}
+    for key in keys:
+        kinds.setdefault((kinds_of(key.wanted), bool(choices_of(key.wanted))), []).append(key)
+    pairs = [
+        (group[number % len(group)], SOURCES[number % len(SOURCES)])
+        for group in kinds.values()
+        for number in range(max(len(group), len(SOURCES)))
+    ]
+    return [pytest.param(key, source, id=f"{key}-{source}") for key, source in pairs]
+
+
 SINGLE = [key for key in KEYS if is_single(key)]
 LISTS = [key for key in KEYS if not is_single(key)]
 NEEDED = [key for key in SINGLE if type(None) not in kinds_of(key.wanted)]
 CHOOSY = [key for key in KEYS if not takes_every_text(key)]
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("key", SINGLE, ids=str)
+@pytest.mark.parametrize(("key", "source"), from_all_sources(SINGLE))
 def test_every_key_takes_every_way_of_writing_its_values(
     key: Key, source: str, tmp_path: Path
 ) -> None:
@@ -157,8 +170,7 @@ def test_every_key_takes_every_way_of_writing_its_values(
     assert tried
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("key", LISTS, ids=str)
+@pytest.mark.parametrize(("key", "source"), from_all_sources(LISTS))
 def test_every_list_takes_its_items_as_they_are_written(
     key: Key, source: str, tmp_path: Path
 ) -> None:
@@ -179,15 +191,21 @@ def test_every_list_takes_its_items_as_they_are_written(
         assert load(key, "[]", source, tmp_path) == ()
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("key", CHOOSY, ids=str)
+@pytest.mark.parametrize(("key", "source"), from_all_sources(CHOOSY))
 def test_a_wrong_value_is_answered_with_key_value_and_what_is_allowed(
     key: Key, source: str, tmp_path: Path
 ) -> None:
+    wrong = "wrong 017" if is_single(key) or source == "file" else "{wrong: 017}"
     with pytest.raises(ConfigError) as caught:
-        load(key, "wrong 017", source, tmp_path)
+        load(key, wrong, source, tmp_path)
     message = str(caught.value)
-    shown = "***" if key.name.endswith("_keys") else "'wrong 017'"
+    shown = (
+        "***"
+        if key.name.endswith("_keys")
+        else "{'wrong': '017'}"
+        if wrong[0] == "{"
+        else repr(wrong)
+    )
     assert f"{key.section}.{key.name} = {shown}: " in message
     assert what_is_allowed(key) in message
 
@@ -204,8 +222,7 @@ def what_is_allowed(key: Key) -> str:
     return "valid integer" if int in kinds else "valid number"
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("key", NEEDED, ids=str)
+@pytest.mark.parametrize(("key", "source"), from_all_sources(NEEDED))
 def test_nothing_is_refused_where_something_is_needed(
     key: Key, source: str, tmp_path: Path
 ) -> None:

@@ -25,7 +25,13 @@ class HeadFormulas:
     def fuse(self, features: tuple[Tensor, ...]) -> Tensor:
         if self.layout.kind != "eagle3":
             return features[0].double()
-        return self.linear(torch.cat(features, dim=-1).double(), "fc")
+        parts = [feature.double() for feature in features]
+        if self.layout.fc_norm:
+            parts = [self.norm(part, f"fc_norm.{index}") for index, part in enumerate(parts)]
+        x = torch.cat(parts, dim=-1)
+        if self.layout.norm_before_fc:
+            x = self.norm(x, "input_norm")
+        return self.linear(x, "fc") if self.layout.fuses else x
 
     def states(self, features: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
         embedded = self.tensors["embed_tokens.weight"][ids]
@@ -44,10 +50,12 @@ class HeadFormulas:
                 x = self.norm(stream, f"{name}.input_layernorm")
             stream = stream + self.attention(x, f"{name}.self_attn", positions)
             stream = stream + self.mlp(self.norm(stream, f"{name}.post_attention_layernorm"), name)
-        return self.norm(stream, "norm") if self.layout.kind == "dense" else stream
+        is_normed = self.layout.kind == "dense" or self.layout.norm_output
+        return self.norm(stream, "norm") if is_normed else stream
 
     def logits(self, states: Tensor) -> Tensor:
-        states = self.norm(states, "norm") if self.layout.kind == "eagle3" else states
+        if self.layout.kind == "eagle3" and not self.layout.norm_output:
+            states = self.norm(states, "norm")
         return self.linear(states, "lm_head")
 
     def attention(self, x: Tensor, name: str, positions: Tensor) -> Tensor:

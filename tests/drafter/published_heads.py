@@ -73,17 +73,30 @@ class Layout:
     attention_bias: bool = False
     own: tuple[str, ...] = ()  # embed_tokens, lm_head
     norm_before_residual: bool = False
+    fuses: bool = True  # has `fc`
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
     theta: float = 10000.0
     taps: tuple[int, ...] = (2, 4, 5)  # of the target's 8 layers
     shards: int = 1
     hidden: int = HIDDEN
     scaling: dict[str, Any] | None = field(default=None)
 
+    @property
+    def is_trainable(self) -> bool:
+        """Whether training knows all its parts. It shares the target's widths."""
+        more_norms = self.norm_before_fc or self.fc_norm or self.norm_output
+        return self.hidden == HIDDEN and self.fuses and not more_norms
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         h, first = self.hidden, 2 * self.hidden if self.kind == "eagle3" else self.hidden
         queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
         inputs = self.num_taps * HIDDEN if self.kind == "eagle3" else 2 * h
-        shapes: dict[str, tuple[int, ...]] = {"fc.weight": (h, inputs)}
+        shapes: dict[str, tuple[int, ...]] = {"fc.weight": (h, inputs)} if self.fuses else {}
+        shapes |= {"input_norm.weight": (inputs,)} if self.norm_before_fc else {}
+        if self.fc_norm:
+            shapes |= {f"fc_norm.{index}.weight": (HIDDEN,) for index in range(self.num_taps)}
         shapes |= {"fc.bias": (h,)} if self.fc_bias else {}
         for index in range(self.num_layers):
             width = h if index else first
@@ -117,7 +130,8 @@ class Layout:
         generator = torch.Generator().manual_seed(3)
         found = {}
         for name, shape in self.shapes().items():
-            mean, std = (1.0, 0.2) if name.endswith("norm.weight") else (0.0, 0.15)
+            is_norm = name.endswith("norm.weight") or name.startswith("fc_norm")
+            mean, std = (1.0, 0.2) if is_norm else (0.0, 0.15)
             found[name] = mean + std * torch.randn(shape, generator=generator)
         if self.mapped:
             ids = self.target_ids()
@@ -165,6 +179,16 @@ def of_speculators(name: str) -> str:
     return name.replace("layers.0.", "transformer.").replace("fc.", "fusion_fc.")
 
 
+def of_old_vllm(name: str) -> str:
+    return name if name.startswith("fc") else f"model.{below_model(name)}"
+
+
+def of_sglang(name: str) -> str:
+    for index, part in enumerate(("low", "mid", "high")):
+        name = name.replace(f"fc_norm.{index}", f"aux_norm_{part}")
+    return midlayer(name)
+
+
 def of_vllm(name: str) -> str:
     return "draft_id_to_target_id" if name == "d2t" else below_model(name)
 
@@ -189,6 +213,19 @@ LAYOUTS = {
     ),
     "vllm-eagle": Layout(
         "eagle", named("EagleLlamaForCausalLM"), below_model, own=("embed_tokens", "lm_head")
+    ),
+    "old-vllm-eagle": Layout(
+        "eagle",
+        {
+            "architectures": ["EAGLEModel"],
+            "model_type": "eagle",
+            "model": SHAPE | {"architectures": ["LlamaForCausalLM"]},
+            "eagle_fc_bias": True,
+            "truncated_vocab_size": VOCAB,
+        },
+        of_old_vllm,
+        fc_bias=True,
+        own=("embed_tokens", "lm_head"),
     ),
     "speculators-eagle": Layout(
         "eagle",
@@ -251,6 +288,44 @@ LAYOUTS = {
         own=("embed_tokens", "lm_head"),
         norm_before_residual=True,
         taps=(1, 3),
+    ),
+    "speculators-eagle3.1": Layout(
+        "eagle3",
+        speculators(
+            "eagle3",
+            draft_vocab_size=DRAFT_VOCAB,
+            norm_before_residual=True,
+            norm_before_fc=True,
+            norm_output=True,
+            eagle_aux_hidden_state_layer_ids=[1, 3, 8],  # the last one: after all layers
+            num_aux_hidden_states=3,
+        ),
+        draft_vocab=DRAFT_VOCAB,
+        mapped=True,
+        own=("lm_head",),
+        norm_before_residual=True,
+        norm_before_fc=True,
+        norm_output=True,
+        taps=(1, 3, -1),
+    ),
+    "sglang-eagle3-with-norms": Layout(
+        "eagle3",
+        named("LlamaForCausalLMEagle3", fc_norm=True, num_hidden_layers=2),
+        of_sglang,
+        num_layers=2,
+        fc_norm=True,
+    ),
+    "nvidia-eagle3-of-the-last-hidden-state": Layout(
+        "eagle3",
+        named(
+            "LlamaForCausalLMEagle3",
+            eagle_config={"use_aux_hidden_state": False, "norm_output": True},
+        ),
+        midlayer,
+        num_taps=1,
+        fuses=False,
+        norm_output=True,
+        taps=(8,),  # the output of the final norm
     ),
     "vllm-eagle3-of-another-width": Layout(
         "eagle3",

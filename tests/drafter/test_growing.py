@@ -12,6 +12,8 @@ from torch import Tensor
 
 from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch
+from drafter.ranking import best_children
+from drafter.static_levels import StaticLevels
 from engine.kv.slots import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.shape import StaticShape, ancestors_of, chain
@@ -39,7 +41,12 @@ class NotingHead:
 
 
 def grower_of(
-    ops: Ops, positions: list[int], num_slots: list[int], *, temperature: float = 0.0
+    ops: Ops,
+    positions: list[int],
+    num_slots: list[int],
+    *,
+    temperature: float = 0.0,
+    filtered: bool = False,
 ) -> tuple[Grower, NotingHead]:
     """Rows whose blocks are numbered 10 * row, 10 * row + 1, ..."""
     count = len(positions)
@@ -52,9 +59,12 @@ def grower_of(
         block_tables=(torch.arange(count)[:, None] * 10 + torch.arange(9)).int(),
         temperatures=torch.full((count,), temperature),
         seeds=torch.arange(count) + 77,
+        top_k=torch.full((count,), 9),
+        top_p=torch.full((count,), 0.9),
+        min_p=torch.full((count,), 0.01),
     )
     ctx: Any = SimpleNamespace(ops=ops, kv=SimpleNamespace(block_size=BLOCK))
-    limits = DraftLimits(False, temperature > 0, 36, MAX_LEN)
+    limits = DraftLimits(False, temperature > 0, filtered, 36, MAX_LEN)
     first_keys = torch.ones(count, dtype=torch.int32)
     grower = Grower(
         head,  # type: ignore[arg-type]
@@ -64,6 +74,7 @@ def grower_of(
         first_keys,
         limits,
         Scratch(SCRATCH, BLOCK),
+        StaticLevels(torch.device("cpu")),
     )
     return grower, head
 
@@ -115,14 +126,17 @@ def test_no_node_lies_beyond_the_last_position_of_a_sequence(reference_ops: Ops)
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("temperature", "filtered"), [(0.0, False), (0.9, False), (1.7, True)])
 def test_a_head_that_knows_the_target_drafts_the_very_tokens_that_will_be_drawn(
-    reference_ops: Ops, temperature: float
+    reference_ops: Ops, temperature: float, filtered: bool
 ) -> None:
-    """At every depth with the noise of its position."""
+    """At every depth with the noise of its position, and the filters of the request."""
     positions = [6, 9, 3]
-    grower, head = grower_of(reference_ops, positions, [6, 6, 6], temperature=temperature)
+    grower, head = grower_of(
+        reference_ops, positions, [6, 6, 6], temperature=temperature, filtered=filtered
+    )
     tree = grow(chain(5), grower, torch.zeros(3, 8))
+    filters = ("top_k", "top_p", "min_p") if filtered else ()
     for depth in range(1, 6):
         drawn = reference_ops.draw(
             head.scores.repeat(3, 1),
@@ -130,11 +144,32 @@ def test_a_head_that_knows_the_target_drafts_the_very_tokens_that_will_be_drawn(
                 temperature=torch.full((3,), temperature),
                 seeds=grower.roots.seeds,
                 positions=torch.tensor(positions) + depth,
-                top_k=None,
-                top_p=None,
-                min_p=None,
+                **{name: getattr(grower.roots, name) for name in filters},
                 any_sampled=temperature > 0,
                 any_greedy=temperature == 0,
             ),
         )
         assert tree.tokens[:, depth].tolist() == drawn.tolist()
+
+
+def test_a_draft_may_be_any_token_of_the_vocabulary(reference_ops: Ops) -> None:
+    """With flat logits most draws lie outside any short list of likely tokens."""
+    flat = torch.linspace(1, 0, 900).expand(40, -1).contiguous()
+    settings = DrawSettings(torch.full((40,), 1.3), torch.arange(40), torch.arange(40) + 9)
+    drawn = reference_ops.draw(flat, settings)
+    tokens, _ = best_children(flat, 1, settings, None, reference_ops)
+    assert tokens[:, 0].tolist() == drawn.tolist()
+    assert (drawn > 64).float().mean() > 0.8
+
+
+def test_a_proposer_keeps_the_tensors_of_every_shape_it_has_grown() -> None:
+    """Captured steps hold their addresses."""
+    levels = StaticLevels(torch.device("cpu"))
+    shapes = [StaticShape(f"{n}", tuple(range(-1, n))) for n in range(1, 60)]
+
+    def addresses() -> list[int]:
+        found = [levels.of(shape).masks for shape in shapes]
+        found += [levels.children(s, d, 1).nodes for s in shapes for d in range(s.max_depth)]
+        return [tensor.data_ptr() for tensor in found]
+
+    assert addresses() == addresses()

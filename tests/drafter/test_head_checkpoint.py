@@ -16,7 +16,7 @@ from torch import Tensor
 from drafter.checkpoint import load_head, save_eagle3
 from drafter.heads import building
 from drafter.heads.building import HeadBuilder, LoadedHead
-from drafter.heads.config import HeadConfig
+from drafter.heads.config import AUX_IDS, HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head
 from drafter.heads.interface import DraftContext
@@ -66,7 +66,7 @@ def test_every_layout_loads_as_its_kind(name: str, reference_ops: Ops, tmp_path:
         assert head.target_ids is None
     if isinstance(head, EagleHead):
         assert (head.norm is not None) == (layout.kind == "dense")
-        assert (head.layers[0].input_norm is not None) == (layout.kind == "dense")
+        assert (head.first_norm is not None) == (layout.kind == "dense")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +194,14 @@ def test_truncated_weights_are_refused_naming_the_file(
         load(tmp_path, reference_ops)
 
 
+def test_tensors_of_the_target_are_ignored(reference_ops: Ops, tmp_path: Path) -> None:
+    of_target = {
+        "verifier_norm.weight": torch.ones(72),
+        "verifier_lm_head.weight": torch.ones(37, 72),
+    }
+    load(EAGLE3.write(tmp_path, lambda tensors: tensors.update(of_target)), reference_ops)
+
+
 def test_rotary_tables_are_ignored_with_a_log_line(
     reference_ops: Ops, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,13 +211,35 @@ def test_rotary_tables_are_ignored_with_a_log_line(
     assert "inv_freq is ignored" in caplog.text
 
 
-def test_drafting_beyond_the_trained_positions_logs_a_warning(
+def test_what_a_head_leaves_open_logs_a_warning(
     reference_ops: Ops, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load(EAGLE3.write(tmp_path), reference_ops)
+    told = {AUX_IDS: [2, 4, 5]}
+    load(EAGLE3.write(tmp_path, **told), reference_ops)
     assert caplog.text == ""
-    load(EAGLE3.write(tmp_path, max_position_embeddings=32), reference_ops)
+    load(EAGLE3.write(tmp_path, **told, max_position_embeddings=32), reference_ops)
     assert "trained for 32 positions and will draft at up to 64" in caplog.text
+    caplog.clear()
+    load(EAGLE3.write(tmp_path), reference_ops)
+    assert f"names no target layers ({AUX_IDS}): the usual ones, [2, 4, 5], are" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["reference-eagle3", "reference-eagle", "meta-dense"])
+def test_the_tensors_decide_how_many_layers_a_head_has(
+    name: str, reference_ops: Ops, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = LAYOUTS[name]
+    head = load(layout.write(tmp_path, num_hidden_layers=40), reference_ops)
+    assert len(head.layers) == head.arch.num_layers == layout.num_layers
+    assert f"num_hidden_layers is 40, but the files hold {layout.num_layers}" in caplog.text
+
+
+def test_a_shard_that_the_index_names_must_be_there(reference_ops: Ops, tmp_path: Path) -> None:
+    folder = LAYOUTS["meta-dense"].write(tmp_path)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names the shard 'model-2"):
+        load(folder, reference_ops)
 
 
 def test_absent_and_repeated_weights_are_shared_with_the_target(

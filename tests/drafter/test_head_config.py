@@ -10,7 +10,8 @@ import pytest
 from drafter.heads.config import HeadConfig
 from drafter.heads.published import eagle3_json
 from drafter.heads.untrained import eagle3_config
-from engine.checkpoints.arch import Llama3RopeScaling
+from engine.checkpoints.rope_scaling import Llama3RopeScaling
+from engine.step.taps import LAST_OUTPUT
 from tests.drafter.published_heads import (
     DRAFT_VOCAB,
     HEAD_DIM,
@@ -71,6 +72,13 @@ def test_taps_of_eagle3_default_to_low_middle_and_high(
     assert HeadConfig.from_json(EAGLE3).tap_layers(target) == expected
 
 
+def test_the_output_of_the_last_layer_is_a_place_of_its_own() -> None:
+    for keys in ({AUX: [1, 8]}, {"eagle_config": {AUX: [0, 7]}}):
+        config = HeadConfig.from_json(EAGLE3 | keys)
+        assert config.tap_layers(TARGET) == (1, LAST_OUTPUT)
+        assert HeadConfig.from_json(eagle3_json(config, TARGET)) == config
+
+
 def test_outputs_named_by_nvidia_are_inputs_of_the_next_layers() -> None:
     config = HeadConfig.from_json(EAGLE3 | {"eagle_config": {AUX: [1, 23, 44]}})
     target = dataclasses.replace(TARGET, num_layers=48)
@@ -91,9 +99,24 @@ def test_outputs_named_by_nvidia_are_inputs_of_the_next_layers() -> None:
         (EAGLE3 | {"model_type": "qwen3"}, "model_type 'qwen3' is not supported"),
         (EAGLE3 | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         (EAGLE3 | {"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
-        (EAGLE3 | {"norm_output": True}, "norm_output True is not supported"),
-        (EAGLE3 | {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state false"),
-        (EAGLE3 | {"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        (EAGLE3 | {"use_qk_norm": True}, "use_qk_norm True is not supported"),
+        (EAGLE3 | {"eagle_config": {"parallel_draft_step": 2}}, "parallel_draft_step 2 is not"),
+        (EAGLE3 | {"norm_output": "yes"}, "norm_output must be bool, not 'yes'"),
+        (
+            EAGLE3
+            | {"eagle_config": {"use_aux_hidden_state": False}, "target_hidden_size": HIDDEN + 1},
+            "use_aux_hidden_state false needs a hidden_size 72",
+        ),
+        (
+            EAGLE3 | {"num_aux_hidden_states": 4},
+            f"num_aux_hidden_states is 4, but {AUX} names none",
+        ),
+        (EAGLE3 | {"num_aux_hidden_states": 3, AUX: [1, 2]}, "is 3, but .* names 2"),
+        (
+            EAGLE | {"model_type": "eagle", "truncated_vocab_size": 100},
+            "truncated_vocab_size 100 is not supported; vocab_size 131 is",
+        ),
+        (EAGLE3 | {"rope_scaling": {"rope_type": "su"}}, "rope type 'su'"),
         (EAGLE3 | {"draft_vocab_size": 132}, "draft_vocab_size 132 must be 1 to vocab_size 131"),
         (EAGLE3 | {"draft_vocab_size": "37"}, "draft_vocab_size must be int, not '37'"),
         (EAGLE3 | {"norm_before_residual": 1}, "norm_before_residual must be bool, not 1"),
@@ -111,7 +134,7 @@ def test_unusable_configuration_is_refused(config: dict[str, Any], message: str)
         HeadConfig.from_json(config)
 
 
-@pytest.mark.parametrize("layers", [[8], [-1], [2, 9, 4]])
+@pytest.mark.parametrize("layers", [[9], [-1], [2, 9, 4]])
 def test_taps_outside_the_target_are_refused(layers: list[int]) -> None:
     with pytest.raises(ValueError, match="this target has layers 0 to 7"):
         HeadConfig.from_json(EAGLE3 | {AUX: layers}).tap_layers(TARGET)
@@ -126,7 +149,10 @@ def test_default_taps_need_a_target_of_three_layers() -> None:
 def test_written_configuration_is_read_back(name: str) -> None:
     config = HeadConfig.from_json(LAYOUTS[name].config)
     again = HeadConfig.from_json(eagle3_json(config, TARGET))
-    assert again == dataclasses.replace(config, aux_layers=config.tap_layers(TARGET))
+    assert again.tap_layers(TARGET) == config.tap_layers(TARGET)
+    assert dataclasses.replace(again, aux_layers=None) == dataclasses.replace(
+        config, aux_layers=None
+    )
 
 
 def test_written_configuration_keeps_rotary_scaling() -> None:

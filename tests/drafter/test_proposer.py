@@ -419,8 +419,13 @@ def drafted_at(
         block_tables=tables[line : line + 1],
         temperatures=torch.zeros(1),
         seeds=torch.zeros(1, dtype=torch.int64),
+        top_k=torch.full((1,), 10**6),
+        top_p=torch.ones(1),
+        min_p=torch.zeros(1),
     )
-    limits = DraftLimits(exact=exact, any_sampled=False, max_context=64, max_len=256)
+    limits = DraftLimits(
+        exact=exact, any_sampled=False, is_filtered=False, max_context=64, max_len=256
+    )
     with torch.inference_mode():
         return watch.inner.draft(roots, shape, limits)
 

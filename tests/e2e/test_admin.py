@@ -68,32 +68,30 @@ def swap(server: LiveServer, path: Path | None) -> httpx.Response:
 
 
 def test_swapping_heads_changes_none_of_twenty_running_streams(
-    make_server: MakeServer, heads: list[Path], tmp_path: Path
+    make_server: MakeServer, server: LiveServer, heads: list[Path], tmp_path: Path
 ) -> None:
-    with make_server("speculation.lookup=false") as plain:
-        expected = texts(plain)
-        assert plain.metrics()["spec_decode_num_drafts_total"] == 0
-        assert plain.stop() == 0
+    assert server.get("/info").json()["engine"]["draft"] is None
+    expected = texts(server)
     first, second = heads
     options = (f"speculation.draft={first}", "speculation.tree=tree8", "server.admin_keys=[root]")
-    with make_server(*options) as server:
+    with make_server(*options) as drafting:
         streaming = Event()
         with ThreadPoolExecutor(1) as thread:
-            heard = thread.submit(texts, server, streaming=streaming)
+            heard = thread.submit(texts, drafting, streaming=streaming)
             assert streaming.wait(60)
             for path in (second, None, first, tmp_path / "none", second):
-                answer = swap(server, path)
+                answer = swap(drafting, path)
                 assert answer.status_code == (400 if path == tmp_path / "none" else 200)
             assert heard.result() == expected
         assert answer.json()["draft"]["path"] == str(second)
-        engine = server.get("/info").json()["engine"]
+        engine = drafting.get("/info").json()["engine"]
         assert engine["draft"] == answer.json()["draft"]
-        found = server.wait_metrics(idle)
+        found = drafting.wait_metrics(idle)
         assert found["spec_decode_num_drafts_total"] > 0
         assert found["ended_length"] == NUM_STREAMS
-        assert texts(server) == expected, "prefixes are cached from earlier heads"
-        assert "draft head in use" in server.log.text()
-        assert server.stop() == 0
+        assert texts(drafting) == expected, "prefixes are cached from earlier heads"
+        assert "draft head in use" in drafting.log.text()
+        assert drafting.stop() == 0
 
 
 def test_keys_and_bad_heads_of_a_server_that_began_without_a_head(

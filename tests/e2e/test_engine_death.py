@@ -23,15 +23,17 @@ def text_of(server: LiveServer) -> str:
     return str(server.client().completions.create(**SHORT).choices[0].text)
 
 
-def check_failure_of_open_requests(server: LiveServer) -> None:
-    """Kill the engine during a streamed and a whole answer."""
+def check_failure_of_open_requests(
+    server: LiveServer, cause: signal.Signals = signal.SIGKILL
+) -> None:
+    """Kill or stop the engine during a streamed and a whole answer."""
     client = server.client()
     with ThreadPoolExecutor(1) as threads:
         stream = client.completions.create(**ENDLESS, stream=True)
         next(iter(stream))
         whole = threads.submit(client.completions.create, **ENDLESS)
         server.wait_metrics(lambda found: found["num_requests_running"] == 2)
-        os.kill(server.engine_pid, signal.SIGKILL)
+        os.kill(server.engine_pid, cause)
         with pytest.raises(openai.APIError, match="failed to finish"):
             list(stream)
         with pytest.raises(openai.InternalServerError) as caught:
@@ -39,7 +41,9 @@ def check_failure_of_open_requests(server: LiveServer) -> None:
     assert (caught.value.status_code, caught.value.code) == (500, "internal_error")
 
 
-def test_a_killed_engine_fails_open_requests_and_is_started_again(make_server: MakeServer) -> None:
+def test_a_killed_engine_is_started_again_and_a_killed_server_takes_its_engine_along(
+    make_server: MakeServer,
+) -> None:
     with make_server() as server:
         before, first_pid = text_of(server), server.engine_pid
         check_failure_of_open_requests(server)
@@ -53,11 +57,6 @@ def test_a_killed_engine_fails_open_requests_and_is_started_again(make_server: M
         assert server.engine_pid != first_pid
         assert text_of(server) == before
         assert server.metrics()["request_success_total"] == 4
-        assert server.stop() == 0
-
-
-def test_a_killed_server_takes_its_engine_along(make_server: MakeServer) -> None:
-    with make_server() as server:
         busy = server.client().completions.create(**ENDLESS, stream=True)
         next(iter(busy))
         engine = os.pidfd_open(server.engine_pid)
@@ -67,8 +66,11 @@ def test_a_killed_server_takes_its_engine_along(make_server: MakeServer) -> None
         busy.close()
 
 
-def test_without_restarts_the_server_ends_with_its_engine(make_server: MakeServer) -> None:
-    with make_server("server.restart_engine=false") as server:
-        check_failure_of_open_requests(server)
+def test_an_engine_that_hangs_is_killed_and_without_restarts_the_server_ends_with_it(
+    make_server: MakeServer,
+) -> None:
+    with make_server("server.restart_engine=false", "server.engine_timeout=2") as server:
+        check_failure_of_open_requests(server, signal.SIGSTOP)
         assert server.wait() == 1
+        assert "has work and has sent nothing for" in server.log.text()
         assert "the engine process ended with exit code -9" in server.log.text()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from configs.load import load_config
 from drafter.train.conversations import read_prompts
@@ -56,21 +57,17 @@ def plain(engine: OfflineEngine, prompts: list[list[int]]) -> dict[float, list[o
     return {heat: texts(engine, prompts, "root", heat) for heat in (0.0, 1.0)}
 
 
-@pytest.mark.parametrize("heat", [0.0, 1.0])
-def test_chains_of_accepted_drafts_leave_every_text_as_it_was(
-    engine: OfflineEngine, prompts: list[list[int]], plain: dict[float, list[object]], heat: float
-) -> None:
-    before = engine.core.stats()
-    assert texts(engine, prompts, "chain3", heat) == plain[heat]
-    assert texts(engine, prompts, "chain5", heat) == plain[heat]
-    after = engine.core.stats()
-    drafts = after.num_drafts - before.num_drafts
-    assert (after.num_accepted_tokens - before.num_accepted_tokens) / drafts > 0.3
+def cases() -> Iterator[ParameterSet]:
+    """Every tree, greedy and sampled. Every run takes each kind of tree and each heat."""
+    always = {("chain3", 1.0), ("chain5", 0.0), ("tree8", 1.0), ("dynamic16", 0.0)}
+    for tree in ("chain3", "chain5", "tree4", "tree8", "tree16", "dynamic16"):
+        for heat in (0.0, 1.0):
+            marks = () if (tree, heat) in always else (pytest.mark.extended,)
+            yield pytest.param(tree, heat, id=f"{tree}-{heat:g}", marks=marks)
 
 
-@pytest.mark.parametrize("heat", [0.0, 1.0])
-@pytest.mark.parametrize("tree", ["tree4", "tree8", "tree16", "dynamic16"])
-def test_trees_with_branches_leave_every_text_as_it_was(
+@pytest.mark.parametrize(("tree", "heat"), list(cases()))
+def test_accepted_drafts_leave_every_text_as_it_was(
     engine: OfflineEngine,
     prompts: list[list[int]],
     plain: dict[float, list[object]],
@@ -81,4 +78,5 @@ def test_trees_with_branches_leave_every_text_as_it_was(
     assert texts(engine, prompts, tree, heat) == plain[heat]
     after = engine.core.stats()
     drafts = after.num_drafts - before.num_drafts
-    assert (after.num_accepted_tokens - before.num_accepted_tokens) / drafts > 0.4
+    accepted = (after.num_accepted_tokens - before.num_accepted_tokens) / drafts
+    assert accepted > (0.3 if tree.startswith("chain") else 0.4)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.live_server import run_aerie
 
-Q5_0 = gguf.GGMLQuantizationType.Q5_0
+MXFP4 = gguf.GGMLQuantizationType.MXFP4
 
 
 def fails(
@@ -102,7 +102,7 @@ def unsupported_gguf(folder: Path, tiny_folder: Path) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     values = np.zeros((len(tokens), 64), np.float32)
-    writer.add_tensor("token_embd.weight", gguf.quantize(values, Q5_0), raw_dtype=Q5_0)
+    writer.add_tensor("token_embd.weight", gguf.quantize(values, MXFP4), raw_dtype=MXFP4)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -114,7 +114,7 @@ def unsupported_gguf(folder: Path, tiny_folder: Path) -> Path:
     ("craft", "saying"),
     [
         (truncated_weights, r"model\.safetensors is damaged or truncated"),
-        (unsupported_gguf, r"token_embd\.weight is Q5_0; supported are"),
+        (unsupported_gguf, r"token_embd\.weight is MXFP4; supported are"),
     ],
 )
 def test_weights_that_cannot_be_served(

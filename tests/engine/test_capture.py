@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import pytest
@@ -39,6 +39,7 @@ def settings(folder: Path, **changes: object) -> CaptureConfig:
 def ended(name: str, num_prompt: int = 3, num_output: int = 2) -> Sequence:
     request = ask(name, list(range(1, num_prompt + 1)), temperature=0.5)
     seq = Sequence.from_request(request)
+    seq.own_tokens()
     seq.token_ids += range(100, 100 + num_output)
     return seq
 
@@ -171,7 +172,7 @@ def test_capturing_stops_at_max_bytes_with_one_line(
     assert len([r for r in caplog.records if "capture.max_bytes" in r.message]) == 1
     assert sum(len(rows) for rows in shards(tmp_path).values()) == room
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= max_bytes
-    assert writer.num_captured - writer.num_dropped == room
+    assert 6 - writer.num_dropped == room
     write(config, ended("later"))
     assert sum(len(rows) for rows in shards(tmp_path).values()) == room, "of all runs together"
 
@@ -214,10 +215,32 @@ def test_a_full_disk_ends_capturing_and_nothing_else(
     assert record.levelno == logging.ERROR
     assert "No space left on device" in record.message
     assert list(tmp_path.iterdir()) == [], "the space is given back"
-    assert writer.num_captured == writer.num_dropped > 0
+    assert writer.num_dropped == 6
     before = writer.num_captured
     writer.take(ended("later"), FinishReason.STOP)
-    assert writer.num_captured == before
+    assert (writer.num_captured, writer.num_dropped) == (before, 7)
+
+
+def test_a_shard_that_cannot_be_opened_loses_the_sequence_it_was_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = open_writer(settings(tmp_path, shard_tokens=10))  # two sequences
+    for n in range(5):
+        writer.take(ended(str(n)), FinishReason.STOP)
+    opened, open_shard = 0, ShardWriter._open
+
+    def fail_the_second(shard: ShardWriter) -> BinaryIO:
+        nonlocal opened
+        opened += 1
+        if opened == 2:
+            raise OSError(28, "No space left on device")
+        return open_shard(shard)
+
+    monkeypatch.setattr(ShardWriter, "_open", fail_the_second)
+    writer.start()
+    writer.close()
+    assert (writer.num_captured, writer.num_dropped) == (5, 3)
+    assert sum(len(rows) for rows in shards(tmp_path).values()) == 2
 
 
 def test_taking_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def test_logits_equal_those_of_transformers(
         torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.extended  # transformers generates for a minute
 def test_greedy_texts_of_one_batch_equal_those_of_transformers(
     oracle: LlamaForCausalLM, prompts: list[list[int]], greedy_texts: list[Completion]
 ) -> None:

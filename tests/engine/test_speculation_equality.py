@@ -25,6 +25,7 @@ from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.assembly.drafting import Drafting
 from tests.support.engines import ask, generate
+from tests.support.extended import diagonal
 from tests.support.scripted_proposer import (
     CHAINS,
     DYNAMIC,
@@ -178,8 +179,10 @@ def test_the_table_ends_in_every_way(truth: Truth) -> None:
     assert EOS in truth.heard["goes-on"].token_ids[:-1]
 
 
-@pytest.mark.parametrize("acceptance", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [*CHAINS, *TREES, *DYNAMIC], ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    ("shape", "acceptance"),
+    diagonal([*CHAINS, *TREES, *DYNAMIC], [0.0, 0.5, 1.0], lambda one: getattr(one, "name", one)),
+)
 def test_trees_of_any_shape_and_luck_give_the_same_text(
     truth: Truth, shape: TreeShape, acceptance: float
 ) -> None:
@@ -194,37 +197,26 @@ def test_trees_of_any_shape_and_luck_give_the_same_text(
 MIXED = (chain(3), ROOT, TREES[2], DYNAMIC[0], ROOT, TREES[-1], chain(1))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"prefix_caching": False},
-        {"max_num_batched_tokens": 16},
-        {"max_num_batched_tokens": 17, "max_num_seqs": 3},
-        {"max_num_batched_tokens": 1, "max_num_seqs": 1},
-        {"max_num_batched_tokens": 9, "max_num_seqs": 2, "prefix_caching": False},
-        {"num_blocks": 14},
-        {"num_blocks": 9, "max_num_batched_tokens": 37, "max_num_seqs": 7},
-        {"num_blocks": 8, "prefix_caching": False},
-    ],
-    ids=[
-        "together",
-        "no-prefix-cache",
-        "one-token-each",
-        "odd-chunks",
-        "one-token",
-        "chunks-of-9",
-        "preempted",
-        "squeezed",
-        "squeezed-no-prefix-cache",
-    ],
-)
-@pytest.mark.parametrize(("whims", "lookup"), [(False, False), (True, False), (False, True)])
+CHANGES: dict[str, dict[str, object]] = {
+    "together": {},
+    "no-prefix-cache": {"prefix_caching": False},
+    "one-token-each": {"max_num_batched_tokens": 16},
+    "odd-chunks": {"max_num_batched_tokens": 17, "max_num_seqs": 3},
+    "one-token": {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+    "chunks-of-9": {"max_num_batched_tokens": 9, "max_num_seqs": 2, "prefix_caching": False},
+    "preempted": {"num_blocks": 14},
+    "squeezed": {"num_blocks": 9, "max_num_batched_tokens": 37, "max_num_seqs": 7},
+    "squeezed-no-prefix-cache": {"num_blocks": 8, "prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize(("change", "drafts"), diagonal([*CHANGES], ["head", "whims", "lookup"]))
 def test_batches_memory_and_changing_shapes_do_not_change_texts(
-    truth: Truth, changes: dict[str, object], whims: bool, lookup: bool
+    truth: Truth, change: str, drafts: str
 ) -> None:
+    changes = CHANGES[change] | {"lookup": drafts == "lookup"}
     core = truth.with_features().speculating(
-        CyclingPlanner(MIXED), 0.8, whims=whims, changes={**changes, "lookup": lookup}
+        CyclingPlanner(MIXED), 0.8, whims=drafts == "whims", changes=changes
     )
     truth.check(generate(core, truth.requests, per_step=2))
 
@@ -277,6 +269,7 @@ def test_aborted_neighbours_do_not_change_texts(truth: Truth) -> None:
     truth.check(kept)
 
 
+@pytest.mark.extended  # plain torch is slow
 def test_the_reference_operations_agree_too(truth: Truth, reference_ops: Ops) -> None:
     engine = replace(truth.engine, ops=reference_ops)
     other = Truth.of(engine, table())

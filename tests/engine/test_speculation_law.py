@@ -22,6 +22,7 @@ from kernels.ops import Ops
 from server.assembly.drafting import Drafting
 from tests.engine.sampling.test_law import chi_square, critical
 from tests.support.engines import ask, generate
+from tests.support.extended import diagonal
 from tests.support.scripted_proposer import ScriptedProposer, wide_shape
 from tests.support.tiny_engine import TinyEngine, random_llama
 
@@ -84,8 +85,10 @@ def excess(seen: list[Text], law: dict[Text, float]) -> float:
     return chi_square(cells) / critical(len(cells) - 1)
 
 
-@pytest.mark.parametrize("shape", [TREE, chain(3)], ids=lambda shape: shape.name)
-@pytest.mark.parametrize("temperature", [0.7, 1.5])
+@pytest.mark.parametrize(
+    ("shape", "temperature"),
+    diagonal([TREE, chain(3)], [0.7, 1.5], lambda one: getattr(one, "name", one)),
+)
 def test_the_first_tokens_follow_the_exact_law(
     small: TinyEngine, shape: object, temperature: float
 ) -> None:
@@ -112,7 +115,9 @@ def near_miss(tree: DraftTree, drawn: Tensor, ops: Ops) -> VerifyResult:
     return walk(tree, changed, ops)
 
 
-@pytest.mark.parametrize("broken", [first_child, near_miss])
+@pytest.mark.parametrize(
+    "broken", [first_child, pytest.param(near_miss, marks=pytest.mark.extended)]
+)
 def test_a_broken_walk_is_noticed(
     small: TinyEngine, monkeypatch: pytest.MonkeyPatch, broken: object
 ) -> None:

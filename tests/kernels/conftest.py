@@ -20,10 +20,14 @@ from kernels.native.ops import NativeOps
 from kernels.ops import Ops
 from kernels.registry import native_ops
 
-VARIANTS = [variant for variant in variants() if variant.name in ("avx2", "sse2")]
+VARIANTS = [
+    pytest.param(variant, marks=pytest.mark.extended, id=variant.name)
+    for variant in variants()
+    if variant.name in ("avx2", "sse2")
+]
 
 
-@pytest.fixture(scope="session", params=[None, *VARIANTS], ids=lambda v: v.name if v else "native")
+@pytest.fixture(scope="session", params=[pytest.param(None, id="native"), *VARIANTS])
 def library(request: pytest.FixtureRequest, native_cache: Path) -> NativeLibrary:
     variant: Variant | None = request.param
     if variant is not None and not variant.needs <= cpu_flags():

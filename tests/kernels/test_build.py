@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -193,9 +196,20 @@ def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (AVX2 - {"fma"}, "sse2"),
         (AVX512, "avx512"),
         (AVX512 | {"amx_tile"}, "avx512"),
-        (AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, "amx"),
+        (AVX512 | {"avx512_vnni"}, "avx512vnni"),
+        (AVX2 | {"avx_vnni"}, "avxvnni"),
+        (AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"}, "amx"),
     ],
-    ids=["oldest", "avx2", "avx2-without-fma", "avx512", "half-of-amx", "amx"],
+    ids=[
+        "oldest",
+        "avx2",
+        "avx2-without-fma",
+        "avx512",
+        "half-of-amx",
+        "avx512vnni",
+        "avxvnni",
+        "amx",
+    ],
 )
 def test_without_a_compiler_the_best_library_that_runs_here_is_taken(
     ahead: Path, monkeypatch: pytest.MonkeyPatch, flags: set[str], name: str
@@ -225,13 +239,71 @@ def test_with_a_compiler_libraries_compiled_ahead_are_not_used(
     assert build_library(ahead, ahead).parent == ahead / "kernels"
 
 
-def test_a_folder_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+COUNT = f"open('{{count}}', 'a').write('x'); {WRITE}"
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of temporary files of its own."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def a_full_disk(handle: int, offset: int, length: int) -> None:
+    if "/held/" in os.readlink(f"/proc/self/fd/{handle}"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("problem", ["Not a directory", "No space left on device"])
+def test_where_the_cache_cannot_be_written_a_private_folder_is_used_and_warned_of(
+    temporary: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    problem: str,
+) -> None:
+    use(monkeypatch, python(COUNT.format(count=tmp_path / "count")))
+    cache = tmp_path / "held"
+    if problem == "Not a directory":
+        cache.touch()  # even root cannot make a folder below a file
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", a_full_disk)
+    first, again = build_library(cache), build_library(cache)
+    assert first == again == temporary / f"aerie-kernels-{os.getuid()}" / first.name
+    assert first.parent.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "count").read_text() == "x", "compiled once"
+    said = f"files.dir cannot be used ({cache / 'kernels'}: {problem})"
+    assert caplog.text.count(said) == 1
+
+
+def test_a_cache_that_is_only_read_serves_what_it_holds(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, python(WRITE))
-    (tmp_path / "file").touch()  # even root cannot make a folder below a file
-    with pytest.raises(NativeUnavailableError, match=str(tmp_path / "file" / "kernels")):
-        build_library(tmp_path / "file")
+    held = build_library(tmp_path)
+    monkeypatch.setattr(build, "_why_unusable", lambda folder: "read-only")
+    assert build_library(tmp_path) == held
+
+
+@pytest.mark.parametrize("trap", ["link", "open", "full"])
+def test_a_folder_that_others_may_have_filled_is_not_trusted(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    use(monkeypatch, python(WRITE))
+    (tmp_path / "cache").touch()
+    folder = temporary / f"aerie-kernels-{os.getuid()}"
+    if trap == "link":
+        (tmp_path / "theirs").mkdir()
+        folder.symlink_to(tmp_path / "theirs")
+    elif trap == "open":
+        folder.mkdir()
+        folder.chmod(0o777)
+    else:
+        monkeypatch.setattr(build, "_why_unusable", lambda folder: f"{folder}: full")
+    with pytest.raises(NativeUnavailableError, match=str(folder)):
+        build_library(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,21 @@ def test_noise_has_the_moments_of_gumbel() -> None:
     noise = gumbel(noise_bits(keys, torch.arange(5000))).double()
     assert abs(noise.mean().item() - 0.5772157) < 0.005
     assert abs(noise.var().item() - 1.644934) < 0.01
+
+
+def drawn_share(probability: float) -> float:
+    """How often a token is drawn beside one that has the rest of the mass, relative to its
+    probability: the law of this noise, summed over its integers. Both wait exponentially long, and
+    the rare token wins if it waits less than `probability` times as long as the other."""
+    waits = (-gumbel(torch.arange(4000)).double()).exp()  # of the rare token, the shortest first
+    longest = (-gumbel(torch.tensor([2**32 - 1])).double()).exp()  # of the other
+    wins = torch.where(waits < probability * longest, (-waits / probability).exp(), 0.0)
+    return float(wins.sum()) / 2**32 / probability
+
+
+def test_the_tail_of_the_noise_ends_where_the_documentation_says() -> None:
+    assert drawn_share(6.9e-12) == 0
+    assert drawn_share(7.1e-12) > 0
+    assert abs(drawn_share(1e-10) - 0.81) < 0.01
+    assert abs(drawn_share(1e-9) - 1) < 0.01
+    assert abs(drawn_share(1e-8) - 1) < 1e-3

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from drafter.growing import grow_dynamic
-from drafter.ranking import Noise, best_children
+from drafter.ranking import best_children
 from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
 from kernels.ops import Ops
+from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.tree import reference
 from tests.support.pretend_device import DEVICE, PretendDevice
 from tests.support.scripted_proposer import random_parents
@@ -54,7 +55,8 @@ class ScriptedGrower:
         nodes = states.shape[1]
         logits = self.logits[depth, :, :nodes].flatten(0, 1)
         zeros = torch.zeros(len(logits), dtype=torch.int64)
-        found = best_children(logits, count, Noise(zeros.float(), zeros, zeros, False), None)
+        greedy = DrawSettings(zeros.float(), zeros, zeros, any_sampled=False)
+        found = best_children(logits, count, greedy, None, self.ctx.ops)
         return tuple(part.view(self.num_rows, nodes, count) for part in found)  # type: ignore[return-value]
 
     def forward(

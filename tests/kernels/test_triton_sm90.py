@@ -15,7 +15,8 @@ import pytest
 from benchmarks.sm90_resources import REPORT, ROOT, kernel_modules
 from tests.kernels import triton_env
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+compiles = pytest.mark.extended  # all kernels: a minute
+pytestmark = pytest.mark.timeout(1800)
 MORE_REGISTERS = 1.25  # times the report's number; more is a regression
 
 Report = dict[str, Any]
@@ -45,14 +46,17 @@ def compiled() -> Report:
     return json.loads(done.stdout)
 
 
+@compiles
 def test_every_kernel_file_is_compiled(compiled: Report) -> None:
     assert {kernel["module"] for kernel in compiled["kernels"].values()} == {*kernel_modules()}
 
 
+@compiles
 def test_no_kernel_spills_or_misses_what_it_needs(compiled: Report) -> None:
     assert compiled["problems"] == []
 
 
+@compiles
 def test_no_kernel_takes_more_than_the_report_says(compiled: Report) -> None:
     known = json.loads(REPORT.read_text(encoding="utf-8"))
     if known["triton"] != compiled["triton"]:

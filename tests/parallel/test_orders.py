@@ -15,6 +15,7 @@ from engine.parallel.orders import (
     OpenScratch,
     Order,
     Orders,
+    PrepareDraft,
     RunStep,
     Stop,
     UseDraft,
@@ -157,6 +158,7 @@ def test_orders_arrive_in_the_order_in_which_they_were_given() -> None:
     orders.load_draft("/heads/ü")
     orders.open_scratch()
     orders.run_step(PLANS["admitted"], scratch=True)
+    orders.prepare_draft(loaded=True)
     orders.use_draft(loaded=True)
     orders.run_step(PLANS["ahead"], scratch=False)
     orders.use_draft(loaded=False)
@@ -166,6 +168,7 @@ def test_orders_arrive_in_the_order_in_which_they_were_given() -> None:
         LoadDraft("/heads/ü"),
         OpenScratch(),
         RunStep(PLANS["admitted"], scratch=True),
+        PrepareDraft(loaded=True),
         UseDraft(loaded=True),
         RunStep(PLANS["ahead"]),
         UseDraft(loaded=False),

@@ -97,7 +97,8 @@ def test_only_what_is_cut_is_smaller_on_a_rank(reference_ops: Ops, tmp_path: Pat
     def sizes(shard: Shard, replicated: bool) -> tuple[int, ...]:
         head = Loading(path, TARGET, weights, replicated).load(shard)
         qkv = head.layers[0].attention.qkv.weight
-        return (qkv.out_features, head.fc.weight.out_features, head.lm_head.weight.out_features)
+        fc = head.fusion.fc.weight
+        return (qkv.out_features, fc.out_features, head.lm_head.weight.out_features)
 
     assert sizes(WHOLE, replicated=False) == (200, 72, 37)
     assert sizes(Shard(1, 2), replicated=False) == (100, 36, 19)

@@ -30,11 +30,19 @@ PROMPT_VOCAB = 1_000_000  # ids of prompts; texts use only those below `vocab_si
 
 
 def request(
-    name: str, prompt: list[int], *, priority: int = 0, arrival: float = 0.0, **params: object
+    name: str, prompt: list[int], *, priority: int = 0, client: str = "", **params: object
 ) -> Request:
     """Runs to its `max_tokens` unless told otherwise."""
     plain = ask(name, prompt, **({"ignore_eos": True} | params))
-    return msgspec.structs.replace(plain, priority=priority, arrival_time=arrival)
+    return msgspec.structs.replace(plain, priority=priority, client=client)
+
+
+def choices_of(first: Request, count: int) -> list[Request]:
+    """So many choices of one request; they have one prompt."""
+    return [
+        msgspec.structs.replace(first, request_id=f"{first.request_id}{number}", choice=number)
+        for number in range(count)
+    ]
 
 
 def prompt_of(length: int, first: int = 1000) -> list[int]:
@@ -306,18 +314,28 @@ class FakeEngine:
     def submit(self, *requests: Request) -> None:
         for request in requests:
             self.scheduler.submit(request)
+            self._expect(request)
+
+    def submit_choices(self, *choices: Request) -> None:
+        """Submit choices of one request."""
+        self.scheduler.submit(*choices)
+        for choice in choices:
+            self._expect(choice)
+
+    def _expect(self, *requests: Request) -> None:
+        for request in requests:
             self.submitted[request.request_id] = request
             self.heard[request.request_id] = Completion()
 
     def step(self) -> StepPlan:
         """Run one step; messages to clients are collected in `heard`."""
         decoding = self.executor.decoding()
+        before = {line: row.request for line, row in self.executor.rows.items()}
         num_preemptions = self.scheduler.stats().num_preemptions
         plan = self.scheduler.schedule(self.shapes[self.num_steps % len(self.shapes)])
         self.num_steps += 1
         if self.scheduler.stats().num_preemptions > num_preemptions:
-            assert plan.admitted == (), "admitted where blocks have just run out"
-            assert all(row.num_draft == 0 for row in plan.rows), "nodes where blocks have run out"
+            self._check_preemption(plan, before)
         assert plan.num_tokens <= self.max_num_batched_tokens
         planned = {row.line for row in plan.rows}
         assert decoding <= planned | set(plan.released), "a decoding sequence stood still"
@@ -328,6 +346,25 @@ class FakeEngine:
             self._hear(event)
         self.scheduler.audit()
         return plan
+
+    def _check_preemption(self, plan: StepPlan, before: Mapping[int, Request]) -> None:
+        """Assert that sequences were preempted for more important ones that waited, or because
+        blocks ran out; then neither nodes nor sequences that start get any."""
+        preempted = [
+            before[line].priority
+            for line in plan.released
+            if line in before and self.heard[before[line].request_id].finished is None
+        ]
+        running = {request.request_id for request in before.values()}
+        waited = [
+            request.priority
+            for name, request in self.submitted.items()
+            if self.heard[name].finished is None and name not in running
+        ]
+        if any(priority < max(preempted) for priority in waited):
+            return
+        assert plan.admitted == (), "admitted where blocks have just run out"
+        assert all(row.num_draft == 0 for row in plan.rows), "nodes where blocks have run out"
 
     def run(self) -> list[StepPlan]:
         """Step until idle; return the plans that had rows."""

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import httpx
 import tokenizers
 
-from configs.schema import Config, LogConfig, ModelConfig, ServerConfig
+from configs.schema import CacheConfig, Config, LogConfig, ModelConfig, ServerConfig
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
 from server.openai.routes import ROUTES
 from server.text.chat_template import ChatTemplate
+from server.text.generation_config import SamplingDefaults
 from server.text.tokenizer import Tokenizer
 from tests.support.configurations import hosted
 from tests.support.scripted_engine import Script, ScriptedEngine, say
@@ -47,6 +48,8 @@ class Server:
         script: Script | None = None,
         template: str | None = CHAT_TEMPLATE,
         log_prompts: bool = False,
+        share_between_clients: bool = False,
+        defaults: SamplingDefaults | None = None,
         **limits: Any,
     ) -> None:
         self.tokenizer = tokenizer
@@ -54,6 +57,7 @@ class Server:
         self.config = hosted(
             Config(
                 model=ModelConfig(served_name=MODEL),
+                cache=CacheConfig(share_between_clients=share_between_clients),
                 server=ServerConfig(**limits),
                 log=LogConfig(prompts=log_prompts),
             )
@@ -63,7 +67,7 @@ class Server:
             self.engine,
             tokenizer,
             ChatTemplate(template, SPECIAL_TOKENS),
-            ServerInfo.from_config(self.config),
+            ServerInfo.from_config(self.config, defaults),
             ROUTES,
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from drafter.static_levels import levels_of
+from drafter.static_levels import StaticLevels
 from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Roots
 from engine.step.shape import StaticShape, TreeShape
 from engine.step.tree import DraftTree
@@ -23,7 +23,7 @@ class KnowingProposer(RootProposer):
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
         assert isinstance(shape, StaticShape)
         assert not limits.exact
-        plan = levels_of(shape, roots.tokens.device)
+        plan = StaticLevels(roots.tokens.device).of(shape)
         depths = plan.depths.expand(len(roots.tokens), -1)
         positions = roots.positions[:, None] + depths
         nodes = torch.arange(shape.num_nodes).expand_as(depths)

@@ -79,7 +79,7 @@ class ScriptedEngine:
         if self.dies_at_swap:
             self.info = None
             raise ConnectionError("gone")
-        facts = None if path is None else DraftFacts(path, "eagle3", 1, 32, 1000)
+        facts = None if path is None else DraftFacts(path, "eagle3", 1, 32, 1000, (1, 4))
         return DraftSwapped("swap", facts, self.swap_error)
 
 

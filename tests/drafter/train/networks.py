@@ -15,8 +15,7 @@ from drafter.train.unroll import TrainBatch
 from tests.drafter.published_heads import DRAFT_VOCAB, HIDDEN, LAYOUTS, VOCAB, Layout, named
 
 MAX_LEN = 40
-# Training shares the target's widths.
-TRAINABLE = {name: layout for name, layout in LAYOUTS.items() if layout.hidden == HIDDEN} | {
+TRAINABLE = {name: layout for name, layout in LAYOUTS.items() if layout.is_trainable} | {
     "eagle3-of-two-layers": Layout(
         "eagle3",
         named("LlamaForCausalLMEagle3", draft_vocab_size=DRAFT_VOCAB, num_hidden_layers=2),

@@ -96,7 +96,7 @@ def test_frozen_rows_have_the_given_dtype_and_weights_are_float32(kind: str) -> 
     ("changes", "message"),
     [
         ({"draft_vocab_size": 132}, r"head\.draft_vocab_size 132 must be at most 131"),
-        ({"aux_layers": (1, 8)}, r"target layers \[1, 8\].*layers 0 to 7"),
+        ({"aux_layers": (1, 9)}, r"target layers \[1, 9\].*layers 0 to 7"),
     ],
 )
 def test_what_the_target_cannot_have_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -197,6 +197,9 @@ def test_a_head_that_reads_with_the_targets_lm_head_begins_with_it(tmp_path: Pat
         ("reference-eagle", {"kind": "dense"}, "has kind 'eagle'; head.kind is 'dense'"),
         ("meta-dense", {"kind": "eagle"}, "has kind 'dense'; head.kind is 'eagle'"),
         ("meta-dense", {"kind": "eagle3"}, "has kind 'dense'; head.kind is 'eagle3'"),
+        ("speculators-eagle3.1", {}, "has norm_before_fc; heads with it cannot be trained"),
+        ("sglang-eagle3-with-norms", {}, "has fc_norm"),
+        ("nvidia-eagle3-of-the-last-hidden-state", {}, "has norm_output"),
         ("vllm-eagle3-of-another-width", {}, f"has hidden_size 44; .* target's {HIDDEN}"),
     ],
 )

@@ -11,6 +11,7 @@ from drafter.train.target import BLOCK_SIZE, FrozenTarget, TargetFeatures
 from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
+from engine.step.taps import LAST_OUTPUT
 from kernels.ops import Ops
 from tests.support.tiny_engine import CPU, random_llama
 
@@ -42,17 +43,20 @@ def texts() -> list[list[int]]:
     return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-@pytest.mark.parametrize("taps", [(0, 2, 4), (4, 1), (LAYERS,)])
+@pytest.mark.parametrize("taps", [(0, 2, 4), (4, 1), (LAYERS,), (1, LAST_OUTPUT)])
 @torch.no_grad()
 def test_features_are_those_of_transformers(
     taps: tuple[int, ...], ops: Ops, oracle: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOGIT_ROWS", 7)
+    last: list[torch.Tensor] = []
+    oracle.model.layers[-1].register_forward_hook(lambda *call: last.append(call[-1]))
     for text, found in zip(texts(), frozen(oracle, ops, taps).features(texts()), strict=True):
         expected = oracle(torch.tensor([text]), output_hidden_states=True)
         states = [state[0] for state in expected.hidden_states]  # inputs of layers; the last normed
         close = {"atol": TOLERANCE, "rtol": TOLERANCE}
-        wanted = torch.cat([states[layer] for layer in taps], dim=-1)
+        at = dict(enumerate(states)) | {LAST_OUTPUT: last[-1][0]}
+        wanted = torch.cat([at[layer] for layer in taps], dim=-1)
         torch.testing.assert_close(found.taps, wanted, **close)
         torch.testing.assert_close(found.hidden, states[-1], **close)
         assert found.best.dtype == torch.int32

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from engine.checkpoints.arch import Llama3RopeScaling, LlamaArch, bos_token_id, eos_token_ids
+from engine.checkpoints.arch import LlamaArch, bos_token_id, eos_token_ids
+from engine.checkpoints.rope_scaling import Llama3RopeScaling
 
 MINIMAL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -66,8 +67,28 @@ def test_plain_rope_has_no_scaling(rope: dict[str, Any]) -> None:
         ({"architectures": None, "model_type": "qwen2"}, "qwen2"),
         ({"architectures": []}, "not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "at least 1, not 0.5"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported; default"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "have mrope_section"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "have full_attention"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "2"}}, "factor must be a number"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 0.5}}, "beta_fast >="),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "dynamic",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 7,
+                }
+            },
+            "starts from max_position_embeddings 2048",
+        ),
+        ({"sliding_window": 128}, "sliding_window 128 is not supported; null is"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*sliding"),
+        ({"logits_scaling": 8.0}, "logits_scaling 8.0 is not supported; null, 1 is"),
+        ({"num_local_experts": 8}, "num_local_experts 8"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
@@ -88,16 +109,31 @@ def test_unsupported_configurations_are_refused_by_name(
         LlamaArch.from_hf_config(MINIMAL | change)
 
 
+def test_keys_of_other_architectures_are_allowed_where_they_change_nothing() -> None:
+    neutral = {
+        "hidden_act": "swish",
+        "sliding_window": 2048,
+        "layer_types": ["full_attention"] * 2,
+        "logit_scale": 1.0,
+        "use_qk_norm": False,
+        "pretraining_tp": 2,
+    }
+    assert LlamaArch.from_hf_config(MINIMAL | neutral) == LlamaArch.from_hf_config(MINIMAL)
+    window = {"sliding_window": 128, "use_sliding_window": False}
+    assert LlamaArch.from_hf_config(MINIMAL | window) == LlamaArch.from_hf_config(MINIMAL)
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
     [
         ({"eos_token_id": 2}, None, (2,)),
-        ({"eos_token_id": 2}, {"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": 2}, {"eos_token_id": [7, 2]}, (7, 2)),
+        ({"eos_token_id": 0}, {"eos_token_id": 7}, (7, 0)),
         ({"eos_token_id": [3, 4]}, {}, (3, 4)),
         ({}, None, ()),
     ],
 )
-def test_eos_ids_come_from_the_generation_config_first(
+def test_eos_ids_are_those_of_both_configurations(
     config: dict[str, Any], generation: dict[str, Any] | None, expected: tuple[int, ...]
 ) -> None:
     assert eos_token_ids(config, generation) == expected

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -96,10 +97,10 @@ def test_tensor_of_another_dtype_is_named(tmp_path: Path) -> None:
 def test_leftovers_that_carry_nothing_are_ignored_with_a_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_tiny_llama(tmp_path, TinyLlama(tied=True))
+    model = write_tiny_llama(tmp_path, TinyLlama(tied=True))
     leftovers = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32),
-        "lm_head.weight": torch.zeros(384, 64),
+        "lm_head.weight": model.lm_head.weight.detach().clone(),
     }
     rewrite(tmp_path, lambda tensors: tensors.update(leftovers))
     with caplog.at_level(logging.INFO):
@@ -107,6 +108,39 @@ def test_leftovers_that_carry_nothing_are_ignored_with_a_log_line(
     assert "inv_freq" in caplog.text
     assert "lm_head.weight" in caplog.text
     assert not leftovers.keys() & dict(checkpoint.tensors()).keys()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_head_of_its_own_is_used_although_the_configuration_says_tied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny_llama(tmp_path, TinyLlama(tied=True))
+    own = torch.randn(384, 64)
+    own[:380] = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"][:380]
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": own}))
+    checkpoint = open_folder(tmp_path)
+    oracle = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not checkpoint.arch.tie_word_embeddings
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), oracle.lm_head.weight)
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), own)
+    assert "lm_head.weight differs from model.embed_tokens.weight and is used" in caplog.text
+
+
+def test_a_missing_head_is_the_embedding_although_the_configuration_says_untied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny_llama(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    checkpoint = open_folder(tmp_path)
+    assert checkpoint.arch.tie_word_embeddings
+    assert "there is no lm_head.weight" in caplog.text
+
+
+def test_a_tied_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, TinyLlama(tied=True))
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(383, 64)}))
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \[383, 64\]"):
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1])

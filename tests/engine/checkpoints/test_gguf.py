@@ -11,17 +11,22 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from engine.checkpoints.arch import Llama3RopeScaling, LlamaArch
+from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoints.gguf_checkpoint import LAYER_NAMES, TOP_NAMES
 from engine.checkpoints.gguf_file import read_gguf
 from engine.checkpoints.gguf_rope import frequency_divisors
-from engine.checkpoints.source import ModelFiles
-from engine.models.layers import scale_llama3
+from engine.checkpoints.rope_scaling import LinearRopeScaling, Llama3RopeScaling, read_rope
+from engine.checkpoints.source import ModelFiles, resolve_source
+from engine.models.rope import scale_llama3
 from tests.support.tiny_llama import TinyLlama, random_model
 
-SUPPORTED = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
+SUPPORTED = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
+# The package only reads these; a block is its scales (at these bytes, float16) and random bits.
+SCALES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2)}
+SCALES[Kind.Q6_K] = (208,)
 SPEC = TinyLlama(vocab_size=320)
+WIDE = TinyLlama(vocab_size=320, hidden_size=256, intermediate_size=256)  # rows of whole blocks
 GGUF_NAMES = {hf: name for name, hf in (TOP_NAMES | LAYER_NAMES).items()}
 
 
@@ -42,6 +47,19 @@ def permuted(name: str, values: np.ndarray, spec: TinyLlama) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
+def quantised(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """Rows of blocks [rows, bytes]: the values, or anything for types that are only read."""
+    if kind not in SCALES:
+        return gguf.quantize(values, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(len(values))
+    blocks = rng.integers(0, 256, (values.size // block, size), dtype=np.uint8)
+    for at in SCALES[kind]:
+        scales = rng.uniform(0.001, 0.01, len(blocks)).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(len(values), -1)
+
+
 def write(
     path: Path,
     kind: Kind = Kind.F32,
@@ -49,10 +67,11 @@ def write(
     extra: dict[str, np.ndarray] | None = None,
     skip: str = "",
     arch: str = "llama",
+    split: int = 0,  # most tensors of a file; 0: all in one
     **fields: Any,
 ) -> dict[str, torch.Tensor]:
     """Write a whole tiny model; returns the tensors that must be read, by Hugging Face name."""
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_block_count(spec.num_layers)
     writer.add_context_length(spec.max_position_embeddings)
     writer.add_embedding_length(spec.hidden_size)
@@ -72,7 +91,7 @@ def write(
             continue
         values = permuted(name, tensor.numpy(), spec)
         stored = kind if values.ndim > 1 else Kind.F32
-        raw = gguf.quantize(values, stored)
+        raw = quantised(values, stored)
         writer.add_tensor(gguf_name(name), raw, raw_dtype=stored)
         rounded = gguf.dequantize(raw, stored).reshape(values.shape)
         expected[name] = torch.from_numpy(unpermuted(name, rounded, spec))
@@ -101,11 +120,11 @@ def open_gguf(path: Path) -> Checkpoint:
     return open_checkpoint(ModelFiles("gguf", path, "tiny"))
 
 
-@pytest.mark.parametrize("kind", SUPPORTED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*SUPPORTED, *SCALES], ids=lambda kind: kind.name)
 def test_every_supported_type_reads_as_the_gguf_package_dequantises_it(
     tmp_path: Path, kind: Kind
 ) -> None:
-    expected = write(tmp_path / "m.gguf", kind)
+    expected = write(tmp_path / "m.gguf", kind, WIDE if kind in SCALES else SPEC)
     checkpoint = open_gguf(tmp_path / "m.gguf")
     read = dict(checkpoint.tensors())
     assert read.keys() == expected.keys()
@@ -151,11 +170,42 @@ def test_header_equals_what_the_gguf_reader_sees(tmp_path: Path) -> None:
 
 
 def test_unsupported_quantisation_names_tensor_type_and_what_is_supported(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", Kind.Q5_0)
+    write(tmp_path / "m.gguf", Kind.TQ2_0, WIDE)
     with pytest.raises(
-        ValueError, match=r"token_embd\.weight is Q5_0; supported are F32, F16, BF16"
+        ValueError, match=r"token_embd\.weight is TQ2_0; supported are F32, F16, BF16"
     ):
         open_gguf(tmp_path / "m.gguf")
+
+
+def part(folder: Path, number: int, count: int = 3) -> Path:
+    return folder / f"m-{number:05}-of-{count:05}.gguf"
+
+
+@pytest.mark.parametrize("named", [1, 3])
+def test_a_model_in_several_files_is_read_from_all_of_them(tmp_path: Path, named: int) -> None:
+    expected = write(tmp_path / "m.gguf", Kind.Q8_0, split=8)
+    assert sorted(tmp_path.iterdir()) == [part(tmp_path, number) for number in (1, 2, 3)]
+    files = resolve_source(str(part(tmp_path, named)))
+    read = dict(open_checkpoint(files).tensors())
+    assert all(torch.equal(read[name].float(), tensor) for name, tensor in expected.items())
+    assert read.keys() == expected.keys()
+    version = files.version()
+    assert all(str(part(tmp_path, number)) in version for number in (1, 2, 3))
+
+
+def test_a_part_that_is_missing_or_in_the_place_of_another_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", split=8)
+    parts = [part(tmp_path, number) for number in (1, 2, 3)]
+    parts[1].rename(tmp_path / "kept")
+    with pytest.raises(FileNotFoundError, match=r"one of 3 parts; missing: m-00002-of-00003\.gguf"):
+        resolve_source(str(parts[0]))
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf has split.no 2; its name says 1"):
+        open_gguf(parts[0])
+    (tmp_path / "kept").rename(parts[1])
+    parts[0].rename(tmp_path / "alone.gguf")
+    with pytest.raises(ValueError, match=r"one of 3 parts, which must have names like"):
+        open_gguf(tmp_path / "alone.gguf")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 200, 2000, -1, -100_000])
@@ -180,9 +230,19 @@ def test_lengths_beyond_the_file_are_refused_without_reading_on(tmp_path: Path) 
     ("changes", "message"),
     [
         ({"arch": "qwen2"}, "architecture 'qwen2'"),
-        ({"llama__expert_count": 8}, "experts"),
-        ({"split__count": 2}, "split"),
-        ({"llama__rope__scaling__type": "linear"}, "rope scaling 'linear'"),
+        ({"llama__expert_count": 8}, "llama.expert_count 8 is not supported; 0 is"),
+        ({"llama__attention__scale": 0.5}, "llama.attention.scale 0.5"),
+        ({"llama__attention__sliding_window": 128}, "sliding_window 128"),
+        ({"split__count": 2}, "one of 2 parts"),
+        ({"llama__rope__scaling__type": "longrope"}, "rope scaling 'longrope' by 1.0"),
+        (
+            {
+                "llama__rope__scaling__type": "linear",
+                "llama__rope__scaling__factor": 2.0,
+                "extra": {"rope_freqs.weight": np.ones(32, np.float32)},
+            },
+            "'linear' by 2.0 with rope_freqs.weight",
+        ),
         ({"llama__rope__dimension_count": 32}, "32 of 64 dimensions"),
         ({"skip": "model.norm.weight"}, "missing tensor model.norm.weight"),
         ({"skip": "model.embed_tokens.weight"}, "missing tensor token_embd.weight"),
@@ -204,6 +264,20 @@ def test_llama3_rope_divisors_become_the_parameters_they_came_from(tmp_path: Pat
     assert open_gguf(tmp_path / "m.gguf").arch.rope_scaling == scaling
     plain = 1 / 10000.0 ** (torch.arange(32) / 32)
     torch.testing.assert_close(plain / scale_llama3(plain, scaling), torch.from_numpy(divisors))
+
+
+def test_linear_and_yarn_scaling_are_read_from_their_keys(tmp_path: Path) -> None:
+    prefix = "llama__rope__scaling__"
+    linear = {f"{prefix}type": "linear", f"{prefix}factor": 4.0}
+    for name, keys in {"new": linear, "old": {"llama__rope__scale_linear": 4.0}}.items():
+        write(tmp_path / f"{name}.gguf", **keys)
+        arch = open_gguf(tmp_path / f"{name}.gguf").arch
+        assert arch.rope_scaling == LinearRopeScaling(4.0, SPEC.max_position_embeddings)
+    yarn = {f"{prefix}type": "yarn", f"{prefix}factor": 8.0}
+    write(tmp_path / "y.gguf", **yarn, **{f"{prefix}original_context_length": 64})
+    rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    content = SPEC.config().to_dict() | {"rope_parameters": rope | {"rope_theta": 10000.0}}
+    assert open_gguf(tmp_path / "y.gguf").arch.rope_scaling == read_rope(content).scaling
 
 
 def test_rope_divisors_of_another_kind_are_refused(tmp_path: Path) -> None:

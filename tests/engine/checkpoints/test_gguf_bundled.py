@@ -13,7 +13,7 @@ from engine.checkpoints.gguf_file import read_gguf
 from engine.checkpoints.source import BUNDLED_ALIAS, bundled_gguf, resolve_source
 
 
-@pytest.mark.slow
+@pytest.mark.extended  # transformers converts every weight
 def test_every_weight_equals_transformers_own_gguf_loading() -> None:
     checkpoint = open_checkpoint(resolve_source(BUNDLED_ALIAS))
     with torch.device("meta"):

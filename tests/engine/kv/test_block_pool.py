@@ -46,10 +46,10 @@ def test_content_is_found_while_held_and_while_free_until_the_block_is_taken() -
     assert pool.share(b"x") is None
     pool.publish(block_id, b"x")
     assert pool.share(b"x") == block_id
-    assert not pool.is_free(b"x")
+    assert pool.count_free([b"x"]) == 0
     for _ in range(2):
         pool.give_back(block_id)
-    assert pool.is_free(b"x")
+    assert pool.count_free([b"x"]) == 1
     assert pool.share(b"x") == block_id
     pool.give_back(block_id)
     assert pool.take() == block_id

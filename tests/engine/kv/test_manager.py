@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,51 @@ def test_tokens_do_not_run_into_each_other_in_the_hash() -> None:
     assert chained_hash(ROOT, [1, 0]) != chained_hash(ROOT, [0, 1])
     assert chained_hash(ROOT, [256]) != chained_hash(ROOT, [1, 0])
     assert len({chained_hash(parent, [7]) for parent in (ROOT, b"a" * 16, b"b" * 16)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("salts", "cached"),
+    [(("", ""), 8), (("a", "a"), 8), (("a", "b"), 0), (("", "a"), 0), (("a", ""), 0)],
+)
+def test_only_requests_with_the_same_salt_find_a_prefix(
+    salts: tuple[str, str], cached: int
+) -> None:
+    kv = manager()
+    first, second = (
+        Sequence.from_request(msgspec.structs.replace(ask("a", list(range(9))), cache_salt=salt))
+        for salt in salts
+    )
+    kv.start(first, 9, match=True)
+    first.num_computed = 9
+    kv.publish(first)
+    assert kv.start(second, 9, match=True) == cached
+
+
+def test_choices_hash_their_prompt_once_and_their_texts_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed: list[list[int]] = []
+
+    def counting(parent: bytes, token_ids: list[int]) -> bytes:
+        hashed.append(token_ids)
+        return chained_hash(parent, token_ids)
+
+    monkeypatch.setattr("engine.kv.manager.chained_hash", counting)
+    kv, shared = manager(num_blocks=32), []
+    choices = [sequence(name, list(range(10))) for name in "abc"]
+    for text, seq in enumerate(choices):
+        seq.prompt_hashes = shared
+        seq.own_tokens()
+        seq.token_ids += [100 + text] * 6
+        assert kv.start(seq, 16, match=True) == (8 if text else 0)
+        seq.num_computed = 16
+        kv.publish(seq)
+    assert [len(tokens) for tokens in hashed] == [4] * (2 + 3 * 2)
+    assert len(shared) == 2
+    for seq in choices:
+        kv.release(seq)
+        assert kv.start(seq, 16, match=True) == 12
+    assert len(hashed) == 8
 
 
 @pytest.mark.parametrize(("slots", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])

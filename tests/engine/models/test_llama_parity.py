@@ -20,6 +20,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -46,6 +52,7 @@ SHAPES: dict[str, Callable[[], LlamaConfig]] = {
         8, 2, 64, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True
     ),
     "gqa8-d64-biases": lambda: config(8, 1, 64, attention_bias=True, mlp_bias=True),
+    "yarn-gqa2-d64": lambda: config(2, 1, 64, rope_parameters=YARN_ROPE),
     "gqa3-d64-tied": lambda: config(6, 2, 64, tie_word_embeddings=True),
 }
 
@@ -90,6 +97,19 @@ def test_logits_of_a_mixed_batch_equal_transformers(
     ]
     for got, token_ids in zip(packed.run(*rows), ids, strict=True):
         torch.testing.assert_close(got, expected(oracle, token_ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_logits_beyond_the_original_context_equal_transformers(kind: str, native_ops: Ops) -> None:
+    (ids,) = prompts(130)
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(config(2, 1, 64, rope_parameters=rope, max_position_embeddings=64))
+    arch = LlamaArch.from_hf_config(model.config.to_dict())
+    read = model.state_dict().__getitem__
+    served = load_packed(arch, read, native_ops, torch.float32, max_len=len(ids))
+    (got,) = served.run(whole(0, ids, list(range(9))))
+    torch.testing.assert_close(got, expected(model.eval(), ids), atol=1e-4, rtol=0)
 
 
 def test_chunks_and_single_tokens_continue_from_the_cache(

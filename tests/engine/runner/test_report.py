@@ -70,12 +70,3 @@ def test_every_row_gets_its_part_of_the_outputs_as_far_as_it_asked() -> None:
         RowOutcome((6,)),
         RowOutcome((0,), 0, (), (entry(0, 109),), (entry(13, 302, (54, 404)),)),
     )
-
-
-def test_a_proposer_was_asked_where_a_row_may_draft_and_its_draft_is_not_known() -> None:
-    def asked(*rows: RowPlan) -> bool:
-        return Report(rows, [], [], []).is_drafted
-
-    plain, known = row(0, samples=True), row(1, samples=True, num_draft=2, draft=(5, 6))
-    assert not asked(plain, known)
-    assert asked(plain, known, row(2, samples=True, num_draft=1))

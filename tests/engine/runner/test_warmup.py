@@ -88,3 +88,30 @@ def test_what_only_the_first_step_of_a_tree_takes_is_not_its_cost(
     monkeypatch.setattr("engine.runner.warmup.time", clock)
     costs = WarmUp(compiling, 64, 16, 1, 64, 256).measure([ROOT, chain(3)])
     assert costs.of(chain(3), 1) == pytest.approx(0.001)
+
+
+@dataclass
+class Slow:
+    """Each row of a step takes a second."""
+
+    now: float = 0.0
+
+    def launch(self, plan: StepPlan) -> Launched:
+        self.now += len(plan.rows)
+        outcome = StepOutcome(tuple(RowOutcome((5,), row.num_draft, ()) for row in plan.rows))
+        return Launched(plan, lambda: outcome)
+
+    def collect(self, launched: Launched) -> StepOutcome:
+        return launched.wait()
+
+
+def test_slow_steps_are_measured_for_few_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow()
+    clock = SimpleNamespace(perf_counter=lambda: slow.now)
+    monkeypatch.setattr("engine.runner.warmup.time", clock)
+    costs = WarmUp(slow, 4096, 16, 64, 512, 256).measure([ROOT, chain(3)])
+    assert costs.seconds == {"root": [(1, 1.0), (4, 4.0)], "chain3": [(1, 1.0), (4, 4.0)]}
+    assert "trees are measured for 4 rows at most" in caplog.text
+    assert slow.now < 60

@@ -16,6 +16,7 @@ import torch
 
 from engine.request import Request, SamplingParams
 from kernels.ops import Ops
+from tests.support.extended import diagonal
 from tests.support.told_target import Text, sample
 
 LOGITS = [2.0, 1.5, 1.0, 0.7, 0.3, 0.0, -0.4, -1.0, -1.6, -2.5]
@@ -127,8 +128,7 @@ SETTINGS: list[dict[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize("along", ["seeds", "positions"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("settings", "along"), diagonal(SETTINGS, ["seeds", "positions"]))
 def test_draws_follow_the_law_that_was_asked_for(
     reference_ops: Ops, settings: dict[str, object], along: str
 ) -> None:
@@ -154,9 +154,10 @@ def assert_independent(pairs: list[tuple[int, int]]) -> None:
     assert value < critical((len(first) - 1) * (len(second) - 1))
 
 
-@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - NUM_DRAWS - 8])
+@pytest.mark.parametrize(
+    ("distance", "seed"), diagonal([1, 2, 7], [0, 2**63, 2**64 - NUM_DRAWS - 8])
+)
 @pytest.mark.parametrize("along", ["seeds", "positions"])
-@pytest.mark.parametrize("distance", [1, 2, 7])
 def test_neighbours_are_independent(
     reference_ops: Ops, distance: int, along: str, seed: int
 ) -> None:

@@ -92,10 +92,11 @@ def test_every_trace_with_trees_keeps_the_rules_and_gives_every_request_its_own_
 def test_nodes_preempt_no_sequence(
     plain: FakeEngine, trace: list[Arrival | Abort | Step], tree: TreeShape
 ) -> None:
-    """While there is a block for every root, all roots make progress."""
+    """While there is a block for every root, all roots make progress. (Priorities are equal: no
+    sequence is preempted for a more important one.)"""
     engine = replace(plain, shapes=(tree,))
     for act in trace:
-        play(engine, [act])
+        play(engine, [replace(act, priority=0) if isinstance(act, Arrival) else act])
         decoding = engine.executor.decoding()
         if engine.scheduler.stats().num_running and len(decoding) == len(engine.executor.rows):
             before = engine.scheduler.stats().num_preemptions
@@ -204,8 +205,8 @@ def test_trees_may_take_all_while_no_row_is_free_for_the_waiting() -> None:
 
 def test_nodes_get_no_block_that_another_root_needs() -> None:
     engine = FakeEngine(num_blocks=4, shapes=(chain(3),))
-    engine.submit(request("a", prompt_of(4), max_tokens=3, arrival=0.0))
-    engine.submit(request("b", prompt_of(4, 2000), max_tokens=3, arrival=1.0))
+    engine.submit(request("a", prompt_of(4), max_tokens=3))
+    engine.submit(request("b", prompt_of(4, 2000), max_tokens=3))
     engine.step()
     plan = engine.step()
     assert shape(plan, engine.names) == [("a", 4, 1, True), ("b", 4, 1, True)]

@@ -52,25 +52,6 @@ def test_decoding_continues_beside_a_long_prompt() -> None:
     ]
 
 
-def test_after_a_long_context_chunks_shrink_while_others_decode(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("engine.scheduler.scheduler.LONG_CONTEXT", 16)
-    engine = FakeEngine(max_num_batched_tokens=9)
-    engine.submit(request("old", prompt_of(3), max_tokens=8))
-    engine.step()
-    engine.submit(request("new", prompt_of(60, first=2000), max_tokens=1))
-    chunks = [
-        dict(zip(["old", "new"], shape(engine.step(), engine.names), strict=True)) for _ in range(7)
-    ]
-    assert [plan["old"][2] for plan in chunks] == [1] * 7
-    assert [plan["new"][1:3] for plan in chunks] == [
-        (0, 8), (8, 8), (16, 8), (24, 5), (29, 4), (33, 3), (36, 3),
-    ]  # fmt: skip
-    alone = engine.run_shapes()
-    assert alone[0] == [("new", 39, 9, False)]
-
-
 def test_decoding_comes_before_a_more_important_prompt() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     engine.submit(request("mild", prompt_of(3), priority=5, max_tokens=4))
@@ -87,17 +68,16 @@ def test_a_running_prompt_comes_before_new_admissions() -> None:
     assert shape(engine.step(), engine.names) == [("a", 8, 4, True), ("b", 0, 4, False)]
 
 
-def test_priority_then_arrival_then_submission_decide_the_order() -> None:
+def test_priority_then_submission_decide_the_order() -> None:
     engine = FakeEngine(max_num_seqs=1)
     engine.submit(
-        request("mild", prompt_of(3), priority=1, arrival=0.0, max_tokens=1),
-        request("late", prompt_of(3), arrival=2.0, max_tokens=1),
-        request("early", prompt_of(3), arrival=1.0, max_tokens=1),
-        request("early too", prompt_of(3), arrival=1.0, max_tokens=1),
-        request("urgent", prompt_of(3), priority=-3, arrival=9.0, max_tokens=1),
+        request("mild", prompt_of(3), priority=1, max_tokens=1),
+        request("early", prompt_of(3), max_tokens=1),
+        request("late", prompt_of(3), max_tokens=1),
+        request("urgent", prompt_of(3), priority=-3, max_tokens=1),
     )
     order = [name for rows in engine.run_shapes() for name, *_ in rows]
-    assert order == ["urgent", "early", "early too", "late", "mild"]
+    assert order == ["urgent", "early", "late", "mild"]
 
 
 def test_at_most_max_num_seqs_run_at_once() -> None:
@@ -263,7 +243,7 @@ def test_a_request_that_can_never_run_ends_at_once(
         assert finished.reason is FinishReason.ERROR
         assert problem in (finished.error or "")
         too_long = num_prompt >= 16
-        assert finished.error_code is (ErrorCode.CONTEXT_LENGTH if too_long else None)
+        assert finished.error_code is (ErrorCode.CONTEXT_LENGTH if too_long else ErrorCode.INVALID)
         assert finished.first_scheduled_time is None
 
 

@@ -15,6 +15,7 @@ FAR = 100  # a limit that is out of reach
 
 def sequence(num_output: int, **params: object) -> Sequence:
     seq = Sequence.from_request(ask("r", [1] * NUM_PROMPT, **({"max_tokens": FAR} | params)))
+    seq.own_tokens()
     seq.token_ids += [OTHER] * num_output
     return seq
 

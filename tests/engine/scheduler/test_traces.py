@@ -27,6 +27,7 @@ class Arrival:
     shared: int  # tokens in common with the family
     own: int
     priority: int
+    client: str
     max_tokens: int
     min_tokens: int
     ignore_eos: bool
@@ -43,7 +44,7 @@ class Arrival:
             ignore_eos=self.ignore_eos,
             prompt_logprobs=0 if self.prompt_logprobs else None,
         )
-        return msgspec.structs.replace(plain, priority=self.priority)
+        return msgspec.structs.replace(plain, priority=self.priority, client=self.client)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ ARRIVALS = st.builds(
     shared=st.sampled_from([9, 8, 0, 5, 12, 16]),
     own=st.integers(0, 5),
     priority=st.integers(0, 2),
+    client=st.sampled_from("aab"),
     max_tokens=st.sampled_from([16, 0, 1, 7, 12, 40]),
     min_tokens=st.integers(0, 4),
     ignore_eos=st.sampled_from([True, True, False]),

@@ -26,6 +26,7 @@ REPEATING = [5, 6, 7, 8, 9, 5, 6, 7]
 
 def sequence(token_ids: list[int], **params: object) -> Sequence:
     seq = Sequence.from_request(ask("a", token_ids, **params))
+    seq.own_tokens()
     seq.line = 0
     return seq
 

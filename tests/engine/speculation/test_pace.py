@@ -175,6 +175,36 @@ def test_decode_steps_are_timed_and_steps_that_compute_a_prompt_are_not(noting: 
     assert noting.noted[3:] == [(2, 2, 0.5, True)]
 
 
+def test_the_scheduler_learns_the_times_of_all_steps_but_the_first_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core, executor = timed_core()
+    seen: list[tuple[int, float]] = []
+
+    def observe_time(_: Scheduler, plan: StepPlan, seconds: float) -> None:
+        seen.append((plan.num_tokens, seconds))
+
+    monkeypatch.setattr(Scheduler, "observe_time", observe_time)
+    core.add(Submit(ask("a", [5, 6, 7], max_tokens=50)))
+    for _ in range(2):
+        core.step()
+    assert seen == [(1, 0.5)], "the prompt was computed after a pause"
+    core.add(Submit(ask("b", [8, 9, 10], max_tokens=50)))
+    for _ in range(2):
+        core.step()
+    assert [seconds for _, seconds in seen[1:]] == [0.5, 1.0]
+    assert seen[-1][0] > 3, "the step of the other prompt"
+    core.add(Abort("a"))
+    core.add(Abort("b"))
+    while core.has_work():
+        core.step()
+    executor.now += 1000.0
+    core.add(Submit(ask("c", [5, 6, 7], max_tokens=2)))
+    while core.has_work():
+        core.step()
+    assert max(seconds for _, seconds in seen) == 1.0
+
+
 def test_a_step_counts_for_the_way_in_which_it_was_launched(noting: Noting) -> None:
     core, _ = timed_core()
     noting.ahead = False

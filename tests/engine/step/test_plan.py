@@ -98,7 +98,9 @@ def test_a_plan_counts_its_tokens_and_knows_whether_it_computes_a_prompt(
 def test_the_proposer_drafts_where_nodes_have_room_and_no_tokens(
     num_draft: int, draft: tuple[int, ...], drafted: bool
 ) -> None:
-    assert decoding(0, num_draft, draft).is_drafted is drafted
+    row = decoding(0, num_draft, draft)
+    assert row.is_drafted is drafted
+    assert StepPlan(rows=(decoding(1, 0, ()), row)).is_drafted is drafted
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -69,6 +69,30 @@ def test_an_engine_reports_its_parts(folder: Path, native_cache: Path, native_op
     assert info.device == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, [0, EOS]),
+        ("{% for m in messages %}{{ m.content }}<|im_start|>{% endfor %}", [0, 1, EOS]),
+    ],
+)
+def test_answers_end_with_the_ids_of_configuration_tokenizer_and_template(
+    folder: Path, native_cache: Path, template: str | None, expected: list[int]
+) -> None:
+    write_json(folder / "config.json", eos_token_id=0)
+    (folder / "generation_config.json").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    assert build_engine(configure(folder, native_cache)).info.eos_token_ids == expected
+
+
+def test_a_model_without_a_tokenizer_ends_with_the_ids_of_its_configuration(
+    folder: Path, native_cache: Path
+) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert build_engine(configure(folder, native_cache)).info.eos_token_ids == [EOS]
+
+
 def test_unset_sizes_are_filled_in(folder: Path, native_cache: Path) -> None:
     config = configure(folder, native_cache, "cache.num_blocks=null", "scheduler.max_num_seqs=3")
     info = build_engine(config).info

@@ -151,11 +151,11 @@ def test_without_a_head_nothing_is_kept_for_one(tmp_path: Path) -> None:
 
 
 def test_lines_add_up() -> None:
-    plan = MemoryPlan(2, 10 * GIB, GIB, GIB // 2, 2 * GIB, GIB, 1, 16, 1024)
+    plan = MemoryPlan(2, 10 * GIB, GIB, GIB // 2, 2 * GIB, GIB, GIB, 1, 16, 1024)
     assert plan.num_sequences == 2
     lines = plan.lines()
     sizes = [line.split()[-2] for line in lines[1:-1]]
-    assert sizes == ["1.00", "0.50", "2.00", "1.00", "2.00", "3.50"]
+    assert sizes == ["1.00", "0.50", "2.00", "1.00", "1.00", "1.00", "3.50"]
     assert lines[-1] == "1024 cache blocks of 16 tokens: 2 sequences of 8192 tokens at once"
     short = dataclasses.replace(plan, num_blocks=511)
     assert short.num_sequences == 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,11 @@ from engine.request import Request
 from kernels.native.ops import NativeOps
 from server.assembly import drafting
 from server.assembly.compose import Engine, build_engine, build_swappable_engine
-from server.assembly.swaps import DraftSwaps
+from server.assembly.drafting import Drafting
+from server.assembly.swaps import DraftSwapper, DraftSwaps
 from tests.support.engines import ask, generate
+from tests.support.fake_executor import FakeEngine
+from tests.support.scripted_engine import INFO
 from tests.support.threads import own_torch_threads
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
@@ -242,6 +247,7 @@ def test_facts_of_a_head_are_told(folders: Folders, native_cache: Path) -> None:
     draft = ask_for(engine, DraftSwaps(engine.core, engine.swapper), folders.second).draft
     assert draft is not None
     assert (draft.kind, draft.num_layers, draft.draft_vocab_size) == ("eagle3", 2, 97)
+    assert draft.tap_layers == (0, 1)
     stored = load_file(folders.second / "model.safetensors")
     counted = {name: t.numel() for name, t in stored.items() if name not in ("d2t", "t2d")}
     assert draft.num_parameters == sum(counted.values())
@@ -388,3 +394,65 @@ def test_loading_shares_no_thread_pool_with_the_steps(
     pools = [{pool for pool, thread in used if (thread == main) == at} for at in (True, False)]
     assert [len(group) for group in pools] == [1, 1]
     assert pools[0].isdisjoint(pools[1])
+
+
+class HeldSwapper(DraftSwapper):
+    """Loads only when the test lets it."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.num_dropped = 0
+        self.swapped = 0
+
+    def load(self, path: str | None) -> None:
+        assert self.released.wait(DEADLINE)
+
+    def drop(self) -> None:
+        self.num_dropped += 1
+
+    def get_ready(self, loaded: object) -> Generator[None, None, Drafting]:
+        yield
+        return Drafting()
+
+    def swap(self, loaded: object, drafting: Drafting) -> None:
+        self.swapped += 1
+
+
+def test_a_head_that_does_not_load_in_time_is_given_up_and_later_ones_wait_for_its_thread() -> None:
+    fake, swapper, now = FakeEngine(), HeldSwapper(), 0.0
+    core = EngineCore(fake.scheduler, fake.executor, INFO)
+    swaps = DraftSwaps(core, swapper, timeout=5.0, clock=lambda: now)
+    swaps.ask(SwapDraft("slow", "/never"))
+    assert swaps.settle() == []
+    now = 4.9
+    assert swaps.settle() == []
+    now = 5.1
+    (answer,) = swaps.settle()
+    assert answer.request_id == "slow"
+    assert answer.error == "it did not load within 5 s (speculation.load_timeout)"
+    assert not swaps.busy
+    swaps.ask(SwapDraft("next", None))
+    (answer,) = swaps.settle()
+    assert answer.error == "an earlier head, which was given up, is still being loaded"
+    swapper.released.set()
+    end = time.monotonic() + DEADLINE
+    while not swapper.num_dropped:
+        assert swaps.settle() == []
+        assert time.monotonic() < end
+    swaps.ask(SwapDraft("last", None))
+    assert settled(swaps) == [DraftSwapped("last")]
+    assert (swapper.num_dropped, swapper.swapped) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_head_with_a_pipe_for_a_file_is_refused_at_once(
+    folders: Folders, native_cache: Path, tmp_path: Path, name: str
+) -> None:
+    head = tmp_path / "head"
+    shutil.copytree(folders.first, head)
+    (head / name).unlink()
+    os.mkfifo(head / name)
+    engine = build_swappable_engine(configure(folders, native_cache))
+    answer = ask_for(engine, DraftSwaps(engine.core, engine.swapper), head)
+    assert answer.error is not None
+    assert f"{name} is a pipe, not a regular file" in answer.error

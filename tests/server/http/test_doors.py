@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -57,12 +58,34 @@ def test_info_and_models_need_a_key(make_server: MakeServer) -> None:
 
 def test_keys_come_from_configuration_and_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("# ours\nsecond\n\n third \n")
+    path.write_text("# ours\nsecond\n\n third \n # not a key\n\t#neither\n")
     config = ServerConfig(api_keys=("first", "second"), api_key_file=path)
     assert load_api_keys(config) == ("first", "second", "third")
 
 
-@pytest.mark.parametrize("content", [None, "", "# none\n"])
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o640, False), (0o604, True)])
+def test_key_files_that_everybody_can_read_are_warned_of_once(
+    make_server: MakeServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    mode: int,
+    warns: bool,
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("secret\n")
+    path.chmod(mode)
+    make_server(admin_key_file=path)
+    said = f"server.admin_key_file {path} can be read by every user"
+    assert caplog.text.count(said) == warns
+
+
+def test_a_key_file_that_is_a_pipe_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    with pytest.raises(ValueError, match=r"server\.api_key_file .*keys is a pipe, not a regular"):
+        load_api_keys(ServerConfig(api_key_file=tmp_path / "keys"))
+
+
+@pytest.mark.parametrize("content", [None, "", "# none\n", " # none\n"])
 def test_key_files_without_a_key_are_an_error(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "keys"
     if content is not None:

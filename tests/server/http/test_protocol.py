@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from uvicorn.server import ServerState
 
-from server.http.protocol import MAX_HEAD, HttpProtocol
+from configs.schema import ServerConfig
+from server.http.protocol import MAX_HEAD, HttpProtocol, protocol_with
 from server.process.launch import web_config
 from tests.support.http_server import CHAT, CHAT_PATH, Server
 
@@ -31,6 +32,10 @@ class Hasty(HttpProtocol):
     """The protocol with very short timeouts."""
 
     head_timeout = body_timeout = 0.01
+
+
+class HastyForBodies(HttpProtocol):
+    body_timeout = 0.01
 
 
 class Line:
@@ -115,11 +120,13 @@ def talk(
     asyncio.run(main())
 
 
-async def refused(line: Line, status: int, code: str) -> dict[str, str]:
+async def refused(
+    line: Line, status: int, code: str, kind: str = "invalid_request_error"
+) -> dict[str, str]:
     """Assert that the next answer is this error and the last one; return its headers."""
     found, headers, body = await line.answer()
     error: dict[str, Any] = json.loads(body)["error"]
-    assert (found, error["code"], error["type"]) == (status, code, "invalid_request_error")
+    assert (found, error["code"], error["type"]) == (status, code, kind)
     assert headers["content-type"] == "application/json"
     assert headers["connection"] == "close"
     assert await line.rest() == b""
@@ -292,7 +299,7 @@ def test_a_body_that_stops_coming_is_408(server: Server, part: bytes) -> None:
         await line.send(POST + b"Content-Length: 10\r\n\r\n" + part)
         await refused(line, 408, "request_timeout")
 
-    talk(server, scene, Hasty)
+    talk(server, scene, HastyForBodies)
     assert server.context.state.num_open == 0
 
 
@@ -349,3 +356,8 @@ def test_head_answers_as_get_does_without_a_body(server: Server, path: bytes, re
         assert (await line.answer())[0] == 200
 
     talk(server, scene)
+
+
+def test_probes_may_have_the_root_path() -> None:
+    protocol = protocol_with(ServerConfig(root_path="/llm"), lambda: False)
+    assert {b"/ready", b"/llm/ready"} < protocol.probe_paths

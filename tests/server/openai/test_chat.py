@@ -83,20 +83,44 @@ def test_include_usage_puts_null_into_chunks_and_counts_into_the_last(server: Se
     assert last["usage"] == server.chat().json()["usage"]
 
 
-def test_choices_get_consecutive_seeds_modulo_64_bits(server: Server) -> None:
+def test_the_first_choice_has_the_seed_and_the_others_hashes_of_it(server: Server) -> None:
     reply = server.chat(n=3, seed=-2).json()
     seeds = [request.params.seed for request in server.engine.submitted]
-    assert seeds == [2**64 - 2, 2**64 - 1, 0]
+    assert seeds[0] == 2**64 - 2
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
     assert reply["usage"]["completion_tokens"] == 3 * (len(server.ids("hello there")) + 1)
     assert reply["usage"]["prompt_tokens"] == len(server.engine.submitted[0].prompt_ids)
 
 
-def test_seeds_differ_between_requests_that_give_none(server: Server) -> None:
-    server.chat()
-    server.chat()
+def test_choices_of_requests_with_neighbouring_seeds_have_no_seed_in_common(server: Server) -> None:
+    for seed in range(4, 8):
+        server.chat(n=3, seed=seed)
+    seeds = [request.params.seed for request in server.engine.submitted]
+    assert seeds[::3] == [4, 5, 6, 7]
+    assert len(set(seeds)) == 12
+    server.chat(n=3, seed=4)
+    again = [request.params.seed for request in server.engine.submitted[12:]]
+    assert again == seeds[:3]
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": -1}, {"seed": None}], ids=str)
+def test_seeds_are_drawn_for_requests_that_give_none(
+    server: Server, fields: dict[str, int | None]
+) -> None:
+    server.chat(**fields)
+    server.chat(**fields)
     first, second = (request.params.seed for request in server.engine.submitted)
     assert first != second
+
+
+def test_a_salt_reaches_the_engine_and_choices_are_numbered(server: Server) -> None:
+    server.chat(n=2, cache_salt="mine")
+    server.chat()
+    sent = [
+        (request.choice, request.client, request.cache_salt) for request in server.engine.submitted
+    ]
+    assert sent == [(0, "", "/mine"), (1, "", "/mine"), (0, "", "")]
 
 
 def test_streamed_choices_interleave_with_their_index(server: Server) -> None:
@@ -142,14 +166,14 @@ def test_sampling_fields_reach_the_engine(server: Server) -> None:
         max_tokens=7,
         stop_token_ids=[9, 9],
         ignore_eos=True,
-        priority=-4,
+        priority=4,
         seed=11,
         logprobs=True,
         top_logprobs=4,
     )
     request = server.engine.submitted[0]
     params = request.params
-    assert request.priority == -4
+    assert request.priority == 4
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.0, 0.5, 0, 0.25)
     assert (params.presence_penalty, params.frequency_penalty) == (-2.0, 2.0)
     assert params.repetition_penalty == 1.5

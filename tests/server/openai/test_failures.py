@@ -52,10 +52,24 @@ def test_engine_error_after_the_first_byte_is_an_event_without_done(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_engine_refusal_of_the_length_is_400(make_server: MakeServer, stream: bool) -> None:
-    server = make_server(fail([], "too long by 8", ErrorCode.CONTEXT_LENGTH))
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [(ErrorCode.CONTEXT_LENGTH, "context_length_exceeded"), (ErrorCode.INVALID, None)],
+)
+def test_what_the_engine_refuses_is_400(
+    make_server: MakeServer, stream: bool, reason: ErrorCode, code: str | None
+) -> None:
+    server = make_server(fail([], "too long by 8", reason))
     error = error_of(server.chat(stream=stream), 400)
-    assert (error["code"], error["message"]) == ("context_length_exceeded", "too long by 8")
+    assert (error["code"], error["message"]) == (code, "too long by 8")
+
+
+def test_every_reason_of_the_engine_has_its_own_answer(make_server: MakeServer) -> None:
+    unknown = make_server(fail([], "why")).chat().text
+    for reason in ErrorCode:
+        response = make_server(fail([], "why", reason)).chat()
+        assert response.status_code in (400, 500 if reason is ErrorCode.UNSOUND else 503)
+        assert response.text != unknown
 
 
 def test_an_error_without_its_code_is_no_refusal(make_server: MakeServer) -> None:
@@ -215,6 +229,50 @@ def test_a_full_queue_is_429_until_a_first_token_comes(make_server: MakeServer) 
     assert 'admission_rejections_total{model_name="tiny",reason="requests"} 1.0' in (
         server.get("/metrics").text
     )
+
+
+def test_many_choices_of_one_request_leave_the_queue_open_for_others(
+    make_server: MakeServer,
+) -> None:
+    server = make_server(silent, max_queued_requests=2, max_waiting_tokens=30)
+    body = {"model": "tiny", "prompt": [5] * 20}
+
+    async def main(client: httpx.AsyncClient) -> httpx.Response:
+        calls = [OpenCall(server, COMPLETION_PATH, body | {"n": 100})]
+        await wait_open(server, 100)
+        admission = server.context.admission
+        found = (admission.num_requests, admission.num_waiting, admission.waiting_tokens)
+        assert found == (1, 100, 20)
+        calls.append(OpenCall(server, COMPLETION_PATH, body | {"prompt": [5]}))
+        await wait_open(server, 101)
+        refusal = await client.post(COMPLETION_PATH, json=body)
+        server.engine.feed(tokens(server.engine.submitted[0], [75]))
+        while admission.waiting_tokens > 1:  # the prompt is computed
+            await asyncio.sleep(0)
+        assert (admission.num_requests, admission.num_waiting) == (2, 100)
+        for call in calls:
+            call.leave()
+        await asyncio.gather(*(call.task for call in calls))
+        assert (admission.num_requests, admission.num_waiting) == (0, 0)
+        return refusal
+
+    assert "2 requests are waiting" in error_of(server.run(main), 429)["message"]
+    assert server.engine.open_ids == []
+
+
+def test_the_choices_of_all_waiting_requests_are_limited_too(make_server: MakeServer) -> None:
+    server = make_server(silent, max_queued_choices=6)
+
+    async def main(client: httpx.AsyncClient) -> httpx.Response:
+        call = OpenCall(server, CHAT_PATH, CHAT | {"n": 4})
+        await wait_open(server, 4)
+        refusal = await client.post(CHAT_PATH, json=CHAT | {"n": 3})
+        call.leave()
+        await call.task
+        return refusal
+
+    message = error_of(server.run(main), 429)["message"]
+    assert "4 choices are waiting and 3 more are asked, at most 6 may" in message
 
 
 def test_too_many_waiting_prompt_tokens_are_429(make_server: MakeServer) -> None:

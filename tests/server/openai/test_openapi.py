@@ -77,6 +77,7 @@ def test_document_describes_every_route(server: Server) -> None:
         "/ready",
         "/metrics",
         "/info",
+        "/version",
         "/admin/draft",
     }
 

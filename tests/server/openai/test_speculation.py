@@ -75,14 +75,14 @@ def test_the_option_limits_the_drafts_of_every_choice(
         ("max_nodes", 64),
         ("max_nodes", 10**40),
         ("max_nodes", True),
-        ("max_nodes", 3.0),
+        ("max_nodes", 3.5),
         ("max_nodes", "3"),
         ("max_nodes", [3]),
         ("stats", None),
         ("stats", 0),
         ("stats", "yes"),
         ("depth", 3),
-        ("max_node", None),
+        ("max_node", 3),
     ],
 )
 def test_bad_options_are_400_naming_the_field(

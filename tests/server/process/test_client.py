@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -16,6 +17,7 @@ from engine.messages import (
     ClientMessage,
     DraftFacts,
     DraftSwapped,
+    EngineFailed,
     EngineMessage,
     EngineStats,
     Finished,
@@ -190,6 +192,36 @@ def test_events_come_again_from_the_next_engine(play: Callable[[Play], None]) ->
     play(scene)
 
 
+def test_an_engine_that_says_it_failed_gets_no_more_requests(
+    play: Callable[[Play], None],
+) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        a = request("a")
+        stream = pair.client.submit(a)
+        assert await peer.hear(1) == [Submit(a)]
+        await peer.say(msgspec.structs.replace(STATS, draft_failed=True))
+        await peer.say(EngineFailed())
+        end = finished(a, FinishReason.ERROR, error="a step failed")
+        await peer.say(end)
+        assert await collect(stream) == [end]
+        assert pair.client.info is None
+        assert pair.client.has_failed
+        assert pair.client.stats is not None
+        stats = pair.client.stats
+        assert (stats.num_running, stats.num_waiting, stats.draft_failed) == (0, 0, False)
+        (refused,) = await collect(pair.client.submit(request("b")))
+        assert isinstance(refused, Finished)
+        assert refused.error == NO_ENGINE
+        pair.client.detach()
+        peer.close()
+        peer = await pair.engine()
+        assert not pair.client.has_failed
+        peer.close()
+
+    play(scene)
+
+
 def test_without_an_engine_requests_end_at_once(play: Callable[[Play], None]) -> None:
     async def scene(pair: Pair) -> None:
         stream = pair.client.submit(request("a"))
@@ -225,6 +257,28 @@ def test_messages_of_one_turn_are_sent_together(play: Callable[[Play], None]) ->
             pair.client.submit(request(name))
         frame = await peer._socket.recv()
         assert decode_client(frame) == [Submit(request(name)) for name in ("a", "b", "c")]
+
+    play(scene)
+
+
+def test_choices_of_one_request_are_one_message_with_one_prompt(
+    play: Callable[[Play], None],
+) -> None:
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        prompt = list(range(100))
+        choices = [
+            msgspec.structs.replace(ask(f"a{n}", prompt, seed=n), choice=n) for n in range(60)
+        ]
+        single = ask("alone", list(prompt), seed=7)
+        cooler = ask("cooler", single.prompt_ids, seed=7, temperature=0.5)
+        for request in (*choices, single, cooler):
+            pair.client.submit(request)
+        first, second, third = decode_client(await peer._socket.recv())
+        assert isinstance(first, Submit)
+        assert first.requests() == choices
+        assert len({id(request.prompt_ids) for request in first.requests()}) == 1
+        assert [second, third] == [Submit(single), Submit(cooler)]
 
     play(scene)
 

@@ -16,7 +16,9 @@ from engine.messages import (
     Abort,
     ClientMessage,
     DraftSwapped,
+    EngineFailed,
     EngineMessage,
+    EngineStats,
     ErrorCode,
     Finished,
     Shutdown,
@@ -25,6 +27,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason
+from server.process import engine_process
 from server.process.engine_process import STOPPING, EngineChannel, run
 from server.process.wire import decode_engine, encode, unbounded
 from tests.support.engines import ask
@@ -164,6 +167,19 @@ def test_a_swap_is_answered_while_nothing_runs(front: Front, endpoint: str) -> N
     assert engine.ended()
 
 
+def test_an_idle_engine_shows_life_while_a_head_is_loaded(
+    front: Front, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "BEAT", 0.0)
+    engine = Engine(core_of(FakeEngine()), endpoint)
+    engine.start()
+    assert front.hear() == INFO
+    front.say(SwapDraft("swap", "/heads/new"))
+    assert isinstance(front.hear(), EngineStats)
+    front.say(Shutdown())
+    assert engine.ended()
+
+
 def test_requests_go_on_while_a_head_is_loaded(front: Front, endpoint: str) -> None:
     fake = FakeEngine()
     engine = Engine(core_of(fake), endpoint)
@@ -204,7 +220,9 @@ def test_an_exception_in_a_step_ends_every_request_and_the_process(
     monkeypatch.setattr(fake.executor, part, fail)
     engine = Engine(core_of(fake), endpoint)
     engine.start()
+    assert front.hear() == INFO
     front.say(*(Submit(ask(name, [1, 2])) for name in ("a", "b")))
+    assert front.hear() == EngineFailed(), "before the requests end"
     ends = front.until_finished(2)
     assert engine.ended()
     assert str(engine.error) == "device lost at 0xdead"

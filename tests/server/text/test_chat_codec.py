@@ -67,3 +67,22 @@ def test_a_model_without_a_template_is_a_value_error(sentencepiece: Tokenizer) -
     codec = ChatCodec(sentencepiece, ChatTemplate(None, {}))
     with pytest.raises(ValueError, match="this model has no chat template"):
         codec.encode(MESSAGES, True)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}", {2, 0}),
+        ("{% for m in messages %}{{ m.content }} \n<|im_end|>\n{% endfor %}", {2}),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", {2}),
+        ("{{ messages[0].content }}<|endoftext|>", {2}),  # it has no answers
+        ("{{ raise_exception('never') }}", {2}),
+        (None, {2}),
+    ],
+)
+def test_answers_end_with_eos_and_with_what_the_template_writes_after_them(
+    folder: Path, template: str | None, expected: set[int]
+) -> None:
+    tokenizer = load(folder).tokenizer
+    codec = ChatCodec(tokenizer, ChatTemplate(template, tokenizer.special_tokens))
+    assert codec.ending_ids() == expected

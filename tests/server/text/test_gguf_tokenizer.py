@@ -18,6 +18,7 @@ from server.text.gguf_tokenizer import (
     special_tokens,
 )
 from server.text.tokenizer import Tokenizer
+from server.text.tokenizer_files import metadata_template
 
 NORMAL = 1
 
@@ -43,7 +44,7 @@ def build(metadata: dict[str, Any], **changes: object) -> Tokenizer:
     return Tokenizer(build_tokenizer(changed), special_tokens(changed), None)
 
 
-def split(metadata: dict[str, Any], pre: str, text: str) -> list[str]:
+def split(metadata: dict[str, Any], pre: str | None, text: str) -> list[str]:
     """Where the text is split before merging."""
     backend = build_tokenizer(metadata | {"tokenizer.ggml.pre": pre})
     pieces = backend.pre_tokenizer.pre_tokenize_str(text)
@@ -82,6 +83,9 @@ def test_user_defined_tokens_are_whole_but_not_special(metadata: dict[str, Any])
         ("gpt-2", {}, []),
         ("llama-bpe", {}, ["bos"]),
         ("llama-bpe", {"add_bos_token": False}, []),
+        ("llama3", {}, ["bos"]),
+        ("smaug-bpe", {}, []),
+        ("default", {}, []),
         ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, ["bos", "eos"]),
     ],
 )
@@ -103,10 +107,15 @@ def test_bos_and_eos_are_added_as_the_file_asks(
         ("llama-bpe", "a1234567 x", ["a", "123", "456", "7", " x"]),
         ("llama-bpe", "I'LL go!\n\nnow", ["I", "'LL", " go", "!\n\n", "now"]),
         ("llama-bpe", "a   b", ["a", "  ", " b"]),
+        ("llama3", "a1234567 x", ["a", "123", "456", "7", " x"]),
+        ("llama-v3", "I'LL go!", ["I", "'LL", " go", "!"]),
+        ("smaug-bpe", "I'LL a1234", ["I", "'LL", " a", "123", "4"]),
+        ("default", "I'll a = 12345", ["I", "'", "ll", " a", " ", "=", " ", "123", "45"]),
+        (None, "x, y\n\n1234", ["x", ",", " y", "\n", "\n", "123", "4"]),
     ],
 )
 def test_text_is_split_as_the_model_was_trained(
-    metadata: dict[str, Any], pre: str, text: str, pieces: list[str]
+    metadata: dict[str, Any], pre: str | None, text: str, pieces: list[str]
 ) -> None:
     assert split(metadata, pre, text) == pieces
 
@@ -120,8 +129,15 @@ def test_a_word_of_llama_3_is_used_without_merging(metadata: dict[str, Any]) -> 
 
 
 def test_an_unknown_splitting_is_refused_with_the_known_ones(metadata: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"'tekken' is not supported \(gpt-2, smollm, llama-bpe"):
+    with pytest.raises(ValueError, match=r"'tekken' is not supported \(default, gpt-2, smollm"):
         build(metadata, pre="tekken")
+
+
+def test_a_file_may_hold_only_a_template_with_a_name(metadata: dict[str, Any]) -> None:
+    prefix, file = "tokenizer.chat_template", Path("m.gguf")
+    assert metadata_template(file, metadata) is None
+    assert metadata_template(file, {f"{prefix}.tool_use": "tools"}) == "tools"
+    assert metadata_template(file, {prefix: "plain", f"{prefix}.tool_use": "tools"}) == "plain"
 
 
 def test_other_kinds_are_not_byte_level() -> None:

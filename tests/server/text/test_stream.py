@@ -123,6 +123,30 @@ def test_the_text_of_a_stop_token_is_left_out_unless_asked_for(
     assert (num_tokens, stream.stop) == (3, eos)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("include", [True, False])
+def test_a_special_token_is_a_stop_string_whether_or_not_the_text_shows_it(
+    tiny: Tokenizer, include: bool, skip: bool
+) -> None:
+    eos, text = tiny.eos_token_id, tiny.special_tokens["eos_token"]
+    assert eos is not None
+    options = StreamOptions(
+        stop=(text, "XYZ"),
+        stop_token_ids=frozenset({eos}),
+        include_stop=include,
+        skip_special_tokens=skip,
+        min_tokens=2,
+    )
+    stream = TextStream(tiny, (), options)
+    ids = [*letters(tiny, "a"), eos, *letters(tiny, "ben"), eos, *letters(tiny, "c")]
+    shown, num_tokens, _ = run(stream, ids)
+    first = "" if skip else text
+    assert shown == f"a{first}ben" + (text if include else "")
+    assert num_tokens == 6
+    if skip:  # else the stop token comes first
+        assert stream.stop == text
+
+
 @pytest.mark.parametrize("offset", range(4))
 def test_a_stop_token_that_is_text_ends_at_any_offset_of_a_block(
     tiny: Tokenizer, offset: int

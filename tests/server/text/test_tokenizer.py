@@ -145,8 +145,24 @@ def test_the_template_comes_from_the_operator_then_the_file_then_the_configurati
     ]
     config.write_text(json.dumps(content | {"chat_template": named}))
     assert load(folder).chat_template == "plain"
+    config.write_text(json.dumps(content | {"chat_template": named[:1]}))
+    assert load(folder).chat_template == "for tools"  # the only one
     config.write_text(json.dumps(content))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "of a processor"}))
+    assert load(folder).chat_template == "of a processor"
+    (folder / "chat_template.json").unlink()
     assert load(folder).chat_template is None
+
+
+def test_several_templates_without_a_default_are_named_in_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    named = [{"name": name, "template": name} for name in ("rag", "tool_use")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+    assert load(folder).chat_template is None
+    assert "none of the chat templates 'rag', 'tool_use' is called 'default'" in caplog.text
 
 
 def test_special_tokens_may_be_objects_or_stand_in_their_own_file(folder: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
+from transformers import AutoTokenizer
 
 from engine.checkpoints.source import ModelFiles
 from server.text.detokenizer import IncrementalDetokenizer
@@ -105,6 +109,48 @@ def test_a_sentencepiece_gguf_is_converted_and_loaded(
     assert conversions() == 1
 
 
+def write_llama2_tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    """tokenizer.model with tokenizer_config.json, as of Llama 2."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps", "a server answers", "1234 def"]),
+        model_writer=model,
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def test_a_folder_with_only_a_sentencepiece_model_is_read_as_by_transformers(
+    tmp_path: Path,
+) -> None:
+    processor = write_llama2_tokenizer(tmp_path / "llama2")
+    files = ModelFiles("hf", tmp_path / "llama2", "llama2")
+    loaded = load_tokenizer(files, tmp_path / "cache", None)
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "llama2", local_files_only=True)
+    texts = ["the quick fox", "naïve 日本 😀", "1234 12\n\t", "a  b", ""]
+    for text in [*texts, "  two", "<s>x</s> y"]:
+        ids = loaded.encode(text)
+        assert ids == oracle(text)["input_ids"], text
+        assert loaded.decode(ids) == oracle.decode(ids, skip_special_tokens=True), text
+    for text in texts:  # on others transformers differs
+        assert loaded.encode(text) == [1, *processor.encode(text)]
+        assert loaded.decode(loaded.encode(text)) == text
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (1, 2)
+
+
 def test_the_conversion_is_done_once(
     files: ModelFiles, tmp_path: Path, conversions: Callable[[], int]
 ) -> None:
@@ -112,6 +158,14 @@ def test_the_conversion_is_done_once(
     assert converted_folder(files, tmp_path / "cache") == first
     assert conversions() == 1
     assert [path.name for path in first.parent.iterdir()] == [first.name]  # nothing left over
+
+
+def test_several_at_once_convert_it_once(
+    files: ModelFiles, tmp_path: Path, conversions: Callable[[], int]
+) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: converted_folder(files, tmp_path / "cache"), range(3)))
+    assert len(folders) == conversions() == 1
 
 
 def truncate_the_tokenizer(folder: Path) -> None:
@@ -203,3 +257,31 @@ def test_a_tokenizer_that_loads_directly_needs_no_cache(tmp_path: Path) -> None:
     load_tokenizer(ModelFiles("hf", tmp_path / "model", "new"), tmp_path / "cache", None)
     assert not (tmp_path / "cache").exists()
     tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+
+
+def test_code_in_a_folder_is_never_run_nor_offered_to_be_run(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*words: str) -> str:
+        raise AssertionError(f"asked {words}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    ran = tmp_path / "ran"
+    program = f"open({str(ran)!r}, 'w')\nclass Config: ...\nclass Own: ...\n"
+    (files.path / "planted.py").write_text(program)
+    auto_map = {"AutoConfig": "planted.Config", "AutoTokenizer": ["planted.Own", "planted.Own"]}
+    path = files.path / "tokenizer_config.json"
+    path.write_text(json.dumps({"tokenizer_class": "Own", "auto_map": auto_map}))
+    (files.path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    with pytest.raises(ValueError, match="cannot be converted to a tokenizer"):
+        converted_folder(files, tmp_path / "cache")
+    assert not ran.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_keeping(
+    files: ModelFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").touch()
+    tokenizer = load_tokenizer(files, tmp_path / "cache", None)
+    assert tokenizer.decode(tokenizer.encode("the")) == "the"
+    assert "files.dir cannot be used" in caplog.text

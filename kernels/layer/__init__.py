@@ -1,0 +1,1 @@
+"""A whole decoder layer as one call, where a backend has it."""

@@ -1,0 +1,108 @@
+// A decoder layer: the operations of engine/models/layers.py one after the other, in one call.
+//
+// At batch 1 a layer takes about 100 us, and as much again to call its ten operations from Python.
+// Every number is that of the separate operations.
+
+#include "../native/functions.h"
+
+namespace {
+
+using aerie::Pool;
+
+// A packed linear weight (kernels/ops.py, LinearWeight). `bits` is 0 for plain numbers.
+struct Linear {
+  const void* data;
+  const float* bias;
+  int64_t outputs, bits, group, wide, minimums;
+  const Linear* more;  // writes the columns after those of this one
+};
+
+// Functions for the storage dtype and this CPU; plain and cache pointers have that dtype.
+struct Functions {
+  void (*linear)(Pool*, const float* x, int64_t M, int64_t K, const void* weight, int64_t N,
+                 const float* bias, float* out);
+  void (*rope_kv_write)(Pool*, const float* qkv, int64_t T, int64_t num_heads, int64_t num_kv_heads,
+                        int64_t D, const float* cos_sin, const int64_t* positions,
+                        const int64_t* slots, void* keys, void* values, float* queries);
+  void (*attention)(Pool*, const float* queries, const void* keys, const void* values,
+                    const int32_t* cu_q, const int32_t* prefix_lens, const int32_t* first_keys,
+                    int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,
+                    int64_t max_blocks, int64_t block_size, int64_t num_heads,
+                    int64_t num_kv_heads, int64_t D, float scale, float* out);
+};
+
+struct Layer {
+  Functions functions;
+  const float* input_norm;  // null: the input is normalised already
+  const float* post_norm;
+  Linear qkv, output, gate_up, down;
+  const float* cos_sin;
+  int64_t input_size, hidden_size, inner_size, num_heads, num_kv_heads, head_dim;
+  float eps, scale;
+};
+
+struct Batch {
+  int64_t num_tokens, num_rows, max_blocks, block_size;
+  const int64_t *positions, *slots, *ancestors;
+  const int32_t *cu_q, *prefix_lens, *first_keys, *block_tables;
+};
+
+enum Scratch { kNormed = 8, kQkv, kQueries, kMixed, kGateUp, kInner };
+
+int64_t all_outputs(const Linear& linear) {
+  return linear.outputs + (linear.more ? all_outputs(*linear.more) : 0);
+}
+
+void multiply(Pool* pool, const Layer& layer, const Linear& linear, const float* x, int64_t M,
+              int64_t K, float* out) {
+  if (!linear.bits)
+    return layer.functions.linear(pool, x, M, K, linear.data, linear.outputs, linear.bias, out);
+  const int64_t stride = all_outputs(linear);
+  for (const Linear* part = &linear; part; out += part->outputs, part = part->more)
+    aerie_linear_groups(pool, part->bits, part->group, part->wide, part->minimums, x, M, K,
+                        static_cast<const uint8_t*>(part->data), part->outputs, part->bias, out,
+                        stride);
+}
+
+// The result is in scratch memory, [T, heads * D].
+const float* attend(Pool* pool, const Layer& layer, const Batch& b, const float* x, void* keys,
+                    void* values) {
+  const int64_t T = b.num_tokens, heads = layer.num_heads, D = layer.head_dim;
+  float* qkv = pool->scratch<float>(kQkv, T * (heads + 2 * layer.num_kv_heads) * D);
+  float* queries = pool->scratch<float>(kQueries, T * heads * D);
+  float* mixed = pool->scratch<float>(kMixed, T * heads * D);
+  multiply(pool, layer, layer.qkv, x, T, layer.input_size, qkv);
+  layer.functions.rope_kv_write(pool, qkv, T, heads, layer.num_kv_heads, D, layer.cos_sin,
+                                b.positions, b.slots, keys, values, queries);
+  layer.functions.attention(pool, queries, keys, values, b.cu_q, b.prefix_lens, b.first_keys,
+                            b.num_rows, b.block_tables, b.ancestors, b.max_blocks, b.block_size,
+                            heads, layer.num_kv_heads, D, layer.scale, mixed);
+  return mixed;
+}
+
+}  // namespace
+
+extern "C" {
+
+// x, out [T, H], which may be the same; x is [T, input_size] without an input norm. The residual
+// stream [T, H] takes x (with an input norm) and the output of attention.
+void aerie_decoder_layer(Pool* pool, const Layer* layer, const Batch* batch, const float* x,
+                         float* residual, void* keys, void* values, float* out) {
+  const int64_t T = batch->num_tokens, H = layer->hidden_size, F = layer->inner_size;
+  if (layer->input_norm) {
+    float* normed = pool->scratch<float>(kNormed, T * H);
+    aerie_rms_norm(pool, x, residual, layer->input_norm, T, H, layer->eps, normed);
+    x = normed;
+  }
+  const float* mixed = attend(pool, *layer, *batch, x, keys, values);
+  multiply(pool, *layer, layer->output, mixed, T, layer->num_heads * layer->head_dim, out);
+  float* normed = pool->scratch<float>(kNormed, T * H);
+  aerie_rms_norm(pool, out, residual, layer->post_norm, T, H, layer->eps, normed);
+  float* gate_up = pool->scratch<float>(kGateUp, T * 2 * F);
+  float* inner = pool->scratch<float>(kInner, T * F);
+  multiply(pool, *layer, layer->gate_up, normed, T, H, gate_up);
+  aerie_silu_and_mul(pool, gate_up, T, F, inner);
+  multiply(pool, *layer, layer->down, inner, T, F, out);
+}
+
+}  // extern "C"

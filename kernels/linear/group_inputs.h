@@ -1,0 +1,78 @@
+// Inputs of a product with a grouped weight: bytes with one scale per 32 inputs of a row.
+//
+//   x[k] is about scale * code[k],  scale = max |x| / 127 over the 32 inputs,  |code| <= 127
+//
+// The scale of a group with an infinity or a NaN is NaN, so that every output of that row is NaN.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "group_dot.h"
+
+namespace aerie {
+
+constexpr int kInputGroup = 32;
+
+// Rows of codes [M, K], and per group of the weight the scale, the sum of the codes, and the scaled
+// sum of the codes, each [M, groups].
+struct GroupInputs {
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+  float* scaled_sums;
+  int64_t K, groups;
+};
+
+// The largest magnitude of 32 numbers, as bits; a NaN is larger than infinity.
+AERIE_INLINE int32_t largest_bits(const float* x) {
+  I16 largest{};
+  for (int k = 0; k < kInputGroup; k += 16) {
+    const F16 v = load(x + k);
+    AERIE_EACH_PART {
+      const IVec bits = (IVec)v.part[i] & 0x7fffffff;
+      largest.part[i] = bits > largest.part[i] ? bits : largest.part[i];
+    }
+  }
+  int32_t result = 0;
+  AERIE_EACH_PART for (int k = 0; k < kLanes; ++k)
+    result = largest.part[i][k] > result ? largest.part[i][k] : result;
+  return result;
+}
+
+// Write 32 codes; return their scale.
+inline float quantise_group(const float* x, int8_t* codes) {
+  const int32_t bits = largest_bits(x);
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  if (bits >= 0x7f800000 || largest < 1e-30f) {
+    std::memset(codes, 0, kInputGroup);
+    return bits >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+  }
+  const F16 inverse = broadcast(127.0f / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  for (int k = 0; k < kInputGroup; k += 16) {
+    const F16 rounded = load(x + k) * inverse + magic;  // its low bits are the rounded integer
+    AERIE_EACH_PART {
+      typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+      const Bytes bytes = __builtin_convertvector((IVec)rounded.part[i] - 0x4b400000, Bytes);
+      std::memcpy(codes + k + i * kLanes, &bytes, sizeof bytes);
+    }
+  }
+  return largest / 127.0f;
+}
+
+template <int Group>
+void quantise_row(const float* x, int64_t row, const GroupInputs& to) {
+  int8_t* codes = to.codes + row * to.K;
+  for (int64_t k = 0; k < to.K; k += kInputGroup) {
+    const float scale = quantise_group(x + k, codes + k);
+    for (int64_t first = k; first < k + kInputGroup; first += Group) {
+      int32_t sum = 0;
+      for (int i = 0; i < Group; ++i) sum += codes[first + i];
+      const int64_t at = row * to.groups + first / Group;
+      to.scales[at] = scale, to.sums[at] = sum, to.scaled_sums[at] = scale * float(sum);
+    }
+  }
+}
+
+}  // namespace aerie

@@ -1,0 +1,152 @@
+"""A whole decoder layer as one C function; see kernels/layer/native_kernel.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.native.library import NativeLibrary, pointer
+from kernels.ops import AttentionMeta, LayerWeights, LinearWeight
+
+P, I, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # noqa: E741
+
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+MAX_HEAD_DIM = 256
+MAX_GROUP = 32  # query heads per KV head
+
+
+class _Linear(ctypes.Structure):
+    pass
+
+
+_Linear._fields_ = [
+    ("data", P),
+    ("bias", P),
+    *((name, I) for name in ("outputs", "bits", "group", "wide", "minimums")),
+    ("more", ctypes.POINTER(_Linear)),
+]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, P) for name in ("linear", "rope_kv_write", "attention")),
+        *((name, P) for name in ("input_norm", "post_norm")),
+        *((name, _Linear) for name in ("qkv", "output", "gate_up", "down")),
+        ("cos_sin", P),
+        *((name, I) for name in ("input_size", "hidden_size", "inner_size")),
+        *((name, I) for name in ("num_heads", "num_kv_heads", "head_dim")),
+        ("eps", R),
+        ("scale", R),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, I) for name in ("num_tokens", "num_rows", "max_blocks", "block_size")),
+        *((name, P) for name in ("positions", "slots", "ancestors")),
+        *((name, P) for name in ("cu_q", "prefix_lens", "first_keys", "block_tables")),
+    )
+
+
+class NativeLayer:
+    """One layer's weights, ready to be called (implements `LayerCall`)."""
+
+    def __init__(
+        self, library: NativeLibrary, weights: LayerWeights, dtype: torch.dtype, tiles: str
+    ) -> None:
+        """`tiles` ends the names of functions that run on AMX tiles."""
+        suffix = SUFFIXES[dtype]
+        self._library, self._weights = library, weights  # keep what the structure points to
+        self._dtype = dtype
+        self._call = library.call("aerie_decoder_layer")
+        linears = {
+            name: _linear(getattr(weights, name)) for name in ("qkv", "output", "gate_up", "down")
+        }
+        self._linears = linears  # keeps the parts that follow a weight
+        self._layer = _Layer(
+            linear=library.address(f"aerie_linear_{suffix}{tiles}"),
+            rope_kv_write=library.address(f"aerie_rope_kv_write_{suffix}"),
+            attention=library.address(f"aerie_attention_{suffix}{tiles}"),
+            input_norm=pointer(weights.input_norm),
+            post_norm=weights.post_norm.data_ptr(),
+            **linears,
+            cos_sin=weights.cos_sin.data_ptr(),
+            input_size=weights.qkv.in_features,
+            hidden_size=weights.output.all_features,
+            inner_size=weights.down.in_features,
+            head_dim=weights.cos_sin.shape[1],
+            eps=weights.eps,
+            scale=weights.scale,
+        )
+        self._layer.num_heads = weights.output.in_features // self._layer.head_dim
+        rows = weights.qkv.all_features // self._layer.head_dim
+        self._layer.num_kv_heads = (rows - self._layer.num_heads) // 2
+        check_heads(self._layer.num_heads, self._layer.num_kv_heads, self._layer.head_dim)
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        meta: AttentionMeta,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        assert residual.is_contiguous()
+        assert k_cache.is_contiguous()
+        assert v_cache.is_contiguous()
+        assert k_cache.dtype == self._dtype
+        x, out = x.contiguous(), torch.empty_like(residual)
+        held = [positions.contiguous(), slots.contiguous(), meta.ancestors.contiguous()]
+        tables = meta.block_tables.contiguous()
+        batch = _Batch(
+            len(residual),
+            len(meta.prefix_lens),
+            tables.shape[1],
+            k_cache.shape[1],
+            *(tensor.data_ptr() for tensor in held),
+            meta.cu_q.data_ptr(),
+            meta.prefix_lens.data_ptr(),
+            meta.first_keys.data_ptr(),
+            tables.data_ptr(),
+        )
+        self._call(
+            self._library.pool,
+            ctypes.addressof(self._layer),
+            ctypes.addressof(batch),
+            x.data_ptr(),
+            residual.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+
+def _linear(weight: LinearWeight) -> _Linear:
+    """The structure of a weight and of those that follow it."""
+    more = None
+    for part in reversed((weight, *weight.more)):
+        layout: tuple[Any, ...] = part.layout or (0, 0, False, False)
+        node = _Linear(
+            part.data.data_ptr(), pointer(part.bias), part.out_features, *map(int, layout)
+        )
+        if more is not None:
+            node.more = ctypes.pointer(more)
+        more = node
+    assert more is not None
+    return more
+
+
+def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """ValueError if native attention cannot take heads of these numbers and size."""
+    if head_dim > MAX_HEAD_DIM or num_heads > num_kv_heads * MAX_GROUP:
+        raise ValueError(
+            f"native attention takes heads of at most {MAX_HEAD_DIM} and {MAX_GROUP} query heads "
+            f"per KV head, not {head_dim} and {num_heads // num_kv_heads}; choose "
+            "kernels.backend=reference"
+        )

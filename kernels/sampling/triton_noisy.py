@@ -1,0 +1,271 @@
+"""Scores to rank drafts by in Triton, as `noisy_reference.add_noise`, without a sort.
+
+One program per (tile of the vocabulary, row) adds the noise. For rows with filters, programs first
+count tokens by bins of the distance to the highest logit, and one program per row finds the last
+bin that is kept. Counts are integers, so their order does not matter. Guesses may be rough: the
+noise is computed in float32, and NaN counts as -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.sampling.noisy_reference import BINS, BINS_PER_NAT, OUTSIDE
+from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.triton_draw import MINUS_INFINITY, noise_bits, noise_key, uniform
+from kernels.triton_launch import WIDEST_LOAD, Launch
+
+TILE = 2048  # tokens of one program
+_BINS: tl.constexpr = tl.constexpr(BINS)
+_BINS_PER_NAT: tl.constexpr = tl.constexpr(float(BINS_PER_NAT))
+_OUTSIDE: tl.constexpr = tl.constexpr(OUTSIDE)
+
+
+@triton.jit
+def _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V):
+    """Logits after temperature, without NaN; -inf beyond the vocabulary."""
+    values = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < V, other=MINUS_INFINITY)
+    values = tl.where(values == values, values, MINUS_INFINITY)
+    temperature = tl.load(temperature_ptr + row)
+    return tl.div_rn(values, tl.where(temperature > 0.0, temperature, 1.0))
+
+
+@triton.jit
+def _bins(values, highest):
+    """The bin of each value. Whatever is no finite distance is in the last bin."""
+    gaps = (highest - values) * _BINS_PER_NAT
+    known = (gaps >= 0.0) & (gaps < _BINS)
+    return tl.where(known, gaps, _BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def _highest_of_tile_kernel(
+    logits_ptr,  # [R, V] float32, rows logits_stride apart
+    temperature_ptr,  # [R] float32
+    highest_ptr,  # [R, tiles] float32 out
+    logits_stride,
+    V,
+    TILE: tl.constexpr,
+):
+    """The highest scaled logit of one tile of one row, grid (tiles, R)."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    ids = tile * TILE + tl.arange(0, TILE)
+    values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)
+    tl.store(highest_ptr + row * tl.num_programs(0) + tile, tl.max(values, axis=0))
+
+
+@triton.jit
+def _highest_of_row(highest_ptr, row, num_tiles, TILES: tl.constexpr):
+    tiles = tl.arange(0, TILES)
+    inside = tiles < num_tiles
+    found = tl.load(highest_ptr + row * num_tiles + tiles, mask=inside, other=MINUS_INFINITY)
+    return tl.max(found, axis=0)
+
+
+@triton.jit
+def _count_bins_kernel(
+    logits_ptr,  # as in `_highest_of_tile_kernel`
+    temperature_ptr,
+    highest_ptr,  # [R, tiles] float32
+    counts_ptr,  # [R, BINS] int32, zero before
+    logits_stride,
+    V,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,  # a power of two, at least the number of tiles
+):
+    """Count the tokens of one tile of one row by their bins, grid (tiles, R)."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if tl.load(temperature_ptr + row) > 0.0:
+        ids = tile * TILE + tl.arange(0, TILE)
+        values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)
+        highest = _highest_of_row(highest_ptr, row, tl.num_programs(0), TILES)
+        counts = tl.histogram(_bins(values, highest), _BINS, mask=ids < V)
+        bins = tl.arange(0, _BINS)
+        tl.atomic_add(counts_ptr + row * _BINS + bins, counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _num_kept_kernel(
+    counts_ptr,  # [R, BINS] int32
+    top_k_ptr,  # [R] int64 or int32; or None
+    top_p_ptr,  # [R] float32; or None
+    min_p_ptr,  # [R] float32; or None
+    num_kept_ptr,  # [R] int32 out
+):
+    """How many of the best bins a row keeps, grid (R,); see `noisy_reference.num_kept_bins`."""
+    row = tl.program_id(0).to(tl.int64)
+    bins = tl.arange(0, _BINS)
+    counts = tl.load(counts_ptr + row * _BINS + bins)
+    before = tl.cumsum(counts, axis=0) - counts
+    keeps = bins >= 0
+    if top_k_ptr is not None:
+        top_k = tl.load(top_k_ptr + row).to(tl.int32)
+        keeps = before < top_k
+        counts = tl.minimum(counts, tl.maximum(top_k - before, 0))
+    if top_p_ptr is not None:
+        top_p = tl.load(top_p_ptr + row)
+        masses = counts.to(tl.float32) * tl.exp(-(bins.to(tl.float32) + 0.5) / _BINS_PER_NAT)
+        upto = tl.cumsum(masses, axis=0)
+        total = tl.sum(masses, axis=0)
+        keeps = keeps & (upto - masses < tl.where(top_p < 1.0, top_p, 2.0) * total)
+    if min_p_ptr is not None:
+        reach = -tl.log(tl.load(min_p_ptr + row)) * _BINS_PER_NAT + 1.0
+        keeps = keeps & (bins.to(tl.float32) < reach)
+    tl.store(num_kept_ptr + row, tl.maximum(tl.sum(keeps.to(tl.int32), axis=0), 1))
+
+
+@triton.jit
+def _rough_gumbel(bits):
+    """-log(-log(1 - v)), v = uniform(bits), to about 1e-3: a series where 1 - v would lose v."""
+    v = tl.minimum(uniform(bits), 0.999999940395355224609375)
+    series = v * (1.0 + v * (0.5 + v * 0.3333333333333333))
+    return -tl.log(tl.where(v < 0.001, series, -tl.log(1.0 - v)))
+
+
+@triton.jit
+def _add_noise_kernel(
+    logits_ptr,  # as in `_highest_of_tile_kernel`
+    temperature_ptr,
+    seeds_ptr,  # [R] int64
+    positions_ptr,  # [R] int64
+    token_ids_ptr,  # [V] int64; None: 0, 1, ...
+    highest_ptr,  # [R, tiles] float32; None: no filters, as for the next
+    num_kept_ptr,  # [R] int32
+    noisy_ptr,  # [R, V] float32 out
+    logits_stride,
+    V,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One tile of one row, grid (tiles, R)."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    ids = tile * TILE + tl.arange(0, TILE)
+    values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)
+    if tl.load(temperature_ptr + row) > 0.0:
+        if highest_ptr is not None:
+            highest = _highest_of_row(highest_ptr, row, tl.num_programs(0), TILES)
+            outside = _bins(values, highest) >= tl.load(num_kept_ptr + row)
+            values = tl.where(outside, values - _OUTSIDE, values)
+        tokens = ids
+        if token_ids_ptr is not None:
+            tokens = tl.load(token_ids_ptr + ids, mask=ids < V, other=0).to(tl.int32)
+        key = noise_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+        values += _rough_gumbel(noise_bits(key, tokens))
+    tl.store(noisy_ptr + row * V + ids, values, mask=ids < V)
+
+
+def add_noise(
+    logits: Tensor, settings: DrawSettings, token_ids: Tensor | None, tile: int = TILE
+) -> Tensor:
+    """As the reference: logits [R, V] float32 -> [R, V] float32."""
+    if not settings.any_sampled:
+        return logits
+    noisy = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    for launch in _launches(logits, settings, token_ids, noisy, tile):
+        launch.run()
+    return noisy
+
+
+def _launches(
+    logits: Tensor, settings: DrawSettings, token_ids: Tensor | None, noisy: Tensor, tile: int
+) -> Iterator[Launch]:
+    R, V = logits.shape
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1
+    num_tiles = triton.cdiv(V, tile)
+    shared = {
+        "logits_ptr": logits,
+        "temperature_ptr": settings.temperature,
+        "logits_stride": logits.stride(0),
+        "V": V,
+        "TILE": tile,
+    }
+    found: dict[str, Any] = {"highest_ptr": None, "num_kept_ptr": None}
+    if settings.is_filtered:
+        found = _new_filter_results(R, num_tiles, logits.device)
+        yield from _filter_launches(settings, shared, found)
+    filtered = ", filtered" if settings.is_filtered else ""
+    mapped = "" if token_ids is None else ", mapped"
+    yield Launch(
+        name=f"add_noise[V={V}{filtered}{mapped}]",
+        kernel=_add_noise_kernel,
+        grid=(num_tiles, R),
+        arguments=shared
+        | found
+        | {
+            "seeds_ptr": settings.seeds,
+            "positions_ptr": settings.positions,
+            "token_ids_ptr": token_ids,
+            "noisy_ptr": noisy,
+            "TILES": triton.next_power_of_2(num_tiles),
+        },
+        min_load_bits=WIDEST_LOAD,
+    )
+
+
+def _new_filter_results(num_rows: int, num_tiles: int, device: torch.device) -> dict[str, Any]:
+    """Buffers for what the filters find out."""
+    return {
+        "highest_ptr": torch.empty(num_rows, num_tiles, dtype=torch.float32, device=device),
+        "num_kept_ptr": torch.empty(num_rows, dtype=torch.int32, device=device),
+    }
+
+
+def _filter_launches(
+    settings: DrawSettings, shared: dict[str, Any], found: dict[str, Any]
+) -> Iterator[Launch]:
+    highest, num_kept, V = found["highest_ptr"], found["num_kept_ptr"], shared["V"]
+    R, num_tiles = highest.shape
+    counts = torch.zeros(R, BINS, dtype=torch.int32, device=highest.device)
+    yield Launch(
+        name=f"add_noise.highest[V={V}]",
+        kernel=_highest_of_tile_kernel,
+        grid=(num_tiles, R),
+        arguments=shared | {"highest_ptr": highest},
+        min_load_bits=WIDEST_LOAD,
+    )
+    yield Launch(
+        name=f"add_noise.count_bins[V={V}]",
+        kernel=_count_bins_kernel,
+        grid=(num_tiles, R),
+        arguments=shared
+        | {
+            "highest_ptr": highest,
+            "counts_ptr": counts,
+            "TILES": triton.next_power_of_2(num_tiles),
+        },
+        min_load_bits=WIDEST_LOAD,
+    )
+    yield Launch(
+        name=f"add_noise.num_kept[V={V}]",
+        kernel=_num_kept_kernel,
+        grid=(R,),
+        arguments={
+            "counts_ptr": counts,
+            "num_kept_ptr": num_kept,
+            "top_k_ptr": settings.top_k,
+            "top_p_ptr": settings.top_p,
+            "min_p_ptr": settings.min_p,
+        },
+    )
+
+
+def example_launches(logits: Tensor) -> list[Launch]:
+    """Launches for compile checks, over `logits` [R, V] of the meta device: with and without
+    filters and a map of the vocabulary."""
+    R, V = logits.shape
+    floats = torch.empty(R, dtype=torch.float32, device=logits.device)
+    integers = torch.empty(R, dtype=torch.int64, device=logits.device)
+    token_ids = torch.empty(V, dtype=torch.int64, device=logits.device)
+    plain = DrawSettings(floats, integers, integers)
+    filtered = DrawSettings(floats, integers, integers, integers, floats, floats)
+    return [
+        *_launches(logits, plain, None, logits, TILE),
+        *_launches(logits, filtered, token_ids, logits, TILE),
+    ]

@@ -1,0 +1,198 @@
+"""Keeps an engine process running: starts it, watches it, and starts it again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+
+import zmq
+
+from configs.env import engine_environment
+from configs.resolve import HostConfig
+from engine.messages import ErrorCode
+from server.process.client import ENGINE_LOST, ZmqEngineClient
+from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
+from server.process.socket_folder import private_endpoint
+
+LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
+GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
+WATCH_POLL = 1.0  # seconds between looks at a running engine
+FAILED_END = 10.0  # seconds for the process of a failed engine to end
+# What a machine may lack for a moment.
+SHORTAGES = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.ENOBUFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class EngineKeeper:
+    """Starts the engine process, ends it when it hangs, and restarts it when it has ended."""
+
+    def __init__(self, config: HostConfig, client: ZmqEngineClient) -> None:
+        self._config = config
+        self._client = client
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._was_ever_ready = False
+        self.exit_code = 0
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep())
+
+    async def failed(self) -> None:
+        """Return when the engine has ended for good."""
+        assert self._task is not None
+        await asyncio.wait({self._task})
+
+    async def stop(self) -> None:
+        """End the engine, and with it all open requests."""
+        self._stopping.set()
+        if self._task is None:
+            return
+        if self._client.info is None:
+            self._kill()  # it has no requests, and reads no messages while loading
+        self._client.shut_down()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._task), LAST_WORDS)
+        except TimeoutError:
+            self._kill()
+            await self._task
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def _keep(self) -> None:
+        backoff = FIRST_BACKOFF
+        while not self._stopping.is_set():
+            was_ready, may_go_on = await self._try_once()
+            if self._stopping.is_set():
+                return
+            if not (may_go_on and self._config.server.restart_engine):
+                self.exit_code = 1
+                return
+            backoff = FIRST_BACKOFF if was_ready else min(backoff * 2, LONGEST_BACKOFF)
+            logger.info("starting the engine again in %.1f s", backoff)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff)
+
+    async def _try_once(self) -> tuple[bool, bool]:
+        """Run one engine to its end, if it can be started. Returns whether it was ready, and
+        whether another may be."""
+        try:
+            code, was_ready = await self._run_once()
+        except (OSError, zmq.ZMQError) as error:
+            if not self._stopping.is_set():
+                logger.error("the engine process cannot be started: %s", error)
+            return False, self._was_ever_ready or error.errno in SHORTAGES
+        if not self._stopping.is_set():
+            logger.error("the engine process ended with exit code %d", code)
+        # What was set up well once may lack memory, files or a disk now, and get them back.
+        return was_ready, code != EXIT_BAD_SETUP or self._was_ever_ready
+
+    async def _run_once(self) -> tuple[int, bool]:
+        """Run one engine to its end; return its exit code and whether it was ever ready.
+
+        Raises:
+            OSError, zmq.ZMQError: its process or socket cannot be created.
+        """
+        with private_endpoint() as endpoint:
+            try:
+                self._client.attach(endpoint)
+                self._process = process = await _spawn(endpoint)
+                code = await self._run_to_end(process)
+            finally:
+                was_ready = self._client.was_ready
+                self._was_ever_ready |= was_ready
+                if self._stopping.is_set():
+                    self._client.detach(STOPPING, ErrorCode.STOPPING)
+                else:
+                    self._client.detach(ENGINE_LOST)
+            await end_group(process.pid)
+            return code, was_ready
+
+    async def _run_to_end(self, process: asyncio.subprocess.Process) -> int:
+        """Tell the engine its configuration; return its exit code once it has ended."""
+        if self._stopping.is_set():
+            self._kill()
+        assert process.stdin is not None
+        process.stdin.write(_without_secrets(self._config).encode() + b"\n")
+        watching = asyncio.create_task(self._watch())
+        try:
+            return await process.wait()
+        finally:
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        """Kill an engine that owes messages and sends none for `server.engine_timeout` seconds.
+
+        Only time in which this process could have heard it counts: both may have been stopped.
+        """
+        client, limit = self._client, self._config.server.engine_timeout
+        poll = min(WATCH_POLL, limit / 4)
+        silence, num_heard = 0.0, client.num_heard
+        while silence < (min(FAILED_END, limit) if client.has_failed else limit):
+            began = time.monotonic()
+            await asyncio.sleep(poll)
+            if client.num_heard != num_heard or not client.awaits_engine:
+                silence, num_heard = 0.0, client.num_heard
+            else:
+                silence += min(time.monotonic() - began, 2 * poll)
+        logger.error(
+            "the engine has work and has sent nothing for %.1f s (server.engine_timeout): it is "
+            "killed",
+            silence,
+        )
+        self._kill()
+
+
+async def end_group(leader: int) -> None:
+    """Kill the remaining processes of an ended leader's group: its children end with it, unless
+    they are stopped or hang."""
+    end = time.monotonic() + LAST_WORDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            with contextlib.suppress(ChildProcessError):  # as PID 1 of a container, we inherit them
+                os.waitpid(-leader, os.WNOHANG)
+            os.killpg(leader, 0)
+            await asyncio.sleep(GROUP_POLL)
+        logger.warning("processes of the engine do not end with it: they are killed")
+        os.killpg(leader, signal.SIGKILL)
+
+
+async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
+    """Start an engine process. OSError, naming the program, when it cannot be started."""
+    program = sys.executable
+    try:
+        return await asyncio.create_subprocess_exec(
+            *(program, "-P", "-m", f"{__package__}.engine_process", endpoint),
+            stdin=asyncio.subprocess.PIPE,
+            env=engine_environment(),
+            start_new_session=True,  # this process handles a terminal's Ctrl-C
+        )
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"{program}: {reason}") from error
+
+
+def _without_secrets(config: HostConfig) -> str:
+    """What the engine is told: everything but the keys."""
+    no_keys = {"api_keys": (), "api_key_file": None, "admin_keys": (), "admin_key_file": None}
+    no_keys |= {"priority_keys": (), "tls_key": None}
+    server = config.server.model_copy(update=no_keys)
+    return config.model_copy(update={"server": server}).model_dump_json()

@@ -1,0 +1,114 @@
+"""A whole decoder layer in one call gives every bit of its separate operations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.kv.storage import KVStorage
+from engine.models.layers import (
+    Attention,
+    ColumnParallelLinear,
+    DecoderLayer,
+    GatedMLP,
+    RMSNorm,
+    RowParallelLinear,
+)
+from engine.models.rope import cos_sin_table
+from engine.models.weights import WeightPacker
+from engine.step.batch import ForwardBatch, ForwardContext
+from engine.step.group import TPGroup
+from kernels.linear.grouped import quantise
+from kernels.ops import AttentionMeta, LayerWeights, LinearWeight, Ops
+
+H, F, HEADS, KV_HEADS, D, BLOCK = 64, 96, 4, 2, 16, 16
+CPU = torch.device("cpu")
+
+
+def packed(ops: Ops, dtype: torch.dtype, form: str, N: int, K: int, seed: int) -> LinearWeight:
+    """A weight in three parts; of mixed layouts if `form` says so."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) / K**0.5
+    packer = WeightPacker(ops, dtype, CPU, "stored")
+    cuts = (weight[: N // 2], weight[N // 2 : -8], weight[-8:])
+    if form == "plain":
+        return packer.pack(cuts, N, torch.ones(N))
+    bits = (4, 4, 8) if form == "mixed" else (4, 4, 4)
+    parts = [quantise(part, number) for part, number in zip(cuts, bits, strict=True)]
+    return packer.pack(parts, N, torch.ones(N))
+
+
+def a_layer(ops: Ops, dtype: torch.dtype, form: str, input_size: int | None) -> DecoderLayer:
+    width = input_size or H
+    qkv = packed(ops, dtype, form, (HEADS + 2 * KV_HEADS) * D, width, 1)
+    output = packed(ops, dtype, form, H, HEADS * D, 2)
+    gate_up, down = packed(ops, dtype, form, 2 * F, H, 3), packed(ops, dtype, form, H, F, 4)
+    norms = [RMSNorm(torch.rand(H) + 0.5, 1e-5) for _ in range(2)]
+    return DecoderLayer(
+        input_norm=None if input_size else norms[0],
+        attention=Attention(
+            layer=0,
+            qkv=ColumnParallelLinear(qkv),
+            output=RowParallelLinear(output),
+            cos_sin=cos_sin_table(D, 64, 10000.0, None),
+            scale=D**-0.5,
+        ),
+        post_attention_norm=norms[1],
+        mlp=GatedMLP(ColumnParallelLinear(gate_up), RowParallelLinear(down)),
+    )
+
+
+def whole(layer: DecoderLayer, ops: Ops) -> DecoderLayer:
+    assert ops.whole_layer is not None
+    weights = LayerWeights(
+        input_norm=None if layer.input_norm is None else layer.input_norm.weight,
+        post_norm=layer.post_attention_norm.weight,
+        eps=layer.post_attention_norm.eps,
+        qkv=layer.attention.qkv.weight,
+        output=layer.attention.output.weight,
+        gate_up=layer.mlp.gate_up.weight,
+        down=layer.mlp.down.weight,
+        cos_sin=layer.attention.cos_sin,
+        scale=layer.attention.scale,
+    )
+    return replace(layer, whole=ops.whole_layer(weights))
+
+
+def a_batch() -> ForwardBatch:
+    """A chunk of five tokens after three, and a root with a tree of two branches after twenty."""
+    tables = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
+    positions = torch.tensor([3, 4, 5, 6, 7, 20, 21, 21, 22])
+    slots = torch.tensor([19, 20, 21, 22, 23, 52, 53, 54, 55])
+    meta = AttentionMeta(
+        cu_q=torch.tensor([0, 5, 9], dtype=torch.int32),
+        prefix_lens=torch.tensor([3, 20], dtype=torch.int32),
+        first_keys=torch.zeros(2, dtype=torch.int32),
+        block_tables=tables,
+        ancestors=torch.tensor([0, 0, 0, 0, 0, 0b1, 0b11, 0b101, 0b1011]),
+        max_q=5,
+        max_context=24,
+    )
+    return ForwardBatch(torch.zeros(9, dtype=torch.int64), positions, slots, meta)
+
+
+@pytest.mark.parametrize("form", ["plain", "grouped", "mixed"])
+@pytest.mark.parametrize("input_size", [None, 128], ids=["with-norm", "prepared-input"])
+def test_one_call_equals_the_operations(
+    native: Ops, dtype: torch.dtype, form: str, input_size: int | None
+) -> None:
+    torch.manual_seed(0)
+    layer, batch = a_layer(native, dtype, form, input_size), a_batch()
+    x, residual = torch.randn(9, input_size or H), torch.randn(9, H)
+    results = []
+    for each in (layer, whole(layer, native)):
+        kv = KVStorage.allocate(1, 4, BLOCK, KV_HEADS, D, dtype, CPU)
+        for number, pages in enumerate((*kv.keys, *kv.values)):
+            made = torch.Generator().manual_seed(number)
+            pages.copy_(torch.randn(pages.shape, generator=made))
+        stream = residual.clone()
+        out = each(x.clone(), stream, batch, ForwardContext(native, kv, TPGroup()))
+        results.append((out, stream, kv.keys[0], kv.values[0]))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+        assert bool(got.isfinite().all())

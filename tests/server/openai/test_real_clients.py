@@ -1,0 +1,224 @@
+"""Bodies as known clients send them, with the model's name replaced: all must be answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.server.openai.test_refusals import error_of
+from tests.support.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
+from tests.support.scripted_engine import INFO
+
+USER = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "s"}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+USAGE = {"include_usage": True}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object"},
+        "strict": False,
+    },
+}
+CALL = {"type": "function", "id": "call_1", "function": {"name": "f", "arguments": '{"a":1}'}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+
+CHATS: dict[str, dict[str, Any]] = {
+    "curl": {"messages": [USER]},
+    "curl with all samplers": {
+        "messages": [USER], "temperature": 0.7, "top_p": 0.95, "max_tokens": 8, "n": 1,
+        "presence_penalty": 0, "frequency_penalty": 0, "stop": None, "stream": False,
+    },
+    "openai-python, reasoning": {
+        "messages": [{"role": "developer", "content": "d"}, USER], "reasoning_effort": "medium",
+        "verbosity": "low", "store": False, "metadata": {"k": "v"}, "service_tier": "auto",
+    },
+    "openai-python, stream": {"messages": [USER], "stream": True, "stream_options": USAGE},
+    "openai-python, history of tools": {
+        "messages": [
+            USER,
+            {
+                "content": None, "refusal": None, "role": "assistant", "annotations": [],
+                "audio": None, "function_call": None, "tool_calls": [CALL],
+            },
+            {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+        ],
+    },
+    "openai-python, parsed message sent back": {
+        "messages": [USER, {"role": "assistant", "content": "a", "parsed": None}, USER],
+    },
+    "openai-node": {"messages": [USER], "stream": True, "user": "u", "logit_bias": {"5": -100}},
+    "go-openai": {"messages": [{"role": "user", "content": "hi", "name": "n"}], "max_tokens": 8},
+    "LangChain ChatOpenAI": {
+        "messages": [{"content": "hi", "role": "user"}], "stream": False, "temperature": 0.7,
+        "n": 1, "max_completion_tokens": 8, "logprobs": False, "seed": 1,
+    },
+    "LangChain, history of tools": {
+        "messages": [
+            SYSTEM, USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "1", "tool_call_id": "call_1"},
+        ],
+        "stream": True, "stream_options": USAGE, "temperature": 0.0,
+    },
+    "LangChain agents": {"messages": [USER], "stop": ["\nObservation", "\n\tObservation"]},
+    "LangChain4j": {"messages": [USER], "temperature": 0.3, "max_tokens": 8, "user": "u"},
+    "Spring AI": {"messages": [USER], "stream": False, "temperature": 0.7, "tools": []},
+    "Semantic Kernel": {
+        "messages": [USER], "max_tokens": 8, "temperature": 1, "top_p": 1, "n": 1,
+        "presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"},
+    },
+    "LlamaIndex OpenAILike": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "stream": False,
+        "temperature": 0.1, "max_tokens": 8,
+    },
+    "litellm": {"messages": [SYSTEM, USER], "temperature": 0.0, "max_tokens": 8, "stream": False},
+    "litellm, prompt caching": {
+        "messages": [
+            {
+                "role": "system",
+                "content": [
+                    {"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}
+                ],
+            },
+            {"role": "user", "content": "hi", "cache_control": {"type": "ephemeral"}},
+        ],
+    },
+    "aider": {"messages": [SYSTEM, USER], "temperature": 0, "stream": True},
+    "continue.dev": {
+        "messages": [SYSTEM, PARTS], "max_tokens": 8, "temperature": 0.5, "top_p": 1,
+        "stream": True, "frequency_penalty": 0, "presence_penalty": 0, "stop": list("abcde"),
+        "prediction": {"type": "content", "content": "x"},
+    },
+    "Cline": {
+        "messages": [SYSTEM, PARTS, {"role": "assistant", "content": "a"}, PARTS],
+        "temperature": 0, "stream": True, "stream_options": USAGE,
+    },
+    "Cline, reasoning sent back": {
+        "messages": [USER, {"role": "assistant", "content": "a", "reasoning_content": "r"}, USER],
+    },
+    "Zed": {
+        "messages": [USER], "stream": True, "max_tokens": 8, "temperature": 1.0, "stop": [],
+        "tools": [], "tool_choice": "auto", "prompt_cache_key": "k",
+    },
+    "Vercel AI SDK": {
+        "messages": [SYSTEM, USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                     {"role": "tool", "tool_call_id": "call_1", "content": '{"x":1}'}],
+        "max_tokens": 8, "temperature": 0, "stream": True, "stream_options": USAGE,
+        "reasoning_effort": "low",
+    },
+    "Open WebUI": {"stream": True, "messages": [USER], "stream_options": USAGE, "max_tokens": 8},
+    "LibreChat": {"messages": [USER], "stream": True, "user": "64f", "top_p": 1, "temperature": 1},
+    "SillyTavern": {
+        "messages": [SYSTEM, USER], "temperature": 1, "max_tokens": 8, "stream": True,
+        "presence_penalty": 0, "frequency_penalty": 0, "top_p": 1, "top_k": 0, "min_p": 0,
+        "repetition_penalty": 1, "stop": [], "logit_bias": {}, "seed": -1,
+    },
+    "Hugging Face InferenceClient": {
+        "messages": [USER], "frequency_penalty": None, "logit_bias": None, "logprobs": None,
+        "max_tokens": 8, "n": None, "presence_penalty": None, "response_format": None, "seed": None,
+        "stop": None, "temperature": None, "tool_choice": None, "tool_prompt": None, "tools": None,
+        "top_logprobs": None, "top_p": None, "stream": False, "stream_options": None,
+    },
+    "Haystack": {"messages": [USER], "n": 1, "stream": False, "tools": []},
+    "DSPy": {"messages": [SYSTEM, USER], "temperature": 0.0, "max_tokens": 8, "stream": False},
+    "smolagents": {"messages": [PARTS], "stop": ["Observation:", "Calling tools:"]},
+    "OpenAI Agents SDK": {"messages": [SYSTEM, USER], "stream": True, "stream_options": USAGE,
+                          "parallel_tool_calls": False, "tools": []},
+    "promptfoo": {"messages": [USER], "max_tokens": 8, "temperature": 0, "top_p": 1,
+                  "presence_penalty": 0, "frequency_penalty": 0},
+    "guidellm": {
+        "messages": [PARTS], "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "max_completion_tokens": 8, "max_tokens": 8, "stop": None, "ignore_eos": True,
+    },
+    "vllm bench serve": {
+        "messages": [PARTS], "temperature": 0.0, "max_completion_tokens": 8, "stream": True,
+        "stream_options": USAGE, "ignore_eos": True,
+    },
+    "aiperf": {
+        "messages": [{"role": "user", "name": "n", "content": "hi"}], "stream": True,
+        "stream_options": USAGE, "max_completion_tokens": 8, "min_tokens": 8, "ignore_eos": True,
+    },
+    "llmperf": {"messages": [{"role": "system", "content": ""}, USER], "stream": True,
+                "max_tokens": 8},
+    "lm-evaluation-harness": {
+        "messages": [{"role": "user", "content": "hi", "type": "text"}], "max_tokens": 8,
+        "temperature": 0, "stop": ["\n\n", "Q:"], "seed": 1234,
+    },
+    "vLLM's documentation": {
+        "messages": [USER], "top_k": 20, "min_p": 0.0, "chat_template_kwargs": {"a": False},
+        "use_beam_search": False, "length_penalty": 1.0, "stop_token_ids": [], "min_tokens": 0,
+        "skip_special_tokens": True, "spaces_between_special_tokens": True, "priority": 0,
+        "truncate_prompt_tokens": None, "include_stop_str_in_output": False, "request_id": "r",
+        "add_generation_prompt": True, "add_special_tokens": False, "return_token_ids": False,
+    },
+}  # fmt: skip
+COMPLETIONS: dict[str, dict[str, Any]] = {
+    "curl": {"prompt": "hi", "max_tokens": 7, "temperature": 0},
+    "LangChain OpenAI": {
+        "prompt": ["hi"], "frequency_penalty": 0, "logit_bias": {}, "max_tokens": 8, "n": 1,
+        "presence_penalty": 0, "temperature": 0.7, "top_p": 1, "best_of": 1, "seed": None,
+        "logprobs": None, "stream": False,
+    },
+    "LlamaIndex": {"prompt": "hi", "temperature": 0.1, "max_tokens": 8, "stream": True},
+    "continue.dev, autocompletion": {
+        "prompt": "a<fim>b", "max_tokens": 8, "temperature": 0.01, "top_p": 1, "stream": True,
+        "frequency_penalty": 0, "presence_penalty": 0, "suffix": "",
+        "stop": [f"<stop {index}>" for index in range(16)],
+    },
+    "guidellm": {
+        "prompt": "hi", "stream": True, "max_tokens": 8, "stop": None, "ignore_eos": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    },
+    "vllm bench serve": {
+        "prompt": "hi", "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 8,
+        "logprobs": None, "stream": True, "stream_options": USAGE, "ignore_eos": True,
+    },
+    "sglang bench_serving": {
+        "prompt": "hi", "temperature": 0.0, "best_of": 1, "max_tokens": 8, "stream": True,
+        "ignore_eos": True,
+    },
+    "lm-evaluation-harness, likelihoods": {
+        "prompt": [[5, 6, 7]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234,
+        "echo": True,
+    },
+    "vLLM's documentation": {
+        "prompt": "hi", "logprobs": False, "top_k": -1, "add_special_tokens": True, "suffix": None,
+        "user": "u", "max_completion_tokens": 4, "return_tokens_as_token_ids": None,
+    },
+}  # fmt: skip
+LATER: dict[str, tuple[str, dict[str, Any]]] = {
+    "LangChain bind_tools": ("tools", {"tools": [TOOL], "parallel_tool_calls": False}),
+    "LangChain structured output": ("response_format", {"response_format": SCHEMA}),
+    "Vercel AI SDK": ("tools", {"tools": [TOOL], "tool_choice": "auto"}),
+    "curl, JSON mode": ("response_format", {"response_format": {"type": "json_object"}}),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT_PATH, body) for body in CHATS.values()]
+    + [(COMPLETION_PATH, body) for body in COMPLETIONS.values()],
+    ids=[*(f"chat: {name}" for name in CHATS), *(f"text: {name}" for name in COMPLETIONS)],
+)
+def test_bodies_of_known_clients_are_answered(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    server.engine.info = msgspec.structs.replace(INFO, max_model_len=1000)
+    response = server.post(path, {"model": MODEL} | body)
+    assert response.status_code == 200, response.text
+    if body.get("stream"):
+        assert response.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(("field", "fields"), LATER.values(), ids=LATER)
+def test_what_is_not_supported_yet_is_a_clear_400(
+    server: Server, field: str, fields: dict[str, Any]
+) -> None:
+    error = error_of(server.chat(**fields), 400)
+    assert error["param"] == field
+    assert "not supported yet" in error["message"]

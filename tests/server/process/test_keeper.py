@@ -1,0 +1,314 @@
+"""The engine process as its keeper sees it: started, watched, ended, started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from configs.resolve import HostConfig
+from configs.schema import Config, ServerConfig
+from engine.messages import EngineFailed, ErrorCode, Finished
+from server.process import keeper as keeping
+from server.process.client import ENGINE_LOST, ZmqEngineClient
+from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
+from server.process.keeper import EngineKeeper
+from tests.support.configurations import hosted
+from tests.support.engines import ask
+from tests.support.live_server import wait_gone
+from tests.support.scripted_engine import INFO
+
+WAIT = 30
+
+
+@pytest.fixture
+def stub_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Replaces the engine process with a shell script; returns the file that it may write."""
+
+    def install(body: str) -> Path:
+        script, trace = tmp_path / "engine.sh", tmp_path / "trace"
+        script.write_text(f'#!/bin/sh\ntrace="{trace}"\n{body}\n')
+        script.chmod(0o755)
+        monkeypatch.setattr(keeping.sys, "executable", str(script))
+        monkeypatch.setattr(keeping, "FIRST_BACKOFF", 0.0)
+        return trace
+
+    return install
+
+
+def keep(
+    config: Config,
+    work: Callable[[EngineKeeper], Awaitable[None]],
+    loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    *,
+    was_ready: bool = False,
+) -> int:
+    """Run `work` beside an `EngineKeeper`; return the keeper's exit code."""
+
+    async def main() -> int:
+        client = ZmqEngineClient()
+        keeper = EngineKeeper(hosted(config), client)
+        keeper._was_ever_ready = was_ready
+        keeper.start()
+        try:
+            await asyncio.wait_for(work(keeper), WAIT)
+        finally:
+            await keeper.stop()
+            client.close()
+        return keeper.exit_code
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(main())
+
+
+def test_a_bad_setup_is_not_tried_again(stub_engine: Callable[[str], Path]) -> None:
+    trace = stub_engine(f'echo >> "$trace"; exit {EXIT_BAD_SETUP}')
+    assert keep(Config(), EngineKeeper.failed) == 1
+    assert trace.read_text() == "\n"
+
+
+def test_an_engine_that_dies_is_started_again(stub_engine: Callable[[str], Path]) -> None:
+    lives = f'echo >> "$trace"; [ $(wc -l < "$trace") -lt 3 ] || exit {EXIT_BAD_SETUP}; exit 1'
+    trace = stub_engine(lives)
+    assert keep(Config(), EngineKeeper.failed) == 1
+    assert trace.read_text() == "\n" * 3
+
+
+def test_an_engine_that_dies_is_the_end_without_restarts(
+    stub_engine: Callable[[str], Path],
+) -> None:
+    trace = stub_engine('echo >> "$trace"; exit 0')
+    config = Config(server=ServerConfig(restart_engine=False))
+    assert keep(config, EngineKeeper.failed) == 1
+    assert trace.read_text() == "\n"
+
+
+@pytest.mark.parametrize("state", ["STOP", "CONT"])
+def test_what_an_engine_leaves_behind_is_killed(
+    stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.setattr(keeping, "LAST_WORDS", 0.0)
+    left = f'sleep 1000000 & echo $! > "$trace"; kill -{state} $!; exit {EXIT_BAD_SETUP}'
+    trace = stub_engine(left)
+    assert keep(Config(), EngineKeeper.failed) == 1
+    with contextlib.suppress(ProcessLookupError):
+        wait_gone(os.pidfd_open(int(trace.read_text())))
+
+
+def test_keys_are_not_sent_to_the_engine(
+    stub_engine: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trace = stub_engine(f'head -n 1 > "$trace"; exit {EXIT_BAD_SETUP}')
+    server = ServerConfig(
+        api_keys=("sk-secret",),
+        priority_keys=("sk-secret",),
+        api_key_file=tmp_path / "keys",
+        port=1234,
+    )
+    keep(Config(server=server), EngineKeeper.failed)
+    assert "sk-secret" not in trace.read_text()
+    told = HostConfig.model_validate_json(trace.read_text())
+    assert (told.server.api_keys, told.server.api_key_file, told.server.port) == ((), None, 1234)
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize(
+    ("mode", "reason"), [(None, "No such file or directory"), (0o644, "Permission denied")]
+)
+def test_an_engine_that_cannot_be_spawned_is_the_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    loop: Callable[[], asyncio.AbstractEventLoop],
+    mode: int | None,
+    reason: str,
+) -> None:
+    program = tmp_path / "python"
+    if mode is not None:
+        program.write_text("#!/bin/sh\n")
+        program.chmod(mode)
+    monkeypatch.setattr(keeping.sys, "executable", str(program))
+    assert keep(Config(), EngineKeeper.failed, loop) == 1
+    (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert record.getMessage() == f"the engine process cannot be started: {program}: {reason}"
+
+
+def test_a_socket_that_cannot_be_created_is_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = tmp_path / ("x" * 100)  # addresses of sockets have at most 107 characters
+    long.mkdir()
+    for folder in (tmp_path / "none", long):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        assert keep(Config(), EngineKeeper.failed) == 1
+    assert caplog.text.count("the engine process cannot be started") == 2
+
+
+def test_open_requests_of_an_engine_killed_at_the_end_get_the_shutdown_error(
+    stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_engine("exec sleep 1000000")
+    monkeypatch.setattr(keeping, "LAST_WORDS", 0.0)
+
+    async def main() -> tuple[str | None, ErrorCode | None]:
+        client = ZmqEngineClient()
+        keeper = EngineKeeper(hosted(), client)
+        keeper.start()
+        while keeper._process is None:
+            await asyncio.sleep(0)
+        client._take(INFO)
+        stream = client.submit(ask("a", [5]))
+        await keeper.stop()
+        client.close()
+        (end,) = [event async for event in stream]
+        assert isinstance(end, Finished)
+        return end.error, end.error_code
+
+    assert asyncio.run(main()) == (STOPPING, ErrorCode.STOPPING)
+
+
+class Said(logging.Handler):
+    """Sets an event when the keeper has logged `words`."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self._words = words
+        self.event = asyncio.Event()
+        logger = logging.getLogger("server.process.keeper")
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._words in record.getMessage():
+            self.event.set()
+
+
+def test_the_wait_for_the_next_engine_ends_with_the_server(
+    stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_engine("exit 1")
+    monkeypatch.setattr(keeping, "FIRST_BACKOFF", 1e6)
+    monkeypatch.setattr(keeping, "LONGEST_BACKOFF", 1e6)
+
+    async def work(_: EngineKeeper) -> None:
+        said = Said("starting the engine again")
+        try:
+            await said.event.wait()
+        finally:
+            logging.getLogger("server.process.keeper").removeHandler(said)
+
+    assert keep(Config(), work) == 0
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_an_engine_that_is_not_ready_is_killed(
+    stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    monkeypatch.setattr(keeping, "LAST_WORDS", 1e6)
+    stub_engine("exec sleep 1000000")
+
+    async def work(keeper: EngineKeeper) -> None:
+        while started and keeper._process is None:
+            await asyncio.sleep(0)
+
+    assert keep(Config(), work) == 0
+
+
+HANGS = "exec sleep 1000000"
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["silent", "failed"])
+def test_an_engine_that_owes_messages_and_sends_none_is_killed_and_started_again(
+    stub_engine: Callable[[str], Path], caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
+    trace = stub_engine(f'echo >> "$trace"; [ $(wc -l < "$trace") -lt 2 ] || exit 3; {HANGS}')
+
+    async def main() -> str | None:
+        client = ZmqEngineClient()
+        keeper = EngineKeeper(hosted(Config(server=ServerConfig(engine_timeout=0.2))), client)
+        keeper.start()
+        while keeper._process is None:
+            await asyncio.sleep(0)
+        client._take(INFO)
+        stream = client.submit(ask("a", [5]))
+        if fails:
+            client._take(EngineFailed())
+        async with asyncio.timeout(WAIT):
+            while trace.read_text().count("\n") < 2:
+                await asyncio.sleep(0.01)
+        await keeper.stop()
+        client.close()
+        (end,) = [event async for event in stream]
+        assert isinstance(end, Finished)
+        return end.error
+
+    assert asyncio.run(main()) == ENGINE_LOST
+    assert "has sent nothing for 0." in caplog.text
+
+
+@pytest.mark.parametrize("state", ["loading", "idle", "talking"])
+def test_an_engine_that_owes_nothing_is_left_alone(
+    stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    stub_engine(HANGS)
+    monkeypatch.setattr(keeping, "LAST_WORDS", 0.0)
+
+    async def main() -> int:
+        client = ZmqEngineClient()
+        keeper = EngineKeeper(hosted(Config(server=ServerConfig(engine_timeout=0.08))), client)
+        keeper.start()
+        while keeper._process is None:
+            await asyncio.sleep(0)
+        if state != "loading":
+            client._take(INFO)
+        if state == "talking":
+            client.submit(ask("a", [5]))
+        for _ in range(20):
+            client.num_heard += state == "talking"
+            await asyncio.sleep(0.01)
+        process = keeper._process
+        assert process.returncode is None
+        await keeper.stop()
+        client.close()
+        return keeper.exit_code
+
+    assert asyncio.run(main()) == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "was_ready"),
+    [(errno.EMFILE, False), (errno.EMFILE, True), (errno.ENOENT, True), (None, True)],
+    ids=["shortage-first", "shortage-later", "missing-later", "bad-setup-later"],
+)
+def test_an_engine_that_cannot_be_started_for_a_moment_is_started_later(
+    stub_engine: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int | None,
+    was_ready: bool,
+) -> None:
+    """In the first moments of a server only a shortage is worth another try."""
+    stub_engine(f"exit {EXIT_BAD_SETUP}")
+    spawn, tries = keeping._spawn, 0
+
+    async def starved(endpoint: str) -> asyncio.subprocess.Process:
+        nonlocal tries
+        tries += 1
+        if code is not None and tries < 3:
+            raise OSError(code, os.strerror(code))
+        return await spawn(endpoint)
+
+    async def work(_: EngineKeeper) -> None:
+        while tries < 3:
+            await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(keeping, "_spawn", starved)
+    keep(Config(), work, was_ready=was_ready)
+    assert tries >= 3
