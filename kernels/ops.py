@@ -76,21 +76,19 @@ class AttentionMeta:
     max_context: int  # longest prefix + suffix
 
 
-class LayerCall(Protocol):
-    """A decoder layer as one call: bit for bit what its operations give one after the other."""
+class PackedLayer(Protocol):
+    """A decoder layer's weights, ready to be run as one operation."""
 
     def __call__(
         self,
-        x: Tensor,  # [T, H]
-        residual: Tensor,  # [T, H], changed in place
-        positions: Tensor,  # [T] int64
-        slots: Tensor,  # [T] int64
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        slots: Tensor,
         meta: AttentionMeta,
         k_cache: Tensor,
         v_cache: Tensor,
-    ) -> Tensor:
-        """-> [T, H], not yet added to the residual stream."""
-        ...
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +151,12 @@ class Ops:
     # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
     # emitted [B, max_depth + 1]
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    # Makes one call of a decoder layer; None where layers are made of the operations above
-    whole_layer: Callable[[LayerWeights], LayerCall] | None
+    # The next two are None where layers are made of the operations above
+    pack_layer: Callable[[LayerWeights], PackedLayer] | None
+    # (layer, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache,
+    # v_cache) -> [T, H], not yet added to the residual, which is changed in place: bit for bit
+    # what the layer's operations give in turn
+    decoder_layer: Callable[..., Tensor] | None
     reads_groups: bool  # whether weights may stay quantised
     activation_dtype: torch.dtype
     backends: dict[str, Backend]  # by operation

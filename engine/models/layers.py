@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.step.batch import ForwardContext
-from kernels.ops import AttentionMeta, LayerCall, LinearWeight
+from kernels.ops import AttentionMeta, LinearWeight, PackedLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class DecoderLayer:
     attention: Attention
     post_attention_norm: RMSNorm
     mlp: GatedMLP
-    whole: LayerCall | None = None  # all of it as one call, if this rank needs no other
+    whole: PackedLayer | None = None  # all of it as one call, if this rank needs no other
 
     def __call__(
         self, x: Tensor, residual: Tensor, batch: AttentionInputs, ctx: ForwardContext
@@ -146,11 +146,10 @@ class DecoderLayer:
 
         Without an input norm `x` is the input of attention itself, of any width, and is not added.
         """
-        if self.whole is not None:
+        if self.whole is not None and ctx.ops.decoder_layer is not None:
             keys, values = ctx.kv.keys[self.attention.layer], ctx.kv.values[self.attention.layer]
-            return self.whole(
-                x, residual, batch.positions, batch.slots, batch.attention, keys, values
-            )
+            inputs = (batch.positions, batch.slots, batch.attention, keys, values)
+            return ctx.ops.decoder_layer(self.whole, x, residual, *inputs)
         if self.input_norm is not None:
             x = self.input_norm.add(x, residual, ctx)
         x = self.attention(x, batch, ctx)

@@ -23,7 +23,7 @@ from engine.models.place import Place
 from engine.models.rope import cos_sin_table
 from engine.models.weights import Part, with_zero_rows
 from kernels.linear.grouped import dense
-from kernels.ops import LayerCall, LayerWeights, LinearWeight
+from kernels.ops import LayerWeights, LinearWeight, PackedLayer
 
 ReadTensor = Callable[[str], Tensor]
 ALL = slice(None)
@@ -59,11 +59,11 @@ class LayerLoader:
         )
         return replace(parts, whole=self._whole(parts))
 
-    def _whole(self, parts: DecoderLayer) -> LayerCall | None:
+    def _whole(self, parts: DecoderLayer) -> PackedLayer | None:
         """The layer as one call, if there is such an operation. Ranks that sum partial outputs
         cannot use it."""
-        whole_layer = self.place.ops.whole_layer
-        if whole_layer is None or self.place.shard.size > 1:
+        pack_layer = self.place.ops.pack_layer
+        if pack_layer is None or self.place.shard.size > 1:
             return None
         post = parts.post_attention_norm
         weights = LayerWeights(
@@ -77,7 +77,7 @@ class LayerLoader:
             cos_sin=self.cos_sin,
             scale=parts.attention.scale,
         )
-        return whole_layer(weights)
+        return pack_layer(weights)
 
     def attention(self, layer: int, prefix: str) -> Attention:
         """`layer` is its index in the KV cache; `prefix` ends in `self_attn`."""

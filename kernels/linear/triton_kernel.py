@@ -2,9 +2,9 @@
 
 torch calls cuBLAS for bfloat16 products: a Triton kernel would at best equal its Hopper kernels
 (wgmma, split along K for few rows). The packed weight is the plain [N, K] matrix, so that a tied
-embedding gathers its rows from it. Our own kernel would pay for quantised weights (int4, fp8):
-they need another `pack_linear` with its own layout of `LinearWeight.data`, and a `linear` that
-reads it. Nothing outside this folder reads `LinearWeight.data`.
+embedding gathers its rows from it. Our own kernel would pay for quantised weights (int4, fp8);
+until there is one, `reads_groups` is false and they are expanded at load. Nothing outside this
+folder reads `LinearWeight.data`.
 
 A draft head's `fc` takes the concatenated features of three layers. No kernel fuses that copy: per
 token of Llama 8B it is 24 KB, and the weight that multiplies it is 100 MB.

@@ -52,7 +52,7 @@ class _Batch(ctypes.Structure):
 
 
 class NativeLayer:
-    """One layer's weights, ready to be called (implements `LayerCall`)."""
+    """One layer's weights, ready to be called (implements `PackedLayer`)."""
 
     def __init__(
         self, library: NativeLibrary, weights: LayerWeights, dtype: torch.dtype, tiles: str

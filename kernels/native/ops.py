@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from kernels.linear.grouped import GroupedWeight
 from kernels.native.layer import SUFFIXES, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
-from kernels.ops import AttentionMeta, Backend, LayerCall, LayerWeights, LinearWeight
+from kernels.ops import AttentionMeta, Backend, LayerWeights, LinearWeight, PackedLayer
 from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.reference import noise_keys
 
@@ -135,8 +136,12 @@ class NativeOps:
         )
         return out
 
-    def whole_layer(self, weights: LayerWeights) -> LayerCall:
+    def pack_layer(self, weights: LayerWeights) -> PackedLayer:
         return NativeLayer(self.library, weights, self._dtype, self._tiles)
+
+    @staticmethod
+    def decoder_layer(layer: PackedLayer, *inputs: Any) -> Tensor:
+        return layer(*inputs)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)

@@ -15,6 +15,7 @@ from engine.capture import CaptureWriter
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo, OperationBackend
+from engine.models.footprint import return_freed_memory
 from engine.models.place import Place
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import GroupExecutor
@@ -74,6 +75,7 @@ def build_swappable_engine(
     except BaseException:
         followers.stop()
         raise
+    return_freed_memory()
     _log_ranks(config, group, rank)
     _log_steps(config, rank.place)
     followers.progress.limit = config.parallel.timeout

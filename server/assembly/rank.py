@@ -21,7 +21,7 @@ from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import ModelFiles, resolve_source
 from engine.kv.sizing import check_reserve
-from engine.models.footprint import step_bytes
+from engine.models.footprint import return_freed_memory, step_bytes
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from engine.models.weights import WeightForm
@@ -126,6 +126,7 @@ def build_rank(config: HostConfig, group: TPGroup, device: torch.device) -> Rank
     runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer))
     _check_reserve(runner, resolved, target, place)
     runner.prepare([] if draft is None else trees.shapes(draft.facts))
+    return_freed_memory()
     beside = loader.beside_the_engine(config)
     return Rank(resolved, place, target, beside, trees, draft, drafting, runner)
 

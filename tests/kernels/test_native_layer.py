@@ -60,7 +60,7 @@ def a_layer(ops: Ops, dtype: torch.dtype, form: str, input_size: int | None) -> 
 
 
 def whole(layer: DecoderLayer, ops: Ops) -> DecoderLayer:
-    assert ops.whole_layer is not None
+    assert ops.pack_layer is not None
     weights = LayerWeights(
         input_norm=None if layer.input_norm is None else layer.input_norm.weight,
         post_norm=layer.post_attention_norm.weight,
@@ -72,7 +72,7 @@ def whole(layer: DecoderLayer, ops: Ops) -> DecoderLayer:
         cos_sin=layer.attention.cos_sin,
         scale=layer.attention.scale,
     )
-    return replace(layer, whole=ops.whole_layer(weights))
+    return replace(layer, whole=ops.pack_layer(weights))
 
 
 def a_batch() -> ForwardBatch:

@@ -25,7 +25,10 @@ import yaml
 from configs.env import environment
 
 DEADLINE = 60.0  # seconds; only a hanging test takes so long
-READY = re.compile(r"READY (http://\S+)  \(OpenAI base URL: (\S+)\)\n")
+READY = re.compile(
+    r"READY (?P<url>http://\S+)  \(OpenAI base URL: (?P<base>\S+)\)\n"
+    r'|"event": "ready", "url": "(?P<url_json>[^"]+)", "openai_base_url": "(?P<base_json>[^"]+)"'
+)
 REASON = re.compile(r'finished_reason="(\w+)"')
 SAMPLE = re.compile(r"^(aerie:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
@@ -158,13 +161,15 @@ class LiveServer:
         except AssertionError as error:
             self.__exit__(type(error), error, None)
             raise
-        self.url = match[1]
-        assert match[2] == f"{self.url}/v1"
+        self.url = match["url"] or match["url_json"]
+        assert (match["base"] or match["base_json"]) == f"{self.url}/v1"
 
     @property
     def resolved(self) -> dict[str, Any]:
         """The configuration printed before READY."""
-        found: dict[str, Any] = yaml.safe_load(self.out.text().partition("READY")[0])
+        text = self.out.text()
+        first = text.splitlines()[0] if text.startswith("{") else text.partition("READY")[0]
+        found: dict[str, Any] = yaml.safe_load(first)
         return found
 
     @property

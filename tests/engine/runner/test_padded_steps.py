@@ -325,7 +325,7 @@ def test_long_prompts_are_scored_part_by_part(
         ask("b", [(5 * i) % 120 + 3 for i in range(31)], max_tokens=2, prompt_logprobs=1),
     ]
     expected = generate(lab.engine.build(), asked)
-    monkeypatch.setattr("engine.runner.step.ECHO_TOKENS", 10)
+    monkeypatch.setattr("engine.step.batch.LOGIT_ROWS", 10)
     heard = generate((padded(lab) if is_padded else lab).engine.build(), asked)
     for name, record in heard.items():
         scores = record.prompt_logprobs or []
