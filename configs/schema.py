@@ -67,6 +67,12 @@ class ModelConfig(Section):
         None, description="prompt + output tokens; default: the model's own context length"
     )
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own")
+    special_tokens_in_content: Literal["text", "tokens"] = Field(
+        "text",
+        description="special tokens written in chat messages and chat_template_kwargs: text (they "
+        "are letters, so that no client can begin or end a turn) or tokens; prompts of text "
+        "completions may always contain them",
+    )
     generation_config: Literal["model", "none"] = Field(
         "model",
         description="sampling parameters of requests that do not name them: those of the model's "
@@ -191,6 +197,27 @@ class ServerConfig(Section):
 
     host: str = "127.0.0.1"
     port: Integer = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    socket: Path | None = Field(
+        None, description="path of a Unix socket to listen on instead of host and port"
+    )
+    root_path: str = Field(
+        "",
+        description="prefix of all paths, such as /llm, under which a proxy serves this server",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host headers to accept, without port; * accepts all. Default: the names of "
+        "loopback addresses if the server listens on one and needs no key, else all",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="origins whose web pages may send requests, such as https://chat.example; "
+        "* means all",
+    )
+    tls_certificate: Path | None = Field(
+        None, description="certificate chain in PEM; with tls_key the server speaks HTTPS"
+    )
+    tls_key: Path | None = Field(None, description="private key of tls_certificate, in PEM")
     api_keys: Secrets = Field((), description="accepted bearer tokens; empty: no check")
     api_key_file: Path | None = Field(None, description="one key per line, # for comments")
     admin_keys: Secrets = Field(
@@ -215,12 +242,25 @@ class ServerConfig(Section):
         description="client connections that may be open; above it 503, but for probes; default: "
         "what the limit of open files allows",
     )
-    max_body_bytes: Positive = 4_194_304
+    max_body_bytes: Positive = Field(4_194_304, description="of one request, after decoding")
+    max_pending_body_bytes: Positive = Field(
+        67_108_864,
+        description="bodies of all requests without an answer so far; above it they get 429",
+    )
+    body_timeout: Number = Field(
+        60.0, gt=0, description="seconds in which a whole request body must arrive"
+    )
+    write_timeout: Number = Field(
+        30.0,
+        gt=0,
+        description="seconds after which a client that does not read its answer (less than 1 KiB "
+        "per second) is disconnected",
+    )
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
     unknown_fields: Literal["refuse", "warn"] = Field(
         "refuse",
-        description="fields of requests that the API does not know: a 400, or ignored with a "
-        "warning in the header x-aerie-warning and in the log",
+        description="fields and query parameters that the API does not know: a 400, or ignored "
+        "with a warning in the header x-aerie-warning and in the log",
     )
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")

@@ -4,38 +4,48 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from configs.resolve import HostConfig
-from server.http import admin_routes, ops_routes
+from server.http import admin_routes, docs_page, ops_routes
 from server.http.admission import Admission
+from server.http.body_limit import BodyLimit
 from server.http.callers import Callers
 from server.http.context import ServerContext, ServerInfo, context_of
 from server.http.docs import Routes, openapi
 from server.http.engine_client import EngineClient
 from server.http.errors import ApiError
+from server.http.guards import (
+    KnownHosts,
+    KnownQuery,
+    RootPath,
+    check_root_path,
+    known_hosts,
+)
+from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import (
     ApiKeys,
-    BodyLimit,
     KeyRing,
     load_admin_keys,
     load_api_keys,
     warn_of_readable_keys,
 )
-from server.http.request_log import RequestLog, record_of
+from server.http.request_log import WARNING_HEADER, RequestLog, record_of
 from server.http.state import ServerState
 from server.text.chat_template import ChatTemplate
+from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
 
-POOL_THREADS = 2  # for parsing and tokenising; more threads slow down the event loop
+CORS_METHODS = ("GET", "HEAD", "POST")
+CORS_EXPOSED = ("x-request-id", "retry-after", WARNING_HEADER)
 
 
 def create_app(
@@ -52,26 +62,51 @@ def create_app(
         api: the routes to serve, besides those for operators.
 
     Raises:
-        ValueError: the configured keys are invalid.
+        ValueError: the configured keys or the root path are invalid.
     """
+    check_root_path(config.server.root_path)
     context = _context(config, client, tokenizer, chat_template, info)
-    app = FastAPI(title="Aerie", version=version(), redoc_url=None, lifespan=_lifespan)
+    app = FastAPI(
+        title="Aerie", version=version(), docs_url=None, redoc_url=None, lifespan=_lifespan
+    )
     app.state.context = context
     routes = (*api, ops_routes.ROUTES, admin_routes.ROUTES)
     for each in routes:
         app.include_router(each.router)
+    app.include_router(docs_page.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    # The middleware added last sees a request first.
-    app.add_middleware(BodyLimit, max_bytes=config.server.max_body_bytes)
-    keys = load_api_keys(config.server)
     warn_of_readable_keys(config.server)
-    if keys:
-        app.add_middleware(ApiKeys, keys=keys)
-    app.add_middleware(RequestLog, state=context.state)
-    document = functools.partial(openapi, app, version(), routes)
+    _add_middlewares(app, context)
+    needs_key = bool(load_api_keys(config.server))
+    document = functools.partial(
+        openapi, app, version(), routes, needs_key, config.server.root_path
+    )
     app.openapi = functools.cache(document)  # type: ignore[method-assign]
     return app
+
+
+def _add_middlewares(app: FastAPI, context: ServerContext) -> None:
+    """The middleware added last sees a request first."""
+    limits, keys = context.config.server, load_api_keys(context.config.server)
+    app.add_middleware(BodyLimit, limits=limits, metrics=context.metrics)
+    app.add_middleware(KnownQuery, unknown=limits.unknown_fields)
+    if keys:
+        app.add_middleware(ApiKeys, keys=keys)
+    if limits.cors_origins:  # before keys: browsers ask without one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.cors_origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=["*"],
+            expose_headers=CORS_EXPOSED,
+        )
+    hosts = known_hosts(limits, bool(keys))
+    if hosts is not None:
+        app.add_middleware(KnownHosts, hosts=hosts)
+    if limits.root_path:
+        app.add_middleware(RootPath, root_path=limits.root_path)
+    app.add_middleware(RequestLog, state=context.state)
 
 
 def _context(
@@ -87,28 +122,23 @@ def _context(
         config=config,
         client=client,
         tokenizer=tokenizer,
-        chat_template=chat_template,
+        renderer=Renderer(chat_template),
         info=info,
         state=state,
         admission=Admission(config.server, client, state, metrics),
         callers=Callers(config.server),
         metrics=metrics,
-        pool=ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="text"),
-        longest_token=functools.cache(functools.partial(_longest_token, tokenizer)),
+        lanes=Lanes(),
         admin_keys=KeyRing(load_admin_keys(config.server)),
     )
-
-
-def _longest_token(tokenizer: Tokenizer) -> int:
-    """Bytes of the longest token: a text has at least its length divided by this many tokens."""
-    return max(len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size))
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     context: ServerContext = app.state.context
-    context.pool.shutdown(wait=False, cancel_futures=True)
+    context.renderer.close()
+    context.lanes.close()
 
 
 async def _api_error(http: HttpRequest, error: Exception) -> Response:

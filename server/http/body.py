@@ -14,13 +14,17 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
+from server.http.body_limit import hold_of
 from server.http.context import context_of
-from server.http.errors import invalid, shorten, unknown_field
+from server.http.encodings import decoded, decoder
+from server.http.errors import ApiError, invalid, shorten, unknown_field
 from server.http.request_log import record_of
 from server.http.validation import path_in, validation_error, written
 
 MAX_MEMBERS = 1024  # of one JSON object
+MAX_DEPTH = 64  # of arrays and objects in each other; templates write much for deep ones
 MAX_REPAIRS = 20  # rounds of validation
+SMALL = 256  # bytes of an encoded body that decode to no more than some hundred kilobytes
 JSON_TYPE = "application/json"
 Unknown: TypeAlias = Literal["refuse", "warn"]
 
@@ -60,19 +64,36 @@ class Parsed(Generic[Body]):
 
 async def read_body(request: HttpRequest, model: type[Body]) -> Body:
     """The body of a request as `model`. What has no effect is noted in the request's record, for
-    the log and the warning header. ApiError 400 if the body is invalid."""
+    the log and the warning header.
+
+    Raises:
+        ApiError: 400 if it is invalid, 413 if it is too large, 415 for an unknown encoding.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
         # Browsers let web pages send some other types across origins without a preflight.
         raise invalid(f"The content-type must be {JSON_TYPE}", code="unsupported_content_type")
+    encoding = request.headers.get("content-encoding", "")
+    decode = decoder(encoding)
     try:
         raw = await request.body()
     except ClientDisconnect as error:
         raise invalid("The client left before the whole body had arrived") from error
-    context = context_of(request)
-    parsed = await context.in_pool(parse_body, raw, model, context.config.server.unknown_fields)
+    context, hold = context_of(request), hold_of(request.scope)
+    settings = context.config.server
+    if decode is not None:
+        limit = settings.max_body_bytes
+        size = limit if len(raw) > SMALL else 0  # a few bytes decode to very many
+        raw = await context.in_pool(size, decoded, decode, raw, limit, encoding)
+        hold.take(len(raw))
+    parsed = await context.in_pool(len(raw), parse_body, raw, model, settings.unknown_fields)
     record_of(request.scope).not_used += parsed.not_used
     return parsed.body
+
+
+def body_size(request: HttpRequest) -> int:
+    """Bytes of a body that was read, encoded and decoded."""
+    return hold_of(request.scope).num_bytes
 
 
 def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Parsed[Body]:
@@ -85,7 +106,7 @@ def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Pa
         if name not in model.model_fields:  # report only the first: there may be very many
             raise unknown_field(name)
     for name, value in data.items():
-        _check_width(value, name)
+        check_shape(value, name)
     for repairs_left in reversed(range(MAX_REPAIRS)):
         try:
             body = model.model_validate(data)
@@ -207,15 +228,24 @@ def _unused_in(body: Fields, prefix: str) -> Iterator[str]:
     yield from (prefix + name for name in body.not_used())
 
 
-def _check_width(value: Any, name: str) -> None:
-    """Refuse objects with so many members that reporting an error for each takes seconds."""
+def check_shape(value: Any, name: str, depth: int = 1) -> None:
+    """Refuse objects with so many members that reporting an error for each takes seconds, and
+    values that are nested too deeply."""
+    if isinstance(value, dict | list) and depth > MAX_DEPTH:
+        raise too_deep(name)
     if isinstance(value, dict):
         if len(value) > MAX_MEMBERS:
             raise invalid(
                 f"{name} is an object of {len(value)}: at most {MAX_MEMBERS} members", name
             )
-        for key, member in value.items():
-            _check_width(member, key)
-    elif isinstance(value, list) and value and isinstance(value[0], dict | list):
+        for member in value.values():
+            check_shape(member, name, depth + 1)
+    elif isinstance(value, list):
         for member in value:
-            _check_width(member, name)
+            if isinstance(member, dict | list):
+                check_shape(member, name, depth + 1)
+
+
+def too_deep(name: str) -> ApiError:
+    """400 for arrays and objects in each other."""
+    return invalid(f"{name} is nested too deeply: at most {MAX_DEPTH} levels", name)

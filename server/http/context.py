@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
@@ -18,11 +16,12 @@ from server.http.admission import Admission
 from server.http.callers import Callers
 from server.http.engine_client import EngineClient
 from server.http.errors import model_not_found
+from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
 from server.http.state import ServerState
-from server.text.chat_template import ChatTemplate
 from server.text.generation_config import SamplingDefaults
+from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
 
@@ -56,27 +55,24 @@ class ServerContext:
     config: HostConfig
     client: EngineClient
     tokenizer: Tokenizer
-    chat_template: ChatTemplate
+    renderer: Renderer
     info: ServerInfo
     state: ServerState
     admission: Admission
     callers: Callers
     metrics: Metrics
-    pool: (
-        ThreadPoolExecutor  # for work that would block the event loop: JSON, templates, tokenising
-    )
-    longest_token: Callable[[], int]  # bytes
+    lanes: Lanes
     admin_keys: KeyRing
 
     async def in_pool(
         self,
+        size: int,
         function: Callable[Arguments, Result],
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:
-        """Run a pure function on another thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, lambda: function(*args, **kwargs))
+        """Run a function on another thread; `size` is about the bytes it is for."""
+        return await self.lanes.run(size, lambda: function(*args, **kwargs))
 
     def engine_info(self) -> EngineInfo:
         """Facts of the running engine. ApiError 503 without one."""

@@ -13,7 +13,9 @@ from pydantic.json_schema import models_json_schema
 
 from server.http.body import Fields
 from server.http.errors import ErrorBody
+from server.http.middleware import OPEN_PATHS
 
+KEY = "key"  # name of the security scheme
 REF = "#/components/schemas/{}"
 ERRORS = {
     400: "The request is invalid",
@@ -21,6 +23,8 @@ ERRORS = {
     403: "The key may not ask for this priority",
     404: "No such model",
     413: "The body is too large",
+    415: "The content-encoding is not known",
+    421: "The Host header is not one of this server",
     429: "Too many requests are waiting; see Retry-After",
     500: "The server failed",
     503: "The server accepts no requests now; see Retry-After",
@@ -54,9 +58,13 @@ def operation(
     return {"responses": answers, "openapi_extra": extra, "response_model": None}
 
 
-def openapi(app: FastAPI, version: str, routes: Sequence[Routes]) -> dict[str, Any]:
-    """The document of the whole application; `routes` are all its routes."""
-    document = get_openapi(title="Aerie", version=version, routes=app.routes)
+def openapi(
+    app: FastAPI, version: str, routes: Sequence[Routes], needs_key: bool, root_path: str
+) -> dict[str, Any]:
+    """The document of the whole application; `routes` are all its routes. `needs_key`: requests
+    need an API key. `root_path`: where a proxy serves the application."""
+    servers = [{"url": root_path}] if root_path else None
+    document = get_openapi(title="Aerie", version=version, routes=app.routes, servers=servers)
     template = REF.replace("{}", "{model}")
     _, requests = models_json_schema(
         [(model, "validation") for each in routes for model in each.requests],
@@ -67,8 +75,12 @@ def openapi(app: FastAPI, version: str, routes: Sequence[Routes]) -> dict[str, A
         [*answers, ErrorBody], ref_template=REF.replace("{}", "{name}")
     )
     document["components"] = {"schemas": requests["$defs"] | structs}
-    for methods in document["paths"].values():
+    if needs_key:
+        document["components"]["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+    for path, methods in document["paths"].items():
         for described in methods.values():
+            if needs_key:
+                described["security"] = [] if path in OPEN_PATHS else [{KEY: []}]
             described["responses"].pop(
                 "422", None
             )  # FastAPI's own error format, which is never sent

@@ -72,9 +72,10 @@ def model_not_found(name: str) -> ApiError:
     return ApiError(404, message, "invalid_request_error", param="model", code="model_not_found")
 
 
-def rate_limited(message: str, retry_after: int) -> ApiError:
-    """429: try again after `retry_after` seconds."""
-    headers = {"retry-after": str(retry_after)}
+def rate_limited(message: str, retry_after: int, closes: bool = False) -> ApiError:
+    """429: try again after `retry_after` seconds. `closes`: on another connection, because the rest
+    of this request is not read."""
+    headers = {"retry-after": str(retry_after)} | ({"connection": "close"} if closes else {})
     code = "rate_limit_exceeded"
     return ApiError(429, message, "rate_limit_error", code=code, headers=headers)
 

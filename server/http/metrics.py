@@ -16,10 +16,11 @@ from server.http.engine_client import EngineClient
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5)
-REQUESTS, CHOICES, TOKENS = "requests", "choices", "tokens"  # which limit of the queue was reached
+# which limit of the queue, or of the bodies, was reached
+REQUESTS, CHOICES, TOKENS, BODIES = "requests", "choices", "tokens", "body_bytes"
 DRAINING, ENGINE_NOT_READY = "draining", "engine_not_ready"
 CONNECTIONS = "connections"  # too many are open
-REJECTIONS = (REQUESTS, CHOICES, TOKENS, DRAINING, ENGINE_NOT_READY, CONNECTIONS)
+REJECTIONS = (REQUESTS, CHOICES, TOKENS, BODIES, DRAINING, ENGINE_NOT_READY, CONNECTIONS)
 LABEL = "model_name"
 GAUGES = {  # metric -> (attribute of EngineStats, help)
     "num_requests_running": ("num_running", "Sequences in the running batch"),

@@ -9,11 +9,11 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from configs.files import read_text
 from configs.schema import ServerConfig
-from server.http.errors import ApiError, invalid
+from server.http.errors import ApiError
 from server.http.request_log import send_error
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
@@ -127,47 +127,3 @@ def warn_of_readable_keys(config: ServerConfig) -> None:
         path: Path | None = getattr(config, name)
         if path is not None and path.stat().st_mode & stat.S_IROTH:
             logger.warning("server.%s %s can be read by every user: chmod o-r it", name, path)
-
-
-class BodyLimit:
-    """Middleware: 413 for bodies above `max_bytes`, by content-length or as they arrive."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        problem = self._announced(scope["headers"])
-        if problem is not None:
-            await send_error(problem, send)
-            return
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._too_large(f"more than {self._max_bytes}")
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _announced(self, headers: list[tuple[bytes, bytes]]) -> ApiError | None:
-        for name, value in headers:
-            if name == b"content-length":
-                if not value.isdigit():
-                    return invalid("The content-length header is not a number")
-                if len(value) > 18 or int(value) > self._max_bytes:
-                    return self._too_large(value[:18].decode())
-        return None
-
-    def _too_large(self, size: str) -> ApiError:
-        message = (
-            f"The request body has {size} bytes: at most {self._max_bytes} are accepted "
-            "(server.max_body_bytes)"
-        )
-        return ApiError(413, message, "invalid_request_error", code="request_too_large")

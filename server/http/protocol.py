@@ -4,30 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
+from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
+from configs.schema import ServerConfig
 from server.http.connections import PROBE_PATHS, Connections
-from server.http.errors import ApiError, invalid
+from server.http.errors import ApiError, invalid, unavailable
+from server.http.outlet import Outlet
 from server.http.request_log import ID_HEADER, error_response, request_id
 
 MAX_HEAD = 64 * 1024  # bytes of the request line and headers, and of all else but bodies
+LOOK_EVERY = 0.1  # seconds between looks whether a client is gone that closed its side
+PROBE_AT = 3  # the look before which it gets something to read
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 logger = logging.getLogger(__name__)
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Refuses too long heads with 431 before they are complete, requests that stop arriving with
-    408, and invalid HTTP with 400. Each of these closes the connection.
+    """Refuses too long heads with 431 before they are complete, requests that do not arrive in time
+    with 408, and invalid HTTP with 400. Each of these closes the connection.
 
     All bytes since the last complete head, piece of a body or end of a request count as head, so
     that trailers and chunk extensions are bounded, too.
+
+    A client may close its side of the connection after its request. If it closed the other side,
+    too, only a write shows it: an answer that takes longer is then preceded by 100 Continue.
     """
 
     head_timeout = 30.0  # seconds for the whole head
-    body_timeout = 60.0  # seconds between pieces of the body
+    body_timeout = 60.0  # seconds for the whole body
+    write_timeout = 30.0  # seconds in which a client reads nothing
     extra_timeout = 2.0  # seconds for the whole head on a connection above the limit
+    probe_paths = PROBE_PATHS  # which such a connection may ask for
+    draining: Callable[[], bool] = staticmethod(lambda: False)
+    outlet: Outlet
 
     def __init__(self, *args: Any, limit: Connections | None = None, **kwargs: Any) -> None:
         """`limit`: of open connections, None for none."""
@@ -38,9 +57,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal: ApiError | None = None  # why a head that the parser accepts is refused
         self._in_request = False  # between the first and last byte of a request
         self._timer: asyncio.TimerHandle | None = None
+        self._heard_all = False  # the client has closed its side
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.outlet = Outlet(transport, self.write_timeout, self.draining)
         if self._limit is not None and self._limit.is_extra(len(self.server_state.connections)):
             self._is_extra = True
             self._limit.enter(self)
@@ -48,22 +69,46 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
+        self.outlet.stop()
         if self._limit is not None:
             self._limit.leave(self)
         super().connection_lost(exc)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answers to whole requests."""
+        self._heard_all = True
+        if self._in_request or self._waits() or self.outlet.lingering:
+            return False
+        self.loop.call_later(LOOK_EVERY, self._look, 1)
+        return True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._heard_all and not self.pipeline and not self.transport.is_closing():
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        """uvicorn calls this when the server ends: nobody waits for the rest of a request."""
+        if self._in_request and self._may_answer():
+            self._refuse(unavailable("The server is shutting down", "draining", 1))
+        else:
+            super().shutdown()
+
     def give_way(self) -> None:
         """Close a connection above the limit, for another one."""
         assert self._limit is not None
-        if not self.transport.is_closing():
+        if self.outlet.is_closing():
+            self.outlet.close()  # it may still linger
+        else:
             self._refuse(self._limit.refuse())
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self.outlet.is_closing():
+            self.outlet.discard(len(data))
             return
         self._num_fruitless += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.outlet.is_closing():
             return
         if self._num_fruitless > MAX_HEAD:
             self._refuse(_head_too_large())
@@ -80,7 +125,7 @@ class HttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD:
             self._refusal = _head_too_large()
-        elif self._is_extra and self.url.partition(b"?")[0] not in PROBE_PATHS:
+        elif self._is_extra and self.url.partition(b"?")[0] not in self.probe_paths:
             assert self._limit is not None
             self._refusal = self._limit.refuse()
         if self._refusal is not None:
@@ -93,7 +138,6 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._num_fruitless = 0
-        self._expect_within(self.body_timeout)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -105,6 +149,26 @@ class HttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this when its parser fails."""
         self._refuse(self._refusal or invalid(msg, code="invalid_http"))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        cycle.transport = _CycleOutlet(self, cycle)  # type: ignore[assignment]
+        if cycle.scope["http_version"] == "1.0":
+            cycle.chunked_encoding = False
+            app = _without_chunks(app, cycle)
+        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    def _look(self, count: int) -> None:
+        """Abort the connection if its client no longer reads, either: then it has reset it."""
+        if self.transport.is_closing() or self._waits():
+            return
+        if _is_reset(self.transport):
+            self.transport.abort()
+            return
+        cycle = self.cycle
+        is_silent = not cycle.response_started and not self.pipeline
+        if count == PROBE_AT and is_silent and cycle.scope["http_version"] != "1.0":
+            self.outlet.write(CONTINUE)
+        self.loop.call_later(LOOK_EVERY, self._look, count + 1)
 
     def _waits(self) -> bool:
         """Whether no request is being received or answered."""
@@ -141,12 +205,17 @@ class HttpProtocol(HttpToolsProtocol):
         if self.cycle is not None:  # it must not write after this
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self.transport.close()
+        if self._is_extra:
+            self.outlet.close()  # open files are few
+        else:
+            self.outlet.linger()
 
     def _may_answer(self) -> bool:
         cycle = self.cycle
-        if cycle is None or cycle.response_complete:
+        if cycle is None:
             return True
+        if cycle.response_complete:
+            return not (self._in_request and cycle.scope is self.scope)
         # An answer that has not started may be replaced if it is for the invalid request.
         return cycle.scope is self.scope and not cycle.response_started and not self.pipeline
 
@@ -157,7 +226,62 @@ class HttpProtocol(HttpToolsProtocol):
             name + b": " + value + b"\r\n"
             for name, value in [*self.server_state.default_headers, *headers]
         ]
-        self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+        self.outlet.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+
+
+def protocol_with(config: ServerConfig, draining: Callable[[], bool]) -> type[HttpProtocol]:
+    """The protocol with the timeouts of a configuration."""
+    root = config.root_path.encode()
+    settings = {
+        "probe_paths": PROBE_PATHS | {root + path for path in PROBE_PATHS},
+        "body_timeout": config.body_timeout,
+        "write_timeout": config.write_timeout,
+        "draining": staticmethod(draining),
+    }
+    return type("ConfiguredHttpProtocol", (HttpProtocol,), settings)
+
+
+class _CycleOutlet:
+    """The outlet of one request: its close lets a body arrive that nobody reads."""
+
+    def __init__(self, protocol: HttpProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+
+    def write(self, data: bytes) -> None:
+        self._protocol.outlet.write(data)
+
+    def is_closing(self) -> bool:
+        return self._protocol.outlet.is_closing()
+
+    def close(self) -> None:
+        outlet = self._protocol.outlet
+        if self._cycle.more_body and self._cycle.response_complete:
+            outlet.linger()
+        else:
+            outlet.close()
+
+
+def _is_reset(transport: asyncio.Transport) -> bool:
+    """Whether the other side has reset the connection, which is no event once it sent its end."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), 0)
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+
+
+def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
+    """The application for HTTP/1.0, which knows no chunks: the end of the connection is the end of
+    the answer."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_plain(message: Message) -> None:
+            if message["type"] == "http.response.body":  # uvicorn compares it with what was sent
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return answer
 
 
 def _head_too_large() -> ApiError:

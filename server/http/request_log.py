@@ -83,7 +83,14 @@ class RequestLog:
             return
         record = scope[RECORD] = RequestRecord(request_id(scope["headers"]))
 
+        async def receive_all() -> Message:
+            message = await receive()
+            if not message.get("more_body", False):
+                request.arrived()
+            return message
+
         async def send_with_id(message: Message) -> None:
+            request.arrived()
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -92,9 +99,9 @@ class RequestLog:
                     headers[WARNING_HEADER] = _warning(record.not_used)
             await send(message)
 
-        with self._state.request():
+        with self._state.request(_has_body(scope["headers"])) as request:
             try:
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, receive_all, send_with_id)
             except Exception:
                 logger.exception("request %s failed", record.request_id)
                 record.error = record.error or "internal error"
@@ -103,6 +110,13 @@ class RequestLog:
                     await send_error(server_error(message), send_with_id)
             finally:
                 _write(record, scope)
+
+
+def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in headers
+    )
 
 
 def request_id(headers: list[tuple[bytes, bytes]]) -> str:

@@ -13,6 +13,7 @@ class ServerState:
     def __init__(self) -> None:
         self._draining = False
         self._num_open = 0
+        self._num_arriving = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -22,25 +23,46 @@ class ServerState:
 
     @property
     def num_open(self) -> int:
-        """HTTP requests whose response is not complete."""
-        return self._num_open
+        """HTTP requests that arrived completely and whose response is not complete."""
+        return self._num_open - self._num_arriving
 
     def start_draining(self) -> None:
         """Refuse new generations with 503; open ones continue."""
         self._draining = True
 
     async def wait_idle(self) -> None:
-        """Return once no request is open."""
+        """Return once no whole request is open."""
         await self._idle.wait()
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Counts an HTTP request as open inside this block."""
-        self._num_open += 1
-        self._idle.clear()
+    def request(self, has_body: bool) -> Iterator[OpenRequest]:
+        """Counts an HTTP request as open inside this block, once its body has arrived."""
+        request = OpenRequest(self, has_body)
+        self._count(1, int(has_body))
         try:
-            yield
+            yield request
         finally:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._idle.set()
+            request.arrived()
+            self._count(-1, 0)
+
+    def _count(self, num_open: int, num_arriving: int) -> None:
+        self._num_open += num_open
+        self._num_arriving += num_arriving
+        if self.num_open:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+
+class OpenRequest:
+    """An HTTP request; nobody waits for one whose body has not arrived."""
+
+    def __init__(self, state: ServerState, arriving: bool) -> None:
+        self._state = state
+        self._arriving = arriving
+
+    def arrived(self) -> None:
+        """The whole body is here, or is not needed. May be repeated."""
+        if self._arriving:
+            self._arriving = False
+            self._state._count(0, -1)

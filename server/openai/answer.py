@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from engine.messages import EngineInfo
 from engine.request import SamplingParams
-from server.http.body import read_body
+from server.http.body import body_size, read_body
 from server.http.context import ServerContext, context_of
+from server.http.lanes import LONG, Turns
 from server.http.request_log import record_of
 from server.http.sse import EventStream, WholeJson
 from server.openai.choice import ChoiceDelta
@@ -24,7 +25,10 @@ from server.openai.defaults import limited, with_model_defaults
 from server.openai.generation import Generation, start_generation
 from server.openai.schema import SamplingFields
 
+FEW_SCORES = 64
+
 Asked = TypeVar("Asked", bound=SamplingFields)
+Result = TypeVar("Result")
 
 
 class Writer(Protocol):
@@ -73,7 +77,7 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         ticket = context.admission.admit(body.num_sequences)
         stack.callback(ticket.release)
         info = context.engine_info()
-        prompts = await context.in_pool(task.prompts, context, info, body)
+        prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
         record.not_used += [name for prompt in prompts for name in prompt.not_used]
         params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
         generation = start_generation(
@@ -82,21 +86,36 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         writer = task.writer(generation, body)
         stack.pop_all()
     if body.stream:
-        return EventStream(_events(generation, writer), generation.close)
-    return WholeJson(lambda: _whole(generation, writer), generation.close)
+        return EventStream(_events(context, generation, writer), generation.close)
+    return WholeJson(lambda: _whole(context, generation, writer), generation.close)
 
 
-async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[bytes, None]:
+async def _events(
+    context: ServerContext, generation: Generation, writer: Writer
+) -> AsyncGenerator[bytes, None]:
+    turns = Turns()
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            if data := writer.events(delta):
+            if data := await _written(context, delta, writer.events):
                 yield data
+            await turns.give()
     if data := writer.last_events():
         yield data
 
 
-async def _whole(generation: Generation, writer: Writer) -> msgspec.Struct:
+async def _whole(context: ServerContext, generation: Generation, writer: Writer) -> msgspec.Struct:
+    turns = Turns()
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            writer.add(delta)
+            await _written(context, delta, writer.add)
+            await turns.give()
     return writer.whole()
+
+
+async def _written(
+    context: ServerContext, delta: ChoiceDelta, write: Callable[[ChoiceDelta], Result]
+) -> Result:
+    """What `write` makes of a delta. Many scores, as those of a whole prompt, take long."""
+    if len(delta.scored) + len(delta.prompt_logprobs or ()) <= FEW_SCORES:
+        return write(delta)
+    return await context.in_pool(LONG, write, delta)

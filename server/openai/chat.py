@@ -19,8 +19,9 @@ from server.openai.bodies import (
     ChatDelta,
     ChatLogprobs,
     ChatReply,
+    ChatTokenLogprob,
 )
-from server.openai.choice import ChoiceDelta, ScoredToken
+from server.openai.choice import ChoiceDelta
 from server.openai.convert import chat_params, chat_prompts
 from server.openai.generation import Generation
 from server.openai.logprobs import chat_logprobs
@@ -50,7 +51,7 @@ class ChatWriter:
         self._with_ids = bool(body.return_token_ids)
         self._opened = False
         self._texts: list[list[str]] = [[] for _ in generation.choices]
-        self._tokens: list[list[ScoredToken]] = [[] for _ in generation.choices]
+        self._scores: list[list[ChatTokenLogprob]] = [[] for _ in generation.choices]
         self._ids: list[list[int]] = [[] for _ in generation.choices]
 
     def events(self, delta: ChoiceDelta) -> bytes:
@@ -63,7 +64,7 @@ class ChatWriter:
 
     def add(self, delta: ChoiceDelta) -> None:
         self._texts[delta.index].append(delta.text)
-        self._tokens[delta.index].extend(delta.scored)
+        self._scores[delta.index] += self._scores_of(delta)
         self._ids[delta.index].extend(delta.token_ids)
 
     def whole(self) -> ChatCompletion:
@@ -71,7 +72,7 @@ class ChatWriter:
             ChatChoice(
                 index=choice.index,
                 message=ChatReply(content="".join(self._texts[choice.index])),
-                logprobs=self._logprobs(self._tokens[choice.index]),
+                logprobs=self._logprobs(self._scores[choice.index]),
                 finish_reason=choice.ended(),
                 token_ids=self._if_asked(self._ids[choice.index]),
             )
@@ -97,7 +98,7 @@ class ChatWriter:
             content = ChatChunkChoice(
                 index=delta.index,
                 delta=ChatDelta(content=delta.text),
-                logprobs=self._logprobs(delta.scored),
+                logprobs=self._logprobs(self._scores_of(delta)),
                 token_ids=ids,
             )
             data = self._report.chunk([content])
@@ -118,10 +119,11 @@ class ChatWriter:
     def _if_asked(self, token_ids: Sequence[int]) -> list[int] | UnsetType:
         return list(token_ids) if self._with_ids else UNSET
 
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> ChatLogprobs | None:
-        if not self._scored:
-            return None
-        return chat_logprobs(self._generation.tokenizer, scored, self._names_ids)
+    def _scores_of(self, delta: ChoiceDelta) -> list[ChatTokenLogprob]:
+        return chat_logprobs(self._generation.tokenizer, delta.scored, self._names_ids)
+
+    def _logprobs(self, scores: list[ChatTokenLogprob]) -> ChatLogprobs | None:
+        return ChatLogprobs(content=scores) if self._scored else None
 
 
 TASK = Task(ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter)

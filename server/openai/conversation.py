@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields, NotUsed
+from server.http.body import Fields, NotUsed, check_shape, too_deep
 from server.http.errors import invalid, shorten
 from server.http.validation import broken_rule
 from server.openai.fields import HARMLESS, Unsupported
 from server.text.chat_template import ChatTemplate
+from server.text.letters import Rendered
+from server.text.rendering import Renderer
 
 TO_TEMPLATE = "Handed to the chat template."
 HERE = "the text of the conversation does not contain it."
@@ -54,8 +57,8 @@ class ChatMessage(Fields):
     )
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
         None,
-        description="Text, or text parts, which are joined by a newline. Assistants and tools may "
-        "leave it out.",
+        description="Text, or text parts. A chat template that does not read parts gets their "
+        "text, joined by newlines. Assistants and tools may leave it out.",
     )
     name: str | None = Field(None, description=TO_TEMPLATE)
     tool_call_id: str | None = Field(None, description="Required for `tool` messages.")
@@ -92,23 +95,23 @@ class ChatMessage(Fields):
             )
         return self
 
-    def text(self) -> str | None:
-        """The content; None where there is none."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content) if self.content else None
-
     def for_template(self, template: ChatTemplate) -> dict[str, Any]:
         """As transformers hands it to a template: without what is null. Only a template that tests
         for null content gets it, and one that cannot show calls gets empty text instead."""
         calls = self.tool_calls if template.shows_tool_calls else None
-        text = self.text()
-        if text is None and not calls:
-            text = ""
+        content: str | list[dict[str, str]] | None
+        if isinstance(self.content, str):
+            content = self.content
+        else:
+            content = [
+                {"type": part.type, "text": part.text} for part in self.content or ()
+            ] or None
+        if content is None and not calls:
+            content = ""
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
         known: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": text,
+            "role": self.role_for_template,
+            "content": content,
             "name": self.name,
             "tool_call_id": self.tool_call_id,
             "reasoning_content": reasoning,
@@ -117,7 +120,21 @@ class ChatMessage(Fields):
             "tool_calls": [call.for_template() for call in calls] if calls else None,
         }
         kept = {name: value for name, value in known.items() if value is not None}
-        return kept | ({"content": None} if text is None and template.tests_null_content else {})
+        tests_null = content is None and template.tests_null_content
+        return kept | ({"content": None} if tests_null else {})
+
+    def last_words(self, template: ChatTemplate) -> str:
+        """The text that a template shows last; empty where there is none."""
+        if isinstance(self.content, str):
+            return self.content
+        texts = [part.text for part in self.content or ()]
+        if self.role_for_template in template.part_roles:
+            return next((text for text in reversed(texts) if text.strip()), "")
+        return "\n".join(texts)
+
+    @property
+    def role_for_template(self) -> str:
+        return "system" if self.role == "developer" else self.role
 
 
 class RenderingFields(Fields):
@@ -151,22 +168,27 @@ class RenderingFields(Fields):
 
 
 def render_chat(
-    template: ChatTemplate, messages: Sequence[ChatMessage], how: RenderingFields
-) -> str:
+    renderer: Renderer, messages: Sequence[ChatMessage], how: RenderingFields
+) -> Rendered:
     """The prompt of a conversation. ApiError 400 when the template refuses it."""
-    shown = [message.for_template(template) for message in messages]
-    kwargs = how.chat_template_kwargs or {}
+    shown = [message.for_template(renderer.template) for message in messages]
     try:
-        text = template.render(shown, how.opens_a_turn, **kwargs)
+        prompt = renderer.render(shown, how.opens_a_turn, how.chat_template_kwargs or {})
     except ValueError as error:
         raise invalid(str(error), "messages", "chat_template_error") from error
-    return _without_end(text, messages[-1]) if how.continue_final_message else text
+    if not how.continue_final_message:
+        return prompt
+    end = _end_of(messages[-1], prompt, renderer.template)
+    return Rendered(prompt.text[:end], prompt.letters)
 
 
-def _without_end(text: str, last: ChatMessage) -> str:
-    """`text` up to the end of the last message, so that the model continues it. Templates may
-    strip messages; white space at the end stays if the template wrote it."""
-    words = last.text() or ""
+def _end_of(last: ChatMessage, prompt: Rendered, template: ChatTemplate) -> int:
+    """Where the text of the last message ends in `prompt`, so that the model continues it.
+    Templates may strip messages; white space at the end stays if the template wrote it. Special
+    tokens of the template are no text of a message, if those in messages are letters."""
+    shown = _without(prompt.text, template.specials_in_content)
+    text = Rendered(shown, prompt.letters).plain()
+    words = last.last_words(template)
     begin = text.rfind(words.strip())
     if not words.strip() or begin < 0:
         raise invalid(
@@ -175,7 +197,13 @@ def _without_end(text: str, last: ChatMessage) -> str:
             "continue_final_message",
         )
     kept = words.lstrip()
-    return text[: begin + len(kept if text.startswith(kept, begin) else words.strip())]
+    return begin + len(kept if text.startswith(kept, begin) else words.strip())
+
+
+def _without(text: str, parts: Sequence[str]) -> str:
+    """`text`, as long as before, with other characters in the place of `parts`."""
+    pattern = "|".join(map(re.escape, sorted(parts, key=len, reverse=True)))
+    return re.sub(pattern, lambda found: "\0" * len(found.group()), text) if pattern else text
 
 
 def hidden_calls(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[str]:
@@ -196,6 +224,9 @@ def _object(arguments: str | dict[str, Any] | None) -> Any:
         return arguments or {}
     try:
         value = json.loads(arguments) if arguments else {}
+    except RecursionError as error:
+        raise too_deep("arguments") from error
     except ValueError:
         return arguments
+    check_shape(value, "arguments")
     return value if isinstance(value, dict) else arguments

@@ -17,11 +17,14 @@ from server.http.errors import bad_value, context_overflow, invalid
 from server.openai.conversation import hidden_calls, render_chat
 from server.openai.logprobs import Echo, echo_of
 from server.openai.schema import ChatRequest, CompletionRequest, SamplingFields
+from server.text.letters import Rendered
 from server.text.stream import StreamOptions
 from server.text.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 RANDOM_SEED = -1  # as in other servers: draw one
+PROBED = 8  # characters for each token of the context: texts rarely have so many
+CUT = 64  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Prompt:
 def encode(
     context: ServerContext,
     info: EngineInfo,
-    text: str,
+    prompt: Rendered,
     add_special_tokens: bool,
     param: str,
     *,
@@ -47,21 +50,28 @@ def encode(
     `add_special_tokens` would put another in front.
 
     Raises:
-        ApiError: 400; the text is not valid Unicode, or exceeds the context even if all its tokens
-            were the longest of the vocabulary. The latter is checked before tokenising, unless the
-            text `may_be_long`.
+        ApiError: 400; the text is not valid Unicode, or exceeds the context. The latter is found
+            without tokenising a whole text that is much too long, unless it `may_be_long`.
     """
-    max_model_len = info.max_model_len
-    long = len(text) > max_model_len and len(text) > max_model_len * context.longest_token()
-    if long and not may_be_long:
-        raise context_overflow(
-            max_model_len, f"your prompt has {len(text)} characters, which are more", param
-        )
-    special = add_special_tokens and not _begins_with_bos(context.tokenizer, text)
+    if not may_be_long:
+        _check_length(context.tokenizer, info.max_model_len, prompt.text, param)
+    special = add_special_tokens and not _begins_with_bos(context.tokenizer, prompt.text)
     try:
-        return context.tokenizer.encode(text, special)
+        return context.tokenizer.encode_rendered(prompt, special)
     except ValueError as error:
         raise invalid(f"{param}: {error}", param) from error
+
+
+def _check_length(tokenizer: Tokenizer, max_model_len: int, text: str, param: str) -> None:
+    """ApiError 400 for a text of more tokens than the context, as far as this is seen quickly."""
+    if len(text) <= max_model_len:
+        return
+    fewest = tokenizer.fewest_tokens(text)
+    if fewest <= max_model_len and len(text) > PROBED * max_model_len:
+        # Where a text is cut may change the last tokens, but not their number by much.
+        fewest = len(tokenizer.encode(text[: PROBED * max_model_len], False)) - CUT
+    if fewest > max_model_len:
+        raise context_overflow(max_model_len, f"your prompt has at least {fewest} tokens", param)
 
 
 def _begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
@@ -71,13 +81,12 @@ def _begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
 
 def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
     """Render and tokenise a conversation. Templates write the special tokens themselves."""
-    template = context.chat_template
-    text = render_chat(template, body.messages, body)
-    cuts = _cuts(body)
+    prompt = render_chat(context.renderer, body.messages, body)
     special = bool(body.add_special_tokens)
-    token_ids = encode(context, info, text, special, "messages", may_be_long=cuts)
+    token_ids = encode(context, info, prompt, special, "messages", may_be_long=_cuts(body))
     kept = _last_tokens(token_ids, body, info)
-    return [Prompt(kept, text, not_used=hidden_calls(template, body.messages))]
+    hidden = hidden_calls(context.renderer.template, body.messages)
+    return [Prompt(kept, prompt.plain(), not_used=hidden)]
 
 
 def _cuts(body: SamplingFields) -> bool:
@@ -112,8 +121,8 @@ def _completion_prompt(
     text: str | None = None
     if isinstance(prompt, str):
         special = body.add_special_tokens is not False
-        text = prompt
-        token_ids = encode(context, info, prompt, special, "prompt", may_be_long=_cuts(body))
+        text, rendered = prompt, Rendered(prompt)
+        token_ids = encode(context, info, rendered, special, "prompt", may_be_long=_cuts(body))
     else:
         check_token_ids(prompt, info, "prompt")
         token_ids = prompt

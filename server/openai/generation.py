@@ -196,7 +196,7 @@ async def _merge(
         async for event in streams[0]:
             yield 0, event
         return
-    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(len(streams))
     tasks = [asyncio.create_task(_pump(*pair, queue)) for pair in enumerate(streams)]
     try:
         running = len(tasks)
@@ -223,7 +223,7 @@ async def _pump(
     end: BaseException | None = None
     try:
         async for event in stream:
-            queue.put_nowait((index, event))
+            await queue.put((index, event))
     except Exception as error:  # noqa: BLE001  # raised again by `_merge`
         end = error
-    queue.put_nowait((index, end))
+    await queue.put((index, end))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
 
 from engine.messages import TokenLogprob
 from server.openai.bodies import (
-    ChatLogprobs,
     ChatTokenLogprob,
     CompletionLogprobs,
     TopLogprob,
@@ -26,10 +28,17 @@ def finite(logprob: float) -> float:
 
 def chat_logprobs(
     tokenizer: Tokenizer, scored: Sequence[ScoredToken], as_ids: bool = False
-) -> ChatLogprobs:
-    """With `as_ids`, tokens are written as their ids."""
+) -> list[ChatTokenLogprob]:
+    """The entries of `ChatLogprobs`, encoded one by one: all of a long reply at its end would
+    block the event loop. With `as_ids`, tokens are written as their ids."""
     name = token_name if as_ids else tokenizer.token_text
-    return ChatLogprobs(content=[_chat_entry(tokenizer, item.logprob, name) for item in scored])
+    entries = (_chat_entry(tokenizer, item.logprob, name) for item in scored)
+    return [cast(ChatTokenLogprob, _encoded(entry)) for entry in entries]
+
+
+def _encoded(value: Any) -> msgspec.Raw:
+    """A value as JSON, which `msgspec` copies into the JSON around it."""
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def token_name(token_id: int) -> str:
@@ -72,7 +81,8 @@ class CompletionLogprobsWriter:
         content.tokens.append(self._text(token_id))
         content.text_offset.append(offset)
         content.token_logprobs.append(None if entry is None else finite(entry.logprob))
-        content.top_logprobs.append(None if entry is None else self._top(entry))
+        top = None if entry is None else cast(dict[str, float], _encoded(self._top(entry)))
+        content.top_logprobs.append(top)
 
     def take(self) -> CompletionLogprobs:
         """What was added since the last `take`."""

@@ -7,7 +7,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import EngineInfo
-from server.http.body import read_body
+from server.http.body import body_size, read_body
 from server.http.context import ServerContext, context_of
 from server.http.docs import Routes, operation
 from server.http.errors import invalid
@@ -16,6 +16,7 @@ from server.openai.bodies import Detokenized, Tokenized
 from server.openai.conversation import render_chat
 from server.openai.convert import check_token_ids, encode
 from server.openai.schema import DetokenizeRequest, TokenizeRequest
+from server.text.letters import Rendered
 
 router = APIRouter()
 ROUTES = Routes(router, (TokenizeRequest, DetokenizeRequest), (Tokenized, Detokenized))
@@ -28,10 +29,7 @@ async def tokenize(http: HttpRequest) -> Response:
     info = context.engine_info()
     body = await read_body(http, TokenizeRequest)
     context.check_model(body.model)
-    token_ids = await context.in_pool(_token_ids, context, info, body)
-    texts = None
-    if body.return_token_strs:
-        texts = [context.tokenizer.token_text(token_id) for token_id in token_ids]
+    token_ids, texts = await context.in_pool(body_size(http), _tokens, context, info, body)
     return StructResponse(
         Tokenized(
             count=len(token_ids),
@@ -50,17 +48,27 @@ async def detokenize(http: HttpRequest) -> Response:
     body = await read_body(http, DetokenizeRequest)
     context.check_model(body.model)
     check_token_ids(body.tokens, info, "tokens")
-    text = await context.in_pool(_text, context, body.tokens)
+    text = await context.in_pool(body_size(http), _text, context, body.tokens)
     return StructResponse(Detokenized(prompt=text))
+
+
+def _tokens(
+    context: ServerContext, info: EngineInfo, body: TokenizeRequest
+) -> tuple[list[int], list[str] | None]:
+    """The ids, and the texts if they are wanted."""
+    token_ids = _token_ids(context, info, body)
+    if not body.return_token_strs:
+        return token_ids, None
+    return token_ids, [context.tokenizer.token_text(token_id) for token_id in token_ids]
 
 
 def _token_ids(context: ServerContext, info: EngineInfo, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         assert body.prompt is not None  # a rule of the schema
         special = body.add_special_tokens is not False
-        return encode(context, info, body.prompt, special, "prompt")
-    text = render_chat(context.chat_template, body.messages, body)
-    return encode(context, info, text, bool(body.add_special_tokens), "messages")
+        return encode(context, info, Rendered(body.prompt), special, "prompt")
+    prompt = render_chat(context.renderer, body.messages, body)
+    return encode(context, info, prompt, bool(body.add_special_tokens), "messages")
 
 
 def _text(context: ServerContext, token_ids: list[int]) -> str:

@@ -31,6 +31,8 @@ from server.process.wire import decode_engine, encode, share_prompts, unbounded
 
 ENGINE_LOST = "the engine stopped unexpectedly"
 NO_ENGINE = "the engine is not running"
+UNREAD = "the client reads too slowly"
+MAX_UNREAD = 8192  # events of one request
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +192,10 @@ class ZmqEngineClient:
     def _deliver(self, event: Tokens | Finished) -> None:
         stream = self._streams.get(event.request_id)
         assert stream is not None, f"event for unknown request {event.request_id}"
+        if not stream.put(event):
+            self.abort(event.request_id)
         if isinstance(event, Finished):
             del self._streams[event.request_id]
-        stream.queue.put_nowait(event)
 
 
 def _at_rest(stats: EngineStats) -> EngineStats:
@@ -207,11 +210,26 @@ class _Stream:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self.queue: asyncio.Queue[Tokens | Finished] = asyncio.Queue()
+        self._queue: asyncio.Queue[Tokens | Finished] = asyncio.Queue()
+        self._is_given_up = False
+
+    def put(self, event: Tokens | Finished) -> bool:
+        """Add an event. False when too many are unread: the last one is an error then, and the
+        engine must be told to stop."""
+        if self._is_given_up:
+            return True
+        self._queue.put_nowait(event)
+        if self._queue.qsize() <= MAX_UNREAD or isinstance(event, Finished):
+            return True
+        self._is_given_up = True
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(self.failed(UNREAD))
+        return False
 
     async def events(self) -> AsyncIterator[Tokens | Finished]:
         while True:
-            event = await self.queue.get()
+            event = await self._queue.get()
             yield event
             if isinstance(event, Finished):
                 return

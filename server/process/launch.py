@@ -10,8 +10,11 @@ import logging
 import os
 import signal
 import socket
+import ssl
+import stat
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -19,6 +22,7 @@ import uvloop
 import yaml
 from fastapi import FastAPI
 
+from configs.files import check_regular
 from configs.redact import redacted
 from configs.resolve import HostConfig
 from configs.schema import ServerConfig
@@ -26,7 +30,7 @@ from engine.messages import EngineInfo
 from server.http.app import create_app
 from server.http.connections import Connections
 from server.http.context import ServerContext, ServerInfo, with_engine_facts
-from server.http.protocol import HttpProtocol
+from server.http.protocol import protocol_with
 from server.openai.routes import ROUTES
 from server.process.client import ZmqEngineClient
 from server.process.keeper import LAST_WORDS, EngineKeeper
@@ -34,6 +38,8 @@ from server.process.logs import machine_line, set_up_logging
 from server.process.open_files import connection_limit, raise_limit
 from server.process.socket_folder import remove_stale_folders
 from server.text.chat_codec import load_codec
+
+SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +51,75 @@ def serve(config: HostConfig) -> int:
         OSError, ValueError: the port, the model's files or the API keys cannot be used.
     """
     set_up_logging(config.log)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     raise_limit()
     remove_stale_folders()
-    listener = open_port(config.server.host, config.server.port)
+    check_tls(config.server)
+    listener = open_listener(config.server)
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    with contextlib.closing(listener), runner:
-        return runner.run(_serve(config, listener))
+    try:
+        with contextlib.closing(listener), runner:
+            return runner.run(_serve(config, listener))
+    finally:
+        if config.server.socket is not None:
+            config.server.socket.unlink(missing_ok=True)
+
+
+def check_tls(config: ServerConfig) -> None:
+    """ValueError, naming the files, if they hold no certificate and its key."""
+    files = f"server.tls_certificate {config.tls_certificate}, server.tls_key {config.tls_key}"
+    if config.tls_certificate is None or config.tls_key is None:
+        if config.tls_certificate is not config.tls_key:
+            raise ValueError(f"{files}: set both, or none of them")
+        return
+    try:
+        for path in (config.tls_certificate, config.tls_key):
+            check_regular(path)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.tls_certificate, config.tls_key, password=""
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{files}: {error}") from error
+
+
+def open_listener(config: ServerConfig) -> socket.socket:
+    """A socket that listens where the configuration says. OSError, naming the place, when it cannot
+    be opened."""
+    if config.socket is None:
+        return open_port(config.host, config.port)
+    return open_unix_socket(config.socket)
 
 
 def open_port(host: str, port: int) -> socket.socket:
     """A listening socket. OSError, naming the address, when it cannot be opened."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    place = f"{host}:{port} (server.host, server.port)"
+    return _listening(family, (host, port), place)
+
+
+def open_unix_socket(path: Path) -> socket.socket:
+    """A listening Unix socket; one that nobody listens on any more is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
+            path.unlink()
+    return _listening(socket.AF_UNIX, str(path), f"{path} (server.socket)")
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def _listening(family: int, address: tuple[str, int] | str, place: str) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        listener.bind(address)
         listener.listen(2048)
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            f"cannot listen on {host}:{port} (server.host, server.port): {reason}"
-        ) from error
+        raise OSError(f"cannot listen on {place}: {reason}") from error
     return listener
 
 
@@ -121,9 +174,19 @@ def _limit(config: ServerConfig, context: ServerContext) -> Connections:
 
 def web_config(app: FastAPI, limit: Connections | None = None) -> uvicorn.Config:
     """How uvicorn serves `app`, with at most so many connections."""
-    protocol: Any = functools.partial(HttpProtocol, limit=limit)
+    context: ServerContext = app.state.context
+    settings = context.config.server
+    configured = protocol_with(settings, lambda: context.state.draining)
+    protocol: Any = functools.partial(configured, limit=limit)
     return uvicorn.Config(
-        app, http=protocol, ws="none", log_config=None, access_log=False, lifespan="on"
+        app,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        http=protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="on",
     )
 
 
@@ -132,11 +195,10 @@ async def _announce(config: HostConfig, client: ZmqEngineClient, listener: socke
     info = await client.wait_ready()
     warn_of_fallback(info)
     resolved = redacted(with_engine_facts(config, info))
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
+    url = address_of(config.server, listener)
     facts = {"config": resolved, "ops": info.ops_in_words}
     try:
-        sys.stdout.write(announcement(facts, f"http://{host}:{port}", config.log.format))
+        sys.stdout.write(announcement(facts, url, config.log.format))
         sys.stdout.flush()
     except OSError as error:  # nobody reads it any more
         logger.warning("standard output cannot be written to: %s", error)
@@ -149,6 +211,16 @@ def announcement(facts: Mapping[str, Any], url: str, form: str) -> str:
         return machine_line("configuration", facts) + machine_line("ready", places)
     text: str = yaml.safe_dump(facts, sort_keys=False)
     return f"{text}READY {url}  (OpenAI base URL: {url}/v1)\n"
+
+
+def address_of(config: ServerConfig, listener: socket.socket) -> str:
+    """The URL by which clients reach the server."""
+    scheme = "http" if config.tls_certificate is None else "https"
+    if config.socket is not None:
+        return f"{scheme}+unix://{config.socket}{config.root_path}"
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{host}:{port}{config.root_path}"
 
 
 def warn_of_fallback(info: EngineInfo) -> None:

@@ -29,8 +29,7 @@ class ChatCodec:
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
     ) -> list[int]:
         """Ids of the rendered messages. ValueError when the template refuses them."""
-        text = self.template.render(messages, add_generation_prompt)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode_rendered(self.template.render(messages, add_generation_prompt))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens. ValueError for invalid ids."""
@@ -45,7 +44,7 @@ class ChatCodec:
     def _after_an_answer(self) -> int | None:
         turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ANSWER}]
         try:
-            text = self.template.render(turns, False)
+            text = self.template.render(turns, False).text
         except ValueError:  # there is no template, or it takes no such conversation
             return None
         _, found, tail = text.rpartition(ANSWER)
@@ -63,5 +62,6 @@ def load_codec(config: HostConfig) -> ChatCodec:
     source = None if path is None else read_text(path)
     files = resolve_source(config.model.source, config.model.revision)
     tokenizer = load_tokenizer(files, config.files.dir, source)
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    hidden = tokenizer.special_texts if config.model.special_tokens_in_content == "text" else ()
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, hidden)
     return ChatCodec(tokenizer, template, load_defaults(config, files))

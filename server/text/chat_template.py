@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError
 
-MAX_OUTPUT = 16_000_000  # characters
+from server.text.letters import Rendered, SpecialLetters
+from server.text.template_sandbox import LETTERS, MAX_OUTPUT, WATCH, SandboxedTemplates, Watch
+
+Messages = Sequence[Mapping[str, Any]]
 RESERVED = ("messages", "add_generation_prompt")
 # transformers defines these for every template; some templates test only `is none`
 ALWAYS_DEFINED = {"tools": None, "documents": None}
@@ -21,62 +19,118 @@ NULL_CONTENT = re.compile(r"""\bcontent(['"]\])?\s+is\s+(not\s+)?none\b""")
 NO_TEMPLATE = (
     "this model has no chat template; use /v1/completions, or set model.chat_template to a file"
 )
-
-
-class GenerationBlock(Extension):
-    """`{% generation %}` marks text to train on; rendering outputs its content unchanged."""
-
-    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+# For each role the roles before it in a conversation that every template accepts.
+BEFORE = {"user": (), "system": (), "assistant": ("user",), "tool": ("user", "assistant")}
+PROBE_TIMEOUT = 1.0  # seconds
 
 
 class ChatTemplate:
     """A compiled template; threads may share it."""
 
-    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
-        """`source` is None for a model without a template; then `render` fails.
+    def __init__(
+        self,
+        source: str | None,
+        special_tokens: Mapping[str, str],
+        specials_in_content: Iterable[str] = (),
+    ) -> None:
+        """`source` is None for a model without a template; then `render` fails. Messages cannot
+        write the special tokens `specials_in_content`: they are letters there.
 
         Raises ValueError for a template that is not valid Jinja.
         """
-        self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+        self.specials_in_content = list(specials_in_content)
+        self._letters = SpecialLetters(self.specials_in_content, source or "")
         self.shows_tool_calls = source is not None and "tool_calls" in source
         self.tests_null_content = source is not None and NULL_CONTENT.search(source) is not None
         self._template: Template | None = None
+        self.part_roles: frozenset[str] = frozenset()  # whose content must be a list of parts
         if source is not None:
+            environment = SandboxedTemplates()
             try:
-                self._template = _environment().from_string(source)
+                self._template = environment.from_string(environment.limited(source))
             except TemplateError as error:
                 raise ValueError(f"chat template: {error}") from error
+            for role in BEFORE:  # the user's first: the others need it
+                if self._wants_parts(role):
+                    self.part_roles |= {role}
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         add_generation_prompt: bool = True,
         /,  # so that a client's variable may have any name
         **chat_template_kwargs: Any,
-    ) -> str:
-        """The prompt of a conversation, special tokens included. ValueError("chat template: ...")
-        when the template refuses it, fails, or writes more than MAX_OUTPUT characters."""
-        if self._template is None:
-            raise ValueError(f"chat template: {NO_TEMPLATE}")
+    ) -> Rendered:
+        """The prompt of a conversation, special tokens included. A message's content is text, or
+        text parts; the template gets what it can read. ValueError("chat template: ...") when the
+        template refuses it, fails, takes too long or writes more than MAX_OUTPUT characters."""
         for name in RESERVED:
             if name in chat_template_kwargs:
                 raise ValueError(f"chat template: {name!r} cannot be set by chat_template_kwargs")
+        found = [self._readable(message) for message in messages]
+        roles = [message["role"] for message in found]  # a fixed set of words, which templates test
+        strings = [{**message, "role": None} for message in found]
+        try:
+            (strings, kwargs), letters = self._letters.hide((strings, chat_template_kwargs))
+        except ValueError as error:
+            raise ValueError(f"chat template: {error}") from error
+        for message, role in zip(strings, roles, strict=True):
+            message["role"] = role
         variables = {
             **ALWAYS_DEFINED,
-            **self._special_tokens,
-            **chat_template_kwargs,
-            "messages": messages,
+            **self.special_tokens,
+            **kwargs,
+            "messages": strings,
             "add_generation_prompt": add_generation_prompt,
+            LETTERS: letters,
         }
+        return Rendered(self._run(variables, Watch()), letters)
+
+    def _run(self, variables: dict[str, Any], watch: Watch) -> str:
+        if self._template is None:
+            raise ValueError(f"chat template: {NO_TEMPLATE}")
         try:
-            return _bounded(self._template, variables)
+            return _bounded(self._template, {**variables, WATCH: watch})
         except Exception as error:  # a template may fail in any way Python can
             reason = str(error) or type(error).__name__
             raise ValueError(f"chat template: {reason}") from error
+
+    def _readable(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with its content in the form that the template reads."""
+        content, parts = message.get("content"), message["role"] in self.part_roles
+        if isinstance(content, str) and parts:
+            content = [{"type": "text", "text": content}]
+        elif isinstance(content, list) and not parts:
+            content = "\n".join(part["text"] for part in content)
+        return {**message, "content": content} if "content" in message else dict(message)
+
+    def _wants_parts(self, role: str) -> bool:
+        """Whether the text of this role is lost unless it comes as a list of parts."""
+        word = "aerieprobe"
+        if word in self._probe(role, word):
+            return False
+        prompt = self._probe(role, [{"type": "text", "text": word}])
+        return word in prompt and "'type'" not in prompt
+
+    def _probe(self, role: str, content: Any) -> str:
+        """The prompt of a conversation with this content; empty if the template refuses it."""
+        other = [self._readable({"role": each, "content": "Hi"}) for each in BEFORE[role]]
+        message = {"role": role, "content": content}
+        if role == "tool":
+            message |= {"name": "f", "tool_call_id": "call00001"}
+        after = [] if role == "user" else [self._readable({"role": "user", "content": "Hi"})]
+        variables = {
+            **ALWAYS_DEFINED,
+            **self.special_tokens,
+            "messages": [*other, message, *after],
+            "add_generation_prompt": True,
+        }
+        try:
+            return self._run(variables, Watch(PROBE_TIMEOUT))
+        except ValueError:
+            return ""
 
 
 def _bounded(template: Template, variables: dict[str, Any]) -> str:
@@ -87,38 +141,3 @@ def _bounded(template: Template, variables: dict[str, Any]) -> str:
             raise ValueError(f"it writes more than {MAX_OUTPUT} characters")
         pieces.append(piece)
     return "".join(pieces)
-
-
-def _environment() -> Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as models saw it in training: not escaped for HTML, unlike Jinja's own filter."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)

@@ -3,12 +3,19 @@ seconds to every start of the server."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import tokenizers
 
+from server.text.letters import LetterEncoder, Rendered
+
 SPACE_MARK = "▁"  # SentencePiece writes it for a space
+INNER_SPACES = re.compile(rb"(?<=[^ ]) ")
+INVALID_UNICODE = "text is not valid Unicode (a lone surrogate?)"
 BYTE_PIECES = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
 
 
@@ -33,9 +40,13 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.added_ids = frozenset(added)  # special tokens, and markers that are not special
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.special_texts = frozenset(added[index].content for index in self.special_ids)
+        self._letters: LetterEncoder | None = None  # made when it is first needed
+        self._making = threading.Lock()
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         self._piece_bytes = _piece_decoder(backend)
+        self._known_bytes: dict[int, bytes] = {}  # of tokens seen so far
         self.strips_first_space = self._strips_first_space()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -46,7 +57,36 @@ class Tokenizer:
             batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(batch[0].ids)
         except (TypeError, UnicodeError) as error:
-            raise ValueError("text is not valid Unicode (a lone surrogate?)") from error
+            raise ValueError(INVALID_UNICODE) from error
+
+    def encode_rendered(self, prompt: Rendered, add_special_tokens: bool = False) -> list[int]:
+        """Ids of what a chat template wrote: special tokens that a client wrote are letters."""
+        if not prompt.letters:
+            return self.encode(prompt.text, add_special_tokens)
+        with self._making:
+            if self._letters is None:
+                self._letters = LetterEncoder(self._backend)
+        try:
+            return self._letters.encode(prompt, add_special_tokens)
+        except (TypeError, UnicodeError) as error:
+            raise ValueError(INVALID_UNICODE) from error
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, found much faster than by encoding it."""
+        while "  " in text:
+            text = text.replace("  ", " ")
+        by_words = (text.count(" ") - 1) // self._widest[1]
+        return max(-(-len(text) // self._widest[0]), by_words)
+
+    @functools.cached_property
+    def _widest(self) -> tuple[int, int]:
+        """The most bytes of a token; and the most words, with a space before each, that one token
+        holds, whole or in part."""
+        pieces = [self.token_bytes(index) for index in range(self.vocab_size)]
+        added = self._backend.get_added_tokens_decoder().values()
+        around = any(token.lstrip or token.rstrip for token in added)  # it takes spaces with it
+        inner = max(len(INNER_SPACES.findall(piece)) for piece in pieces)
+        return max(map(len, pieces)), inner + 1 + around
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; broken UTF-8 shows as U+FFFD. ValueError for unknown ids."""
@@ -57,9 +97,15 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to a text; they may be part of a character. Empty for the
         unused ids at the end of a padded vocabulary."""
+        found = self._known_bytes.get(token_id)
+        if found is not None:
+            return found
         self._check(token_id)
         piece = self._backend.id_to_token(token_id)
-        return b"" if piece is None else self._piece_bytes(piece)
+        if piece is None:
+            return b""
+        found = self._known_bytes[token_id] = self._piece_bytes(piece)
+        return found
 
     def token_text(self, token_id: int) -> str:
         """`token_bytes` for display: incomplete characters show as U+FFFD."""

@@ -14,7 +14,6 @@ from configs.schema import Config
 OBVIOUS = {
     "cache.prefix_caching",
     "server.host",
-    "server.max_body_bytes",
     "log.format",
     "log.level",
 }

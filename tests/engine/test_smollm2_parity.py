@@ -81,7 +81,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     files = resolve_source(BUNDLED_ALIAS)
     tokenizer: Tokenizer = load_tokenizer(files, tmp_path_factory.mktemp("tokenizer"), None)
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-    chats = [template.render([{"role": "user", "content": text}]) for text in QUESTIONS]
+    chats = [template.render([{"role": "user", "content": text}]).text for text in QUESTIONS]
     return [tokenizer.encode(text, add_special_tokens=False) for text in (*chats, *TEXTS)]
 
 

@@ -61,7 +61,7 @@ def prompts(folder: Path, oracle: LlamaForCausalLM) -> list[list[int]]:
     tokenizer = load_tokenizer(ModelFiles("hf", folder, "tiny"), folder, None)
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
     return [
-        tokenizer.encode(template.render([{"role": "user", "content": text}]), False)
+        tokenizer.encode_rendered(template.render([{"role": "user", "content": text}]))
         for text in CHATS
     ]
 

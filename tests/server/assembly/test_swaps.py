@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from engine.request import Request
 from kernels.native.ops import NativeOps
 from server.assembly import drafting
 from server.assembly.compose import Engine, build_engine, build_swappable_engine
+from server.assembly.drafting import Drafting
 from server.assembly.swaps import DraftSwapper, DraftSwaps
 from tests.support.engines import ask, generate
 from tests.support.fake_executor import FakeEngine
@@ -409,7 +410,11 @@ class HeldSwapper(DraftSwapper):
     def drop(self) -> None:
         self.num_dropped += 1
 
-    def swap(self, loaded: object) -> None:
+    def get_ready(self, loaded: object) -> Generator[None, None, Drafting]:
+        yield
+        return Drafting()
+
+    def swap(self, loaded: object, drafting: Drafting) -> None:
         self.swapped += 1
 
 

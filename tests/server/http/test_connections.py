@@ -15,8 +15,10 @@ from server.process.launch import web_config
 from tests.server.http.test_protocol import CHAT_PATH, DEADLINE, GET, Line, refused
 from tests.support.http_server import Server
 
-MODELS = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
-POST = b"POST " + CHAT_PATH.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = (
+    b"POST " + CHAT_PATH.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
+)
 
 
 class Hasty(HttpProtocol):

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from uvicorn.server import ServerState
 
-from server.http.protocol import MAX_HEAD, HttpProtocol
+from configs.schema import ServerConfig
+from server.http.protocol import MAX_HEAD, HttpProtocol, protocol_with
 from server.process.launch import web_config
 from tests.support.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 DEADLINE = 30.0  # seconds; only a hanging test takes so long
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-POST = b"POST " + CHAT_PATH.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = (
+    b"POST "
+    + CHAT_PATH.encode()
+    + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -26,6 +32,10 @@ class Hasty(HttpProtocol):
     """The protocol with very short timeouts."""
 
     head_timeout = body_timeout = 0.01
+
+
+class HastyForBodies(HttpProtocol):
+    body_timeout = 0.01
 
 
 class Line:
@@ -64,6 +74,21 @@ class Line:
 
     def close(self) -> None:
         self._writer.close()
+
+    def write_eof(self) -> None:
+        self._writer.write_eof()
+
+    def read_nothing(self) -> None:
+        """Let the server's answers fill a small buffer of this side."""
+        connection = self._writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The server's host and port."""
+        found: tuple[str, int] = self._writer.get_extra_info("peername")
+        return found
 
 
 def talk(
@@ -130,7 +155,7 @@ def test_a_head_without_an_end_is_refused(server: Server, start: bytes, earlier:
 def test_a_body_of_nothing_but_its_encoding_is_refused(server: Server, start: bytes) -> None:
     async def scene(line: Line) -> None:
         await line.send(CHUNKED)
-        while not server.context.state.num_open:
+        while not server.context.state._num_arriving:
             await asyncio.sleep(0)
         await line.send(start, *letters(MAX_HEAD + 1 - len(start)))
         await refused(line, 431, "headers_too_large")
@@ -155,6 +180,15 @@ class Wire(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self.closed
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def resume_reading(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("num_headers", [1, 1000])
@@ -265,7 +299,7 @@ def test_a_body_that_stops_coming_is_408(server: Server, part: bytes) -> None:
         await line.send(POST + b"Content-Length: 10\r\n\r\n" + part)
         await refused(line, 408, "request_timeout")
 
-    talk(server, scene, Hasty)
+    talk(server, scene, HastyForBodies)
     assert server.context.state.num_open == 0
 
 
@@ -322,3 +356,8 @@ def test_head_answers_as_get_does_without_a_body(server: Server, path: bytes, re
         assert (await line.answer())[0] == 200
 
     talk(server, scene)
+
+
+def test_probes_may_have_the_root_path() -> None:
+    protocol = protocol_with(ServerConfig(root_path="/llm"), lambda: False)
+    assert {b"/ready", b"/llm/ready"} < protocol.probe_paths

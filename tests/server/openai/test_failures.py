@@ -65,8 +65,11 @@ def test_what_the_engine_refuses_is_400(
 
 
 def test_every_reason_of_the_engine_has_its_own_answer(make_server: MakeServer) -> None:
+    unknown = make_server(fail([], "why")).chat().text
     for reason in ErrorCode:
-        assert make_server(fail([], "why", reason)).chat().status_code in (400, 503)
+        response = make_server(fail([], "why", reason)).chat()
+        assert response.status_code in (400, 500 if reason is ErrorCode.UNSOUND else 503)
+        assert response.text != unknown
 
 
 def test_an_error_without_its_code_is_no_refusal(make_server: MakeServer) -> None:

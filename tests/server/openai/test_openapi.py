@@ -46,7 +46,7 @@ EXAMPLES = settings(
 def test_made_up_requests_get_documented_answers(
     tokenizer: Tokenizer, path: str, method: str, mode: GenerationMode
 ) -> None:
-    server = Server(tokenizer, admin_keys=("root",))
+    server = Server(tokenizer, admin_keys=("root",), allowed_hosts=("*",))
     schema = schemathesis.openapi.from_asgi("/openapi.json", server.app)
     operation = schema[path][method]
     checks = CHECKS.get_by_names(NAMES)

@@ -294,7 +294,7 @@ def test_much_too_long_texts_are_refused_without_tokenising(
         raise AssertionError("tokenised")
 
     monkeypatch.setattr(server.tokenizer, "encode", never)
-    text = "a" * (64 * server.context.longest_token() + 1)
+    text = "a" * (64 * server.tokenizer._widest[0] + 1)
     for response in (
         server.complete(prompt=text),
         server.chat(messages=[{"role": "user", "content": text}]),

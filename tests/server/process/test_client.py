@@ -27,7 +27,8 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
-from server.process.client import ENGINE_LOST, NO_ENGINE, ZmqEngineClient
+from server.process import client as client_module
+from server.process.client import ENGINE_LOST, NO_ENGINE, UNREAD, ZmqEngineClient
 from server.process.wire import decode_client, encode, unbounded
 from tests.support.engines import ask
 from tests.support.scripted_engine import INFO, finished, tokens
@@ -331,5 +332,29 @@ def test_an_answer_that_nothing_waits_for_is_harmless(play: Callable[[Play], Non
         assert isinstance(second, SwapDraft)
         await peer.say(DraftSwapped(message.request_id, FACTS), DraftSwapped(second.request_id))
         assert (await again).request_id == second.request_id
+
+    play(scene)
+
+
+def test_a_request_whose_events_nobody_reads_is_aborted(
+    play: Callable[[Play], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a client that reads slowly cannot fill the memory."""
+    monkeypatch.setattr(client_module, "MAX_UNREAD", 2)
+
+    async def scene(pair: Pair) -> None:
+        peer = await pair.engine()
+        a, b = request("a"), request("b")
+        stream, other = pair.client.submit(a), pair.client.submit(b)
+        assert await peer.hear(2) == [Submit(a), Submit(b)]
+        await peer.say(*[tokens(a, [n]) for n in range(5)])
+        assert await peer.hear(1) == [Abort("a")]
+        await peer.say(
+            tokens(a, [9]), finished(a, FinishReason.ABORT), finished(b, FinishReason.STOP)
+        )
+        await collect(other)
+        (only,) = await collect(stream)
+        assert isinstance(only, Finished)
+        assert (only.reason, only.error) == (FinishReason.ERROR, UNREAD)
 
     play(scene)

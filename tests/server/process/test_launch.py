@@ -71,7 +71,7 @@ def test_while_the_engine_loads_the_server_is_healthy_and_not_ready(tmp_path: Pa
         info = ServerInfo.from_config(config)
         app = create_app(config, client, tiny_tokenizer(tmp_path), template, info, ROUTES)
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as web:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as web:
             body = {"model": "tiny", "prompt": "a"}
             answers = [await web.get(path) for path in ("/health", "/ready", "/metrics", "/info")]
             answers.append(await web.post("/v1/completions", json=body))

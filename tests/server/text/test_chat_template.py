@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from server.text.chat_template import MAX_OUTPUT, ChatTemplate
+from server.text import chat_template, template_sandbox
+from server.text.chat_template import ChatTemplate
+from server.text.template_sandbox import Watch
 from server.text.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "How are you?"}]
@@ -37,6 +39,10 @@ TEMPLATES = {
     "slices": "{% for m in messages[1:] %}{{ m['content'].strip().split(' ')[-1] }}" + END,
     "undefined": "{{ nothing }}{% if nothing is defined %}x{% endif %}{{ nothing | default('y') }}",
 }
+DOUBLE = (
+    "{{% set n = namespace(t='x') %}}{{% for i in range(40) %}}{{% set n.t = {} %}}{{% endfor %}}"
+)
+MOST = 200_000  # characters, in place of MAX_OUTPUT
 FURTHER = {"enable_thinking": True, "nested": {"a": ["b"]}}
 
 
@@ -46,7 +52,7 @@ def oracle(tiny_folder: Path) -> PreTrainedTokenizerBase:
 
 
 def render(source: str, further: dict[str, Any] | None = None) -> str:
-    return ChatTemplate(source, {"bos_token": "<s>"}).render(USER, True, **(further or {}))
+    return ChatTemplate(source, {"bos_token": "<s>"}).render(USER, True, **(further or {})).text
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
@@ -61,7 +67,7 @@ def test_the_models_own_template_renders_as_transformers_renders_it(
     expected = oracle.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=add_generation_prompt
     )
-    assert template.render(messages, add_generation_prompt) == expected
+    assert template.render(messages, add_generation_prompt).text == expected
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=len)
@@ -73,12 +79,13 @@ def test_every_feature_renders_as_in_transformers(
     expected = oracle.apply_chat_template(
         messages, tokenize=False, chat_template=source, add_generation_prompt=True, **FURTHER
     )
-    assert ChatTemplate(source, tiny.special_tokens).render(messages, True, **FURTHER) == expected
+    template = ChatTemplate(source, tiny.special_tokens)
+    assert template.render(messages, True, **FURTHER).text == expected
 
 
 def test_the_bundled_template_adds_its_system_message(bundled: Tokenizer) -> None:
     template = ChatTemplate(bundled.chat_template, bundled.special_tokens)
-    assert template.render(USER) == (
+    assert template.render(USER).text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -132,15 +139,23 @@ def test_a_template_that_fails_is_a_value_error_with_its_reason(source: str, rea
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ 'x' * " + str(MAX_OUTPUT + 1) + " }}",
+        "{{ 'x' * " + str(MOST + 1) + " }}",
         "{% for i in range(90000) %}{% for j in range(90000) %}"
         + "x" * 500
         + "{% endfor %}{% endfor %}",
+        "{% for i in range(90000) %}{% set k = messages | tojson(indent=999) %}{% endfor %}",
+        "{{ 'x' * 99999 * 99999 }}",
+        DOUBLE.format("n.t ~ n.t"),
+        DOUBLE.format("n.t + n.t"),
+        DOUBLE.format("n.t | replace('x', 'xx')"),
+        DOUBLE.format("n.t.replace('x', 'xx')"),
     ],
-    ids=["at once", "in a loop"],
+    ids=["at once", "in a loop", "as JSON", "by *", "by ~", "by +", "by a filter", "by a call"],
 )
-def test_the_output_of_a_template_is_bounded(source: str) -> None:
-    with pytest.raises(ValueError, match=f"writes more than {MAX_OUTPUT} characters"):
+def test_the_output_of_a_template_is_bounded(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    for module in (chat_template, template_sandbox):
+        monkeypatch.setattr(module, "MAX_OUTPUT", MOST)
+    with pytest.raises(ValueError, match=f"writes more than {MOST} characters"):
         render(source)
 
 
@@ -160,3 +175,68 @@ def test_a_template_cannot_leave_the_sandbox_or_change_the_messages(source: str)
     with pytest.raises(ValueError, match=r"unsafe|Range too big"):
         render(source)
     assert USER == [{"role": "user", "content": "How are you?"}]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    ],
+    ids=["loops", "calls"],
+)
+def test_a_template_that_does_not_end_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(chat_template, "PROBE_TIMEOUT", 0.02)
+    monkeypatch.setattr(chat_template, "Watch", lambda _=0: Watch(0.02))
+    with pytest.raises(ValueError, match=r"takes more than 0\.02 seconds"):
+        render(source)
+
+
+def test_json_of_nested_values_is_bounded_while_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_OUTPUT", 100_000)
+    nested: Any = [0] * 10_000
+    for _ in range(50):
+        nested = [nested]
+    with pytest.raises(ValueError, match="writes more than 100000 characters"):
+        render("{{ tools | tojson(indent=4) | length }}", {"tools": nested})
+
+
+PARTS = EACH + "{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %};" + END
+SELECTED = (
+    EACH + "{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ p['text'] | trim }}{% endfor %}" + END
+)
+EITHER = (
+    EACH + "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}" + END
+)
+ONLY_USERS = (
+    EACH + "{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}" + END
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "wants_parts"),
+    [
+        (PARTS, {"user", "system", "assistant", "tool"}),
+        (SELECTED, {"user", "system", "assistant", "tool"}),
+        (EITHER, set()),
+        (ONLY_USERS, {"user"}),
+        ("{{ messages[0].content }}", set()),
+        ("{{ raise_exception('never') }}", set()),
+    ],
+)
+def test_text_and_text_parts_render_alike(source: str, wants_parts: set[str]) -> None:
+    """vllm-project/vllm#9294: a message of the other form vanished."""
+    template = ChatTemplate(source, {})
+    assert template.part_roles == wants_parts
+    if "raise" in source:
+        return
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in USER]
+    assert template.render(parts) == template.render(USER)
+    assert "How are you?" in template.render(parts).text

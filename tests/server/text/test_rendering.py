@@ -1,0 +1,99 @@
+"""Large conversations are rendered by processes that can be ended."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+
+from server.text.chat_template import ChatTemplate
+from server.text.rendering import FAILED, SMALL, Renderer, is_small
+from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
+
+Make = Callable[[str], Renderer]
+LARGE = [{"role": "user", "content": "x" * SMALL}]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    renderers = []
+
+    def build(source: str) -> Renderer:
+        renderers.append(Renderer(ChatTemplate(source, {"bos_token": "<s>"}, SPECIALS)))
+        return renderers[-1]
+
+    yield build
+    for renderer in renderers:
+        renderer.close()
+
+
+def test_a_process_renders_as_the_template_does(make: Make) -> None:
+    source = "{{ bos_token }}{{ more | tojson }}{{ further }}" + CHAT_TEMPLATE
+    kwargs = {"more": [{"a": None, "b": [1, 2.5, True]}], "further": "é😀"}
+    renderer = make(source)
+    template = ChatTemplate(source, {"bos_token": "<s>"}, SPECIALS)
+    for content in (LARGE[0]["content"], LARGE[0]["content"] + SPECIALS[1]):
+        messages = [{"role": "user", "content": content}]
+        assert renderer.render(messages, True, kwargs) == template.render(messages, True, **kwargs)
+    assert len(renderer._running) == 1
+    with pytest.raises(ValueError, match="chat template: numbers may have at most 64 bits"):
+        renderer.render(LARGE, True, {"n": 2**70})
+
+
+def test_small_conversations_need_no_process(make: Make) -> None:
+    renderer = make(CHAT_TEMPLATE)
+    assert "hi" in renderer.render([{"role": "user", "content": "hi"}], True, {"a": [1]}).text
+    assert renderer._running == set()
+    assert is_small([{"role": "user", "content": "hi"}], {"enable_thinking": False})
+    assert not is_small([], {"tools": [[]] * SMALL})
+
+
+def test_a_failure_in_a_process_is_that_of_the_template(make: Make) -> None:
+    renderer = make("{{ raise_exception('roles must alternate') if messages | length > 2 }}")
+    with pytest.raises(ValueError, match=r"^chat template: roles must alternate$"):
+        renderer.render(LARGE * 3, True, {})
+    assert renderer.render(LARGE, True, {}).text == ""
+
+
+def test_a_process_that_needs_too_much_memory_fails_alone(make: Make) -> None:
+    renderer = make("{{ ([messages[0].content] * 70000) | join | length }}")
+    with pytest.raises(ValueError, match="chat template: "):
+        renderer.render(LARGE, True, {})
+
+
+@pytest.mark.parametrize("at_close", [False, True])
+def test_a_process_that_does_not_end_can_be_ended(make: Make, at_close: bool) -> None:
+    """Also inside one long call. Afterwards there is another process, until the end."""
+    renderer = make("{{ messages | length }}")
+    with renderer._process() as process:
+        process._process.send_signal(signal.SIGSTOP)  # as if it were busy for ever
+    failures, asked, send = [], threading.Event(), process._send
+
+    def known_send(message: msgspec.Struct) -> None:
+        send(message)
+        asked.set()
+
+    process._send = known_send  # type: ignore[method-assign]
+
+    def render() -> None:
+        with pytest.raises(ValueError) as failure:
+            renderer.render(LARGE, True, {})
+        failures.append(str(failure.value))
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    assert asked.wait(30)
+    if at_close:
+        renderer.close()
+    else:
+        process._process.kill()  # as its own alarm would
+    thread.join(30)
+    assert failures == [FAILED]
+    if at_close:
+        with pytest.raises(ValueError, match="shutting down"):
+            renderer.render(LARGE, True, {})
+    else:
+        assert renderer.render(LARGE, True, {}).text == "1"
