@@ -88,7 +88,7 @@ typedef __m256i ByteVec;
 template <int Bits>
 struct PartDot;
 
-// Sixteen-bit sums of a whole group fit: 8 quads * 2 products * 15 * 127 < 2^15.
+// Sixteen-bit sums of a whole group fit: 8 quads * 2 products * 15 * 128 < 2^15.
 template <>
 struct PartDot<4> {
   IVec sums;

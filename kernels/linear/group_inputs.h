@@ -1,7 +1,10 @@
-// Inputs of a product with a grouped weight: bytes with one scale per 32 inputs of a row.
+// Inputs of a product with a grouped weight: sixteen-bit codes with one scale per 32 inputs of a row.
 //
-//   x[k] is about scale * code[k],  scale = max |x| / 127 over the 32 inputs,  |code| <= 127
+//   x[k] is about scale * code[k],  scale = max |x| / kMaxCode over the 32 inputs
+//   code = 256 * high + low, both signed bytes
 //
+// Each byte is multiplied by itself. Eight bits alone would do for a product, but the errors of 120
+// products in a row changed what SmolLM2 answers; sixteen cost little where memory is the limit.
 // The scale of a group with an infinity or a NaN is NaN, so that every output of that row is NaN.
 #pragma once
 
@@ -13,11 +16,12 @@
 namespace aerie {
 
 constexpr int kInputGroup = 32;
+constexpr int kMaxCode = 127 * 256 + 127;
 
-// Rows of codes [M, K], and per group of the weight the scale, the sum of the codes, and the scaled
-// sum of the codes, each [M, groups].
+// Rows of both bytes [M, K], and per group of the weight the scale, the sum of the codes, and the
+// scaled sum of the codes, each [M, groups].
 struct GroupInputs {
-  int8_t* codes;
+  int8_t *high, *low;
   float* scales;
   int32_t* sums;
   float* scaled_sums;
@@ -40,35 +44,39 @@ AERIE_INLINE int32_t largest_bits(const float* x) {
   return result;
 }
 
-// Write 32 codes; return their scale.
-inline float quantise_group(const float* x, int8_t* codes) {
+// Write the bytes of 32 codes; return their scale.
+inline float quantise_group(const float* x, int8_t* high, int8_t* low) {
   const int32_t bits = largest_bits(x);
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
   if (bits >= 0x7f800000 || largest < 1e-30f) {
-    std::memset(codes, 0, kInputGroup);
+    std::memset(high, 0, kInputGroup);
+    std::memset(low, 0, kInputGroup);
     return bits >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
   }
-  const F16 inverse = broadcast(127.0f / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  const F16 inverse = broadcast(kMaxCode / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23
   for (int k = 0; k < kInputGroup; k += 16) {
     const F16 rounded = load(x + k) * inverse + magic;  // its low bits are the rounded integer
     AERIE_EACH_PART {
-      typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-      const Bytes bytes = __builtin_convertvector((IVec)rounded.part[i] - 0x4b400000, Bytes);
-      std::memcpy(codes + k + i * kLanes, &bytes, sizeof bytes);
+      const IVec code = (IVec)rounded.part[i] - 0x4b400000, upper = (code + 128) >> 8;
+      const Bytes highs = __builtin_convertvector(upper, Bytes);
+      const Bytes lows = __builtin_convertvector(code - (upper << 8), Bytes);
+      std::memcpy(high + k + i * kLanes, &highs, sizeof highs);
+      std::memcpy(low + k + i * kLanes, &lows, sizeof lows);
     }
   }
-  return largest / 127.0f;
+  return largest / kMaxCode;
 }
 
 template <int Group>
 void quantise_row(const float* x, int64_t row, const GroupInputs& to) {
-  int8_t* codes = to.codes + row * to.K;
+  int8_t *high = to.high + row * to.K, *low = to.low + row * to.K;
   for (int64_t k = 0; k < to.K; k += kInputGroup) {
-    const float scale = quantise_group(x + k, codes + k);
+    const float scale = quantise_group(x + k, high + k, low + k);
     for (int64_t first = k; first < k + kInputGroup; first += Group) {
       int32_t sum = 0;
-      for (int i = 0; i < Group; ++i) sum += codes[first + i];
+      for (int64_t i = first; i < first + Group; ++i) sum += 256 * high[i] + low[i];
       const int64_t at = row * to.groups + first / Group;
       to.scales[at] = scale, to.sums[at] = sum, to.scaled_sums[at] = scale * float(sum);
     }

@@ -11,34 +11,58 @@
 
 namespace aerie {
 
-constexpr int kMaxGroupRows = kLanes == 16 ? 6 : kLanes == 8 ? 4 : 2;
+constexpr int kMaxGroupRows = kLanes == 16 ? 4 : 2;
 
 constexpr int group_panels_at_once(int rows) {
-  if (kLanes == 16) return rows <= 2 ? 4 : 2;
+  if (kLanes == 16) return rows == 1 ? 4 : 2;
   return rows == 1 ? 2 : 1;
+}
+
+// The dot products of the upper and lower bytes of sixteen-bit inputs.
+template <int Bits>
+struct WideDot {
+  Dot<Bits> high, low;
+
+  AERIE_INLINE void start(int32_t first) { high.start(0), low.start(first); }
+  AERIE_INLINE void add(I16 codes, int32_t high_quad, int32_t low_quad) {
+    high.add(codes, high_quad);
+    low.add(codes, low_quad);
+  }
+  AERIE_INLINE I16 total() const {
+    I16 sum = low.total();
+    const I16 upper = high.total();
+    AERIE_EACH_PART sum.part[i] += upper.part[i] << 8;
+    return sum;
+  }
+};
+
+AERIE_INLINE int32_t load_quad(const int8_t* from) {
+  int32_t quad;
+  std::memcpy(&quad, from, sizeof quad);
+  return quad;
 }
 
 template <class Kind, int Rows, int Panels>
 struct GroupBlock {
-  Dot<Kind::kBits> dots[Rows][Panels];
+  WideDot<Kind::kBits> dots[Rows][Panels];
   F16 sums[Rows][Panels];
 
-  AERIE_INLINE void add_quad(const I16 (&codes)[Panels], const int8_t* inputs, int64_t K) {
-    AERIE_UNROLL for (int r = 0; r < Rows; ++r) {
-      int32_t quad;
-      std::memcpy(&quad, inputs + r * K, sizeof quad);
-      AERIE_UNROLL for (int p = 0; p < Panels; ++p) dots[r][p].add(codes[p], quad);
+  // Multiply a quad of each panel by the inputs from `at` (of row 0) on.
+  AERIE_INLINE void add_quad(const I16 (&codes)[Panels], const GroupInputs& x, int64_t at) {
+    AERIE_UNROLL for (int r = 0; r < Rows; ++r, at += x.K) {
+      const int32_t high = load_quad(x.high + at), low = load_quad(x.low + at);
+      AERIE_UNROLL for (int p = 0; p < Panels; ++p) dots[r][p].add(codes[p], high, low);
     }
   }
 
-  AERIE_INLINE void add_line(const uint8_t* line, int64_t size, const int8_t* inputs, int64_t K) {
+  AERIE_INLINE void add_line(const uint8_t* line, int64_t size, const GroupInputs& x, int64_t at) {
     I16 lines[Panels], codes[Panels];
     AERIE_UNROLL for (int p = 0; p < Panels; ++p) lines[p] = load_line(line + p * size);
-    if constexpr (Kind::kBits == 8) return add_quad(lines, inputs, K);
+    if constexpr (Kind::kBits == 8) return add_quad(lines, x, at);
     AERIE_UNROLL for (int p = 0; p < Panels; ++p) codes[p] = lower_codes(lines[p]);
-    add_quad(codes, inputs, K);
+    add_quad(codes, x, at);
     AERIE_UNROLL for (int p = 0; p < Panels; ++p) codes[p] = upper_codes(lines[p]);
-    add_quad(codes, inputs + Kind::kLines * 4, K);
+    add_quad(codes, x, at + Kind::kLines * 4);
   }
 
   // Scale the dot products of group `at` (of row 0) and add them up.
@@ -67,9 +91,9 @@ struct GroupBlock {
       const int32_t first = -Kind::kZero * x.sums[at + r * x.groups];
       AERIE_UNROLL for (int p = 0; p < Panels; ++p) dots[r][p].start(first);
     }
-    const int8_t* inputs = x.codes + row * x.K + g * Kind::kGroup;
+    const int64_t first = row * x.K + g * Kind::kGroup;
     AERIE_UNROLL for (int j = 0; j < Kind::kLines; ++j)
-      add_line(group + j * kLine, size, inputs + 4 * j, x.K);
+      add_line(group + j * kLine, size, x, first + 4 * j);
     scale(group, size, x, at);
   }
 };

@@ -8,7 +8,7 @@
 namespace aerie {
 namespace {
 
-enum Scratch { kCodes = 2, kScaleBuffer, kSums, kScaledSums };
+enum Scratch { kHigh = 2, kLow, kScaleBuffer, kSums, kScaledSums };
 
 // A grouped weight before packing, row by row.
 template <class Scale>
@@ -47,7 +47,8 @@ void pack_groups(Pool& pool, const GroupSource<typename Kind::ScaleType>& source
 template <class Kind>
 GroupInputs quantise_inputs(Pool& pool, const float* x, int64_t M, int64_t K) {
   const int64_t groups = K / Kind::kGroup;
-  const GroupInputs inputs{pool.scratch<int8_t>(kCodes, M * K),
+  const GroupInputs inputs{pool.scratch<int8_t>(kHigh, M * K),
+                           pool.scratch<int8_t>(kLow, M * K),
                            pool.scratch<float>(kScaleBuffer, M * groups),
                            pool.scratch<int32_t>(kSums, M * groups),
                            pool.scratch<float>(kScaledSums, M * groups),
