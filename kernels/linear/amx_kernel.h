@@ -30,7 +30,6 @@ inline bool amx_permitted() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-constexpr int kTileRows = 16;
 constexpr int kRowBlock = 2 * kTileRows;
 
 // Inputs as bfloat16 in the order in which tiles are loaded: tiles of 32 inputs for every 16 rows,

@@ -57,13 +57,9 @@ class NativeLayer:
     """One layer's weights, ready to be called (implements `LayerCall`)."""
 
     def __init__(
-        self,
-        library: NativeLibrary,
-        weights: LayerWeights,
-        dtype: torch.dtype,
-        products: dict[str, str],
+        self, library: NativeLibrary, weights: LayerWeights, dtype: torch.dtype, products: str
     ) -> None:
-        """`products`: how the names of the functions of linear layers and attention end."""
+        """`products` ends the names of the functions of linear layers and attention."""
         suffix = SUFFIXES[dtype]
         self._library, self._weights = library, weights  # keep what the structure points to
         self._dtype = dtype
@@ -73,9 +69,9 @@ class NativeLayer:
         }
         self._linears = linears  # keeps the parts that follow a weight
         self._layer = _Layer(
-            linear=library.address(f"aerie_linear_{products['linear']}"),
+            linear=library.address(f"aerie_linear_{products}"),
             rope_kv_write=library.address(f"aerie_rope_kv_write_{suffix}"),
-            attention=library.address(f"aerie_attention_{products['attention']}"),
+            attention=library.address(f"aerie_attention_{products}"),
             input_norm=pointer(weights.input_norm),
             post_norm=weights.post_norm.data_ptr(),
             **linears,

@@ -31,6 +31,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_rope_kv_write_f32": (P, I, I, I, I, P, P, P, P, P, P),
     "aerie_attention_bf16": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_attention_bf16_amx": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
+    "aerie_attention_bf16_dots": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_attention_f32": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_kv_move": (P, I, I, P, P, I),
     "aerie_silu_and_mul": (P, I, I, P),

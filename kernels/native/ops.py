@@ -23,28 +23,21 @@ class NativeOps:
     def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype) -> None:
         suffix = SUFFIXES[storage_dtype]
         instructions = library.instructions if storage_dtype is torch.bfloat16 else None
-        amx = "amx" if instructions == "amx" else None
+        products = suffix + ENDINGS[instructions]
         self.library = library  # keeps the thread pool alive
         # With special instructions, these operations round their inputs to bfloat16.
-        self.backends = {
-            "linear": Backend("native", instructions),
-            "attention": Backend("native", amx),
-        }
-        self._products = {
-            "linear": suffix + ENDINGS[instructions],
-            "attention": suffix + ENDINGS[amx],
-        }
+        self.backends = dict.fromkeys(("linear", "attention"), Backend("native", instructions))
         self._pool = library.pool
-        self._dtype, self._suffix = storage_dtype, suffix
+        self._dtype, self._suffix, self._products = storage_dtype, suffix, products
         self._pack = library.call(f"aerie_pack_{suffix}")
-        self._linear = library.call(f"aerie_linear_{self._products['linear']}")
+        self._linear = library.call(f"aerie_linear_{products}")
         self._embedding = library.call(f"aerie_embedding_{suffix}")
         self._pack_groups = library.call("aerie_pack_groups")
         self._linear_groups = library.call("aerie_linear_groups")
         self._embedding_groups = library.call("aerie_embedding_groups")
         self._rms_norm = library.call("aerie_rms_norm")
         self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
-        self._attention = library.call(f"aerie_attention_{self._products['attention']}")
+        self._attention = library.call(f"aerie_attention_{products}")
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
