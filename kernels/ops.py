@@ -96,7 +96,7 @@ class Backend:
     """The implementation of an operation."""
 
     name: str  # "reference" | "native" | "triton" | "cublas"
-    # Why the slower reference is used, or a special instruction set ("amx")
+    # Why the slower reference is used, or special instructions ("amx")
     reason: str | None = None
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@
 #include "../native/pool.h"
 #include "../native/vector.h"
 #include "amx_kernel.h"
+#include "dot_kernel.h"
 #include "problem.h"
 
 namespace aerie {
@@ -140,11 +141,18 @@ void attend_span(const Problem<C>& p, const Tile& tile, int64_t begin, int64_t e
                  Workspace& work, Partial* partials) {
   const Columns columns = columns_of(p, tile, begin, end);
   find_slots(p, tile, columns, work.slots);
+  if constexpr (std::is_same_v<C, uint16_t>) {
+    [[maybe_unused]] const Products products =
+        p.D % kTileK == 0 ? p.products : Products::kFloats;
 #if AERIE_HAS_AMX
-  if constexpr (std::is_same_v<C, uint16_t>)
-    if (p.on_tiles && p.D % kTileK == 0)
-      return attend_span_amx(p, tile, columns, work, partials);
+    if (products == Products::kTiles)
+      return attend_span_rounded<TileProducts>(p, tile, columns, work, partials);
 #endif
+#if AERIE_HAS_DOTS
+    if (products == Products::kDots)
+      return attend_span_rounded<DotProducts>(p, tile, columns, work, partials);
+#endif
+  }
   const int64_t rows = tile.num_queries * p.group();
   score_span(p, tile, columns, work);
   weigh_span(p, tile, columns, work, partials);
@@ -260,7 +268,7 @@ void attention(Pool& pool, const Problem<C>& p) {
 extern "C" {
 
 // Shapes as in Problem; ancestors as in AttentionMeta.
-#define AERIE_ATTENTION(NAME, CACHE, ON_TILES)                                                   \
+#define AERIE_ATTENTION(NAME, CACHE, PRODUCTS)                                                   \
   void NAME(aerie::Pool* pool, const float* queries, const CACHE* keys, const CACHE* values,     \
             const int32_t* cu_q, const int32_t* prefix_lens, const int32_t* first_keys,          \
             int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,             \
@@ -268,13 +276,16 @@ extern "C" {
             int64_t D, float scale, float* out) {                                                \
     aerie::attention<CACHE>(*pool, {queries, keys, values, cu_q, prefix_lens, first_keys,        \
                                     block_tables, ancestors, num_rows, max_blocks, block_size,   \
-                                    num_heads, num_kv_heads, D, scale, out, ON_TILES});          \
+                                    num_heads, num_kv_heads, D, scale, out, PRODUCTS});          \
   }
 
-AERIE_ATTENTION(aerie_attention_f32, float, false)
-AERIE_ATTENTION(aerie_attention_bf16, uint16_t, false)
+AERIE_ATTENTION(aerie_attention_f32, float, aerie::Products::kFloats)
+AERIE_ATTENTION(aerie_attention_bf16, uint16_t, aerie::Products::kFloats)
 #if AERIE_HAS_AMX
-AERIE_ATTENTION(aerie_attention_bf16_amx, uint16_t, true)
+AERIE_ATTENTION(aerie_attention_bf16_amx, uint16_t, aerie::Products::kTiles)
+#endif
+#if AERIE_HAS_DOTS
+AERIE_ATTENTION(aerie_attention_bf16_dots, uint16_t, aerie::Products::kDots)
 #endif
 
 }  // extern "C"

@@ -24,6 +24,9 @@ constexpr int64_t kMaxColumns = kSpan + kMaxEntries;
 constexpr int64_t kMaxHeadDim = 256;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
+// How numbers are multiplied: widened to float32, on AMX tiles, or by bfloat16 dot products.
+enum class Products { kFloats, kTiles, kDots };
+
 template <class C>
 struct Problem {
   const float* queries;          // [T, Hq, D]
@@ -37,7 +40,7 @@ struct Problem {
   int64_t num_rows, max_blocks, block_size, num_heads, num_kv_heads, D;
   float scale;
   float* out;                    // [T, Hq, D]
-  bool on_tiles;                 // use AMX
+  Products products;
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t queries_per_tile() const { return std::max<int64_t>(1, kMaxQueryRows / group()); }

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "../native/vector.h"
-#include "panels.h"
+#include "rounded_inputs.h"
 #include "vector_kernel.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
@@ -30,7 +30,6 @@ inline bool amx_permitted() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-constexpr int kTileRows = 16;
 constexpr int kRowBlock = 2 * kTileRows;
 
 // Inputs as bfloat16 in the order in which tiles are loaded: tiles of 32 inputs for every 16 rows,
@@ -48,27 +47,6 @@ struct TiledInputs {
     return tiles + (row / kTileRows * chunks + chunk) * kTile;
   }
 };
-
-AERIE_INLINE void store_rounded(uint16_t* to, const float* from) {
-#if defined(__AVX512BF16__)
-  const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
-  std::memcpy(to, &rounded, sizeof rounded);
-#else
-  store_halves(to, to_bfloat16(load(from)));
-#endif
-}
-
-inline void round_row(const float* x, int64_t K, int64_t row, const TiledInputs& to) {
-  uint16_t* first = to.tile(row, 0) + row % kTileRows * kTileK;
-  int64_t k = 0;
-  for (; k + 16 <= K; k += 16)
-    store_rounded(first + k / kTileK * TiledInputs::kTile + k % kTileK, x + k);
-  for (; k < to.chunks * kTileK; k += 16) {
-    float last[16] = {};
-    if (k < K) std::memcpy(last, x + k, (K - k) * sizeof(float));
-    store_rounded(first + k / kTileK * TiledInputs::kTile + k % kTileK, last);
-  }
-}
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -5,6 +5,7 @@
 #include "../native/pool.h"
 #include "../native/vector.h"
 #include "amx_kernel.h"
+#include "dot_kernel.h"
 #include "panels.h"
 #include "vector_kernel.h"
 
@@ -64,11 +65,30 @@ void multiply_amx(Pool& pool, const LinearShape& shape, const float* x, const ui
   pool.run((shape.M + kTileRows - 1) / kTileRows, [&](int64_t task) {
     const int64_t first = task * kTileRows, last = first + kTileRows;
     for (int64_t row = first; row < (last < shape.M ? last : shape.M); ++row)
-      round_row(x + row * shape.K, shape.K, row, inputs);
+      round_row(x + row * shape.K, shape.K, inputs.tile(row, 0) + row % kTileRows * kTileK,
+                TiledInputs::kTile);
   });
   for_groups(pool, num_row_groups(shape.M), shape.N, [&](int64_t group, int64_t first, int64_t last) {
     multiply_group(shape, inputs, group, weight, bias, out, first, last);
   });
+}
+#endif
+
+#if AERIE_HAS_DOTS
+void multiply_dots(Pool& pool, const LinearShape& shape, const float* x, const uint16_t* weight,
+                   const float* bias, float* out) {
+  const int64_t chunks = round_up(shape.K, kTileK) / kTileK;
+  const BlockedInputs inputs{pool.scratch<uint16_t>(kTiled, shape.M * chunks * kTileK), chunks};
+  pool.run(num_row_blocks(shape.M), [&](int64_t b) {
+    const int64_t first = first_row(b, shape.M), last = first_row(b + 1, shape.M);
+    for (int64_t row = first; row < last; ++row)
+      round_row(x + row * shape.K, shape.K, inputs.block(first) + (row - first) * kTileK,
+                (last - first) * kTileK);
+  });
+  for_groups(pool, num_dot_groups(shape.M), shape.N,
+             [&](int64_t group, int64_t first, int64_t last) {
+               multiply_dot_group(shape, inputs, group, weight, bias, out, first, last);
+             });
 }
 #endif
 
@@ -98,6 +118,9 @@ int aerie_amx_available() {
   return 0;
 #endif
 }
+
+// Whether bfloat16 weights can be multiplied by bfloat16 dot products.
+int aerie_dots_available() { return AERIE_HAS_DOTS; }
 
 int64_t aerie_packed_elements_bf16(int64_t N, int64_t K) {
   return aerie::num_panels(N) * aerie::panel_size(static_cast<uint16_t*>(nullptr), K);
@@ -129,6 +152,13 @@ void aerie_linear_f32(Pool* pool, const float* x, int64_t M, int64_t K, const fl
 void aerie_linear_bf16_amx(Pool* pool, const float* x, int64_t M, int64_t K,
                            const uint16_t* weight, int64_t N, const float* bias, float* out) {
   aerie::multiply_amx(*pool, LinearShape{M, K, N}, x, weight, bias, out);
+}
+#endif
+
+#if AERIE_HAS_DOTS
+void aerie_linear_bf16_dots(Pool* pool, const float* x, int64_t M, int64_t K,
+                            const uint16_t* weight, int64_t N, const float* bias, float* out) {
+  aerie::multiply_dots(*pool, LinearShape{M, K, N}, x, weight, bias, out);
 }
 #endif
 

@@ -12,7 +12,8 @@
 namespace aerie {
 
 constexpr int kPanel = 16;    // columns
-constexpr int kTileK = 32;    // inputs per AMX tile
+constexpr int kTileK = 32;    // inputs per tile
+constexpr int kTileRows = 16;
 
 AERIE_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 

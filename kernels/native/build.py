@@ -71,6 +71,11 @@ X86_VARIANTS = (  # the best first
         ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
         AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
     ),
+    Variant(
+        "avx512bf16",
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+        AVX512 | {"avx512_vnni", "avx512_bf16"},
+    ),
     Variant("avx512vnni", ("-march=x86-64-v4", "-mavx512vnni"), AVX512 | {"avx512_vnni"}),
     Variant("avx512", ("-march=x86-64-v4",), AVX512),
     Variant("avxvnni", ("-march=x86-64-v3", "-mavxvnni"), AVX2 | {"avx_vnni"}),

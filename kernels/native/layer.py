@@ -14,6 +14,8 @@ from kernels.ops import AttentionMeta, LayerWeights, LinearWeight
 P, I, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # noqa: E741
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+# Of functions that multiply bfloat16 numbers by special instructions
+ENDINGS = {None: "", "amx": "_amx", "avx512_bf16": "_dots"}
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads per KV head
 
@@ -55,9 +57,9 @@ class NativeLayer:
     """One layer's weights, ready to be called (implements `PackedLayer`)."""
 
     def __init__(
-        self, library: NativeLibrary, weights: LayerWeights, dtype: torch.dtype, tiles: str
+        self, library: NativeLibrary, weights: LayerWeights, dtype: torch.dtype, products: str
     ) -> None:
-        """`tiles` ends the names of functions that run on AMX tiles."""
+        """`products` ends the names of the functions of linear layers and attention."""
         suffix = SUFFIXES[dtype]
         self._library, self._weights = library, weights  # keep what the structure points to
         self._dtype = dtype
@@ -67,9 +69,9 @@ class NativeLayer:
         }
         self._linears = linears  # keeps the parts that follow a weight
         self._layer = _Layer(
-            linear=library.address(f"aerie_linear_{suffix}{tiles}"),
+            linear=library.address(f"aerie_linear_{products}"),
             rope_kv_write=library.address(f"aerie_rope_kv_write_{suffix}"),
-            attention=library.address(f"aerie_attention_{suffix}{tiles}"),
+            attention=library.address(f"aerie_attention_{products}"),
             input_norm=pointer(weights.input_norm),
             post_norm=weights.post_norm.data_ptr(),
             **linears,

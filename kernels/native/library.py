@@ -19,6 +19,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_linear_bf16": (P, I, I, P, I, P, P),
     "aerie_linear_f32": (P, I, I, P, I, P, P),
     "aerie_linear_bf16_amx": (P, I, I, P, I, P, P),
+    "aerie_linear_bf16_dots": (P, I, I, P, I, P, P),
     "aerie_embedding_bf16": (P, I, P, I, P),
     "aerie_embedding_f32": (P, I, P, I, P),
     "aerie_pack_groups": (I, I, I, P, P, P, I, I, P),
@@ -30,6 +31,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_rope_kv_write_f32": (P, I, I, I, I, P, P, P, P, P, P),
     "aerie_attention_bf16": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_attention_bf16_amx": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
+    "aerie_attention_bf16_dots": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_attention_f32": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_kv_move": (P, I, I, P, P, I),
     "aerie_silu_and_mul": (P, I, I, P),
@@ -50,12 +52,18 @@ class NativeLibrary:
         self._destroy = self._library.aerie_pool_destroy
         self._destroy.argtypes, self._destroy.restype = (P,), None
         self.pool = create(num_threads)
-        self.has_amx = bool(self._library.aerie_amx_available())
+        self.instructions = self._bfloat16_instructions()
 
     def __del__(self) -> None:
         pool, self.pool = getattr(self, "pool", None), None
         if pool is not None:
             self._destroy(pool)
+
+    def _bfloat16_instructions(self) -> str | None:
+        """The instructions that multiply bfloat16 numbers; None if they are widened to float32."""
+        if self._library.aerie_amx_available():
+            return "amx"
+        return "avx512_bf16" if self._library.aerie_dots_available() else None
 
     def call(self, name: str) -> Any:
         function = getattr(self._library, name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear.grouped import GroupedWeight
-from kernels.native.layer import SUFFIXES, NativeLayer, check_heads
+from kernels.native.layer import ENDINGS, SUFFIXES, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
 from kernels.ops import AttentionMeta, Backend, LayerWeights, LinearWeight, PackedLayer
 from kernels.sampling.pipeline_reference import DrawSettings
@@ -23,23 +23,22 @@ class NativeOps:
 
     def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype) -> None:
         suffix = SUFFIXES[storage_dtype]
-        amx = storage_dtype is torch.bfloat16 and library.has_amx
-        tiles = "_amx" if amx else ""
+        instructions = library.instructions if storage_dtype is torch.bfloat16 else None
+        products = suffix + ENDINGS[instructions]
         self.library = library  # keeps the thread pool alive
-        # These operations run on AMX tiles, with inputs rounded to bfloat16.
-        backend = Backend("native", "amx" if amx else None)
-        self.backends = dict.fromkeys(("linear", "attention"), backend)
+        # With special instructions, these operations round their inputs to bfloat16.
+        self.backends = dict.fromkeys(("linear", "attention"), Backend("native", instructions))
         self._pool = library.pool
-        self._dtype, self._suffix, self._tiles = storage_dtype, suffix, tiles
+        self._dtype, self._suffix, self._products = storage_dtype, suffix, products
         self._pack = library.call(f"aerie_pack_{suffix}")
-        self._linear = library.call(f"aerie_linear_{suffix}{tiles}")
+        self._linear = library.call(f"aerie_linear_{products}")
         self._embedding = library.call(f"aerie_embedding_{suffix}")
         self._pack_groups = library.call("aerie_pack_groups")
         self._linear_groups = library.call("aerie_linear_groups")
         self._embedding_groups = library.call("aerie_embedding_groups")
         self._rms_norm = library.call("aerie_rms_norm")
         self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
-        self._attention = library.call(f"aerie_attention_{suffix}{tiles}")
+        self._attention = library.call(f"aerie_attention_{products}")
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
@@ -137,7 +136,7 @@ class NativeOps:
         return out
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        return NativeLayer(self.library, weights, self._dtype, self._tiles)
+        return NativeLayer(self.library, weights, self._dtype, self._products)
 
     @staticmethod
     def decoder_layer(layer: PackedLayer, *inputs: Any) -> Tensor:

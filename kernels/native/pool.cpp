@@ -23,6 +23,19 @@ void pause() {
 #endif
 }
 
+// Whether done() became true within kSpin.
+template <class Done>
+bool spin_until(const Done& done) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int k = 0; k < 16; ++k) {
+      if (done()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  return false;
+}
+
 }  // namespace
 
 Pool::Pool(int num_threads) {
@@ -46,10 +59,7 @@ void Pool::share(int64_t num_tasks, Call call, const void* body) {
   epoch_.notify_all();
   claim_tasks();
   gate_.fetch_add(kClosed, std::memory_order_acq_rel);
-  for (int spins = 0; gate_.load(std::memory_order_acquire) != kClosed; ++spins) {
-    pause();
-    if (spins > 4096) std::this_thread::yield();  // a worker lost its core in the middle of a task
-  }
+  await_workers();
 }
 
 void Pool::claim_tasks() {
@@ -66,20 +76,20 @@ void Pool::work() {
     seen = await_epoch(seen);
     if (stopping_.load()) return;
     if (gate_.fetch_add(1, std::memory_order_acq_rel) >= 0) claim_tasks();
-    gate_.fetch_sub(1, std::memory_order_acq_rel);
+    if (gate_.fetch_sub(1, std::memory_order_acq_rel) - 1 == kClosed) gate_.notify_one();
   }
 }
 
+// A worker may lose its core in the middle of a task, for milliseconds: leave this one to others.
+void Pool::await_workers() {
+  if (spin_until([this] { return gate_.load(std::memory_order_acquire) == kClosed; })) return;
+  for (int open; (open = gate_.load(std::memory_order_acquire)) != kClosed;)
+    gate_.wait(open, std::memory_order_acquire);
+}
+
 uint32_t Pool::await_epoch(uint32_t seen) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
-  do {
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t now = epoch_.load(std::memory_order_acquire);
-      if (now != seen) return now;
-      pause();
-    }
-  } while (std::chrono::steady_clock::now() < deadline);
-  epoch_.wait(seen, std::memory_order_acquire);
+  if (!spin_until([&] { return epoch_.load(std::memory_order_acquire) != seen; }))
+    epoch_.wait(seen, std::memory_order_acquire);
   return epoch_.load(std::memory_order_acquire);
 }
 

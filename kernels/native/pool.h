@@ -47,6 +47,7 @@ class Pool {
   void work();
   void claim_tasks();
   uint32_t await_epoch(uint32_t seen);
+  void await_workers();
 
   // The gate counts the workers inside the current job; it is far below zero between jobs. A worker
   // that comes late finds it closed and never touches the job.

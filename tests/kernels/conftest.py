@@ -23,7 +23,7 @@ from kernels.registry import native_ops
 VARIANTS = [
     pytest.param(variant, marks=pytest.mark.extended, id=variant.name)
     for variant in variants()
-    if variant.name in ("avx2", "sse2")
+    if variant.name in ("avx512", "avx2", "sse2")
 ]
 
 
