@@ -116,8 +116,8 @@ def _openvino(setting: Setting) -> list[str]:
 
 def _vllm(setting: Setting) -> list[str]:
     return [
-        *("-m", "vllm.entrypoints.cli.main", "serve"),
-        str(converted_folder(setting.gguf, setting.scratch)),
+        *("-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(converted_folder(setting.gguf, setting.scratch))),
         *("--host", "127.0.0.1", "--port", str(setting.port)),
         *("--dtype", "bfloat16", "--max-model-len", str(CONTEXT)),
         *("--max-num-seqs", str(max(setting.streams, 8))),
