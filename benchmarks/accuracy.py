@@ -89,8 +89,8 @@ def main(
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(markdown(content), encoding="utf-8")
-    print(markdown(content))
+    output.with_suffix(".md").write_text(markdown("accuracy", content), encoding="utf-8")
+    print(markdown("accuracy", content))
     print(f"wrote {output}")
 
 

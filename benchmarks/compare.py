@@ -277,7 +277,7 @@ def write(output: Path, content: Mapping[str, object]) -> None:
     """The JSON, and beside it the table and the picture."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = markdown(content)
+    table = markdown("compare", content)
     output.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
     print(f"wrote {output}, and beside it the table; {plot_compare(content, output)}")

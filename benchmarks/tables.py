@@ -1,8 +1,8 @@
 """Tables of results in Markdown, and their places in documents.
 
-`python -m benchmarks.tables` writes into README.md and docs/ the table of each file of results that
-a document names between `<!-- table PATH -->` and `<!-- end -->`; with `--check`, it only says
-which tables are out of date.
+`python -m benchmarks.tables` writes into README.md and docs/ the tables of the files of results
+that a document names between `<!-- table KIND PATH... -->` and `<!-- end -->`; with `--check`, it
+only says which tables are out of date. KIND is a benchmark, or a table of `aerie eval-draft`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACE = re.compile(r"(<!-- table (?P<path>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(
+    r"(?P<begin><!-- table (?P<kind>\w+) (?P<paths>[^>\n]+) -->\n).*?(?P<end><!-- end -->)",
+    re.DOTALL,
+)
+TREES = {"chain": "chain", "tree": "tree", "dynamic": "dynamic tree"}
 Content = Mapping[str, Any]
+Render = Callable[..., Iterable[str]]  # of one or several files
 
 
 def main(
@@ -47,8 +52,9 @@ def renew(document: Path, root: Path, *, write: bool) -> bool:
     text = document.read_text(encoding="utf-8")
 
     def table(place: re.Match[str]) -> str:
-        results = json.loads((root / place["path"]).read_text(encoding="utf-8"))
-        return f"{place[1]}{markdown(results)}{place[3]}"
+        paths = [root / path for path in place["paths"].split()]
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return f"{place['begin']}{markdown(place['kind'], *contents)}{place['end']}"
 
     fresh = PLACE.sub(table, text)
     if write and fresh != text:
@@ -56,17 +62,19 @@ def renew(document: Path, root: Path, *, write: bool) -> bool:
     return fresh != text
 
 
-def markdown(content: Content) -> str:
-    """What a document shows of one file of results. ValueError for an unknown benchmark."""
-    known: dict[str, Callable[[Content], Iterable[str]]] = {
+def markdown(kind: str, *contents: Content) -> str:
+    """What a document shows of files of results. ValueError for an unknown kind."""
+    known: dict[str, Render] = {
         "compare": _compare,
         "accuracy": _accuracy,
         "serving": _serving,
+        "latency": _latency,
+        "acceptance": _acceptance,
+        "speed": _speed,
     }
-    name = content.get("benchmark")
-    if name not in known:
-        raise ValueError(f"benchmark {name!r} has no table; {', '.join(known)} have")
-    return "\n".join(known[name](content)) + "\n"
+    if kind not in known:
+        raise ValueError(f"there is no table of kind {kind!r}; there are {', '.join(known)}")
+    return "\n".join(known[kind](*contents)) + "\n"
 
 
 def _compare(content: Content) -> Iterable[str]:
@@ -172,6 +180,77 @@ def _serving_cells(row: Content) -> list[str]:
     shown = ["" if time is None else f"{time:.0f}" for time in times]
     rates = [f"{row['rate']:.2f}", f"{row['goodput']:.2f}", f"{row['good']:.0%}"]
     return [*rates, *shown, f"{row['tokens_per_second']:.0f}"]
+
+
+def _latency(content: Content) -> Iterable[str]:
+    head = ("batch", "server", "TTFT", "TTIT p50", "TTIT p99", "tokens/s", "x transformers")
+    rows = sorted(content["rows"], key=lambda row: row["batch"])
+    yield from _table(head, [_latency_cells(row) for row in rows], left=(1,))
+
+
+def _latency_cells(row: Content) -> list[str]:
+    middle = {name: spread["median"] for name, spread in row["metrics"].items()}
+    times = (f"{middle['ttft']:.0f}", f"{middle['ttit_p50']:.1f}", f"{middle['ttit_p99']:.0f}")
+    ratio = "" if row["step_ratio"] is None else f"{row['step_ratio']['median']:.2f}"
+    return [str(row["batch"]), row["target"], *times, f"{middle['tokens_per_second']:.0f}", ratio]
+
+
+def _acceptance(*contents: Content) -> Iterable[str]:
+    """Trees that all files measured; of each file, greedy without and with lookup, then sampled."""
+    head, cells = ["tree"], {}
+    wanted = ((0.0, False), (0.0, True), (1.0, False))
+    columns = [(_measured(content), *which) for content in contents for which in wanted]
+    for content in contents:
+        name = content["prompts"].removesuffix(".jsonl")
+        head += [f"{name}, T 0", "with lookup", "T 1"]
+    for tree in dict.fromkeys(m["tree"] for m in contents[0]["measurements"]):
+        if all((tree, heat, lookup) in at for at, heat, lookup in columns):
+            found = [at[tree, heat, lookup] for at, heat, lookup in columns]
+            cells[tree] = ["" if _is_plain(m) else f"{m['acceptance_length']:.2f}" for m in found]
+    rows = [[_tree(tree), *row] for tree, row in cells.items()]
+    yield from _table(head, rows, left=(0,))
+
+
+def _speed(content: Content) -> Iterable[str]:
+    """Tokens per second of each way to draft."""
+    heats = sorted({m["temperature"] for m in content["measurements"]})
+    names = {
+        (m["tree"], m["lookup"]): "plain decoding" if _is_plain(m) else _way(m)
+        for m in content["measurements"]
+    }
+    at = _measured(content)
+    rows = [[name] for name in names.values()]
+    for row, (tree, lookup) in zip(rows, names, strict=True):
+        for found in (at[tree, heat, lookup] for heat in heats):
+            row += [f"{found['tokens_per_second']:.0f}", f"{found['speedup']:.2f}"]
+    head = [part for heat in heats for part in (f"tokens/s at T {heat:g}", "against plain")]
+    yield from _table(["drafts", *head], rows, left=(0,))
+
+
+def _measured(content: Content) -> dict[tuple[str, float, bool], Any]:
+    return {(m["tree"], m["temperature"], m["lookup"]): m for m in content["measurements"]}
+
+
+def _is_plain(measured: Content) -> bool:
+    return measured["tree"] == "root" and not measured["lookup"]
+
+
+def _way(measured: Content) -> str:
+    if measured["tree"] == "root":
+        return "lookup, no head"
+    head = f"head, {_tree(measured['tree'])}"
+    return f"{head}{', and lookup' if measured['lookup'] else ''}"
+
+
+def _tree(name: str) -> str:
+    """A name of configs/tree in words."""
+    if name == "root":
+        return "no head"
+    return re.sub(
+        r"(chain|tree|dynamic)(\d+)",
+        lambda found: f"{TREES[found[1]]} of {found[2]}{' nodes' if found[1] == 'tree' else ''}",
+        name,
+    )
 
 
 def _machine(content: Content) -> str:

@@ -56,6 +56,7 @@ class Engine:
         """A queue of lists of new tokens, and of None after the last one."""
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = max_tokens, ignore_eos, False
+        config.apply_chat_template = False  # prompts of the completions API are complete
         tokens: Any = queue.Queue()
         with self._work:
             number = next(self._ids)

@@ -65,7 +65,7 @@ def test_the_written_results_make_a_table(results: Results) -> None:
     assert content["rows"][0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     (pair,) = content["agreement"]
     assert (pair["num_prompts"], pair["median"], pair["equal"]) == (4, len("one t"), 0)
-    table = markdown(content)
+    table = markdown("compare", content)
     assert "| 2 | peer | " in table
     assert "- broken failed in round 1: broken ended with 1" in table
 

@@ -41,7 +41,7 @@ def test_the_tables_of_the_documents_are_up_to_date() -> None:
 def test_a_table_is_written_between_its_comments(tmp_path: Path) -> None:
     (tmp_path / "found.json").write_text(json.dumps(SERVING))
     document = tmp_path / "README.md"
-    document.write_text("before\n<!-- table found.json -->\nold\n<!-- end -->\nafter\n")
+    document.write_text("before\n<!-- table serving found.json -->\nold\n<!-- end -->\nafter\n")
     assert renew(document, tmp_path, write=True)
     lines = document.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
@@ -50,6 +50,6 @@ def test_a_table_is_written_between_its_comments(tmp_path: Path) -> None:
     assert not renew(document, tmp_path, write=True)
 
 
-def test_results_without_a_table_are_an_error() -> None:
-    with pytest.raises(ValueError, match="benchmark 'other' has no table; compare, "):
-        markdown({"benchmark": "other"})
+def test_an_unknown_kind_of_table_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="no table of kind 'other'; there are compare, "):
+        markdown("other", {})
