@@ -1,5 +1,6 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
-# make install | test | test-extended | test-parallel | test-triton | lint | bench | gpu-check | clean
+# make install | test | test-extended | test-parallel | test-triton | lint | gpu-check | clean
+# make bench | compare | tables (docs/benchmarks.md)
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
 # environment that has it: make install TORCH= VENV=path/to/that/venv
@@ -17,7 +18,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test test-extended test-parallel test-triton lint bench gpu-check clean
+.PHONY: install serve test test-extended test-parallel test-triton lint bench compare tables gpu-check clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -43,7 +44,17 @@ lint: $(VENV)/.lint-tools
 	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/.installed
+	$(PIP) httpx
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
+
+# Aerie beside other servers, those that are installed: BENCH_ARGS="--peers xllamacpp --rounds 5"
+compare: $(VENV)/.installed
+	$(PIP) httpx
+	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
+
+# The tables in README.md and docs/, from benchmarks/results.
+tables: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.tables
 
 # Needs a CUDA device; without one it prints so and succeeds.
 gpu-check: $(VENV)/.test-tools

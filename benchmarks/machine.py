@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,13 @@ def facts() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {"aerie": version(), **{name: _version(name) for name in PACKAGES}},
     }
+
+
+def load() -> tuple[float, float, float]:
+    """The average number of processes that ran or waited for a processor in the last 1, 5 and 15
+    minutes: says whether the machine had other work."""
+    one, five, fifteen = os.getloadavg()
+    return round(one, 1), round(five, 1), round(fifteen, 1)
 
 
 def device_name() -> str:

@@ -58,6 +58,13 @@ class FrozenTarget:
         parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
         return [TargetFeatures(taps[part], hidden[part], best[part]) for part in parts]
 
+    @torch.no_grad()
+    def logits(self, text: Sequence[int]) -> Tensor:
+        """[S, V], the logits after each token of one text of S tokens."""
+        lengths = [len(text)]
+        ctx = ForwardContext(self._ops, self._pages(lengths), TPGroup())
+        return self._model.logits(self._model.forward(self._batch([text], lengths), ctx), ctx)
+
     def _best(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """[T] int32, the likeliest next token. The logits of all T never exist at once."""
         found = [

@@ -1,0 +1,183 @@
+"""What the forms of weights cost in accuracy: `python -m benchmarks.accuracy`.
+
+The perplexity of a fixed text, and the divergence of each next token's distribution from that of
+float32 weights and cache, for each value of `model.weights`. Where llama-cpp-python is installed
+among the peers of `benchmarks.compare`, also llama.cpp's perplexity with the same file and tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.peers.known import HERE
+from benchmarks.tables import markdown
+from configs.host import host_config
+from configs.resolve import HostConfig
+from drafter.train.target import FrozenTarget
+from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
+from engine.models.llama import LlamaLoader
+from engine.models.place import Place
+from kernels.registry import build_ops
+from server.assembly.drafting import torch_dtype
+from server.assembly.rank import weight_form
+from server.text.chat_codec import load_codec
+
+TEXT = Path(__file__).parent / "data" / "alice.txt"
+WINDOW = 512  # tokens
+LLAMA_CPP = "llama-cpp-python"
+REFERENCE = ("model.weights=plain", "model.dtype=float32")
+FORMS = ("stored", "plain", "q8", "q4")
+Windows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One form of weights. The divergence is None for llama.cpp, whose logits stay with it."""
+
+    name: str
+    perplexity: float
+    kl: float | None  # nats per token, from the reference to this form
+    same_best: float | None  # share of the scored tokens
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)
+    ] = None,
+    model: Annotated[str, typer.Option(help="As model.source.")] = BUNDLED_ALIAS,
+    text: Annotated[Path, typer.Option(help="UTF-8.")] = TEXT,
+    window: Annotated[int, typer.Option(min=2)] = WINDOW,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Default: all of the text.")] = (
+        None
+    ),
+    peers_dir: Annotated[Path, typer.Option(help="As in `benchmarks.compare`.")] = Path(
+        "build/peers"
+    ),
+    output: Annotated[Path, typer.Option(help="JSON; the table is written beside it.")] = Path(
+        "benchmarks/out/accuracy.json"
+    ),
+) -> None:
+    """Measure perplexity and divergence of model.weights = stored, plain, q8 and q4."""
+    given = [f"model.source={model}", *(overrides or ())]
+    config = host_config(None, given)
+    ids = load_codec(config).tokenizer.encode(text.read_text(encoding="utf-8"), False)
+    windows = cut(ids, window)[:max_windows]
+    notes: list[str] = []
+    rows = compare_forms(given, windows, notes)
+    rows += llama_cpp(config, windows, peers_dir, notes)
+    content = {
+        "benchmark": "accuracy",
+        **machine.facts(),
+        "model": model,
+        "text": text.name,
+        "window": window,
+        "num_scored": len(windows) * (window - window // 2),
+        "rows": [asdict(row) for row in rows],
+        "notes": notes,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(markdown("accuracy", content), encoding="utf-8")
+    print(markdown("accuracy", content))
+    print(f"wrote {output}")
+
+
+def cut(ids: Sequence[int], window: int) -> list[list[int]]:
+    """Whole windows, one after the other. ValueError if the text is shorter than one."""
+    if len(ids) < window:
+        raise ValueError(f"the text has {len(ids)} tokens; it needs at least {window}")
+    starts = range(0, len(ids) - window + 1, window)
+    return [list(ids[start : start + window]) for start in starts]
+
+
+def compare_forms(given: Sequence[str], windows: Windows, notes: list[str]) -> list[Row]:
+    """The reference, then each form that this machine's kernels can compute."""
+    reference = load(host_config(None, [*given, *REFERENCE]), len(windows[0]))
+    targets = {"float32": reference}
+    for form in FORMS:
+        try:
+            config = host_config(None, [*given, f"model.weights={form}"])
+            targets[form] = load(config, len(windows[0]))
+        except ValueError as error:
+            notes.append(str(error))
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in targets}
+    for number, ids in enumerate(windows):
+        print(f"window {number + 1} of {len(windows)}", flush=True)
+        truth = scores(reference, ids)
+        for name, target in targets.items():
+            own = truth if target is reference else scores(target, ids)
+            sums[name] += measures(own, truth, ids)
+    scored = len(windows) * (len(windows[0]) - len(windows[0]) // 2)
+    return [_row(name, (total / scored).tolist()) for name, total in sums.items()]
+
+
+def _row(name: str, means: Sequence[float]) -> Row:
+    loss, kl, same = means
+    return Row(name, math.exp(loss), kl, same)
+
+
+def load(config: HostConfig, length: int) -> FrozenTarget:
+    """The model that `config` names, for texts of up to `length` tokens, with the kernels that
+    serve it. ValueError if they cannot compute with these weights."""
+    checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
+    dtype, device = torch_dtype(config.model.dtype), torch.device("cpu")
+    ops = build_ops(config.kernels.backend, device, dtype, config.kernels.threads, config.files.dir)
+    form = weight_form(config.model.weights, "model.weights", ops)
+    place = Place(ops, dtype, device, weights=form)
+    model = LlamaLoader(checkpoint.arch, checkpoint.stored, place, length).load()
+    return FrozenTarget(model, ops, (), dtype)
+
+
+def scores(target: FrozenTarget, ids: Sequence[int]) -> Tensor:
+    """[S / 2, V] float32: log-probabilities of each token of the second half of `ids`."""
+    first = len(ids) // 2
+    return target.logits(ids)[first - 1 : len(ids) - 1].float().log_softmax(dim=-1)
+
+
+def measures(own: Tensor, truth: Tensor, ids: Sequence[int]) -> Tensor:
+    """[3] float64, sums over the scored tokens: negative log-likelihood, divergence from `truth`,
+    and how often the likeliest token is the same."""
+    scored = torch.tensor(ids[len(ids) // 2 :])
+    loss = -own.gather(1, scored[:, None]).double().sum()
+    kl = (truth.exp() * (truth - own)).double().sum()
+    same = (own.argmax(dim=1) == truth.argmax(dim=1)).double().sum()
+    return torch.stack((loss, kl, same))
+
+
+def llama_cpp(config: HostConfig, windows: Windows, folder: Path, notes: list[str]) -> list[Row]:
+    """llama.cpp's row; none, with a note, where it is not installed, fails or reads no such
+    file."""
+    python = folder / LLAMA_CPP / "bin" / "python"
+    files = resolve_source(config.model.source, config.model.revision)
+    if not python.is_file() or files.kind != "gguf":
+        notes.append(
+            f"without llama.cpp: no {python}"
+            if files.kind == "gguf"
+            else "without llama.cpp: the model is no .gguf file"
+        )
+        return []
+    script = str(HERE / "llama_cpp_perplexity.py")
+    command = [str(python), script, str(files.path), str(config.kernels.threads)]
+    done = subprocess.run(
+        command, input=json.dumps(windows), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        notes.append(f"llama.cpp failed: {done.stderr[-500:]}")
+        return []
+    return [Row("llama.cpp", math.exp(float(done.stdout)), None, None)]
+
+
+if __name__ == "__main__":
+    typer.run(main)

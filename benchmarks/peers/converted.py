@@ -1,0 +1,53 @@
+"""A .gguf file as a Hugging Face directory, for servers that read no .gguf."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.source import resolve_source
+from server.text.gguf_tokenizer import build_tokenizer, special_tokens
+
+
+def converted_folder(gguf: Path, scratch: Path) -> Path:
+    """The directory with the weights of `gguf` in bfloat16 and its tokenizer; written once below
+    `scratch`. ValueError if its tokenizer is not byte-level."""
+    folder = scratch / f"{gguf.stem}-bfloat16"
+    if folder.is_dir():
+        return folder
+    fresh = folder.with_name(folder.name + ".part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    checkpoint = open_checkpoint(resolve_source(str(gguf)))
+    _write_config(checkpoint, fresh)
+    _write_tokenizer(gguf, fresh)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in checkpoint.tensors()}
+    save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+    fresh.rename(folder)
+    return folder
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
+    from benchmarks.peers.transformers_generate import hf_config  # seconds to import
+
+    config = hf_config(checkpoint.arch)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.bos_token_id = checkpoint.bos_token_id
+    config.eos_token_id = sorted(checkpoint.eos_token_ids)
+    config.save_pretrained(folder)
+
+
+def _write_tokenizer(gguf: Path, folder: Path) -> None:
+    metadata = read_gguf(gguf).metadata
+    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    described = special_tokens(metadata) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if template := metadata.get("tokenizer.chat_template"):
+        described["chat_template"] = template
+    text = json.dumps(described, indent=1) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,282 @@
+"""Tables of results in Markdown, and their places in documents.
+
+`python -m benchmarks.tables` writes into README.md and docs/ the tables of the files of results
+that a document names between `<!-- table KIND PATH... -->` and `<!-- end -->`; with `--check`, it
+only says which tables are out of date. KIND is a benchmark, or a table of `aerie eval-draft`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = re.compile(
+    r"(?P<begin><!-- table (?P<kind>\w+) (?P<paths>[^>\n]+) -->\n).*?(?P<end><!-- end -->)",
+    re.DOTALL,
+)
+TREES = {"chain": "chain", "tree": "tree", "dynamic": "dynamic tree"}
+Content = Mapping[str, Any]
+Render = Callable[..., Iterable[str]]  # of one or several files
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if out of date.")] = (
+        False
+    ),
+) -> None:
+    """Write the tables of README.md and docs/ from the files of results."""
+    stale = [path for path in documents(ROOT) if renew(path, ROOT, write=not check)]
+    for path in stale:
+        print(f"{'out of date' if check else 'wrote'}: {path.relative_to(ROOT)}")
+    if check and stale:
+        raise typer.Exit(1)
+
+
+def documents(root: Path) -> list[Path]:
+    """All that may hold tables."""
+    return [root / "README.md", *sorted(root.glob("docs/*.md"))]
+
+
+def renew(document: Path, root: Path, *, write: bool) -> bool:
+    """Whether a table of `document` differs from its results; paths are below `root`.
+
+    Raises:
+        OSError, ValueError: a named file of results is missing or has no table.
+    """
+    text = document.read_text(encoding="utf-8")
+
+    def table(place: re.Match[str]) -> str:
+        paths = [root / path for path in place["paths"].split()]
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return f"{place['begin']}{markdown(place['kind'], *contents)}{place['end']}"
+
+    fresh = PLACE.sub(table, text)
+    if write and fresh != text:
+        document.write_text(fresh, encoding="utf-8")
+    return fresh != text
+
+
+def markdown(kind: str, *contents: Content) -> str:
+    """What a document shows of files of results. ValueError for an unknown kind."""
+    known: dict[str, Render] = {
+        "compare": _compare,
+        "accuracy": _accuracy,
+        "serving": _serving,
+        "latency": _latency,
+        "acceptance": _acceptance,
+        "speed": _speed,
+    }
+    if kind not in known:
+        raise ValueError(f"there is no table of kind {kind!r}; there are {', '.join(known)}")
+    return "\n".join(known[kind](*contents)) + "\n"
+
+
+def _compare(content: Content) -> Iterable[str]:
+    plan, base = content["plan"], content["base"]
+    yield from (_machine(content), "")
+    yield (
+        f"Answers of {plan['num_tokens']} tokens, median (lowest to highest) of {plan['rounds']} "
+        f"rounds. TTFT: median time to the first token, ms. TTIT: median over requests of the mean "
+        f"time per token after it, ms. The last column compares tokens/s with {base} in the same "
+        "round."
+    )
+    yield ""
+    head = ("streams", "server", "tokens/s", "TTFT", "TTIT", f"x {base}")
+    yield from _table(head, [_compare_cells(row) for row in content["rows"]], left=(1,))
+    yield from ("", _versions(content["servers"]))
+    if content["agreement"]:
+        yield from ("", *_agreement(content["agreement"]))
+    if notes := [note.partition("\n")[0] for note in content["notes"]] + _short(content["rows"]):
+        yield from ("", *(f"- {note}" for note in notes))
+
+
+def _compare_cells(row: Content) -> list[str]:
+    figures = [_spread(row["tokens_per_second"]), _spread(row["ttft"], 0), _spread(row["ttit"])]
+    return [str(row["streams"]), row["server"], *figures, _spread(row["ratio"], 2)]
+
+
+def _short(rows: Iterable[Content]) -> list[str]:
+    counted = [(row["server"], row["streams"], row["short"]) for row in rows if row["short"]]
+    return [
+        f"{server}, {streams} streams: {count} answers had fewer tokens than asked for"
+        for server, streams, count in counted
+    ]
+
+
+def _versions(servers: Mapping[str, Mapping[str, str]]) -> str:
+    named = [
+        f"{server} ({', '.join(f'{package} {version}' for package, version in versions.items())})"
+        for server, versions in servers.items()
+        if versions
+    ]
+    return f"Versions: {', '.join(named)}." if named else "No other server was installed."
+
+
+def _agreement(found: Iterable[Content]) -> Iterable[str]:
+    yield "Greedy texts on the same file: tokens until the first difference."
+    yield ""
+    cells = [
+        [
+            f"{pair['first']}, {pair['second']}",
+            str(pair["num_prompts"]),
+            f"{pair['median']:g}",
+            str(pair["shortest"]),
+            str(pair["equal"]),
+        ]
+        for pair in found
+    ]
+    yield from _table(("servers", "prompts", "median", "shortest", "equal"), cells, left=(0,))
+
+
+def _accuracy(content: Content) -> Iterable[str]:
+    yield (
+        f"{content['model']} on {content['num_scored']} tokens of {content['text']}, in windows of "
+        f"{content['window']} tokens of which the second half is scored. KL: mean divergence of "
+        "the next token from that of float32 weights and cache, in nats; the last column says how "
+        "often the likeliest token is the same."
+    )
+    yield ""
+    cells = [
+        [
+            row["name"],
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity'] / content['rows'][0]['perplexity'] - 1:+.2%}",
+            "" if row["kl"] is None else f"{row['kl']:.5f}",
+            "" if row["same_best"] is None else f"{row['same_best']:.1%}",
+        ]
+        for row in content["rows"]
+    ]
+    head = ("weights", "perplexity", "against float32", "KL", "same best")
+    yield from _table(head, cells, left=(0,))
+    if content["notes"]:
+        yield from ("", *(f"- {note.partition(chr(10))[0]}" for note in content["notes"]))
+
+
+def _serving(content: Content) -> Iterable[str]:
+    goal, plan = content["goal"], content["plan"]
+    yield from (_machine(content), "")
+    yield (
+        f"Requests arrive at random (Poisson) for {plan['seconds']:g} s at each rate, with prompts "
+        f"of {plan['prompt_words'][0]} to {plan['prompt_words'][1]} words and answers of "
+        f"{plan['output_tokens'][0]} to {plan['output_tokens'][1]} tokens. Good are those with a "
+        f"first token within {goal['ttft']:g} ms and {goal['ttit']:g} ms per token after it."
+    )
+    yield ""
+    head = ("requests/s", "good/s", "good", "TTFT p50", "p99", "TTIT p50", "p99", "tokens/s")
+    yield from _table(head, [_serving_cells(row) for row in content["rows"]])
+    found = content["saturation"]
+    end = f"{found:.2f} requests/s" if found is not None else "not reached with these rates"
+    yield from ("", f"Saturation (fewer than {goal['share']:.0%} are good): {end}.")
+
+
+def _serving_cells(row: Content) -> list[str]:
+    times = [row[name] for name in ("ttft_p50", "ttft_p99", "ttit_p50", "ttit_p99")]
+    shown = ["" if time is None else f"{time:.0f}" for time in times]
+    rates = [f"{row['rate']:.2f}", f"{row['goodput']:.2f}", f"{row['good']:.0%}"]
+    return [*rates, *shown, f"{row['tokens_per_second']:.0f}"]
+
+
+def _latency(content: Content) -> Iterable[str]:
+    head = ("batch", "server", "TTFT", "TTIT p50", "TTIT p99", "tokens/s", "x transformers")
+    rows = sorted(content["rows"], key=lambda row: row["batch"])
+    yield from _table(head, [_latency_cells(row) for row in rows], left=(1,))
+
+
+def _latency_cells(row: Content) -> list[str]:
+    middle = {name: spread["median"] for name, spread in row["metrics"].items()}
+    times = (f"{middle['ttft']:.0f}", f"{middle['ttit_p50']:.1f}", f"{middle['ttit_p99']:.0f}")
+    ratio = "" if row["step_ratio"] is None else f"{row['step_ratio']['median']:.2f}"
+    return [str(row["batch"]), row["target"], *times, f"{middle['tokens_per_second']:.0f}", ratio]
+
+
+def _acceptance(*contents: Content) -> Iterable[str]:
+    """Trees that all files measured; of each file, greedy without and with lookup, then sampled."""
+    head, cells = ["tree"], {}
+    wanted = ((0.0, False), (0.0, True), (1.0, False))
+    columns = [(_measured(content), *which) for content in contents for which in wanted]
+    for content in contents:
+        name = content["prompts"].removesuffix(".jsonl")
+        head += [f"{name}, T 0", "with lookup", "T 1"]
+    for tree in dict.fromkeys(m["tree"] for m in contents[0]["measurements"]):
+        if all((tree, heat, lookup) in at for at, heat, lookup in columns):
+            found = [at[tree, heat, lookup] for at, heat, lookup in columns]
+            cells[tree] = ["" if _is_plain(m) else f"{m['acceptance_length']:.2f}" for m in found]
+    rows = [[_tree(tree), *row] for tree, row in cells.items()]
+    yield from _table(head, rows, left=(0,))
+
+
+def _speed(content: Content) -> Iterable[str]:
+    """Tokens per second of each way to draft."""
+    heats = sorted({m["temperature"] for m in content["measurements"]})
+    names = {
+        (m["tree"], m["lookup"]): "plain decoding" if _is_plain(m) else _way(m)
+        for m in content["measurements"]
+    }
+    at = _measured(content)
+    rows = [[name] for name in names.values()]
+    for row, (tree, lookup) in zip(rows, names, strict=True):
+        for found in (at[tree, heat, lookup] for heat in heats):
+            row += [f"{found['tokens_per_second']:.0f}", f"{found['speedup']:.2f}"]
+    head = [part for heat in heats for part in (f"tokens/s at T {heat:g}", "against plain")]
+    yield from _table(["drafts", *head], rows, left=(0,))
+
+
+def _measured(content: Content) -> dict[tuple[str, float, bool], Any]:
+    return {(m["tree"], m["temperature"], m["lookup"]): m for m in content["measurements"]}
+
+
+def _is_plain(measured: Content) -> bool:
+    return measured["tree"] == "root" and not measured["lookup"]
+
+
+def _way(measured: Content) -> str:
+    if measured["tree"] == "root":
+        return "lookup, no head"
+    head = f"head, {_tree(measured['tree'])}"
+    return f"{head}{', and lookup' if measured['lookup'] else ''}"
+
+
+def _tree(name: str) -> str:
+    """A name of configs/tree in words."""
+    if name == "root":
+        return "no head"
+    return re.sub(
+        r"(chain|tree|dynamic)(\d+)",
+        lambda found: f"{TREES[found[1]]} of {found[2]}{' nodes' if found[1] == 'tree' else ''}",
+        name,
+    )
+
+
+def _machine(content: Content) -> str:
+    load = " and ".join(f"{average[0]:g}" for average in content["load"])
+    return (
+        f"{content['date'][:10]}, {content['cores']} cores of {content['device']}; load average "
+        f"before and after: {load}."
+    )
+
+
+def _spread(spread: Mapping[str, float] | None, digits: int = 1) -> str:
+    if spread is None:
+        return ""
+    low, high = f"{spread['low']:.{digits}f}", f"{spread['high']:.{digits}f}"
+    return f"{spread['median']:.{digits}f} ({low} to {high})"
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = ()
+) -> Iterable[str]:
+    """Cells are aligned to the right, except in the columns `left`."""
+    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join('---' if i in left else '---:' for i in range(len(head)))} |"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+if __name__ == "__main__":
+    typer.run(main)
