@@ -136,7 +136,7 @@ def main(
         raise typer.BadParameter(f"{model!r} is not a .gguf file, which llama.cpp needs")
     codec = load_codec(config)
     questions = [
-        codec.template.render([{"role": "user", "content": question}], True)
+        codec.template.render([{"role": "user", "content": question}], True).text
         for question in json.loads(QUESTIONS.read_text(encoding="utf-8"))
     ]
     results = Results()
