@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ SOURCES = (
     "sampling/native_kernel.cpp",
     "layer/native_kernel.cpp",
 )
-FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
 NO_COMPILER = (
     f"no C++ compiler ({', '.join(COMPILERS)}) is installed, nor the ziglang wheel "
@@ -196,22 +197,31 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def _compile(compiler: Sequence[str], flags: Sequence[str], target: Path) -> None:
-    """Write to a temporary folder, then rename: readers see a whole library or none."""
+    """Write to a temporary folder, then rename: readers see a whole library or none. Sources are
+    compiled at the same time, on all cores."""
+    command = [*compiler, *FLAGS, *flags]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="compiling-") as scratch:
-            fresh = Path(scratch) / target.name
-            command = [*compiler, *FLAGS, *flags]
-            command += [*(str(PACKAGE / source) for source in SOURCES), "-o", str(fresh)]
             logger.info("compiling the native kernels; this is done once")
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT, check=False
-            )
-            if done.returncode != 0:
-                raise NativeUnavailableError(_failure(command, done.stderr))
+            objects = [Path(scratch) / f"{number}.o" for number in range(len(SOURCES))]
+            commands = [
+                [*command, "-c", str(PACKAGE / source), "-o", str(to)]
+                for source, to in zip(SOURCES, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_run, commands))
+            fresh = Path(scratch) / target.name
+            _run([*command, "-shared", *map(str, objects), "-o", str(fresh)])
             fresh.rename(target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailableError(f"compiling into {target.parent}: {error}") from error
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    if done.returncode != 0:
+        raise NativeUnavailableError(_failure(command, done.stderr))
 
 
 def _failure(command: Sequence[str], stderr: str) -> str:

@@ -23,8 +23,11 @@ from kernels.native.build import (
 )
 
 Command = tuple[str, ...]
-# A fast fake compiler: it writes its arguments into the library.
-WRITE = "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write(' '.join(sys.argv))"
+# A fast fake compiler: it writes its arguments into what it makes, and what it links after them.
+WRITE = (
+    "parts = [open(name).read() for name in sys.argv[1:-1] if name.endswith('.o')]\n"
+    "open(sys.argv[-1], 'w').write(' '.join([*sys.argv, *parts]))"
+)
 # A compiler that fails and leaves half a library.
 FAIL = (
     "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('half')\n"
@@ -243,7 +246,7 @@ def test_with_a_compiler_libraries_compiled_ahead_are_not_used(
     assert build_library(ahead, ahead).parent == ahead / "kernels"
 
 
-COUNT = f"open('{{count}}', 'a').write('x'); {WRITE}"
+COUNT = f"'-c' in sys.argv[1:] or open('{{count}}', 'a').write('x')\n{WRITE}"
 
 
 @pytest.fixture
