@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.peers.known import HERE
-from benchmarks.tables import markdown
+from benchmarks.tables import write_results
 from configs.host import host_config
 from configs.resolve import HostConfig
 from drafter.train.target import FrozenTarget
@@ -87,10 +87,7 @@ def main(
         "rows": [asdict(row) for row in rows],
         "notes": notes,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(markdown("accuracy", content), encoding="utf-8")
-    print(markdown("accuracy", content))
+    write_results("accuracy", output, content)
     print(f"wrote {output}")
 
 

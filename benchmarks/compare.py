@@ -27,7 +27,7 @@ from benchmarks.answers import Answer, Endpoint, ask_all
 from benchmarks.peers.known import PEERS, Peer, Server, Setting, aerie
 from benchmarks.plots import plot_compare
 from benchmarks.running import free_port, started
-from benchmarks.tables import markdown
+from benchmarks.tables import write_results
 from benchmarks.timing import Spread
 from configs.host import host_config
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
@@ -276,11 +276,7 @@ def summary(found: Mapping[int, Figures], base: Mapping[int, Figures]) -> dict[s
 
 def write(output: Path, content: Mapping[str, object]) -> None:
     """The JSON, and beside it the table and the picture."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = markdown("compare", content)
-    output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    write_results("compare", output, content)
     print(f"wrote {output}, and beside it the table; {plot_compare(content, output)}")
 
 

@@ -8,7 +8,6 @@ good requests per second. Saturation is the rate at which the share of good ones
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import statistics
 import time
@@ -24,7 +23,7 @@ import typer
 from benchmarks import machine
 from benchmarks.answers import Answer, Endpoint, ask_all
 from benchmarks.plots import plot_serving
-from benchmarks.tables import markdown
+from benchmarks.tables import write_results
 from benchmarks.timing import percentile
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
@@ -235,11 +234,7 @@ def saturation(rows: Sequence[Row], share: float) -> float | None:
 
 def write(output: Path, content: Mapping[str, object]) -> None:
     """The JSON, and beside it the table and the picture."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = markdown("serving", content)
-    output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    write_results("serving", output, content)
     print(f"wrote {output}, and beside it the table; {plot_serving(content, output)}")
 
 

@@ -77,6 +77,15 @@ def markdown(kind: str, *contents: Content) -> str:
     return "\n".join(known[kind](*contents)) + "\n"
 
 
+def write_results(kind: str, output: Path, content: Content) -> None:
+    """Write the results of a run as JSON, and beside it as a table, which is printed, too."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    table = markdown(kind, content)
+    output.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+
+
 def _compare(content: Content) -> Iterable[str]:
     plan, base = content["plan"], content["base"]
     yield from (_machine(content), "")
@@ -92,8 +101,16 @@ def _compare(content: Content) -> Iterable[str]:
     yield from ("", _versions(content["servers"]))
     if content["agreement"]:
         yield from ("", *_agreement(content["agreement"]))
-    if notes := [note.partition("\n")[0] for note in content["notes"]] + _short(content["rows"]):
-        yield from ("", *(f"- {note}" for note in notes))
+    yield from _listed([*_first_lines(content["notes"]), *_short(content["rows"])])
+
+
+def _first_lines(notes: Iterable[str]) -> list[str]:
+    return [note.partition("\n")[0] for note in notes]
+
+
+def _listed(notes: Sequence[str]) -> Iterable[str]:
+    """A list after a blank line, nothing without notes."""
+    return ("", *(f"- {note}" for note in notes)) if notes else ()
 
 
 def _compare_cells(row: Content) -> list[str]:
@@ -154,8 +171,7 @@ def _accuracy(content: Content) -> Iterable[str]:
     ]
     head = ("weights", "perplexity", "against float32", "KL", "same best")
     yield from _table(head, cells, left=(0,))
-    if content["notes"]:
-        yield from ("", *(f"- {note.partition(chr(10))[0]}" for note in content["notes"]))
+    yield from _listed(_first_lines(content["notes"]))
 
 
 def _serving(content: Content) -> Iterable[str]:

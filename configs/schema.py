@@ -39,6 +39,9 @@ def _refuse_redacted(keys: tuple[str, ...]) -> tuple[str, ...]:
 Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
+WeightForm = Literal["stored", "plain", "q8", "q4"]  # how weights are kept
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -57,7 +60,7 @@ class ModelConfig(Section):
         description="type of the KV cache and of weights that are not quantised; on a CPU "
         "activations are float32",
     )
-    weights: Literal["stored", "plain", "q8", "q4"] = Field(
+    weights: WeightForm = Field(
         "stored",
         description="stored: weights that a .gguf file holds quantised stay so, which is fastest; "
         "plain: all become numbers of `dtype`; q8, q4: all are rounded to 8 or 4 bits in groups of "

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI behind the OpenAI completions API, of which it has no server on PyPI.
+"""Serves OpenVINO GenAI over the OpenAI completions API: its package on PyPI has no server.
 
 Runs as a script in OpenVINO's own virtual environment, so it imports nothing of this project:
 `python openvino_server.py MODEL.gguf PORT CACHE`. One thread steps the pipeline with continuous

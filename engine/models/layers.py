@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.step.batch import ForwardContext
-from kernels.ops import AttentionMeta, LinearWeight, PackedLayer
+from kernels.ops import AttentionMeta, LayerWeights, LinearWeight, PackedLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,21 @@ class DecoderLayer:
     post_attention_norm: RMSNorm
     mlp: GatedMLP
     whole: PackedLayer | None = None  # all of it as one call, if this rank needs no other
+
+    @property
+    def weights(self) -> LayerWeights:
+        """What `ops.pack_layer` takes."""
+        return LayerWeights(
+            input_norm=None if self.input_norm is None else self.input_norm.weight,
+            post_norm=self.post_attention_norm.weight,
+            eps=self.post_attention_norm.eps,
+            qkv=self.attention.qkv.weight,
+            output=self.attention.output.weight,
+            gate_up=self.mlp.gate_up.weight,
+            down=self.mlp.down.weight,
+            cos_sin=self.attention.cos_sin,
+            scale=self.attention.scale,
+        )
 
     def __call__(
         self, x: Tensor, residual: Tensor, batch: AttentionInputs, ctx: ForwardContext

@@ -23,7 +23,7 @@ from engine.models.place import Place
 from engine.models.rope import cos_sin_table
 from engine.models.weights import Part, with_zero_rows
 from kernels.linear.grouped import dense
-from kernels.ops import LayerWeights, LinearWeight, PackedLayer
+from kernels.ops import LinearWeight, PackedLayer
 
 ReadTensor = Callable[[str], Tensor]
 ALL = slice(None)
@@ -65,19 +65,7 @@ class LayerLoader:
         pack_layer = self.place.ops.pack_layer
         if pack_layer is None or self.place.shard.size > 1:
             return None
-        post = parts.post_attention_norm
-        weights = LayerWeights(
-            input_norm=None if parts.input_norm is None else parts.input_norm.weight,
-            post_norm=post.weight,
-            eps=post.eps,
-            qkv=parts.attention.qkv.weight,
-            output=parts.attention.output.weight,
-            gate_up=parts.mlp.gate_up.weight,
-            down=parts.mlp.down.weight,
-            cos_sin=self.cos_sin,
-            scale=parts.attention.scale,
-        )
-        return pack_layer(weights)
+        return pack_layer(parts.weights)
 
     def attention(self, layer: int, prefix: str) -> Attention:
         """`layer` is its index in the KV cache; `prefix` ends in `self_attn`."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.models.weights import WeightForm, WeightPacker
+from configs.schema import WeightForm
+from engine.models.weights import WeightPacker
 from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
 from kernels.ops import Ops

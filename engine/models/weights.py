@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from configs.schema import WeightForm
 from kernels.linear.grouped import GROUP, GroupedWeight, GroupLayout, dense, quantise, stacked
 from kernels.ops import LinearWeight, Ops
 
-WeightForm = Literal["stored", "plain", "q8", "q4"]
 BITS = {"q8": 8, "q4": 4}
 Part = GroupedWeight | Tensor
 

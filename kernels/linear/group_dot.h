@@ -49,30 +49,25 @@ AERIE_INLINE I16 upper_codes(I16 line) {
   return line;
 }
 
-// How one part of the lanes is multiplied: `Sums` is what is summed up over a group. `Bits` bounds
+// How one part of the lanes is multiplied: `sums` is what is summed up over a group. `Bits` bounds
 // the codes: below 16, or below 256.
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-
-template <int Bits>
-struct PartDot {
+struct IntSums {
   IVec sums;
   AERIE_INLINE void start(int32_t first) { sums = IVec{} + first; }
-  AERIE_INLINE void add(IVec codes, int32_t quad) {
-    sums = (IVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(quad));
-  }
   AERIE_INLINE IVec total() const { return sums; }
 };
 
-#elif defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 template <int Bits>
-struct PartDot {
-  IVec sums;
-  AERIE_INLINE void start(int32_t first) { sums = IVec{} + first; }
+struct PartDot : IntSums {
   AERIE_INLINE void add(IVec codes, int32_t quad) {
+#if defined(__AVX512VNNI__)
+    sums = (IVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(quad));
+#else
     sums = (IVec)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, _mm256_set1_epi32(quad));
+#endif
   }
-  AERIE_INLINE IVec total() const { return sums; }
 };
 
 #elif defined(__AVX2__)
@@ -105,9 +100,7 @@ struct PartDot<4> {
 
 // The halves of each code are multiplied apart, as products of whole codes overflow sixteen bits.
 template <>
-struct PartDot<8> {
-  IVec sums;
-  AERIE_INLINE void start(int32_t first) { sums = IVec{} + first; }
+struct PartDot<8> : IntSums {
   AERIE_INLINE void add(IVec codes, int32_t quad) {
     const ByteVec inputs = AERIE_BYTES(set1_epi32)(quad);
     const ByteVec lower = (ByteVec)(codes & 0x0f0f0f0f), upper = (ByteVec)((codes >> 4) & 0x0f0f0f0f);
@@ -116,7 +109,6 @@ struct PartDot<8> {
     sums += (IVec)AERIE_BYTES(madd_epi16)(AERIE_BYTES(maddubs_epi16)(upper, inputs),
                                           AERIE_BYTES(set1_epi16)(16));
   }
-  AERIE_INLINE IVec total() const { return sums; }
 };
 
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -143,14 +135,11 @@ struct PartDot {
 #else
 
 template <int Bits>
-struct PartDot {
-  IVec sums;
-  AERIE_INLINE void start(int32_t first) { sums = IVec{} + first; }
+struct PartDot : IntSums {
   AERIE_INLINE void add(IVec codes, int32_t quad) {
     AERIE_UNROLL for (int b = 0; b < 4; ++b)
       sums += ((codes >> (8 * b)) & 0xff) * int32_t(int8_t(quad >> (8 * b)));
   }
-  AERIE_INLINE IVec total() const { return sums; }
 };
 
 #endif

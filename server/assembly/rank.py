@@ -15,7 +15,7 @@ from configs.resolve import (
     context_length,
     resolve_model,
 )
-from configs.schema import Config, SpeculationConfig
+from configs.schema import Config, SpeculationConfig, WeightForm
 from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
@@ -24,7 +24,6 @@ from engine.kv.sizing import check_reserve
 from engine.models.footprint import return_freed_memory, step_bytes
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
-from engine.models.weights import WeightForm
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
 
@@ -16,9 +17,15 @@ PAGE = Path(__file__).with_name("docs.html")
 @router.get("/docs", include_in_schema=False)
 async def docs() -> Response:
     """The documentation of the API."""
-    page = PAGE.read_text(encoding="utf-8")
-    headers = {"content-security-policy": policy(page), "x-content-type-options": "nosniff"}
+    page, headers = _page()
     return Response(page, media_type="text/html", headers=headers)
+
+
+@functools.cache
+def _page() -> tuple[str, dict[str, str]]:
+    """The page and its headers, read and hashed once."""
+    page = PAGE.read_text(encoding="utf-8")
+    return page, {"content-security-policy": policy(page), "x-content-type-options": "nosniff"}
 
 
 def policy(page: str) -> str:

@@ -42,7 +42,7 @@ class RootPath:
 
 class KnownHosts:
     """Middleware: 421 for another Host header than expected. A web page whose name was made to
-    point to this machine would else reach a server without keys (DNS rebinding)."""
+    point to this machine could otherwise reach a server without keys (DNS rebinding)."""
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
         self._app = app

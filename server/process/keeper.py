@@ -192,7 +192,7 @@ async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
 
 def _without_secrets(config: HostConfig) -> str:
     """What the engine is told: everything but the keys."""
-    no_keys = {"api_keys": (), "api_key_file": None, "admin_keys": (), "admin_key_file": None}
-    no_keys |= {"priority_keys": (), "tls_key": None}
-    server = config.server.model_copy(update=no_keys)
+    lists = dict.fromkeys(("api_keys", "admin_keys", "priority_keys"), ())
+    files = dict.fromkeys(("api_key_file", "admin_key_file", "tls_key"))
+    server = config.server.model_copy(update=lists | files)
     return config.model_copy(update={"server": server}).model_dump_json()

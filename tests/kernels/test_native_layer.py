@@ -21,7 +21,7 @@ from engine.models.weights import WeightPacker
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.group import TPGroup
 from kernels.linear.grouped import quantise
-from kernels.ops import AttentionMeta, LayerWeights, LinearWeight, Ops
+from kernels.ops import AttentionMeta, LinearWeight, Ops
 
 H, F, HEADS, KV_HEADS, D, BLOCK = 64, 96, 4, 2, 16, 16
 CPU = torch.device("cpu")
@@ -61,18 +61,7 @@ def a_layer(ops: Ops, dtype: torch.dtype, form: str, input_size: int | None) -> 
 
 def whole(layer: DecoderLayer, ops: Ops) -> DecoderLayer:
     assert ops.pack_layer is not None
-    weights = LayerWeights(
-        input_norm=None if layer.input_norm is None else layer.input_norm.weight,
-        post_norm=layer.post_attention_norm.weight,
-        eps=layer.post_attention_norm.eps,
-        qkv=layer.attention.qkv.weight,
-        output=layer.attention.output.weight,
-        gate_up=layer.mlp.gate_up.weight,
-        down=layer.mlp.down.weight,
-        cos_sin=layer.attention.cos_sin,
-        scale=layer.attention.scale,
-    )
-    return replace(layer, whole=ops.pack_layer(weights))
+    return replace(layer, whole=ops.pack_layer(layer.weights))
 
 
 def a_batch() -> ForwardBatch:

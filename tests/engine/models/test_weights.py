@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.models.weights import Part, WeightForm, WeightPacker, with_zero_rows
+from configs.schema import WeightForm
+from engine.models.weights import Part, WeightPacker, with_zero_rows
 from kernels.linear.grouped import GroupedWeight, dense, quantise
 from kernels.ops import LinearWeight, Ops
 

@@ -76,10 +76,10 @@ def test_a_socket_that_nobody_listens_on_is_replaced(tmp_path: Path) -> None:
     with open_unix_socket(path), pytest.raises(OSError, match=in_use):
         open_unix_socket(path)
     path.unlink()
-    path.write_text("a file of somebody")
+    path.write_text("somebody's file")
     with pytest.raises(OSError, match=r"\(server\.socket\)"):
         open_unix_socket(path)
-    assert path.read_text() == "a file of somebody"
+    assert path.read_text() == "somebody's file"
 
 
 def test_tls_is_served(make_server: MakeServer, tls: dict[str, Any]) -> None:
