@@ -112,6 +112,11 @@ inline void locate(const Problem<uint16_t>& p, const Tile& tile, const Columns& 
     const bool used =
         k < columns.count && (k >= columns.direct || entry < 0 || seen.contains(entry));
     const int64_t at = used ? value_offset(p, tile, work.slots[k]) : 0;
+    if (used)
+      for (int64_t d = 0; d < p.D; d += 32) {
+        __builtin_prefetch(p.keys + at + d);
+        __builtin_prefetch(p.values + at + d);
+      }
     tiles.key_at[k] = used ? p.keys + at : nullptr;
     if (k < kSpan) tiles.value_at[k] = used ? p.values + at : nullptr;
   }
