@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear.grouped import GroupedWeight
-from kernels.native.layer import ENDINGS, SUFFIXES, NativeLayer, check_heads
+from kernels.native.layer import ENDINGS, SUFFIXES, LatestBatch, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
 from kernels.native.memory import HugePages
 from kernels.ops import AttentionMeta, Backend, LayerWeights, LinearWeight, PackedLayer
@@ -30,7 +30,7 @@ class NativeOps:
         # With special instructions, these operations round their inputs to bfloat16.
         self.backends = dict.fromkeys(("linear", "attention"), Backend("native", instructions))
         self._pool = library.pool
-        self._memory = HugePages()
+        self._memory, self._batches = HugePages(), LatestBatch()
         self._dtype, self._suffix, self._products = storage_dtype, suffix, products
         self._pack = library.call(f"aerie_pack_{suffix}")
         self._linear = library.call(f"aerie_linear_{products}")
@@ -137,7 +137,7 @@ class NativeOps:
         return out
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        return NativeLayer(self.library, weights, self._dtype, self._products)
+        return NativeLayer(self.library, weights, self._dtype, self._products, self._batches)
 
     @staticmethod
     def decoder_layer(layer: PackedLayer, *inputs: Any) -> Tensor:
