@@ -43,51 +43,6 @@ AERIE_INLINE int32_t load_quad(const int8_t* from) {
   return quad;
 }
 
-template <class Kind, int Rows>
-struct GroupBlock {
-  WideDot<Kind::kBits> dots[Rows];
-  F16 sums[Rows];
-
-  // Multiply a quad of the panel by the inputs from `at` (of row 0) on.
-  AERIE_INLINE void add_quad(I16 codes, const GroupInputs& x, int64_t at) {
-    AERIE_UNROLL for (int r = 0; r < Rows; ++r, at += x.K)
-      dots[r].add(codes, load_quad(x.high + at), load_quad(x.low + at));
-  }
-
-  AERIE_INLINE void add_line(const uint8_t* from, const GroupInputs& x, int64_t at) {
-    if constexpr (Rows > kUnhurriedGroupRows) __builtin_prefetch(from + kReadAhead);
-    const I16 line = load_line(from);
-    if constexpr (Kind::kBits == 8) return add_quad(line, x, at);
-    add_quad(lower_codes(line), x, at);
-    add_quad(upper_codes(line), x, at + Kind::kLines * 4);
-  }
-
-  // Scale the dot products of group `at` (of row 0) and add them up.
-  AERIE_INLINE void scale(const uint8_t* group, const GroupInputs& x, int64_t at) {
-    using Scale = typename Kind::ScaleType;
-    const F16 scales = load_scales(reinterpret_cast<const Scale*>(group + Kind::kScales));
-    AERIE_UNROLL for (int r = 0; r < Rows; ++r) {
-      const F16 both = scales * broadcast(x.scales[at + r * x.groups]);
-      sums[r] = multiply_add(to_float(dots[r].total()), both, sums[r]);
-    }
-    if constexpr (Kind::kHasMinimum) {
-      const F16 minimums = load_scales(reinterpret_cast<const Scale*>(group + Kind::kMinimums));
-      AERIE_UNROLL for (int r = 0; r < Rows; ++r)
-        sums[r] = multiply_add(minimums, broadcast(x.scaled_sums[at + r * x.groups]), sums[r]);
-    }
-  }
-
-  AERIE_INLINE void add_group(const uint8_t* group, const GroupInputs& x, int64_t row, int64_t g) {
-    const int64_t at = row * x.groups + g;
-    AERIE_UNROLL for (int r = 0; r < Rows; ++r)
-      dots[r].start(-Kind::kZero * x.sums[at + r * x.groups]);
-    const int64_t first = row * x.K + g * Kind::kGroup;
-    AERIE_UNROLL for (int j = 0; j < Kind::kLines; ++j)
-      add_line(group + j * kLine, x, first + 4 * j);
-    scale(group, x, at);
-  }
-};
-
 // A whole product: where everything lies.
 struct GroupProduct {
   LinearShape shape;
@@ -98,18 +53,79 @@ struct GroupProduct {
   int64_t stride;
 };
 
+// The outputs of a panel: the scaled sums of all groups so far.
+template <class Kind, int Rows>
+struct ScaledSums {
+  F16 sums[Rows];
+
+  // Add a group; `total(r)` is the integer sum of row r, `at` the group's place among those of the
+  // inputs, of row 0.
+  template <class Total>
+  AERIE_INLINE void add(const uint8_t* group, const GroupInputs& x, int64_t at, const Total& total) {
+    using Scale = typename Kind::ScaleType;
+    const F16 scales = load_scales(reinterpret_cast<const Scale*>(group + Kind::kScales));
+    AERIE_UNROLL for (int r = 0; r < Rows; ++r) {
+      const F16 both = scales * broadcast(x.scales[at + r * x.groups]);
+      sums[r] = multiply_add(to_float(total(r)), both, sums[r]);
+    }
+    if constexpr (Kind::kHasMinimum) {
+      const F16 minimums = load_scales(reinterpret_cast<const Scale*>(group + Kind::kMinimums));
+      AERIE_UNROLL for (int r = 0; r < Rows; ++r)
+        sums[r] = multiply_add(minimums, broadcast(x.scaled_sums[at + r * x.groups]), sums[r]);
+    }
+  }
+
+  // Write the rows from `row` on.
+  AERIE_INLINE void write(const GroupProduct& p, int64_t row, int64_t panel) const {
+    const int64_t column = panel * kPanel, columns = p.shape.N - column;
+    const F16 offset = p.bias ? load_columns(p.bias + column, columns) : F16{};
+    AERIE_UNROLL for (int r = 0; r < Rows; ++r)
+      store_columns(p.out + (row + r) * p.stride + column, p.bias ? sums[r] + offset : sums[r],
+                    columns);
+  }
+};
+
+// The dot products of one group, with the same codes for all rows.
+template <class Kind, int Rows>
+struct GroupDots {
+  WideDot<Kind::kBits> dots[Rows];
+
+  // `at`: the group's first input of row 0.
+  AERIE_INLINE void multiply(const uint8_t* group, const GroupInputs& x, int64_t at) {
+    AERIE_UNROLL for (int j = 0; j < Kind::kLines; ++j)
+      add_line(group + j * kLine, x, at + 4 * j);
+  }
+
+ private:
+  AERIE_INLINE void add_line(const uint8_t* from, const GroupInputs& x, int64_t at) {
+    if constexpr (Rows > kUnhurriedGroupRows) __builtin_prefetch(from + kReadAhead);
+    const I16 line = load_line(from);
+    if constexpr (Kind::kBits == 8) return add_quad(line, x, at);
+    add_quad(lower_codes(line), x, at);
+    add_quad(upper_codes(line), x, at + Kind::kLines * 4);
+  }
+
+  AERIE_INLINE void add_quad(I16 codes, const GroupInputs& x, int64_t at) {
+    AERIE_UNROLL for (int r = 0; r < Rows; ++r, at += x.K)
+      dots[r].add(codes, load_quad(x.high + at), load_quad(x.low + at));
+  }
+};
+
 // Multiply the rows row .. row+Rows-1 by one panel.
 template <class Kind, int Rows>
 void multiply_panel(const GroupProduct& p, int64_t row, int64_t panel) {
+  const GroupInputs& x = p.x;
   const uint8_t* group = p.weight + panel * Kind::panel_bytes(p.shape.K);
-  GroupBlock<Kind, Rows> block{};
-  for (int64_t g = 0; g < p.x.groups; ++g, group += Kind::kBytes) block.add_group(group, p.x, row, g);
-  const int64_t column = panel * kPanel, columns = p.shape.N - column;
-  const F16 offset = p.bias ? load_columns(p.bias + column, columns) : F16{};
-  AERIE_UNROLL for (int r = 0; r < Rows; ++r) {
-    const F16 sum = block.sums[r];
-    store_columns(p.out + (row + r) * p.stride + column, p.bias ? sum + offset : sum, columns);
+  ScaledSums<Kind, Rows> sums{};
+  for (int64_t g = 0; g < x.groups; ++g, group += Kind::kBytes) {
+    const int64_t at = row * x.groups + g;
+    GroupDots<Kind, Rows> block;
+    AERIE_UNROLL for (int r = 0; r < Rows; ++r)
+      block.dots[r].start(-Kind::kZero * x.sums[at + r * x.groups]);
+    block.multiply(group, x, row * x.K + g * Kind::kGroup);
+    sums.add(group, x, at, [&](int r) { return block.dots[r].total(); });
   }
+  sums.write(p, row, panel);
 }
 
 // Multiply `rows` rows from `row` on, at most kMaxGroupRows, by the panels first .. last-1.

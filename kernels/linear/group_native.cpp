@@ -4,6 +4,7 @@
 
 #include "../native/pool.h"
 #include "group_kernel.h"
+#include "group_tiles.h"
 
 namespace aerie {
 namespace {
@@ -94,12 +95,16 @@ void multiply_groups(Pool& pool, const LinearShape& shape, const float* x, const
                      const float* bias, float* out, int64_t stride) {
   const GroupProduct product{
       shape, quantise_inputs<Kind>(pool, x, shape.M, shape.K), weight, bias, out, stride};
-  const int64_t blocks = (shape.M + kMaxGroupRows - 1) / kMaxGroupRows;
-  const PanelRuns runs(num_panels(shape.N), pool.num_threads(), blocks == 1);
+  const PanelRuns runs(num_panels(shape.N), pool.num_threads(), shape.M <= kMaxGroupRows);
   pool.run(runs.count(), [&](int64_t run) {
     const int64_t first = runs.first(run), last = runs.first(run + 1);
+    int64_t done = 0;
+#if AERIE_HAS_AMX
+    done = multiply_on_tiles<Kind>(product, first, last);
+#endif
+    const int64_t rows = shape.M - done, blocks = (rows + kMaxGroupRows - 1) / kMaxGroupRows;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = shape.M * b / blocks, end = shape.M * (b + 1) / blocks;
+      const int64_t row = done + rows * b / blocks, end = done + rows * (b + 1) / blocks;
       multiply_panels<Kind>(end - row, product, row, first, last);
     }
   });
