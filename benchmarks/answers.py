@@ -71,8 +71,9 @@ class Endpoint:
         return cls(name, base_url, first_model(answer.json()), headers, goes_on_by)
 
     def client(self) -> httpx.AsyncClient:
-        """Has as many connections as are asked for at the same time."""
-        limits = httpx.Limits(max_connections=None)
+        """Has as many connections as are asked for at the same time. None is used twice: some
+        servers close one after so many requests without saying so."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         return httpx.AsyncClient(
             headers=dict(self.headers), timeout=TIMEOUT, limits=limits, trust_env=False
         )

@@ -188,50 +188,74 @@ void write_out(const Problem<C>& p, const Tile& tile, const Partial* totals) {
   }
 }
 
-// All spans of a tile, one after the other.
+// Read all keys and values of a span, so that they come from memory in long runs. A tile reads only
+// those of one head, from which the hardware does not guess what comes next.
 template <class C>
-void attend_tile(const Problem<C>& p, const Tile& tile) {
-  thread_local Workspace work;
-  alignas(64) float buffers[2][kMaxQueryRows][kMaxHeadDim];
-  Partial totals[kMaxQueryRows], spans[kMaxQueryRows];
-  const int64_t rows = tile.num_queries * p.group();
-  const Spans keys = spans_of(p, tile);
-  for (int64_t r = 0; r < rows; ++r) {
-    totals[r] = {kMinusInfinity, 0, buffers[0][r]};
-    spans[r] = {kMinusInfinity, 0, buffers[1][r]};
-  }
-  for (int64_t s = keys.first(); s < keys.last(); ++s) {
-    attend_span(p, tile, keys.begin(s), keys.end(s), work, spans);
-    for (int64_t r = 0; r < rows; ++r) merge(totals[r], spans[r], p.D);
-  }
-  write_out(p, tile, totals);
+void bring_near(const Problem<C>& p, const Tile& tile, int64_t begin, int64_t end) {
+  constexpr int64_t line = 64 / sizeof(C);
+  const int64_t size = p.num_kv_heads * p.D;
+  for (const C* from : {p.keys, p.values})
+    for (int64_t position = begin; position < end; ++position) {
+      const C* at = from + slot_of(p, tile.row, position) * size;
+      for (int64_t i = 0; i < size; i += line) asm volatile("" ::"r"(at[i]));
+    }
 }
 
-// For few tiles over many keys: each span is a task, and the results are merged afterwards.
+// `heads` tiles of the same queries, each of another KV head, span by span.
 template <class C>
-void attend_spans(Pool& pool, const Problem<C>& p, const std::vector<Tile>& tiles) {
-  std::vector<int64_t> first_span(tiles.size() + 1);
-  const auto keys_of_tile = [&](size_t i) { return spans_of(p, tiles[i]); };
-  for (size_t i = 0; i < tiles.size(); ++i)
-    first_span[i + 1] = first_span[i] + keys_of_tile(i).last() - keys_of_tile(i).first();
-  const int64_t num_spans = first_span.back(), row_size = p.D;
-  float* values = pool.scratch<float>(0, num_spans * kMaxQueryRows * row_size);
-  Partial* partials = pool.scratch<Partial>(1, num_spans * kMaxQueryRows);
-  for (int64_t i = 0; i < num_spans * kMaxQueryRows; ++i)
-    partials[i] = {kMinusInfinity, 0, values + i * row_size};
+void attend_tiles(const Problem<C>& p, const Tile* tiles, int64_t heads) {
+  thread_local Workspace work;
+  thread_local std::vector<float> values;
+  thread_local std::vector<Partial> partials;
+  const int64_t rows = tiles->num_queries * p.group();
+  const int64_t count = (heads + 1) * rows;  // results of all tiles, and of one span
+  values.resize(std::max<size_t>(values.size(), count * p.D));
+  partials.resize(std::max<size_t>(partials.size(), count));
+  for (int64_t i = 0; i < count; ++i) partials[i] = {kMinusInfinity, 0, values.data() + i * p.D};
+  Partial* span = partials.data() + heads * rows;
+  const Spans keys = spans_of(p, *tiles);
+  for (int64_t s = keys.first(); s < keys.last(); ++s) {
+    if (heads > 1) bring_near(p, *tiles, keys.begin(s), keys.end(s));
+    for (int64_t h = 0; h < heads; ++h) {
+      attend_span(p, tiles[h], keys.begin(s), keys.end(s), work, span);
+      for (int64_t r = 0; r < rows; ++r) merge(partials[h * rows + r], span[r], p.D);
+    }
+  }
+  for (int64_t h = 0; h < heads; ++h) write_out(p, tiles[h], partials.data() + h * rows);
+}
+
+// For few tiles over many keys: each span is a task, and the results are merged afterwards. `heads`
+// as for attend_tiles.
+template <class C>
+void attend_spans(Pool& pool, const Problem<C>& p, const std::vector<Tile>& tiles, int64_t heads) {
+  const size_t groups = tiles.size() / heads;
+  std::vector<int64_t> first_span(groups + 1);
+  const auto keys_of_group = [&](size_t g) { return spans_of(p, tiles[g * heads]); };
+  for (size_t g = 0; g < groups; ++g)
+    first_span[g + 1] = first_span[g] + keys_of_group(g).last() - keys_of_group(g).first();
+  const int64_t num_spans = first_span.back(), num_partials = num_spans * heads * kMaxQueryRows;
+  float* values = pool.scratch<float>(0, num_partials * p.D);
+  Partial* partials = pool.scratch<Partial>(1, num_partials);
+  for (int64_t i = 0; i < num_partials; ++i) partials[i] = {kMinusInfinity, 0, values + i * p.D};
+  const auto results_of = [&](int64_t span, int64_t h) {
+    return partials + (span * heads + h) * kMaxQueryRows;
+  };
   pool.run(num_spans, [&](int64_t task) {
     thread_local Workspace work;
-    const size_t i = std::upper_bound(first_span.begin(), first_span.end(), task) -
+    const size_t g = std::upper_bound(first_span.begin(), first_span.end(), task) -
                      first_span.begin() - 1;
-    const Spans keys = keys_of_tile(i);
-    const int64_t s = keys.first() + task - first_span[i];
-    attend_span(p, tiles[i], keys.begin(s), keys.end(s), work, partials + task * kMaxQueryRows);
+    const Spans keys = keys_of_group(g);
+    const int64_t s = keys.first() + task - first_span[g];
+    const Tile* group = &tiles[g * heads];
+    if (heads > 1) bring_near(p, *group, keys.begin(s), keys.end(s));
+    for (int64_t h = 0; h < heads; ++h)
+      attend_span(p, group[h], keys.begin(s), keys.end(s), work, results_of(task, h));
   });
   pool.run(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
-    Partial* totals = partials + first_span[i] * kMaxQueryRows;
-    const int64_t rows = tiles[i].num_queries * p.group();
-    for (int64_t task = first_span[i] + 1; task < first_span[i + 1]; ++task)
-      for (int64_t r = 0; r < rows; ++r) merge(totals[r], partials[task * kMaxQueryRows + r], p.D);
+    const int64_t g = i / heads, h = i % heads, rows = tiles[i].num_queries * p.group();
+    Partial* totals = results_of(first_span[g], h);
+    for (int64_t task = first_span[g] + 1; task < first_span[g + 1]; ++task)
+      for (int64_t r = 0; r < rows; ++r) merge(totals[r], results_of(task, h)[r], p.D);
     write_out(p, tiles[i], totals);
   });
 }
@@ -257,9 +281,14 @@ void attention(Pool& pool, const Problem<C>& p) {
       for (int64_t h = 0; h < p.num_kv_heads; ++h) tiles.push_back({row, h, q, count, entries});
     }
   }
-  const bool few = static_cast<int64_t>(tiles.size()) < 8 * pool.num_threads();
-  if (few && longest > kSpan) return attend_spans(pool, p, tiles);
-  pool.run(static_cast<int64_t>(tiles.size()), [&](int64_t i) { attend_tile(p, tiles[i]); });
+  const int64_t num_tiles = tiles.size(), threads = pool.num_threads();
+  const bool by_span = num_tiles < 8 * threads && longest > kSpan;
+  // The heads of a row are one task if there are enough tasks without cutting it.
+  const int64_t num_tasks = num_tiles * (by_span ? (longest + kSpan - 1) / kSpan : 1);
+  const int64_t heads = num_tasks / p.num_kv_heads < 3 * threads ? 1 : p.num_kv_heads;
+  if (by_span) return attend_spans(pool, p, tiles, heads);
+  pool.run(num_tiles / heads,
+           [&](int64_t i) { attend_tiles(p, tiles.data() + i * heads, heads); });
 }
 
 }  // namespace

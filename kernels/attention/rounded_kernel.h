@@ -58,14 +58,28 @@ inline void pack_keys(const uint16_t* const (&keys)[16], int64_t d, uint16_t* ti
     *reinterpret_cast<UVecInMemory*>(tile + p * 32) = rows[p];
 }
 
-// 32 values x 16 dimensions, as a tile of weights: line p holds values 2p, 2p + 1.
-inline void pack_values(const uint16_t* const* values, int64_t d, uint16_t* tile) {
+typedef uint16_t HalfLine __attribute__((vector_size(64)));  // 32 bfloat16 numbers
+typedef uint16_t HalfLineInMemory __attribute__((vector_size(64), aligned(2), may_alias));
+
+// Alternately a number of `a` and one of `b`, from number First of both on.
+template <int First, size_t... Lane>
+AERIE_INLINE HalfLine interleave(HalfLine a, HalfLine b, std::index_sequence<Lane...>) {
+  return __builtin_shufflevector(a, b, (First + int(Lane) / 2 + int(Lane) % 2 * 32)...);
+}
+
+// 32 values x 32 dimensions, as two tiles of weights of sixteen dimensions each: line p holds values
+// 2p, 2p + 1. Values that no query sees are zero.
+inline void pack_values(const uint16_t* const* values, int64_t d, uint16_t* tiles) {
+  constexpr auto lanes = std::make_index_sequence<32>{};
+  const auto number = [&](int k) {
+    return values[k] ? (HalfLine) *reinterpret_cast<const HalfLineInMemory*>(values[k] + d)
+                     : HalfLine{};
+  };
   AERIE_UNROLL for (int p = 0; p < 16; ++p) {
-    const uint16_t *even = values[2 * p], *odd = values[2 * p + 1];
-    UVec pair{};
-    if (even) pair |= ((UVec)load(even + d).part[0]) >> 16;
-    if (odd) pair |= (UVec)load(odd + d).part[0];
-    *reinterpret_cast<UVecInMemory*>(tile + p * 32) = pair;
+    const HalfLine even = number(2 * p), odd = number(2 * p + 1);
+    *reinterpret_cast<HalfLineInMemory*>(tiles + p * 32) = interleave<0>(even, odd, lanes);
+    *reinterpret_cast<HalfLineInMemory*>(tiles + kTileElements + p * 32) =
+        interleave<16>(even, odd, lanes);
   }
 }
 
@@ -140,7 +154,7 @@ inline void pack_all_keys(const Problem<uint16_t>& p, int64_t count, RoundedWork
 inline void pack_value_blocks(const Problem<uint16_t>& p, int64_t first, int64_t last,
                               RoundedWorkspace& tiles) {
   for (int64_t b = first; b < last; ++b)
-    for (int64_t d = 0; d < p.D; d += 16)
+    for (int64_t d = 0; d < p.D; d += 32)
       pack_values(tiles.value_at + b * kTileK, d,
                   tiles.values + (b * (p.D / 16) + d / 16) * kTileElements);
 }

@@ -7,28 +7,14 @@
 
 #include <algorithm>
 
+#include "../native/tiles.h"
 #include "../native/vector.h"
 #include "rounded_inputs.h"
 #include "vector_kernel.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
-#define AERIE_HAS_AMX 1
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#define AERIE_HAS_AMX 0
-#endif
-
 namespace aerie {
 
 #if AERIE_HAS_AMX
-
-// Linux grants the tile registers to a process on request (Documentation/arch/x86/xstate.rst).
-inline bool amx_permitted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
 
 constexpr int kRowBlock = 2 * kTileRows;
 
@@ -46,12 +32,6 @@ struct TiledInputs {
   uint16_t* tile(int64_t row, int64_t chunk) const {
     return tiles + (row / kTileRows * chunks + chunk) * kTile;
   }
-};
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t column_bytes[16] = {};
-  uint8_t rows[16] = {};
 };
 
 // Tiles 0-3 accumulate (row half r, panel p -> 2r + p), 4 and 5 hold inputs, 6 and 7 weights.

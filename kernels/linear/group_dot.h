@@ -39,6 +39,10 @@ AERIE_INLINE I16 load_line(const uint8_t* from) {
   return out;
 }
 
+AERIE_INLINE void store_line(uint8_t* to, I16 line) {
+  AERIE_EACH_PART *reinterpret_cast<IVecInMemory*>(to + i * 4 * kLanes) = line.part[i];
+}
+
 AERIE_INLINE I16 lower_codes(I16 line) {
   AERIE_EACH_PART line.part[i] &= 0x0f0f0f0f;
   return line;

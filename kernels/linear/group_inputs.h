@@ -38,48 +38,50 @@ AERIE_INLINE int32_t largest_bits(const float* x) {
       largest.part[i] = bits > largest.part[i] ? bits : largest.part[i];
     }
   }
-  int32_t result = 0;
-  AERIE_EACH_PART for (int k = 0; k < kLanes; ++k)
-    result = largest.part[i][k] > result ? largest.part[i][k] : result;
-  return result;
+  return combine_lanes(largest, [](IVec a, IVec b) { return a > b ? a : b; });
 }
 
-// Write the bytes of 32 codes; return their scale.
-inline float quantise_group(const float* x, int8_t* high, int8_t* low) {
+// Write the bytes of 32 codes and the sums of both halves of the codes; return the codes' scale.
+inline float quantise_group(const float* x, int8_t* high, int8_t* low, int32_t (&sums)[2]) {
   const int32_t bits = largest_bits(x);
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
   if (bits >= 0x7f800000 || largest < 1e-30f) {
     std::memset(high, 0, kInputGroup);
     std::memset(low, 0, kInputGroup);
+    sums[0] = sums[1] = 0;
     return bits >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
   }
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
   const F16 inverse = broadcast(kMaxCode / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23
-  for (int k = 0; k < kInputGroup; k += 16) {
+  for (int half = 0; half < 2; ++half) {
+    const int k = 16 * half;
     const F16 rounded = load(x + k) * inverse + magic;  // its low bits are the rounded integer
+    I16 codes;
     AERIE_EACH_PART {
-      const IVec code = (IVec)rounded.part[i] - 0x4b400000, upper = (code + 128) >> 8;
+      codes.part[i] = (IVec)rounded.part[i] - 0x4b400000;
+      const IVec upper = (codes.part[i] + 128) >> 8;
       const Bytes highs = __builtin_convertvector(upper, Bytes);
-      const Bytes lows = __builtin_convertvector(code - (upper << 8), Bytes);
+      const Bytes lows = __builtin_convertvector(codes.part[i] - (upper << 8), Bytes);
       std::memcpy(high + k + i * kLanes, &highs, sizeof highs);
       std::memcpy(low + k + i * kLanes, &lows, sizeof lows);
     }
+    sums[half] = combine_lanes(codes, [](IVec a, IVec b) { return a + b; });
   }
   return largest / kMaxCode;
 }
 
 template <int Group>
 void quantise_row(const float* x, int64_t row, const GroupInputs& to) {
+  static_assert(Group == kInputGroup || Group * 2 == kInputGroup);
   int8_t *high = to.high + row * to.K, *low = to.low + row * to.K;
+  int64_t at = row * to.groups;
   for (int64_t k = 0; k < to.K; k += kInputGroup) {
-    const float scale = quantise_group(x + k, high + k, low + k);
-    for (int64_t first = k; first < k + kInputGroup; first += Group) {
-      int32_t sum = 0;
-      for (int64_t i = first; i < first + Group; ++i) sum += 256 * high[i] + low[i];
-      const int64_t at = row * to.groups + first / Group;
-      to.scales[at] = scale, to.sums[at] = sum, to.scaled_sums[at] = scale * float(sum);
-    }
+    int32_t sums[2];
+    const float scale = quantise_group(x + k, high + k, low + k, sums);
+    if (Group == kInputGroup) sums[0] += sums[1];
+    for (int i = 0; i < kInputGroup / Group; ++i, ++at)
+      to.scales[at] = scale, to.sums[at] = sums[i], to.scaled_sums[at] = scale * float(sums[i]);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "../native/pool.h"
 #include "group_kernel.h"
+#include "group_tiles.h"
 
 namespace aerie {
 namespace {
@@ -62,24 +63,49 @@ GroupInputs quantise_inputs(Pool& pool, const float* x, int64_t M, int64_t K) {
   return inputs;
 }
 
-// Panels per task: a multiple of the widest block, small enough that threads end together.
-int64_t panels_per_task(int64_t panels, int num_threads) {
-  constexpr int64_t kWidest = group_panels_at_once(1);
-  return std::clamp<int64_t>(panels / (num_threads * 4) / kWidest, 1, 4) * kWidest;
-}
+// How panels are shared out. If they are read once: first a long run for each thread, because memory
+// is read fastest in long runs, then short ones, so that threads end together. If they are read again
+// and again: short runs, which stay in the cache.
+class PanelRuns {
+ public:
+  PanelRuns(int64_t panels, int64_t threads, bool once)
+      : panels_(panels),
+        threads_(threads),
+        long_(once ? panels * 7 / 8 / threads : 0),
+        short_(std::clamp<int64_t>(panels / (threads * 8), 1, 16)) {}
+
+  int64_t count() const {
+    return num_long() + (panels_ - num_long() * long_ + short_ - 1) / short_;
+  }
+
+  // The first panel of a run; the runs lie one after the other.
+  int64_t first(int64_t run) const {
+    const int64_t short_runs = std::max<int64_t>(run - num_long(), 0);
+    return std::min(panels_, (run - short_runs) * long_ + short_runs * short_);
+  }
+
+ private:
+  int64_t num_long() const { return long_ ? threads_ : 0; }
+
+  int64_t panels_, threads_, long_, short_;
+};
 
 template <class Kind>
 void multiply_groups(Pool& pool, const LinearShape& shape, const float* x, const uint8_t* weight,
                      const float* bias, float* out, int64_t stride) {
   const GroupProduct product{
       shape, quantise_inputs<Kind>(pool, x, shape.M, shape.K), weight, bias, out, stride};
-  const int64_t panels = num_panels(shape.N), step = panels_per_task(panels, pool.num_threads());
-  const int64_t blocks = (shape.M + kMaxGroupRows - 1) / kMaxGroupRows;
-  pool.run((panels + step - 1) / step, [&](int64_t task) {
-    const int64_t first = task * step, last = std::min(first + step, panels);
+  const PanelRuns runs(num_panels(shape.N), pool.num_threads(), shape.M <= kMaxGroupRows);
+  pool.run(runs.count(), [&](int64_t run) {
+    const int64_t first = runs.first(run), last = runs.first(run + 1);
+    int64_t done = 0;
+#if AERIE_HAS_AMX
+    done = multiply_on_tiles<Kind>(product, first, last);
+#endif
+    const int64_t rows = shape.M - done, blocks = (rows + kMaxGroupRows - 1) / kMaxGroupRows;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = shape.M * b / blocks, end = shape.M * (b + 1) / blocks;
-      dispatch_group_rows<Kind>(end - row, product, row, first, last);
+      const int64_t row = done + rows * b / blocks, end = done + rows * (b + 1) / blocks;
+      multiply_panels<Kind>(end - row, product, row, first, last);
     }
   });
 }

@@ -66,15 +66,16 @@ class Variant:
 
 AVX2 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
 X86_VARIANTS = (  # the best first
     Variant(
         "amx",
-        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-        AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
+        (*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
     ),
     Variant(
         "avx512bf16",
-        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+        AVX512_FLAGS,
         AVX512 | {"avx512_vnni", "avx512_bf16"},
     ),
     Variant("avx512vnni", ("-march=x86-64-v4", "-mavx512vnni"), AVX512 | {"avx512_vnni"}),

@@ -53,16 +53,62 @@ class _Batch(ctypes.Structure):
     )
 
 
+class _BatchInputs:
+    """Where the tokens of a batch are, as a C structure. All layers of a forward share one."""
+
+    def __init__(self, positions: Tensor, slots: Tensor, meta: AttentionMeta) -> None:
+        self._given = (positions, slots, meta)
+        tables = meta.block_tables.contiguous()
+        held = (positions.contiguous(), slots.contiguous(), meta.ancestors.contiguous())
+        self._held = (*held, tables)  # the structure points to these
+        self._batch = _Batch(
+            len(positions),
+            len(meta.prefix_lens),
+            tables.shape[1],
+            0,
+            *(tensor.data_ptr() for tensor in held),
+            meta.cu_q.data_ptr(),
+            meta.prefix_lens.data_ptr(),
+            meta.first_keys.data_ptr(),
+            tables.data_ptr(),
+        )
+
+    def is_of(self, *given: Tensor | AttentionMeta) -> bool:
+        """Whether it was made from these very objects."""
+        return all(own is other for own, other in zip(self._given, given, strict=True))
+
+    def address(self, block_size: int) -> int:
+        self._batch.block_size = block_size
+        return ctypes.addressof(self._batch)
+
+
+class LatestBatch:
+    """The inputs of the last batch, so that they are made once for all layers."""
+
+    def __init__(self) -> None:
+        self._latest: _BatchInputs | None = None
+
+    def of(self, positions: Tensor, slots: Tensor, meta: AttentionMeta) -> _BatchInputs:
+        if self._latest is None or not self._latest.is_of(positions, slots, meta):
+            self._latest = _BatchInputs(positions, slots, meta)
+        return self._latest
+
+
 class NativeLayer:
     """One layer's weights, ready to be called (implements `PackedLayer`)."""
 
     def __init__(
-        self, library: NativeLibrary, weights: LayerWeights, dtype: torch.dtype, products: str
+        self,
+        library: NativeLibrary,
+        weights: LayerWeights,
+        dtype: torch.dtype,
+        products: str,
+        batches: LatestBatch,
     ) -> None:
         """`products` ends the names of the functions of linear layers and attention."""
         suffix = SUFFIXES[dtype]
         self._library, self._weights = library, weights  # keep what the structure points to
-        self._dtype = dtype
+        self._dtype, self._batches = dtype, batches
         self._call = library.call("aerie_decoder_layer")
         linears = {
             name: _linear(getattr(weights, name)) for name in ("qkv", "output", "gate_up", "down")
@@ -103,23 +149,11 @@ class NativeLayer:
         assert v_cache.is_contiguous()
         assert k_cache.dtype == self._dtype
         x, out = x.contiguous(), torch.empty_like(residual)
-        held = [positions.contiguous(), slots.contiguous(), meta.ancestors.contiguous()]
-        tables = meta.block_tables.contiguous()
-        batch = _Batch(
-            len(residual),
-            len(meta.prefix_lens),
-            tables.shape[1],
-            k_cache.shape[1],
-            *(tensor.data_ptr() for tensor in held),
-            meta.cu_q.data_ptr(),
-            meta.prefix_lens.data_ptr(),
-            meta.first_keys.data_ptr(),
-            tables.data_ptr(),
-        )
+        batch = self._batches.of(positions, slots, meta)
         self._call(
             self._library.pool,
             ctypes.addressof(self._layer),
-            ctypes.addressof(batch),
+            batch.address(k_cache.shape[1]),
             x.data_ptr(),
             residual.data_ptr(),
             k_cache.data_ptr(),

@@ -46,6 +46,7 @@ class NativeLibrary:
     """`call(name)` gives the C function with the thread pool as its first argument."""
 
     def __init__(self, path: Path, num_threads: int) -> None:
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         create = self._library.aerie_pool_create
         create.argtypes, create.restype = (ctypes.c_int,), P

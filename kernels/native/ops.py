@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.linear.grouped import GroupedWeight
-from kernels.native.layer import ENDINGS, SUFFIXES, NativeLayer, check_heads
+from kernels.native.layer import ENDINGS, SUFFIXES, LatestBatch, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
+from kernels.native.memory import HugePages
 from kernels.ops import AttentionMeta, Backend, LayerWeights, LinearWeight, PackedLayer
 from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.reference import noise_keys
@@ -29,6 +30,7 @@ class NativeOps:
         # With special instructions, these operations round their inputs to bfloat16.
         self.backends = dict.fromkeys(("linear", "attention"), Backend("native", instructions))
         self._pool = library.pool
+        self._memory, self._batches = HugePages(), LatestBatch()
         self._dtype, self._suffix, self._products = storage_dtype, suffix, products
         self._pack = library.call(f"aerie_pack_{suffix}")
         self._linear = library.call(f"aerie_linear_{products}")
@@ -53,7 +55,7 @@ class NativeOps:
         weight = weight.to(self._dtype).contiguous()
         N, K = weight.shape
         size = self.library.number(f"aerie_packed_elements_{self._suffix}", N, K)
-        packed = torch.empty(size, dtype=self._dtype)
+        packed = self._memory.empty(size, dtype=self._dtype)
         self._pack(self._pool, weight.data_ptr(), N, K, packed.data_ptr())
         return LinearWeight(packed, bias, N, K)
 
@@ -61,9 +63,8 @@ class NativeOps:
         codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
         minimums = None if weight.minimums is None else weight.minimums.contiguous()
         (N, K), layout = codes.shape, weight.layout
-        packed = torch.empty(
-            self.library.number("aerie_packed_bytes_groups", *layout, N, K), dtype=torch.uint8
-        )
+        size = self.library.number("aerie_packed_bytes_groups", *layout, N, K)
+        packed = self._memory.empty(size, dtype=torch.uint8)
         self._pack_groups(
             self._pool,
             *layout[:3],
@@ -136,7 +137,7 @@ class NativeOps:
         return out
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        return NativeLayer(self.library, weights, self._dtype, self._products)
+        return NativeLayer(self.library, weights, self._dtype, self._products, self._batches)
 
     @staticmethod
     def decoder_layer(layer: PackedLayer, *inputs: Any) -> Tensor:

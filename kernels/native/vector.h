@@ -180,22 +180,23 @@ AERIE_INLINE F16 masked_lanes(F16 x, uint32_t mask, F16 other) {
 }
 
 // Lane k of the result is lane k + Shift of x, cyclically.
-template <int Shift, size_t... Lane>
-AERIE_INLINE Vec rotated(Vec x, std::index_sequence<Lane...>) {
+template <int Shift, class V, size_t... Lane>
+AERIE_INLINE V rotated(V x, std::index_sequence<Lane...>) {
   return __builtin_shufflevector(x, x, (int(Lane + Shift) % kLanes)...);
 }
 
 // Combine all lanes in halves: lane k with lane k + 8, then k + 4, and so on.
-template <int Width, class Combine>
-AERIE_INLINE Vec halve(Vec x, Combine combine) {
+template <int Width, class V, class Combine>
+AERIE_INLINE V halve(V x, Combine combine) {
   if constexpr (Width == 0) return x;
   else
     return halve<Width / 2>(combine(x, rotated<Width>(x, std::make_index_sequence<kLanes>{})),
                             combine);
 }
 
-template <class Combine>
-AERIE_INLINE float combine_lanes(F16 x, Combine combine) {
+// All sixteen lanes combined.
+template <class Lanes, class Combine>
+AERIE_INLINE auto combine_lanes(Lanes x, Combine combine) {
   AERIE_UNROLL for (int parts = kParts / 2; parts > 0; parts /= 2)
     AERIE_UNROLL for (int i = 0; i < parts; ++i)
       x.part[i] = combine(x.part[i], x.part[i + parts]);

@@ -26,6 +26,7 @@ from engine.messages import (
     Shutdown,
     SwapDraft,
 )
+from server.process.loaded import spare_loaded
 from server.process.logs import set_up_logging
 from server.process.parent import die_with_parent, open_pipe
 from server.process.socket_folder import folder_of
@@ -132,6 +133,7 @@ def main() -> None:
         raise SystemExit(EXIT_BAD_SETUP) from None
     if capture is not None:
         capture.start()
+    spare_loaded()
     try:
         swaps = DraftSwaps(engine.core, engine.swapper, config.speculation.load_timeout)
         _serve(endpoint, engine.core, swaps, capture)

@@ -38,6 +38,7 @@ from server.assembly.drafting import Drafting, LoadedDraft
 from server.assembly.followers import EXIT_LOST, device_of, join
 from server.assembly.rank import BAD_SETUP, Rank, build_rank
 from server.process.engine_process import EXIT_BAD_SETUP
+from server.process.loaded import spare_loaded
 from server.process.logs import set_up_logging
 from server.process.parent import die_with_parent, open_pipe
 
@@ -131,6 +132,7 @@ def main() -> None:
         logger.error("rank %d cannot start: %s", number, error)
         logger.debug("", exc_info=True)
         _leave(EXIT_BAD_SETUP)
+    spare_loaded()
     try:
         Follower(rank, inbox, channel).run()
     except Exception:

@@ -34,6 +34,7 @@ from server.http.protocol import protocol_with
 from server.openai.routes import ROUTES
 from server.process.client import ZmqEngineClient
 from server.process.keeper import LAST_WORDS, EngineKeeper
+from server.process.loaded import spare_loaded
 from server.process.logs import machine_line, set_up_logging
 from server.process.open_files import connection_limit, raise_limit
 from server.process.socket_folder import remove_stale_folders
@@ -135,6 +136,7 @@ async def _serve(config: HostConfig, listener: socket.socket) -> int:
             codec = await text
             info = ServerInfo.from_config(config, codec.defaults)
             app = create_app(config, client, codec.tokenizer, codec.template, info, ROUTES)
+            spare_loaded()
             await _run(config, app, client, engine, listener, stop)
     finally:
         await engine.stop()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels.native.build import (
+    AVX512,
     NativeUnavailableError,
     Variant,
     build_library,
@@ -20,10 +21,13 @@ from kernels.native.ops import NativeOps
 from kernels.ops import Ops
 from kernels.registry import native_ops
 
+# AMX code with plain C++ in place of the tile registers
+SOFTWARE_TILES = Variant("software-tiles", ("-march=x86-64-v4", "-DAERIE_SOFTWARE_TILES"), AVX512)
+TESTED = [variant for variant in variants() if variant.name in ("avx512", "avx2", "sse2")]
+if TESTED:
+    TESTED.append(SOFTWARE_TILES)
 VARIANTS = [
-    pytest.param(variant, marks=pytest.mark.extended, id=variant.name)
-    for variant in variants()
-    if variant.name in ("avx512", "avx2", "sse2")
+    pytest.param(variant, marks=pytest.mark.extended, id=variant.name) for variant in TESTED
 ]
 
 
@@ -47,6 +51,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(scope="session")
 def bound(library: NativeLibrary, dtype: torch.dtype) -> NativeOps:
     """All C++ functions, including helpers of an operation."""
+    if dtype is torch.float32 and SOFTWARE_TILES.name in library.path.name:
+        pytest.skip("tiles take no float32 numbers")
     return NativeOps(library, dtype)
 
 

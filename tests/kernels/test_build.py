@@ -203,7 +203,8 @@ def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (AVX512 | {"avx512_bf16"}, "avx512"),
         (AVX512 | {"avx512_vnni", "avx512_bf16"}, "avx512bf16"),
         (AVX2 | {"avx_vnni"}, "avxvnni"),
-        (AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"}, "amx"),
+        (AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"}, "avx512bf16"),
+        (AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}, "amx"),
     ],
     ids=[
         "oldest",
@@ -215,6 +216,7 @@ def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "bf16-without-vnni",
         "avx512bf16",
         "avxvnni",
+        "amx-without-bytes",
         "amx",
     ],
 )
