@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +12,38 @@ import torch
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from tests.kernels.triton_env import poisoned_memory  # noqa: F401  chooses how Triton runs
+from tests.support.native_libraries import share_library
 from tests.support.threads import own_torch_threads
 from tests.support.tiny_engine import TinyEngine, random_llama
 
 CPU = torch.device("cpu")
 
 
+def pytest_collection_finish() -> None:
+    """The garbage collector forgets what is imported by now, which lives as long as the process.
+    Each look at all of that took half a second, in the middle of whatever a test measured."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One torch thread: products in tests are so small that a second one only costs time."""
+    with own_torch_threads():
+        torch.set_num_threads(1)
+        yield
+
+
 @pytest.fixture(scope="session")
-def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the native library, which is compiled once per test session."""
-    return tmp_path_factory.mktemp("native")
+def native_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the native library: the one that `make install` compiled of these sources, or
+    else one that is compiled once per test session, for all of its processes."""
+    base = tmp_path_factory.getbasetemp()
+    several = hasattr(request.config, "workerinput")  # pytest-xdist: one folder for each process
+    folder = (base.parent if several else base) / "native"
+    folder.mkdir(exist_ok=True)
+    share_library(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -35,14 +58,6 @@ def native_ops(native_cache: Path) -> Ops:
     if ops.backends["linear"].name != "native":
         pytest.skip(f"no native kernels here: {ops.backends['linear']}")
     return ops
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One torch thread: products in tests are so small that a second one only costs time."""
-    with own_torch_threads():
-        torch.set_num_threads(1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from benchmarks.accuracy import cut, measures
 from benchmarks.tables import markdown
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 48
 
 

@@ -20,7 +20,6 @@ from engine.step.plan import StepPlan
 from kernels.ops import Ops
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK = 48
 SAME_TOKEN = {"logit_bias": {7: 100.0}}
 

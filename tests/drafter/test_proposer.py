@@ -43,8 +43,6 @@ SHAPES: dict[str, TreeShape] = {
     "dynamic": DynamicShape("dynamic", 12, 4, 5),
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def head(native_ops: Ops, tmp_path_factory: pytest.TempPathFactory) -> DraftHead:

@@ -18,7 +18,6 @@ from tests.support.guarded_memory import check_guards, guard
 from tests.support.head_lab import HeadLab, write_head
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 96
 SHAPES: tuple[TreeShape, ...] = (
     chain(6),

@@ -19,7 +19,6 @@ from tests.support.engines import ask, generate
 from tests.support.head_lab import SHAPES, HeadLab, write_head
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BROKEN = 100  # a token whose embedding is NaN
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {},

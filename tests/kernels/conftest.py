@@ -13,13 +13,13 @@ from kernels.native.build import (
     Variant,
     build_library,
     cpu_flags,
-    prebuild,
     variants,
 )
 from kernels.native.library import NativeLibrary
 from kernels.native.ops import NativeOps
 from kernels.ops import Ops
 from kernels.registry import native_ops
+from tests.support.native_libraries import share_variant
 
 # AMX code with plain C++ in place of the tile registers
 SOFTWARE_TILES = Variant("software-tiles", ("-march=x86-64-v4", "-DAERIE_SOFTWARE_TILES"), AVX512)
@@ -37,7 +37,9 @@ def library(request: pytest.FixtureRequest, native_cache: Path) -> NativeLibrary
     if variant is not None and not variant.needs <= cpu_flags():
         pytest.skip(f"this CPU cannot run {variant.name} code")
     try:
-        path = build_library(native_cache) if variant is None else prebuild(variant, native_cache)
+        path = (
+            build_library(native_cache) if variant is None else share_variant(variant, native_cache)
+        )
     except NativeUnavailableError as error:
         pytest.skip(f"no native kernels here: {error}")
     return NativeLibrary(path, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -37,7 +38,12 @@ FAIL = (
 
 def python(code: str) -> Command:
     """A compiler made of a Python program. It must also accept `--version`."""
-    return (sys.executable, "-c", f"import sys\nif '--version' in sys.argv: sys.exit()\n{code}")
+    return (
+        sys.executable,
+        "-IS",
+        "-c",
+        f"import sys\nif '--version' in sys.argv: sys.exit()\n{code}",
+    )
 
 
 def use(monkeypatch: pytest.MonkeyPatch, compiler: Command | None) -> None:
@@ -57,7 +63,7 @@ def test_the_library_of_this_machine_is_compiled_once(native_cache: Path) -> Non
     assert again == first
     assert (again.stat().st_mtime_ns, again.stat().st_ino) == (written.st_mtime_ns, written.st_ino)
     assert first.read_bytes()[:4] in (b"\x7fELF", b"\xcf\xfa\xed\xfe")
-    assert not list(native_cache.rglob("compiling-*"))
+    assert not list(first.parent.glob("compiling-*"))
 
 
 def test_every_source_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,15 +186,23 @@ def test_without_a_compiler_the_message_says_what_to_install(
     assert files(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def every_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with libraries for every x86-64 CPU."""
+    folder = tmp_path_factory.mktemp("prebuilt")
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, python(WRITE))
+        for variant in X86_VARIANTS:
+            prebuild(variant, folder)
+    return folder
+
+
 @pytest.fixture
-def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with libraries for every x86-64 CPU; the compiler is gone."""
+def ahead(every_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own with those libraries; the compiler is gone."""
     monkeypatch.setattr(build, "variants", lambda: X86_VARIANTS)
-    use(monkeypatch, python(WRITE))
-    for variant in X86_VARIANTS:
-        prebuild(variant, tmp_path)
     use(monkeypatch, None)
-    return tmp_path
+    return shutil.copytree(every_library, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize(

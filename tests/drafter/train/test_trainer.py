@@ -28,7 +28,6 @@ from tests.support.tiny_engine import TinyEngine, random_llama
 from tests.support.tiny_training import greedy_examples, tiny_config, tiny_target
 
 TIMES = ("seconds", "tokens_per_second")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class StoppedError(Exception):

@@ -24,7 +24,6 @@ from tests.support.engines import ask, generate
 from tests.support.head_lab import SHAPES, HeadLab, write_head
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MOST = 5  # rows
 
 

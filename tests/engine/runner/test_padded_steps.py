@@ -39,7 +39,6 @@ from tests.support.pretend_device import PretendDevice
 from tests.support.scripted_proposer import CyclingPlanner
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MAX_LEN = 128
 
 

@@ -27,7 +27,6 @@ from tests.support.engines import ask, generate
 from tests.support.head_lab import HeadLab, write_head
 from tests.support.tiny_engine import TinyEngine, random_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = chain(2)
 NUM_FORMS = 8  # one or two rows, the root or a chain, with and without filters
 
