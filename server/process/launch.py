@@ -5,40 +5,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
-import os
 import signal
 import socket
-import ssl
-import stat
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import uvicorn
 import uvloop
 import yaml
-from fastapi import FastAPI
 
-from configs.files import check_regular
 from configs.redact import redacted
-from configs.resolve import HostConfig
-from configs.schema import ServerConfig
+from configs.resolve import HostConfig, with_sizes
 from engine.messages import EngineInfo
-from server.http.app import create_app
-from server.http.connections import Connections
-from server.http.context import ServerContext, ServerInfo, with_engine_facts
-from server.http.protocol import protocol_with
-from server.openai.routes import ROUTES
+from server.http.state import ServerState
 from server.process.client import ZmqEngineClient
 from server.process.keeper import LAST_WORDS, EngineKeeper
-from server.process.loaded import spare_loaded
+from server.process.listening import address_of, check_tls, open_listener
 from server.process.logs import machine_line, set_up_logging
-from server.process.open_files import connection_limit, raise_limit
+from server.process.open_files import raise_limit
 from server.process.socket_folder import remove_stale_folders
-from server.text.chat_codec import load_codec
+
+if TYPE_CHECKING:
+    from server.process.web import WebServer
 
 SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
 
@@ -66,100 +55,44 @@ def serve(config: HostConfig) -> int:
             config.server.socket.unlink(missing_ok=True)
 
 
-def check_tls(config: ServerConfig) -> None:
-    """ValueError, naming the files, if they hold no certificate and its key."""
-    files = f"server.tls_certificate {config.tls_certificate}, server.tls_key {config.tls_key}"
-    if config.tls_certificate is None or config.tls_key is None:
-        if config.tls_certificate is not config.tls_key:
-            raise ValueError(f"{files}: set both, or none of them")
-        return
-    try:
-        for path in (config.tls_certificate, config.tls_key):
-            check_regular(path)
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-            config.tls_certificate, config.tls_key, password=""
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{files}: {error}") from error
-
-
-def open_listener(config: ServerConfig) -> socket.socket:
-    """A socket that listens where the configuration says. OSError, naming the place, when it cannot
-    be opened."""
-    if config.socket is None:
-        return open_port(config.host, config.port)
-    return open_unix_socket(config.socket)
-
-
-def open_port(host: str, port: int) -> socket.socket:
-    """A listening socket. OSError, naming the address, when it cannot be opened."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    place = f"{host}:{port} (server.host, server.port)"
-    return _listening(family, (host, port), place)
-
-
-def open_unix_socket(path: Path) -> socket.socket:
-    """A listening Unix socket; one that nobody listens on any more is replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
-            path.unlink()
-    return _listening(socket.AF_UNIX, str(path), f"{path} (server.socket)")
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) == 0
-
-
-def _listening(family: int, address: tuple[str, int] | str, place: str) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(f"cannot listen on {place}: {reason}") from error
-    return listener
-
-
 async def _serve(config: HostConfig, listener: socket.socket) -> int:
     stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
     client = ZmqEngineClient()
     engine = EngineKeeper(config, client)
-    engine.start()  # loads the model while this process loads the tokenizer
+    engine.start()
     try:
-        text = asyncio.create_task(asyncio.to_thread(load_codec, config))
-        await _first(stop.wait(), text)
+        preparing = asyncio.create_task(asyncio.to_thread(_prepare, config, client))
+        await _first(stop.wait(), preparing)
         if not stop.is_set():
-            codec = await text
-            info = ServerInfo.from_config(config, codec.defaults)
-            app = create_app(config, client, codec.tokenizer, codec.template, info, ROUTES)
-            spare_loaded()
-            await _run(config, app, client, engine, listener, stop)
+            await _run(config, await preparing, client, engine, listener, stop)
     finally:
         await engine.stop()
         client.close()
     return engine.exit_code
 
 
+def _prepare(config: HostConfig, client: ZmqEngineClient) -> WebServer:
+    """The web server, while the engine loads: its modules and the tokenizer take a second."""
+    from server.process.web import WebServer, build_app
+
+    return WebServer(build_app(config, client))
+
+
 async def _run(
     config: HostConfig,
-    app: FastAPI,
+    web: WebServer,
     client: ZmqEngineClient,
     engine: EngineKeeper,
     listener: socket.socket,
     stop: asyncio.Event,
 ) -> None:
     """Answer requests until a signal comes or the engine cannot be restarted."""
-    web = _WebServer(web_config(app, _limit(config.server, app.state.context)))
     running = asyncio.create_task(web.serve(sockets=[listener]))
     announcing = asyncio.create_task(_announce(config, client, listener))
     await _first(stop.wait(), engine.failed(), running)
     announcing.cancel()
     if stop.is_set():
-        await _drain(app.state.context, config.server.drain_timeout, stop)
+        await _drain(web.context.state, config.server.drain_timeout, stop)
     await engine.stop()
     web.should_exit = True
     for last_resort in (web.drop_connections, web.stop_waiting):
@@ -169,36 +102,13 @@ async def _run(
     await running
 
 
-def _limit(config: ServerConfig, context: ServerContext) -> Connections:
-    most = connection_limit(config.max_connections)
-    return Connections(most, config.retry_after, context.metrics)
-
-
-def web_config(app: FastAPI, limit: Connections | None = None) -> uvicorn.Config:
-    """How uvicorn serves `app`, with at most so many connections."""
-    context: ServerContext = app.state.context
-    settings = context.config.server
-    configured = protocol_with(settings, lambda: context.state.draining)
-    protocol: Any = functools.partial(configured, limit=limit)
-    return uvicorn.Config(
-        app,
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
-        http=protocol,
-        ws="none",
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-    )
-
-
 async def _announce(config: HostConfig, client: ZmqEngineClient, listener: socket.socket) -> None:
     """Print the resolved configuration, then where the server can be reached."""
     info = await client.wait_ready()
     warn_of_fallback(info)
-    resolved = redacted(with_engine_facts(config, info))
+    sizes = with_sizes(config, max_model_len=info.max_model_len, num_blocks=info.num_blocks)
     url = address_of(config.server, listener)
-    facts = {"config": resolved, "ops": info.ops_in_words}
+    facts = {"config": redacted(sizes), "ops": info.ops_in_words}
     try:
         sys.stdout.write(announcement(facts, url, config.log.format))
         sys.stdout.flush()
@@ -215,16 +125,6 @@ def announcement(facts: Mapping[str, Any], url: str, form: str) -> str:
     return f"{text}READY {url}  (OpenAI base URL: {url}/v1)\n"
 
 
-def address_of(config: ServerConfig, listener: socket.socket) -> str:
-    """The URL by which clients reach the server."""
-    scheme = "http" if config.tls_certificate is None else "https"
-    if config.socket is not None:
-        return f"{scheme}+unix://{config.socket}{config.root_path}"
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{host}:{port}{config.root_path}"
-
-
 def warn_of_fallback(info: EngineInfo) -> None:
     """Log why native kernels, which were to be used where possible, could not be had."""
     for fallback in dict.fromkeys(one for one in info.ops.values() if one.is_fallback):
@@ -232,14 +132,14 @@ def warn_of_fallback(info: EngineInfo) -> None:
         logger.warning("slow kernels are used for %s: %s", operations, fallback)
 
 
-async def _drain(context: ServerContext, timeout: float, stop: asyncio.Event) -> None:
+async def _drain(state: ServerState, timeout: float, stop: asyncio.Event) -> None:
     """Refuse new requests and let open ones finish, up to `timeout` or a second signal."""
-    context.state.start_draining()
-    logger.info("draining: %d requests are open", context.state.num_open)
+    state.start_draining()
+    logger.info("draining: %d requests are open", state.num_open)
     stop.clear()
-    await _first(context.state.wait_idle(), stop.wait(), asyncio.sleep(timeout))
-    if context.state.num_open:
-        logger.warning("%d requests did not finish in time", context.state.num_open)
+    await _first(state.wait_idle(), stop.wait(), asyncio.sleep(timeout))
+    if state.num_open:
+        logger.warning("%d requests did not finish in time", state.num_open)
 
 
 async def _first(*awaitables: object) -> None:
@@ -257,19 +157,3 @@ def _stop_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     return stop
-
-
-class _WebServer(uvicorn.Server):
-    """uvicorn without its own signal handlers: the server drains first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def drop_connections(self) -> None:
-        """Abort connections of clients that do not read their responses."""
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-
-    def stop_waiting(self) -> None:
-        self.force_exit = True

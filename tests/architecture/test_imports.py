@@ -43,6 +43,7 @@ HTTP_SIDE = (
     "server.http.app",
     "server.openai.routes",
     "server.process.launch",
+    "server.process.web",
     "server.process.client",
 )
 HEAVY = frozenset({"torch", "transformers", "triton", "kernels"})
@@ -132,7 +133,7 @@ def test_the_http_side_reaches_nothing_heavy(name: str) -> None:
 
 
 def test_the_walk_reaches_the_routes_and_their_messages() -> None:
-    chains = reached("server.process.launch", by_name(modules()))
+    chains = reached("server.process.web", by_name(modules()))
     assert {"engine.messages", "server.openai.chat", "server.text.detokenizer"} <= chains.keys()
 
 

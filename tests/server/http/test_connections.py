@@ -11,7 +11,7 @@ from uvicorn.server import ServerState
 
 from server.http.connections import PROBES, Connections
 from server.http.protocol import HttpProtocol
-from server.process.launch import web_config
+from server.process.web import web_config
 from tests.server.http.test_protocol import CHAT_PATH, DEADLINE, GET, Line, refused
 from tests.support.http_server import Server
 

@@ -14,7 +14,7 @@ from uvicorn.server import ServerState
 
 from configs.schema import ServerConfig
 from server.http.protocol import MAX_HEAD, HttpProtocol, protocol_with
-from server.process.launch import web_config
+from server.process.web import web_config
 from tests.support.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]

@@ -16,7 +16,8 @@ from server.http.app import create_app
 from server.http.context import ServerInfo
 from server.openai.routes import ROUTES
 from server.process.client import ZmqEngineClient
-from server.process.launch import open_port, warn_of_fallback
+from server.process.launch import warn_of_fallback
+from server.process.listening import open_port
 from server.text.chat_template import ChatTemplate
 from tests.support.configurations import hosted
 from tests.support.http_server import tiny_tokenizer

@@ -14,14 +14,8 @@ import pytest
 import uvloop
 
 from configs.schema import ServerConfig
-from server.process.launch import (
-    _WebServer,
-    address_of,
-    check_tls,
-    open_listener,
-    open_unix_socket,
-    web_config,
-)
+from server.process.listening import address_of, check_tls, open_listener, open_unix_socket
+from server.process.web import WebServer
 from tests.support.certificate import CERTIFICATE, KEY
 from tests.support.http_server import CHAT, CHAT_PATH, Server
 
@@ -35,7 +29,7 @@ def serve(server: Server, ask: Callable[[str], Awaitable[None]]) -> None:
         settings = server.config.server
         listener = open_listener(settings)
         url = address_of(settings, listener)
-        web = _WebServer(web_config(server.app))
+        web = WebServer(server.app)
         running = asyncio.create_task(web.serve(sockets=[listener]))
         try:
             await ask(url)
