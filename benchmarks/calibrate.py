@@ -43,7 +43,7 @@ LOADS = {  # names of steps in the part "8B step" of gpu-check -> trees, head, r
     "root, 8 rows": ("root", None, 8),
 }
 CONTEXT = 170  # tokens: a prompt of 128, and half of what is decoded while steps are timed
-STEPS, STRENGTH, DELTA = 30, 0.05, 1e-4
+STEPS, STRENGTH, DELTA = 12, 0.05, 1e-4
 Vector = NDArray[np.float64]
 
 
