@@ -71,6 +71,7 @@ def markdown(kind: str, *contents: Content) -> str:
         "latency": _latency,
         "acceptance": _acceptance,
         "speed": _speed,
+        "planned": _planned,
     }
     if kind not in known:
         raise ValueError(f"there is no table of kind {kind!r}; there are {', '.join(known)}")
@@ -241,6 +242,12 @@ def _speed(content: Content) -> Iterable[str]:
             row += [f"{found['tokens_per_second']:.0f}", f"{found['speedup']:.2f}"]
     head = [part for heat in heats for part in (f"tokens/s at T {heat:g}", "against plain")]
     yield from _table(["drafts", *head], rows, left=(0,))
+
+
+def _planned(content: Content) -> Iterable[str]:
+    from benchmarks.planned import table  # it loads torch
+
+    return table(content)
 
 
 def _measured(content: Content) -> dict[tuple[str, float, bool], Any]:

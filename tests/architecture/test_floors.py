@@ -42,9 +42,10 @@ FLOORS: dict[str, Table] = {
         "text": frozenset(),
         "http": frozenset({"version", "text"}),
         "openai": frozenset({"text", "http"}),
-        "assembly": frozenset({"text"}),
+        "planning": frozenset(),
+        "assembly": frozenset({"text", "planning"}),
         "process": frozenset({"text", "http", "openai", "assembly"}),
-        "commands": frozenset({"text", "assembly", "process"}),
+        "commands": frozenset({"text", "planning", "assembly", "process"}),
         "cli": frozenset({"version", "commands"}),
     },
 }

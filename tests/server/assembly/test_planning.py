@@ -1,11 +1,13 @@
-"""The memory that a configuration needs on each GPU is counted before loading."""
+"""Memory and time of a configuration are predicted from config.json alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -23,9 +25,18 @@ from engine.parallel.shard import Shard
 from engine.step.shape import StaticShape
 from kernels.ops import Ops
 from server.assembly.drafting import Target, allocate, tree_shape
-from server.assembly.memory_plan import MemoryPlan, plan_memory
+from server.assembly.planning import (
+    PlanOptions,
+    head_kind,
+    plan,
+    read_shapes,
+    write_json,
+    write_svg,
+)
+from server.assembly.planning import plan_memory as memory_of
+from server.planning.memory import MemoryPlan
+from server.planning.tables import memory_title
 from tests.support.configurations import hosted
-from tests.support.live_server import run_aerie
 from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
@@ -36,6 +47,10 @@ NUM_PARAMETERS = {"8B": 8_030_261_248, "70B": 70_553_706_496}  # as published
 SHIPPED = {"8B": "llama31-8b-1xh100", "70B": "llama33-70b-8xh100"}
 TARGETS = {"8B": LLAMA31_8B, "70B": LLAMA33_70B}
 KV_BYTES = 2 * 2 * 128  # keys and values of a token, KV head and layer: bfloat16, D 128
+
+
+def plan_memory(config: HostConfig, gpu_bytes: int) -> MemoryPlan:
+    return memory_of(config, read_shapes(config, PlanOptions()), gpu_bytes)
 
 
 def speculator(target: dict[str, Any]) -> dict[str, Any]:
@@ -63,9 +78,8 @@ def shipped(folder: Path, size: str, *overrides: str) -> HostConfig:
 @pytest.mark.parametrize("size", SHIPPED)
 def test_shipped_configurations_fit_into_their_gpus(size: str, tmp_path: Path) -> None:
     plan = plan_memory(shipped(tmp_path, size), H100)
-    print("\n".join(plan.lines()))
     assert plan.total <= H100
-    assert plan.num_sequences >= 32
+    assert plan.num_sequences(8192) >= 32
     arch, ranks = TARGETS[size], plan.num_gpus
     norms = (2 * arch["num_hidden_layers"] + 1) * arch["hidden_size"]
     table = 4 * 131072 * 128  # rotary, float32; so are norms
@@ -98,7 +112,7 @@ def test_a_replicated_head_is_whole_on_every_gpu(tmp_path: Path) -> None:
 
 def test_kv_heads_on_several_gpus_are_said(tmp_path: Path) -> None:
     plan = plan_memory(shipped(tmp_path, "8B", "parallel.tensor=16"), H100)
-    assert plan.lines()[0].endswith("on each of 16 GPUs of 74.5 GiB, each KV head on 2")
+    assert memory_title(plan) == "Memory: 16 GPUs of 74.5 GiB, each KV head on 2"
     assert plan.target_kv == (plan.num_blocks + 1) * 16 * 32 * KV_BYTES
 
 
@@ -150,24 +164,80 @@ def test_without_a_head_nothing_is_kept_for_one(tmp_path: Path) -> None:
     assert (plan.draft_weights, plan.draft_kv) == (0, 0)
 
 
-def test_lines_add_up() -> None:
+def test_entries_add_up() -> None:
     plan = MemoryPlan(2, 10 * GIB, GIB, GIB // 2, 2 * GIB, GIB, GIB, 1, 16, 1024)
-    assert plan.num_sequences == 2
-    lines = plan.lines()
-    sizes = [line.split()[-2] for line in lines[1:-1]]
-    assert sizes == ["1.00", "0.50", "2.00", "1.00", "1.00", "1.00", "3.50"]
-    assert lines[-1] == "1024 cache blocks of 16 tokens: 2 sequences of 8192 tokens at once"
-    short = dataclasses.replace(plan, num_blocks=511)
-    assert short.num_sequences == 0
+    assert sum(plan.entries.values()) == plan.gpu
+    assert plan.entries["free"] == 3.5 * GIB
+    assert (plan.num_sequences(8192), plan.num_sequences(8193)) == (2, 1)
+    assert dataclasses.replace(plan, num_blocks=511).num_sequences(8192) == 0
 
 
-def test_the_command_prints_the_plan_and_needs_no_weights(tmp_path: Path) -> None:
-    shipped(tmp_path, "70B")
-    places = [f"model.source={tmp_path / 'target'}", f"speculation.draft={tmp_path / 'head'}"]
-    arguments = ["plan-memory", "--config", SHIPPED["70B"], "--gpu-memory", "80GB", *places]
-    done = run_aerie(*arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("bytes on each of 8 GPUs of 74.5 GiB\n  target weights ")
-    refused = run_aerie(*arguments, "parallel.tensor=5")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("aerie: parallel.tensor = 5: 64 attention heads")
+def test_a_plan_holds_memory_times_and_the_best_tree(tmp_path: Path) -> None:
+    config = shipped(tmp_path, "70B")
+    found = plan(config, PlanOptions(batches=(1, 64, 256), acceptance=2.94))
+    assert found.memory == plan_memory(config, 80 * 10**9)
+    assert [batch.batch for batch in found.batches] == [1, 64, 256]
+    assert [batch.fits for batch in found.batches] == [True, True, False]
+    for batch in found.batches:
+        assert batch.speedup >= 1
+        assert batch.ms_per_token == pytest.approx(batch.round_ms / batch.tokens_per_round)
+        assert sum(batch.shares.values()) == pytest.approx(1)
+    write_json(found, tmp_path / "plan.json")
+    written = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert written["batches"][1]["batch"] == 64
+    assert written["sequences_of_context"] == found.memory.num_sequences(8192)
+    write_svg(found, tmp_path / "plan.svg")
+    texts = list(ElementTree.parse(tmp_path / "plan.svg").getroot().itertext())
+    assert {"plain", "with drafts", "1", "64", "256"} <= set(texts)
+
+
+def test_a_useless_head_is_not_used(tmp_path: Path) -> None:
+    found = plan(shipped(tmp_path, "8B"), PlanOptions(batches=(1,), acceptance=1.0))
+    (batch,) = found.batches
+    assert (batch.tree, batch.speedup, batch.tokens_per_round) == ("root", 1, 1)
+
+
+def test_known_models_and_assumed_heads_need_no_files() -> None:
+    maverick = "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8"
+    settings = [f"model.source={maverick}", "parallel.tensor=8", "cache.memory_fraction=0.9"]
+    config = hosted(load_config(None, settings))
+    found = plan(config, PlanOptions(batches=(1,), head=head_kind("dense3")))
+    # 402 billion parameters, nearly all of them in FP8
+    assert found.memory.target_weights == pytest.approx(415e9 / 8, rel=0.02)
+    assert found.memory.target_kv == (found.memory.num_blocks + 1) * 16 * 48 * KV_BYTES
+    assert found.batches[0].tree != "root"
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ([], {"gpu": "a100"}, "no GPU 'a100'; known: b200, h100, h200, or the path of a file"),
+        ([], {"weights": "fp5"}, "weights 'fp5': not a known format; known: bf16, fp8, int8, int4"),
+        ([], {"context": 200_000}, "--context 200000: the model was made for 131072 tokens"),
+        ([], {"acceptance": 5.0}, "acceptance 5: give the mean tokens of a round"),
+        (["parallel.tensor=5"], {}, "parallel.tensor = 5: 32 attention heads do not divide by 5"),
+        (["model.dtype=float32"], {}, "model.dtype = float32 cannot be planned; bfloat16 can"),
+        (["kernels.graphs=off"], {}, "kernels.graphs = off cannot be planned; auto can"),
+        (["speculation.tree=bush"], {}, "no tree 'bush'; shipped ones: chain1"),
+    ],
+)
+def test_what_cannot_be_planned_names_the_value_and_what_is_allowed(
+    settings: list[str], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(shipped(tmp_path, "8B", *settings), PlanOptions(**options))
+
+
+def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    config = hosted(load_config(None, [f"model.source={tmp_path}", "speculation.draft=null"]))
+    with pytest.raises(ValueError, match=r"config.json cannot be read as JSON"):
+        plan(config, PlanOptions())
+
+
+def test_a_head_that_cannot_be_found_says_how_to_plan_without_it(tmp_path: Path) -> None:
+    config = shipped(tmp_path, "8B", f"speculation.draft={tmp_path / 'nowhere'}")
+    with pytest.raises(FileNotFoundError, match=r"To plan without .* --head eagle3"):
+        plan(config, PlanOptions())
+    with pytest.raises(ValueError, match=r"--head 'medusa': known kinds are eagle, eagle3, dense3"):
+        head_kind("medusa")
