@@ -13,13 +13,14 @@ from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
 from drafter.heads.config import HeadConfig
 from drafter.manifest import D2T, head_tensors
 from drafter.source import resolve_draft
-from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch, Shape
 from engine.checkpoints.checkpoint import read_arch
-from engine.checkpoints.manifest import Shape, expected_tensors
+from engine.checkpoints.manifest import expected_tensors
 from engine.checkpoints.stored import ReadStored, Stored
 from engine.kv.storage import SCRATCH_BLOCKS
+from engine.models.families import load_target
 from engine.models.footprint import GIB, held_bytes
-from engine.models.llama import Llama, LlamaLoader
+from engine.models.interface import TargetModel
 from engine.models.place import Place
 from engine.parallel.shard import Shard, check_degree, kv_copies
 from kernels.registry import reference_ops
@@ -157,12 +158,12 @@ class _Outline:
     def max_len(self) -> int:
         return context_length(self.config, self.arch.max_position_embeddings)
 
-    def target(self) -> Llama:
+    def target(self) -> TargetModel:
         place = self.place
         read = _empty(expected_tensors(self.arch), place.dtype)
-        return LlamaLoader(self.arch, read, place, self.max_len).load()
+        return load_target(self.arch, read, place, self.max_len)
 
-    def head(self, config: HeadConfig, model: Llama) -> LoadedHead:
+    def head(self, config: HeadConfig, model: TargetModel) -> LoadedHead:
         """Tensors that a head may share with the target count as shared."""
         replicated = self.config.speculation.draft_parallel == "replicated"
         shapes = head_tensors(config, self.arch, ()).required
