@@ -163,6 +163,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
     from kernels.attention import triton_kernel as attention
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
+    from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_edit as edit
@@ -197,8 +198,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         reads_groups=False,
         stacks_experts=True,
         activation_dtype=storage_dtype,
-        backends=dict.fromkeys(OPERATIONS, Backend("triton"))
-        | {"linear": Backend("cublas"), "moe": Backend("reference")},
+        backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
     )
 
 

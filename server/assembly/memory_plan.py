@@ -20,7 +20,7 @@ from engine.checkpoints.stored import ReadStored, Stored
 from engine.kv.storage import SCRATCH_BLOCKS
 from engine.models.families import load_target
 from engine.models.footprint import GIB, held_bytes
-from engine.models.interface import TargetModel
+from engine.models.interface import LoadedModel
 from engine.models.place import Place
 from engine.parallel.shard import Shard, check_degree, kv_copies
 from kernels.registry import reference_ops
@@ -158,12 +158,12 @@ class _Outline:
     def max_len(self) -> int:
         return context_length(self.config, self.arch.max_position_embeddings)
 
-    def target(self) -> TargetModel:
+    def target(self) -> LoadedModel:
         place = self.place
         read = _empty(expected_tensors(self.arch), place.dtype)
         return load_target(self.arch, read, place, self.max_len)
 
-    def head(self, config: HeadConfig, model: TargetModel) -> LoadedHead:
+    def head(self, config: HeadConfig, model: LoadedModel) -> LoadedHead:
         """Tensors that a head may share with the target count as shared."""
         replicated = self.config.speculation.draft_parallel == "replicated"
         shapes = head_tensors(config, self.arch, ()).required
