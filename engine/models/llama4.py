@@ -142,8 +142,8 @@ class Llama4Loader:
         self._blocks = LayerLoader.of(arch, _halved_pairs(read, arch.head_dim), place, max_len)
         ones = torch.ones(arch.head_dim, device=place.device)
         self._norm = QKNorm(ones, arch.rms_norm_eps) if arch.qk_norm else None
-        half = arch.head_dim // 2
-        self._no_turn = torch.tensor([[1.0] * half + [0.0] * half], device=place.device)
+        cosines_and_sines = torch.ones(2, arch.head_dim // 2) * torch.tensor([[1.0], [0.0]])
+        self._no_turn = cosines_and_sines.view(1, -1).to(place.device)
         self._temperatures = _temperatures(arch.temperature, max_len, place.device)
 
     def load(self) -> Llama4:

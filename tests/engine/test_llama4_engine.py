@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
@@ -14,6 +15,7 @@ from engine.step.shape import TreeShape, chain
 from kernels.ops import Ops
 from tests.engine.test_engine_equality import prompt, tokens_of
 from tests.engine.test_speculation_equality import Truth
+from tests.support import pretend_device
 from tests.support.engines import ask, generate
 from tests.support.greedy import greedy_margins
 from tests.support.head_lab import SHAPES, HeadLab, write_head
@@ -78,12 +80,30 @@ def test_drafts_end_at_the_border_of_a_chunk(
     assert stats.num_accepted_tokens > stats.num_drafts
 
 
+@pytest.fixture(scope="module")
+def lab(truth: Truth, tmp_path_factory: pytest.TempPathFactory) -> HeadLab:
+    """With an EAGLE-3 head."""
+    head = tmp_path_factory.mktemp("head") / "eagle3"
+    return HeadLab(truth.engine, write_head(truth.engine, head))
+
+
 @pytest.mark.parametrize(("shape", "padded"), [("tree", True), ("dynamic", False)])
-def test_an_eagle3_head_drafts_for_it(
-    truth: Truth, shape: str, padded: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    head = write_head(truth.engine, tmp_path_factory.mktemp("head") / "eagle3")
-    lab = HeadLab(replace(truth.engine, padded=padded), head)
-    core, _ = lab.build(FixedPlanner(SHAPES[shape]))
+def test_an_eagle3_head_drafts_for_it(truth: Truth, lab: HeadLab, shape: str, padded: bool) -> None:
+    there = replace(lab, engine=replace(lab.engine, padded=padded))
+    core, _ = there.build(FixedPlanner(SHAPES[shape]))
     assert tokens_of(generate(core, requests())) == tokens_of(truth.heard)
     assert core.stats().num_drafts > 0
+
+
+def test_its_steps_stay_on_the_device(truth: Truth, lab: HeadLab) -> None:
+    ops = pretend_device.operations_of(lab.engine.ops)
+    changes: dict[str, Any] = {"ops": ops, "device": pretend_device.DEVICE}
+    there = replace(
+        lab, engine=replace(lab.engine, **changes, max_num_batched_tokens=30, run_ahead=True)
+    )
+    with torch.inference_mode(), pretend_device.PretendDevice() as device:
+        core, _ = there.build(FixedPlanner(SHAPES["tree"]))
+        device.waits.clear()
+        heard = generate(core, requests())
+    assert device.waits == []
+    assert tokens_of(heard) == tokens_of(truth.heard)

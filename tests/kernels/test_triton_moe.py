@@ -44,7 +44,9 @@ def test_experts_equal_the_reference(T: int, E: int, H: int, F: int, dtype: torc
     x, logits, weights = numbers(T, H, dtype=dtype), numbers(T, E, seed=3), experts(E, H, F, dtype)
     got = kernel.moe(x, logits, weights)
     assert (got.shape, got.dtype) == ((T, H), dtype)
-    close(got, reference.moe(x.float(), logits, in_float32(weights)))
+    # Triton's interpreter cuts bits off where a GPU rounds, here three times in turn.
+    looser = {"atol": 2e-2, "rtol": 3e-2} if dtype == torch.bfloat16 else {}
+    close(got, reference.moe(x.float(), logits, in_float32(weights)), **looser)
 
 
 def test_rows_may_lie_apart_and_all_tokens_may_have_one_expert() -> None:
