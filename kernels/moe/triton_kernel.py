@@ -191,26 +191,28 @@ def _launch(
     """`sizes`: outputs and inputs of the product; `per_expert`: tokens of one, on average."""
     N, K = sizes
     block_m = _MANY_ROWS if per_expert >= _MANY else _FEW_ROWS
-    dtype = inputs.dtype
-    # The interpreter cannot multiply bfloat16.
-    exact = dtype == torch.float32 or inputs.device.type == "cpu"
+    dtype = str(inputs.dtype).removeprefix("torch.")
     return Launch(
-        name=f"moe_{name}[{K} to {N}, rows={block_m}, {str(dtype).removeprefix('torch.')}]",
+        name=f"moe_{name}[{K} to {N}, rows={block_m}, {dtype}]",
         kernel=kernel,
         grid=(triton.cdiv(N, _BLOCK_N), runs.num_tiles(block_m)),
-        arguments=own
-        | runs.arguments()
-        | {
-            "BLOCK_M": block_m,
-            "BLOCK_N": _BLOCK_N,
-            "BLOCK_K": 64 if block_m == _MANY_ROWS else 128,
-            "PRODUCT": tl.float32 if exact else tl.bfloat16,
-        },
+        arguments=own | runs.arguments() | _constants(block_m, inputs),
         num_warps=4,
         num_stages=3,
         wgmma=block_m == _MANY_ROWS,
         min_load_bits=WIDEST_LOAD,
     )
+
+
+def _constants(block_m: int, inputs: Tensor) -> dict[str, Any]:
+    # The interpreter cannot multiply bfloat16.
+    exact = inputs.dtype == torch.float32 or inputs.device.type == "cpu"
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": _BLOCK_N,
+        "BLOCK_K": 64 if block_m == _MANY_ROWS else 128,
+        "PRODUCT": tl.float32 if exact else tl.bfloat16,
+    }
 
 
 def launches() -> list[Launch]:
