@@ -27,7 +27,7 @@ from configs.resolve import HostConfig
 from drafter.train.target import FrozenTarget
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
-from engine.models.llama import LlamaLoader
+from engine.models.families import load_target
 from engine.models.place import Place
 from kernels.registry import build_ops
 from server.assembly.drafting import torch_dtype
@@ -133,7 +133,7 @@ def load(config: HostConfig, length: int) -> FrozenTarget:
     ops = build_ops(config.kernels.backend, device, dtype, config.kernels.threads, config.files.dir)
     form = weight_form(config.model.weights, "model.weights", ops)
     place = Place(ops, dtype, device, weights=form)
-    model = LlamaLoader(checkpoint.arch, checkpoint.stored, place, length).load()
+    model = load_target(checkpoint.arch, checkpoint.stored, place, length)
     return FrozenTarget(model, ops, (), dtype)
 
 

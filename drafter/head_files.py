@@ -13,8 +13,8 @@ from torch import Tensor
 
 from configs.files import check_regular
 from drafter.manifest import DTYPES, FLOATS, HeadTensors, common_name, is_harmless
+from engine.checkpoints.arch import Shape
 from engine.checkpoints.checkpoint import INDEX_FILE, read_json
-from engine.checkpoints.manifest import Shape
 from engine.checkpoints.stored import Index
 
 logger = logging.getLogger(__name__)

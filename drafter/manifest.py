@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from drafter.heads.config import HeadConfig
-from engine.checkpoints.arch import LlamaArch
-from engine.checkpoints.manifest import Shape, expected_tensors
+from engine.checkpoints.arch import LlamaArch, Shape
+from engine.checkpoints.manifest import expected_tensors
 
 EMBEDDING = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"

@@ -1,8 +1,8 @@
 """The operation table: one typed callable per operation, chosen once at start.
 
 Legend of shapes: T packed tokens of the step, B rows, H hidden size, Hq / Hkv query and KV heads,
-D head dimension, F feed-forward size, V vocabulary, S block size, R sampled nodes, C candidates and
-N nodes of a tree.
+D head dimension, F feed-forward size, E experts, V vocabulary, S block size, R sampled nodes, C
+candidates and N nodes of a tree.
 
 A model never names a backend; it calls `ops.<operation>`. Every backend of an operation computes
 what `kernels/<operation>/reference.py` computes.
@@ -40,6 +40,15 @@ class LinearWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """Feed-forward blocks of which each token uses one, packed. Each tuple has a weight per expert,
+    or, with `Ops.stacks_experts`, a single one of them all, with data [E, in, out]."""
+
+    gate_up: tuple[LinearWeight, ...]  # H -> 2F, the gate first
+    down: tuple[LinearWeight, ...]  # F -> H
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """A whole decoder layer; engine/models/layers.py says what is done with each."""
 
@@ -73,7 +82,7 @@ class AttentionMeta:
     block_tables: Tensor  # [B, max_blocks] int32
     ancestors: Tensor  # [T] int64
     max_q: int
-    max_context: int  # longest prefix + suffix
+    max_context: int  # a bound of the keys that a row sees
 
 
 class PackedLayer(Protocol):
@@ -127,6 +136,8 @@ class Ops:
     kv_move: Callable[[Sequence[Tensor], Tensor, Tensor], None]
     # (gate_up [T, 2F], gate first) -> [T, F] silu(gate) * up
     silu_and_mul: Callable[[Tensor], Tensor]
+    # (x [T, H], router logits [T, E], experts) -> [T, H]; see kernels/moe/reference.py
+    moe: Callable[[Tensor, Tensor, ExpertWeights], Tensor]
     # (logits [R, V] float32) -> [R] int64
     argmax: Callable[[Tensor], Tensor]
     # (logits [R, V] float32, edits) -> [R, V] a copy after penalties and bias. For this and the
@@ -158,5 +169,6 @@ class Ops:
     # what the layer's operations give in turn
     decoder_layer: Callable[..., Tensor] | None
     reads_groups: bool  # whether weights may stay quantised
+    stacks_experts: bool  # whether `moe` reads all experts as one tensor
     activation_dtype: torch.dtype
     backends: dict[str, Backend]  # by operation

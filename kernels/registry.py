@@ -11,6 +11,7 @@ from kernels.activation import reference as activation
 from kernels.attention import reference as attention
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
+from kernels.moe import reference as moe
 from kernels.native.build import NativeUnavailableError, build_library
 from kernels.native.library import NativeLibrary
 from kernels.native.ops import NativeOps
@@ -34,6 +35,7 @@ OPERATIONS = (
     "attention",
     "kv_move",
     "silu_and_mul",
+    "moe",
     "argmax",
     "edit_logits",
     "draw",
@@ -134,6 +136,7 @@ def native_ops(native: NativeOps) -> Ops:
         attention=native.attention,
         kv_move=native.kv_move,
         silu_and_mul=native.silu_and_mul,
+        moe=native.moe,
         argmax=native.argmax,
         edit_logits=edit_logits,
         draw=TorchDraw(native.argmax, native.gumbel_argmax),
@@ -146,6 +149,7 @@ def native_ops(native: NativeOps) -> Ops:
         pack_layer=native.pack_layer,
         decoder_layer=native.decoder_layer,
         reads_groups=True,
+        stacks_experts=False,
         activation_dtype=torch.float32,
         backends=dict.fromkeys(OPERATIONS, Backend("native"))
         | native.backends
@@ -159,6 +163,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
     from kernels.attention import triton_kernel as attention
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
+    from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_edit as edit
@@ -178,6 +183,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         attention=attention.attention,
         kv_move=kv.KVMove(),
         silu_and_mul=activation.silu_and_mul,
+        moe=moe.moe,
         argmax=sampling.argmax,
         edit_logits=edit.edit_logits,
         draw=pipeline.draw,
@@ -190,6 +196,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         pack_layer=None,
         decoder_layer=None,
         reads_groups=False,
+        stacks_experts=True,
         activation_dtype=storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
     )
@@ -212,6 +219,7 @@ def reference_ops(
         attention=attention.attention,
         kv_move=kv.kv_move,
         silu_and_mul=activation.silu_and_mul,
+        moe=moe.moe,
         argmax=sampling.argmax,
         edit_logits=edit_logits if on_cpu else pipeline.edit_logits,
         draw=draw,
@@ -224,6 +232,7 @@ def reference_ops(
         pack_layer=None,
         decoder_layer=None,
         reads_groups=False,
+        stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("reference", reason)),
     )

@@ -20,7 +20,7 @@ def eagle3_config(
 ) -> HeadConfig:
     """An EAGLE-3 head with the target's widths, and with its vocabulary if no size is given."""
     arch = dataclasses.replace(
-        target,
+        target.as_plain_llama,
         num_layers=num_layers,
         tie_word_embeddings=False,
         attention_bias=False,

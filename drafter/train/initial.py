@@ -84,6 +84,11 @@ def _copy_layer(weights: dict[str, Tensor], index: int, source: int, read: ReadT
 def _check_widths(config: HeadConfig, target: LlamaArch) -> None:
     if config.kind != "eagle3":
         raise ValueError(f"layers of the target are for eagle3 heads, not {config.kind!r}")
+    if target != target.as_plain_llama:
+        raise ValueError(
+            "a head's layers are those of a plain Llama and cannot begin as layers of this target; "
+            "head.init 'random' can"
+        )
     if config.arch.num_layers > target.num_layers:
         raise ValueError(
             f"a head that begins with layers of the target has at most its {target.num_layers}, "

@@ -23,7 +23,7 @@ from drafter.train.optimizer import HeadOptimizer
 from drafter.train.run_record import RunRecord
 from drafter.train.target import FrozenTarget
 from drafter.train.trainer import Corpus, Trainer, Worker
-from engine.models.llama import Llama
+from engine.models.interface import LoadedModel
 from kernels.ops import Ops
 
 CHECKPOINTS, HISTORY = "checkpoints", "history.jsonl"
@@ -48,7 +48,7 @@ FREE_KEYS: dict[str, set[str] | bool] = {
 class LoadedTarget:
     """The frozen target as a runnable model, and its stored tensors."""
 
-    model: Llama
+    model: LoadedModel
     ops: Ops
     tensors: building.TargetTensors
     dtype: torch.dtype  # of weights, pages and handed-out features

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drafter.taps import FeatureCollector
 from engine.kv.storage import KVStorage
-from engine.models.llama import Llama
+from engine.models.interface import LoadedModel
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
@@ -32,14 +32,14 @@ class FrozenTarget:
     """Runs whole texts through the target, several at once."""
 
     def __init__(
-        self, model: Llama, ops: Ops, tap_layers: tuple[int, ...], dtype: torch.dtype
+        self, model: LoadedModel, ops: Ops, tap_layers: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         """`dtype`: type of the pages and the features."""
         self._model = model
         self._ops = ops
         self._order = tap_layers
         self._dtype = dtype
-        self._device = model.norm.weight.device
+        self._device = model.embedding.weight.data.device
         self._storage: KVStorage | None = None
 
     @torch.no_grad()

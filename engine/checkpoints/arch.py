@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from engine.checkpoints.config_values import Json, flag, integer, number, require_positive
@@ -9,6 +10,8 @@ from engine.checkpoints.rope_scaling import RopeScaling, read_rope
 
 ARCHITECTURE = "LlamaForCausalLM"
 ACTIVATIONS = ("silu", "swish")  # two names of one function
+
+Shape = tuple[int, ...]
 
 # Keys that change the computation of other architectures, with the values that mean Llama's own.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -67,10 +70,47 @@ class LlamaArch:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even, for rotary embeddings")
 
+    @property
+    def feed_forward_sizes(self) -> tuple[int, ...]:
+        """The different widths of its feed-forward blocks."""
+        return (self.intermediate_size,)
+
+    @property
+    def as_plain_llama(self) -> LlamaArch:
+        """A plain Llama of the same widths, such as the layers of a draft head are."""
+        return LlamaArch(**{name: getattr(self, name) for name in LlamaArch.__slots__})
+
+    def layer_tensors(self, index: int) -> dict[str, Shape]:  # noqa: ARG002
+        """Name after `model.layers.<index>.` -> shape; the same for every layer of a plain Llama.
+        Linear weights are [out, in]."""
+        return {
+            **self.norm_tensors(),
+            **self.attention_tensors(),
+            **self.mlp_tensors("mlp", self.intermediate_size),
+        }
+
+    def norm_tensors(self) -> dict[str, Shape]:
+        names = ("input_layernorm.weight", "post_attention_layernorm.weight")
+        return dict.fromkeys(names, (self.hidden_size,))
+
+    def attention_tensors(self) -> dict[str, Shape]:
+        hidden = self.hidden_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        parts = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
+        parts["o"] = (hidden, queries)
+        return _linear_tensors("self_attn", parts, self.attention_bias)
+
+    def mlp_tensors(self, block: str, inner: int) -> dict[str, Shape]:
+        """A gated feed-forward of `inner` width, under the name `block`."""
+        hidden = self.hidden_size
+        parts = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        return _linear_tensors(block, parts, self.mlp_bias)
+
     @classmethod
     def from_hf_config(cls, config: Json) -> LlamaArch:
         """Read a config.json. Anything that would need other arithmetic raises ValueError."""
-        _refuse_unsupported(config)
+        _check_architecture(config)
+        refuse_unsupported(config)
         num_heads = integer(config, "num_attention_heads")
         hidden_size = integer(config, "hidden_size")
         rope = read_rope(config)
@@ -113,34 +153,51 @@ def bos_token_id(config: Json) -> int | None:
     return found
 
 
-def _refuse_unsupported(config: Json) -> None:
+def _linear_tensors(block: str, parts: Mapping[str, Shape], bias: bool) -> dict[str, Shape]:
+    tensors: dict[str, Shape] = {}
+    for part, shape in parts.items():
+        tensors[f"{block}.{part}_proj.weight"] = shape
+        if bias:
+            tensors[f"{block}.{part}_proj.bias"] = shape[:1]
+    return tensors
+
+
+def _check_architecture(config: Json) -> None:
     architectures = config.get("architectures")
     if architectures is None:  # transformers leaves it out of models that were never saved
         architectures = [ARCHITECTURE] if config.get("model_type") == "llama" else []
     if list(architectures) != [ARCHITECTURE]:
         found = list(architectures) or config.get("model_type")
         raise ValueError(f"architecture {found} is not supported; {ARCHITECTURE} is")
+
+
+def refuse_unsupported(
+    config: Json, own: Collection[str] = (), layer_types: Collection[str] = ("full_attention",)
+) -> None:
+    """ValueError for what would need other arithmetic than a pre-norm decoder's. `own`: keys that
+    the caller reads; `layer_types`: what it can compute."""
     if config.get("hidden_act", "silu") not in ACTIVATIONS:
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; 'silu' is")
-    _refuse_other_arithmetic(config)
+    _refuse_other_arithmetic(config, own)
+    layers = set(config.get("layer_types") or ())
+    if not layers <= set(layer_types):
+        known = ", ".join(layer_types)
+        raise ValueError(f"layer_types {sorted(layers)} are not supported; {known} is")
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method", quantization)
         raise ValueError(f"quantised weights ({method}) are not supported; F32, F16, BF16 are")
 
 
-def _refuse_other_arithmetic(config: Json) -> None:
+def _refuse_other_arithmetic(config: Json, own: Collection[str]) -> None:
     """Keys of other architectures are refused unless they change nothing: a model that was trained
     with them gives wrong text without."""
     for key, neutral in NEUTRAL.items():
         found = config.get(key)
-        if found is None or found in neutral or _is_unused(config, key):
+        if key in own or found is None or found in neutral or _is_unused(config, key):
             continue
         allowed = ", ".join(["null", *(str(item).lower() for item in neutral)])
         raise ValueError(f"{key} {found!r} is not supported; {allowed} is")
-    layers = set(config.get("layer_types") or ())
-    if not layers <= {"full_attention"}:
-        raise ValueError(f"layer_types {sorted(layers)} are not supported; full_attention is")
 
 
 def _is_unused(config: Json, key: str) -> bool:

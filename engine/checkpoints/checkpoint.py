@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.files import check_regular, read_text
-from engine.checkpoints.arch import LlamaArch, bos_token_id, eos_token_ids
+from engine.checkpoints.arch import LlamaArch, Shape, bos_token_id, eos_token_ids
+from engine.checkpoints.families import TextModel, read_text_model
 from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from engine.checkpoints.manifest import (
     EMBEDDING,
     LM_HEAD,
-    Shape,
     check_manifest,
     expected_tensors,
 )
@@ -31,6 +31,8 @@ SINGLE_FILE = "model.safetensors"
 MAX_JSON = 2**24  # bytes; parsing holds up all other threads
 INDEX_FILE = "model.safetensors.index.json"
 COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
+
+Shards = dict[str, tuple[Path, Any]]  # tensor name -> its file's path and open handle
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def read_arch(source: str, revision: str | None = None) -> LlamaArch:
         return open_checkpoint(resolve_source(source, revision)).arch
     path = config_folder(source, revision) / "config.json"
     try:
-        return LlamaArch.from_hf_config(read_json(path))
+        return read_text_model(read_json(path)).arch
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -92,12 +94,14 @@ class SafetensorsCheckpoint:
         generation = folder / "generation_config.json"
         generation_config = read_json(generation) if generation.is_file() else None
         try:
-            self.arch = LlamaArch.from_hf_config(config)
-            self.eos_token_ids = eos_token_ids(config, generation_config)
-            self.bos_token_id = bos_token_id(config)
+            text = read_text_model(config)
+            self.eos_token_ids = eos_token_ids(text.config, generation_config)
+            self.bos_token_id = bos_token_id(text.config)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
-        self._shards = self._open_shards(_shard_paths(folder))
+        self.arch = text.arch
+        self._prefix = text.prefix
+        self._shards = _text_tensors(self._open_shards(_shard_paths(folder)), text, folder)
         self.arch = replace(self.arch, tie_word_embeddings=self._is_tied(folder))
         check_manifest(self.arch, self._shapes(), folder)
 
@@ -128,7 +132,7 @@ class SafetensorsCheckpoint:
         """Whether two matrices are equal; true if one of them is not in the files."""
         if name not in self._shards or other not in self._shards:
             return True
-        left, right = (self._shards[each][1].get_slice(each) for each in (name, other))
+        left, right = self._slice(name), self._slice(other)
         if left.get_shape() != right.get_shape():
             return False
         starts = range(0, left.get_shape()[0], COMPARED_ROWS)
@@ -136,9 +140,9 @@ class SafetensorsCheckpoint:
         return all(torch.equal(left[part].float(), right[part].float()) for part in rows)
 
     @staticmethod
-    def _open_shards(paths: list[Path]) -> dict[str, tuple[Path, Any]]:
-        """Tensor name -> its file's path and open handle (memory mapped)."""
-        shards: dict[str, tuple[Path, Any]] = {}
+    def _open_shards(paths: list[Path]) -> Shards:
+        """All tensors of the files, memory mapped."""
+        shards: Shards = {}
         handle: Any
         for path in paths:
             check_regular(path)
@@ -154,8 +158,8 @@ class SafetensorsCheckpoint:
 
     def _shapes(self) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {}
-        for name, (path, handle) in self._shards.items():
-            view = handle.get_slice(name)
+        for name, (path, _) in self._shards.items():
+            view = self._slice(name)
             if view.get_dtype() not in SUPPORTED_DTYPES:
                 raise ValueError(
                     f"{path}: tensor {name} is {view.get_dtype()}; "
@@ -164,17 +168,39 @@ class SafetensorsCheckpoint:
             shapes[name] = tuple(view.get_shape())
         return shapes
 
+    def _slice(self, name: str) -> Any:
+        return self._shards[name][1].get_slice(self._prefix + name)
+
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._shards[name][1].get_tensor(name)
+        tensor: Tensor = self._shards[name][1].get_tensor(self._prefix + name)
         return tensor
 
     def stored(self, name: str) -> Stored:
-        view: Stored = self._shards[name][1].get_slice(name)
+        view: Stored = self._slice(name)
         return view
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in expected_tensors(self.arch):
             yield name, self.tensor(name)
+
+
+def _text_tensors(shards: Shards, text: TextModel, folder: Path) -> Shards:
+    """Those of the text model under their names there; tensors of other parts are left out."""
+    skipped = [name for name in shards if name.startswith(text.skipped)]
+    if skipped:
+        logger.warning(
+            "%s: %d tensors of %s are skipped: the model is served for text only",
+            folder,
+            len(skipped),
+            ", ".join(sorted({name.partition(".")[0] for name in skipped})),
+        )
+    if not any(name.startswith(text.prefix) for name in shards):
+        raise ValueError(f"{folder}: no tensor's name begins with {text.prefix!r}")
+    return {
+        name.removeprefix(text.prefix): place
+        for name, place in shards.items()
+        if not name.startswith(text.skipped)
+    }
 
 
 def _shard_paths(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from engine.checkpoints.gguf_parts import read_parts
 from engine.checkpoints.gguf_rope import ROPE_FREQS, rope_scaling
 from engine.checkpoints.manifest import check_manifest, expected_tensors
 from engine.checkpoints.rope_scaling import DEFAULT_ROPE_THETA
+from engine.checkpoints.rotary import undo_rotary_permutation
 from kernels.linear.grouped import GroupedWeight
 
 ARCHITECTURE = "llama"
@@ -143,13 +144,6 @@ def hf_name(name: str) -> str:
     if prefix == "blk" and part in LAYER_NAMES:
         return f"model.layers.{index}.{LAYER_NAMES[part]}.{kind}"
     return name
-
-
-def undo_rotary_permutation(tensor: Tensor, num_heads: int) -> Tensor:
-    """GGUF stores the rows of q and k so that rotary pairs are neighbours (2i, 2i + 1); Hugging
-    Face pairs row i with row i + D/2 of the same head. [Hq D, ...] -> the same shape."""
-    pairs = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])  # [Hq, D / 2, 2, ...]
-    return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
 def arch_from_metadata(file: GGUFFile, rope_factors: list[float] | None) -> LlamaArch:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.arch import LlamaArch, Shape
 
-Shape = tuple[int, ...]
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_NAMED = 5  # tensors listed in one message
 
@@ -19,32 +18,11 @@ def expected_tensors(arch: LlamaArch) -> dict[str, Shape]:
     [out, in]; a tied model has no lm_head."""
     tensors: dict[str, Shape] = {EMBEDDING: (arch.vocab_size, arch.hidden_size)}
     for index in range(arch.num_layers):
-        for name, shape in _layer_tensors(arch).items():
+        for name, shape in arch.layer_tensors(index).items():
             tensors[f"model.layers.{index}.{name}"] = shape
     tensors["model.norm.weight"] = (arch.hidden_size,)
     if not arch.tie_word_embeddings:
         tensors[LM_HEAD] = (arch.vocab_size, arch.hidden_size)
-    return tensors
-
-
-def _layer_tensors(arch: LlamaArch) -> dict[str, Shape]:
-    hidden, inner = arch.hidden_size, arch.intermediate_size
-    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
-    attention["o"] = (hidden, queries)
-    mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    tensors: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    for block, parts, bias in (
-        ("self_attn", attention, arch.attention_bias),
-        ("mlp", mlp, arch.mlp_bias),
-    ):
-        for part, shape in parts.items():
-            tensors[f"{block}.{part}_proj.weight"] = shape
-            if bias:
-                tensors[f"{block}.{part}_proj.bias"] = shape[:1]
     return tensors
 
 

@@ -182,6 +182,6 @@ def _llama3(rope: Json, original: int) -> Llama3RopeScaling:
         high_freq_factor=number(rope, "high_freq_factor"),
         original_max_position_embeddings=original,
     )
-    if not scaling.low_freq_factor < scaling.high_freq_factor or scaling.factor < 1:
-        raise ValueError(f"llama3 rope needs low < high frequency factors and factor >= 1: {rope}")
+    if scaling.low_freq_factor > scaling.high_freq_factor or scaling.factor < 1:
+        raise ValueError(f"llama3 rope needs low <= high frequency factors and factor >= 1: {rope}")
     return scaling

@@ -34,7 +34,7 @@ def step_bytes(
     activations of a layer, features for a draft head, logits and what is made of them, and counts
     of tokens by sequence."""
     attention = 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // size
-    widest = max(attention, 3 * arch.intermediate_size // size)
+    widest = max(attention, 3 * max(arch.feed_forward_sizes) // size)
     features = 3 * arch.hidden_size
     per_token = (3 * arch.hidden_size + features + widest) * activation.itemsize
     logits = 3 * LOGIT_ROWS * arch.vocab_size * 4  # raw, edited, and to rank drafts by

@@ -41,7 +41,11 @@ class RowParallelLinear:
     weight: LinearWeight
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return ctx.group.all_reduce(ctx.ops.linear(x, self.weight))  # [T, N]
+        return ctx.group.all_reduce(self.partial(x, ctx))  # [T, N]
+
+    def partial(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """This rank's summand of the output."""
+        return ctx.ops.linear(x, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,11 @@ class GatedMLP:
     down: RowParallelLinear  # F -> H
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return self.down(ctx.ops.silu_and_mul(self.gate_up(x, ctx)), ctx)
+        return ctx.group.all_reduce(self.partial(x, ctx))
+
+    def partial(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """This rank's summand of the output."""
+        return self.down.partial(ctx.ops.silu_and_mul(self.gate_up(x, ctx)), ctx)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +14,7 @@ from torch import Tensor
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
 from engine.models.footprint import GIB, held_bytes, layers_with_progress
-from engine.models.layers import (
-    DecoderLayer,
-    LMHead,
-    RMSNorm,
-    VocabParallelEmbedding,
-)
+from engine.models.layers import LMHead, RMSNorm, VocabParallelEmbedding
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import check_degree
@@ -28,13 +24,23 @@ from engine.step.taps import LAST_OUTPUT
 logger = logging.getLogger(__name__)
 
 
+class Layer(Protocol):
+    """As `DecoderLayer`."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Llama:
     """A loaded target (implements `TargetModel`)."""
 
+    attention_chunk: ClassVar[None] = None
+
     arch: LlamaArch
     embedding: VocabParallelEmbedding
-    layers: tuple[DecoderLayer, ...]
+    layers: tuple[Layer, ...]
     norm: RMSNorm
     head: LMHead
 
@@ -66,38 +72,36 @@ class LlamaLoader:
 
     def __init__(self, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> None:
         check_degree(arch, place.shard.size)
-        self._arch = arch
-        self._place = place
         self._blocks = LayerLoader.of(arch, read, place, max_len)
 
     def load(self) -> Llama:
-        started = time.monotonic()
-        model, num_ranks = self._load(), self._place.shard.size
-        if self._place.shard.rank == 0 and self._place.device.type != "meta":
-            logger.info(
-                "loaded %.2f GiB of weights in %.1f s%s",
-                held_bytes(model) / GIB,
-                time.monotonic() - started,
-                "" if num_ranks == 1 else f", on each of {num_ranks} ranks",
-            )
-        return model
+        return load_decoder(self._blocks, self._blocks.decoder_layer)
 
-    def _load(self) -> Llama:
-        arch = self._arch
-        embedding = self._blocks.pack_padded("model.embed_tokens", arch.vocab_size)
-        tied = arch.tie_word_embeddings
-        head = embedding if tied else self._blocks.pack_padded("lm_head", arch.vocab_size)
-        return Llama(
-            arch=arch,
-            embedding=VocabParallelEmbedding(embedding),
-            layers=tuple(
-                self._blocks.decoder_layer(index, f"model.layers.{index}")
-                for index in self._indices()
-            ),
-            norm=self._blocks.norm("model.norm"),
-            head=LMHead(head),
+
+def load_decoder(blocks: LayerLoader, layer: Callable[[int, str], Layer]) -> Llama:
+    """A decoder of the layers that `layer` builds from an index and a prefix of names."""
+    place, started = blocks.place, time.monotonic()
+    model, num_ranks = _load(blocks, layer), place.shard.size
+    if place.shard.rank == 0 and place.device.type != "meta":
+        logger.info(
+            "loaded %.2f GiB of weights in %.1f s%s",
+            held_bytes(model) / GIB,
+            time.monotonic() - started,
+            "" if num_ranks == 1 else f", on each of {num_ranks} ranks",
         )
+    return model
 
-    def _indices(self) -> Iterable[int]:
-        num_layers, rank = self._arch.num_layers, self._place.shard.rank
-        return layers_with_progress(num_layers) if rank == 0 else range(num_layers)
+
+def _load(blocks: LayerLoader, layer: Callable[[int, str], Layer]) -> Llama:
+    arch, is_first = blocks.arch, blocks.place.shard.rank == 0
+    embedding = blocks.pack_padded("model.embed_tokens", arch.vocab_size)
+    tied = arch.tie_word_embeddings
+    head = embedding if tied else blocks.pack_padded("lm_head", arch.vocab_size)
+    indices = layers_with_progress(arch.num_layers) if is_first else range(arch.num_layers)
+    return Llama(
+        arch=arch,
+        embedding=VocabParallelEmbedding(embedding),
+        layers=tuple(layer(index, f"model.layers.{index}") for index in indices),
+        norm=blocks.norm("model.norm"),
+        head=LMHead(head),
+    )

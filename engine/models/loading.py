@@ -82,8 +82,9 @@ class LayerLoader:
             scale=head_dim**-0.5,
         )
 
-    def mlp(self, prefix: str) -> GatedMLP:
-        bias, inner = self.arch.mlp_bias, self.place.shard.even(self.arch.intermediate_size)
+    def mlp(self, prefix: str, size: int | None = None) -> GatedMLP:
+        """`size`: its width, if not `arch.intermediate_size`."""
+        bias, inner = self.arch.mlp_bias, self.place.shard.even(size or self.arch.intermediate_size)
         parts = [(f"{prefix}.gate_proj", inner), (f"{prefix}.up_proj", inner)]
         return GatedMLP(
             gate_up=ColumnParallelLinear(self.pack_rows(parts, bias=bias)),

@@ -51,7 +51,9 @@ def scale_llama3(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
     wavelengths = 2 * math.pi / frequencies
     context = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((context / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    turns = context / wavelengths
+    # Llama 4 Scout has equal factors: nothing lies in between.
+    keep = (turns >= high).float() if low == high else ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies
 
 

@@ -41,6 +41,22 @@ class WeightPacker:
         first, *more = self._packed(kept, bias)
         return replace(first, more=tuple(more)) if more else first
 
+    def pack_experts(self, weights: Iterable[Tensor], count: int) -> tuple[LinearWeight, ...]:
+        """The weights [in, out] of `count` experts, in the form that `ops.moe` reads."""
+        if not self.ops.stacks_experts:
+            return tuple(
+                self.pack([weight.T.contiguous()], weight.shape[1], None) for weight in weights
+            )
+        stack = None
+        for expert, weight in enumerate(weights):
+            if stack is None:
+                shape = (count, *weight.shape)
+                stack = torch.empty(shape, dtype=self.dtype, device=self.device)
+            stack[expert].copy_(weight)
+        assert stack is not None
+        inputs, outputs = stack.shape[1:]
+        return (LinearWeight(stack, None, outputs, inputs),)
+
     @property
     def _keeps_groups(self) -> bool:
         return self.ops.reads_groups and self.form != "plain"

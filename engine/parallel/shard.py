@@ -69,8 +69,9 @@ def degree_fault(arch: LlamaArch, size: int) -> str | None:
         return f"{arch.num_heads} attention heads do not divide by {size}"
     if arch.num_kv_heads % size and size % arch.num_kv_heads:
         return f"{arch.num_kv_heads} KV heads neither divide by {size} nor divide it"
-    if arch.intermediate_size % size:
-        return f"intermediate_size {arch.intermediate_size} does not divide by {size}"
+    for width in arch.feed_forward_sizes:
+        if width % size:
+            return f"intermediate_size {width} does not divide by {size}"
     return None
 
 

@@ -149,6 +149,7 @@ class Layout:
                 max_q=self._longest(packing, self.form.max_queries),
                 max_context=self._reach(packing),
             ),
+            only_roots=self.form.only_roots,
         )
 
     def _nodes(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,6 +175,10 @@ class StepBody:
         tree = drafted.tree
         if form.num_known:
             tree = tree.with_chains(inputs.known, inputs.num_known)
+        chunk = self.model.attention_chunk
+        if chunk is not None and tree.max_depth:
+            root = inputs.starts + inputs.lens - 1
+            tree = tree.ending_at(chunk - 1 - root % chunk)
         if form.exact and form.max_nodes > 1:
             tree = tree.narrowed()
         return Drafted(tree, drafted.faults)

@@ -31,6 +31,9 @@ class ForwardBatch:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64, where each token's KV goes
     attention: AttentionMeta
+    only_roots: bool = False  # every row is a draft tree or a single token, not a prompt chunk
+    # For layers that see only their own chunk of positions; set by models that have such layers
+    chunked: AttentionMeta | None = None
 
 
 class FeatureTap(Protocol):

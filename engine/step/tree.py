@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ class DraftTree:
         nodes = torch.arange(self.tokens.shape[1], device=sizes.device)
         parents = self.parents.masked_fill(nodes >= sizes[:, None], -1)
         return DraftTree(self.tokens, parents, self.depths, self.ancestors, sizes, self.max_depth)
+
+    def ending_at(self, depths: Tensor) -> DraftTree:
+        """No walk goes below these depths [B]. Deeper nodes stay, without a parent, but nothing
+        uses what they compute."""
+        parents = self.parents.masked_fill(self.depths > depths[:, None], -1)
+        return replace(self, parents=parents)
 
     def with_chains(self, tokens: Tensor, lengths: Tensor) -> DraftTree:
         """Rows with a known draft get it as a chain below their root; the others keep their tree.

@@ -439,7 +439,8 @@ def _name(plan: TilePlan, group: int, D: int) -> str:
     return ", ".join(words)
 
 
-_KNOWN_HEADS = ((9, 3, 64), (32, 8, 128), (8, 1, 128))  # SmolLM2, Llama 8B, an eighth of 70B
+# SmolLM2, Llama 8B, an eighth of 70B and of Llama 4
+_KNOWN_HEADS = ((9, 3, 64), (32, 8, 128), (8, 1, 128), (5, 1, 128))
 _KNOWN_BATCHES = (  # rows, queries of each or None for a mixed batch, context
     (1, 1, 8192),
     (64, 1, 8192),

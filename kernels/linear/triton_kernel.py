@@ -22,7 +22,7 @@ from kernels.ops import LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
 _BLOCK = 1024  # columns per program: one 128-bit load per thread
-_KNOWN_SIZES = (576, 2048, 4096, 8192)  # SmolLM2, Llama 1B, 8B, 70B
+_KNOWN_SIZES = (576, 2048, 4096, 5120, 8192)  # SmolLM2, Llama 1B, 8B, Llama 4, 70B
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None) -> LinearWeight:

@@ -34,6 +34,7 @@ SOURCES = (
     "attention/native_kernel.cpp",
     "kv/native_kernel.cpp",
     "activation/native_kernel.cpp",
+    "moe/native_kernel.cpp",
     "sampling/native_kernel.cpp",
     "layer/native_kernel.cpp",
 )

@@ -35,6 +35,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_attention_f32": (P, P, P, P, P, P, I, P, P, I, I, I, I, I, R, P),
     "aerie_kv_move": (P, I, I, P, P, I),
     "aerie_silu_and_mul": (P, I, I, P),
+    "aerie_route": (P, I, I, P, I, P, P),
     "aerie_add_noise": (P, P, P, P, P, P, P, I, I, P),
     "aerie_gumbel_argmax": (P, P, I, I, P),
     "aerie_argmax": (P, I, I, P),

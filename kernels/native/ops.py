@@ -13,7 +13,14 @@ from kernels.linear.grouped import GroupedWeight
 from kernels.native.layer import ENDINGS, SUFFIXES, LatestBatch, NativeLayer, check_heads
 from kernels.native.library import NativeLibrary, pointer
 from kernels.native.memory import HugePages
-from kernels.ops import AttentionMeta, Backend, LayerWeights, LinearWeight, PackedLayer
+from kernels.ops import (
+    AttentionMeta,
+    Backend,
+    ExpertWeights,
+    LayerWeights,
+    LinearWeight,
+    PackedLayer,
+)
 from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.reference import noise_keys
 
@@ -28,7 +35,9 @@ class NativeOps:
         products = suffix + ENDINGS[instructions]
         self.library = library  # keeps the thread pool alive
         # With special instructions, these operations round their inputs to bfloat16.
-        self.backends = dict.fromkeys(("linear", "attention"), Backend("native", instructions))
+        self.backends = dict.fromkeys(
+            ("linear", "attention", "moe"), Backend("native", instructions)
+        )
         self._pool = library.pool
         self._memory, self._batches = HugePages(), LatestBatch()
         self._dtype, self._suffix, self._products = storage_dtype, suffix, products
@@ -43,6 +52,7 @@ class NativeOps:
         self._attention = library.call(f"aerie_attention_{products}")
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
+        self._route = library.call("aerie_route")
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
         self._add_noise = library.call("aerie_add_noise")
         self._argmax = library.call("aerie_argmax")
@@ -78,16 +88,19 @@ class NativeOps:
         return LinearWeight(packed, bias, N, K, layout)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        x = x.contiguous()
         out = torch.empty(len(x), weight.all_features)
+        self._linear_into(out, x.contiguous(), weight)
+        return out
+
+    def _linear_into(self, out: Tensor, x: Tensor, weight: LinearWeight) -> None:
+        """`out` and `x` are contiguous."""
         if weight.layout is None:
             self._multiply(x, weight, out)
-            return out
+            return
         first = 0
         for part in (weight, *weight.more):
             self._multiply_groups(x, part, out, first)
             first += part.out_features
-        return out
 
     def _multiply(self, x: Tensor, weight: LinearWeight, out: Tensor) -> None:
         M, K = x.shape
@@ -240,6 +253,31 @@ class NativeOps:
         T, width = gate_up.shape
         out = torch.empty(T, width // 2)
         self._silu_and_mul(self._pool, gate_up.data_ptr(), T, width // 2, out.data_ptr())
+        return out
+
+    def moe(self, x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
+        """A call of a linear layer for each expert that has tokens. A token's result does not
+        depend on the others, because that of a linear layer does not."""
+        x, logits = x.contiguous(), logits.contiguous()
+        scaled, experts = torch.empty_like(x), torch.empty(len(x), dtype=torch.int64)
+        places = (x.data_ptr(), x.shape[1], experts.data_ptr(), scaled.data_ptr())
+        self._route(self._pool, logits.data_ptr(), *logits.shape, *places)
+        order = experts.argsort(stable=True)
+        counts = experts.bincount(minlength=logits.shape[1]).tolist()
+        inner = self.silu_and_mul(self._linear_each(scaled[order], counts, weights.gate_up))
+        outputs = self._linear_each(inner, counts, weights.down)
+        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+    def _linear_each(
+        self, x: Tensor, counts: Sequence[int], weights: Sequence[LinearWeight]
+    ) -> Tensor:
+        """The first counts[0] rows times the first weight, and so on."""
+        out, first = torch.empty(len(x), weights[0].all_features), 0
+        for count, weight in zip(counts, weights, strict=True):
+            rows = slice(first, first + count)
+            if count:
+                self._linear_into(out[rows], x[rows], weight)
+            first += count
         return out
 
     def gumbel_argmax(self, logits: Tensor, keys: Tensor) -> Tensor:

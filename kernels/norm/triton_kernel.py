@@ -11,7 +11,8 @@ from kernels.triton_launch import WIDEST_LOAD, Launch
 
 MAX_HIDDEN = 16384
 _VALUES_PER_THREAD = 16  # two 128-bit loads of bfloat16 in flight
-_KNOWN_SIZES = (576, 2048, 4096, 8192, 16384)  # SmolLM2, Llama 1B, 8B, 70B, 405B
+# A head of Llama 4, SmolLM2, Llama 1B, 8B, Llama 4, 70B, 405B
+_KNOWN_SIZES = (128, 576, 2048, 4096, 5120, 8192, 16384)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from kernels.triton_launch import WIDEST_LOAD, Launch
 
 _Pair = tuple[Tensor, Tensor]
 _VALUES_PER_WARP = 1024  # values of the query heads: 32 per thread
-# (Hq, Hkv, D): SmolLM2, Llama 1B, 8B, 70B, 70B over 8 GPUs
-_KNOWN_HEADS = ((9, 3, 64), (32, 8, 64), (32, 8, 128), (64, 8, 128), (8, 1, 128))
+# (Hq, Hkv, D): SmolLM2, Llama 1B, 8B, 70B, 70B and Llama 4 over 8 GPUs
+_KNOWN_HEADS = ((9, 3, 64), (32, 8, 64), (32, 8, 128), (64, 8, 128), (8, 1, 128), (5, 1, 128))
 
 
 @triton.jit

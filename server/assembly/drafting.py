@@ -22,7 +22,7 @@ from engine.checkpoints.arch import LlamaArch
 from engine.kv.sizing import free_bytes
 from engine.kv.storage import SCRATCH_BLOCKS, KVStorage, bytes_per_block
 from engine.messages import DraftFacts
-from engine.models.llama import Llama
+from engine.models.interface import LoadedModel
 from engine.models.place import Place
 from engine.runner.warmup import WarmUp
 from engine.speculation.lookup import Lookup
@@ -39,7 +39,7 @@ AUTO = "auto"
 class Target:
     """A loaded target model and the facts that the engine needs."""
 
-    model: Llama
+    model: LoadedModel
     arch: LlamaArch
     eos_token_ids: frozenset[int]
 

@@ -21,8 +21,8 @@ from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import ModelFiles, resolve_source
 from engine.kv.sizing import check_reserve
+from engine.models.families import load_target
 from engine.models.footprint import return_freed_memory, step_bytes
-from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
@@ -140,7 +140,7 @@ def _load(
     eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch) | _text_endings(config, files, arch)
     max_len = context_length(config, arch.max_position_embeddings)
     place = _place(config, group, device)
-    model = LlamaLoader(arch, checkpoint.stored, place, max_len).load()
+    model = load_target(arch, checkpoint.stored, place, max_len)
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
     head_place = replace(place, weights=_head_form(config.speculation, place.ops))

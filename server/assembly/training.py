@@ -40,7 +40,7 @@ from drafter.train.run_folder import publish_run as publish_run  # for the comma
 from drafter.train.trainer import Worker
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
-from engine.models.llama import LlamaLoader
+from engine.models.families import load_target
 from engine.models.place import Place
 from kernels.registry import build_ops
 from server.assembly.compose import backend_can_be_had, build_engine
@@ -183,7 +183,7 @@ def _load_target(config: HostTrainingConfig, worker: Worker) -> tuple[LoadedTarg
     torch.set_num_threads(threads)
     arch, read = checkpoint.arch, checkpoint.tensor
     place = Place(ops, dtype, device)
-    model = LlamaLoader(arch, read, place, config.data.max_tokens).load()
+    model = load_target(arch, read, place, config.data.max_tokens)
     tensors = TargetTensors(arch, read)
     target = LoadedTarget(model, ops, tensors, dtype, device, files.version())
     return target, frozenset(checkpoint.eos_token_ids)

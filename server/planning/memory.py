@@ -69,7 +69,8 @@ def target_bytes(sizes: ModelSizes, ranks: int, max_len: int) -> int:
     table = vocabulary(sizes, ranks).num_bytes
     norms = (2 * sizes.num_layers + 1) * sizes.hidden_size * FLOAT32
     matrices = matrix_bytes(layer_products(sizes, ranks)) + table * (1 if sizes.tied else 2)
-    return matrices + norms + bias_bytes(sizes, ranks) + _rotary_bytes(sizes, max_len)
+    tables = _rotary_bytes(sizes, max_len) + _llama4_bytes(sizes, max_len)
+    return matrices + norms + bias_bytes(sizes, ranks) + tables
 
 
 def head_bytes(head: HeadSizes, ranks: int, max_len: int) -> int:
@@ -87,6 +88,14 @@ def head_bytes(head: HeadSizes, ranks: int, max_len: int) -> int:
 
 def _rotary_bytes(sizes: ModelSizes, max_len: int) -> int:
     return max_len * sizes.head_dim * FLOAT32
+
+
+def _llama4_bytes(sizes: ModelSizes, max_len: int) -> int:
+    """Factors of queries by position, a rotation by nothing and a norm's weight of ones."""
+    scales = 0 < sizes.temperature_floor <= max_len
+    unturned = sizes.head_dim if 0 < sizes.local_layers < sizes.num_layers else 0
+    ones = sizes.head_dim if sizes.qk_norm else 0
+    return ((max_len if scales else 0) + unturned + ones) * FLOAT32
 
 
 def check_fit(needed: int, step: int, gpu: int, ranks: int) -> int:

@@ -45,6 +45,8 @@ class ModelSizes:
     local_layers: int = 0  # that attend within chunks of the context
     local_chunk: int = 0  # tokens
     qk_norm: bool = False
+    # Context length from which on layers without rotary embeddings scale queries; 0: they do not
+    temperature_floor: int = 0
     formats: PartFormats = field(default_factory=PartFormats)
 
     @classmethod
@@ -76,6 +78,7 @@ class ModelSizes:
             local_layers=_local_layers(text, num_layers) if llama4 else 0,
             local_chunk=chunk,
             qk_norm=llama4 and flag(text, "use_qk_norm", True),
+            temperature_floor=_temperature_floor(text) if llama4 else 0,
             formats=stored_formats(config, plain),
         )
 
@@ -152,6 +155,10 @@ def _experts(text: Json, num_layers: int) -> Experts:
         per_token=int(number(text, "num_experts_per_tok", 1)),
         width=integer(text, "intermediate_size"),
     )
+
+
+def _temperature_floor(text: Json) -> int:
+    return integer(text, "floor_scale", 8192) if flag(text, "attn_temperature_tuning", True) else 0
 
 
 def _local_layers(text: Json, num_layers: int) -> int:

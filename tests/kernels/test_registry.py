@@ -74,7 +74,7 @@ def test_a_backend_reads_as_its_name_and_its_reason() -> None:
 
 def test_products_name_the_instructions_they_use(native_ops: Ops, native_cache: Path) -> None:
     ops = build_ops("native", CPU, torch.bfloat16, 1, native_cache)
-    products = {ops.backends.pop(name) for name in ("linear", "attention")}
+    products = {ops.backends.pop(name) for name in ("linear", "attention", "moe")}
     assert len(products) == 1
     has_dots = "avx512_bf16" in build.cpu_flags()
     names = ("amx", "avx512_bf16") if has_dots else (None,)
@@ -112,6 +112,6 @@ def test_every_operation_is_named() -> None:
     layers = {"pack_layer", "decoder_layer"}
     assert known == {
         *(*OPERATIONS, *layers),
-        *("pack_linear", "reads_groups", "activation_dtype", "backends"),
+        *("pack_linear", "reads_groups", "stacks_experts", "activation_dtype", "backends"),
     }
     assert len(set(BACKENDS)) == len(BACKENDS)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.checkpoints.arch import LlamaArch
-from engine.checkpoints.manifest import Shape, expected_tensors
+from engine.checkpoints.arch import LlamaArch, Shape
+from engine.checkpoints.manifest import expected_tensors
 from engine.checkpoints.stored import Index
 from engine.models.llama import Llama, LlamaLoader
 from engine.models.place import Place

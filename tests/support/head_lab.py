@@ -14,6 +14,7 @@ from drafter.heads.interface import DraftContext, DraftHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.proposer import DraftProposer
 from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.families import read_text_model
 from engine.core import EngineCore
 from engine.kv.storage import KVStorage
 from engine.models.loading import LayerLoader
@@ -34,7 +35,7 @@ SHAPES: dict[str, TreeShape] = {
 
 def write_head(engine: TinyEngine, folder: Path) -> Path:
     """A head over every second token, with weights large enough that its logits differ."""
-    target = LlamaArch.from_hf_config(engine.oracle.config.to_dict())
+    target = read_text_model(engine.oracle.config.to_dict()).arch
     draft_ids = torch.arange(1, target.vocab_size, 2)
     config = dataclasses.replace(eagle3_config(target, len(draft_ids)), aux_layers=(0, 1))
     save_eagle3(folder, config, target, random_eagle3(config, target, seed=1, std=0.3), draft_ids)
@@ -78,4 +79,4 @@ class HeadLab:
 
     @property
     def _arch(self) -> LlamaArch:
-        return LlamaArch.from_hf_config(self.engine.oracle.config.to_dict())
+        return read_text_model(self.engine.oracle.config.to_dict()).arch

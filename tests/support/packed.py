@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.checkpoints.arch import LlamaArch
 from engine.kv.slots import Scratch
 from engine.kv.storage import KVStorage
-from engine.models.llama import Llama, LlamaLoader
+from engine.models.interface import LoadedModel
+from engine.models.llama import LlamaLoader
 from engine.models.loading import ReadTensor
 from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 class PackedModel:
     """A model with its own pages, filled with NaN, so that reading an unwritten slot shows."""
 
-    model: Llama
+    model: LoadedModel
     ops: Ops
     dtype: torch.dtype
     num_blocks: int = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Llama4ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from configs.resolve import with_sizes
 from configs.schema import (
@@ -15,9 +15,9 @@ from configs.schema import (
     SchedulerConfig,
     SpeculationConfig,
 )
-from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.families import read_text_model
 from engine.core import EngineCore
-from engine.models.llama import LlamaLoader
+from engine.models.families import load_target
 from engine.models.place import Place
 from engine.runner.runner import StepSettings
 from kernels.ops import Ops
@@ -56,7 +56,7 @@ def random_llama(seed: int = 7, **changes: object) -> LlamaForCausalLM:
 class TinyEngine:
     """How to build an engine around `oracle`; change a field with `dataclasses.replace`."""
 
-    oracle: LlamaForCausalLM
+    oracle: LlamaForCausalLM | Llama4ForCausalLM
     ops: Ops
     num_blocks: int = 128
     prefix_caching: bool = True
@@ -75,9 +75,9 @@ class TinyEngine:
         return Place(self.ops, torch.float32, self.device)
 
     def build(self) -> EngineCore:
-        arch = LlamaArch.from_hf_config(self.oracle.config.to_dict())
+        arch = read_text_model(self.oracle.config.to_dict()).arch
         read = self.oracle.state_dict().__getitem__
-        loader = LlamaLoader(arch, read, self.place, self.max_model_len)
+        model = load_target(arch, read, self.place, self.max_model_len)
         config = Config(
             model=ModelConfig(dtype="float32"),
             cache=CacheConfig(prefix_caching=self.prefix_caching),
@@ -90,6 +90,6 @@ class TinyEngine:
         )
         sizes = {"max_model_len": self.max_model_len, "num_blocks": self.num_blocks}
         resolved = with_sizes(hosted(config), **sizes)
-        target = Target(loader.load(), arch, self.eos_token_ids)
+        target = Target(model, arch, self.eos_token_ids)
         exact = self.device == CPU and not self.padded
         return assemble(resolved, target, self.place, self.drafting, StepSettings(exact))

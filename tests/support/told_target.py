@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 from unittest.mock import patch
 
 import torch
@@ -138,6 +139,7 @@ class ToldTarget:
     """Implements `TargetModel`: token t of the step has logits[t]."""
 
     told: Tensor
+    attention_chunk: ClassVar[None] = None
 
     def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
         return torch.arange(len(batch.token_ids))[:, None]

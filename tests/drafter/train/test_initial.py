@@ -10,8 +10,10 @@ from torch import Tensor
 
 from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.train.initial import SMALL, weights_from_target
+from engine.checkpoints.families import read_text_model
 from engine.checkpoints.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET
+from tests.support.tiny_llama4 import llama4_config
 
 H = TARGET.hidden_size
 
@@ -93,3 +95,10 @@ def test_other_kinds_are_refused() -> None:
     config = dataclasses.replace(eagle3_config(TARGET), kind="eagle")
     with pytest.raises(ValueError, match="for eagle3 heads, not 'eagle'"):
         weights_from_target({}, config, TARGET, target_tensors().__getitem__, None)
+
+
+def test_layers_of_other_architectures_are_refused() -> None:
+    target = read_text_model(llama4_config().to_dict()).arch
+    config = eagle3_config(target)
+    with pytest.raises(ValueError, match=r"layers of this target; head\.init 'random' can"):
+        weights_from_target({}, config, target, {}.__getitem__, None)

@@ -176,3 +176,13 @@ def test_masks_of_a_shape_reach_the_tree(num_nodes: int) -> None:
         shape, torch.zeros(2, num_nodes, dtype=torch.int64), torch.tensor([num_nodes, num_nodes])
     )
     assert tree.ancestors[1].tolist() == [signed(mask) for mask in ancestors_of(shape.parents)]
+
+
+def test_a_tree_ends_at_the_given_depth(reference_ops: Ops) -> None:
+    """The walk stops there, and the token drawn at its last node is the bonus."""
+    roots = DraftTree.roots(torch.tensor([5, 5]))
+    chains = roots.with_chains(torch.tensor([[6, 7, 8]] * 2), torch.tensor([3, 3]))
+    drawn = torch.tensor([[6, 7, 8, 9]] * 2)
+    result = walk(chains.ending_at(torch.tensor([1, 9])), drawn, reference_ops)
+    assert result.num_accepted.tolist() == [1, 3]
+    assert result.emitted.tolist() == [[6, 7, -1, -1], [6, 7, 8, 9]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from configs.load import load_config
 from configs.resolve import HostConfig, with_sizes
 from drafter.checkpoint import load_head
 from drafter.heads.building import HeadBuilder
-from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.checkpoint import open_checkpoint, read_arch
+from engine.checkpoints.manifest import expected_tensors
 from engine.checkpoints.source import ModelFiles
 from engine.models.footprint import GIB, held_bytes
 from engine.models.llama import LlamaLoader
@@ -37,7 +39,7 @@ from server.assembly.planning import plan_memory as memory_of
 from server.planning.memory import MemoryPlan
 from server.planning.tables import memory_title
 from tests.support.configurations import hosted
-from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B
+from tests.support.published_llamas import LLAMA4_SCOUT, LLAMA31_8B, LLAMA33_70B
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 
@@ -89,6 +91,21 @@ def test_shipped_configurations_fit_into_their_gpus(size: str, tmp_path: Path) -
     heads = 8 // ranks
     assert plan.target_kv == tokens * heads * arch["num_hidden_layers"] * KV_BYTES
     assert plan.draft_kv == tokens * heads * KV_BYTES
+
+
+def test_scout_fits_into_eight_gpus(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA4_SCOUT), encoding="utf-8")
+    config = hosted(load_config(Path("llama4-scout-8xh100"), [f"model.source={tmp_path}"]))
+    plan, arch = plan_memory(config, H100), read_arch(str(tmp_path))
+    assert plan.total <= H100
+    assert plan.num_sequences(8192) >= 32
+    sizes = {name: math.prod(shape) for name, shape in expected_tensors(arch).items()}
+    norms = sum(size for name, size in sizes.items() if "norm" in name)
+    routers = sum(size for name, size in sizes.items() if "router" in name)
+    assert sum(sizes.values()) == pytest.approx(107.8e9, rel=1e-3)  # of 109e9, images included
+    tables = 4 * (131072 * (128 + 1) + 2 * 128)  # rotary, temperatures; for heads without positions
+    cut = 2 * (sum(sizes.values()) - norms - routers) // 8
+    assert plan.target_weights == cut + 4 * norms + 2 * routers + tables
 
 
 @pytest.mark.parametrize("size", SHIPPED)

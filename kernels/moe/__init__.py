@@ -1,0 +1,1 @@
+"""Feed-forward blocks of which each token uses one."""
