@@ -29,6 +29,7 @@ from tests.support.live_server import run_aerie
 from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.training_commands import aerie
 
 CPU = torch.device("cpu")
 H100 = 80 * 10**9  # less than an H100 of 80 GB has
@@ -168,6 +169,6 @@ def test_the_command_prints_the_plan_and_needs_no_weights(tmp_path: Path) -> Non
     done = run_aerie(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("bytes on each of 8 GPUs of 74.5 GiB\n  target weights ")
-    refused = run_aerie(*arguments, "parallel.tensor=5")
-    assert refused.returncode == 2
+    refused = aerie(*arguments, "parallel.tensor=5")
+    assert refused.exit_code == 2
     assert refused.stderr.startswith("aerie: parallel.tensor = 5: 64 attention heads")
