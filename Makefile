@@ -14,6 +14,9 @@ PORT ?=
 ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
+# Processes that share the tests, file by file; 0: none beside pytest's own.
+WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -27,15 +30,15 @@ serve: $(VENV)/.installed
 install: $(VENV)/.installed
 
 test: $(VENV)/.test-tools
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(TEST_ARGS)
 
 # What `make test` leaves out: more instruction sets, trees and kernels, and more tests with several
 # ranks. Of these, the last alone: test-parallel.
 test-extended: $(VENV)/.test-tools
-	$(BIN)/python -m pytest -m "parallel or extended" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "parallel or extended" $(SPREAD) $(TEST_ARGS)
 
 test-parallel: $(VENV)/.test-tools
-	$(BIN)/python -m pytest -m parallel $(TEST_ARGS)
+	$(BIN)/python -m pytest -m parallel $(SPREAD) $(TEST_ARGS)
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .

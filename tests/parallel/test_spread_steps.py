@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from _pytest.mark import ParameterSet
 
 from configs.load import load_config
 from configs.resolve import HostConfig, HostFacts, resolve_host
@@ -96,10 +97,18 @@ def check(texts: dict[str, Completion], truth: dict[str, Completion]) -> None:
         assert_same(name, record, truth[name])
 
 
-@pytest.mark.parametrize("run_ahead", [False, True], ids=["one-by-one", "ahead"])
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.parallel)])
-@pytest.mark.parametrize("head", ["eagle", "eagle3"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def ways() -> Iterator[ParameterSet]:
+    """Every shape with each head and each way of launching, and all pairs of those two. Two ranks
+    in every run; four if tests marked `parallel` run."""
+    for size, marks in ((2, ()), (4, (pytest.mark.parallel,))):
+        for at, shape in enumerate(SHAPES):
+            for run_ahead in (False, True):
+                head = ("eagle", "eagle3")[(at + run_ahead) % 2]
+                name = f"{shape.name}-{head}-{size}-{'ahead' if run_ahead else 'one-by-one'}"
+                yield pytest.param(shape, head, size, run_ahead, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("shape", "head", "size", "run_ahead"), list(ways()))
 def test_padded_steps_of_several_ranks_say_what_one_rank_says(
     folder: Path,
     truth: dict[str, Completion],

@@ -34,6 +34,7 @@ from server.assembly.drafting import Drafting
 from server.assembly.rank import step_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
+from tests.support.extended import diagonal
 from tests.support.head_lab import SHAPES, HeadLab, write_head
 from tests.support.pretend_device import PretendDevice
 from tests.support.scripted_proposer import CyclingPlanner
@@ -186,17 +187,17 @@ def test_an_engine_keeps_to_its_device(
 
 
 REPEATING = [5, 6, 7, 8, 9, 10] * 4
-PLAIN = ask("a", [3, 4, 5], max_tokens=30, seed=1, temperature=1.0)
+PLAIN = ask("a", [3, 4, 5], max_tokens=14, seed=1, temperature=1.0)
 
 
 @pytest.mark.parametrize(
     ("shape", "request_"),
     [
         *((shape, PLAIN) for shape in SHAPES.values()),
-        (SHAPES["tree"], ask("penalised", [3, 4, 5], max_tokens=30, presence_penalty=1.0)),
-        (SHAPES["tree"], ask("biased", [3, 4, 5], max_tokens=30, logit_bias={7: 3.0})),
-        (SHAPES["chain3"], ask("held back", [3, 4, 5], max_tokens=30, min_tokens=30)),
-        (SHAPES["tree"], ask("scored", [3, 4, 5], max_tokens=30, logprobs=4)),
+        (SHAPES["tree"], ask("penalised", [3, 4, 5], max_tokens=14, presence_penalty=1.0)),
+        (SHAPES["tree"], ask("biased", [3, 4, 5], max_tokens=14, logit_bias={7: 3.0})),
+        (SHAPES["chain3"], ask("held back", [3, 4, 5], max_tokens=14, min_tokens=14)),
+        (SHAPES["tree"], ask("scored", [3, 4, 5], max_tokens=14, logprobs=4)),
         (ROOT, ask("looked up", REPEATING, max_tokens=40, ignore_eos=True)),
         (SHAPES["tree"], ask("in chunks", REPEATING * 4, max_tokens=5, prompt_logprobs=1)),
     ],
@@ -232,20 +233,20 @@ def test_a_step_is_one_copy_each_way_and_no_wait(
 FEATURES: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
     "bias": {"logit_bias": {7: 5.0, 9: -100.0, 12: 2.0}},
-    "min_tokens": {"min_tokens": 20, "ignore_eos": False},
+    "min_tokens": {"min_tokens": 9, "ignore_eos": False},
     "logprobs": {"logprobs": 3},
     "echo": {"prompt_logprobs": 2},
     "filters": {"top_k": 9, "top_p": 0.9, "min_p": 0.01},
 }
 
 
-def feature_requests(feature: str) -> list[Request]:
+def feature_requests(feature: str, max_tokens: int = 30) -> list[Request]:
     prompt = [(7 * i) % 120 + 3 for i in range(30)] * 2
     return [
         ask(
             f"{at}",
             prompt[: 9 + 17 * at],
-            max_tokens=30,
+            max_tokens=max_tokens,
             seed=at,
             temperature=(at + 1) % 2,
             **params,
@@ -254,12 +255,12 @@ def feature_requests(feature: str) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("feature", "tree"), diagonal([*FEATURES], [*SHAPES]))
 def test_every_feature_is_part_of_the_step(
-    lab: HeadLab, feature: str, shape: TreeShape, forms: list[StepForm]
+    lab: HeadLab, feature: str, tree: str, forms: list[StepForm]
 ) -> None:
     """With neighbours that lack it and prompts in chunks; compares everything that clients get."""
+    shape = SHAPES[tree]
     small = replace(lab, engine=replace(lab.engine, max_num_batched_tokens=24))
     usual, _ = small.build(FixedPlanner(shape))
     expected = generate(usual, feature_requests(feature), per_step=1)
@@ -284,10 +285,10 @@ def test_every_feature_is_part_of_the_step(
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_keep_to_the_device(lab: HeadLab, feature: str) -> None:
     usual, _ = lab.build(FixedPlanner(SHAPES["tree"]))
-    expected = generate(usual, feature_requests(feature))
+    expected = generate(usual, feature_requests(feature, 14))
     with torch.inference_mode(), PretendDevice() as device:
         core, proposer = on_pretended_device(lab).build(FixedPlanner(SHAPES["tree"]))
-        heard = generate(core, feature_requests(feature))
+        heard = generate(core, feature_requests(feature, 14))
     assert not proposer.failed
     assert device.waits == []
     assert {n: r.token_ids for n, r in heard.items()} == {

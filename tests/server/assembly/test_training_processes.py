@@ -57,6 +57,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     assert counts[0] == counts[1]
 
 
+@pytest.mark.extended  # ends three interpreters that import torch, to see what torchrun does
 def test_a_process_that_fails_ends_the_others(
     folder: Path, native_cache: Path, tmp_path: Path
 ) -> None:
