@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -283,5 +284,11 @@ def write(output: Path, content: Mapping[str, object]) -> None:
     print(f"wrote {output}, and beside it the table; {plot_compare(content, output)}")
 
 
+def _leave(*_: object) -> None:
+    """SIGTERM ends the running server, too, as control-C does."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     typer.run(main)
