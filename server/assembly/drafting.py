@@ -25,8 +25,9 @@ from engine.messages import DraftFacts
 from engine.models.llama import Llama
 from engine.models.place import Place
 from engine.runner.warmup import WarmUp
+from engine.speculation.costs import StepCosts
 from engine.speculation.lookup import Lookup
-from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner, StepCosts
+from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy, Measuring
 from engine.speculation.proposer import Proposer, RootProposer
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape
@@ -180,7 +181,7 @@ class TreeChooser:
         step by step while it serves."""
         shapes = self.shapes(draft.facts)
         if self._config.tree != AUTO:
-            return FixedPlanner(*shapes), None
+            return FixedPlanner(shapes[0]), None
         measure = warm_up()
         fitting = [shape for shape in map(_static, shapes) if measure.fits(shape)]
         if not fitting:
@@ -188,13 +189,14 @@ class TreeChooser:
 
         def decide(costs: StepCosts) -> Planner:
             self._costs[draft.form] = costs
-            return AdaptivePlanner(fitting, costs)
+            return AdaptivePlanner(fitting, costs, measure.padding)
 
         if draft.form in self._costs:
             return decide(self._costs[draft.form]), None
+        few = list(dict.fromkeys([ROOT, fitting[0], fitting[-1]]))
         if at_once:
-            return decide(measure.measure([ROOT, *fitting])), None
-        return FixedPlanner(), Measuring(measure.steps([ROOT, *fitting]), decide)
+            return decide(measure.measure(few)), None
+        return FixedPlanner(), Measuring(measure.steps(few), decide)
 
 
 def _static(shape: TreeShape) -> StaticShape:
