@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Generator, Sequence
@@ -13,12 +14,13 @@ from engine.request import Request, SamplingParams
 from engine.speculation.costs import Padding, Sample, StepCosts, sample_of
 from engine.step.executor import Executor, execute
 from engine.step.plan import Admission, RowPlan, StepOutcome, StepPlan
-from engine.step.shape import MAX_NODES, TreeShape
+from engine.step.shape import MAX_NODES, ROOT, TreeShape
 
 PROMPT = 8  # tokens in the cache before measuring
 REPEATS = 3
 ENOUGH = 0.05  # seconds per tree shape; slower steps are repeated less often
 ROW_COUNTS = (1, 4, 16, 64)
+AGREEMENT = 1.3  # known costs may be off by this factor
 BUDGET = 1.0  # seconds of made-up steps after which no more rows are tried
 GROWTH = 3.0  # times that the steps of the next number of rows are expected to take
 
@@ -57,6 +59,20 @@ class WarmUp:
             except StopIteration as end:
                 costs: StepCosts = end.value
                 return costs
+
+    def agrees(self, costs: StepCosts, shape: TreeShape) -> bool:
+        """Whether a few steps of one row take about what known costs say of them, relative to each
+        other. How fast the machine is as a whole is set right."""
+        seen = dataclasses.replace(self, max_num_seqs=1).measure([ROOT, shape])
+        plain, tree = (
+            self.padding.work([n], shape, self._num_prompt) for n in (0, shape.num_nodes - 1)
+        )
+        costs.scale *= seen.of(plain) / costs.of(plain)
+        error = costs.of(tree) / seen.of(tree)
+        if 1 / AGREEMENT < error < AGREEMENT:
+            return True
+        logger.info("known step costs are off by a factor of %.2f: measuring anew", error)
+        return False
 
     def steps(self, shapes: Sequence[TreeShape]) -> Generator[None, None, StepCosts]:
         """The same, one made-up step at a time, so that real steps can run in between."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -87,6 +87,7 @@ class FixedPlanner:
 CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
 PROBE_EVERY = 48  # steps after which rows that do not draft are tried again
 FIRST_PROBE = 12  # the same if one of them is new
+KEEP_EVERY = 1000  # observed steps
 PROBE_SHARE = 0.012  # of the time
 MOST_REPEATS = 8  # probes after one that was accepted
 REFERENCES = (4, 8, 16, 32, 64)  # steps with drafts before the n-th plain one, which shows its time
@@ -116,10 +117,19 @@ class AdaptivePlanner:
     """
 
     def __init__(
-        self, shapes: Sequence[StaticShape], costs: StepCosts, padding: Padding | None = None
+        self,
+        shapes: Sequence[StaticShape],
+        costs: StepCosts,
+        padding: Padding | None = None,
+        keep: Callable[[StepCosts], None] | None = None,
     ) -> None:
-        """`shapes`: the candidates besides the lone root, the cheapest first. They are static: the
-        acceptance by rank does not predict the tokens of a dynamic shape."""
+        """
+        Args:
+            shapes: the candidates besides the lone root, the cheapest first. They are static: the
+                acceptance by rank does not predict the tokens of a dynamic shape.
+            keep: called now and then with what was learnt.
+        """
+        self._keep = keep
         self._shapes = tuple(shapes)
         self._longest = {shape: _longest(shape, shapes) for shape in shapes}
         self._costs = costs
@@ -163,6 +173,8 @@ class AdaptivePlanner:
             self._observe_trees(plan, outcome)
         if sample := sample_of(plan, outcome, seconds, self._padding):
             self._costs.observe(sample)
+            if self._keep is not None and self._costs.num_observed % KEEP_EVERY == 0:
+                self._keep(self._costs)
 
     def _best(
         self, rows: Sequence[Candidate], plain: Option

@@ -517,7 +517,7 @@ def test_a_head_outlives_steps_that_are_measured_again_and_again(
     watch.seen = Forgetful()
     measuring = WarmUp(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
     costs = measuring.measure([ROOT, chain(3)])
-    assert costs.num_observed >= 4
+    assert costs.num_observed >= 2
     assert not watch.failed
     heard = generate(core, [ask("a", [3, 4, 5], max_tokens=9, ignore_eos=True)])
     assert len(heard["a"].token_ids) == 9

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.runner.warmup import ENOUGH, WarmUp
-from engine.speculation.costs import Work
+from engine.speculation.costs import Padding, Sample, StepCosts, Work
 from engine.step.executor import Launched
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -118,3 +118,16 @@ def test_slow_steps_are_measured_for_few_rows(
     assert costs.of(Work(1, 4, 1, 3)) == pytest.approx(1.0, rel=0.1)
     assert "trees were measured for up to 1 rows" in caplog.text
     assert slow.now < 10
+
+
+def test_known_costs_are_checked_with_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = Slow()
+    clock = SimpleNamespace(perf_counter=lambda: executor.now)
+    monkeypatch.setattr("engine.runner.warmup.time", clock)
+    warm_up = WarmUp(executor, 4096, 16, 64, 512, 256)
+    works = [Padding().work([n], chain(1), 8) for n in (0, 1)]
+    same = StepCosts.fitted([Sample(work, 0.5) for work in works])
+    assert warm_up.agrees(same, chain(1))
+    assert same.of(works[0]) == pytest.approx(1.0, rel=0.05)
+    other = StepCosts.fitted([Sample(works[0], 1.0), Sample(works[1], 2.0)])
+    assert not warm_up.agrees(other, chain(1))
