@@ -25,7 +25,7 @@ from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.request import Request
 from engine.runner.warmup import WarmUp
-from engine.speculation.planner import FixedPlanner
+from engine.speculation.planner import Choice, FixedPlanner
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
@@ -186,11 +186,11 @@ class Switching:
         self._shape = shape
         self._steps = 0
 
-    def choose(self, num_drafting: int) -> TreeShape:
+    def choose(self, rows: object) -> Choice:
         self._steps += 1
-        return self._shape if self._steps // 5 % 2 else ROOT
+        return Choice(self._shape if self._steps // 5 % 2 else ROOT)
 
-    def observe(self, plan: object, outcome: object) -> None:
+    def observe(self, plan: object, outcome: object, seconds: float | None) -> None:
         """The switches are forced."""
 
 
@@ -200,7 +200,7 @@ def test_after_a_pause_drafts_are_what_they_would_have_been(
     always = watched(head, native_ops, tiny_engine.num_blocks)
     run(tiny_engine, always, SHAPES["chain3"])
     watch = watched(head, native_ops, tiny_engine.num_blocks)
-    drafting = Drafting(watch, Switching(SHAPES["chain3"]))  # type: ignore[arg-type]
+    drafting = Drafting(watch, Switching(SHAPES["chain3"]))
     core = replace(tiny_engine, drafting=drafting).build()
     heard = generate(core, requests(), per_step=2)
     assert {name: record.token_ids for name, record in heard.items()} == plain
@@ -517,7 +517,7 @@ def test_a_head_outlives_steps_that_are_measured_again_and_again(
     watch.seen = Forgetful()
     measuring = WarmUp(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
     costs = measuring.measure([ROOT, chain(3)])
-    assert set(costs.seconds) == {"root", "chain3"}
+    assert costs.num_observed >= 2
     assert not watch.failed
     heard = generate(core, [ask("a", [3, 4, 5], max_tokens=9, ignore_eos=True)])
     assert len(heard["a"].token_ids) == 9

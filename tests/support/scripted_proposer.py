@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.speculation.planner import Candidate, Choice
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
 from engine.step.batch import FeatureTap
 from engine.step.plan import StepOutcome, StepPlan
@@ -227,11 +228,11 @@ class CyclingPlanner:
     shapes: Sequence[TreeShape]
     num_steps: int = 0
 
-    def choose(self, num_drafting: int) -> TreeShape:
+    def choose(self, rows: Sequence[Candidate]) -> Choice:
         self.num_steps += 1
-        return self.shapes[self.num_steps % len(self.shapes)]
+        return Choice(self.shapes[self.num_steps % len(self.shapes)])
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         """Acceptance does not change the shapes."""
 
 
