@@ -167,7 +167,8 @@ class ModelRunner:
         """Release the lines of ended sequences and admit new sequences."""
         if not plan.released and not plan.admitted:
             return
-        self._body.proposer.settle()
+        if plan.released:
+            self._body.proposer.release(plan.released)
         for line in plan.released:
             self._settings.release(line)
         for admission in plan.admitted:

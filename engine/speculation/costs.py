@@ -1,7 +1,7 @@
 """What a decode step costs by its work: a linear model that learns from every step.
 
 seconds = scale * (base + slope * tokens + row * rows + context * cached tokens
-                   + passes * (base of the head + its slope * drafting))
+                   + passes * (base of the head + its slope * drafting) + late * late tokens)
 
 with a deviation from each line at powers of two. A machine that gets slower as a whole moves
 `scale`; only what remains changes the parts. So costs of work that was not done lately stay
@@ -19,7 +19,7 @@ from engine.step.plan import DRAFT, VERIFY, StepOutcome, StepPlan
 from engine.step.shape import StaticShape, TreeShape
 
 KNOTS = tuple(1 << power for power in range(12))
-BASE, SLOPE, ROW, CONTEXT, HEAD_BASE, HEAD_SLOPE, INGEST = LINES = tuple(range(7))
+BASE, SLOPE, ROW, CONTEXT, HEAD_BASE, HEAD_SLOPE, LATE = LINES = tuple(range(7))
 TOKENS, HEAD = len(LINES), len(LINES) + len(KNOTS)  # the first deviation of either line
 # Of each line, relative to a step of one token: a guess, and how far it may be off.
 GUESSES = (
@@ -29,7 +29,7 @@ GUESSES = (
     (1e-6, 1e-4),
     (0.1, 0.1),
     (0.02, 0.05),
-    (0.0, 0.1),
+    (0.015, 0.02),
 )
 BENT = 0.1  # relative deviation that a line may have
 NOISE = 0.1  # relative, of one step
@@ -52,6 +52,7 @@ class Work:
     drafting: int = 0  # nodes in a pass of the head, of all rows
     passes: int = 0  # of the head
     context: int = 0  # cached tokens of all rows
+    late: int = 0  # tokens that the head takes first, of rows that did not draft of late
 
     def verified(self) -> Parts:
         """What the target does."""
@@ -59,11 +60,11 @@ class Work:
         return lines | _hats(self.tokens, TOKENS)
 
     def drafted(self) -> Parts:
-        """What the head does: grow trees, or take tokens every now and then."""
+        """What the head does."""
         if self.passes == 0:
-            return {INGEST: float(self.rows)}
+            return {}
         lines = {HEAD_BASE: 1.0, HEAD_SLOPE: self.drafting} | _hats(self.drafting, HEAD)
-        return {part: weight * self.passes for part, weight in lines.items()}
+        return {part: weight * self.passes for part, weight in lines.items()} | {LATE: self.late}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,18 @@ class StepCosts:
         """Seconds of a step."""
         return self.scale * self._unscaled(work)
 
+    def believed(self, sample: Sample) -> float:
+        """The seconds of a step, as far from the prediction as is believed."""
+        predicted = self.of(sample.work)
+        return min(max(sample.seconds, predicted / (1 + SURPRISE)), predicted * (1 + SURPRISE))
+
     def observe(self, sample: Sample) -> None:
         """Learn from a step."""
         if self.num_observed == 0:
             self.scale = sample.seconds / self._unscaled(sample.work)
         self.num_observed += 1
-        predicted = self.of(sample.work)
-        believed = _near(sample.seconds, predicted)
-        self.scale *= (believed / predicted) ** COMMON
+        believed = self.believed(sample)
+        self.scale *= (believed / self.of(sample.work)) ** COMMON
         self.doubts = [
             min(doubt + drift, limit)
             for doubt, drift, limit in zip(self.doubts, self.drifts, self.limits, strict=True)
@@ -131,7 +136,7 @@ class StepCosts:
     def _learn_parts(self, sample: Sample) -> None:
         """Learn what is not common to all parts."""
         work, seconds = sample.work, sample.seconds / self.scale
-        if sample.draft_seconds is None:
+        if sample.draft_seconds is None or work.passes == 0:
             self._learn(work.verified() | work.drafted(), seconds)
             return
         own = min(sample.draft_seconds / self.scale, MOST_OF_HEAD * seconds)
@@ -228,12 +233,6 @@ def _growth(shape: TreeShape, num_nodes: int) -> tuple[int, int]:
     shape = shape.first(num_nodes)
     inner = len(set(shape.parents)) - 1 if isinstance(shape, StaticShape) else shape.num_drafted
     return shape.max_depth, max(1, round(inner / shape.max_depth))
-
-
-def _near(seconds: float, predicted: float) -> float:
-    """`seconds`, moved into the range that is believed."""
-    low, high = predicted / (1 + SURPRISE), predicted * (1 + SURPRISE)
-    return min(max(seconds, low), high)
 
 
 def _hats(count: int, first: int) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -85,12 +86,13 @@ class FixedPlanner:
 
 
 CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
-PROBE_EVERY = 48  # steps after which rows that do not draft are tried again
-FIRST_PROBE = 12  # the same if one of them is new
+HOPE = 1.7  # most standard errors by which a trial takes chances to be better than they seem
+MOST_LOSS = 0.012  # share of the time that drafts may lose
+MOST_CREDIT = 6.0  # plain steps whose time they may lose at once
+LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the row drafts again
 KEEP_EVERY = 1000  # observed steps
-PROBE_SHARE = 0.012  # of the time
-MOST_REPEATS = 8  # probes after one that was accepted
-REFERENCES = (4, 8, 16, 32, 64)  # steps with drafts before the n-th plain one, which shows its time
+STANDING = 7  # steps for which a decision against drafts or against a trial stands
+MOST_DRAFTED = 64  # most steps with drafts between two plain ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +114,10 @@ class AdaptivePlanner:
     """Takes the trees with the most expected tokens per second: from the costs of steps, and from
     the acceptance of each row. A step whose gain is not clear is plain.
 
-    Rows that do not draft are tried now and then with one node, and a plain step after some with
-    drafts shows what one takes now. A probe that found no room stays due.
+    What is uncertain is found out by trials: trees that would be best if acceptance were better
+    than it seems. An account is kept of what drafts win or lose against plain steps; it gains a
+    small share of the time, and drafts wait while it is overdrawn. The fuller it is, the further
+    trials go. And while drafts pay, a plain step now and then shows what one takes.
     """
 
     def __init__(
@@ -137,63 +141,87 @@ class AdaptivePlanner:
         self._acceptance = Acceptance()
         self._sampled: dict[int, bool] = {}  # by line, of rows chosen for
         self._idle: dict[int, int] = {}  # steps since a row drafted, by line
-        self._num_plain = 0  # steps since any row drafted
-        self._num_drafted = 0  # steps with drafts since the last reference
-        self._num_references = 0  # since drafts began to pay
-        self._hopeful: set[int] = set()  # lines whose last node was accepted
-        self._num_probed = 0  # rows that drafted in the last step that did
-        self._num_repeats = 0  # probes in a row
+        self._credit = math.inf  # seconds that drafts may lose now
+        self._num_drafted = 0  # steps with drafts since the last plain one
+        self._most_drafted = 4  # of these before the next plain one
         self._has_failed = False
+        self._lines: list[int] = []  # of the last step that was planned
+        self._price = 0.0  # its `Choice.price`
+        self._num_standing = 0  # steps for which the choice stands if the rows stay, as it is plain
+        self._num_sure = 0  # steps for which there is nothing to try
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
         if not any(row.most for row in rows):
             return Choice()
+        lines = [row.line for row in rows]
+        if self._num_standing and lines == self._lines:
+            self._num_standing -= 1
+            return Choice(price=self._price)
+        self._lines = lines
         self._sampled |= {row.line: row.sampled for row in rows}
         plain = self._option(ROOT, rows, [0] * len(rows), 0.0)
-        if self._has_failed:
-            return Choice(price=node_price(self._costs, plain.work))
-        best, reaches = self._best(rows, plain)
-        price = node_price(self._costs, best.work, best.rate)
-        if self._is_reference(best):
-            return Choice(price=node_price(self._costs, plain.work))
-        nodes = self._with_probes(rows, best)
-        shape = self._shapes[0] if best.shape == ROOT and any(nodes) else best.shape
-        limits = {row.line: count for row, count in zip(rows, nodes, strict=True)}
-        padded = self._padding.whole_trees and any(nodes)
-        promises = self._promises(rows, best, reaches, price)
-        return Choice(shape, None if padded else limits, price, promises)
+        reaches = self._reaches(rows)
+        is_forced = self._has_failed or self._is_reference()
+        best = plain if is_forced else self._best(rows, reaches, plain)
+        self._price = node_price(self._costs, best.work, max(best.rate, plain.rate))
+        if best.work.passes == 0:
+            self._num_standing = 0 if is_forced else STANDING
+            return Choice(price=self._price)
+        limits = {row.line: count for row, count in zip(rows, best.nodes, strict=True)}
+        promises = self._promises(rows, best, reaches[self._longest[best.shape]])
+        whole = self._padding.whole_trees
+        return Choice(best.shape, None if whole else limits, self._price, promises)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         for admission in plan.admitted:
             self._acceptance.forget(admission.line)
-            self._idle[admission.line] = PROBE_EVERY - FIRST_PROBE
+            self._idle.pop(admission.line, None)
+            self._num_standing = self._num_sure = 0
         self._has_failed = outcome.draft_failed
+        self._observe_costs(plan, outcome, seconds)
+        self._acceptance.fade()
+        self._observe_trees(plan, outcome)
+        for row in plan.rows:
+            if row.samples:
+                self._idle[row.line] = 0 if row.is_drafted else self._idle.get(row.line, 0) + 1
         if plan.is_drafted:
-            self._num_plain = 0
-            self._observe_trees(plan, outcome)
-        if sample := sample_of(plan, outcome, seconds, self._padding):
-            self._costs.observe(sample)
-            if self._keep is not None and self._costs.num_observed % KEEP_EVERY == 0:
-                self._keep(self._costs)
+            self._num_drafted += 1
+        elif plan.only_decodes:
+            self._num_drafted = 0
 
     def _best(
-        self, rows: Sequence[Candidate], plain: Option
-    ) -> tuple[Option, Mapping[StaticShape, Reaches]]:
-        """The option with the most tokens per second, and how likely each row's nodes are
-        accepted."""
-        reaches = {longest: self._reaches(rows, longest) for longest in set(self._longest.values())}
-        best = plain
-        for shape in self._shapes:
-            reach = reaches[self._longest[shape]]
-            for option in self._options(shape, rows, reach, max(best, plain, key=_rate)):
-                best = max(best, option, key=_rate)
-        return (best if best.rate > CLEAR * plain.rate else plain), reaches
+        self, rows: Sequence[Candidate], reaches: Mapping[StaticShape, Reaches], plain: Option
+    ) -> Option:
+        """The option with the most tokens per second, or a trial of another."""
+        self._credit = min(self._credit, MOST_CREDIT * plain.seconds)
+        if self._credit < 0:
+            return plain
+        best = max(self._options(rows, reaches, plain), key=_rate, default=plain)
+        if best.rate <= CLEAR * plain.rate:
+            best = plain
+        if self._num_sure:
+            self._num_sure -= 1
+            return best
+        trial = self._trial(rows, reaches, plain, best)
+        if trial is None and best.work.passes:
+            self._num_sure = STANDING
+        return trial or best
 
     def _options(
+        self, rows: Sequence[Candidate], reaches: Mapping[StaticShape, Reaches], plain: Option
+    ) -> Iterator[Option]:
+        """Ways to draft: each shape for all rows for which its nodes are worth their price, and for
+        the more promising of these. The price is that of the best option so far."""
+        best = plain
+        for shape in self._shapes:
+            for option in self._uses(shape, rows, reaches[self._longest[shape]], best):
+                best = max(best, option, key=_rate)
+                yield option
+
+    def _uses(
         self, shape: StaticShape, rows: Sequence[Candidate], reaches: Reaches, best: Option
     ) -> Iterator[Option]:
-        """Ways to use one shape: for all rows for which its nodes are worth their price, and for
-        the more promising of these."""
+        """Ways to use one shape."""
         most = shape.num_nodes - 1
         if self._padding.whole_trees:
             nodes = [min(row.most, most) for row in rows]
@@ -218,108 +246,93 @@ class AdaptivePlanner:
         work = self._padding.work(nodes, shape, sum(row.context for row in rows))
         return Option(shape, nodes, len(rows) + gain, work, self._costs.of(work))
 
-    def _reaches(self, rows: Sequence[Candidate], shape: StaticShape) -> Reaches:
-        reach = self._acceptance.reach
-        return [reach(row.line, shape, sampled=row.sampled) if row.most else [] for row in rows]
-
-    def _promises(
+    def _trial(
         self,
         rows: Sequence[Candidate],
-        best: Option,
         reaches: Mapping[StaticShape, Reaches],
-        price: float,
+        plain: Option,
+        best: Option,
+    ) -> Option | None:
+        """What would be better than `best` if acceptance were better than it seems, with one more
+        node per row at most; nothing whose expected loss is not covered."""
+        found: Option | None = None
+        least, most = CLEAR * best.rate, [1 + count for count in best.nodes]
+        hope = HOPE * self._credit / (MOST_CREDIT * plain.seconds)
+        for option in self._options(rows, self._reaches(rows, hope, most), plain):
+            if option.rate <= least or option.nodes == best.nodes:
+                continue
+            drafting = [row.line for row, n in zip(rows, option.nodes, strict=True) if n]
+            seconds = self._costs.of(replace(option.work, late=self._late(drafting)))
+            tokens = len(rows) + _gain(reaches[self._longest[option.shape]], option.nodes)
+            if seconds - tokens / best.rate <= self._credit:
+                found, least = replace(option, tokens=tokens), option.rate
+        return found
+
+    def _reaches(
+        self, rows: Sequence[Candidate], hope: float = 0.0, most: Sequence[int] | None = None
+    ) -> Mapping[StaticShape, Reaches]:
+        """By shape: how likely each row's nodes are accepted, the first `most` of each row."""
+        reach, counts = self._acceptance.reach, [row.most for row in rows]
+        if most is not None:
+            counts = [min(pair) for pair in zip(counts, most, strict=True)]
+        return {
+            shape: [
+                reach(row.line, shape, sampled=row.sampled, hope=hope)[:count] if count else []
+                for row, count in zip(rows, counts, strict=True)
+            ]
+            for shape in set(self._longest.values())
+        }
+
+    def _promises(
+        self, rows: Sequence[Candidate], best: Option, reaches: Reaches
     ) -> dict[int, float]:
         """See `Choice.promise`. Each row that drafts bears an equal part of the head's time."""
-        if best.work.passes == 0:
-            return {}
         without = replace(best.work, drafting=0, passes=0)
         head = best.rate * (best.seconds - self._costs.of(without)) / best.work.drafting
-        reach = reaches[self._longest[best.shape]]
         return {
-            row.line: sum(reach[at][:count]) - price * count - head
-            for at, (row, count) in enumerate(zip(rows, best.nodes, strict=True))
+            row.line: sum(reach[:count]) - self._price * count - head
+            for row, reach, count in zip(rows, reaches, best.nodes, strict=True)
             if count
         }
 
-    def _is_reference(self, best: Option) -> bool:
-        """Whether this step should be plain although drafts pay."""
-        if best.work.passes == 0:
-            self._num_drafted = self._num_references = 0
-            return False
-        self._num_drafted += 1
-        if self._num_drafted <= REFERENCES[min(self._num_references, len(REFERENCES) - 1)]:
+    def _late(self, lines: Sequence[int]) -> int:
+        """How many tokens the head takes first if these rows draft."""
+        if self._padding.whole_trees:
+            return 0  # it took them in the steps that committed them
+        return sum(min(self._idle.get(line, 0), LATE_STEPS) for line in lines)
+
+    def _is_reference(self) -> bool:
+        """Whether this step is to be plain to show what that takes."""
+        if self._num_drafted < self._most_drafted:
             return False
         self._num_drafted = 0
-        self._num_references += 1
+        self._most_drafted = min(2 * self._most_drafted, MOST_DRAFTED)
         return True
 
-    def _with_probes(self, rows: Sequence[Candidate], best: Option) -> list[int]:
-        """The nodes of each row, with one for each row that is to be tried."""
-        nodes, able = list(best.nodes), []
-        self._num_plain += 1
-        for at, row in enumerate(rows):
-            idle = self._idle[row.line] = self._idle.get(row.line, 0) + 1
-            if row.most and not nodes[at]:
-                able.append((idle, at))
-        able.sort(reverse=True)
-        if any(nodes):
-            due = [at for idle, at in able if idle >= PROBE_EVERY]
-            self._num_repeats = 0
-        else:
-            due = self._repeated_probes(rows, able) or self._affordable_probes(able, best)
-        for at in due:
-            nodes[at] = 1
-        return nodes
-
-    def _repeated_probes(
-        self, rows: Sequence[Candidate], able: Sequence[tuple[int, int]]
-    ) -> list[int]:
-        """Rows to try again because their last nodes were accepted; and as many others, if most
-        were."""
-        hopeful = [at for _, at in able if rows[at].line in self._hopeful]
-        if not hopeful or self._num_repeats >= MOST_REPEATS:
-            self._num_repeats = 0
-            self._hopeful.clear()
-            return []
-        self._num_repeats += 1
-        if 2 * len(hopeful) <= self._num_probed:
-            return hopeful
-        others = [at for _, at in able if at not in hopeful]
-        return hopeful + others[: self._num_probed]
-
-    def _affordable_probes(self, able: Sequence[tuple[int, int]], plain: Option) -> list[int]:
-        """Rows that should draft though it does not seem to pay: as many as the time for probes
-        allows. `able`: for how many steps each did not draft, the longest first."""
-        if not able:
-            return []
-        gap = FIRST_PROBE if able[0][0] == PROBE_EVERY else PROBE_EVERY
-        if self._num_plain < gap:
-            return []
-        time = PROBE_SHARE * self._num_plain * plain.seconds
-        count = len(able)
-        while count > 1 and self._probe_seconds(plain, count) > time:
-            count //= 2
-        return [at for _, at in able[:count]]
-
-    def _probe_seconds(self, plain: Option, count: int) -> float:
-        """What a node for each of `count` rows adds to a step."""
-        nodes = [1] * count + [0] * (len(plain.nodes) - count)
-        work = self._padding.work(nodes, self._shapes[0], plain.work.context)
-        return self._costs.of(work) - plain.seconds
+    def _observe_costs(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
+        sample = sample_of(plan, outcome, seconds, self._padding)
+        if sample is None:
+            return
+        drafted = [row.line for row in plan.rows if row.is_drafted]
+        sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
+        took = self._costs.believed(sample)
+        self._credit += MOST_LOSS * took
+        if drafted:
+            num_tokens = sum(len(row.emitted) for row in outcome.rows)
+            plain = Work(sample.work.rows, sample.work.rows, context=sample.work.context)
+            self._credit += num_tokens / len(plan.rows) * self._costs.of(plain) - took
+        if any(line not in self._idle for line in drafted):
+            return  # of a new row, the head may have taken any number of tokens
+        self._costs.observe(sample)
+        if self._keep is not None and self._costs.num_observed % KEEP_EVERY == 0:
+            self._keep(self._costs)
 
     def _observe_trees(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Learn from the head's trees."""
         shape = next((shape for shape in self._shapes if shape == plan.shape), ROOT)
-        self._hopeful.clear()
-        self._num_probed = sum(row.is_drafted for row in plan.rows)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
             if not row.is_drafted:
                 continue
-            if self._idle.get(row.line, 0) >= PROBE_EVERY // 2:
-                self._acceptance.fade(row.line)
-            self._idle[row.line] = 0
-            if result.path:
-                self._hopeful.add(row.line)
             # No nodes: the head knows nothing of the row. Such a tree counts as rejected.
             num_nodes = 1 + (result.num_draft or row.num_draft)
             sampled = self._sampled.get(row.line, False)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drafter.pending import joined
 from engine.speculation.planner import Candidate, Choice
-from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
+from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles
 from engine.step.batch import FeatureTap
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import (
@@ -104,7 +105,7 @@ class ScriptedProposer:
     num_entries: int = 0
     failed: bool = False
 
-    def settle(self) -> None:
+    def release(self, lines: Sequence[int]) -> None:
         """Nothing is deferred."""
 
     def admit(self, lines: Sequence[int]) -> None:
@@ -153,6 +154,11 @@ class ScriptedProposer:
             line.tokens += committed.tokens[part].tolist()
             line.hidden += list(hidden[committed.features[part]])
             self.num_entries += len(positions)
+
+    def take_singles(self, singles: Singles, hidden: Tensor) -> None:
+        part = joined([(singles, (hidden,))], BLOCK)
+        if part is not None:
+            self.take(part.committed, part.features[0])
 
     def _check_slots(self, committed: Committed) -> None:
         rows = torch.repeat_interleave(committed.cu.diff().long())

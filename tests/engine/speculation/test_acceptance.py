@@ -30,9 +30,10 @@ def play(acceptance: Acceptance, line: int, chances: tuple[float, ...], trees: i
         acceptance.observe(line, shape, shape.num_nodes, path, sampled=False)
 
 
-def test_before_any_tree_the_prior_counts() -> None:
-    (chance,) = Acceptance().reach(0, chain(1), sampled=False)
-    assert sum(PRIOR) > chance > PRIOR[0]
+def test_before_any_tree_the_prior_counts_and_nothing_deeper_is_expected() -> None:
+    assert Acceptance().reach(0, chain(2), sampled=False) == [PRIOR[0], 0.0]
+    wide = Acceptance().reach(0, WIDE, sampled=False)
+    assert wide == pytest.approx(PRIOR[:3])
 
 
 def test_each_depth_has_its_own_chance() -> None:
@@ -57,17 +58,34 @@ def test_each_row_has_its_own_chance_and_greedy_and_sampled_ones_differ() -> Non
     )
 
 
-def test_a_new_row_counts_as_one_of_the_better_ones_until_it_is_known() -> None:
+def test_a_depth_that_was_never_tried_is_expected_to_be_like_the_one_above_it() -> None:
     acceptance = Acceptance()
-    for turn in range(20):
-        play(acceptance, turn % 8, (0.95 if turn % 2 else 0.05,), 20)
-    (hoped,) = acceptance.reach(99, chain(1), sampled=False)
-    assert hoped > 0.6
-    play(acceptance, 99, (0.0,), 4)
-    (known,) = acceptance.reach(99, chain(1), sampled=False)
-    assert known < 0.35
-    acceptance.forget(99)
-    assert acceptance.reach(99, chain(1), sampled=False)[0] > known
+    play(acceptance, 0, (0.9,), 100)
+    one, two = acceptance.reach(1, chain(2), sampled=False)
+    assert two == pytest.approx(one * one, rel=0.1)
+
+
+def test_one_may_hope_the_more_the_less_is_known() -> None:
+    acceptance = Acceptance()
+    for line in range(10):
+        play(acceptance, line, (0.3,), 20)
+    (likely,) = acceptance.reach(0, chain(1), sampled=False)
+    (known,) = acceptance.reach(0, chain(1), sampled=False, hope=1.0)
+    (hoped,) = acceptance.reach(99, chain(1), sampled=False, hope=1.0)
+    assert likely < known < hoped < 0.7
+    for _ in range(1000):
+        acceptance.fade()
+    (faded,) = acceptance.reach(0, chain(1), sampled=False, hope=1.0)
+    assert faded > hoped, "what failed long ago is tried again"
+
+
+def test_a_line_with_a_new_sequence_is_unknown() -> None:
+    acceptance = Acceptance()
+    play(acceptance, 0, (0.0,), 20)
+    acceptance.forget(0)
+    assert acceptance.reach(0, chain(1), sampled=False) == acceptance.reach(
+        7, chain(1), sampled=False
+    )
 
 
 def test_each_rank_has_its_own_chance() -> None:
@@ -86,4 +104,4 @@ def test_a_cut_tree_says_nothing_about_nodes_that_it_lacked() -> None:
         acceptance.observe(0, chain(3), 2, (1,), sampled=False)
     one, two, _ = acceptance.reach(0, chain(3), sampled=False)
     assert one > 0.9
-    assert two == pytest.approx(one * Acceptance().reach(1, chain(1), sampled=False)[0], rel=0.05)
+    assert two == pytest.approx(one * one, rel=0.1), "as the depth above"

@@ -42,25 +42,77 @@ TRAFFIC: dict[str, Kinds] = {
     "hopeless": lambda row, step: HOPELESS,
     "partly hopeless": lambda row, step: (GREEDY, HOPELESS)[row % 2],
 }
-STEPS = {1: 600, 4: 400, 8: 400, 16: 250, 32: 150}  # by rows
+COSTS = {cost.__name__: cost for cost in (compute_bound, memory_bound)}
+STEPS = {1: 500, 4: 250, 8: 200, 16: 120, 32: 100}  # by rows
 
 
-@pytest.mark.parametrize("cost", [compute_bound, memory_bound])
+def run(traffic: str, cost: str, num_rows: int, most_steps: int = 1000) -> Simulation:
+    simulation = Simulation(COSTS[cost], TRAFFIC[traffic], num_rows)
+    planner = AdaptivePlanner(CHAINS, measured(COSTS[cost]))
+    simulation.run(planner, min(most_steps, STEPS[num_rows]), warm_up=50)
+    return simulation
+
+
+@pytest.mark.parametrize(
+    ("traffic", "cost", "num_rows"),
+    [
+        ("greedy", "compute_bound", 1),
+        ("sampled", "memory_bound", 4),
+        ("partly hopeless", "memory_bound", 8),
+        ("hopeless", "compute_bound", 1),
+        ("hopeless", "memory_bound", 16),
+    ],
+)
+def test_it_is_near_the_best_and_never_worse_than_plain_decoding(
+    traffic: str, cost: str, num_rows: int
+) -> None:
+    simulation = run(traffic, cost, num_rows)
+    assert simulation.seconds < 1.02 * simulation.plain
+    assert simulation.seconds < 1.07 * simulation.best
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("traffic", TRAFFIC)
-def test_it_is_near_the_best_and_never_worse_than_plain_decoding(traffic: str, cost: Cost) -> None:
-    for num_rows, num_steps in STEPS.items():
-        simulation = Simulation(cost, TRAFFIC[traffic], num_rows)
-        simulation.run(AdaptivePlanner(CHAINS, measured(cost)), num_steps, warm_up=50)
-        assert simulation.seconds < 1.03 * simulation.plain, num_rows
-        assert simulation.seconds < 1.05 * simulation.best, num_rows
+@pytest.mark.parametrize("num_rows", STEPS)
+def test_the_same_with_any_traffic(traffic: str, cost: str, num_rows: int) -> None:
+    simulation = run(traffic, cost, num_rows)
+    assert simulation.seconds < 1.03 * simulation.plain
+    assert simulation.seconds < 1.08 * simulation.best
 
 
-@pytest.mark.parametrize("num_rows", [1, 16])
 @pytest.mark.parametrize("kinds", [(GREEDY, HOPELESS), (HOPELESS, GREEDY)], ids=["ends", "begins"])
-def test_a_change_of_the_traffic_is_noticed(num_rows: int, kinds: tuple[Kind, Kind]) -> None:
-    simulation = Simulation(compute_bound, lambda _, step: kinds[step >= 300], num_rows)
+def test_a_change_of_the_traffic_is_noticed(kinds: tuple[Kind, Kind]) -> None:
+    simulation = Simulation(compute_bound, lambda _, step: kinds[step >= 300], 4)
     simulation.run(AdaptivePlanner(CHAINS, measured(compute_bound)), 300, warm_up=350)
+    assert simulation.seconds < 1.07 * simulation.best
+
+
+def test_what_pays_is_found_within_fifty_steps() -> None:
+    simulation = Simulation(compute_bound, TRAFFIC["greedy"], 1)
+    simulation.run(AdaptivePlanner(CHAINS, measured(compute_bound)), 50)
+    assert simulation.seconds < 1.15 * simulation.best
+    simulation.run(AdaptivePlanner(CHAINS, measured(compute_bound)), 50, warm_up=50)
     assert simulation.seconds < 1.05 * simulation.best
+
+
+def test_drafts_that_cost_more_than_they_seem_to_are_given_up() -> None:
+    """Whatever the estimates say, drafts may not lose more than a small share of the time."""
+
+    class Blind(StepCosts):
+        def observe(self, sample: Sample) -> None:
+            """Learns nothing."""
+
+    def cheap(work: Work) -> float:
+        return (20 + 0.1 * work.tokens) / 1000
+
+    known = measured(cheap)
+    costs = Blind(known.values, known.doubts, known.drifts, known.limits, known.scale)
+    simulation = Simulation(
+        lambda work: 0.02 * (1.0 if work.passes == 0 else 1.9), TRAFFIC["sampled"], 4
+    )
+    simulation.run(AdaptivePlanner(CHAINS, costs), 150, warm_up=50)
+    assert simulation.seconds < 1.03 * simulation.plain
 
 
 def test_costs_that_were_measured_wrongly_are_put_right() -> None:
@@ -89,20 +141,18 @@ def step(planner: AdaptivePlanner, num_rows: int, accepts: bool, room: int = 5) 
     return choice
 
 
-def test_a_row_that_never_accepts_is_left_alone_but_probed() -> None:
+def test_a_row_that_never_accepts_is_left_alone_but_tried_again() -> None:
     planner = AdaptivePlanner(CHAINS, measured(compute_bound))
-    drafted = [step(planner, 1, accepts=False).limit(0) for _ in range(400)]
-    assert drafted[0] > 0
-    assert {count for count in drafted[50:] if count} == {1}
-    assert 4 <= sum(count > 0 for count in drafted[50:]) <= 10
+    drafted = [step(planner, 1, accepts=False).limit(0) for _ in range(600)]
+    assert 0 < sum(count > 0 for count in drafted[:50]) < 12
+    assert 1 <= sum(count > 0 for count in drafted[100:]) <= 40
 
 
-def test_a_probe_without_room_for_nodes_stays_due() -> None:
+def test_a_plain_choice_stands_until_rows_come_or_go() -> None:
     planner = AdaptivePlanner(CHAINS, measured(compute_bound))
-    for _ in range(200):
-        step(planner, 1, accepts=False)
-    drafted = [step(planner, 1, accepts=False, room=0).limit(0) for _ in range(100)]
-    assert sum(drafted[60:]) == 40
+    while step(planner, 2, accepts=False).limits is not None:
+        pass
+    assert step(planner, 3, accepts=False).limit(2) > 0
 
 
 def test_while_drafts_pay_a_plain_step_now_and_then_shows_what_it_takes() -> None:
