@@ -82,24 +82,28 @@ class DraftProposer:
         self._activity = 1.0  # share of the rows that draft, lately
 
     def admit(self, lines: Sequence[int]) -> None:
-        if lines:
-            at = torch.tensor(lines).to(self._positions.device)
-            self._positions.index_fill_(0, at, -1)
+        if not lines:
+            return
+        self._complete(list(self._ends))
+        at = torch.tensor(lines).to(self._positions.device)
+        self._positions.index_fill_(0, at, -1)
 
     def release(self, lines: Sequence[int]) -> None:
-        if self.failed:
-            return
-        try:
-            self._join()
-            # Other rows may go on after these tokens: no entry is missing if none was before.
-            whole = [line for line in lines if line in self._ends and self._pending.is_whole(line)]
-            self._settle(whole)
-        except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
-            self._give_up()
+        self._complete([line for line in lines if line in self._ends])
         self._pending.drop(lines)
         for line in lines:
             self._ends.pop(line, None)
             self._nexts.pop(line, None)
+
+    def _complete(self, lines: Sequence[int]) -> None:
+        """Make the entries of rows of which none was given up: others may go on after them."""
+        if self.failed:
+            return
+        try:
+            self._join()
+            self._settle([line for line in lines if self._pending.is_whole(line)])
+        except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
+            self._give_up()
 
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
         if not self.failed:

@@ -1,7 +1,8 @@
 """What a decode step costs by its work: a linear model that learns from every step.
 
 seconds = scale * (base + slope * tokens + row * rows + context * cached tokens
-                   + passes * (base of the head + its slope * drafting) + late * late tokens)
+                   + start of the head + passes * (its base + its slope * drafting)
+                   + late * late tokens)
 
 with a deviation from each line at powers of two. A machine that gets slower as a whole moves
 `scale`; only what remains changes the parts. So costs of work that was not done lately stay
@@ -11,6 +12,7 @@ comparable with the others.
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ from engine.step.plan import DRAFT, VERIFY, StepOutcome, StepPlan
 from engine.step.shape import StaticShape, TreeShape
 
 KNOTS = tuple(1 << power for power in range(12))
-BASE, SLOPE, ROW, CONTEXT, HEAD_BASE, HEAD_SLOPE, LATE = LINES = tuple(range(7))
+BASE, SLOPE, ROW, CONTEXT, HEAD_BASE, HEAD_SLOPE, HEAD_START, LATE = LINES = tuple(range(8))
 TOKENS, HEAD = len(LINES), len(LINES) + len(KNOTS)  # the first deviation of either line
 # Of each line, relative to a step of one token: a guess, and how far it may be off.
 GUESSES = (
@@ -29,6 +31,7 @@ GUESSES = (
     (1e-6, 1e-4),
     (0.1, 0.1),
     (0.02, 0.05),
+    (0.1, 0.1),
     (0.015, 0.02),
 )
 BENT = 0.1  # relative deviation that a line may have
@@ -38,7 +41,7 @@ COMMON = 0.1  # share of a step's relative error that all parts have in common
 MOST_OF_HEAD = 0.9  # largest share of the head in a step
 LEAST = 0.01  # of the base: no step is predicted to take less
 FITS = 5  # times that the first samples are gone through
-SURPRISE = 0.5  # no step counts as further from the prediction than so many times of it
+SURPRISE = 1.5  # no step counts as further from the prediction than this factor
 
 Parts = dict[int, float]  # weight of each part of the model
 
@@ -64,7 +67,8 @@ class Work:
         if self.passes == 0:
             return {}
         lines = {HEAD_BASE: 1.0, HEAD_SLOPE: self.drafting} | _hats(self.drafting, HEAD)
-        return {part: weight * self.passes for part, weight in lines.items()} | {LATE: self.late}
+        grown = {part: weight * self.passes for part, weight in lines.items()}
+        return grown | {HEAD_START: 1.0, LATE: self.late}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +119,19 @@ class StepCosts:
         """Seconds of a step."""
         return self.scale * self._unscaled(work)
 
-    def believed(self, sample: Sample) -> float:
-        """The seconds of a step, as far from the prediction as is believed."""
-        predicted = self.of(sample.work)
-        return min(max(sample.seconds, predicted / (1 + SURPRISE)), predicted * (1 + SURPRISE))
+    def doubt(self, work: Work) -> float:
+        """How far the seconds of a step may be off: one standard error."""
+        parts = work.verified() | work.drafted()
+        return self.scale * math.sqrt(sum(self.doubts[part] * w * w for part, w in parts.items()))
 
     def observe(self, sample: Sample) -> None:
         """Learn from a step."""
         if self.num_observed == 0:
             self.scale = sample.seconds / self._unscaled(sample.work)
         self.num_observed += 1
-        believed = self.believed(sample)
-        self.scale *= (believed / self.of(sample.work)) ** COMMON
+        predicted = self.of(sample.work)
+        believed = min(max(sample.seconds, predicted / SURPRISE), predicted * SURPRISE)
+        self.scale *= (believed / predicted) ** COMMON
         self.doubts = [
             min(doubt + drift, limit)
             for doubt, drift, limit in zip(self.doubts, self.drifts, self.limits, strict=True)

@@ -87,8 +87,9 @@ class FixedPlanner:
 
 CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
 HOPE = 1.7  # most standard errors by which a trial takes chances to be better than they seem
-MOST_LOSS = 0.012  # share of the time that drafts may lose
-MOST_CREDIT = 6.0  # plain steps whose time they may lose at once
+MOST_LOSS = 0.01  # share of the time that drafts may lose
+MOST_CREDIT = 4.0  # plain steps whose time they may lose at once
+MOST_STALL = 3.0  # a step that takes longer than so many times the prediction was disturbed
 LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the row drafts again
 KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
@@ -253,19 +254,21 @@ class AdaptivePlanner:
         plain: Option,
         best: Option,
     ) -> Option | None:
-        """What would be better than `best` if acceptance were better than it seems, with one more
-        node per row at most; nothing whose expected loss is not covered."""
+        """What would be better than `best` if acceptance and costs were better than they seem, with
+        one more node per row at most; nothing whose expected loss is not covered."""
         found: Option | None = None
         least, most = CLEAR * best.rate, [1 + count for count in best.nodes]
         hope = HOPE * self._credit / (MOST_CREDIT * plain.seconds)
         for option in self._options(rows, self._reaches(rows, hope, most), plain):
-            if option.rate <= least or option.nodes == best.nodes:
+            doubt = min(hope * self._costs.doubt(option.work), option.seconds / 3)
+            rate = option.tokens / max(plain.seconds, option.seconds - doubt)
+            if rate <= least or option.nodes == best.nodes:
                 continue
             drafting = [row.line for row, n in zip(rows, option.nodes, strict=True) if n]
             seconds = self._costs.of(replace(option.work, late=self._late(drafting)))
             tokens = len(rows) + _gain(reaches[self._longest[option.shape]], option.nodes)
             if seconds - tokens / best.rate <= self._credit:
-                found, least = replace(option, tokens=tokens), option.rate
+                found, least = replace(option, tokens=tokens), rate
         return found
 
     def _reaches(
@@ -315,7 +318,7 @@ class AdaptivePlanner:
             return
         drafted = [row.line for row in plan.rows if row.is_drafted]
         sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
-        took = self._costs.believed(sample)
+        took = min(sample.seconds, MOST_STALL * self._costs.of(sample.work))
         self._credit += MOST_LOSS * took
         if drafted:
             num_tokens = sum(len(row.emitted) for row in outcome.rows)

@@ -21,7 +21,7 @@ from configs.files import read_text
 from engine.speculation.costs import StepCosts
 
 MAX_FILE = 65_536  # bytes
-VERSION = 3  # of what the numbers mean
+VERSION = 4  # of what the numbers mean
 
 logger = logging.getLogger(__name__)
 

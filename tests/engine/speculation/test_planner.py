@@ -142,10 +142,11 @@ def step(planner: AdaptivePlanner, num_rows: int, accepts: bool, room: int = 5) 
 
 
 def test_a_row_that_never_accepts_is_left_alone_but_tried_again() -> None:
+    """Without times, so the account stays full: most trials that there can be."""
     planner = AdaptivePlanner(CHAINS, measured(compute_bound))
     drafted = [step(planner, 1, accepts=False).limit(0) for _ in range(600)]
     assert 0 < sum(count > 0 for count in drafted[:50]) < 12
-    assert 1 <= sum(count > 0 for count in drafted[100:]) <= 40
+    assert 1 <= sum(count > 0 for count in drafted[100:]) <= 80
 
 
 def test_a_plain_choice_stands_until_rows_come_or_go() -> None:
