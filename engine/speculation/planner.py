@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from engine.speculation.acceptance import Acceptance
-from engine.speculation.costs import Padding, StepCosts, Work, sample_of
+from engine.speculation.costs import Padding, Sample, StepCosts, Work, sample_of
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import ROOT, StaticShape, TreeShape
 
@@ -88,7 +87,8 @@ class FixedPlanner:
 CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
 HOPE = 1.7  # most standard errors by which a trial takes chances to be better than they seem
 MOST_LOSS = 0.01  # share of the time that drafts may lose
-MOST_CREDIT = 4.0  # plain steps whose time they may lose at once
+MOST_CREDIT = 4.0  # plain steps whose time they may lose at once, after they have won it
+FIRST_CREDIT = 2.0  # the same at first
 MOST_STALL = 3.0  # a step that takes longer than so many times the prediction was disturbed
 LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the row drafts again
 KEEP_EVERY = 1000  # observed steps
@@ -142,7 +142,7 @@ class AdaptivePlanner:
         self._acceptance = Acceptance()
         self._sampled: dict[int, bool] = {}  # by line, of rows chosen for
         self._idle: dict[int, int] = {}  # steps since a row drafted, by line
-        self._credit = math.inf  # seconds that drafts may lose now
+        self._credit: float | None = None  # seconds that drafts may lose now
         self._num_drafted = 0  # steps with drafts since the last plain one
         self._most_drafted = 4  # of these before the next plain one
         self._has_failed = False
@@ -163,8 +163,12 @@ class AdaptivePlanner:
         plain = self._option(ROOT, rows, [0] * len(rows), 0.0)
         reaches = self._reaches(rows)
         is_forced = self._has_failed or self._is_reference()
-        best = plain if is_forced else self._best(rows, reaches, plain)
+        if self._credit is None:
+            self._credit = FIRST_CREDIT * plain.seconds
+        best = plain if is_forced else self._best(rows, reaches, plain, self._credit)
         self._price = node_price(self._costs, best.work, max(best.rate, plain.rate))
+        if self._credit < 0:
+            self._price = 1.0
         if best.work.passes == 0:
             self._num_standing = 0 if is_forced else STANDING
             return Choice(price=self._price)
@@ -191,11 +195,15 @@ class AdaptivePlanner:
             self._num_drafted = 0
 
     def _best(
-        self, rows: Sequence[Candidate], reaches: Mapping[StaticShape, Reaches], plain: Option
+        self,
+        rows: Sequence[Candidate],
+        reaches: Mapping[StaticShape, Reaches],
+        plain: Option,
+        credit: float,
     ) -> Option:
         """The option with the most tokens per second, or a trial of another."""
-        self._credit = min(self._credit, MOST_CREDIT * plain.seconds)
-        if self._credit < 0:
+        credit = self._credit = min(credit, MOST_CREDIT * plain.seconds)
+        if credit < 0:
             return plain
         best = max(self._options(rows, reaches, plain), key=_rate, default=plain)
         if best.rate <= CLEAR * plain.rate:
@@ -203,7 +211,7 @@ class AdaptivePlanner:
         if self._num_sure:
             self._num_sure -= 1
             return best
-        trial = self._trial(rows, reaches, plain, best)
+        trial = self._trial(rows, reaches, plain, best, credit)
         if trial is None and best.work.passes:
             self._num_sure = STANDING
         return trial or best
@@ -253,12 +261,13 @@ class AdaptivePlanner:
         reaches: Mapping[StaticShape, Reaches],
         plain: Option,
         best: Option,
+        credit: float,
     ) -> Option | None:
         """What would be better than `best` if acceptance and costs were better than they seem, with
         one more node per row at most; nothing whose expected loss is not covered."""
         found: Option | None = None
         least, most = CLEAR * best.rate, [1 + count for count in best.nodes]
-        hope = HOPE * self._credit / (MOST_CREDIT * plain.seconds)
+        hope = HOPE * credit / (MOST_CREDIT * plain.seconds)
         for option in self._options(rows, self._reaches(rows, hope, most), plain):
             doubt = min(hope * self._costs.doubt(option.work), option.seconds / 3)
             rate = option.tokens / max(plain.seconds, option.seconds - doubt)
@@ -267,7 +276,7 @@ class AdaptivePlanner:
             drafting = [row.line for row, n in zip(rows, option.nodes, strict=True) if n]
             seconds = self._costs.of(replace(option.work, late=self._late(drafting)))
             tokens = len(rows) + _gain(reaches[self._longest[option.shape]], option.nodes)
-            if seconds - tokens / best.rate <= self._credit:
+            if seconds - tokens / best.rate <= credit:
                 found, least = replace(option, tokens=tokens), rate
         return found
 
@@ -318,17 +327,24 @@ class AdaptivePlanner:
             return
         drafted = [row.line for row in plan.rows if row.is_drafted]
         sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
-        took = min(sample.seconds, MOST_STALL * self._costs.of(sample.work))
-        self._credit += MOST_LOSS * took
-        if drafted:
-            num_tokens = sum(len(row.emitted) for row in outcome.rows)
-            plain = Work(sample.work.rows, sample.work.rows, context=sample.work.context)
-            self._credit += num_tokens / len(plan.rows) * self._costs.of(plain) - took
+        self._settle(plan, outcome, sample)
         if any(line not in self._idle for line in drafted):
             return  # of a new row, the head may have taken any number of tokens
         self._costs.observe(sample)
         if self._keep is not None and self._costs.num_observed % KEEP_EVERY == 0:
             self._keep(self._costs)
+
+    def _settle(self, plan: StepPlan, outcome: StepOutcome, sample: Sample) -> None:
+        """Put what a step won or lost against plain steps into the account; with found drafts,
+        too."""
+        if self._credit is None:
+            return
+        took = min(sample.seconds, MOST_STALL * self._costs.of(sample.work))
+        self._credit += MOST_LOSS * took
+        if any(row.num_draft for row in plan.rows):
+            num_tokens = sum(len(row.emitted) for row in outcome.rows)
+            plain = Work(sample.work.rows, sample.work.rows, context=sample.work.context)
+            self._credit += num_tokens / len(plan.rows) * self._costs.of(plain) - took
 
     def _observe_trees(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Learn from the head's trees."""

