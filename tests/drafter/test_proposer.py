@@ -168,6 +168,7 @@ def test_drafts_do_not_depend_on_the_history_of_the_cache(
         {"num_blocks": 11},
     ):
         watch = watched(head, native_ops, changes.get("num_blocks", tiny_engine.num_blocks))
+        watch.inner._pending.most = 1000  # rows without room for nodes pause, but give up nothing
         core, _ = run(tiny_engine, watch, shape, **changes)
         common = undisturbed.seen.keys() & watch.seen.keys()
         assert len(common) > 20, changes
