@@ -138,8 +138,8 @@ class SpeculationConfig(Section):
     )
     candidates: tuple[str, ...] = Field(
         ("chain1", "chain2", "chain3", "chain5"),
-        description="trees that auto chooses from, the cheapest first; measuring each takes about "
-        "half a second at start",
+        description="trees that auto chooses from, the cheapest first; the first and the last are "
+        "measured at the first start",
     )
     lookup: StrictBool | None = Field(
         None,
@@ -307,7 +307,7 @@ class LogConfig(Section):
 
 
 class CacheDirConfig(Section):
-    """Cache of files made once per machine: converted tokenizers, compiled kernels."""
+    """Cache of files made once per machine: tokenizers, compiled kernels, costs of steps."""
 
     dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/aerie or ~/.cache/aerie")
 

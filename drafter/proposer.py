@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,17 +11,19 @@ from torch import Tensor
 
 from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
-from drafter.pending import Features, Pending
+from drafter.pending import Features, Part, Pending
 from drafter.static_levels import StaticLevels
 from drafter.taps import FeatureCollector
 from engine.kv.slots import Scratch
-from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
+from engine.speculation.planner import LATE_STEPS
+from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles
 from engine.step.shape import TreeShape
 from engine.step.tree import DraftTree
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # position 0 has no entry: no token is before it, so there is no feature
-MAX_PENDING = 64  # tokens; with more, linear layers do not get cheaper per token
+RESTING = 0.1  # share of the rows that draft, below which prompts are taken late, too
+STEADY = 0.95  # weight of the past per step in that share
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,11 @@ class DraftProposer:
     preemption and release need no extra work. After each step the newest token of a row (its next
     root) already has its entry, and its state is kept per line until `draft` grows a tree from it.
 
-    If the host may read values and no tree is wanted, steps only collect features. The head
-    processes them together: once there are `max_pending` tokens, before its next tree, and before
-    rows come or go. So every block of the prefix cache has its entries, and no entry is written to
-    a block that has passed to another row.
+    If the host may read values, only rows that draft are kept up to date. Of others, the features
+    of the newest tokens are kept: when such a row drafts again, these are taken, and the head
+    attends to nothing before them. So tokens of rows that do not draft cost nothing. While hardly
+    any row drafts, prompts are treated alike. Which slots have entries is noted, so that a prefix
+    hit is attended to only as far back as nothing is missing.
     """
 
     lookahead = 1
@@ -50,11 +53,11 @@ class DraftProposer:
         hidden_size: int,
         window: int | None = None,
         shared_noise: bool = True,
-        max_pending: int = MAX_PENDING,
+        late_steps: int = LATE_STEPS,
     ) -> None:
         """`window`: number of newest entries that the head attends to; None: all. Without
         `shared_noise` drafts are ranked by likelihood alone, as if all requests were greedy.
-        `max_pending`: 1 processes tokens at once."""
+        `late_steps`: for so many steps, tokens of rows that do not draft are kept."""
         self.tap = FeatureCollector(head.tap_layers)
         self.failed = False
         self._head = head
@@ -69,20 +72,36 @@ class DraftProposer:
             num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=device
         )
         self._positions = torch.full((num_lines + 1,), -1, dtype=torch.int64, device=device)
-        self._max_pending = max_pending
-        self._pending = Pending()
-        self._drafted = False  # whether this step grew trees
+        # The head attends to entries from here on, by line.
+        self._firsts = torch.full_like(self._positions, FIRST_ENTRY, dtype=torch.int32)
+        self._pending = Pending(late_steps, ctx.kv.block_size)
+        self._has_entry = torch.zeros(ctx.kv.num_blocks * ctx.kv.block_size, dtype=torch.bool)
+        self._ends: dict[int, int] = {}  # by line: position after the newest entry
+        self._nexts: dict[int, int] = {}  # by line: position after the newest token
+        self._drafting: set[int] = set()  # lines that this step grew trees for
+        self._activity = 1.0  # share of the rows that draft, lately
 
     def admit(self, lines: Sequence[int]) -> None:
-        if lines:
-            at = torch.tensor(lines).to(self._positions.device)
-            self._positions.index_fill_(0, at, -1)
+        if not lines:
+            return
+        self._complete(list(self._ends))
+        at = torch.tensor(lines).to(self._positions.device)
+        self._positions.index_fill_(0, at, -1)
 
-    def settle(self) -> None:
+    def release(self, lines: Sequence[int]) -> None:
+        self._complete([line for line in lines if line in self._ends])
+        self._pending.drop(lines)
+        for line in lines:
+            self._ends.pop(line, None)
+            self._nexts.pop(line, None)
+
+    def _complete(self, lines: Sequence[int]) -> None:
+        """Make the entries of rows of which none was given up: others may go on after them."""
         if self.failed:
             return
         try:
-            self._settle()
+            self._join()
+            self._settle([line for line in lines if self._pending.is_whole(line)])
         except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
             self._give_up()
 
@@ -103,19 +122,29 @@ class DraftProposer:
         except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
             self._give_up()
 
+    def take_singles(self, singles: Singles, hidden: Tensor) -> None:  # noqa: ARG002
+        if self.failed:
+            return
+        self._note_activity(len(singles.lines))
+        self._pending.add_singles(singles, self.tap.take_all())
+        if self._pending.num_singles == self._pending.most:
+            self._join()
+
     def _give_up(self) -> None:
         """Stop drafting: the head's cache can no longer be trusted. With several ranks the
         exception is raised again, since others may wait for this rank's part."""
         if self._ctx.group.size > 1:
             raise
         self.failed = True
-        self._pending = Pending()
+        self._pending.drop(list(self._pending.lines))
         logger.exception("the draft head failed; decoding continues without it")
 
     def _draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
         """Rows draft if the state of their root is known and finite; others keep their root."""
-        self._drafted = True
-        self._settle()
+        if limits.exact:
+            self._drafting = set(roots.lines[roots.max_nodes > 1].tolist())
+            self._join()
+            self._settle(self._drafting, newest=self._pending.most)
         wanted = (roots.max_nodes > 1) & (self._positions[roots.lines] == roots.positions)
         sound = self._states[roots.lines].isfinite().all(dim=1)
         ready = wanted & sound
@@ -142,7 +171,7 @@ class DraftProposer:
             ctx=self._ctx,
             roots=roots if self._shared_noise else _all_greedy(roots),
             num_slots=room.maximum(roots.max_nodes),
-            first_keys=self._first_keys(roots.positions),
+            first_keys=self._first_keys(roots.lines, roots.positions),
             limits=limits if self._shared_noise else replace(limits, any_sampled=False),
             scratch=self._scratch,
             levels=self._levels,
@@ -155,20 +184,58 @@ class DraftProposer:
         if not committed.exact:
             self._take_in(committed, features)
             return
-        if not self._pending.followed_by(committed):  # a step that is repeated to measure it
-            self._settle()
-        self._pending.add(committed, features)
-        drafted, self._drafted = self._drafted, False
-        if drafted or self._pending.num_tokens >= self._max_pending:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Run the pending tokens through the head."""
-        if self._pending.num_tokens == 0:
+        self._join()
+        counts, drafting = committed.cu.diff(), self._drafting
+        self._note_activity(len(counts))
+        if len(committed.tokens) == 0:
             return
-        committed, by_layer = self._pending.merge()
-        self._pending = Pending()
-        self._take_in(committed, tuple(seen[committed.features] for seen in by_layer))
+        self._follow(committed, counts.tolist())
+        at_once = torch.tensor([line in drafting for line in committed.lines.tolist()])
+        if self._activity > RESTING:  # prompts, too
+            at_once |= counts > 1
+        part = Part(committed, features)
+        at_once &= counts > 0
+        if not bool(at_once.all()):
+            self._pending.add(part.rows(~at_once, self._pending.most))
+        if bool(at_once.any()):
+            now = part.rows(at_once)
+            self._settle(now.committed.lines.tolist())
+            self._take_in(now.committed, now.features)
+
+    def _note_activity(self, num_rows: int) -> None:
+        """Note which share of the rows of a step drafted."""
+        self._activity += (1 - STEADY) * (len(self._drafting) / num_rows - self._activity)
+        self._drafting = set()
+
+    def _join(self) -> None:
+        """Make the single tokens of several steps pending ones."""
+        num_steps, part = self._pending.num_singles, self._pending.join()
+        if part is not None:
+            self._follow(part.committed, part.committed.cu.diff().tolist())
+            self._pending.add(part, num_steps)
+
+    def _follow(self, committed: Committed, counts: Sequence[int]) -> None:
+        """Note which tokens there are. Entries in their slots are those of other tokens."""
+        self._has_entry[committed.slots] = False
+        starts = committed.positions[committed.cu[:-1].clamp(max=len(committed.tokens) - 1)]
+        for line, start, count in zip(
+            committed.lines.tolist(), starts.tolist(), counts, strict=True
+        ):
+            if count == 0:
+                continue
+            if self._nexts.get(line, start) != start:  # a step that is repeated to measure it
+                self._pending.drop([line])
+            self._nexts[line] = start + count
+            if self._ends.get(line, start) > start:
+                self._ends[line] = start
+
+    def _settle(self, lines: Iterable[int], newest: int | None = None) -> None:
+        """Run the pending tokens of these lines through the head, the `newest` of each at most."""
+        part = self._pending.take(lines)
+        if part is not None:
+            if newest is not None and part.committed.max_entries > newest:
+                part = part.rows(torch.ones_like(part.committed.lines).bool(), newest)
+            self._take_in(part.committed, part.features)
 
     def _take_in(self, committed: Committed, features: Features) -> None:
         """Run entries through the head, and keep the state of each row's last entry by line."""
@@ -176,6 +243,8 @@ class DraftProposer:
         last = (committed.cu[1:] - 1).clamp(min=0)
         newest = committed.positions[last]
         prefix_lens = torch.where(counts > 0, newest + 1 - counts, 0)
+        if committed.exact:
+            self._note_entries(committed, prefix_lens)
         batch = DraftBatch(
             token_ids=committed.tokens,
             positions=committed.positions,
@@ -183,7 +252,7 @@ class DraftProposer:
             attention=AttentionMeta(
                 cu_q=committed.cu.int(),
                 prefix_lens=prefix_lens.int(),
-                first_keys=self._first_keys(prefix_lens),
+                first_keys=self._first_keys(committed.lines, prefix_lens),
                 block_tables=committed.block_tables,
                 ancestors=torch.zeros_like(committed.tokens),
                 max_q=committed.max_entries,
@@ -196,11 +265,27 @@ class DraftProposer:
         # A row without entries is at its end, so the state of its line is useless.
         self._positions.index_put_((lines,), torch.where(counts > 0, newest, -1))
 
-    def _first_keys(self, prefix_lens: Tensor) -> Tensor:
+    def _note_entries(self, committed: Committed, prefix_lens: Tensor) -> None:
+        """Note that these tokens have entries, and from where on none is missing before them."""
+        counts, block_size = committed.cu.diff().tolist(), self._ctx.kv.block_size
+        for row, line in enumerate(committed.lines.tolist()):
+            start = int(prefix_lens[row])
+            if line not in self._ends:
+                before = torch.arange(start)
+                table = committed.block_tables[row].long()
+                slots = table[before // block_size] * block_size + before % block_size
+                missing = (~self._has_entry[slots]).nonzero()
+                self._firsts[line] = max(FIRST_ENTRY, int(missing[-1]) + 1 if len(missing) else 0)
+            elif self._ends[line] != start:
+                self._firsts[line] = start
+            self._ends[line] = start + counts[row]
+        self._has_entry[committed.slots] = True
+
+    def _first_keys(self, lines: Tensor, prefix_lens: Tensor) -> Tensor:
         """The first entry that is attended to, [B] int32; padding rows have no prefix."""
-        if self._window is None:
-            return prefix_lens.clamp(max=FIRST_ENTRY).int()
-        first = (prefix_lens - self._window).clamp(min=FIRST_ENTRY)
+        first = self._firsts[lines]
+        if self._window is not None:
+            first = first.maximum(prefix_lens - self._window)
         return first.minimum(prefix_lens).int()
 
 

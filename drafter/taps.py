@@ -20,3 +20,7 @@ class FeatureCollector:
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The features of the tokens `rows` [C], one [C, H] per tapped layer, in order."""
         return tuple(self._seen[layer][rows] for layer in self._order)
+
+    def take_all(self) -> tuple[Tensor, ...]:
+        """The features of all tokens."""
+        return tuple(self._seen[layer] for layer in self._order)

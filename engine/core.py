@@ -123,7 +123,7 @@ class EngineCore:
 
     def _schedule(self) -> StepPlan:
         self._measure()
-        return self._scheduler.schedule(self._planner.choose(self._scheduler.num_drafting))
+        return self._scheduler.schedule(self._planner.choose(self._scheduler.candidates()))
 
     def _schedule_ahead(self, before: StepPlan) -> StepPlan | None:
         if not self._run_ahead or self._measuring is not None:
@@ -149,7 +149,7 @@ class EngineCore:
         if seconds is not None and launched.plan.rows:
             self._scheduler.observe_time(launched.plan, seconds)
             self._observe_pace(plan, outcome, seconds)
-        self._planner.observe(plan, outcome)
+        self._planner.observe(plan, outcome, seconds)
         self._landed += self._scheduler.update(plan, outcome)
 
     def _since_last_collect(self) -> float | None:

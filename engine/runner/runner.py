@@ -19,6 +19,7 @@ from engine.runner.laps import Laps
 from engine.runner.report import Report
 from engine.runner.step import LineState, StepBody
 from engine.sampling.lines import LineSettings, is_penalised, token_counts
+from engine.speculation.costs import Padding
 from engine.speculation.proposer import Proposer
 from engine.step.batch import ForwardContext
 from engine.step.executor import Launched, execute
@@ -34,6 +35,12 @@ class StepSettings:
 
     exact: bool  # True on a CPU: sizes are exact, without padding
     graphs: bool = False  # capture steps of padded forms as CUDA graphs
+
+    def padding(self, max_num_seqs: int) -> Padding:
+        """How these steps are padded, for those who count their work."""
+        if self.exact:
+            return Padding()
+        return Padding(Sizes(self.exact, max_num_seqs).rows, whole_trees=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +167,8 @@ class ModelRunner:
         """Release the lines of ended sequences and admit new sequences."""
         if not plan.released and not plan.admitted:
             return
-        self._body.proposer.settle()
+        if plan.released:
+            self._body.proposer.release(plan.released)
         for line in plan.released:
             self._settings.release(line)
         for admission in plan.admitted:

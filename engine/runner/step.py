@@ -19,7 +19,7 @@ from engine.runner.inputs import StepForm, StepInputs
 from engine.runner.laps import Laps
 from engine.runner.layout import Layout
 from engine.sampling.spread import SpreadLogits, edits_of, settings_of
-from engine.speculation.proposer import Drafted, DraftLimits, Proposer, Roots
+from engine.speculation.proposer import Drafted, DraftLimits, Proposer, Roots, Singles
 from engine.speculation.verify import commit, walk
 from engine.step.batch import ForwardContext, logit_slices
 from engine.step.group import TPGroup
@@ -130,9 +130,10 @@ class StepBody:
             state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
         if form.follows and form.only_roots:
             inputs = state.follow(inputs)
+        tables = state.tables[:, : form.num_columns][inputs.lines]  # [B, columns]
         with laps.time(DRAFT):
-            tables = state.tables[:, : form.num_columns][inputs.lines]  # [B, columns]
             drafted = self._draft(inputs, tables, form)
+        with laps.time(VERIFY):
             layout = Layout.of(inputs, drafted.tree, form, tables, self.scratch, self.max_len)
         return layout, drafted.faults
 
@@ -286,7 +287,13 @@ class StepBody:
         """Hand every committed token to a proposer that keeps a cache of them."""
         if self.proposer.lookahead == 0:
             return
-        inputs = layout.inputs
+        inputs, form = layout.inputs, layout.form
+        if form.exact and form.only_roots and layout.tree.max_depth == 0:
+            tokens = torch.where(inputs.samples, result.emitted[:, 0], inputs.next_tokens)
+            after = inputs.starts + 1
+            singles = Singles(inputs.lines, tokens, after, inputs.ends, layout.tables)
+            self.proposer.take_singles(singles, hidden)
+            return
         emitted = result.emitted.clone()
         emitted[:, 0] = torch.where(inputs.samples, emitted[:, 0], inputs.next_tokens)
         accepted = torch.where(inputs.samples, result.num_accepted, 0)

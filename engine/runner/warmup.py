@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from engine.request import Request, SamplingParams
-from engine.speculation.planner import StepCosts
+from engine.speculation.costs import Padding, Sample, StepCosts, sample_of
 from engine.step.executor import Executor, execute
 from engine.step.plan import Admission, RowPlan, StepOutcome, StepPlan
-from engine.step.shape import MAX_NODES, TreeShape
+from engine.step.shape import MAX_NODES, ROOT, TreeShape
 
 PROMPT = 8  # tokens in the cache before measuring
 REPEATS = 3
-ENOUGH = 0.15  # seconds per tree shape; slower steps are repeated less often
+ENOUGH = 0.05  # seconds per tree shape; slower steps are repeated less often
 ROW_COUNTS = (1, 4, 16, 64)
-PATIENCE = 5.0  # seconds of one step of each shape; if they take longer, more rows are not tried
+AGREEMENT = 1.3  # known costs may be off by this factor
+BUDGET = 1.0  # seconds of made-up steps after which no more rows are tried
+GROWTH = 3.0  # times that the steps of the next number of rows are expected to take
 
 logger = logging.getLogger(__name__)
 replace = msgspec.structs.replace
@@ -35,6 +38,7 @@ class WarmUp:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    padding: Padding = field(default_factory=Padding)
 
     def fits(self, shape: TreeShape) -> bool:
         """Whether one row has room for such a tree after the made-up prompt."""
@@ -46,8 +50,8 @@ class WarmUp:
         )
 
     def measure(self, shapes: Sequence[TreeShape]) -> StepCosts:
-        """Seconds of a decode step with each shape, for several numbers of rows. All shapes must
-        fit."""
+        """Costs of decode steps, from steps with these shapes and several numbers of rows. All
+        shapes must fit."""
         steps = self.steps(shapes)
         while True:
             try:
@@ -56,20 +60,37 @@ class WarmUp:
                 costs: StepCosts = end.value
                 return costs
 
+    def agrees(self, costs: StepCosts, shape: TreeShape) -> bool:
+        """Whether a few steps of one row take about what known costs say of them, relative to each
+        other. How fast the machine is as a whole is set right."""
+        seen = dataclasses.replace(self, max_num_seqs=1).measure([ROOT, shape])
+        plain, tree = (
+            self.padding.work([n], shape, self._num_prompt) for n in (0, shape.num_nodes - 1)
+        )
+        costs.scale *= seen.of(plain) / costs.of(plain)
+        error = costs.of(tree) / seen.of(tree)
+        if 1 / AGREEMENT < error < AGREEMENT:
+            return True
+        logger.info("known step costs are off by a factor of %.2f: measuring anew", error)
+        return False
+
     def steps(self, shapes: Sequence[TreeShape]) -> Generator[None, None, StepCosts]:
         """The same, one made-up step at a time, so that real steps can run in between."""
-        seconds: dict[str, list[tuple[int, float]]] = {shape.name: [] for shape in shapes}
+        samples: list[Sample] = []
         rows: list[RowPlan] = []
+        spent = 0.0
         for num_rows in self._row_counts(shapes):
-            if sum(measured[-1][1] for measured in seconds.values() if measured) > PATIENCE:
-                logger.warning("steps are slow: trees are measured for %d rows at most", len(rows))
-                break
+            own: list[Sample] = []
             rows += yield from self._start(len(rows), num_rows)
             for shape in shapes:
-                cost = yield from self._time(rows, shape)
-                seconds[shape.name].append((num_rows, cost))
+                own.append((yield from self._time(rows, shape)))
+            samples += own
+            spent += REPEATS * sum(sample.seconds for sample in own)
+            if GROWTH * spent > BUDGET:
+                logger.info("trees were measured for up to %d rows; steps show the rest", num_rows)
+                break
         execute(self.executor, StepPlan(released=tuple(row.line for row in rows)))
-        return StepCosts(seconds)
+        return StepCosts.fitted(samples)
 
     def _row_counts(self, shapes: Sequence[TreeShape]) -> list[int]:
         """The ROW_COUNTS that fit; one row always does."""
@@ -119,22 +140,26 @@ class WarmUp:
             yield
         return [replace(row, first_block=size, new_blocks=()) for row in rows]
 
-    def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> Generator[None, None, float]:
-        """Seconds of a step: the minimum of a few, because disturbances only make it longer and the
-        first may compile kernels or capture a graph."""
-        times: list[float] = []
+    def _time(self, rows: Sequence[RowPlan], shape: TreeShape) -> Generator[None, None, Sample]:
+        """The shortest of a few steps, because disturbances only make it longer and the first may
+        compile kernels or capture a graph."""
+        samples: list[Sample] = []
         current: tuple[RowPlan, ...] = ()
-        while len(times) < 2 or (len(times) < REPEATS and sum(times) < ENOUGH):
+        while len(samples) < 2 or (
+            len(samples) < REPEATS and sum(sample.seconds for sample in samples) < ENOUGH
+        ):
             if not current or not all(self._has_room(row, shape) for row in current):
                 current = yield from self._renewed(rows)
             drafting = (replace(row, num_draft=shape.num_nodes - 1) for row in current)
             plan = StepPlan(rows=tuple(drafting), shape=shape)
             started = time.perf_counter()
             outcome = execute(self.executor, plan)
-            times.append(time.perf_counter() - started)
+            sample = sample_of(plan, outcome, time.perf_counter() - started, self.padding)
+            assert sample is not None, "made-up rows only decode"
+            samples.append(sample)
             yield
             current = _after(current, outcome)
-        return min(times)
+        return min(samples, key=lambda sample: sample.seconds)
 
     def _renewed(self, rows: Sequence[RowPlan]) -> Generator[None, None, tuple[RowPlan, ...]]:
         """Go back to the end of the prompt and compute its last token again, so that the drafter

@@ -25,6 +25,7 @@ import msgspec
 from engine.request import Sequence
 from engine.scheduler.drafts import Awaited, DraftRoom
 from engine.scheduler.planning import row_plan
+from engine.speculation.planner import Candidate, Choice
 from engine.step.plan import UNKNOWN, StepOutcome, StepPlan
 from engine.step.shape import TreeShape
 
@@ -36,25 +37,25 @@ def plan_ahead(
     running: Rows[Sequence],
     drafts: DraftRoom,
     budget: int,
-    choose: Callable[[int], TreeShape],
+    choose: Callable[[Rows[Candidate]], Choice],
 ) -> StepPlan | None:
     """The step that follows `before`, for those of its rows that may continue; None if there are
     none, or too few slots. Every sequence of `running` must draw a token in `before`.
 
     Args:
         budget: tokens of one step.
-        choose: gives the shape for a number of rows that could draft.
+        choose: gives the trees for the rows of a step.
     """
     continuing = _continuing(before, running, drafts.max_len)
     if not continuing:
         return None
-    shape = choose(sum(drafts.most_nodes(seq, awaited) > 0 for seq, awaited in continuing))
+    choice = choose([drafts.candidate(seq, awaited) for seq, awaited in continuing])
     spare = budget - len(continuing)
     nodes = []
     for seq, awaited in continuing:
-        nodes.append(drafts.room(seq, shape, spare, awaited))
+        nodes.append(drafts.room(seq, choice, spare, awaited))
         spare -= nodes[-1]
-    if not _reserve(continuing, nodes, drafts, shape):
+    if not _reserve(continuing, nodes, drafts, choice.shape):
         return None
     rows = tuple(
         row_plan(
@@ -66,7 +67,7 @@ def plan_ahead(
         )
         for (seq, awaited), count in zip(continuing, nodes, strict=True)
     )
-    return StepPlan(rows=rows, shape=shape, ahead=True)
+    return StepPlan(rows=rows, shape=choice.shape, ahead=True)
 
 
 def only(

@@ -12,6 +12,7 @@ from engine.kv.manager import KVManager
 from engine.request import Sequence
 from engine.scheduler.planning import PlanDraft
 from engine.speculation.lookup import Lookup
+from engine.speculation.planner import Candidate, Choice
 from engine.step.shape import TreeShape
 
 
@@ -51,12 +52,18 @@ class DraftRoom:
         limit = seq.request.max_draft_nodes
         return room if limit is None else min(room, limit)
 
-    def set_aside(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
+    def candidate(self, seq: Sequence, awaited: Awaited = NOTHING) -> Candidate:
+        """A decoding row as the planner sees it."""
+        sampled = seq.request.params.temperature > 0
+        return Candidate(seq.line, sampled, seq.num_computed, self.most_nodes(seq, awaited))
+
+    def set_aside(self, plan: PlanDraft, running: Rows[Sequence], choice: Choice) -> None:
         """Share the budget for draft nodes among the rows planned so far."""
         for seq in running:
             if seq.line in plan.rows:
-                room = self.room(seq, shape, plan.spare)
-                found = self._found(plan, seq, has_rival=room > 0)
+                room = self.room(seq, choice, plan.spare)
+                rival = choice.promise(seq.line) if room > 0 else 0.0
+                found = self._found(plan, seq, choice.price, rival)
                 plan.set_aside(seq, len(found) or room, found)
 
     def grow(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
@@ -71,20 +78,21 @@ class DraftRoom:
             if not self.kv.reserve(seq, self.slots(seq, own)):
                 row.num_draft, row.found = 0, ()
 
-    def room(self, seq: Sequence, shape: TreeShape, spare: int, awaited: Awaited = NOTHING) -> int:
-        """How many nodes of `shape` this sequence's root may get in a step with budget for
+    def room(self, seq: Sequence, choice: Choice, spare: int, awaited: Awaited = NOTHING) -> int:
+        """How many of the chosen nodes this sequence's root may get in a step with budget for
         `spare`."""
-        num_draft = max(0, min(shape.num_nodes - 1, spare, self.most_nodes(seq, awaited)))
+        shape = choice.shape
+        num_draft = max(0, min(choice.limit(seq.line), spare, self.most_nodes(seq, awaited)))
         room = self.max_len - len(seq.token_ids) - awaited.most
         return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
 
-    def _found(self, plan: PlanDraft, seq: Sequence, *, has_rival: bool) -> list[int]:
+    def _found(self, plan: PlanDraft, seq: Sequence, price: float, rival: float) -> list[int]:
         """A chain from the sequence's own text, no longer than its remaining output."""
         if self.lookup is None:
             return []
         wanted = seq.request.params.max_tokens - seq.num_output - 1
         most = min(wanted, plan.spare, self.most_nodes(seq))
-        return self.lookup.draft(seq, most, plan.num_decoding, has_rival=has_rival)
+        return self.lookup.draft(seq, most, price, rival)
 
 
 @dataclass(slots=True)

@@ -33,12 +33,13 @@ from engine.scheduler.planning import PlanDraft
 from engine.scheduler.preempting import choose_outranked, choose_victim
 from engine.scheduler.waiting import WaitingQueue
 from engine.speculation.lookup import Lookup, tree_name
+from engine.speculation.planner import Candidate, Choice
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
-from engine.step.shape import ROOT, TreeShape
 
 ADMITTED_BLOCKS = 4096  # no more sequences start in a step whose new ones got as many blocks
 HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run
 OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
+PLAIN = Choice()
 UNSOUND_LOGITS = "the model's logits for the next token are NaN or infinite"
 
 
@@ -149,14 +150,13 @@ class Scheduler:
         self._drafts = DraftRoom(self._kv, self._max_len, lookahead, lookup)
         self._blocked = None
 
-    @property
-    def num_drafting(self) -> int:
-        """Sequences that could carry a draft tree in the next step, if there is room."""
-        return sum(self._drafts.most_nodes(seq) > 0 for seq in self._decoding())
+    def candidates(self) -> list[Candidate]:
+        """The sequences that decode in the next step."""
+        return [self._drafts.candidate(seq) for seq in self._decoding()]
 
-    def schedule(self, shape: TreeShape = ROOT) -> StepPlan:
-        """Choose the tokens of the next step and reserve their slots, and slots for draft trees of
-        `shape` where there is room."""
+    def schedule(self, choice: Choice = PLAIN) -> StepPlan:
+        """Choose the tokens of the next step and reserve their slots, and slots for the chosen
+        draft trees where there is room."""
         draft = self._new_draft()
         missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
         if self._prompts_to_compute(missing):
@@ -165,7 +165,7 @@ class Scheduler:
         for seq in before:
             if missing[seq.request_id] == 1 and seq.status is Status.RUNNING:
                 self._plan_row(draft, seq, 1)
-        self._drafts.set_aside(draft, self._running, shape)
+        self._drafts.set_aside(draft, self._running, choice)
         for seq in before:
             if missing[seq.request_id] > 1:
                 self._plan_prompt(draft, seq, missing[seq.request_id])
@@ -173,15 +173,15 @@ class Scheduler:
             draft.drop_drafts()
         else:
             self._admit(draft)
-            self._drafts.grow(draft, self._running, shape)
+            self._drafts.grow(draft, self._running, choice.shape)
         released, self._released = self._released, []
-        return draft.finished(released, shape)
+        return draft.finished(released, choice.shape)
 
     def schedule_ahead(
-        self, before: StepPlan, choose: Callable[[int], TreeShape]
+        self, before: StepPlan, choose: Callable[[Rows[Candidate]], Choice]
     ) -> StepPlan | None:
         """The step that follows `before`, whose outcome is not known yet; None if planning needs
-        the outcome. `choose` gives the shape for a number of rows that could draft."""
+        the outcome. `choose` gives the trees for the rows of a step."""
         drawing = {row.line for row in before.rows if row.samples}
         if self._may_start() or not self._by_line.keys() <= drawing:
             return None

@@ -2,20 +2,19 @@
 
 Answers repeat their prompt and themselves: names, code, quotations, lists (LLMA, arXiv:2304.04487;
 prompt lookup decoding). Such a draft needs no draft head; its only cost is to verify its nodes. The
-chance that a token is accepted is learnt from earlier drafts, by the length of the match; the cost
-of a node is learnt from step times.
+chance that a token is accepted is learnt from earlier drafts, by the length of the match; what a
+node costs, and what the draft head promises instead, comes from the planner.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from engine.request import Sequence
-from engine.step.plan import DRAFT, RowOutcome, RowPlan, StepOutcome, StepPlan
+from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import ROOT
 
 LENGTHS = (2, 3, 4, 6, 8, 12)  # of matches: each has its own chance
@@ -25,7 +24,6 @@ MAX_DRAFT = 16  # tokens of one draft
 DECAY = 0.98  # weight of the past per observation
 PRIOR = (0.5, 0.55, 0.6, 0.7, 0.8, 0.85)  # chance of a token, by length of the match
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
-PRIOR_COST = 0.05  # of a node, relative to a step without draft nodes
 PROBE_EVERY = 64  # of so many matches that do not pay, one drafts a token as a probe
 
 
@@ -96,72 +94,19 @@ class Chance:
 
 
 @dataclass(slots=True)
-class StepTime:
-    """Model of the time of decode steps: seconds = base + slope * tokens, by least squares with
-    decaying weights."""
-
-    weight: float = 0.0
-    tokens: float = 0.0
-    seconds: float = 0.0
-    squares: float = 0.0
-    products: float = 0.0
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        parts = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
-        old = (self.weight, self.tokens, self.seconds, self.squares, self.products)
-        self.weight, self.tokens, self.seconds, self.squares, self.products = (
-            DECAY * before + new for before, new in zip(old, parts, strict=True)
-        )
-
-    def price(self, num_rows: int) -> float:
-        """Accepted tokens that a node must yield to be worth verifying: its seconds divided by the
-        seconds per token of a plain step."""
-        spread = self.weight * self.squares - self.tokens**2
-        if spread <= 1e-6 * self.squares or self.seconds <= 0:
-            return PRIOR_COST * num_rows / (1 + PRIOR_COST * num_rows)
-        slope = max(0.0, (self.weight * self.products - self.tokens * self.seconds) / spread)
-        base = (self.seconds - slope * self.tokens) / self.weight
-        plain = base + slope * num_rows
-        return min(1.0, slope * num_rows / plain) if plain > 0 else 1.0
-
-
-@dataclass(slots=True)
-class HeadAcceptance:
-    """Accepted tokens of the draft head per row and step, and its share of the time."""
-
-    accepted: float = 0.0
-    share: float = 0.0  # time of the head relative to the rest of the step
-
-    def observe(self, accepted: float, seconds: Mapping[str, float]) -> None:
-        others = sum(spent for part, spent in seconds.items() if part != DRAFT)
-        share = seconds.get(DRAFT, 0.0) / others if others else 0.0
-        self.accepted = DECAY * self.accepted + (1 - DECAY) * accepted
-        self.share = DECAY * self.share + (1 - DECAY) * share
-
-    def rival(self, num_rows: int) -> float:
-        """Accepted tokens above which a lookup is the better draft. With a single row, a lookup
-        also saves the head's time."""
-        if num_rows > 1:
-            return self.accepted
-        return (1 + self.accepted) / (1 + self.share) - 1
-
-
-@dataclass(slots=True)
 class Lookup:
     """Drafts for the rows of one scheduler. Only speed depends on it."""
 
     _texts: dict[int, TokenText] = field(default_factory=dict)  # by line
     _chances: dict[tuple[int, bool], Chance] = field(default_factory=dict)
     _matches: dict[int, tuple[int, bool]] = field(default_factory=dict)  # of the step's drafts
-    _time: StepTime = field(default_factory=StepTime)
-    _head: HeadAcceptance = field(default_factory=HeadAcceptance)
 
-    def draft(self, seq: Sequence, most: int, num_rows: int, *, has_rival: bool) -> list[int]:
+    def draft(self, seq: Sequence, most: int, price: float, rival: float = 0.0) -> list[int]:
         """A chain of at most `most` tokens after the newest one; empty if no chain seems to pay.
 
         Args:
-            num_rows: rows that decode in this step.
-            has_rival: the draft head would draft for this row.
+            price: accepted tokens that a node must yield to be worth verifying.
+            rival: accepted tokens, less their price, that the draft head promises for this row.
         """
         self._matches.pop(seq.line, None)
         if most < 1:
@@ -174,9 +119,9 @@ class Lookup:
         match = (length, seq.request.params.temperature > 0)
         known = self._chance(match)
         chance = known.value
-        count = min(most, MAX_DRAFT, _worth(chance, self._time.price(num_rows)))
-        promise = sum(chance**depth for depth in range(1, count + 1))
-        if count < 1 or (has_rival and promise <= self._head.rival(num_rows)):
+        count = min(most, MAX_DRAFT, _worth(chance, price))
+        promise = sum(chance**depth - price for depth in range(1, count + 1))
+        if count < 1 or promise <= rival:
             count = known.probe()
         if count < 1:
             return []
@@ -189,27 +134,11 @@ class Lookup:
         self._matches.pop(line, None)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Learn from the accepted tokens and the time of a step."""
-        accepted_of_head: list[int] = []
+        """Learn from the accepted tokens of a step."""
         for row, result in zip(plan.rows, outcome.rows, strict=True):
             if row.draft and row.line in self._matches:
                 chance = self._chance(self._matches[row.line])
                 chance.observe(result.num_draft, len(result.path))
-            elif row.num_draft:  # counts 0 if the head has failed or knows nothing of the row
-                accepted_of_head.append(len(result.path))
-        if not plan.only_decodes:
-            return  # with prompts in the step, its times say nothing about decoding
-        self._observe_time(plan.rows, outcome, accepted_of_head)
-
-    def _observe_time(
-        self, rows: tuple[RowPlan, ...], outcome: StepOutcome, accepted_of_head: list[int]
-    ) -> None:
-        spent = sum(time for part, time in outcome.seconds.items() if part != DRAFT)
-        if spent:
-            self._time.observe(_num_verified(rows, outcome.rows), spent)
-        if accepted_of_head:
-            mean = sum(accepted_of_head) / len(accepted_of_head)
-            self._head.observe(mean, outcome.seconds)
 
     def _chance(self, match: tuple[int, bool]) -> Chance:
         prior = PRIOR[bisect_left(LENGTHS, match[0])]
@@ -221,12 +150,6 @@ def tree_name(plan: StepPlan) -> str:
     if plan.is_drafted:
         return plan.shape.name
     return NAME if any(row.draft for row in plan.rows) else ROOT.name
-
-
-def _num_verified(rows: tuple[RowPlan, ...], outcomes: tuple[RowOutcome, ...]) -> int:
-    return sum(
-        len(row.token_ids) + result.num_draft for row, result in zip(rows, outcomes, strict=True)
-    )
 
 
 def _worth(chance: float, price: float) -> int:

@@ -1,162 +1,392 @@
-"""Chooses the tree shape of the next step."""
+"""Chooses which rows of the next step draft, and how deep."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from engine.speculation.acceptance import Acceptance
+from engine.speculation.costs import Padding, Sample, StepCosts, Work, sample_of
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import ROOT, StaticShape, TreeShape
 
+Reaches = Sequence[Sequence[float]]  # by row: how likely each draft node is accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row of the next step that decodes."""
+
+    line: int
+    sampled: bool  # not greedy
+    context: int  # its cached tokens
+    most: int  # draft nodes that its request and the context length allow
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The trees of a step."""
+
+    shape: TreeShape = ROOT
+    limits: Mapping[int, int] | None = None  # most draft nodes by line; None: the whole shape
+    price: float = 0.05  # accepted tokens that a node must yield to be worth verifying
+    promises: Mapping[int, float] = field(default_factory=dict)  # see `promise`
+
+    def limit(self, line: int) -> int:
+        """Most draft nodes of the head for a row."""
+        most = self.shape.num_nodes - 1
+        return most if self.limits is None else min(most, self.limits.get(line, 0))
+
+    def promise(self, line: int) -> float:
+        """Accepted tokens that the head's tree promises for a row, less the price of its nodes and
+        of growing it."""
+        return self.promises.get(line, 0.0)
+
 
 class Planner(Protocol):
-    """Chooses a shape per step. Only speed depends on it."""
+    """Chooses trees per step. Only speed depends on it."""
 
-    def choose(self, num_drafting: int) -> TreeShape:
-        """The shape for a step with `num_drafting` rows that could carry a tree."""
+    def choose(self, rows: Sequence[Candidate]) -> Choice:
+        """The trees for a step in which these rows decode."""
         ...
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Learn from the accepted tokens of a step."""
+    def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
+        """Learn from a step. `seconds`: since the step before; None if the engine was idle."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FixedPlanner:
-    """Always the same shape."""
+    """Always the same shape for every row. Its costs say what a looked-up node is worth."""
 
     shape: TreeShape = ROOT
+    costs: StepCosts = field(default_factory=StepCosts.guessed, compare=False)
+    padding: Padding = field(default_factory=Padding)
+    _accepted: list[float] = field(default_factory=lambda: [0.0], compare=False)
 
-    def choose(self, num_drafting: int) -> TreeShape:
-        return self.shape if num_drafting else ROOT
+    def choose(self, rows: Sequence[Candidate]) -> Choice:
+        able = [row for row in rows if row.most]
+        if not able:
+            return Choice()
+        roots = self.padding.work([0] * len(rows), ROOT, sum(row.context for row in rows))
+        price = node_price(self.costs, roots)
+        if self.shape == ROOT:
+            return Choice(price=price)
+        net = self._accepted[0] - price * (self.shape.num_nodes - 1)
+        return Choice(self.shape, None, price, {row.line: net for row in able})
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """A fixed shape needs no observations."""
+    def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
+        for row, result in zip(plan.rows, outcome.rows, strict=True):
+            if row.is_drafted:  # counts 0 if the head has failed or knows nothing of the row
+                self._accepted[0] += 0.02 * (len(result.path) - self._accepted[0])
+        if sample := sample_of(plan, outcome, seconds, self.padding):
+            self.costs.observe(sample)
+
+
+CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
+HOPE = 1.7  # most standard errors by which a trial takes chances to be better than they seem
+MOST_LOSS = 0.01  # share of the time that drafts may lose
+MOST_CREDIT = 4.0  # plain steps whose time they may lose at once, after they have won it
+FIRST_CREDIT = 2.0  # the same at first
+MOST_STALL = 3.0  # a step that takes longer than so many times the prediction was disturbed
+LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the row drafts again
+KEEP_EVERY = 1000  # observed steps
+STANDING = 7  # steps for which a decision against drafts or against a trial stands
+MOST_DRAFTED = 64  # most steps with drafts between two plain ones
 
 
 @dataclass(frozen=True, slots=True)
-class StepCosts:
-    """Measured seconds of one step, by shape name and number of rows; linear in between."""
+class Option:
+    """A way to run the next step."""
 
-    seconds: Mapping[str, Sequence[tuple[int, float]]]  # ascending rows
+    shape: StaticShape
+    nodes: Sequence[int]  # draft nodes of each row
+    tokens: float  # expected, of all rows
+    work: Work
+    seconds: float
 
-    def of(self, shape: TreeShape, num_rows: int) -> float:
-        points = self.seconds[shape.name]
-        at = bisect_left(points, (num_rows, 0.0))
-        if at == 0:
-            return points[0][1]
-        if at == len(points):  # beyond the measured numbers: in proportion to rows
-            return points[-1][1] * num_rows / points[-1][0]
-        (low, before), (high, after) = points[at - 1], points[at]
-        return before + (after - before) * (num_rows - low) / (high - low)
-
-
-DECAY = 0.98  # weight of the past per observed tree
-PRIOR = (
-    0.55,
-    0.15,
-    0.08,
-    0.05,
-    0.04,
-    0.03,
-    0.02,
-    0.02,
-)  # chance of the r-th child, before any tree
-PRIOR_TREES = 8.0  # how many observations the prior stands for
-
-
-@dataclass(slots=True)
-class Acceptance:
-    """Running estimate of the chance that an accepted node's r-th child is the drawn token."""
-
-    seen: float = PRIOR_TREES  # accepted nodes that had children
-    hits: list[float] = field(default_factory=lambda: [p * PRIOR_TREES for p in PRIOR])
-
-    def observe(self, shape: StaticShape, num_nodes: int, path: Sequence[int]) -> None:
-        """`path`: accepted nodes without the root; the tree is the shape's first `num_nodes`."""
-        node = 0
-        for child in (*path, None):
-            children = [n for n in range(num_nodes) if shape.parents[n] == node]
-            if not children:
-                return
-            self._age()
-            self.seen += 1
-            if child is None:
-                return
-            rank = children.index(child)
-            if rank < len(self.hits):
-                self.hits[rank] += 1
-            node = child
-
-    def expected_emitted(self, shape: StaticShape) -> float:
-        """Mean tokens emitted per tree, including the bonus token."""
-        reach: list[float] = []
-        ranks: dict[int, int] = {}
-        for parent in shape.parents:
-            if parent < 0:
-                reach.append(1.0)
-                continue
-            rank = ranks.get(parent, 0)
-            ranks[parent] = rank + 1
-            reach.append(reach[parent] * self.chance(rank))
-        return sum(reach)
-
-    def chance(self, rank: int) -> float:
-        return min(1.0, self.hits[rank] / self.seen) if rank < len(self.hits) else 0.0
-
-    def _age(self) -> None:
-        self.seen *= DECAY
-        self.hits = [hit * DECAY for hit in self.hits]
-
-
-HYSTERESIS = 1.03  # how much better another shape must look to replace the current one
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 30)
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
 
 
 class AdaptivePlanner:
-    """Takes the shape with the most expected tokens per second, from measured step times and the
-    running acceptance. While no tree pays, one step in `probe_every` still carries the cheapest
-    tree, to notice a change of the traffic. A probe that found no room stays due; with steps
-    planned ahead, a probe runs twice, because its outcome comes after the next plan."""
+    """Takes the trees with the most expected tokens per second: from the costs of steps, and from
+    the acceptance of each row. A step whose gain is not clear is plain.
+
+    What is uncertain is found out by trials: trees that would be best if acceptance were better
+    than it seems. An account is kept of what drafts win or lose against plain steps; it gains a
+    small share of the time, and drafts wait while it is overdrawn. The fuller it is, the further
+    trials go. And while drafts pay, a plain step now and then shows what one takes.
+    """
 
     def __init__(
-        self, shapes: Sequence[StaticShape], costs: StepCosts, probe_every: int = 64
+        self,
+        shapes: Sequence[StaticShape],
+        costs: StepCosts,
+        padding: Padding | None = None,
+        keep: Callable[[StepCosts], None] | None = None,
     ) -> None:
-        """`shapes`: the candidates besides the lone root, the cheapest first. They are static: the
-        acceptance by rank does not predict the tokens of a dynamic shape."""
-        self._shapes = (ROOT, *shapes)
+        """
+        Args:
+            shapes: the candidates besides the lone root, the cheapest first. They are static: the
+                acceptance by rank does not predict the tokens of a dynamic shape.
+            keep: called now and then with what was learnt.
+        """
+        self._keep = keep
+        self._shapes = tuple(shapes)
+        self._longest = {shape: _longest(shape, shapes) for shape in shapes}
         self._costs = costs
+        self._padding = padding or Padding()
         self._acceptance = Acceptance()
-        self._current: dict[int, StaticShape] = {}
-        self._probe_every = probe_every
-        self._since_drafts = 0  # steps that could have carried trees but did not
+        self._sampled: dict[int, bool] = {}  # by line, of rows chosen for
+        self._idle: dict[int, int] = {}  # steps since a row drafted, by line
+        self._credit: float | None = None  # seconds that drafts may lose now
+        self._num_drafted = 0  # steps with drafts since the last plain one
+        self._most_drafted = 4  # of these before the next plain one
+        self._has_failed = False
+        self._lines: list[int] = []  # of the last step that was planned
+        self._price = 0.0  # its `Choice.price`
+        self._num_standing = 0  # steps for which the choice stands if the rows stay, as it is plain
+        self._num_sure = 0  # steps for which there is nothing to try
 
-    def choose(self, num_drafting: int) -> TreeShape:
-        if num_drafting == 0:
-            return ROOT
-        bucket = BUCKETS[bisect_left(BUCKETS, num_drafting)]
-        current = self._current.get(bucket, ROOT)
-        best = max(self._shapes, key=lambda shape: self._rate(shape, num_drafting))
-        if self._rate(best, num_drafting) > HYSTERESIS * self._rate(current, num_drafting):
-            self._current[bucket] = current = best
-        return self._probing(current)
+    def choose(self, rows: Sequence[Candidate]) -> Choice:
+        if not any(row.most for row in rows):
+            return Choice()
+        lines = [row.line for row in rows]
+        if self._num_standing and lines == self._lines:
+            self._num_standing -= 1
+            return Choice(price=self._price)
+        self._lines = lines
+        self._sampled |= {row.line: row.sampled for row in rows}
+        plain = self._option(ROOT, rows, [0] * len(rows), 0.0)
+        reaches = self._reaches(rows)
+        is_forced = self._has_failed or self._is_reference()
+        if self._credit is None:
+            self._credit = FIRST_CREDIT * plain.seconds
+        best = plain if is_forced else self._best(rows, reaches, plain, self._credit)
+        self._price = node_price(self._costs, best.work, max(best.rate, plain.rate))
+        if self._credit < 0:
+            self._price = 1.0
+        if best.work.passes == 0:
+            self._num_standing = 0 if is_forced else STANDING
+            return Choice(price=self._price)
+        limits = {row.line: count for row, count in zip(rows, best.nodes, strict=True)}
+        promises = self._promises(rows, best, reaches[self._longest[best.shape]])
+        whole = self._padding.whole_trees
+        return Choice(best.shape, None if whole else limits, self._price, promises)
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
+        for admission in plan.admitted:
+            self._acceptance.forget(admission.line)
+            self._idle.pop(admission.line, None)
+            self._num_standing = self._num_sure = 0
+        self._has_failed = outcome.draft_failed
+        self._observe_costs(plan, outcome, seconds)
+        self._acceptance.fade()
+        self._observe_trees(plan, outcome)
+        for row in plan.rows:
+            if row.samples:
+                self._idle[row.line] = 0 if row.is_drafted else self._idle.get(row.line, 0) + 1
         if plan.is_drafted:
-            self._since_drafts = 0
+            self._num_drafted += 1
+        elif plan.only_decodes:
+            self._num_drafted = 0
+
+    def _best(
+        self,
+        rows: Sequence[Candidate],
+        reaches: Mapping[StaticShape, Reaches],
+        plain: Option,
+        credit: float,
+    ) -> Option:
+        """The option with the most tokens per second, or a trial of another."""
+        credit = self._credit = min(credit, MOST_CREDIT * plain.seconds)
+        if credit < 0:
+            return plain
+        best = max(self._options(rows, reaches, plain), key=_rate, default=plain)
+        if best.rate <= CLEAR * plain.rate:
+            best = plain
+        if self._num_sure:
+            self._num_sure -= 1
+            return best
+        trial = self._trial(rows, reaches, plain, best, credit)
+        if trial is None and best.work.passes:
+            self._num_sure = STANDING
+        return trial or best
+
+    def _options(
+        self, rows: Sequence[Candidate], reaches: Mapping[StaticShape, Reaches], plain: Option
+    ) -> Iterator[Option]:
+        """Ways to draft: each shape for all rows for which its nodes are worth their price, and for
+        the more promising of these. The price is that of the best option so far."""
+        best = plain
+        for shape in self._shapes:
+            for option in self._uses(shape, rows, reaches[self._longest[shape]], best):
+                best = max(best, option, key=_rate)
+                yield option
+
+    def _uses(
+        self, shape: StaticShape, rows: Sequence[Candidate], reaches: Reaches, best: Option
+    ) -> Iterator[Option]:
+        """Ways to use one shape."""
+        most = shape.num_nodes - 1
+        if self._padding.whole_trees:
+            nodes = [min(row.most, most) for row in rows]
+            yield self._option(shape, rows, nodes, _gain(reaches, nodes))
+            return
+        price = node_price(self._costs, best.work, best.rate)
+        nodes, nets = [], []
+        for row, reach in zip(rows, reaches, strict=True):
+            count, net = _worth(reach[: min(row.most, most)], price)
+            nodes.append(count)
+            nets.append(net)
+        order = sorted((at for at, count in enumerate(nodes) if count), key=nets.__getitem__)
+        while order:
+            yield self._option(shape, rows, nodes, _gain(reaches, nodes))
+            for at in order[: (len(order) + 1) // 2]:
+                nodes = [*nodes[:at], 0, *nodes[at + 1 :]]
+            order = order[(len(order) + 1) // 2 :]
+
+    def _option(
+        self, shape: StaticShape, rows: Sequence[Candidate], nodes: Sequence[int], gain: float
+    ) -> Option:
+        work = self._padding.work(nodes, shape, sum(row.context for row in rows))
+        return Option(shape, nodes, len(rows) + gain, work, self._costs.of(work))
+
+    def _trial(
+        self,
+        rows: Sequence[Candidate],
+        reaches: Mapping[StaticShape, Reaches],
+        plain: Option,
+        best: Option,
+        credit: float,
+    ) -> Option | None:
+        """What would be better than `best` if acceptance and costs were better than they seem, with
+        one more node per row at most; nothing whose expected loss is not covered."""
+        found: Option | None = None
+        least, most = CLEAR * best.rate, [1 + count for count in best.nodes]
+        hope = HOPE * credit / (MOST_CREDIT * plain.seconds)
+        for option in self._options(rows, self._reaches(rows, hope, most), plain):
+            doubt = min(hope * self._costs.doubt(option.work), option.seconds / 3)
+            rate = option.tokens / max(plain.seconds, option.seconds - doubt)
+            if rate <= least or option.nodes == best.nodes:
+                continue
+            drafting = [row.line for row, n in zip(rows, option.nodes, strict=True) if n]
+            seconds = self._costs.of(replace(option.work, late=self._late(drafting)))
+            tokens = len(rows) + _gain(reaches[self._longest[option.shape]], option.nodes)
+            if seconds - tokens / best.rate <= credit:
+                found, least = replace(option, tokens=tokens), rate
+        return found
+
+    def _reaches(
+        self, rows: Sequence[Candidate], hope: float = 0.0, most: Sequence[int] | None = None
+    ) -> Mapping[StaticShape, Reaches]:
+        """By shape: how likely each row's nodes are accepted, the first `most` of each row."""
+        reach, counts = self._acceptance.reach, [row.most for row in rows]
+        if most is not None:
+            counts = [min(pair) for pair in zip(counts, most, strict=True)]
+        return {
+            shape: [
+                reach(row.line, shape, sampled=row.sampled, hope=hope)[:count] if count else []
+                for row, count in zip(rows, counts, strict=True)
+            ]
+            for shape in set(self._longest.values())
+        }
+
+    def _promises(
+        self, rows: Sequence[Candidate], best: Option, reaches: Reaches
+    ) -> dict[int, float]:
+        """See `Choice.promise`. Each row that drafts bears an equal part of the head's time."""
+        without = replace(best.work, drafting=0, passes=0)
+        head = best.rate * (best.seconds - self._costs.of(without)) / best.work.drafting
+        return {
+            row.line: sum(reach[:count]) - self._price * count - head
+            for row, reach, count in zip(rows, reaches, best.nodes, strict=True)
+            if count
+        }
+
+    def _late(self, lines: Sequence[int]) -> int:
+        """How many tokens the head takes first if these rows draft."""
+        if self._padding.whole_trees:
+            return 0  # it took them in the steps that committed them
+        return sum(min(self._idle.get(line, 0), LATE_STEPS) for line in lines)
+
+    def _is_reference(self) -> bool:
+        """Whether this step is to be plain to show what that takes."""
+        if self._num_drafted < self._most_drafted:
+            return False
+        self._num_drafted = 0
+        self._most_drafted = min(2 * self._most_drafted, MOST_DRAFTED)
+        return True
+
+    def _observe_costs(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
+        sample = sample_of(plan, outcome, seconds, self._padding)
+        if sample is None:
+            return
+        drafted = [row.line for row in plan.rows if row.is_drafted]
+        sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
+        self._settle(plan, outcome, sample)
+        if any(line not in self._idle for line in drafted):
+            return  # of a new row, the head may have taken any number of tokens
+        self._costs.observe(sample)
+        if self._keep is not None and self._costs.num_observed % KEEP_EVERY == 0:
+            self._keep(self._costs)
+
+    def _settle(self, plan: StepPlan, outcome: StepOutcome, sample: Sample) -> None:
+        """Put what a step won or lost against plain steps into the account; with found drafts,
+        too."""
+        if self._credit is None:
+            return
+        took = min(sample.seconds, MOST_STALL * self._costs.of(sample.work))
+        self._credit += MOST_LOSS * took
+        if any(row.num_draft for row in plan.rows):
+            num_tokens = sum(len(row.emitted) for row in outcome.rows)
+            plain = Work(sample.work.rows, sample.work.rows, context=sample.work.context)
+            self._credit += num_tokens / len(plan.rows) * self._costs.of(plain) - took
+
+    def _observe_trees(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Learn from the head's trees."""
         shape = next((shape for shape in self._shapes if shape == plan.shape), ROOT)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
-            if result.num_draft and not row.draft:
-                self._acceptance.observe(shape, 1 + result.num_draft, result.path)
+            if not row.is_drafted:
+                continue
+            # No nodes: the head knows nothing of the row. Such a tree counts as rejected.
+            num_nodes = 1 + (result.num_draft or row.num_draft)
+            sampled = self._sampled.get(row.line, False)
+            self._acceptance.observe(row.line, shape, num_nodes, result.path, sampled=sampled)
 
-    def _rate(self, shape: StaticShape, num_rows: int) -> float:
-        """Expected tokens of all rows per second."""
-        emitted = self._acceptance.expected_emitted(shape)
-        return num_rows * emitted / self._costs.of(shape, num_rows)
 
-    def _probing(self, chosen: StaticShape) -> StaticShape:
-        self._since_drafts += 1
-        due = self._since_drafts >= self._probe_every and len(self._shapes) > 1
-        return self._shapes[1] if chosen == ROOT and due else chosen
+def node_price(costs: StepCosts, work: Work, rate: float | None = None) -> float:
+    """Accepted tokens that a node must yield to be worth verifying: its seconds times the tokens
+    per second of the best step without it (None: of a plain one)."""
+    more = max(4, work.rows)
+    before, after = costs.of(work), costs.of(replace(work, tokens=work.tokens + more))
+    rate = work.rows / before if rate is None else rate
+    return min(1.0, max(0.0, (after - before) / more * rate))
+
+
+def _rate(option: Option) -> float:
+    return option.rate
+
+
+def _longest(shape: StaticShape, shapes: Sequence[StaticShape]) -> StaticShape:
+    """The largest of the shapes that begins with `shape`."""
+    begin = [one for one in shapes if one.parents[: shape.num_nodes] == shape.parents]
+    return max(begin, key=lambda one: one.num_nodes)
+
+
+def _gain(reaches: Reaches, nodes: Sequence[int]) -> float:
+    """Expected accepted tokens of all rows."""
+    return sum(sum(reach[:count]) for reach, count in zip(reaches, nodes, strict=True))
+
+
+def _worth(reach: Sequence[float], price: float) -> tuple[int, float]:
+    """How many of the first nodes together yield most above their price, and how much."""
+    best, net, count = 0.0, 0.0, 0
+    for at, chance in enumerate(reach):
+        net += chance - price
+        if net > best:
+            best, count = net, at + 1
+    return count, best

@@ -6,8 +6,9 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from engine.messages import DraftFacts
+from engine.speculation.costs import StepCosts
 from engine.speculation.lookup import Lookup
-from engine.speculation.planner import FixedPlanner, Planner, StepCosts
+from engine.speculation.planner import FixedPlanner, Planner
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,13 +77,25 @@ class Committed:
     exact: bool  # the host may read values; there is no padding
 
 
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """What a step committed in which every row had one token and no draft. Host tensors, not yet
+    worked on, so that a proposer that needs them late, or never, loses no time with them."""
+
+    lines: Tensor  # [B] int64
+    tokens: Tensor  # [B] int64, the token after each row's own
+    positions: Tensor  # [B] int64, of these
+    ends: Tensor  # [B] int64, position after the last slot of each row; others are left out
+    block_tables: Tensor  # [B, columns] int32
+
+
 class Proposer(Protocol):
     """Proposes trees and takes committed tokens.
 
     A tree may be made in any way (one forward per level, one for all levels, no model at all).
-    Every committed token passes through `take`, even when trees are cut to the root, so that
-    drafting can resume at any step. `draft` and `take` never wait for the device, so that a CUDA
-    graph can capture them.
+    Every committed token passes through `take` or `take_singles`, even when trees are cut to the
+    root, so that drafting can resume at any step. `draft` and `take` never wait for the device, so
+    that a CUDA graph can capture them.
     """
 
     @property
@@ -102,9 +114,9 @@ class Proposer(Protocol):
         """Whether it has failed and drafts nothing any more."""
         ...
 
-    def settle(self) -> None:
-        """Finish deferred work before rows leave or enter. Until then every block still belongs to
-        the row that `take` got it with; afterwards other rows may read and write it."""
+    def release(self, lines: Sequence[int]) -> None:
+        """These rows leave. Their blocks are still theirs; afterwards other rows may read and write
+        them."""
         ...
 
     def admit(self, lines: Sequence[int]) -> None:
@@ -121,6 +133,11 @@ class Proposer(Protocol):
         the same T tokens that the tap has recorded."""
         ...
 
+    def take_singles(self, singles: Singles, hidden: Tensor) -> None:
+        """The same for a step of single tokens, where the host may read values. Feature b, that of
+        the token before, is row b of `hidden` and of what the tap has recorded."""
+        ...
+
 
 class RootProposer:
     """Plain decoding: every tree is only its root."""
@@ -129,8 +146,8 @@ class RootProposer:
     tap: FeatureTap | None = None
     failed = False
 
-    def settle(self) -> None:
-        """There is no deferred work."""
+    def release(self, lines: Sequence[int]) -> None:
+        """There is no state."""
 
     def admit(self, lines: Sequence[int]) -> None:
         """There is no state."""
@@ -140,4 +157,7 @@ class RootProposer:
         return Drafted(tree, torch.zeros_like(roots.tokens, dtype=torch.bool))
 
     def take(self, committed: Committed, hidden: Tensor) -> None:
+        """There is no state to update."""
+
+    def take_singles(self, singles: Singles, hidden: Tensor) -> None:
         """There is no state to update."""

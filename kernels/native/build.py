@@ -235,7 +235,7 @@ def _failure(command: Sequence[str], stderr: str) -> str:
 def _key() -> str:
     """Hash of the sources and this CPU. Not of the compiler: a compiled library must be found
     again when no compiler is on the PATH."""
-    return hashlib.sha256(f"{_sources_key()} {LOCAL} {_cpu()}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{_sources_key()} {LOCAL} {cpu_name()}".encode()).hexdigest()[:24]
 
 
 @functools.cache
@@ -247,8 +247,8 @@ def _sources_key() -> str:
 
 
 @functools.cache
-def _cpu() -> str:
-    """Text that determines which instructions `-march=native` may use."""
+def cpu_name() -> str:
+    """This kind of CPU, with text that determines which instructions `-march=native` may use."""
     names = ("model name", "flags", "Features", "CPU part")
     lines = dict.fromkeys(line for line in _cpuinfo() if line.startswith(names))
     return "\n".join(lines) or f"{platform.machine()} {platform.processor()}"

@@ -86,7 +86,7 @@ def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> 
     executor = _on_all_ranks(rank.executor, followers)
     drafting = rank.drafting
     if rank.draft is not None:
-        measure = warm_up(rank.config, executor)
+        measure = warm_up(rank.config, executor, rank.place)
         planner, _ = rank.trees.choose(rank.draft, lambda: measure, at_once=True)
         drafting = replace(drafting, planner=planner)
     steps = step_settings(rank.config, rank.place)
@@ -95,7 +95,7 @@ def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> 
     def scratch(draft: LoadedDraft) -> WarmUp:
         followers.orders.open_scratch()
         config, own = rank.scratch(draft)
-        return warm_up(config, _on_all_ranks(own, followers, scratch=True))
+        return warm_up(config, _on_all_ranks(own, followers, scratch=True), rank.place)
 
     return Engine(
         core, DraftSwapper(core, rank, followers.orders, scratch), followers, rank.place.group
@@ -108,8 +108,9 @@ def _on_all_ranks(own: Executor, followers: Followers, *, scratch: bool = False)
     return GroupExecutor(own, followers.orders, followers.progress, scratch=scratch)
 
 
-def warm_up(config: ResolvedConfig, executor: Executor) -> WarmUp:
+def warm_up(config: ResolvedConfig, executor: Executor, place: Place) -> WarmUp:
     """Measures steps of `executor`, whose blocks must be free."""
+    padding = step_settings(config, place).padding(config.scheduler.max_num_seqs)
     return WarmUp(
         executor,
         config.cache.num_blocks,
@@ -117,6 +118,7 @@ def warm_up(config: ResolvedConfig, executor: Executor) -> WarmUp:
         config.scheduler.max_num_seqs,
         config.scheduler.max_num_batched_tokens,
         config.model.max_model_len,
+        padding,
     )
 
 

@@ -25,12 +25,14 @@ from engine.messages import DraftFacts
 from engine.models.interface import LoadedModel
 from engine.models.place import Place
 from engine.runner.warmup import WarmUp
+from engine.speculation.costs import StepCosts
 from engine.speculation.lookup import Lookup
-from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner, StepCosts
+from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy, Measuring
 from engine.speculation.proposer import Proposer, RootProposer
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape
 from kernels.registry import build_ops
+from server.assembly.kept_costs import KeptCosts
 
 AUTO = "auto"
 
@@ -154,8 +156,10 @@ def drafting_with(
 class TreeChooser:
     """Chooses how the trees of a head are planned, and remembers what was measured."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kept: KeptCosts | None = None) -> None:
+        """`kept`: costs of earlier starts."""
         self._config = config.speculation
+        self._kept = kept
         self._costs: dict[Hashable, StepCosts] = {}
 
     def shapes(self, facts: DraftFacts) -> list[TreeShape]:
@@ -180,7 +184,7 @@ class TreeChooser:
         step by step while it serves."""
         shapes = self.shapes(draft.facts)
         if self._config.tree != AUTO:
-            return FixedPlanner(*shapes), None
+            return FixedPlanner(shapes[0]), None
         measure = warm_up()
         fitting = [shape for shape in map(_static, shapes) if measure.fits(shape)]
         if not fitting:
@@ -188,13 +192,28 @@ class TreeChooser:
 
         def decide(costs: StepCosts) -> Planner:
             self._costs[draft.form] = costs
-            return AdaptivePlanner(fitting, costs)
+            self._keep(draft, costs)
+            return AdaptivePlanner(
+                fitting, costs, measure.padding, lambda costs: self._keep(draft, costs)
+            )
 
-        if draft.form in self._costs:
-            return decide(self._costs[draft.form]), None
+        known = self._known(draft)
+        if known is not None and (not at_once or measure.agrees(known, fitting[0])):
+            return decide(known), None
+        few = list(dict.fromkeys([ROOT, fitting[0], fitting[-1]]))
         if at_once:
-            return decide(measure.measure([ROOT, *fitting])), None
-        return FixedPlanner(), Measuring(measure.steps([ROOT, *fitting]), decide)
+            return decide(measure.measure(few)), None
+        return FixedPlanner(), Measuring(measure.steps(few), decide)
+
+    def _known(self, draft: LoadedDraft) -> StepCosts | None:
+        """Costs with such a head, of this engine or of an earlier start."""
+        if draft.form not in self._costs and self._kept is not None:
+            return self._kept.load(draft.form)
+        return self._costs.get(draft.form)
+
+    def _keep(self, draft: LoadedDraft, costs: StepCosts) -> None:
+        if self._kept is not None:
+            self._kept.save(draft.form, costs)
 
 
 def _static(shape: TreeShape) -> StaticShape:

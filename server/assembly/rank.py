@@ -34,6 +34,7 @@ from engine.step.batch import ForwardContext
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT
+from kernels.native.build import build_library, cpu_name
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from server.assembly.drafting import (
@@ -49,6 +50,7 @@ from server.assembly.drafting import (
     rank_free_bytes,
     torch_dtype,
 )
+from server.assembly.kept_costs import KeptCosts
 from server.text.chat_codec import load_codec
 from server.text.tokenizer_files import has_tokenizer
 
@@ -145,8 +147,27 @@ def _load(
     replicated = config.speculation.draft_parallel == "replicated"
     head_place = replace(place, weights=_head_form(config.speculation, place.ops))
     loader = HeadLoader(target, head_place, max_len, replicated and group.size > 1)
-    trees = TreeChooser(config)
+    kept = KeptCosts(config.files.dir, _identity(config, files.version(), target, head_place))
+    trees = TreeChooser(config, kept)
     return place, target, loader, trees, _load_draft(config, loader, trees)
+
+
+def _identity(config: HostConfig, weights: str, target: Target, head_place: Place) -> str:
+    """All that the seconds of a step depend on, except the head. `weights`: changes with their
+    files."""
+    model, ops, device = config.model, head_place.ops, head_place.device
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    backends = sorted((name, backend.name) for name, backend in ops.backends.items())
+    library = build_library(config.files.dir).name if ("linear", "native") in backends else ""
+    parts = (
+        (target.arch, weights),
+        (model.weights, model.dtype, head_place.weights),
+        (backends, library, config.kernels.graphs),
+        (str(device), processor, threads_per_rank(config), config.parallel.tensor),
+        (config.speculation.draft_parallel, config.speculation.window),
+        config.scheduler.max_num_seqs,
+    )
+    return repr(parts)
 
 
 def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:

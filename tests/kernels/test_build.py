@@ -89,7 +89,7 @@ def test_every_input_of_a_library_changes_its_name(
 ) -> None:
     use(monkeypatch, python(WRITE))
     paths = [build_library(tmp_path)]
-    monkeypatch.setattr(build, "_cpu", lambda: "another CPU")
+    monkeypatch.setattr(build, "cpu_name", lambda: "another CPU")
     paths.append(build_library(tmp_path))
     monkeypatch.setattr(build, "_sources_key", lambda: "other sources")
     paths.append(build_library(tmp_path))

@@ -20,6 +20,7 @@ from engine.request import FinishReason, Request
 from engine.request import Sequence as SequenceState
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.lookup import Lookup
+from engine.speculation.planner import Choice
 from engine.step.executor import Launched, execute
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
@@ -332,7 +333,7 @@ class FakeEngine:
         decoding = self.executor.decoding()
         before = {line: row.request for line, row in self.executor.rows.items()}
         num_preemptions = self.scheduler.stats().num_preemptions
-        plan = self.scheduler.schedule(self.shapes[self.num_steps % len(self.shapes)])
+        plan = self.scheduler.schedule(Choice(self.shapes[self.num_steps % len(self.shapes)]))
         self.num_steps += 1
         if self.scheduler.stats().num_preemptions > num_preemptions:
             self._check_preemption(plan, before)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots
+from drafter.pending import joined
+from engine.speculation.planner import Candidate, Choice
+from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles
 from engine.step.batch import FeatureTap
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import (
@@ -103,7 +105,7 @@ class ScriptedProposer:
     num_entries: int = 0
     failed: bool = False
 
-    def settle(self) -> None:
+    def release(self, lines: Sequence[int]) -> None:
         """Nothing is deferred."""
 
     def admit(self, lines: Sequence[int]) -> None:
@@ -152,6 +154,11 @@ class ScriptedProposer:
             line.tokens += committed.tokens[part].tolist()
             line.hidden += list(hidden[committed.features[part]])
             self.num_entries += len(positions)
+
+    def take_singles(self, singles: Singles, hidden: Tensor) -> None:
+        part = joined([(singles, (hidden,))], BLOCK)
+        if part is not None:
+            self.take(part.committed, part.features[0])
 
     def _check_slots(self, committed: Committed) -> None:
         rows = torch.repeat_interleave(committed.cu.diff().long())
@@ -227,11 +234,11 @@ class CyclingPlanner:
     shapes: Sequence[TreeShape]
     num_steps: int = 0
 
-    def choose(self, num_drafting: int) -> TreeShape:
+    def choose(self, rows: Sequence[Candidate]) -> Choice:
         self.num_steps += 1
-        return self.shapes[self.num_steps % len(self.shapes)]
+        return Choice(self.shapes[self.num_steps % len(self.shapes)])
 
-    def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         """Acceptance does not change the shapes."""
 
 

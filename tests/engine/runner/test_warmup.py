@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.runner.warmup import ENOUGH, WarmUp
+from engine.speculation.costs import Padding, Sample, StepCosts, Work
 from engine.step.executor import Launched
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -54,8 +55,8 @@ def test_any_cache_can_be_measured_and_is_clean_afterwards(
     core = engine.build()
     measuring = WarmUp(core._executor, num_blocks, 16, 16, 64, max_model_len)
     costs = measuring.measure([ROOT])
-    assert costs.seconds["root"][0][0] == 1
-    assert min(seconds for _, seconds in costs.seconds["root"]) > 0
+    assert costs.num_observed > 0
+    assert costs.of(Work(1, 1)) > 0
     heard = generate(core, [ask("after", [5, 6, 7], max_tokens=4, ignore_eos=True)])
     plain = generate(engine.build(), [ask("after", [5, 6, 7], max_tokens=4, ignore_eos=True)])
     assert heard["after"].token_ids == plain["after"].token_ids
@@ -87,7 +88,7 @@ def test_what_only_the_first_step_of_a_tree_takes_is_not_its_cost(
     clock = SimpleNamespace(perf_counter=lambda: compiling.now)
     monkeypatch.setattr("engine.runner.warmup.time", clock)
     costs = WarmUp(compiling, 64, 16, 1, 64, 256).measure([ROOT, chain(3)])
-    assert costs.of(chain(3), 1) == pytest.approx(0.001)
+    assert costs.of(Work(1, 4, 1, 3)) == pytest.approx(0.001, rel=0.1)
 
 
 @dataclass
@@ -111,7 +112,22 @@ def test_slow_steps_are_measured_for_few_rows(
     slow = Slow()
     clock = SimpleNamespace(perf_counter=lambda: slow.now)
     monkeypatch.setattr("engine.runner.warmup.time", clock)
+    caplog.set_level("INFO")
     costs = WarmUp(slow, 4096, 16, 64, 512, 256).measure([ROOT, chain(3)])
-    assert costs.seconds == {"root": [(1, 1.0), (4, 4.0)], "chain3": [(1, 1.0), (4, 4.0)]}
-    assert "trees are measured for 4 rows at most" in caplog.text
-    assert slow.now < 60
+    assert costs.of(Work(1, 1)) == pytest.approx(1.0, rel=0.1)
+    assert costs.of(Work(1, 4, 1, 3)) == pytest.approx(1.0, rel=0.1)
+    assert "trees were measured for up to 1 rows" in caplog.text
+    assert slow.now < 10
+
+
+def test_known_costs_are_checked_with_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = Slow()
+    clock = SimpleNamespace(perf_counter=lambda: executor.now)
+    monkeypatch.setattr("engine.runner.warmup.time", clock)
+    warm_up = WarmUp(executor, 4096, 16, 64, 512, 256)
+    works = [Padding().work([n], chain(1), 8) for n in (0, 1)]
+    same = StepCosts.fitted([Sample(work, 0.5) for work in works])
+    assert warm_up.agrees(same, chain(1))
+    assert same.of(works[0]) == pytest.approx(1.0, rel=0.05)
+    other = StepCosts.fitted([Sample(works[0], 1.0), Sample(works[1], 2.0)])
+    assert not warm_up.agrees(other, chain(1))

@@ -9,6 +9,7 @@ import pytest
 
 from engine.kv.manager import KVManager
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.planner import Choice
 from engine.step.plan import UNKNOWN, RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from tests.support.engines import ask
@@ -24,7 +25,7 @@ class Found:
 
     chain: list[int] = field(default_factory=list)
 
-    def draft(self, seq: Any, most: int, num_decoding: int, *, has_rival: bool) -> list[int]:
+    def draft(self, seq: Any, most: int, price: float, rival: float) -> list[int]:
         return self.chain[: max(0, most)]
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None: ...
@@ -42,15 +43,15 @@ def running(
     lookup: Any = None if found is None else Found(found)
     scheduler.draft_with(lookahead, lookup)
     scheduler.submit(ask("a", [5] * prompt, max_tokens=max_tokens))
-    scheduler.update(scheduler.schedule(ROOT), StepOutcome((RowOutcome((7,)),)))
+    scheduler.update(scheduler.schedule(), StepOutcome((RowOutcome((7,)),)))
     return scheduler
 
 
 def two_steps(
     scheduler: Scheduler, before: TreeShape, following: TreeShape
 ) -> tuple[StepPlan, StepPlan | None]:
-    plan = scheduler.schedule(before)
-    return plan, scheduler.schedule_ahead(plan, lambda _: following)
+    plan = scheduler.schedule(Choice(before))
+    return plan, scheduler.schedule_ahead(plan, lambda _: Choice(following))
 
 
 SHAPES = [ROOT, chain(5), BUSH, DYNAMIC]

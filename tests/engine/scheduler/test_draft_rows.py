@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from engine.kv.manager import KVManager
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.planner import Choice
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from tests.engine.scheduler.test_traces import TRACES, Abort, Arrival, Step, engines, play
@@ -130,6 +131,10 @@ def test_a_request_may_limit_its_own_tree(limit: int | None, expected: int) -> N
     assert num_draft(engine.step(), engine.names) == {"a": expected}
 
 
+def num_candidates(engine: FakeEngine) -> int:
+    return sum(row.most > 0 for row in engine.scheduler.candidates())
+
+
 @pytest.mark.parametrize(
     ("limits", "max_tokens", "expected"),
     [((None, 3), 20, 2), ((None, 0), 20, 1), ((0, 0), 20, 0), ((None, 0), 2, 0)],
@@ -142,7 +147,7 @@ def test_only_rows_that_could_carry_a_tree_count_for_the_planner(
         asked = request(f"{at}", prompt_of(6, at * 100 + 1000), max_tokens=max_tokens)
         engine.submit(msgspec.structs.replace(asked, max_draft_nodes=limit))
     engine.step()
-    assert engine.scheduler.num_drafting == expected
+    assert num_candidates(engine) == expected
     assert sum(count > 0 for count in num_draft(engine.step(), engine.names).values()) == expected
 
 
@@ -151,7 +156,7 @@ def test_rows_at_the_end_of_the_context_do_not_count_for_the_planner() -> None:
     engine.submit(request("a", prompt_of(62), max_tokens=20))
     engine.submit(request("b", prompt_of(2, 2000), max_tokens=20))
     engine.step()
-    assert engine.scheduler.num_drafting == 1
+    assert num_candidates(engine) == 1
     engine.run()
 
 
@@ -233,7 +238,7 @@ def test_what_follows_the_end_of_a_text_is_not_cached() -> None:
     scheduler = Scheduler(SchedulerLimits(4, 64, 64), kv, frozenset({EOS}), vocab_size=PROMPT_VOCAB)
     scheduler.submit(request("a", prompt_of(7), max_tokens=30, ignore_eos=False))
     scheduler.update(scheduler.schedule(), StepOutcome((RowOutcome((5,)),)))
-    plan = scheduler.schedule(chain(7))
+    plan = scheduler.schedule(Choice(chain(7)))
     events = scheduler.update(plan, StepOutcome((RowOutcome((6, EOS, 8, 9, 10, 11, 12, 13), 7),)))
     assert [event.token_ids for event in events[:1]] == [[6, EOS]]  # type: ignore[union-attr]
     scheduler.submit(request("b", [*prompt_of(7), 5, 6, EOS, 8, 9, 10, 11, 12], max_tokens=1))
@@ -274,3 +279,14 @@ def test_a_prompt_that_fills_everything_is_scored(length: int) -> None:
     engine.submit(request("a", prompt_of(length), max_tokens=0, prompt_logprobs=0))
     assert len(engine.run()) == 1
     assert len(engine.heard["a"].prompt_logprobs) == length
+
+
+def test_each_row_has_its_own_limit_and_rows_without_one_do_not_draft() -> None:
+    engine = FakeEngine()
+    for name in "abc":
+        engine.submit(request(name, prompt_of(2, ord(name) * 100), max_tokens=30))
+    engine.step()
+    lines = {name: line for line, name in engine.names.items()}
+    limits = {lines["a"]: 2, lines["b"]: 9}
+    plan = engine.scheduler.schedule(Choice(chain(5), limits))
+    assert num_draft(plan, engine.names) == {"a": 2, "b": 5, "c": 0}

@@ -11,8 +11,9 @@ from engine.kv import manager
 from engine.kv.block_pool import BlockPool
 from engine.request import FinishReason, Request
 from engine.scheduler.waiting import WaitingQueue
+from engine.speculation.planner import Choice
 from engine.step.plan import RowPlan, StepPlan
-from engine.step.shape import ROOT, chain
+from engine.step.shape import chain
 from tests.support.fake_executor import FakeEngine, choices_of, prompt_of, request, shape
 
 Counted = Counter[str]
@@ -72,9 +73,9 @@ def test_a_sequence_that_waits_for_blocks_is_looked_up_once(counted: Counted) ->
 def test_steps_run_ahead_and_draft_in_full_while_the_waiting_lack_blocks() -> None:
     engine = waiting_for_blocks(2)
     assert [row.num_draft for row in engine.step().rows] == [7], "half, as one might start"
-    plan = engine.scheduler.schedule(chain(9))
+    plan = engine.scheduler.schedule(Choice(chain(9)))
     assert [row.num_draft for row in plan.rows] == [9]
-    assert engine.scheduler.schedule_ahead(plan, lambda _: chain(1)) is not None
+    assert engine.scheduler.schedule_ahead(plan, lambda _: Choice(chain(1))) is not None
 
 
 def test_the_first_in_the_queue_starts_as_soon_as_enough_blocks_are_free() -> None:
@@ -218,7 +219,7 @@ def test_no_step_runs_ahead_of_a_request_that_would_take_a_line(
     plan = StepPlan(
         rows=(RowPlan(line=0, start=4, token_ids=(1,), first_block=0, new_blocks=(), samples=True),)
     )
-    assert (scheduler.schedule_ahead(plan, lambda _: ROOT) is not None) == runs_ahead
+    assert (scheduler.schedule_ahead(plan, lambda _: Choice()) is not None) == runs_ahead
 
 
 def test_a_more_important_request_takes_blocks_of_less_important_ones() -> None:

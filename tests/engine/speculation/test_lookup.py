@@ -12,7 +12,6 @@ from engine.speculation.lookup import (
     MAX_DRAFT,
     PROBE_EVERY,
     Lookup,
-    StepTime,
     TokenText,
     tree_name,
 )
@@ -22,6 +21,7 @@ from tests.support.engines import ask
 from tests.support.plans import decoding
 
 REPEATING = [5, 6, 7, 8, 9, 5, 6, 7]
+CHEAP, DEAR = 0.05, 0.3  # prices of a node
 
 
 def sequence(token_ids: list[int], **params: object) -> Sequence:
@@ -39,7 +39,7 @@ def decode(draft: tuple[int, ...], num_draft: int, line: int = 0) -> StepPlan:
 def teach(lookup: Lookup, seq: Sequence, num_accepted: int, times: int = 100) -> None:
     """Accept up to `num_accepted` tokens of each draft for `seq`."""
     for _ in range(times):
-        draft = lookup.draft(seq, 4, 1, has_rival=False)
+        draft = lookup.draft(seq, 4, CHEAP)
         if not draft:
             return
         accepted = min(num_accepted, len(draft))
@@ -47,106 +47,62 @@ def teach(lookup: Lookup, seq: Sequence, num_accepted: int, times: int = 100) ->
         lookup.observe(decode(tuple(draft), len(draft)), StepOutcome((result,)))
 
 
-def teach_head(lookup: Lookup, num_accepted: int, draft_seconds: float) -> None:
-    result = RowOutcome((1,) * (num_accepted + 1), 3, tuple(range(1, num_accepted + 1)))
-    outcome = StepOutcome((result,), {"draft": draft_seconds, "verify": 1.0})
-    for _ in range(200):
-        lookup.observe(decode((), 3, line=1), outcome)
-
-
 def test_what_followed_before_is_drafted() -> None:
-    assert Lookup().draft(sequence(REPEATING), 3, 1, has_rival=False) == [8, 9, 5]
+    assert Lookup().draft(sequence(REPEATING), 3, CHEAP) == [8, 9, 5]
 
 
 def test_a_text_without_repetition_has_no_draft() -> None:
-    assert Lookup().draft(sequence([1, 2, 3, 4]), 3, 1, has_rival=False) == []
+    assert Lookup().draft(sequence([1, 2, 3, 4]), 3, CHEAP) == []
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_draft_is_never_longer_than_it_may_be(most: int) -> None:
-    assert len(Lookup().draft(sequence(REPEATING), most, 1, has_rival=False)) == most
+    assert len(Lookup().draft(sequence(REPEATING), most, CHEAP)) == most
 
 
 def test_drafts_that_are_accepted_get_longer_and_others_end() -> None:
     seq = sequence([5, 6] * 20)
     believed, doubted = Lookup(), Lookup()
-    first = believed.draft(seq, MAX_DRAFT, 8, has_rival=False)
+    first = believed.draft(seq, MAX_DRAFT, DEAR)
     teach(believed, seq, num_accepted=MAX_DRAFT)
     teach(doubted, seq, num_accepted=0)
-    assert len(believed.draft(seq, MAX_DRAFT, 8, has_rival=False)) == MAX_DRAFT > len(first)
-    assert doubted.draft(seq, MAX_DRAFT, 8, has_rival=False) == []
+    assert len(believed.draft(seq, MAX_DRAFT, DEAR)) == MAX_DRAFT > len(first)
+    assert doubted.draft(seq, MAX_DRAFT, DEAR) == []
 
 
 def test_a_bad_spell_is_not_the_end() -> None:
     seq, lookup = sequence([5, 6] * 20), Lookup()
     teach(lookup, seq, num_accepted=0)
-    tried = [lookup.draft(seq, MAX_DRAFT, 8, has_rival=False) for _ in range(PROBE_EVERY)]
+    tried = [lookup.draft(seq, MAX_DRAFT, DEAR) for _ in range(PROBE_EVERY)]
     assert [len(draft) for draft in tried if draft] == [1]
     for _ in range(20 * PROBE_EVERY):
         teach(lookup, seq, num_accepted=MAX_DRAFT, times=1)
-    assert len(lookup.draft(seq, 4, 8, has_rival=False)) == 4
+    assert len(lookup.draft(seq, 4, DEAR)) == 4
 
 
 def test_greedy_and_sampled_requests_learn_separately() -> None:
     lookup = Lookup()
     teach(lookup, sequence(REPEATING, temperature=1.0), num_accepted=0)
-    assert lookup.draft(sequence(REPEATING, temperature=1.0), 3, 1, has_rival=False) == []
-    assert lookup.draft(sequence(REPEATING, temperature=0.0), 3, 1, has_rival=False) != []
+    assert lookup.draft(sequence(REPEATING, temperature=1.0), 3, CHEAP) == []
+    assert lookup.draft(sequence(REPEATING, temperature=0.0), 3, CHEAP) != []
 
 
 def test_the_head_drafts_where_it_promises_more() -> None:
-    lookup = Lookup()
-    teach_head(lookup, num_accepted=3, draft_seconds=0.0)
     seq = sequence(REPEATING)
-    assert lookup.draft(seq, 3, 1, has_rival=True) == []
-    assert lookup.draft(seq, 3, 1, has_rival=False) != []
-
-
-def test_a_head_that_ceases_to_draft_is_no_rival_for_long() -> None:
-    lookup, seq = Lookup(), sequence(REPEATING)
-    teach_head(lookup, num_accepted=3, draft_seconds=0.0)
-    for _ in range(100):
-        lookup.observe(decode((), 3, line=1), StepOutcome((RowOutcome((1,)),)))
-    assert lookup.draft(seq, 3, 2, has_rival=True) != []
-
-
-def test_a_row_alone_prefers_the_draft_that_costs_nothing() -> None:
-    lookup = Lookup()
-    teach_head(lookup, num_accepted=2, draft_seconds=1.0)  # 3 tokens in 2 seconds
-    seq = sequence(REPEATING)
-    assert lookup.draft(seq, 4, 1, has_rival=True) != []  # fewer tokens, but in 1 second
-    assert lookup.draft(seq, 4, 2, has_rival=True) == []  # the other row drafts anyway
+    assert Lookup().draft(seq, 3, CHEAP, rival=1.5) == []
+    assert Lookup().draft(seq, 3, CHEAP, rival=0.5) != []
+    assert Lookup().draft(seq, 3, CHEAP, rival=-0.5) != []  # growing a tree takes time, too
 
 
 def test_an_ended_text_is_forgotten() -> None:
     lookup = Lookup()
-    lookup.draft(sequence(REPEATING), 3, 1, has_rival=False)
+    lookup.draft(sequence(REPEATING), 3, CHEAP)
     lookup.forget(0)
-    assert lookup.draft(sequence([1, 2, 3]), 3, 1, has_rival=False) == []
+    assert lookup.draft(sequence([1, 2, 3]), 3, CHEAP) == []
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 32])
-def test_the_price_of_a_node_is_learnt_from_step_times(num_rows: int) -> None:
-    time = StepTime()
-    for at in range(200):
-        tokens = 1 + at % 40
-        time.observe(tokens, 0.010 + 0.001 * tokens)
-    assert time.price(num_rows) == pytest.approx(num_rows / (10 + num_rows), rel=1e-6)
-
-
-def test_before_anything_is_known_nodes_are_cheap_for_few_rows_only() -> None:
-    assert StepTime().price(1) < 0.06
-    assert StepTime().price(100) > 0.8
-
-
-def test_nodes_are_not_worth_it_where_every_token_costs_the_same() -> None:
-    lookup = Lookup()
-    for at in range(200):
-        tokens = 1 + at % 40
-        rows = tuple(decoding(line) for line in range(tokens))
-        outcome = StepOutcome((RowOutcome((1,)),) * tokens, {"verify": 0.001 * tokens})
-        lookup.observe(StepPlan(rows=rows), outcome)
-    assert lookup.draft(sequence(REPEATING), 3, 1, has_rival=False) == []
+def test_nodes_that_cost_as_much_as_a_token_are_not_worth_it() -> None:
+    assert Lookup().draft(sequence(REPEATING), 3, 0.9) == []
 
 
 def test_steps_are_counted_as_what_drafted() -> None:

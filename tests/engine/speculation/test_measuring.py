@@ -10,7 +10,8 @@ from engine.kv.manager import KVManager
 from engine.messages import Submit
 from engine.runner.warmup import WarmUp
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from engine.speculation.planner import FixedPlanner, Planner, StepCosts
+from engine.speculation.costs import StepCosts
+from engine.speculation.planner import FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy, Measuring
 from engine.step.executor import Launched
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
@@ -18,7 +19,7 @@ from engine.step.shape import ROOT, TreeShape, chain
 from tests.support.engines import ask
 from tests.support.scripted_engine import INFO
 
-COSTS = StepCosts({"root": [(1, 1.0)]})
+COSTS = StepCosts.guessed()
 
 
 @dataclass
