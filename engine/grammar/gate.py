@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from engine.grammar.grammars import Compiled, Grammars
 from engine.messages import ErrorCode, Submit
 from engine.request import Request
+
+if TYPE_CHECKING:
+    from engine.grammar.grammars import Compiled, Grammars
 
 NO_TOKENIZER = "a grammar needs the model's tokenizer, and this model has none"
 

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from engine.grammar.grammars import Grammars
 from engine.kv.manager import KVManager
 from engine.request import Sequence
 from engine.scheduler.planning import PlanDraft
 from engine.speculation.lookup import Lookup
 from engine.step.shape import MAX_NODES, TreeShape
+
+if TYPE_CHECKING:
+    from engine.grammar.grammars import Grammars
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,8 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from engine.grammar.grammars import Grammars
-from engine.grammar.matcher import Matcher
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, ErrorCode, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Rank, Request, Sequence, Status
@@ -37,6 +36,10 @@ from engine.scheduler.waiting import WaitingQueue
 from engine.speculation.lookup import Lookup, tree_name
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape
+
+if TYPE_CHECKING:
+    from engine.grammar.grammars import Grammars
+    from engine.grammar.matcher import Matcher
 
 ADMITTED_BLOCKS = 4096  # no more sequences start in a step whose new ones got as many blocks
 HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run

