@@ -128,6 +128,10 @@ class Lookup:
         self._matches[seq.line] = match
         return text.continued(place, count)
 
+    def withdraw(self, line: int) -> None:
+        """The row of a line gets another draft in this step."""
+        self._matches.pop(line, None)
+
     def forget(self, line: int) -> None:
         """Forget a line that its sequence has left."""
         self._texts.pop(line, None)

@@ -40,6 +40,7 @@ from server.http.middleware import (
 from server.http.request_log import WARNING_HEADER, RequestLog, record_of
 from server.http.state import ServerState
 from server.text.chat_template import ChatTemplate
+from server.text.grammars import GrammarChecker
 from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
@@ -123,6 +124,7 @@ def _context(
         client=client,
         tokenizer=tokenizer,
         renderer=Renderer(chat_template),
+        grammars=GrammarChecker(tokenizer),
         info=info,
         state=state,
         admission=Admission(config.server, client, state, metrics),
@@ -138,6 +140,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     context: ServerContext = app.state.context
     context.renderer.close()
+    context.grammars.close()
     context.lanes.close()
 
 

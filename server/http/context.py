@@ -21,6 +21,7 @@ from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
 from server.http.state import ServerState
 from server.text.generation_config import SamplingDefaults
+from server.text.grammars import GrammarChecker
 from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
@@ -56,6 +57,7 @@ class ServerContext:
     client: EngineClient
     tokenizer: Tokenizer
     renderer: Renderer
+    grammars: GrammarChecker
     info: ServerInfo
     state: ServerState
     admission: Admission

@@ -29,6 +29,8 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type":
 
 CHATS: dict[str, dict[str, Any]] = {
     "curl": {"messages": [USER]},
+    "curl, JSON mode": {"messages": [USER], "response_format": {"type": "json_object"}},
+    "LangChain structured output": {"messages": [USER], "response_format": SCHEMA},
     "curl with all samplers": {
         "messages": [USER], "temperature": 0.7, "top_p": 0.95, "max_tokens": 8, "n": 1,
         "presence_penalty": 0, "frequency_penalty": 0, "stop": None, "stream": False,
@@ -193,9 +195,7 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LATER: dict[str, tuple[str, dict[str, Any]]] = {
     "LangChain bind_tools": ("tools", {"tools": [TOOL], "parallel_tool_calls": False}),
-    "LangChain structured output": ("response_format", {"response_format": SCHEMA}),
     "Vercel AI SDK": ("tools", {"tools": [TOOL], "tool_choice": "auto"}),
-    "curl, JSON mode": ("response_format", {"response_format": {"type": "json_object"}}),
 }
 
 
