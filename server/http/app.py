@@ -39,6 +39,7 @@ from server.http.middleware import (
 )
 from server.http.request_log import WARNING_HEADER, RequestLog, record_of
 from server.http.state import ServerState
+from server.text.answer.forms import answer_form
 from server.text.chat_template import ChatTemplate
 from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
@@ -123,6 +124,7 @@ def _context(
         client=client,
         tokenizer=tokenizer,
         renderer=Renderer(chat_template),
+        answer_form=answer_form(chat_template, config.model),
         info=info,
         state=state,
         admission=Admission(config.server, client, state, metrics),

@@ -20,6 +20,7 @@ from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
 from server.http.state import ServerState
+from server.text.answer.forms import AnswerForm
 from server.text.generation_config import SamplingDefaults
 from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class ServerContext:
     client: EngineClient
     tokenizer: Tokenizer
     renderer: Renderer
+    answer_form: AnswerForm
     info: ServerInfo
     state: ServerState
     admission: Admission

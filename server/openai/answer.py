@@ -24,6 +24,7 @@ from server.openai.convert import Prompt
 from server.openai.defaults import limited, with_model_defaults
 from server.openai.generation import Generation, start_generation
 from server.openai.schema import SamplingFields
+from server.text.answer.forms import Reading
 
 FEW_SCORES = 64
 
@@ -60,6 +61,7 @@ class Task(Generic[Asked]):
     prompts: Callable[[ServerContext, EngineInfo, Asked], list[Prompt]]  # runs off the event loop
     params: Callable[[Asked, Prompt, EngineInfo], SamplingParams]
     writer: Callable[[Generation, Asked], Writer]
+    reading: Callable[[ServerContext, Asked], Reading]
 
 
 async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
@@ -78,10 +80,18 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         stack.callback(ticket.release)
         info = context.engine_info()
         prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
-        record.not_used += [name for prompt in prompts for name in prompt.not_used]
         params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
         generation = start_generation(
-            context, record, ticket, body, prompts, params, info, task.id_prefix, caller
+            context,
+            record,
+            ticket,
+            body,
+            prompts,
+            params,
+            info,
+            task.id_prefix,
+            caller,
+            task.reading(context, body),
         )
         writer = task.writer(generation, body)
         stack.pop_all()

@@ -64,6 +64,10 @@ CHATS: dict[str, dict[str, Any]] = {
         ],
         "stream": True, "stream_options": USAGE, "temperature": 0.0,
     },
+    "LangChain bind_tools": {
+        "messages": [USER], "tools": [TOOL], "parallel_tool_calls": False, "tool_choice": "auto",
+    },
+    "Vercel AI SDK, tools": {"messages": [USER], "tools": [TOOL], "tool_choice": "auto"},
     "LangChain agents": {"messages": [USER], "stop": ["\nObservation", "\n\tObservation"]},
     "LangChain4j": {"messages": [USER], "temperature": 0.3, "max_tokens": 8, "user": "u"},
     "Spring AI": {"messages": [USER], "stream": False, "temperature": 0.7, "tools": []},
@@ -192,9 +196,7 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LATER: dict[str, tuple[str, dict[str, Any]]] = {
-    "LangChain bind_tools": ("tools", {"tools": [TOOL], "parallel_tool_calls": False}),
     "LangChain structured output": ("response_format", {"response_format": SCHEMA}),
-    "Vercel AI SDK": ("tools", {"tools": [TOOL], "tool_choice": "auto"}),
     "curl, JSON mode": ("response_format", {"response_format": {"type": "json_object"}}),
 }
 

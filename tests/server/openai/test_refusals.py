@@ -338,7 +338,8 @@ def test_wide_objects_are_refused_by_their_width(server: Server) -> None:
 HONOURED = {
     "frequency_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
     "messages", "model", "n", "presence_penalty", "seed", "stop", "stream", "stream_options",
-    "temperature", "top_logprobs", "top_p", "prompt", "echo",
+    "temperature", "top_logprobs", "top_p", "prompt", "echo", "tools",
+    "tool_choice", "parallel_tool_calls",
 }  # fmt: skip
 ONLY_ONE_VALUE = {"response_format", "modalities", "best_of"}
 
