@@ -8,12 +8,15 @@ from typing import Protocol
 
 import msgspec
 
+from engine.grammar.gate import Gate, Opened
 from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, ErrorCode, Submit
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.pace import Pace
 from engine.speculation.policy import DraftPolicy
 from engine.step.executor import Executor, Launched
 from engine.step.plan import StepOutcome, StepPlan
+
+COMPILING_POLL = 0.01  # seconds between looks at a grammar that is being compiled, when idle
 
 
 class SequenceCounts(Protocol):
@@ -42,6 +45,7 @@ class EngineCore:
         *,
         run_ahead: bool = False,
         captured: SequenceCounts | None = None,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._scheduler = scheduler
@@ -49,6 +53,7 @@ class EngineCore:
         self._info = info
         self._run_ahead = run_ahead
         self._captured = captured
+        self._gate = gate or Gate(None)
         self._clock = clock
         self._pace = Pace()
         self._collected_at: float | None = None  # time of the last collect; None while idle
@@ -68,16 +73,22 @@ class EngineCore:
     def add(self, message: Submit | Abort) -> None:
         """Take a message; the next `step` returns the events that it causes."""
         if isinstance(message, Submit):
-            self._scheduler.submit(*message.requests())
-        else:
+            opened = self._gate.take(message)
+            if opened is not None:
+                self._submit(opened)
+        elif not self._gate.abort(message.request_id):
             self._scheduler.abort(message.request_id)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do: rows to run or events to return."""
-        return self._scheduler.has_work() or self._flight is not None or bool(self._landed)
+        if self._gate.busy:
+            return True
+        return self._works()
 
     def step(self) -> list[EngineMessage]:
         """Run one step and return its events for clients, stats last."""
+        for opened in self._gate.ready(0.0 if self._works() else COMPILING_POLL):
+            self._submit(opened)
         launched = self._flight or self._executor.launch(self._schedule())
         following = self._schedule_ahead(launched.plan)
         self._flight = None if following is None else self._executor.launch(following)
@@ -114,12 +125,23 @@ class EngineCore:
     def abort_all(self, reason: str, code: ErrorCode | None = None) -> list[EngineMessage]:
         """End every open request with ERROR and `reason`. Events of earlier steps that were not
         returned yet come first."""
+        for opened in self._gate.all():
+            self._submit(opened)
         events, self._landed = self._landed, []
         return [*events, *self._scheduler.abort_all(reason, code)]
 
     def audit(self) -> None:
         """Assert that the scheduler's bookkeeping is consistent."""
         self._scheduler.audit()
+
+    def _works(self) -> bool:
+        """Whether there is work besides compiling grammars."""
+        return self._scheduler.has_work() or self._flight is not None or bool(self._landed)
+
+    def _submit(self, opened: Opened) -> None:
+        self._scheduler.submit(*opened.requests, problem=opened.problem)
+        for request_id in opened.aborted:
+            self._scheduler.abort(request_id)
 
     def _schedule(self) -> StepPlan:
         self._measure()

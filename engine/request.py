@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
+
+GrammarKind = Literal["json_schema", "regex", "lark", "llguidance"]
+
+
+class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the text of a request must match, whole. `text` is a JSON schema, a regular expression,
+    a grammar in llguidance's Lark, or several grammars as JSON: `{"grammars": [...]}`."""
+
+    kind: GrammarKind
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per output token; None: no logprobs at all
     prompt_logprobs: int | None = None  # the same for prompt tokens (completions with `echo`)
+    grammar: Grammar | None = None  # only tokens that it allows are drawn
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -133,7 +133,8 @@ class DeviceSteps:
             self._steps[form] = self._make(form, captured=True)
 
     def _make(self, form: StepForm, *, captured: bool) -> StaticStep:
-        if self._pool is None or not captured:
+        # A masked step waits for the host in the middle.
+        if self._pool is None or not captured or form.is_masked:
             return self._steps.get(form) or StaticStep(self._body, form, self._idle(form))
         try:
             graphed = GraphedStep(self._body, form, self._idle(form), self._pool)

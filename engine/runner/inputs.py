@@ -40,6 +40,7 @@ class StepForm:
     any_greedy: bool
     is_filtered: bool  # some row has top-k, top-p or min-p
     is_penalised: bool
+    is_masked: bool  # some row has a grammar
     num_bias: int  # M, entries of the longest list of logit changes
     num_top: int  # alternatives reported with log-probabilities; -1: no row asked
     num_echo: int  # S, prompt tokens that are scored
@@ -186,6 +187,7 @@ class InputBuilder:
             any_greedy=not sizes.exact or not sampled.all(),
             is_filtered=bool(settings.is_filtered[drawing].any()),
             is_penalised=bool(settings.is_penalised[drawing].any()),
+            is_masked=bool(settings.has_grammar[drawing].any()),
             num_bias=sizes.entries(max(bias, default=0)),
             num_top=self._num_top(settings.num_top[drawing]),
             num_echo=sizes.entries(sum(echo)),
@@ -276,6 +278,7 @@ class InputBuilder:
             any_greedy=True,
             is_filtered=is_filtered,
             is_penalised=False,
+            is_masked=False,
             num_bias=0,
             num_top=-1,
             num_echo=0,

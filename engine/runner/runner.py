@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from engine.grammar.grammars import Grammars
 from engine.kv.slots import Scratch
 from engine.models.interface import TargetModel
 from engine.runner.graphs import DeviceSteps, HostSteps, Outputs, StepRunner
@@ -48,6 +49,7 @@ class RunnerParts:
     max_num_seqs: int
     max_len: int  # positions of one sequence
     steps: StepSettings
+    grammars: Grammars | None = None  # on rank 0, if requests may have them
 
 
 class _Next(NamedTuple):
@@ -83,6 +85,7 @@ class ModelRunner:
             scratch=scratch,
             max_len=parts.max_len,
             vocab_size=parts.vocab_size,
+            grammars=parts.grammars,
         )
         self._steps = self._step_runner(self._body)
         self._next: _Next | None = None

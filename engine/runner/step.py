@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from engine.grammar.grammars import Grammars
 from engine.kv.slots import Scratch
 from engine.models.interface import TargetModel
 from engine.runner.inputs import StepForm, StepInputs
 from engine.runner.laps import Laps
 from engine.runner.layout import Layout
+from engine.runner.masking import cut_tree, node_masks, shared_masks
 from engine.sampling.spread import SpreadLogits, edits_of, settings_of
 from engine.speculation.proposer import Drafted, DraftLimits, Proposer, Roots
 from engine.speculation.verify import commit, walk
@@ -113,18 +116,19 @@ class StepBody:
     scratch: Scratch
     max_len: int  # positions of one sequence
     vocab_size: int
+    grammars: Grammars | None = None  # on rank 0, if requests may have them
 
     def run(self, inputs: StepInputs, form: StepForm, laps: Laps) -> StepOutputs:
-        """Inputs and outputs are on the device. `laps` measures host times.
+        """Inputs and outputs are on the device. `laps` measures host times."""
+        layout, faults, allowed = self.draft(inputs, form, laps)
+        return self.verify(layout, faults, laps, allowed)
 
-        The halves are separate so that the host could decide something between them, such as the
-        tokens that a grammar allows at each node; each half would then be captured on its own.
-        """
-        return self.verify(*self.draft(inputs, form, laps), laps)
-
-    def draft(self, inputs: StepInputs, form: StepForm, laps: Laps) -> tuple[Layout, Tensor]:
-        """The first half. Returns the layout of all tokens and nodes, and which rows' trees the
-        head could not grow, [B] bool."""
+    def draft(
+        self, inputs: StepInputs, form: StepForm, laps: Laps
+    ) -> tuple[Layout, Tensor, Tensor | None]:
+        """The first half. Returns the layout of all tokens and nodes, which rows' trees the head
+        could not grow, [B] bool, and if some rows have grammars, the tokens that may follow each
+        node, as `DrawSettings.allowed`. In that case it waits for the device."""
         state = self.state
         if len(inputs.table_places):
             state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
@@ -133,15 +137,34 @@ class StepBody:
         with laps.time(DRAFT):
             tables = state.tables[:, : form.num_columns][inputs.lines]  # [B, columns]
             drafted = self._draft(inputs, tables, form)
-            layout = Layout.of(inputs, drafted.tree, form, tables, self.scratch, self.max_len)
-        return layout, drafted.faults
+            tree, allowed = drafted.tree, None
+            if form.is_masked:
+                tree, allowed = self._masked(inputs, tree, form)
+            layout = Layout.of(inputs, tree, form, tables, self.scratch, self.max_len)
+        return layout, drafted.faults, allowed
 
-    def verify(self, layout: Layout, faults: Tensor, laps: Laps) -> StepOutputs:
-        """The second half: emits tokens and updates the caches."""
+    def _masked(
+        self, inputs: StepInputs, tree: DraftTree, form: StepForm
+    ) -> tuple[DraftTree, Tensor]:
+        """The tokens that grammars allow at every node, [R, ceil(V / 32)]; where sizes are exact,
+        trees are cut to the nodes that can be reached."""
+        num_nodes = int(tree.sizes.sum()) if form.exact else form.num_nodes
+        masks = node_masks(self.grammars, inputs, tree, num_nodes, self.vocab_size)
+        masks = shared_masks(masks, inputs.lines.device, self.context.group)
+        if form.exact and form.max_nodes > 1:
+            tree, masks = cut_tree(tree, masks)
+            tree = tree.narrowed()
+        return tree, masks
+
+    def verify(
+        self, layout: Layout, faults: Tensor, laps: Laps, allowed: Tensor | None = None
+    ) -> StepOutputs:
+        """The second half: emits tokens and updates the caches. `allowed`: the masks of all nodes,
+        as `DrawSettings.allowed`."""
         with laps.time(VERIFY):
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
-            result, scores = self._verify(layout, hidden)
+            result, scores = self._verify(layout, hidden, allowed)
             echo = self._echo(layout, hidden)
         with laps.time(COMMIT):
             self._commit(layout, batch.slots, result)
@@ -200,13 +223,15 @@ class StepBody:
             reach = int(roots.positions.max()) + form.shape.slots_for(form.shape.num_nodes)
         return DraftLimits(form.exact, form.any_sampled, form.is_filtered, reach, self.max_len)
 
-    def _verify(self, layout: Layout, hidden: Tensor) -> tuple[VerifyResult, Scores]:
+    def _verify(
+        self, layout: Layout, hidden: Tensor, allowed: Tensor | None
+    ) -> tuple[VerifyResult, Scores]:
         """Draw the target's token at every node, LOGIT_ROWS nodes at a time, then walk."""
         inputs, form, context = layout.inputs, layout.form, self.context
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
             return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
-        nodes, settings = layout.at_nodes(hidden), _draw_settings(layout)
+        nodes, settings = layout.at_nodes(hidden), _draw_settings(layout, allowed)
         edits = self._edits(layout, settings.positions)
         drawn = []
         for some in logit_slices(len(nodes)):
@@ -218,9 +243,11 @@ class StepBody:
             return result, _no_scores(hidden)
 
         def again(at: Tensor, tokens: Tensor, num_top: int) -> Scores:
-            return self._scores(nodes[at], tokens, num_top)
+            masks = None if allowed is None else allowed[at]
+            return self._scores(nodes[at], tokens, num_top, masks)
 
-        score = logits.score if len(drawn) == 1 else again
+        once = partial(logits.score, allowed=allowed)
+        score = once if len(drawn) == 1 else again
         return result, _emitted_scores(layout, len(nodes), score, result)
 
     def _logits(self, hidden: Tensor) -> SpreadLogits:
@@ -228,13 +255,17 @@ class StepBody:
         local = self.model.logits(hidden, self.context)
         return SpreadLogits.of(local, self.vocab_size, self.context.group, self.context.ops)
 
-    def _scores(self, hidden: Tensor, tokens: Tensor, num_top: int) -> Scores:
-        """Log-probabilities of the tokens [S] after hidden states [S, H], LOGIT_ROWS at a time."""
+    def _scores(
+        self, hidden: Tensor, tokens: Tensor, num_top: int, allowed: Tensor | None = None
+    ) -> Scores:
+        """Log-probabilities of the tokens [S] after hidden states [S, H], LOGIT_ROWS at a time.
+        `allowed` [S, ceil(V / 32)]: other tokens have no probability."""
         found = []
         for some in logit_slices(len(hidden)):
             logits = self._logits(hidden[some])
             order = torch.arange(logits.num_rows, device=hidden.device)
-            found.append(logits.score(order, tokens[some], num_top))
+            masks = None if allowed is None else allowed[some]
+            found.append(logits.score(order, tokens[some], num_top, masks))
         return Scores(*(torch.cat(parts) for parts in zip(*map(_parts, found), strict=True)))
 
     def _edits(self, layout: Layout, positions: Tensor) -> LogitEdits | None:
@@ -302,7 +333,7 @@ def shared(drafted: Drafted, group: TPGroup) -> Drafted:
     return Drafted(tree, packed[:, -1] > 0)
 
 
-def _draw_settings(layout: Layout) -> DrawSettings:
+def _draw_settings(layout: Layout, allowed: Tensor | None) -> DrawSettings:
     """The settings to draw the token of each node, [R]."""
     inputs, form = layout.inputs, layout.form
     roots = inputs.starts + inputs.lens
@@ -314,6 +345,7 @@ def _draw_settings(layout: Layout) -> DrawSettings:
         top_k=spread(inputs.top_k) if form.is_filtered else None,
         top_p=spread(inputs.top_p) if form.is_filtered else None,
         min_p=spread(inputs.min_p) if form.is_filtered else None,
+        allowed=allowed,
         any_sampled=form.any_sampled,
         any_greedy=form.any_greedy,
     )

@@ -16,6 +16,7 @@ from kernels.sampling.pipeline_reference import (
     LogitEdits,
     Penalties,
     Scores,
+    masked,
 )
 
 UNSOUND = -1  # stands for the token of a row whose logits are unsound
@@ -26,6 +27,13 @@ def are_sound(logits: Tensor) -> Tensor:
     with nothing finite, is unsound: no token is drawn from it, and its request ends with an error.
     This is the rule for every backend, whose kernels take NaN differently."""
     return logits.amax(dim=1).isfinite()
+
+
+def are_allowed(tokens: Tensor, allowed: Tensor) -> Tensor:
+    """Whether the mask of each row [R, W] allows its token: [R] bool."""
+    tokens = tokens.clamp(min=0)
+    words = allowed.gather(1, (tokens >> 5)[:, None])[:, 0]
+    return (words >> (tokens & 31)) & 1 == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +67,22 @@ class SpreadLogits:
             drawn[: len(self.own)] = self._drawn(settings_of(settings, mine), part)
         return self.group.stack(drawn).flatten()[: self.num_rows]
 
-    def score(self, at: Tensor, tokens: Tensor, num_top: int) -> Scores:
+    def score(
+        self, at: Tensor, tokens: Tensor, num_top: int, allowed: Tensor | None = None
+    ) -> Scores:
         """Log-probabilities of `tokens` [S], token s in row at[s], and of the best `num_top`
-        alternatives, before penalties and temperature. Those of unsound rows are NaN."""
+        alternatives, before penalties and temperature. Those of unsound rows are NaN.
+
+        Args:
+            allowed: the masks of all rows, as `DrawSettings.allowed`: other tokens have no
+                probability.
+        """
         if self.group.size == 1:
-            return self._scored(at, tokens, num_top)
+            return self._scored(at, tokens, num_top, allowed, at)
         mine = (at >= self.first) & (at < self.first + len(self.own))
         if len(self.own):
             place = torch.where(mine, at - self.first, 0)
-            found = self._scored(place, tokens, num_top)
+            found = self._scored(place, tokens, num_top, allowed, at)
         else:
             found = Scores(
                 self.own.new_zeros(len(at)),
@@ -83,10 +98,16 @@ class SpreadLogits:
 
     def _drawn(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
         logits = self.own if edits is None else self.ops.edit_logits(self.own, edits)
-        return torch.where(are_sound(self.own), self.ops.draw(logits, settings), UNSOUND)
+        drawn, sound = self.ops.draw(logits, settings), are_sound(self.own)
+        if settings.allowed is not None:  # nothing allowed may have a finite logit
+            sound &= are_allowed(drawn, settings.allowed)
+        return torch.where(sound, drawn, UNSOUND)
 
-    def _scored(self, rows: Tensor, tokens: Tensor, num_top: int) -> Scores:
-        logits = self.own[rows]
+    def _scored(
+        self, rows: Tensor, tokens: Tensor, num_top: int, allowed: Tensor | None, at: Tensor
+    ) -> Scores:
+        """`rows`: of this rank's logits; `at`: the same among all rows."""
+        logits = masked(self.own[rows], None if allowed is None else allowed[at])
         found = self.ops.score(logits, tokens, num_top)
         return replace(found, chosen=torch.where(are_sound(logits), found.chosen, torch.nan))
 

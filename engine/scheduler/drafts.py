@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
+from engine.grammar.grammars import Grammars
 from engine.kv.manager import KVManager
 from engine.request import Sequence
 from engine.scheduler.planning import PlanDraft
 from engine.speculation.lookup import Lookup
-from engine.step.shape import TreeShape
+from engine.step.shape import MAX_NODES, TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class DraftRoom:
     max_len: int  # positions of one sequence
     lookahead: int  # slots that the proposer needs after a row's last token
     lookup: Lookup | None  # None: only the proposer drafts
+    grammars: Grammars | None = None
 
     def slots(self, seq: Sequence, num_tokens: int, awaited: Awaited = NOTHING) -> int:
         """Slots a sequence needs for its next `num_tokens` tokens and nodes, after those that a
@@ -79,12 +81,23 @@ class DraftRoom:
         return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
 
     def _found(self, plan: PlanDraft, seq: Sequence, *, has_rival: bool) -> list[int]:
-        """A chain from the sequence's own text, no longer than its remaining output."""
-        if self.lookup is None:
-            return []
+        """A chain no longer than the remaining output: what its grammar forces, or what followed
+        earlier in the sequence's own text."""
         wanted = seq.request.params.max_tokens - seq.num_output - 1
         most = min(wanted, plan.spare, self.most_nodes(seq))
+        forced = self._forced(seq)[: max(0, min(most, MAX_NODES - 1))]
+        if len(forced) > int(has_rival):  # one token is worth less than a tree
+            if self.lookup is not None:
+                self.lookup.withdraw(seq.line)
+            return forced
+        if self.lookup is None:
+            return []
         return self.lookup.draft(seq, most, plan.num_decoding, has_rival=has_rival)
+
+    def _forced(self, seq: Sequence) -> list[int]:
+        matcher = None if self.grammars is None else self.grammars.of_line(seq.line)
+        is_decoding = seq.num_computed == len(seq.token_ids) - 1
+        return matcher.forced() if matcher is not None and is_decoding else []
 
 
 @dataclass(slots=True)

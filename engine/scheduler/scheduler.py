@@ -23,6 +23,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+from engine.grammar.grammars import Grammars
+from engine.grammar.matcher import Matcher
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, ErrorCode, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Rank, Request, Sequence, Status
@@ -39,6 +41,7 @@ from engine.step.shape import ROOT, TreeShape
 ADMITTED_BLOCKS = 4096  # no more sequences start in a step whose new ones got as many blocks
 HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run
 OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
+GRAMMAR_FAILED = "the text cannot go on as its grammar says: "
 UNSOUND_LOGITS = "the model's logits for the next token are NaN or infinite"
 
 
@@ -71,15 +74,17 @@ class Scheduler:
         vocab_size: int,
         clock: Callable[[], float] = time.time,
         on_finish: Callable[[Sequence, FinishReason], None] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`on_finish` is called with every sequence that ends."""
+        """`on_finish` is called with every sequence that ends. `grammars`: those of requests, which
+        are open before they are submitted; None: no request has one."""
         self._limits = limits
         self._kv = kv
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._clock = clock
         self._max_len = min(limits.max_model_len, kv.capacity)
-        self._drafts = DraftRoom(kv, self._max_len, lookahead=0, lookup=None)
+        self._drafts = DraftRoom(kv, self._max_len, 0, None, grammars)
         self._live: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # most important first
@@ -91,6 +96,7 @@ class Scheduler:
         self._counts = DraftCounts()
         self._times = StepTimes()
         self._on_finish = on_finish
+        self._grammars = grammars
         # Waits for blocks. Nothing it needs can have come free until this is None again.
         self._blocked: Sequence | None = None
         self._num_requests = self._num_submitted = 0
@@ -98,9 +104,9 @@ class Scheduler:
         self._num_unsound = 0
         self._num_looked_back = 0  # cached tokens that were computed again
 
-    def submit(self, *requests: Request) -> None:
+    def submit(self, *requests: Request, problem: tuple[str, ErrorCode] | None = None) -> None:
         """Queue the requests for one prompt, which have one list of prompt ids. Requests that can
-        never run get their `Finished` at once.
+        never run get their `Finished` at once, as do those with a `problem`.
 
         Raises:
             ValueError: an id belongs to a live request.
@@ -110,7 +116,7 @@ class Scheduler:
             if request.request_id in self._live or request.request_id in new:
                 raise ValueError(f"request_id {request.request_id!r} is in use by a live request")
             new.add(request.request_id)
-        problem = self._impossible(requests[0])
+        problem = problem or self._impossible(requests[0])
         prompt_hashes: list[bytes] = []
         for request in requests:
             seq = Sequence.from_request(request)
@@ -146,7 +152,7 @@ class Scheduler:
                 tokens are computed again, so that it sees their hidden states.
             lookup: finds drafts in a sequence's own text, where they are better.
         """
-        self._drafts = DraftRoom(self._kv, self._max_len, lookahead, lookup)
+        self._drafts = DraftRoom(self._kv, self._max_len, lookahead, lookup, self._grammars)
         self._blocked = None
 
     @property
@@ -185,6 +191,8 @@ class Scheduler:
         drawing = {row.line for row in before.rows if row.samples}
         if self._may_start() or not self._by_line.keys() <= drawing:
             return None
+        if self._grammars is not None and self._grammars.any_runs:
+            return None  # the tokens that a grammar allows depend on the outcome
         budget = self._limits.max_num_batched_tokens
         return plan_ahead(before, self._running, self._drafts, budget, choose)
 
@@ -401,6 +409,8 @@ class Scheduler:
         seq.num_computed = cached
         seq.line = self._free_lines.pop()
         self._by_line[seq.line] = seq
+        if self._grammars is not None:
+            self._grammars.start(seq.line, seq.request_id)
         missing = len(seq.token_ids) - cached
         if seq.first_scheduled_time is None:
             seq.first_scheduled_time = self._clock()
@@ -426,14 +436,17 @@ class Scheduler:
         self._released.append(seq.line)
         if self._drafts.lookup is not None:
             self._drafts.lookup.forget(seq.line)
+        if self._grammars is not None:
+            self._grammars.stop(seq.line)
         self._prompt_scores.pop(seq.request_id, None)
         self._kv.release(seq)
         self._blocked = None
 
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
         """Account for a computed chunk and the tokens emitted after it."""
-        if result.unsound:
-            self._end_unsound(seq, result)
+        kept, reason = self._kept(seq, result.emitted)
+        if result.unsound or self._grammar_error(seq) is not None:
+            self._end_failed(seq, result, kept, reason)
             return
         seq.num_computed += len(row.token_ids)
         # A preempted sequence computes its prompt again, but clients get its scores only once.
@@ -442,7 +455,6 @@ class Scheduler:
         if not row.samples:
             self._kv.publish(seq)
             return
-        kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
         seq.token_ids += kept
         self._waiting.charge(seq.request.client, OUTPUT_WEIGHT * len(kept))
         seq.num_computed += max(len(kept) - 1, 0)  # accepted draft tokens have their KV already
@@ -456,20 +468,43 @@ class Scheduler:
         if reason is not None:
             self._finish(seq, reason)
 
-    def _end_unsound(self, seq: Sequence, result: RowOutcome) -> None:
-        """End a sequence that the model has no sound logits for. Tokens drawn before are sent; its
-        blocks may hold NaN, too, so no other prompt may find them."""
-        self._num_unsound += 1
-        kept, reason = cut_emitted(seq, result.emitted, self._eos_token_ids, self._max_len)
+    def _end_failed(
+        self, seq: Sequence, result: RowOutcome, kept: list[int], reason: FinishReason | None
+    ) -> None:
+        """End a sequence that the model has no sound logits for, or whose grammar cannot be
+        followed any further. Tokens drawn before are sent; its blocks may hold NaN, too, so no
+        other prompt may find them."""
         if kept:
             seq.token_ids += kept
             logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
             self._events.append(Tokens(seq.request_id, kept, logprobs))
         self._kv.forget(seq)
-        if reason is None:
-            self._finish(seq, FinishReason.ERROR, UNSOUND_LOGITS, ErrorCode.UNSOUND)
-        else:
+        grammar_error = self._grammar_error(seq)
+        self._num_unsound += grammar_error is None
+        if reason is not None:
             self._finish(seq, reason)
+        elif grammar_error is not None:
+            self._finish(seq, FinishReason.ERROR, GRAMMAR_FAILED + grammar_error, ErrorCode.INVALID)
+        else:
+            self._finish(seq, FinishReason.ERROR, UNSOUND_LOGITS, ErrorCode.UNSOUND)
+
+    def _kept(self, seq: Sequence, emitted: Rows[int]) -> tuple[list[int], FinishReason | None]:
+        """As `cut_emitted`; a text also ends where its grammar is complete."""
+        matcher = self._matcher(seq)
+        if matcher is not None:
+            emitted = emitted[: matcher.take(emitted)]
+        kept, reason = cut_emitted(seq, emitted, self._eos_token_ids, self._max_len)
+        if matcher is not None and matcher.complete and len(kept) == len(emitted):
+            return kept, FinishReason.STOP
+        return kept, reason
+
+    def _grammar_error(self, seq: Sequence) -> str | None:
+        """Why the text of a sequence cannot go on as its grammar says."""
+        matcher = self._matcher(seq)
+        return None if matcher is None else matcher.error
+
+    def _matcher(self, seq: Sequence) -> Matcher | None:
+        return None if self._grammars is None else self._grammars.of_line(seq.line)
 
     def _count_draft(self, seq: Sequence, result: RowOutcome, num_kept: int) -> None:
         num_accepted = min(num_kept, max(len(result.emitted) - 1, 0))
@@ -492,6 +527,8 @@ class Scheduler:
             self._blocked = None
         seq.status = Status.FINISHED
         del self._live[seq.request_id]
+        if self._grammars is not None:
+            self._grammars.close(seq.request_id)
         if self._on_finish is not None:
             self._on_finish(seq, reason)
         self._events.append(

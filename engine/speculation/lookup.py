@@ -183,6 +183,10 @@ class Lookup:
         self._matches[seq.line] = match
         return text.continued(place, count)
 
+    def withdraw(self, line: int) -> None:
+        """The row of a line gets another draft in this step."""
+        self._matches.pop(line, None)
+
     def forget(self, line: int) -> None:
         """Forget a line that its sequence has left."""
         self._texts.pop(line, None)
@@ -195,7 +199,7 @@ class Lookup:
             if row.draft and row.line in self._matches:
                 chance = self._chance(self._matches[row.line])
                 chance.observe(result.num_draft, len(result.path))
-            elif row.num_draft:  # counts 0 if the head has failed or knows nothing of the row
+            elif row.is_drafted:  # counts 0 if the head has failed or knows nothing of the row
                 accepted_of_head.append(len(result.path))
         if not plan.only_decodes:
             return  # with prompts in the step, its times say nothing about decoding

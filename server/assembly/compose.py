@@ -13,6 +13,8 @@ from configs.resolve import HostConfig, ResolvedConfig
 from configs.schema import Config, KernelsConfig
 from engine.capture import CaptureWriter
 from engine.core import EngineCore
+from engine.grammar.gate import Gate
+from engine.grammar.grammars import Grammars
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo, OperationBackend
 from engine.models.footprint import return_freed_memory
@@ -90,7 +92,9 @@ def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> 
         planner, _ = rank.trees.choose(rank.draft, lambda: measure, at_once=True)
         drafting = replace(drafting, planner=planner)
     steps = step_settings(rank.config, rank.place)
-    core = _core(rank.config, rank.target, rank.place, drafting, executor, steps, capture)
+    core = _core(
+        rank.config, rank.target, rank.place, drafting, executor, steps, capture, rank.grammars
+    )
 
     def scratch(draft: LoadedDraft) -> WarmUp:
         followers.orders.open_scratch()
@@ -186,13 +190,15 @@ def assemble(
     place: Place,
     drafting: Drafting | None = None,
     steps: StepSettings | None = None,
+    grammars: Grammars | None = None,
 ) -> EngineCore:
     """Put an engine of one rank together. `steps`: how they run, None for what is best on the
-    device."""
+    device. `grammars`: None if requests may have none."""
     drafting = drafting or Drafting()
     steps = steps or step_settings(config, place)
-    parts = replace(runner_parts(config, target, place, drafting.proposer), steps=steps)
-    return _core(config, target, place, drafting, ModelRunner(parts), steps)
+    parts = runner_parts(config, target, place, drafting.proposer, grammars)
+    runner = ModelRunner(replace(parts, steps=steps))
+    return _core(config, target, place, drafting, runner, steps, grammars=grammars)
 
 
 def _core(
@@ -203,6 +209,7 @@ def _core(
     executor: Executor,
     steps: StepSettings,
     capture: CaptureWriter | None = None,
+    grammars: Grammars | None = None,
 ) -> EngineCore:
     cache = config.cache
     limits = SchedulerLimits(
@@ -217,6 +224,7 @@ def _core(
         target.eos_token_ids,
         vocab_size=target.arch.vocab_size,
         on_finish=None if capture is None else capture.take,
+        grammars=grammars,
     )
     info = EngineInfo(
         vocab_size=target.arch.vocab_size,
@@ -237,4 +245,5 @@ def _core(
         drafting.policy(Lookup() if looks_up(config) else None),
         run_ahead=runs_ahead(config, steps),
         captured=capture,
+        gate=Gate(grammars),
     )

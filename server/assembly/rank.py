@@ -19,7 +19,9 @@ from configs.schema import Config, SpeculationConfig, WeightForm
 from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
-from engine.checkpoints.source import ModelFiles, resolve_source
+from engine.checkpoints.source import resolve_source
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.grammars import Grammars
 from engine.kv.sizing import check_reserve
 from engine.models.footprint import return_freed_memory, step_bytes
 from engine.models.llama import LlamaLoader
@@ -49,7 +51,7 @@ from server.assembly.drafting import (
     rank_free_bytes,
     torch_dtype,
 )
-from server.text.chat_codec import load_codec
+from server.text.chat_codec import ChatCodec, load_codec
 from server.text.tokenizer_files import has_tokenizer
 
 SCRATCH_ROWS = 16  # most sequences per step when measuring beside a serving engine
@@ -68,6 +70,7 @@ class Rank:
     draft: LoadedDraft | None
     drafting: Drafting
     runner: ModelRunner
+    grammars: Grammars | None  # on rank 0, if the model has a tokenizer
 
     @property
     def executor(self) -> Executor:
@@ -119,25 +122,28 @@ def build_rank(config: HostConfig, group: TPGroup, device: torch.device) -> Rank
             check_all(str(error) or type(error).__name__, group)
         raise
     check_all(None, group)
-    place, target, loader, trees, draft = loaded
+    place, target, loader, trees, draft, grammars = loaded
     resolved = resolve_model(config, _model_facts(config, target, place, draft))
     drafting = Drafting() if draft is None else drafting_with(resolved, draft, place)
-    runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer))
+    runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer, grammars))
     _check_reserve(runner, resolved, target, place)
     runner.prepare([] if draft is None else trees.shapes(draft.facts))
     return_freed_memory()
     beside = loader.beside_the_engine(config)
-    return Rank(resolved, place, target, beside, trees, draft, drafting, runner)
+    return Rank(resolved, place, target, beside, trees, draft, drafting, runner, grammars)
 
 
 def _load(
     config: HostConfig, group: TPGroup, device: torch.device
-) -> tuple[Place, Target, HeadLoader, TreeChooser, LoadedDraft | None]:
+) -> tuple[Place, Target, HeadLoader, TreeChooser, LoadedDraft | None, Grammars | None]:
     """The part of `build_rank` that needs no other rank."""
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
     arch = checkpoint.arch
-    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch) | _text_endings(config, files, arch)
+    codec = load_codec(config) if has_tokenizer(files) else None
+    eos_token_ids = _known_ids(checkpoint.eos_token_ids, arch) | _text_endings(codec, arch)
+    # It is built while the weights are loaded.
+    grammars = None if codec is None or group.rank else _grammars(codec, arch, eos_token_ids)
     max_len = context_length(config, arch.max_position_embeddings)
     place = _place(config, group, device)
     model = LlamaLoader(arch, checkpoint.stored, place, max_len).load()
@@ -146,7 +152,7 @@ def _load(
     head_place = replace(place, weights=_head_form(config.speculation, place.ops))
     loader = HeadLoader(target, head_place, max_len, replicated and group.size > 1)
     trees = TreeChooser(config)
-    return place, target, loader, trees, _load_draft(config, loader, trees)
+    return place, target, loader, trees, _load_draft(config, loader, trees), grammars
 
 
 def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
@@ -203,12 +209,17 @@ def _known_ids(eos_token_ids: Collection[int], arch: LlamaArch) -> frozenset[int
     return frozenset(eos_token_ids)
 
 
-def _text_endings(config: HostConfig, files: ModelFiles, arch: LlamaArch) -> frozenset[int]:
+def _text_endings(codec: ChatCodec | None, arch: LlamaArch) -> frozenset[int]:
     """What tokenizer and chat template end an answer with; config.json often lacks these ids."""
-    if not has_tokenizer(files):
-        return frozenset()
-    ids = load_codec(config).ending_ids()
+    ids = () if codec is None else codec.ending_ids()
     return frozenset(token_id for token_id in ids if token_id < arch.vocab_size)
+
+
+def _grammars(codec: ChatCodec, arch: LlamaArch, eos_token_ids: frozenset[int]) -> Grammars:
+    def build() -> GrammarCompiler:
+        return GrammarCompiler.of(codec.tokenizer.to_json(), arch.vocab_size, eos_token_ids)
+
+    return Grammars(build, eos_token_ids)
 
 
 def _model_facts(
@@ -261,7 +272,11 @@ def _with_few_pages(config: ResolvedConfig) -> ResolvedConfig:
 
 
 def runner_parts(
-    config: ResolvedConfig, target: Target, place: Place, proposer: Proposer
+    config: ResolvedConfig,
+    target: Target,
+    place: Place,
+    proposer: Proposer,
+    grammars: Grammars | None = None,
 ) -> RunnerParts:
     """What a `ModelRunner` is made of."""
     storage = allocate(target.arch, config, place)
@@ -274,6 +289,7 @@ def runner_parts(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_len=config.model.max_model_len,
         steps=step_settings(config, place),
+        grammars=grammars,
     )
 
 

@@ -41,6 +41,7 @@ from server.http.request_log import WARNING_HEADER, RequestLog, record_of
 from server.http.state import ServerState
 from server.text.answer.forms import answer_form
 from server.text.chat_template import ChatTemplate
+from server.text.grammars import GrammarChecker
 from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
@@ -125,6 +126,7 @@ def _context(
         tokenizer=tokenizer,
         renderer=Renderer(chat_template),
         answer_form=answer_form(chat_template, config.model),
+        grammars=GrammarChecker(tokenizer),
         info=info,
         state=state,
         admission=Admission(config.server, client, state, metrics),
@@ -140,6 +142,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     context: ServerContext = app.state.context
     context.renderer.close()
+    context.grammars.close()
     context.lanes.close()
 
 

@@ -22,6 +22,7 @@ from server.http.middleware import KeyRing
 from server.http.state import ServerState
 from server.text.answer.forms import AnswerForm
 from server.text.generation_config import SamplingDefaults
+from server.text.grammars import GrammarChecker
 from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
@@ -58,6 +59,7 @@ class ServerContext:
     tokenizer: Tokenizer
     renderer: Renderer
     answer_form: AnswerForm
+    grammars: GrammarChecker
     info: ServerInfo
     state: ServerState
     admission: Admission

@@ -24,6 +24,7 @@ from server.openai.convert import Prompt
 from server.openai.defaults import limited, with_model_defaults
 from server.openai.generation import Generation, start_generation
 from server.openai.schema import SamplingFields
+from server.openai.structured import asked_grammar, checked_grammar
 from server.text.answer.forms import Reading
 
 FEW_SCORES = 64
@@ -81,6 +82,7 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         info = context.engine_info()
         prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
         params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
+        params = await _with_grammar(context, info, body, params)
         generation = start_generation(
             context,
             record,
@@ -98,6 +100,20 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
     if body.stream:
         return EventStream(_events(context, generation, writer), generation.close)
     return WholeJson(lambda: _whole(context, generation, writer), generation.close)
+
+
+async def _with_grammar(
+    context: ServerContext, info: EngineInfo, body: SamplingFields, params: list[SamplingParams]
+) -> list[SamplingParams]:
+    """The parameters of each prompt with the grammar that the request asks for. A new one is
+    compiled by another process, for which the threads for long work wait."""
+    asked = asked_grammar(body)
+    if asked is None:
+        return params
+    grammar = context.grammars.known(asked.grammar)
+    if grammar is None:
+        grammar = await context.in_pool(LONG, checked_grammar, context, info, asked)
+    return [msgspec.structs.replace(each, grammar=grammar) for each in params]
 
 
 async def _events(

@@ -22,12 +22,6 @@ def _refuse(value: Any) -> None:
         raise ValueError("not supported yet; leave it out or send null")
 
 
-def _only_text(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
-        raise ValueError('not supported yet; only {"type": "text"} is')
-    return value
-
-
 def _no_choice(value: Any) -> Any:
     if value not in (None, "none", "auto"):
         raise ValueError('not supported; send tools and tool_choice, or "none"')
@@ -74,10 +68,6 @@ def _of_one_kind(value: Any) -> Any:
     return value
 
 
-class TextFormat(Fields):
-    type: Literal["text"]
-
-
 Unsupported = Annotated[
     None, BeforeValidator(_refuse), WithJsonSchema({"type": "null"}), Field(description="Refused.")
 ]
@@ -98,11 +88,6 @@ OldChoice = Annotated[
     Literal["none", "auto"] | None,
     BeforeValidator(_no_choice),
     Field(description='Only "none", or "auto" without functions: the older `tool_choice`.'),
-]
-ResponseFormat = Annotated[
-    TextFormat | None,
-    BeforeValidator(_only_text),
-    Field(description='Only {"type": "text"}; structured output is refused for now.'),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -153,7 +138,8 @@ NumLogprobs = Annotated[
         ge=0,
         le=20,
         description="Alternatives per token; log-probabilities are those under the model, before "
-        "the sampling parameters. Minus infinity is written as -9999. False: none.",
+        "the sampling parameters but among the tokens that the text may have. Minus infinity is "
+        "written as -9999. False: none.",
     ),
     BeforeValidator(_false_is_null),
 ]

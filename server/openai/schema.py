@@ -22,7 +22,6 @@ from server.openai.fields import (
     OldFunctions,
     Penalty,
     Prompts,
-    ResponseFormat,
     Seed,
     SpeculationOptions,
     Stop,
@@ -33,10 +32,11 @@ from server.openai.fields import (
     TopP,
     Unsupported,
 )
+from server.openai.structured import StructuredFields
 from server.openai.tools import ChosenTools, Tool, ToolChoice, check_choice, chosen, must_call
 
 
-class SamplingFields(Fields):
+class SamplingFields(StructuredFields):
     """What chat and text completions have in common."""
 
     model: str
@@ -183,12 +183,12 @@ class ChatRequest(SamplingFields, RenderingFields):
     logprobs: bool | None = Field(
         None,
         description="Log-probability of each output token under the model, before temperature and "
-        "the other sampling parameters. Minus infinity is written as -9999.",
+        "the other sampling parameters but among the tokens that the text may have. Minus infinity "
+        "is written as -9999.",
     )
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="Alternatives per token; needs `logprobs`."
     )
-    response_format: ResponseFormat = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, min_length=1)] | None = (
         Field(None, description='Only ["text"].')
     )

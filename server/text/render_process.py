@@ -1,26 +1,22 @@
 """The process that renders large conversations: python -m server.text.render_process.
 
-It reads a template, and then one conversation after another, from standard input, and writes each
-prompt to standard output. Python cannot end a thread, but it can end a process: an alarm bounds the
-time of a rendering also where the template is inside one long call, and the memory has a limit.
+It gets a template, and then one conversation after another. The alarm bounds the time of a
+rendering also where the template is inside one long call.
 """
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import signal
-import sys
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from server.text.chat_template import ChatTemplate
+from server.text.children import answer_parent
 from server.text.letters import Rendered
 from server.text.template_sandbox import TIMEOUT
 
 MAX_MEMORY = 2**30  # bytes
-LENGTH = 8  # bytes that say how long a message is
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -47,35 +43,10 @@ class Prompt(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-def write_message(file: IO[bytes], message: msgspec.Struct) -> None:
-    """Send one message. OverflowError for a number above 64 bits, UnicodeError for surrogates."""
-    data = msgspec.msgpack.encode(message)
-    file.write(len(data).to_bytes(LENGTH))
-    file.write(data)
-    file.flush()
-
-
-def read_message(file: IO[bytes]) -> bytes:
-    """The next message, encoded. EOFError at the end."""
-    length = file.read(LENGTH)
-    data = file.read(int.from_bytes(length))
-    if len(length) < LENGTH or len(data) < int.from_bytes(length):
-        raise EOFError
-    return data
-
-
-def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        setup = msgspec.msgpack.decode(read_message(requests), type=Setup)
-        template = ChatTemplate(setup.source, setup.special_tokens, setup.specials_in_content)
-        while True:
-            data = read_message(requests)
-            signal.setitimer(signal.ITIMER_REAL, 2 * TIMEOUT)  # without a handler it ends us
-            answer = _prompt(template, data)
-            write_message(answers, answer)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+def serve(data: bytes) -> Callable[[bytes], Prompt]:
+    setup = msgspec.msgpack.decode(data, type=Setup)
+    template = ChatTemplate(setup.source, setup.special_tokens, setup.specials_in_content)
+    return lambda asked: _prompt(template, asked)
 
 
 def _prompt(template: ChatTemplate, data: bytes) -> Prompt:
@@ -90,4 +61,4 @@ def _prompt(template: ChatTemplate, data: bytes) -> Prompt:
 
 
 if __name__ == "__main__":
-    main()
+    answer_parent(serve, 2 * TIMEOUT, MAX_MEMORY)

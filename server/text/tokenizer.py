@@ -71,6 +71,10 @@ class Tokenizer:
         except (TypeError, UnicodeError) as error:
             raise ValueError(INVALID_UNICODE) from error
 
+    def to_json(self) -> str:
+        """The tokenizer in the format of the `tokenizers` library."""
+        return str(self._backend.to_str())
+
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that `text` has at least, found much faster than by encoding it."""
         while "  " in text:

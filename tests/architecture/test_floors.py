@@ -22,6 +22,7 @@ FLOORS: dict[str, Table] = {
     "engine": tower(
         "request",
         "messages",
+        "grammar",
         "transfer",
         "kv",
         "step",

@@ -15,6 +15,7 @@ import torch
 from configs.resolve import HostConfig
 from engine.completion import Completion
 from engine.core import EngineCore
+from engine.grammar.gate import Gate
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo, EngineStats
 from engine.parallel.lockstep import GroupExecutor, Progress
@@ -133,7 +134,8 @@ def lead(
 
 def _rank(config: HostConfig, group: TPGroup, way: Way) -> Rank:
     rank = build_rank(config, group, torch.device("cpu"))
-    parts = runner_parts(rank.config, rank.target, rank.place, rank.drafting.proposer)
+    drafting = rank.drafting
+    parts = runner_parts(rank.config, rank.target, rank.place, drafting.proposer, rank.grammars)
     return replace(rank, runner=ModelRunner(replace(parts, steps=way.steps)))
 
 
@@ -142,7 +144,10 @@ def _leader(rank: Rank, orders: Orders, way: Way, planner: Planner) -> Leader:
     if way.size > 1:
         executor = GroupExecutor(executor, orders, Progress(STEP_LIMIT))
     policy = replace(rank.drafting, planner=planner).policy(Lookup() if way.lookup else None)
-    core = EngineCore(_scheduler(rank), executor, _info(rank), policy, run_ahead=way.run_ahead)
+    gate = Gate(rank.grammars)
+    core = EngineCore(
+        _scheduler(rank), executor, _info(rank), policy, run_ahead=way.run_ahead, gate=gate
+    )
     return Leader(core, DraftSwapper(core, rank, orders, _no_scratch))
 
 
@@ -152,7 +157,13 @@ def _scheduler(rank: Rank) -> Scheduler:
     limits = SchedulerLimits(settings.max_num_seqs, settings.max_num_batched_tokens, max_len)
     kv = KVManager(cache.num_blocks, cache.block_size, cache.prefix_caching)
     target = rank.target
-    return Scheduler(limits, kv, target.eos_token_ids, vocab_size=target.arch.vocab_size)
+    return Scheduler(
+        limits,
+        kv,
+        target.eos_token_ids,
+        vocab_size=target.arch.vocab_size,
+        grammars=rank.grammars,
+    )
 
 
 def _info(rank: Rank) -> EngineInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from configs.schema import (
 )
 from engine.checkpoints.arch import LlamaArch
 from engine.core import EngineCore
+from engine.grammar.grammars import Grammars
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from engine.runner.runner import StepSettings
@@ -69,6 +71,7 @@ class TinyEngine:
     padded: bool = False  # padded steps, as on a GPU
     run_ahead: bool = False  # with `padded`
     lookup: bool = False
+    grammars: Callable[[], Grammars] | None = None
 
     @property
     def place(self) -> Place:
@@ -92,4 +95,6 @@ class TinyEngine:
         resolved = with_sizes(hosted(config), **sizes)
         target = Target(loader.load(), arch, self.eos_token_ids)
         exact = self.device == CPU and not self.padded
-        return assemble(resolved, target, self.place, self.drafting, StepSettings(exact))
+        grammars = None if self.grammars is None else self.grammars()
+        steps = StepSettings(exact)
+        return assemble(resolved, target, self.place, self.drafting, steps, grammars)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -111,6 +111,12 @@ def test_without_graphs_a_form_keeps_its_buffers(stand_ins: StandIns) -> None:
     steps.prepare(FORM)
     assert stand_ins.made == []
     run(steps, FORM, SEEN_OFTEN + 3)
+    assert stand_ins.made == ["plain"]
+
+
+def test_steps_that_wait_for_grammars_are_not_captured(stand_ins: StandIns) -> None:
+    steps = stand_ins.steps()
+    run(steps, replace(FORM, is_masked=True), SEEN_OFTEN + 3)
     assert stand_ins.made == ["plain"]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
 from tests.support.scripted_engine import INFO
 
@@ -29,6 +28,8 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type":
 
 CHATS: dict[str, dict[str, Any]] = {
     "curl": {"messages": [USER]},
+    "curl, JSON mode": {"messages": [USER], "response_format": {"type": "json_object"}},
+    "LangChain structured output": {"messages": [USER], "response_format": SCHEMA},
     "curl with all samplers": {
         "messages": [USER], "temperature": 0.7, "top_p": 0.95, "max_tokens": 8, "n": 1,
         "presence_penalty": 0, "frequency_penalty": 0, "stop": None, "stream": False,
@@ -195,10 +196,6 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
         "user": "u", "max_completion_tokens": 4, "return_tokens_as_token_ids": None,
     },
 }  # fmt: skip
-LATER: dict[str, tuple[str, dict[str, Any]]] = {
-    "LangChain structured output": ("response_format", {"response_format": SCHEMA}),
-    "curl, JSON mode": ("response_format", {"response_format": {"type": "json_object"}}),
-}
 
 
 @pytest.mark.parametrize(
@@ -215,12 +212,3 @@ def test_bodies_of_known_clients_are_answered(
     assert response.status_code == 200, response.text
     if body.get("stream"):
         assert response.text.endswith("data: [DONE]\n\n")
-
-
-@pytest.mark.parametrize(("field", "fields"), LATER.values(), ids=LATER)
-def test_what_is_not_supported_yet_is_a_clear_400(
-    server: Server, field: str, fields: dict[str, Any]
-) -> None:
-    error = error_of(server.chat(**fields), 400)
-    assert error["param"] == field
-    assert "not supported yet" in error["message"]

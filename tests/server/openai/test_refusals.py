@@ -133,9 +133,6 @@ BAD_CHAT: list[tuple[str, Any]] = [
     ("tool_choice", {"type": "function"}),
     ("functions", [{}]),
     ("function_call", "x"),
-    ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {}}),
-    ("response_format", "text"),
     ("audio", {}),
     ("modalities", ["text", "audio"]),
     ("moderation", {}),
@@ -337,11 +334,11 @@ def test_wide_objects_are_refused_by_their_width(server: Server) -> None:
 
 HONOURED = {
     "frequency_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
-    "messages", "model", "n", "presence_penalty", "seed", "stop", "stream", "stream_options",
-    "temperature", "top_logprobs", "top_p", "prompt", "echo", "tools",
-    "tool_choice", "parallel_tool_calls",
+    "messages", "model", "n", "presence_penalty", "response_format", "seed", "stop", "stream",
+    "stream_options", "temperature", "top_logprobs", "top_p", "prompt", "echo",
+    "tools", "tool_choice", "parallel_tool_calls",
 }  # fmt: skip
-ONLY_ONE_VALUE = {"response_format", "modalities", "best_of"}
+ONLY_ONE_VALUE = {"modalities", "best_of"}
 
 
 @pytest.mark.parametrize(

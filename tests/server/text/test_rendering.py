@@ -38,7 +38,7 @@ def test_a_process_renders_as_the_template_does(make: Make) -> None:
     for content in (LARGE[0]["content"], LARGE[0]["content"] + SPECIALS[1]):
         messages = [{"role": "user", "content": content}]
         assert renderer.render(messages, True, kwargs) == template.render(messages, True, **kwargs)
-    assert len(renderer._running) == 1
+    assert len(renderer._children._running) == 1
     with pytest.raises(ValueError, match="chat template: numbers may have at most 64 bits"):
         renderer.render(LARGE, True, {"n": 2**70})
 
@@ -46,7 +46,7 @@ def test_a_process_renders_as_the_template_does(make: Make) -> None:
 def test_small_conversations_need_no_process(make: Make) -> None:
     renderer = make(CHAT_TEMPLATE)
     assert "hi" in renderer.render([{"role": "user", "content": "hi"}], True, {"a": [1]}).text
-    assert renderer._running == set()
+    assert renderer._children._running == set()
     assert is_small([{"role": "user", "content": "hi"}], {"enable_thinking": False})
     assert not is_small([], {"tools": [[]] * SMALL})
 
@@ -68,7 +68,7 @@ def test_a_process_that_needs_too_much_memory_fails_alone(make: Make) -> None:
 def test_a_process_that_does_not_end_can_be_ended(make: Make, at_close: bool) -> None:
     """Also inside one long call. Afterwards there is another process, until the end."""
     renderer = make("{{ messages | length }}")
-    with renderer._process() as process:
+    with renderer._children.one() as process:
         process._process.send_signal(signal.SIGSTOP)  # as if it were busy for ever
     failures, asked, send = [], threading.Event(), process._send
 

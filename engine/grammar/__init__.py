@@ -1,0 +1,1 @@
+"""Grammars that the text of a request must match: compiled, and followed token by token."""

@@ -1,0 +1,88 @@
+"""Where requests wait until their grammars are compiled, so that they delay no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+
+from engine.grammar.grammars import Compiled, Grammars
+from engine.messages import ErrorCode, Submit
+from engine.request import Request
+
+NO_TOKENIZER = "a grammar needs the model's tokenizer, and this model has none"
+
+Problem = tuple[str, ErrorCode]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    message: Submit
+    compiled: Compiled
+    aborted: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Requests for one prompt whose grammar is compiled, or why they cannot run; `aborted` are the
+    ids of those that ended meanwhile."""
+
+    requests: list[Request]
+    problem: Problem | None = None
+    aborted: tuple[str, ...] = ()
+
+
+class Gate:
+    """Holds requests back until their grammars are ready; requests without one pass."""
+
+    def __init__(self, grammars: Grammars | None) -> None:
+        """`grammars`: None if the engine has no tokenizer."""
+        self._grammars = grammars
+        self._waiting: list[_Waiting] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits."""
+        return bool(self._waiting)
+
+    def take(self, message: Submit) -> Opened | None:
+        """The requests of a message, if they need not wait."""
+        grammar = message.request.params.grammar
+        if grammar is None:
+            return Opened(message.requests())
+        if self._grammars is None:
+            return Opened(message.requests(), (NO_TOKENIZER, ErrorCode.INVALID))
+        self._waiting.append(_Waiting(message, self._grammars.ask(grammar)))
+        return None
+
+    def abort(self, request_id: str) -> bool:
+        """Whether a request waits here; then it ends when its grammar is ready."""
+        for waiting in self._waiting:
+            if any(each.request_id == request_id for each in waiting.message.requests()):
+                waiting.aborted.append(request_id)
+                return True
+        return False
+
+    def ready(self, at_most: float = 0.0) -> Iterator[Opened]:
+        """Requests whose grammar is ready; first waits for one, no longer than so many seconds."""
+        if self._waiting and at_most:
+            wait([each.compiled for each in self._waiting], at_most, "FIRST_COMPLETED")
+        ready = [each for each in self._waiting if each.compiled.done()]
+        self._waiting = [each for each in self._waiting if each not in ready]
+        return map(self._opened, ready)
+
+    def all(self) -> Iterator[Opened]:
+        """All requests that wait, ready or not, to be ended."""
+        left, self._waiting = self._waiting, []
+        return (Opened(each.message.requests(), None, tuple(each.aborted)) for each in left)
+
+    def _opened(self, waiting: _Waiting) -> Opened:
+        requests = waiting.message.requests()
+        assert self._grammars is not None
+        try:
+            compiled = waiting.compiled.result()
+        except ValueError as error:
+            return Opened(requests, (f"the grammar cannot be used: {error}", ErrorCode.INVALID))
+        for request in requests:
+            self._grammars.open(request, compiled)
+        return Opened(requests, None, tuple(waiting.aborted))

@@ -1,0 +1,73 @@
+"""The grammars of live requests: compiled beside the steps, then followed by line."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from llguidance import LLMatcher
+
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.matcher import Matcher
+from engine.request import Grammar, Request
+
+KEPT = 256  # compiled grammars
+
+Compiled = Future[LLMatcher]
+
+
+class Grammars:
+    """Held by the scheduler, which moves matchers on, and by the runner of rank 0, which reads
+    their masks. All methods but `ask` are for the thread of the steps."""
+
+    def __init__(self, build: Callable[[], GrammarCompiler], eos_token_ids: frozenset[int]) -> None:
+        """`build` is called at once, on the thread that compiles; it may raise a ValueError."""
+        self._eos_token_ids = eos_token_ids
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._compiler = self._thread.submit(build)
+        self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()
+        self._matchers: dict[str, Matcher] = {}  # by request id, from its submission to its end
+        self._by_line: dict[int, Matcher] = {}
+
+    @property
+    def any_runs(self) -> bool:
+        """Whether a running row has a grammar."""
+        return bool(self._by_line)
+
+    def ask(self, grammar: Grammar) -> Compiled:
+        """The compiled grammar, or a ValueError, when it is ready."""
+        found = self._kept.get(grammar)
+        if found is None:
+            found = self._kept[grammar] = self._thread.submit(self._compile, grammar)
+        self._kept.move_to_end(grammar)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+    def open(self, request: Request, compiled: LLMatcher) -> None:
+        """Follow a request from now on."""
+        size = self._compiler.result().vocab_size
+        matcher = Matcher(compiled, size, self._eos_token_ids, request.params)
+        self._matchers[request.request_id] = matcher
+
+    def close(self, request_id: str) -> None:
+        """The request has ended. It may have had no grammar."""
+        self._matchers.pop(request_id, None)
+
+    def start(self, line: int, request_id: str) -> None:
+        """A request runs on a line. It may have no grammar."""
+        matcher = self._matchers.get(request_id)
+        if matcher is not None:
+            self._by_line[line] = matcher
+
+    def stop(self, line: int) -> None:
+        """The line is free again, after the end of its request or by preemption."""
+        self._by_line.pop(line, None)
+
+    def of_line(self, line: int) -> Matcher | None:
+        """The matcher of a running row, None if it has no grammar."""
+        return self._by_line.get(line)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        return self._compiler.result().compile(grammar)

@@ -1,0 +1,295 @@
+"""Fields of requests whose output must match a grammar, and the grammar that they ask for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from llguidance import StructTag
+from pydantic import Field, ValidationError, model_validator
+
+from engine.messages import EngineInfo
+from engine.request import Grammar, GrammarKind
+from server.http.body import Fields, NotUsed
+from server.http.context import ServerContext
+from server.http.errors import ApiError, bad_value
+from server.http.validation import broken_rule, validation_error
+from server.openai.fields import HARMLESS, Unsupported
+
+MAX_SCHEMA = 2**17  # characters of a JSON schema
+MAX_REGEX = 4096
+MAX_GRAMMAR = 2**16
+MAX_CHOICES = 1024
+ANY_OBJECT = '{"type": "object"}'
+KEYWORDS = (
+    "type, enum, const, anyOf, oneOf, allOf, $ref, $defs, properties, required, "
+    "additionalProperties, patternProperties, minProperties, maxProperties, items, prefixItems, "
+    "minItems, maxItems, minLength, maxLength, pattern, format, minimum, maximum, "
+    "exclusiveMinimum, exclusiveMaximum, multipleOf"
+)
+FORMATS = "date-time, date, time, duration, email, hostname, ipv4, ipv6, uuid, uri"
+UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*)\]")
+UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
+
+Schema = dict[str, Any]
+SchemaOrText = Schema | str
+Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX)]
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_REGEX)]],
+    Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES),
+]
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
+
+
+class JsonSchemaFormat(Fields):
+    """The text is JSON that fits a schema, in the order of its `properties`."""
+
+    name: str | None = None
+    description: NotUsed[str] = Field(None, description=HARMLESS + "the model is not shown it.")
+    schema_: Schema = Field(alias="schema", description=f"Keywords: {KEYWORDS}.")
+    strict: bool | None = Field(None, description="The text always fits, also when false.")
+
+
+class TagStructure(Fields):
+    """A part of a text between `begin` and `end` that fits a schema."""
+
+    begin: Annotated[str, Field(min_length=1, max_length=1024)]
+    schema_: Schema = Field(alias="schema")
+    end: Annotated[str, Field(max_length=1024)]
+
+
+class StructuralTag(Fields):
+    """Free text; after a trigger, one of the structures that begin with it."""
+
+    type: Literal["structural_tag"] = "structural_tag"
+    structures: Annotated[list[TagStructure], Field(fail_fast=True, min_length=1, max_length=64)]
+    triggers: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1024)]],
+        Field(fail_fast=True, min_length=1, max_length=64),
+    ]
+
+    @model_validator(mode="after")
+    def _structures_begin_with_a_trigger(self) -> StructuralTag:
+        for at, structure in enumerate(self.structures):
+            if not self.trigger_of(structure):
+                raise broken_rule(
+                    f"structures[{at}].begin",
+                    f"structures[{at}].begin is {json.dumps(structure.begin)}: it must begin with "
+                    "one of triggers",
+                )
+        return self
+
+    def trigger_of(self, structure: TagStructure) -> str | None:
+        return next((one for one in self.triggers if structure.begin.startswith(one)), None)
+
+
+class ResponseFormat(Fields):
+    """What the text must be."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchemaFormat | None = Field(None, description="With `json_schema`.")
+    structures: list[TagStructure] | None = Field(None, description="With `structural_tag`.")
+    triggers: list[str] | None = Field(None, description="With `structural_tag`.")
+
+    @model_validator(mode="after")
+    def _parts_fit_the_type(self) -> ResponseFormat:
+        of_type = {"json_schema": ("json_schema",), "structural_tag": ("structures", "triggers")}
+        for kind, names in of_type.items():
+            for name in names:
+                given = getattr(self, name) is not None
+                if given and self.type != kind:
+                    raise broken_rule(name, f'{name} is only allowed with type "{kind}"')
+                if not given and self.type == kind:
+                    raise broken_rule(name, f'{name} is missing: type "{kind}" requires it')
+        return self
+
+
+class StructuredOutputs(Fields):
+    """Exactly one of these says what the text must be."""
+
+    json_: SchemaOrText | None = Field(
+        None, alias="json", description="A JSON schema, or its JSON as a string."
+    )
+    regex: Regex | None = Field(None, description="The whole text matches, without look-around.")
+    choice: Choices | None = Field(None, description="The text is one of these.")
+    grammar: GrammarText | None = Field(None, description="Lark as llguidance reads it, or GBNF.")
+    json_object: Literal[True] | None = Field(None, description="The text is a JSON object.")
+    structural_tag: str | StructuralTag | None = Field(
+        None, description="An object with `structures` and `triggers`, or its JSON as a string."
+    )
+    disable_any_whitespace: Literal[False] | None = Field(None, description="Only false.")
+    disable_additional_properties: Literal[False] | None = Field(None, description="Only false.")
+    whitespace_pattern: Unsupported = None
+
+    def given(self) -> list[str]:
+        return [name for name in ASKED if getattr(self, _attribute(name)) is not None]
+
+
+ASKED = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}
+
+
+def _attribute(name: str) -> str:
+    return "json_" if name == "json" else name
+
+
+class StructuredFields(Fields):
+    """What the text must be, in the names of OpenAI and of vLLM. At most one says so."""
+
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="The text is a JSON object, or fits a JSON schema. The model draws only tokens "
+        'that may follow. It ends when it is complete; `finish_reason` "length" means that it '
+        "is not.",
+    )
+    structured_outputs: StructuredOutputs | None = Field(None, description="As in vLLM.")
+    guided_json: SchemaOrText | None = Field(None, description="`structured_outputs.json`")
+    guided_regex: Regex | None = Field(None, description="`structured_outputs.regex`")
+    guided_choice: Choices | None = Field(None, description="`structured_outputs.choice`")
+    guided_grammar: GrammarText | None = Field(None, description="`structured_outputs.grammar`")
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> StructuredFields:
+        names = ("response_format", "structured_outputs", *GUIDED)
+        given = [name for name in names if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type == "text":
+            given.remove("response_format")
+        if len(given) > 1:
+            raise broken_rule(given[1], f"{given[1]} is not allowed with {given[0]}")
+        parts = self.structured_outputs
+        if parts is not None and len(parts.given()) != 1:
+            wanted = ", ".join(ASKED)
+            raise broken_rule("structured_outputs", f"structured_outputs needs one of {wanted}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class AskedGrammar:
+    """A grammar that was not checked yet, and the field that asks for it."""
+
+    grammar: Grammar
+    field: str
+    value: Any
+
+
+def asked_grammar(body: StructuredFields) -> AskedGrammar | None:
+    """What the text must match; None: any text will do.
+
+    Raises:
+        ApiError: 400 for a value that is no schema, or too long.
+    """
+    form = body.response_format
+    if form is not None and form.type != "text":
+        return _of_format(form)
+    if body.structured_outputs is not None:
+        (name,) = body.structured_outputs.given()
+        value = getattr(body.structured_outputs, _attribute(name))
+        return _asked(name, f"structured_outputs.{name}", value)
+    for field, name in GUIDED.items():
+        if getattr(body, field) is not None:
+            return _asked(name, field, getattr(body, field))
+    return None
+
+
+def _of_format(form: ResponseFormat) -> AskedGrammar:
+    if form.type == "json_object":
+        return _asked("json_object", "response_format", True)
+    if form.json_schema is not None:
+        return _asked("json", "response_format.json_schema.schema", form.json_schema.schema_)
+    parts = form.model_dump(by_alias=True, include={"structures", "triggers"})
+    return _asked("structural_tag", "response_format", json.dumps(parts))
+
+
+def _asked(name: str, field: str, value: Any) -> AskedGrammar:
+    kind, write = WRITERS[name]
+    try:
+        return AskedGrammar(Grammar(kind, write(value)), field, value)
+    except RecursionError as error:
+        raise bad_value(field, _shown(value), "it is nested too deep") from error
+    except ValueError as error:
+        raise bad_value(field, _shown(value), str(error)) from error
+
+
+def _shown(value: Any) -> Any:
+    return value.model_dump(by_alias=True) if isinstance(value, Fields) else value
+
+
+def _schema(value: SchemaOrText) -> str:
+    if isinstance(value, str):
+        value = _object(value)
+    text = json.dumps(value)
+    if len(text) > MAX_SCHEMA:
+        raise ValueError(f"it must have at most {MAX_SCHEMA} characters, and has {len(text)}")
+    return text
+
+
+def _object(text: str) -> Schema:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"it must be the JSON of an object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("it must be the JSON of an object")
+    return value
+
+
+def _choice(values: list[str]) -> str:
+    return "start: " + " | ".join(map(json.dumps, values))
+
+
+def _tags(value: str | StructuralTag) -> str:
+    if isinstance(value, str):
+        value = _tag_in(_object(value))
+    tags = [
+        StructTag(
+            trigger=value.trigger_of(one) or "", begin=one.begin, grammar=one.schema_, end=one.end
+        )
+        for one in value.structures
+    ]
+    return StructTag.to_grammar(tags, assume_special=False)
+
+
+def _tag_in(content: Schema) -> StructuralTag:
+    try:
+        return StructuralTag.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(str(validation_error(error, content))) from error
+
+
+def _same(value: str) -> str:
+    return value
+
+
+WRITERS: dict[str, tuple[GrammarKind, Callable[[Any], str]]] = {
+    "json": ("json_schema", _schema),
+    "json_object": ("json_schema", lambda _: ANY_OBJECT),
+    "regex": ("regex", _same),
+    "choice": ("lark", _choice),
+    "grammar": ("lark", _same),
+    "structural_tag": ("lark", _tags),
+}
+
+
+def checked_grammar(context: ServerContext, info: EngineInfo, asked: AskedGrammar) -> Grammar:
+    """The grammar for the engine; it may wait for a process that compiles it.
+
+    Raises:
+        ApiError: 400; the grammar cannot be used.
+    """
+    try:
+        return context.grammars.check(asked.grammar, info)
+    except ValueError as error:
+        raise refusal(asked, str(error)) from error
+
+
+def refusal(asked: AskedGrammar, reason: str) -> ApiError:
+    """400 that says why, and what is allowed instead, where that can be said."""
+    unknown = UNKNOWN_KEYS.search(reason)
+    if unknown is not None:
+        reason = f"the keyword {unknown[1]} is not supported; supported are {KEYWORDS}"
+    elif (form := UNKNOWN_FORMAT.search(reason)) is not None:
+        reason = f"the format {json.dumps(form[1])} is not supported; supported are {FORMATS}"
+    return bad_value(asked.field, _shown(asked.value), reason)

@@ -1,0 +1,174 @@
+"""The masks of draft trees, against a brute-force reading of the grammar."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.matcher import Matcher
+from engine.request import Grammar, SamplingParams
+from tests.support.scripted_proposer import random_parents
+from tests.support.tiny_grammars import EOS, TOKENS, allowed, compiler, matching, text_of
+
+PATTERNS = [
+    "(ab)*c",
+    "a{2,5}b?",
+    "(a|b)(ab|ba)*",
+    "[a-c]*ca",
+    '\\{"(a|bb)": ?[0-9]+\\}',
+    "a|ab|abc",
+]
+NUM_WORDS = -(-len(TOKENS) // 32)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> GrammarCompiler:
+    return compiler()
+
+
+def follow(compiled: GrammarCompiler, pattern: str, **params: object) -> Matcher:
+    settings = SamplingParams(**({"max_tokens": 9} | params))  # type: ignore[arg-type]
+    start = compiled.compile(matching(pattern))
+    return Matcher(start, len(TOKENS), frozenset({EOS}), settings)
+
+
+def masks_of(matcher: Matcher, tokens: list[int], parents: list[int]) -> list[frozenset[int]]:
+    out = np.zeros((len(tokens), NUM_WORDS), np.int32)
+    matcher.fill(tokens, parents, out)
+    bits = np.unpackbits(out.view(np.uint8), axis=1, bitorder="little")
+    return [frozenset(np.flatnonzero(row[: len(TOKENS)]).tolist()) for row in bits]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_masks_of_random_trees_are_those_of_brute_force(
+    compiled: GrammarCompiler, pattern: str
+) -> None:
+    rng = random.Random(pattern)
+    for _ in range(20):
+        matcher, text = follow(compiled, pattern), ""
+        while not matcher.complete and len(text) < 12:
+            check_tree(matcher, pattern, text, rng)
+            token = rng.choice(sorted(allowed(pattern, text) - {EOS}) or [EOS])
+            assert matcher.take([token]) == 1
+            text += text_of([token])
+        assert matcher.complete == (allowed(pattern, text) <= {EOS})
+
+
+def check_tree(
+    matcher: Matcher, pattern: str, text: str, rng: random.Random
+) -> list[frozenset[int]]:
+    parents = random_parents(rng.randint(1, 9), rng, 5)
+    texts: list[str | None] = [text]
+    tokens = [0]
+    for parent in parents[1:]:
+        before = texts[parent]
+        known = sorted(allowed(pattern, before)) if before is not None else []
+        tokens.append(rng.choice(known) if known and rng.random() < 0.7 else rng.randrange(131))
+        follows = tokens[-1] in known and tokens[-1] != EOS
+        texts.append(before + text_of(tokens[-1:]) if follows and before is not None else None)
+    masks = masks_of(matcher, tokens, parents)
+    reached = [True]
+    for node, parent in enumerate(parents[1:], 1):
+        may_follow = tokens[node] in masks[parent] and tokens[node] != EOS
+        reached.append(reached[parent] and may_follow)
+    for node in (node for node, known in enumerate(reached) if known):
+        known = allowed(pattern, str(texts[node]))
+        # Where the text must go on in one way, only its first token is allowed.
+        assert masks[node] == known or (len(masks[node]) == 1 and masks[node] < known)
+    return masks
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_mask_depends_on_nothing_but_the_tokens_before_it(
+    compiled: GrammarCompiler, pattern: str
+) -> None:
+    rng = random.Random(pattern)
+    for _ in range(10):
+        matcher, taken = follow(compiled, pattern), []
+        while not matcher.complete and len(taken) < 8:
+            check_tree(matcher, pattern, text_of(taken), rng)
+            fresh = follow(compiled, pattern)
+            fresh.take(taken)
+            (mask,) = masks_of(matcher, [0], [-1])
+            assert masks_of(fresh, [0], [-1]) == [mask]
+            taken.append(rng.choice(sorted(mask - {EOS}) or [EOS]))
+            matcher.take(taken[-1:])
+
+
+def test_nodes_that_cannot_be_reached_allow_everything(compiled: GrammarCompiler) -> None:
+    a, b = TOKENS.index(b"a"), TOKENS.index(b"b")
+    masks = masks_of(follow(compiled, "ab|ac"), [0, b, a, a], [-1, 0, 1, 0])
+    assert len(masks[1]) == len(masks[2]) == len(TOKENS)
+    assert masks[3] == {b, TOKENS.index(b"c")}
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, {"a", "ab", "aba", EOS}),
+        ({"min_tokens": 1}, {"a", "ab", "aba", EOS}),
+        ({"min_tokens": 2}, {"a", "ab", "aba"}),
+        ({"ignore_eos": True}, {"a", "ab", "aba"}),
+        ({"min_tokens": 2, "stop_token_ids": (TOKENS.index(b"a"),)}, {"ab", "aba"}),
+    ],
+)
+def test_ends_that_are_not_wanted_yet_are_not_allowed(
+    compiled: GrammarCompiler, params: dict[str, object], expected: set[object]
+) -> None:
+    matcher = follow(compiled, "a(a|b)*", **params)
+    matcher.take([TOKENS.index(b"a")])
+    (mask,) = masks_of(matcher, [0], [-1])
+    names = {EOS if token == EOS else TOKENS[token].decode() for token in mask}
+    assert names & {"a", "ab", "aba", EOS} == expected
+
+
+def test_an_end_that_is_not_wanted_is_allowed_if_nothing_else_is(
+    compiled: GrammarCompiler,
+) -> None:
+    matcher = follow(compiled, "ab|a", min_tokens=5, stop_token_ids=(TOKENS.index(b"b"),))
+    matcher.take([TOKENS.index(b"a")])
+    assert masks_of(matcher, [0], [-1]) == [{TOKENS.index(b"b"), EOS}]
+    assert not matcher.complete
+    assert matcher.take([TOKENS.index(b"b"), EOS]) == 1
+    assert matcher.complete
+
+
+def test_a_text_ends_where_nothing_may_follow(compiled: GrammarCompiler) -> None:
+    a, b = TOKENS.index(b"a"), TOKENS.index(b"b")
+    matcher = follow(compiled, "a+b")
+    assert matcher.take([a, a, b, b, a]) == 3
+    assert matcher.complete
+    assert matcher.error is None
+
+
+def test_forced_tokens_are_those_of_the_forced_text(compiled: GrammarCompiler) -> None:
+    matcher = follow(compiled, 'xaba: (a|b)"')
+    assert text_of(matcher.forced()) in ("xaba:", "xaba: ")
+    matcher.take(matcher.forced())
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (Grammar("json_schema", '{"not": {}}'), "not"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "no text matches"),
+        (Grammar("json_schema", '{"enum": []}'), "anyOf is empty"),
+        (Grammar("json_schema", "{"), "JSON"),
+        (Grammar("json_schema", '{"$ref": "https://example.com/x"}'), "registry"),
+        (Grammar("regex", "a(?=b)"), "look-around"),
+        (Grammar("regex", ".*" * 400), "too complex|precomputation|limit"),
+        (Grammar("regex", ""), "only the empty text"),
+        (Grammar("lark", "start: nothing"), "nothing"),
+        (Grammar("lark", "start: " + "(" * 500), "nested"),
+        (Grammar("llguidance", "[]"), "expecting rule"),
+        (Grammar("llguidance", '{"grammars": []}'), "empty grammars"),
+    ],
+)
+def test_bad_grammars_say_why(compiled: GrammarCompiler, grammar: Grammar, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        compiled.compile(grammar)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 320
