@@ -24,7 +24,7 @@ from server.openai.convert import Prompt
 from server.openai.defaults import limited, with_model_defaults
 from server.openai.generation import Generation, start_generation
 from server.openai.schema import SamplingFields
-from server.openai.structured import asked_grammar, checked_grammar
+from server.openai.structured import AskedGrammar, checked_grammar
 from server.text.answer.forms import Reading
 
 FEW_SCORES = 64
@@ -63,6 +63,7 @@ class Task(Generic[Asked]):
     params: Callable[[Asked, Prompt, EngineInfo], SamplingParams]
     writer: Callable[[Generation, Asked], Writer]
     reading: Callable[[ServerContext, Asked], Reading]
+    grammar: Callable[[ServerContext, Asked], AskedGrammar | None]
 
 
 async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
@@ -82,7 +83,7 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         info = context.engine_info()
         prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
         params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
-        params = await _with_grammar(context, info, body, params)
+        params = await _with_grammar(context, info, task.grammar(context, body), params)
         generation = start_generation(
             context,
             record,
@@ -103,11 +104,13 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
 
 
 async def _with_grammar(
-    context: ServerContext, info: EngineInfo, body: SamplingFields, params: list[SamplingParams]
+    context: ServerContext,
+    info: EngineInfo,
+    asked: AskedGrammar | None,
+    params: list[SamplingParams],
 ) -> list[SamplingParams]:
     """The parameters of each prompt with the grammar that the request asks for. A new one is
     compiled by another process, for which the threads for long work wait."""
-    asked = asked_grammar(body)
     if asked is None:
         return params
     grammar = context.grammars.known(asked.grammar)

@@ -27,6 +27,7 @@ from server.openai.logprobs import chat_logprobs
 from server.openai.message import Message
 from server.openai.report import Report
 from server.openai.schema import ChatRequest
+from server.openai.tool_grammar import chat_grammar
 
 router = APIRouter()
 ROUTES = Routes(router, (ChatRequest,), (ChatCompletion, ChatChunk))
@@ -137,4 +138,6 @@ class ChatWriter:
         return chat_logprobs(self._generation.tokenizer, delta.scored, self._names_ids)
 
 
-TASK = Task(ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter, chat_reading)
+TASK = Task(
+    ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter, chat_reading, chat_grammar
+)

@@ -17,6 +17,7 @@ from server.openai.generation import Generation
 from server.openai.logprobs import CompletionLogprobsWriter, Echo
 from server.openai.report import Report
 from server.openai.schema import CompletionRequest
+from server.openai.structured import asked_grammar
 from server.text.answer.forms import Reading
 
 router = APIRouter()
@@ -121,4 +122,5 @@ TASK = Task(
     completion_params,
     CompletionWriter,
     lambda *_: Reading(),
+    lambda _, body: asked_grammar(body),
 )

@@ -17,6 +17,8 @@ from server.http.errors import bad_value, context_overflow, invalid
 from server.openai.conversation import render_chat
 from server.openai.logprobs import Echo, echo_of
 from server.openai.schema import ChatRequest, CompletionRequest, SamplingFields
+from server.openai.structured import asked_grammar
+from server.openai.tool_grammar import forced_syntax
 from server.text.answer.calls import CallRules
 from server.text.answer.forms import Reading
 from server.text.letters import Rendered
@@ -91,12 +93,16 @@ def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) ->
 
 def chat_reading(context: ServerContext, body: ChatRequest) -> Reading:
     """How the answers to a conversation are read."""
-    form, names = context.answer_form, frozenset(tool.name for tool in body.shown_tools)
+    names = frozenset(tool.name for tool in body.shown_tools)
+    syntax, thinks = context.answer_form.syntax, context.answer_form.thinks
+    if syntax is None or not names:
+        return Reading(thinks=thinks)
+    if body.must_call or asked_grammar(body) is not None:  # then it is written as a grammar says
+        syntax, thinks = forced_syntax(syntax), False
     hidden = frozenset[str]()
-    if form.syntax is not None and body.skip_special_tokens is not False:
-        hidden = context.tokenizer.special_texts.intersection(form.syntax.marks)
-    rules = CallRules(names, hidden, body.most_calls)
-    return Reading(form.syntax if names else None, rules, form.thinks)
+    if body.skip_special_tokens is not False:
+        hidden = context.tokenizer.special_texts.intersection(syntax.marks)
+    return Reading(syntax, CallRules(names, hidden, body.most_calls), thinks)
 
 
 def _cuts(body: SamplingFields) -> bool:
@@ -178,8 +184,6 @@ def budget(
 
 
 def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    if body.must_call:
-        raise bad_value("tool_choice", body.tool_choice, 'not supported yet; "auto" and "none" are')
     max_tokens = budget(prompt, body.token_limit, None, info, "messages")
     return _sampling_params(body, max_tokens, body.num_logprobs, None, info)
 

@@ -39,8 +39,9 @@ class FunctionDefinition(Fields):
     )
     strict: bool | None = Field(
         None,
-        description="Arguments always follow the schema: with `tool_choice` required or a named "
-        "function that is so for every function; with auto nothing ensures it.",
+        description="With `tool_choice` required or a named function, arguments always fit the "
+        "schema; true: a keyword of it that cannot be ensured is an error, not ignored. With auto "
+        "nothing ensures that they fit.",
     )
 
 

@@ -55,6 +55,11 @@ class Syntax(Protocol):
         ...
 
     @property
+    def between(self) -> str:
+        """What the model writes between two calls."""
+        ...
+
+    @property
     def separators(self) -> str:
         """Letters, besides space, that may stand between calls."""
         ...

@@ -18,6 +18,7 @@ class HermesSyntax:
     markers = ("<tool_call>",)
     marks = (*markers, CLOSE)
     line_marker = ""
+    between = "\n"
     separators = ""
 
     def attempt(self, sink: CallSink, marker: str) -> Attempt:  # noqa: ARG002  (there is one)
@@ -26,4 +27,4 @@ class HermesSyntax:
 
     def written(self, calls: Sequence[tuple[str, Any]]) -> str:
         texts = (json_text(name, "arguments", arguments) for name, arguments in calls)
-        return "\n".join(f"{self.markers[0]}\n{text}\n{CLOSE}" for text in texts)
+        return self.between.join(f"{self.markers[0]}\n{text}\n{CLOSE}" for text in texts)

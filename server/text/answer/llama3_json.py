@@ -18,6 +18,7 @@ class Llama3JsonSyntax:
     markers = ("<|python_tag|>", "<|python_start|>")
     marks = (*markers, CLOSE)
     line_marker = "{"
+    between = "; "
     separators = ";,"
 
     def attempt(self, sink: CallSink, marker: str) -> Attempt:
@@ -26,4 +27,6 @@ class Llama3JsonSyntax:
         return (yield from closing((yield from json_call(sink)), CLOSE))
 
     def written(self, calls: Sequence[tuple[str, Any]]) -> str:
-        return "; ".join(json_text(name, "parameters", arguments) for name, arguments in calls)
+        return self.between.join(
+            json_text(name, "parameters", arguments) for name, arguments in calls
+        )

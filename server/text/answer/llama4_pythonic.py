@@ -38,6 +38,7 @@ class Llama4PythonicSyntax:
     markers = ("<|python_start|>", "<|python_tag|>")
     marks = (*markers, CLOSE)
     line_marker = "["
+    between = ", "
     separators = ""
 
     def attempt(self, sink: CallSink, marker: str) -> Attempt:
@@ -55,7 +56,7 @@ class Llama4PythonicSyntax:
                 raise NotACall
 
     def written(self, calls: Sequence[tuple[str, Any]]) -> str:
-        return f"[{', '.join(_written(*call) for call in calls)}]"
+        return f"[{self.between.join(_written(*call) for call in calls)}]"
 
 
 def _written(name: str, arguments: Any) -> str:

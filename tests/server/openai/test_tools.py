@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -12,10 +12,17 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from engine.grammar.compiler import GrammarCompiler
+from engine.request import Grammar
+from server.openai.tool_grammar import call_grammar
+from server.openai.tools import Tool
+from server.text.answer.forms import SYNTAXES
 from server.text.answer.instructions import INSTRUCTIONS
+from server.text.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import MESSAGES, Server, events_of
-from tests.support.scripted_engine import say
+from tests.support.scripted_engine import INFO, say
+from tests.support.tiny_llama import CHAT_TEMPLATE
 
 MakeServer = Callable[..., Server]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -33,8 +40,10 @@ def make_server(make_server: MakeServer) -> MakeServer:
 
 
 @pytest.fixture
-def server(make_server: MakeServer) -> Server:
-    return make_server()
+def server(make_server: MakeServer) -> Iterator[Server]:
+    server = make_server()
+    yield server
+    server.context.grammars.close()
 
 
 def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
@@ -78,8 +87,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "tool_choice.function",
         'function is required with the type "function"',
     ),
-    ({"tools": [F], "tool_choice": "required"}, "tool_choice", '"required": not supported yet'),
-    ({"tools": [F], "tool_choice": NAMED}, "tool_choice", "an object: not supported yet"),
+    (
+        {"tools": [F], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        "tool_choice",
+        'with response_format only "auto" and "none" are',
+    ),
+    ({"tools": [F], "guided_regex": "a"}, "tools", "not allowed with guided_regex"),
     ({"functions": [{"name": "f"}]}, "functions", "send them as tools"),
     ({"function_call": {"name": "f"}}, "function_call", "send tools and tool_choice"),
     (
@@ -328,3 +341,66 @@ def test_an_answer_ends_at_its_last_call(server: Server) -> None:
         assert reply["usage"]["completion_tokens"] == used
         assert server.engine.aborted == [server.engine.submitted[-1].request_id]
         server.engine.aborted.clear()
+
+
+PYTHONIC = "{{ tools }}[func_name1(param1=value1)]"
+JSON_CALL = '{"name": "f", "parameters": {"a": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("template", "form", "written"),
+    [(CHAT_TEMPLATE, "hermes", CALL_F), (PYTHONIC, "llama3_json", JSON_CALL)],
+)
+def test_a_grammar_ensures_calls_that_must_come(
+    make_server: MakeServer, template: str, form: str, written: str
+) -> None:
+    server = make_server(template=template)
+    syntax, tools = SYNTAXES[form], [Tool.model_validate(tool) for tool in (F, G)]
+    for choice, most, of, reason in (
+        ("required", None, tools, "tool_calls"),
+        (NAMED, 1, tools[:1], "stop"),
+        (allowed("f", mode="required"), None, tools[:1], "tool_calls"),
+    ):
+        whole, streamed = answered(server, written, tool_choice=choice)
+        assert whole.finish_reason == streamed.finish_reason == reason
+        assert whole.message.tool_calls[0].function.arguments == '{"a": 1}'
+        grammar = server.engine.submitted[-1].params.grammar
+        assert grammar == Grammar("lark", call_grammar(syntax, of, most))
+    json_object = {"type": "json_object"}
+    whole, _ = answered(server, '{"b": 2}', response_format=json_object)
+    assert (whole.message.content, whole.finish_reason) == ('{"b": 2}', "stop")
+    either = call_grammar(syntax, tools, None, {"type": "object"})
+    assert server.engine.submitted[-1].params.grammar == Grammar("lark", either)
+    server.context.grammars.close()
+
+
+def test_a_strict_function_must_have_a_schema_that_can_be_ensured(server: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    for strict in (False, True):
+        response = server.chat(
+            tools=[function(parameters=schema, strict=strict)], tool_choice="required"
+        )
+        assert response.status_code == (400 if strict else 200), response.text
+    error = error_of(response, 400)
+    assert (error["param"], '"not"' in error["message"]) == ("tools", True)
+
+
+def test_a_grammar_takes_what_a_model_writes_and_nothing_else(tokenizer: Tokenizer) -> None:
+    """Checked with llguidance's own matcher, byte by byte."""
+    compiler = GrammarCompiler.of(tokenizer.to_json(), INFO.vocab_size, INFO.eos_token_ids)
+    tools = [Tool.model_validate(tool) for tool in (F, G)]
+    for form, calls in (("hermes", [CALL_F, CALL_G]), ("llama3_json", [JSON_CALL, JSON_CALL])):
+        between = SYNTAXES[form].between
+        empty = calls[1].replace('"f"', '"g"').replace('{"a": 1}', "{}")
+        for most, text, fits in (
+            (1, calls[0], True),
+            (1, between.join([calls[0], empty]), False),
+            (None, between.join([calls[0], empty, calls[0]]), True),
+            (None, calls[0].replace("1", '"1"'), False),
+            (None, calls[0].replace('"f"', '"h"'), False),
+            (None, "Hello", False),
+        ):
+            grammar = Grammar("lark", call_grammar(SYNTAXES[form], tools, most))
+            ids = [*tokenizer.encode(text, add_special_tokens=False), 2]
+            matcher = compiler.compile(grammar)
+            assert (matcher.validate_tokens(ids) == len(ids)) is fits, (form, text)
