@@ -59,10 +59,7 @@ class Choice:
         self._stream = TextStream(tokenizer, request.prompt_ids, options)
         self._metrics = metrics
         self._reader = reader
-        self.num_reasoning = 0  # tokens
-        self._begins: list[
-            int
-        ] = []  # of tokens of which it is not known whether they are reasoning
+        self._begins: list[int] = []  # of the text of tokens that may be reasoning
         self._emitted = 0  # characters
         self._held: list[ScoredToken] = []  # their text is not emitted yet
         self._unsent: list[int] = []  # tokens since the last delta
@@ -77,6 +74,11 @@ class Choice:
     def stopped_by_text(self) -> bool:
         """Whether a stop string or its last call ended it; the engine does not know that yet."""
         return isinstance(self._stream.stop, str) or self._reader.end is not None
+
+    @property
+    def num_reasoning(self) -> int:
+        """Tokens of its reasoning."""
+        return bisect.bisect_left(self._begins, self._reader.num_thought)
 
     @property
     def num_calls(self) -> int:
@@ -160,12 +162,10 @@ class Choice:
 
     def _read(self, text: str, offsets: Sequence[int], ends: bool) -> Sequence[Part]:
         """The parts of new text, and of what was held back if it ends."""
+        if self._reader.may_think:
+            self._begins += offsets
         parts = self._reader.feed(text)
         self._emitted += len(text)
-        self._begins += offsets
-        known = bisect.bisect_left(self._begins, self._emitted)
-        self.num_reasoning += bisect.bisect_left(self._begins, self._reader.num_thought, hi=known)
-        del self._begins[:known]
         return [*parts, *self._reader.finish()] if ends else parts
 
     def _release(self) -> list[ScoredToken]:

@@ -96,7 +96,8 @@ class ChosenTools(Fields):
         for name in ("function", "allowed_tools"):
             if (getattr(self, name) is not None) != (self.type == name):
                 raise broken_rule(
-                    name, f"{name} is required with the type {shorten(name)}, and only there"
+                    name,
+                    f"tool_choice.{name} is required with the type {shorten(name)}, and only there",
                 )
         return self
 

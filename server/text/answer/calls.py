@@ -88,6 +88,7 @@ class CallReader:
     to be one; text that turns out to be none is content. What is wrong later inside its arguments
     stays there, because it has been sent."""
 
+    may_think = False
     num_thought = 0
 
     def __init__(self, syntax: Syntax, rules: CallRules) -> None:

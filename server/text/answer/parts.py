@@ -48,6 +48,11 @@ class AnswerReader(Protocol):
         ...
 
     @property
+    def may_think(self) -> bool:
+        """Whether text that comes next may be reasoning."""
+        ...
+
+    @property
     def num_thought(self) -> int:
         """How many of the letters fed so far are reasoning, with its markers."""
         ...
@@ -70,6 +75,7 @@ class PlainReader:
     """Takes all text for content."""
 
     num_calls = 0
+    may_think = False
     num_thought = 0
     end: int | None = None
 

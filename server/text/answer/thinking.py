@@ -40,6 +40,10 @@ class ThinkingReader:
         return self._after.num_calls
 
     @property
+    def may_think(self) -> bool:
+        return self._place is not _Place.CONTENT
+
+    @property
     def num_thought(self) -> int:
         is_open = self._place in (_Place.BEFORE_THOUGHT, _Place.THOUGHT)
         return self._length if is_open else self._num_thought

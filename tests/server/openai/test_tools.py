@@ -85,7 +85,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"tools": [F], "tool_choice": {"type": "function"}},
         "tool_choice.function",
-        'function is required with the type "function"',
+        'tool_choice.function is required with the type "function"',
     ),
     (
         {"tools": [F], "tool_choice": "required", "response_format": {"type": "json_object"}},
