@@ -58,10 +58,9 @@ SCHEMAS: list[dict[str, Any]] = [
         "additionalProperties": False,
     },
     {
-        "$defs": {"n": {"type": "object", "properties": {"v": {"type": "boolean"},
-                        "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}]}},
-                        "required": ["v", "next"], "additionalProperties": False}},
-        "$ref": "#/$defs/n",
+        "$defs": {"n": {"type": "object", "properties": {"v": {"type": "boolean"}},
+                        "required": ["v"], "additionalProperties": False}},
+        "type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1, "maxItems": 2,
     },
 ]  # fmt: skip
 
