@@ -76,6 +76,17 @@ class ModelConfig(Section):
         "are letters, so that no client can begin or end a turn) or tokens; prompts of text "
         "completions may always contain them",
     )
+    tool_parser: Literal["auto", "none", "hermes", "llama3_json", "llama4_pythonic"] = Field(
+        "auto",
+        description="how the model writes calls of tools; auto: as its chat template says, or as "
+        "Hermes models do where it says nothing; none: requests with tools are refused",
+    )
+    reasoning_parser: Literal["auto", "none", "think"] = Field(
+        "auto",
+        description="think: text from <think> to </think> at the start of an answer is its "
+        "`reasoning_content`; none: it is content; auto: think where the chat template has these "
+        "marks",
+    )
     generation_config: Literal["model", "none"] = Field(
         "model",
         description="sampling parameters of requests that do not name them: those of the model's "

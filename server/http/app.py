@@ -39,6 +39,7 @@ from server.http.middleware import (
 )
 from server.http.request_log import WARNING_HEADER, RequestLog, record_of
 from server.http.state import ServerState
+from server.text.answer.forms import answer_form
 from server.text.chat_template import ChatTemplate
 from server.text.grammars import GrammarChecker
 from server.text.rendering import Renderer
@@ -124,6 +125,7 @@ def _context(
         client=client,
         tokenizer=tokenizer,
         renderer=Renderer(chat_template),
+        answer_form=answer_form(chat_template, config.model),
         grammars=GrammarChecker(tokenizer),
         info=info,
         state=state,

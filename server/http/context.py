@@ -20,6 +20,7 @@ from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
 from server.http.state import ServerState
+from server.text.answer.forms import AnswerForm
 from server.text.generation_config import SamplingDefaults
 from server.text.grammars import GrammarChecker
 from server.text.rendering import Renderer
@@ -57,6 +58,7 @@ class ServerContext:
     client: EngineClient
     tokenizer: Tokenizer
     renderer: Renderer
+    answer_form: AnswerForm
     grammars: GrammarChecker
     info: ServerInfo
     state: ServerState

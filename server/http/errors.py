@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
 
 MAX_SHOWN = 60  # characters of an offending value in a message
 
@@ -98,7 +99,7 @@ def shorten(value: Any) -> str:
         return json.dumps(text, ensure_ascii=False)
     if isinstance(value, list):
         return f"an array of {len(value)}"
-    if isinstance(value, dict):
+    if isinstance(value, dict | BaseModel):
         return "an object"
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"

@@ -24,7 +24,8 @@ from server.openai.convert import Prompt
 from server.openai.defaults import limited, with_model_defaults
 from server.openai.generation import Generation, start_generation
 from server.openai.schema import SamplingFields
-from server.openai.structured import asked_grammar, checked_grammar
+from server.openai.structured import AskedGrammar, checked_grammar
+from server.text.answer.forms import Reading
 
 FEW_SCORES = 64
 
@@ -61,6 +62,8 @@ class Task(Generic[Asked]):
     prompts: Callable[[ServerContext, EngineInfo, Asked], list[Prompt]]  # runs off the event loop
     params: Callable[[Asked, Prompt, EngineInfo], SamplingParams]
     writer: Callable[[Generation, Asked], Writer]
+    reading: Callable[[ServerContext, Asked], Reading]
+    grammar: Callable[[ServerContext, Asked], AskedGrammar | None]
 
 
 async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
@@ -79,11 +82,19 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         stack.callback(ticket.release)
         info = context.engine_info()
         prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
-        record.not_used += [name for prompt in prompts for name in prompt.not_used]
         params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
-        params = await _with_grammar(context, info, body, params)
+        params = await _with_grammar(context, info, task.grammar(context, body), params)
         generation = start_generation(
-            context, record, ticket, body, prompts, params, info, task.id_prefix, caller
+            context,
+            record,
+            ticket,
+            body,
+            prompts,
+            params,
+            info,
+            task.id_prefix,
+            caller,
+            task.reading(context, body),
         )
         writer = task.writer(generation, body)
         stack.pop_all()
@@ -93,11 +104,13 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
 
 
 async def _with_grammar(
-    context: ServerContext, info: EngineInfo, body: SamplingFields, params: list[SamplingParams]
+    context: ServerContext,
+    info: EngineInfo,
+    asked: AskedGrammar | None,
+    params: list[SamplingParams],
 ) -> list[SamplingParams]:
     """The parameters of each prompt with the grammar that the request asks for. A new one is
     compiled by another process, for which the threads for long work wait."""
-    asked = asked_grammar(body)
     if asked is None:
         return params
     grammar = context.grammars.known(asked.grammar)

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,17 +60,33 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
+class ReplyFunction(msgspec.Struct, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET  # in the first delta of a call
+    arguments: str  # JSON as the model wrote it, which a token limit may have cut
+
+
+class ReplyToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a tool. In deltas it is `index` that tells the calls apart."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: ReplyFunction
+
+
 class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None  # null where there is none beside calls or reasoning
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ReplyToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     message: ChatReply
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -94,13 +111,15 @@ class ChatCompletion(Reply, frozen=True, kw_only=True):
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ReplyToolCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 

@@ -17,16 +17,17 @@ from server.openai.bodies import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatLogprobs,
-    ChatReply,
+    ChatFinishReason,
     ChatTokenLogprob,
 )
-from server.openai.choice import ChoiceDelta
-from server.openai.convert import chat_params, chat_prompts
+from server.openai.choice import Choice, ChoiceDelta
+from server.openai.convert import chat_params, chat_prompts, chat_reading
 from server.openai.generation import Generation
 from server.openai.logprobs import chat_logprobs
+from server.openai.message import Message
 from server.openai.report import Report
 from server.openai.schema import ChatRequest
+from server.openai.tool_grammar import chat_grammar
 
 router = APIRouter()
 ROUTES = Routes(router, (ChatRequest,), (ChatCompletion, ChatChunk))
@@ -40,19 +41,19 @@ async def create_chat_completion(http: HttpRequest) -> Response:
 
 class ChatWriter:
     """Writes the deltas of a generation as chat objects. A stream has, for each choice, a chunk
-    with the role, chunks with content and a chunk with the finish reason; then, if the client
-    asked for totals, a chunk with them."""
+    with the role, chunks with reasoning, content or calls, and a chunk with the finish reason;
+    then, if the client asked for totals, a chunk with them."""
 
     def __init__(self, generation: Generation, body: ChatRequest) -> None:
         self._generation = generation
         self._report = Report(generation, body, ChatChunk)
-        self._scored = body.num_logprobs is not None
         self._names_ids = bool(body.return_tokens_as_token_ids)
         self._with_ids = bool(body.return_token_ids)
+        scored = body.num_logprobs is not None
+        # As OpenAI: the answer to a request that names its tool just stops.
+        called: ChatFinishReason = "stop" if body.names_a_tool else "tool_calls"
+        self._messages = [Message(scored, called) for _ in generation.choices]
         self._opened = False
-        self._texts: list[list[str]] = [[] for _ in generation.choices]
-        self._scores: list[list[ChatTokenLogprob]] = [[] for _ in generation.choices]
-        self._ids: list[list[int]] = [[] for _ in generation.choices]
 
     def events(self, delta: ChoiceDelta) -> bytes:
         head = b"" if self._opened else self._openings()
@@ -63,23 +64,27 @@ class ChatWriter:
         return self._report.last()
 
     def add(self, delta: ChoiceDelta) -> None:
-        self._texts[delta.index].append(delta.text)
-        self._scores[delta.index] += self._scores_of(delta)
-        self._ids[delta.index].extend(delta.token_ids)
+        message = self._messages[delta.index]
+        message.add_tokens(self._scores_of(delta), delta.token_ids)
+        message.add_parts(delta.parts)
 
     def whole(self) -> ChatCompletion:
         choices = [
-            ChatChoice(
-                index=choice.index,
-                message=ChatReply(content="".join(self._texts[choice.index])),
-                logprobs=self._logprobs(self._scores[choice.index]),
-                finish_reason=choice.ended(),
-                token_ids=self._if_asked(self._ids[choice.index]),
-            )
-            for choice in self._generation.choices
+            self._whole_choice(choice, message)
+            for choice, message in zip(self._generation.choices, self._messages, strict=True)
         ]
         return self._report.whole(
             ChatCompletion, choices=choices, prompt_token_ids=self._prompt_ids()
+        )
+
+    def _whole_choice(self, choice: Choice, message: Message) -> ChatChoice:
+        scores, ids = message.take_tokens()
+        return ChatChoice(
+            index=choice.index,
+            message=message.whole(),
+            logprobs=scores,
+            finish_reason=message.finish_reason(choice.ended(), choice.num_calls),
+            token_ids=self._if_asked(ids),
         )
 
     def _openings(self) -> bytes:
@@ -92,26 +97,36 @@ class ChatWriter:
         return b"".join(events)
 
     def _delta_events(self, delta: ChoiceDelta) -> bytes:
-        """A chunk with the text, and one with the finish reason. Token ids go with the text."""
-        data, ids = b"", self._if_asked(delta.token_ids)
-        if delta.text or delta.scored:
-            content = ChatChunkChoice(
-                index=delta.index,
-                delta=ChatDelta(content=delta.text),
-                logprobs=self._logprobs(self._scores_of(delta)),
-                token_ids=ids,
-            )
-            data = self._report.chunk([content])
-            ids = self._if_asked(())
+        """A chunk for each part of the message, and one with the finish reason. Log-probabilities
+        and token ids go with the first part that follows them."""
+        message = self._messages[delta.index]
+        message.add_tokens(self._scores_of(delta), delta.token_ids)
+        events = [self._event(message, delta.index, part) for part in message.deltas(delta.parts)]
         if delta.finish_reason is not None:
-            end = ChatChunkChoice(
-                index=delta.index,
-                delta=ChatDelta(),
-                finish_reason=delta.finish_reason,
-                token_ids=ids,
+            if message.has_scores:
+                events.append(self._event(message, delta.index, ChatDelta(content="")))
+            reason = message.finish_reason(
+                delta.finish_reason, self._generation.choices[delta.index].num_calls
             )
-            data += self._report.chunk([end])
-        return data
+            events.append(self._event(message, delta.index, ChatDelta(), reason))
+        return b"".join(events)
+
+    def _event(
+        self,
+        message: Message,
+        index: int,
+        delta: ChatDelta,
+        reason: ChatFinishReason | None = None,
+    ) -> bytes:
+        scores, ids = message.take_tokens()
+        choice = ChatChunkChoice(
+            index=index,
+            delta=delta,
+            logprobs=None if reason else scores,
+            finish_reason=reason,
+            token_ids=self._if_asked(ids),
+        )
+        return self._report.chunk([choice])
 
     def _prompt_ids(self) -> list[int] | UnsetType:
         return self._if_asked(self._generation.prompts[0].token_ids)
@@ -122,8 +137,7 @@ class ChatWriter:
     def _scores_of(self, delta: ChoiceDelta) -> list[ChatTokenLogprob]:
         return chat_logprobs(self._generation.tokenizer, delta.scored, self._names_ids)
 
-    def _logprobs(self, scores: list[ChatTokenLogprob]) -> ChatLogprobs | None:
-        return ChatLogprobs(content=scores) if self._scored else None
 
-
-TASK = Task(ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter)
+TASK = Task(
+    ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter, chat_reading, chat_grammar
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from server.http.metrics import Metrics
 from server.openai import bodies
+from server.text.answer.parts import AnswerReader, Part
 from server.text.stream import StreamOptions, TextStream
 from server.text.tokenizer import Tokenizer
 
@@ -28,6 +30,7 @@ class ChoiceDelta:
 
     index: int
     text: str
+    parts: Sequence[Part]  # of the text, as far as it is known what they are
     scored: Sequence[ScoredToken]
     finish_reason: bodies.FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -45,6 +48,7 @@ class Choice:
         tokenizer: Tokenizer,
         options: StreamOptions,
         metrics: Metrics,
+        reader: AnswerReader,
     ) -> None:
         self.index = index
         self.request = request
@@ -54,6 +58,8 @@ class Choice:
         self.aborted = False  # whether the engine was told to stop
         self._stream = TextStream(tokenizer, request.prompt_ids, options)
         self._metrics = metrics
+        self._reader = reader
+        self._begins: list[int] = []  # of the text of tokens that may be reasoning
         self._emitted = 0  # characters
         self._held: list[ScoredToken] = []  # their text is not emitted yet
         self._unsent: list[int] = []  # tokens since the last delta
@@ -65,9 +71,19 @@ class Choice:
         return self._newest is not None
 
     @property
-    def stopped_by_string(self) -> bool:
-        """Whether a stop string ended it; the engine does not know that yet."""
-        return isinstance(self._stream.stop, str)
+    def stopped_by_text(self) -> bool:
+        """Whether a stop string or its last call ended it; the engine does not know that yet."""
+        return isinstance(self._stream.stop, str) or self._reader.end is not None
+
+    @property
+    def num_reasoning(self) -> int:
+        """Tokens of its reasoning."""
+        return bisect.bisect_left(self._begins, self._reader.num_thought)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of tools that have begun."""
+        return self._reader.num_calls
 
     @property
     def live(self) -> bool:
@@ -85,19 +101,22 @@ class Choice:
             return None
         self._measure(len(event.token_ids))
         taken = self._stream.push(event.token_ids)
-        self.num_output += taken.num_tokens
-        self._unsent += event.token_ids[: taken.num_tokens]
-        self._emitted += len(taken.text)
+        parts = self._read(taken.text, taken.offsets, taken.stop is not None)
+        end = self._reader.end
+        offsets = [offset for offset in taken.offsets if end is None or offset < end]
+        self.num_output += len(offsets)
+        self._unsent += event.token_ids[: len(offsets)]
         scored: Sequence[ScoredToken] = ()
         if event.logprobs is not None:
-            known = event.logprobs[: taken.num_tokens]  # a stop cuts the tokens
-            self._held += [ScoredToken(*pair) for pair in zip(taken.offsets, known, strict=True)]
+            known = event.logprobs[: len(offsets)]  # an end cuts the tokens
+            self._held += [ScoredToken(*pair) for pair in zip(offsets, known, strict=True)]
             scored = self._release()
-        if taken.stop is not None:
+        ended = taken.stop is not None or end is not None
+        if ended:
             self.finish_reason = "stop"
-        if not (taken.text or scored or taken.stop is not None or event.prompt_logprobs):
+        if not (taken.text or scored or ended or event.prompt_logprobs):
             return None
-        return self._delta(taken.text, scored, event.prompt_logprobs)
+        return self._delta(taken.text, parts, scored, event.prompt_logprobs)
 
     def take_finished(self, event: Finished) -> ChoiceDelta | None:
         """Take the engine's last event. None when a stop string had already ended the choice."""
@@ -106,12 +125,13 @@ class Choice:
             self._measure_end(event, self.finish_reason)
             return None
         text = self._stream.finish()
-        stopped = self._stream.stop is not None or event.reason is FinishReason.STOP
-        self._emitted += len(text)
+        parts = self._read(text, (), ends=True)
+        stopped = self.stopped_by_text or event.reason is FinishReason.STOP
+        stopped = stopped or self._stream.stop is not None
         self.finish_reason = "stop" if stopped else "length"
         scored = self._release() if self._stream.stop is not None else self._held
         self._measure_end(event, self.finish_reason)
-        return self._delta(text, scored)
+        return self._delta(text, parts, scored)
 
     def fail(self, event: Finished) -> None:
         """The engine ended it by an error or an abort."""
@@ -131,11 +151,22 @@ class Choice:
     def _delta(
         self,
         text: str,
+        parts: Sequence[Part],
         scored: Sequence[ScoredToken],
         prompt_logprobs: list[TokenLogprob | None] | None = None,
     ) -> ChoiceDelta:
         ids, self._unsent = self._unsent, []
-        return ChoiceDelta(self.index, text, scored, self.finish_reason, prompt_logprobs, ids)
+        return ChoiceDelta(
+            self.index, text, parts, scored, self.finish_reason, prompt_logprobs, ids
+        )
+
+    def _read(self, text: str, offsets: Sequence[int], ends: bool) -> Sequence[Part]:
+        """The parts of new text, and of what was held back if it ends."""
+        if self._reader.may_think:
+            self._begins += offsets
+        parts = self._reader.feed(text)
+        self._emitted += len(text)
+        return [*parts, *self._reader.finish()] if ends else parts
 
     def _release(self) -> list[ScoredToken]:
         """Remove and return the leading tokens whose text has been emitted, at least in part."""

@@ -17,6 +17,8 @@ from server.openai.generation import Generation
 from server.openai.logprobs import CompletionLogprobsWriter, Echo
 from server.openai.report import Report
 from server.openai.schema import CompletionRequest
+from server.openai.structured import asked_grammar
+from server.text.answer.forms import Reading
 
 router = APIRouter()
 ROUTES = Routes(router, (CompletionRequest,), (Completion,))
@@ -113,4 +115,12 @@ class _ChoiceWriter:
                 self._logprobs.add(token_id, offset, entry)
 
 
-TASK = Task(CompletionRequest, "cmpl", completion_prompts, completion_params, CompletionWriter)
+TASK = Task(
+    CompletionRequest,
+    "cmpl",
+    completion_prompts,
+    completion_params,
+    CompletionWriter,
+    lambda *_: Reading(),
+    lambda _, body: asked_grammar(body),
+)

@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from server.http.body import Fields, NotUsed, check_shape, too_deep
-from server.http.errors import invalid, shorten
+from server.http.errors import bad_value, invalid, shorten
 from server.http.validation import broken_rule
 from server.openai.fields import HARMLESS, Unsupported
+from server.openai.tools import Tool, Tools, check_names
+from server.text.answer.forms import AnswerForm
+from server.text.answer.instructions import as_shown, with_instructions, with_single_calls
 from server.text.chat_template import ChatTemplate
 from server.text.letters import Rendered
 from server.text.rendering import Renderer
@@ -98,7 +101,7 @@ class ChatMessage(Fields):
     def for_template(self, template: ChatTemplate) -> dict[str, Any]:
         """As transformers hands it to a template: without what is null. Only a template that tests
         for null content gets it, and one that cannot show calls gets empty text instead."""
-        calls = self.tool_calls if template.shows_tool_calls else None
+        calls = self.tool_calls
         content: str | list[dict[str, str]] | None
         if isinstance(self.content, str):
             content = self.content
@@ -151,6 +154,7 @@ class RenderingFields(Fields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Further variables of the chat template."
     )
+    tools: Tools = None
 
     @model_validator(mode="after")
     def _one_way_to_go_on(self) -> RenderingFields:
@@ -161,6 +165,20 @@ class RenderingFields(Fields):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tools_are_told_apart(self) -> RenderingFields:
+        check_names(self.tools or ())
+        if self.tools and "tools" in (self.chat_template_kwargs or {}):
+            raise broken_rule(
+                "chat_template_kwargs", "chat_template_kwargs must not hold tools beside tools"
+            )
+        return self
+
+    @property
+    def shown_tools(self) -> Sequence[Tool]:
+        """The tools that the model is told of."""
+        return self.tools or ()
+
     @property
     def opens_a_turn(self) -> bool:
         """Whether the template is to open the assistant's turn."""
@@ -168,12 +186,24 @@ class RenderingFields(Fields):
 
 
 def render_chat(
-    renderer: Renderer, messages: Sequence[ChatMessage], how: RenderingFields
+    renderer: Renderer, form: AnswerForm, messages: Sequence[ChatMessage], how: RenderingFields
 ) -> Rendered:
-    """The prompt of a conversation. ApiError 400 when the template refuses it."""
-    shown = [message.for_template(renderer.template) for message in messages]
+    """The prompt of a conversation. ApiError 400 when the template refuses it, or results of tools
+    follow no call."""
+    check_results(messages)
+    template, kwargs = renderer.template, how.chat_template_kwargs or {}
+    shown = [as_shown(message.for_template(template), template, form) for message in messages]
+    if template.takes_one_call:
+        shown = with_single_calls(shown)
+    tools = [tool.for_template() for tool in how.shown_tools]
+    if tools and form.syntax is None:
+        raise bad_value("tools", how.tools, "this server's model.tool_parser is none")
+    if tools and template.shows_tools:
+        kwargs = {**kwargs, "tools": tools}
+    elif tools and form.syntax is not None:
+        shown = with_instructions(shown, tools, form.syntax)
     try:
-        prompt = renderer.render(shown, how.opens_a_turn, how.chat_template_kwargs or {})
+        prompt = renderer.render(shown, how.opens_a_turn, kwargs)
     except ValueError as error:
         raise invalid(str(error), "messages", "chat_template_error") from error
     if not how.continue_final_message:
@@ -206,15 +236,21 @@ def _without(text: str, parts: Sequence[str]) -> str:
     return re.sub(pattern, lambda found: "\0" * len(found.group()), text) if pattern else text
 
 
-def hidden_calls(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[str]:
-    """Names of the calls that the template does not show."""
-    if template.shows_tool_calls:
-        return []
-    return [
-        f"messages[{index}].tool_calls (the chat template does not show them)"
-        for index, message in enumerate(messages)
-        if message.tool_calls
-    ]
+def check_results(messages: Sequence[ChatMessage]) -> None:
+    """ApiError 400 for the result of a tool that answers no call of the assistant before it."""
+    calls: Sequence[ToolCall] = ()
+    for index, message in enumerate(messages):
+        if message.role != "tool":
+            calls = message.tool_calls or ()
+            continue
+        ids = [call.id for call in calls]
+        if message.tool_call_id not in ids and None not in ids:
+            known = ", ".join(shorten(known) for known in ids[:8]) or "there is none"
+            raise bad_value(
+                f"messages[{index}].tool_call_id",
+                message.tool_call_id,
+                f"it must be the id of a call in the assistant message before it: {known}",
+            )
 
 
 def _object(arguments: str | dict[str, Any] | None) -> Any:

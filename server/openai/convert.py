@@ -14,9 +14,13 @@ from engine.messages import EngineInfo
 from engine.request import SamplingParams
 from server.http.context import ServerContext
 from server.http.errors import bad_value, context_overflow, invalid
-from server.openai.conversation import hidden_calls, render_chat
+from server.openai.conversation import render_chat
 from server.openai.logprobs import Echo, echo_of
 from server.openai.schema import ChatRequest, CompletionRequest, SamplingFields
+from server.openai.structured import asked_grammar
+from server.openai.tool_grammar import forced_syntax
+from server.text.answer.calls import CallRules
+from server.text.answer.forms import Reading
 from server.text.letters import Rendered
 from server.text.stream import StreamOptions
 from server.text.tokenizer import Tokenizer
@@ -34,7 +38,6 @@ class Prompt:
     token_ids: list[int]
     text: str | None
     echo: Echo | None = None  # set when the prompt is to precede its completion
-    not_used: Sequence[str] = ()  # what the client sent but the prompt does not contain
 
 
 def encode(
@@ -81,12 +84,25 @@ def _begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
 
 def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
     """Render and tokenise a conversation. Templates write the special tokens themselves."""
-    prompt = render_chat(context.renderer, body.messages, body)
+    prompt = render_chat(context.renderer, context.answer_form, body.messages, body)
     special = bool(body.add_special_tokens)
     token_ids = encode(context, info, prompt, special, "messages", may_be_long=_cuts(body))
     kept = _last_tokens(token_ids, body, info)
-    hidden = hidden_calls(context.renderer.template, body.messages)
-    return [Prompt(kept, prompt.plain(), not_used=hidden)]
+    return [Prompt(kept, prompt.plain())]
+
+
+def chat_reading(context: ServerContext, body: ChatRequest) -> Reading:
+    """How the answers to a conversation are read."""
+    names = frozenset(tool.name for tool in body.shown_tools)
+    syntax, thinks = context.answer_form.syntax, context.answer_form.thinks
+    if syntax is None or not names:
+        return Reading(thinks=thinks)
+    if body.must_call or asked_grammar(body) is not None:  # then it is written as a grammar says
+        syntax, thinks = forced_syntax(syntax), False
+    hidden = frozenset[str]()
+    if body.skip_special_tokens is not False:
+        hidden = context.tokenizer.special_texts.intersection(syntax.marks)
+    return Reading(syntax, CallRules(names, hidden, body.most_calls), thinks)
 
 
 def _cuts(body: SamplingFields) -> bool:
@@ -240,8 +256,8 @@ def cache_salt(label: str, asked: str | None) -> str:
     return f"{label}/{asked or ''}" if label or asked else ""
 
 
-def stream_options(body: SamplingFields, info: EngineInfo) -> StreamOptions:
-    """How the tokens of each choice become text."""
+def stream_options(body: SamplingFields, info: EngineInfo, marks: frozenset[str]) -> StreamOptions:
+    """How the tokens of each choice become text; `marks` are texts that it must show."""
     ends = set(body.stop_token_ids or ())
     if not body.ignore_eos:
         ends |= set(info.eos_token_ids)
@@ -252,4 +268,5 @@ def stream_options(body: SamplingFields, info: EngineInfo) -> StreamOptions:
         skip_special_tokens=body.skip_special_tokens is not False,
         include_stop=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0,
+        shown_specials=marks,
     )

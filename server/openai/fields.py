@@ -24,7 +24,7 @@ def _refuse(value: Any) -> None:
 
 def _no_choice(value: Any) -> Any:
     if value not in (None, "none", "auto"):
-        raise ValueError('not supported yet; only "none" is, and "auto" without tools')
+        raise ValueError('not supported; send tools and tool_choice, or "none"')
     return value
 
 
@@ -77,17 +77,17 @@ Suffix = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string", "maxLength": 0}, {"type": "null"}]}),
     Field(description="Refused, unless it is empty."),
 ]
-ToolList = Annotated[
+OldFunctions = Annotated[
     list[dict[str, Any]] | None,
     Field(
-        description='Only with `tool_choice` or `function_call` "none", and then without effect: '
-        "calling tools is not supported yet."
+        description='Only with `function_call` "none", and then without effect: it is the older '
+        "form of `tools`."
     ),
 ]
-ToolChoice = Annotated[
+OldChoice = Annotated[
     Literal["none", "auto"] | None,
     BeforeValidator(_no_choice),
-    Field(description='Only "none", or "auto" without tools: they are not supported yet.'),
+    Field(description='Only "none", or "auto" without functions: the older `tool_choice`.'),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]

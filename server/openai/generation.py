@@ -20,6 +20,7 @@ from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, cache_salt, stream_options, with_seed_of_choice
 from server.openai.schema import SamplingFields
 from server.openai.usage import count_drafts, count_so_far, count_tokens
+from server.text.answer.forms import Reading
 
 Event = Tokens | Finished
 # Why the engine refuses a request -> the code of the client's error.
@@ -113,7 +114,7 @@ class Generation:
             self._ticket.leave(choice.index)
         ended_before = choice.finish_reason is not None
         delta = choice.take_tokens(event)
-        if choice.live and (ended_before or choice.stopped_by_string):
+        if choice.live and (ended_before or choice.stopped_by_text):
             self._abort(choice)
         return delta
 
@@ -156,6 +157,7 @@ def start_generation(
     info: EngineInfo,
     prefix: str,
     caller: Caller,
+    reading: Reading,
 ) -> Generation:
     """Make the engine requests of an HTTP request; its id begins with `prefix`.
 
@@ -163,7 +165,8 @@ def start_generation(
         ApiError: 429; too many prompt tokens are waiting.
     """
     ticket.add_prompts([len(prompt.token_ids) for prompt in prompts], body.num_choices)
-    id, now, options = f"{prefix}-{uuid.uuid4().hex}", time.time(), stream_options(body, info)
+    id, now = f"{prefix}-{uuid.uuid4().hex}", time.time()
+    options = stream_options(body, info, reading.marks)
     shared_cache = context.config.cache.share_between_clients
     salt = cache_salt("" if shared_cache else caller.label, body.cache_salt)
     choices: list[Choice] = []
@@ -181,7 +184,10 @@ def start_generation(
                 max_draft_nodes=body.max_draft_nodes,
                 arrival_time=now,
             )
-            choices.append(Choice(index, request, context.tokenizer, options, context.metrics))
+            reader = reading.reader(prompt.text or "")
+            choices.append(
+                Choice(index, request, context.tokenizer, options, context.metrics, reader)
+            )
     record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     if context.config.log.prompts:
         record.prompt = "\n".join(prompt.text or str(prompt.token_ids) for prompt in prompts)

@@ -3,7 +3,7 @@ effect, or refused; an unknown field is an error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -18,6 +18,8 @@ from server.openai.fields import (
     Fraction,
     LogitBias,
     NumLogprobs,
+    OldChoice,
+    OldFunctions,
     Penalty,
     Prompts,
     Seed,
@@ -27,12 +29,11 @@ from server.openai.fields import (
     Suffix,
     Temperature,
     TokenId,
-    ToolChoice,
-    ToolList,
     TopP,
     Unsupported,
 )
 from server.openai.structured import StructuredFields
+from server.openai.tools import ChosenTools, Tool, ToolChoice, check_choice, chosen, must_call
 
 
 class SamplingFields(StructuredFields):
@@ -203,13 +204,12 @@ class ChatRequest(SamplingFields, RenderingFields):
     prompt_cache_options: NotUsed[dict[str, Any]] = Field(
         None, description=HARMLESS + "prefixes stay cached as long as there is room."
     )
-    parallel_tool_calls: NotUsed[bool] = Field(
-        None, description=HARMLESS + "it is about tools, which are refused."
-    )
-    tools: ToolList = None
     tool_choice: ToolChoice = None
-    functions: ToolList = None
-    function_call: ToolChoice = None
+    parallel_tool_calls: bool | None = Field(
+        None, description="False: an answer ends after its first call. Default true."
+    )
+    functions: OldFunctions = None
+    function_call: OldChoice = None
     echo: Literal[False] | None = Field(None, description="Only false.")
     audio: Unsupported = None
     moderation: Unsupported = None
@@ -222,21 +222,42 @@ class ChatRequest(SamplingFields, RenderingFields):
         return self
 
     @model_validator(mode="after")
-    def _tools_are_not_to_be_called(self) -> ChatRequest:
-        for name, given, choice_name, choice in (
-            ("tools", self.tools, "tool_choice", self.tool_choice),
-            ("functions", self.functions, "function_call", self.function_call),
-        ):
-            if given and choice != "none":
-                raise broken_rule(
-                    name,
-                    f"{name} is an array of {len(given)}: calling tools is not supported yet; "
-                    f'leave it out, or send "{choice_name}": "none"',
-                )
+    def _tools_fit_together(self) -> ChatRequest:
+        check_choice(self.tools or (), self.tool_choice)
+        if self.functions and self.function_call != "none":
+            raise broken_rule(
+                "functions",
+                f"functions is an array of {len(self.functions)}: send them as tools, or send "
+                '"function_call": "none"',
+            )
         return self
 
     def not_used(self) -> Iterator[str]:
-        yield from (name for name in ("tools", "functions") if getattr(self, name))
+        if self.functions:
+            yield "functions"
+        if self.tools and self.tool_choice == "none":
+            yield "tools"
+        if self.parallel_tool_calls is not None and not self.shown_tools:
+            yield "parallel_tool_calls"
+
+    @property
+    def shown_tools(self) -> Sequence[Tool]:
+        return chosen(self.tools or (), self.tool_choice)
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be calls."""
+        return must_call(self.tool_choice)
+
+    @property
+    def names_a_tool(self) -> bool:
+        """Whether one function is named that must be called."""
+        return isinstance(self.tool_choice, ChosenTools) and self.tool_choice.type == "function"
+
+    @property
+    def most_calls(self) -> int | None:
+        """After so many calls an answer ends; None: there is no limit."""
+        return 1 if self.parallel_tool_calls is False or self.names_a_tool else None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -297,7 +318,7 @@ class TokenizeRequest(RenderingFields):
     def _one_of_prompt_and_messages(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise broken_rule("prompt", "exactly one of prompt and messages is required")
-        needs = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        needs = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
         for name in needs:
             if self.messages is None and getattr(self, name):
                 raise broken_rule(name, f"{name} is only allowed with messages")

@@ -67,7 +67,7 @@ def _token_ids(context: ServerContext, info: EngineInfo, body: TokenizeRequest) 
         assert body.prompt is not None  # a rule of the schema
         special = body.add_special_tokens is not False
         return encode(context, info, Rendered(body.prompt), special, "prompt")
-    prompt = render_chat(context.renderer, body.messages, body)
+    prompt = render_chat(context.renderer, context.answer_form, body.messages, body)
     return encode(context, info, prompt, bool(body.add_special_tokens), "messages")
 
 

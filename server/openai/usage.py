@@ -27,6 +27,7 @@ def count_tokens(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:
         count_so_far(prompts, choices),
         prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached(ends, per_prompt)),
         completion_tokens_details=CompletionTokensDetails(
+            reasoning_tokens=sum(choice.num_reasoning for choice in choices),
             accepted_prediction_tokens=num_accepted,
             rejected_prediction_tokens=num_drafted - num_accepted,
         ),

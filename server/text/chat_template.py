@@ -22,6 +22,15 @@ NO_TEMPLATE = (
 # For each role the roles before it in a conversation that every template accepts.
 BEFORE = {"user": (), "system": (), "assistant": ("user",), "tool": ("user", "assistant")}
 PROBE_TIMEOUT = 1.0  # seconds
+WORD = "aerieprobe"
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": WORD,
+        "description": "None",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 
 
 class ChatTemplate:
@@ -46,6 +55,9 @@ class ChatTemplate:
         self.tests_null_content = source is not None and NULL_CONTENT.search(source) is not None
         self._template: Template | None = None
         self.part_roles: frozenset[str] = frozenset()  # whose content must be a list of parts
+        self.shows_tools = False  # those that the model may call
+        self.shows_results = False  # of tools, in messages of their own role
+        self.takes_one_call = False  # in a message, and no more
         if source is not None:
             environment = SandboxedTemplates()
             try:
@@ -55,6 +67,10 @@ class ChatTemplate:
             for role in BEFORE:  # the user's first: the others need it
                 if self._wants_parts(role):
                     self.part_roles |= {role}
+            self.shows_tools = "tools" in source and WORD in self._probe("user", "Hi", [PROBE_TOOL])
+            content = self._readable({"role": "tool", "content": WORD})["content"]
+            self.shows_results = WORD in self._probe("tool", content)
+            self.takes_one_call = self._takes_calls(1) and not self._takes_calls(2)
 
     def render(
         self,
@@ -103,34 +119,53 @@ class ChatTemplate:
         if isinstance(content, str) and parts:
             content = [{"type": "text", "text": content}]
         elif isinstance(content, list) and not parts:
-            content = "\n".join(part["text"] for part in content)
+            content = plain_text(content)
         return {**message, "content": content} if "content" in message else dict(message)
 
     def _wants_parts(self, role: str) -> bool:
         """Whether the text of this role is lost unless it comes as a list of parts."""
-        word = "aerieprobe"
-        if word in self._probe(role, word):
+        if WORD in self._probe(role, WORD):
             return False
-        prompt = self._probe(role, [{"type": "text", "text": word}])
-        return word in prompt and "'type'" not in prompt
+        prompt = self._probe(role, [{"type": "text", "text": WORD}])
+        return WORD in prompt and "'type'" not in prompt
 
-    def _probe(self, role: str, content: Any) -> str:
+    def _takes_calls(self, number: int) -> bool:
+        """Whether a message with so many calls can be rendered."""
+        user = self._readable({"role": "user", "content": "Hi"})
+        call = {"type": "function", "function": {"name": WORD, "arguments": {}}}
+        calls = [{"id": f"call0000{index}", **call} for index in range(number)]
+        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        return self._rendered([user, self._readable(message)]) != ""
+
+    def _probe(self, role: str, content: Any, tools: Sequence[Any] | None = None) -> str:
         """The prompt of a conversation with this content; empty if the template refuses it."""
         other = [self._readable({"role": each, "content": "Hi"}) for each in BEFORE[role]]
         message = {"role": role, "content": content}
         if role == "tool":
             message |= {"name": "f", "tool_call_id": "call00001"}
         after = [] if role == "user" else [self._readable({"role": "user", "content": "Hi"})]
+        return self._rendered([*other, message, *after], tools)
+
+    def _rendered(self, messages: Messages, tools: Sequence[Any] | None = None) -> str:
+        """The prompt of a made-up conversation; empty if the template refuses it."""
         variables = {
             **ALWAYS_DEFINED,
             **self.special_tokens,
-            "messages": [*other, message, *after],
+            "messages": messages,
+            "tools": tools,
             "add_generation_prompt": True,
         }
         try:
             return self._run(variables, Watch(PROBE_TIMEOUT))
         except ValueError:
             return ""
+
+
+def plain_text(content: Any) -> str:
+    """The content of a message, which may be a list of parts or None, as one text."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content or ""
 
 
 def _bounded(template: Template, variables: dict[str, Any]) -> str:

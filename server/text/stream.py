@@ -19,6 +19,7 @@ class StreamOptions:
     skip_special_tokens: bool = True
     include_stop: bool = False  # keep the stop string, or a stop token that is not skipped
     min_tokens: int = 0  # only later tokens may end the text
+    shown_specials: frozenset[str] = frozenset()  # texts of special tokens that are never skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,10 @@ class TextStream:
         options: StreamOptions | None = None,
     ) -> None:
         self._options = options or StreamOptions()
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer, prompt_ids, self._options.skip_special_tokens
-        )
+        skipped = frozenset[int]()
+        if self._options.skip_special_tokens:
+            skipped = tokenizer.special_ids - tokenizer.ids_of(self._options.shown_specials)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, skipped)
         self._matcher = StopStringMatcher(self._options.stop, self._options.include_stop)
         self._special_stops = _special_stops(tokenizer, self._options)
         self._length = 0  # characters decoded so far, with those held back

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import tokenizers
 
@@ -119,6 +119,11 @@ class Tokenizer:
         """The id of the special token that is written `text`."""
         found = self._backend.token_to_id(text)
         return found if found in self.special_ids else None
+
+    def ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those texts that are special tokens."""
+        found = (self.special_id(text) for text in texts)
+        return frozenset(index for index in found if index is not None)
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

@@ -162,3 +162,59 @@ def test_a_schema_that_cannot_be_done_is_a_400(bundled: LiveServer) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         bundled.client().chat.completions.create(**BODY, response_format=form)
     assert caught.value.param == "response_format.json_schema.schema"
+
+
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": WORD, "unit": {"enum": ["C", "F"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+WEATHER: dict[str, Any] = BODY | {
+    "messages": [{"role": "user", "content": "How is the weather in Paris?"}],
+    "tools": [TOOL],
+    "temperature": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ("required", "tool_calls"),
+        ({"type": "function", "function": {"name": "get_weather"}}, "stop"),
+    ],
+)
+def test_calls_that_must_come_fit_their_schema(
+    bundled: LiveServer, choice: Any, reason: str
+) -> None:
+    client, fields = bundled.client(), WEATHER | {"parallel_tool_calls": False}
+    whole = client.chat.completions.create(**fields, tool_choice=choice).choices[0]
+    with client.chat.completions.stream(**fields, tool_choice=choice) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion().choices[0]
+    for end in (whole, streamed):
+        assert end.finish_reason == reason
+        (call,) = end.message.tool_calls or ()
+        assert call.function.name == "get_weather"  # type: ignore[union-attr]
+        arguments = call.function.arguments  # type: ignore[union-attr]
+        jsonschema_rs.validate(TOOL["function"]["parameters"], json.loads(arguments))
+    assert streamed.message.tool_calls[0].function.arguments == arguments  # type: ignore[index]
+
+
+def test_an_answer_goes_on_after_the_result_of_a_call(bundled: LiveServer) -> None:
+    client = bundled.client()
+    fields = WEATHER | {"parallel_tool_calls": False}
+    message = client.chat.completions.create(**fields, tool_choice="required").choices[0].message
+    assert message.tool_calls
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Sunny, 21 C"}
+    fields["messages"] = [*fields["messages"], message.model_dump(exclude_none=True), result]
+    reply = client.chat.completions.create(**fields).choices[0]
+    assert reply.message.content or reply.message.tool_calls

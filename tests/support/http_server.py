@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 import tokenizers
 
 from configs.schema import CacheConfig, Config, LogConfig, ModelConfig, ServerConfig
@@ -20,7 +21,7 @@ from server.text.chat_template import ChatTemplate
 from server.text.generation_config import SamplingDefaults
 from server.text.tokenizer import Tokenizer
 from tests.support.configurations import hosted
-from tests.support.scripted_engine import Script, ScriptedEngine, say
+from tests.support.scripted_engine import INFO, Script, ScriptedEngine, say
 from tests.support.tiny_llama import BOS, CHAT_TEMPLATE, EOS, SPECIALS, write_tokenizer
 
 MODEL = "tiny"
@@ -50,13 +51,19 @@ class Server:
         log_prompts: bool = False,
         share_between_clients: bool = False,
         defaults: SamplingDefaults | None = None,
+        model: dict[str, Any] | None = None,
+        specials_in_content: Iterable[str] = (),
+        max_model_len: int = INFO.max_model_len,
         **limits: Any,
     ) -> None:
         self.tokenizer = tokenizer
-        self.engine = ScriptedEngine(script or say([*self.ids("hello there"), EOS]))
+        self.engine = ScriptedEngine(
+            script or say([*self.ids("hello there"), EOS]),
+            msgspec.structs.replace(INFO, max_model_len=max_model_len),
+        )
         self.config = hosted(
             Config(
-                model=ModelConfig(served_name=MODEL),
+                model=ModelConfig(served_name=MODEL, **(model or {})),
                 cache=CacheConfig(share_between_clients=share_between_clients),
                 server=ServerConfig(**limits),
                 log=LogConfig(prompts=log_prompts),
@@ -66,7 +73,7 @@ class Server:
             self.config,
             self.engine,
             tokenizer,
-            ChatTemplate(template, SPECIAL_TOKENS),
+            ChatTemplate(template, SPECIAL_TOKENS, specials_in_content),
             ServerInfo.from_config(self.config, defaults),
             ROUTES,
         )

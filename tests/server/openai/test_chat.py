@@ -190,12 +190,11 @@ def test_roles_and_text_parts_reach_the_template(server: Server) -> None:
             {"role": "developer", "content": "d"},
             {"role": "user", "content": parts, "name": "n"},
             {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
-            {"role": "tool", "content": "t", "tool_call_id": "1"},
         ],
         add_generation_prompt=False,
     )
     prompt = server.tokenizer.decode(server.engine.submitted[0].prompt_ids, False)
-    turns = [("system", "d"), ("user", "a\nb"), ("assistant", "c"), ("tool", "t")]
+    turns = [("system", "d"), ("user", "a\nb"), ("assistant", "c")]
     assert prompt == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
 
 

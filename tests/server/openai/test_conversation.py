@@ -11,6 +11,7 @@ import pytest
 
 from server.http.errors import ApiError
 from server.openai.conversation import ChatMessage, RenderingFields, render_chat
+from server.text.answer.forms import AnswerForm
 from server.text.chat_template import ChatTemplate
 from server.text.rendering import Renderer
 from tests.server.openai.test_refusals import error_of
@@ -36,7 +37,7 @@ def continued() -> Iterator[Continue]:
             for role, content in zip(roles, contents, strict=False)
         ]
         how = RenderingFields(continue_final_message=True)
-        return render_chat(renderers[source], messages, how)
+        return render_chat(renderers[source], AnswerForm(), messages, how)
 
     with closing(renderers[TEXTS]), closing(renderers[PARTS]):
         yield render

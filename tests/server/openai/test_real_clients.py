@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
 from tests.support.scripted_engine import INFO
 
@@ -66,6 +65,10 @@ CHATS: dict[str, dict[str, Any]] = {
         ],
         "stream": True, "stream_options": USAGE, "temperature": 0.0,
     },
+    "LangChain bind_tools": {
+        "messages": [USER], "tools": [TOOL], "parallel_tool_calls": False, "tool_choice": "auto",
+    },
+    "Vercel AI SDK, tools": {"messages": [USER], "tools": [TOOL], "tool_choice": "auto"},
     "LangChain agents": {"messages": [USER], "stop": ["\nObservation", "\n\tObservation"]},
     "LangChain4j": {"messages": [USER], "temperature": 0.3, "max_tokens": 8, "user": "u"},
     "Spring AI": {"messages": [USER], "stream": False, "temperature": 0.7, "tools": []},
@@ -193,10 +196,6 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
         "user": "u", "max_completion_tokens": 4, "return_tokens_as_token_ids": None,
     },
 }  # fmt: skip
-LATER: dict[str, tuple[str, dict[str, Any]]] = {
-    "LangChain bind_tools": ("tools", {"tools": [TOOL], "parallel_tool_calls": False}),
-    "Vercel AI SDK": ("tools", {"tools": [TOOL], "tool_choice": "auto"}),
-}
 
 
 @pytest.mark.parametrize(
@@ -213,12 +212,3 @@ def test_bodies_of_known_clients_are_answered(
     assert response.status_code == 200, response.text
     if body.get("stream"):
         assert response.text.endswith("data: [DONE]\n\n")
-
-
-@pytest.mark.parametrize(("field", "fields"), LATER.values(), ids=LATER)
-def test_what_is_not_supported_yet_is_a_clear_400(
-    server: Server, field: str, fields: dict[str, Any]
-) -> None:
-    error = error_of(server.chat(**fields), 400)
-    assert error["param"] == field
-    assert "not supported yet" in error["message"]

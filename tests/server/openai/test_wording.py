@@ -101,8 +101,8 @@ def test_no_error_speaks_the_words_of_a_library(model: type[Fields]) -> None:
         ({"modalities": ["audio"]}, 'modalities[0] is "audio": it must be "text"'),
         ({"response_format": "text"}, 'response_format is "text": it must be an object'),
         ({"model": None}, "model is null: it must be a string"),
-        ({"tool_choice": "required"}, 'tool_choice is "required": not supported yet'),
-        ({"tools": [{}]}, "tools is an array of 1: calling tools is not supported yet"),
+        ({"tool_choice": "required"}, "tool_choice is only allowed with tools"),
+        ({"tools": [{}]}, "tools[0].type is missing: it is required"),
         ({"messages": None}, "messages is null: it must be an array"),
         (
             {"messages": [{"role": "x"}]},

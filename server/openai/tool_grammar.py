@@ -1,0 +1,89 @@
+"""The grammar of an answer that must call tools, or may call them instead of being JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from engine.grammar.compiler import WHITESPACE
+from engine.request import Grammar
+from server.http.context import ServerContext
+from server.http.errors import bad_value
+from server.openai.schema import ChatRequest
+from server.openai.structured import MAX_SCHEMA, AskedGrammar, asked_grammar
+from server.openai.tools import Tool
+from server.text.answer.calls import Syntax
+from server.text.answer.forms import SYNTAXES
+
+MAX_CALLS = 16  # in one answer
+NOTHING = {"properties": {}, "additionalProperties": False}
+MAX_TEXT = 2 * MAX_SCHEMA  # characters of a grammar
+HERE = "\0"  # stands for the arguments
+JSON_SYNTAX = "llama3_json"  # stands in for Python, for which there is no grammar of a schema
+
+
+def chat_grammar(context: ServerContext, body: ChatRequest) -> AskedGrammar | None:
+    """What an answer must match: calls, if it must be calls; else what the request asks for.
+
+    Raises:
+        ApiError: 400; two things are asked for that exclude each other.
+    """
+    asked, syntax = asked_grammar(body), context.answer_form.syntax
+    if syntax is None or not body.shown_tools:
+        return asked
+    if body.must_call:
+        if asked is not None:
+            raise bad_value(
+                "tool_choice", body.tool_choice, f'with {asked.field} only "auto" and "none" are'
+            )
+        text = call_grammar(forced_syntax(syntax), body.shown_tools, body.most_calls)
+        return _checked(text, "tools", list(body.shown_tools))
+    if asked is None:
+        return None
+    if asked.grammar.kind != "json_schema":
+        raise bad_value("tools", list(body.shown_tools), f"not allowed with {asked.field}")
+    text = call_grammar(
+        forced_syntax(syntax), body.shown_tools, body.most_calls, json.loads(asked.grammar.text)
+    )
+    return _checked(text, asked.field, asked.value)
+
+
+def _checked(text: str, field: str, value: Any) -> AskedGrammar:
+    if len(text) > MAX_TEXT:
+        raise bad_value(field, value, f"the grammar of its calls has over {MAX_TEXT} characters")
+    return AskedGrammar(Grammar("lark", text), field, value)
+
+
+def forced_syntax(syntax: Syntax) -> Syntax:
+    """In which a grammar writes the calls of a model."""
+    return SYNTAXES[JSON_SYNTAX] if syntax is SYNTAXES["llama4_pythonic"] else syntax
+
+
+def call_grammar(
+    syntax: Syntax, tools: Sequence[Tool], most: int | None, answer: Any = None
+) -> str:
+    """In llguidance's Lark: up to `most` calls, one after the other; or JSON that fits the schema
+    `answer`."""
+    more = (MAX_CALLS if most is None else most) - 1
+    further = f" (between call){{0,{more}}}" if more else ""
+    rules = [
+        f"start: call{further}" + (" | answer" if answer is not None else ""),
+        "call: " + " | ".join(f"call_{index}" for index in range(len(tools))),
+    ]
+    if more:
+        rules.append(f"between: {json.dumps(syntax.between)}")
+    if answer is not None:
+        rules.append(f"answer: {_json(answer, lenient=False)}")
+    for index, tool in enumerate(tools):
+        before, _, after = syntax.written([(tool.name, HERE)]).partition(HERE)
+        rules.append(f"call_{index}: {json.dumps(before)} arguments_{index} {json.dumps(after)}")
+        schema = {"type": "object", **(tool.function.parameters or NOTHING)}
+        rules.append(f"arguments_{index}: {_json(schema, lenient=not tool.function.strict)}")
+    return "\n".join(rules)
+
+
+def _json(schema: Any, lenient: bool) -> str:
+    """A rule for JSON. Where it is lenient, keywords that are not supported mean nothing."""
+    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"

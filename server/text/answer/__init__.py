@@ -1,0 +1,1 @@
+"""What a model writes, in parts: reasoning, content and calls of tools."""

@@ -1,0 +1,1 @@
+"""Readers of answers: calls of tools, reasoning."""
