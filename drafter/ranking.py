@@ -12,25 +12,31 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from kernels.sampling.pipeline_reference import DrawSettings
 
 
 def best_children(
-    logits: Tensor, count: int, settings: DrawSettings, target_ids: Tensor | None, ops: Ops
+    ranked: Tensor, count: int, target_ids: Tensor | None, ops: Ops
 ) -> tuple[Tensor, Tensor]:
     """The `count` best tokens after each node, the best first; fewer if there are no more.
 
     Args:
-        logits: [R, Vd] of the draft head.
-        settings: how the target will draw the token after each node, [R].
+        ranked: [R, Vd] logits of the draft head with the noise of `ops.add_noise`.
         target_ids: [Vd] the target's id of each draft token; None if they are equal.
 
     Returns:
         [R, count] target token ids, and [R, count] float32 scores: the log-probability that each is
         drawn, given the noise.
     """
-    ranked = ops.add_noise(logits, settings, target_ids)
-    anyone = torch.zeros_like(settings.seeds)  # `score` wants a token; its probability is not used
-    best = ops.score(ranked, anyone, min(count, logits.shape[1]))
-    ids = best.top_ids if target_ids is None else target_ids[best.top_ids]
-    return ids, best.top
+    # `score` wants a token; its probability is not used
+    anyone = torch.zeros(len(ranked), dtype=torch.int64, device=ranked.device)
+    best = ops.score(ranked, anyone, min(count, ranked.shape[1]))
+    return _target_ids(best.top_ids, target_ids), best.top
+
+
+def best_child(ranked: Tensor, target_ids: Tensor | None, ops: Ops) -> Tensor:
+    """The first of `best_children`, [R]."""
+    return _target_ids(ops.argmax(ranked), target_ids)
+
+
+def _target_ids(ids: Tensor, target_ids: Tensor | None) -> Tensor:
+    return ids if target_ids is None else target_ids[ids]

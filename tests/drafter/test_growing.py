@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch
-from drafter.ranking import best_children
+from drafter.ranking import best_child, best_children
 from drafter.static_levels import StaticLevels
 from engine.kv.slots import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
@@ -157,7 +157,9 @@ def test_a_draft_may_be_any_token_of_the_vocabulary(reference_ops: Ops) -> None:
     flat = torch.linspace(1, 0, 900).expand(40, -1).contiguous()
     settings = DrawSettings(torch.full((40,), 1.3), torch.arange(40), torch.arange(40) + 9)
     drawn = reference_ops.draw(flat, settings)
-    tokens, _ = best_children(flat, 1, settings, None, reference_ops)
+    ranked = reference_ops.add_noise(flat, settings, None)
+    tokens, _ = best_children(ranked, 1, None, reference_ops)
+    assert torch.equal(best_child(ranked, None, reference_ops), tokens[:, 0])
     assert tokens[:, 0].tolist() == drawn.tolist()
     assert (drawn > 64).float().mean() > 0.8
 
