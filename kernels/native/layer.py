@@ -57,7 +57,7 @@ class _BatchInputs:
     """Where the tokens of a batch are, as a C structure. All layers of a forward share one."""
 
     def __init__(self, positions: Tensor, slots: Tensor, meta: AttentionMeta) -> None:
-        self._given = (positions, slots, meta)
+        self._positions, self._slots, self._meta = positions, slots, meta
         tables = meta.block_tables.contiguous()
         held = (positions.contiguous(), slots.contiguous(), meta.ancestors.contiguous())
         self._held = (*held, tables)  # the structure points to these
@@ -73,9 +73,9 @@ class _BatchInputs:
             tables.data_ptr(),
         )
 
-    def is_of(self, *given: Tensor | AttentionMeta) -> bool:
+    def is_of(self, positions: Tensor, slots: Tensor, meta: AttentionMeta) -> bool:
         """Whether it was made from these very objects."""
-        return all(own is other for own, other in zip(self._given, given, strict=True))
+        return self._meta is meta and self._positions is positions and self._slots is slots
 
     def address(self, block_size: int) -> int:
         self._batch.block_size = block_size
