@@ -97,7 +97,7 @@ class DraftRoom:
         wanted = seq.request.params.max_tokens - seq.num_output - 1
         most = min(wanted, plan.spare, self.most_nodes(seq))
         forced = self._forced(seq)[: max(0, min(most, MAX_NODES - 1))]
-        if len(forced) * (1 - price) > rival:  # they are accepted for certain
+        if forced and len(forced) * (1 - price) > rival:  # they are accepted for certain
             if self.lookup is not None:
                 self.lookup.withdraw(seq.line)
             return forced

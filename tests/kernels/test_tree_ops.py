@@ -56,7 +56,9 @@ class ScriptedGrower:
         logits = self.logits[depth, :, :nodes].flatten(0, 1)
         zeros = torch.zeros(len(logits), dtype=torch.int64)
         greedy = DrawSettings(zeros.float(), zeros, zeros, any_sampled=False)
-        found = best_children(logits, count, greedy, None, self.ctx.ops)
+        found = best_children(
+            self.ctx.ops.add_noise(logits, greedy, None), count, None, self.ctx.ops
+        )
         return tuple(part.view(self.num_rows, nodes, count) for part in found)  # type: ignore[return-value]
 
     def forward(
