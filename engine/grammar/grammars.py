@@ -13,6 +13,8 @@ from engine.grammar.matcher import Matcher
 from engine.request import Grammar, Request
 
 KEPT = 256  # compiled grammars
+# Of the texts of all kept grammars, and of one: a compiled one takes some 400 bytes per character.
+KEPT_CHARACTERS, LONGEST_KEPT = 2**18, 2**14
 
 Compiled = Future[LLMatcher]
 
@@ -27,6 +29,7 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._compiler = self._thread.submit(build)
         self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()
+        self._num_characters = 0  # of their texts
         self._matchers: dict[str, Matcher] = {}  # by request id, from its submission to its end
         self._by_line: dict[int, Matcher] = {}
 
@@ -39,10 +42,15 @@ class Grammars:
         """The compiled grammar, or a ValueError, when it is ready."""
         found = self._kept.get(grammar)
         if found is None:
-            found = self._kept[grammar] = self._thread.submit(self._compile, grammar)
+            found = self._thread.submit(self._compile, grammar)
+            if len(grammar.text) > LONGEST_KEPT:
+                return found
+            self._kept[grammar] = found
+            self._num_characters += len(grammar.text)
         self._kept.move_to_end(grammar)
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        while len(self._kept) > KEPT or self._num_characters > KEPT_CHARACTERS:
+            dropped, _ = self._kept.popitem(last=False)
+            self._num_characters -= len(dropped.text)
         return found
 
     def open(self, request: Request, compiled: LLMatcher) -> None:

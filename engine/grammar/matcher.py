@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from llguidance import LLMatcher
@@ -12,6 +14,7 @@ from engine.grammar.compiler import Mask, all_but, compute_mask, reason_of
 from engine.request import SamplingParams
 
 Masks = NDArray[np.int32]  # [n, W] a mask for each of n nodes
+MOST_SECONDS = 0.1  # of computing in one call
 EVERYTHING = -1  # a word of a mask that allows all of its tokens
 
 
@@ -31,6 +34,7 @@ class Matcher:
         params: SamplingParams,
     ) -> None:
         """`compiled`: at the start of a text. It is copied."""
+        self._compiled = compiled
         self._matcher = compiled.deep_copy()
         self._num_words = -(-vocab_size // 32)
         self._eos_token_ids = eos_token_ids
@@ -39,29 +43,36 @@ class Matcher:
         self._early = all_but(held, self._num_words) if params.min_tokens else None
         self._unwanted = self._ends if params.ignore_eos else None
         self._min_tokens = params.min_tokens
-        self._num_taken = 0
+        self._taken: list[int] = []
+        self._overdue = False  # a call took too long
         self._next: Mask | None = None  # tokens that may come next, if that is known
         self.complete = False  # nothing but the end may follow
 
     @property
     def error(self) -> str | None:
-        """Why it cannot go on: a limit on the time for a mask. None while it can."""
+        """Why it cannot go on: a limit on the work for a token. None while it can."""
+        if self._overdue:
+            return f"a token took more than {MOST_SECONDS} s; the grammar is too ambiguous"
         return reason_of(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def take(self, tokens: Sequence[int]) -> int:
         """Go on by the next output tokens, up to the one that completes the text. Returns how many
         were taken: fewer than all if the text is complete or a token is not allowed."""
-        for number, token in enumerate(tokens):
-            if self.complete or not self._consume(token):
-                return number
-            self._num_taken += 1
-            self._next = None
-            self.complete = token in self._eos_token_ids or self._is_complete()
+        with self._timed():
+            for number, token in enumerate(tokens):
+                if self.complete or self._overdue or not self._consume(token):
+                    return number
+                self._taken.append(token)
+                self._next = None
+                self.complete = token in self._eos_token_ids or self._is_complete()
         return len(tokens)
 
     def forced(self) -> list[int]:
         """The tokens that most likely follow because their text must follow."""
-        return [] if self.complete else list(self._matcher.compute_ff_tokens())
+        if self.complete or self.error is not None:
+            return []
+        with self._timed():
+            return list(self._matcher.compute_ff_tokens())
 
     def fill(self, tokens: Sequence[int], parents: Sequence[int], out: Masks) -> None:
         """Write the mask at each node of a draft tree: which tokens may follow the node.
@@ -72,34 +83,58 @@ class Matcher:
             out: [nodes, W]; all tokens are allowed at nodes that cannot be reached, and after the
                 end of the text.
         """
-        out[1:] = EVERYTHING
+        out[:] = EVERYTHING
+        if self._overdue:  # whatever is drawn is not taken
+            return
         children: list[list[int]] = [[] for _ in parents]
         for node, parent in enumerate(parents[1:], 1):
             children[parent].append(node)
-        self._root(out[0])
-        self._descend(0, 0, tokens, children, out)
+        with self._timed():
+            self._root(out[0])
+            if not self._matcher.is_error():
+                self._descend(0, [], tokens, children, out)
 
     def _descend(
         self,
         node: int,
-        depth: int,
+        path: list[int],
         tokens: Sequence[int],
         children: Sequence[Sequence[int]],
         out: Masks,
     ) -> None:
+        """Write the masks below a node; `path`: the tokens from the root to it."""
         for child in children[node]:
             token = tokens[child]
             if token in self._eos_token_ids or not allows(out[node], token):
                 continue
             if self._consume(token):
-                self._mask(out[child], depth + 1)
-                self._descend(child, depth + 1, tokens, children, out)
+                self._mask(out[child], len(path) + 1)
+                if self._matcher.is_error():  # only a text that takes this way ends in an error
+                    out[child] = EVERYTHING
+                    self._rebuild(path)
+                    continue
+                self._descend(child, [*path, token], tokens, children, out)
                 self._matcher.rollback(1)
+
+    def _rebuild(self, path: Sequence[int]) -> None:
+        """Start anew after an error, and go to the node at the end of a path."""
+        self._matcher = self._compiled.deep_copy()
+        for token in (*self._taken, *path):
+            self._matcher.consume_token(token)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Work for one request delays all others, so there must not be much of it."""
+        began = time.thread_time()
+        yield
+        self._overdue |= time.thread_time() - began > MOST_SECONDS
 
     def _consume(self, token: int) -> bool:
         """Whether the token may follow. What follows a token that ends the text does not matter;
         llguidance does not count it as one that can be taken back."""
-        return token in self._eos_token_ids or self._matcher.consume_token(token)
+        if token in self._eos_token_ids:  # after an error they are all that llguidance allows
+            return not self._matcher.is_error()
+        return self._matcher.consume_token(token)
 
     def _root(self, out: Mask) -> None:
         if self._next is None:
@@ -110,7 +145,7 @@ class Matcher:
     def _mask(self, out: Mask, depth: int) -> None:
         """The tokens that may follow `depth` drafted ones, the matcher being there."""
         compute_mask(self._matcher, out)
-        if self._early is not None and self._num_taken + depth < self._min_tokens:
+        if self._early is not None and len(self._taken) + depth < self._min_tokens:
             _narrow(out, self._early)
         if self._unwanted is not None:
             _narrow(out, self._unwanted)

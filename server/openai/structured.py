@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from llguidance import StructTag
 from pydantic import Field, ValidationError, model_validator
 
+from engine.grammar.compiler import WHITESPACE
 from engine.messages import EngineInfo
 from engine.request import Grammar, GrammarKind
 from server.http.body import Fields, NotUsed
@@ -220,10 +221,17 @@ def _shown(value: Any) -> Any:
 def _schema(value: SchemaOrText) -> str:
     if isinstance(value, str):
         value = _object(value)
+    _check_keywords(value)
     text = json.dumps(value)
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"it must have at most {MAX_SCHEMA} characters, and has {len(text)}")
     return text
+
+
+def _check_keywords(schema: Schema) -> None:
+    """llguidance takes its own settings from a schema; they are ours to choose."""
+    if "x-guidance" in schema:
+        raise ValueError('the keyword "x-guidance" is not supported')
 
 
 def _object(text: str) -> Schema:
@@ -243,12 +251,12 @@ def _choice(values: list[str]) -> str:
 def _tags(value: str | StructuralTag) -> str:
     if isinstance(value, str):
         value = _tag_in(_object(value))
-    tags = [
-        StructTag(
-            trigger=value.trigger_of(one) or "", begin=one.begin, grammar=one.schema_, end=one.end
-        )
-        for one in value.structures
-    ]
+    tags = []
+    for one in value.structures:
+        _check_keywords(one.schema_)
+        schema = {**one.schema_, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+        trigger = value.trigger_of(one) or ""
+        tags.append(StructTag(trigger=trigger, begin=one.begin, grammar=schema, end=one.end))
     return StructTag.to_grammar(tags, assume_special=False)
 
 

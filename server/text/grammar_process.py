@@ -5,6 +5,7 @@ It gets a tokenizer, and then one grammar after another, each of which it compil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import msgspec
@@ -16,7 +17,8 @@ from server.text.children import answer_parent
 
 TIMEOUT = 2.0  # seconds to compile one grammar; usually it takes some milliseconds
 MAX_MEMORY = 2**32  # bytes, most of them never used: libraries reserve some for each core
-GBNF = "::="  # what tells a grammar in GBNF from one in Lark
+# A rule as in GBNF; Lark has one colon.
+GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -46,7 +48,7 @@ def serve(data: bytes) -> Callable[[bytes], Checked]:
 
 def _checked(compiler: GrammarCompiler, grammar: Grammar) -> Checked:
     try:
-        if grammar.kind == "lark" and GBNF in grammar.text:
+        if grammar.kind == "lark" and GBNF.search(grammar.text):
             grammar = Grammar("lark", _lark(grammar.text))
         compiler.compile(grammar)
     except (ValueError, MemoryError) as error:

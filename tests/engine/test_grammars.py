@@ -225,7 +225,7 @@ def step(core: EngineCore, heard: dict[str, Completion]) -> None:
 def test_a_grammar_that_fails_in_the_middle_ends_its_request_only(
     engine: TinyEngine, plain: dict[str, Completion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = property(lambda matcher: "too complex" if matcher._num_taken >= 3 else None)
+    failing = property(lambda matcher: "too complex" if len(matcher._taken) >= 3 else None)
     monkeypatch.setattr(Matcher, "error", failing)
     heard = generate(engine.build(), table())
     end = heard["words"].finished

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 
-from engine.grammar.compiler import GrammarCompiler
-from engine.grammar.matcher import Matcher
+from engine.grammar.compiler import GrammarCompiler, Mask, compute_mask
+from engine.grammar.matcher import MOST_SECONDS, Matcher
 from engine.request import Grammar, SamplingParams
 from tests.support.scripted_proposer import random_parents
-from tests.support.tiny_grammars import EOS, TOKENS, allowed, compiler, matching, text_of
+from tests.support.tiny_grammars import (
+    EOS,
+    TOKENS,
+    TinyTokenizer,
+    allowed,
+    compiler,
+    matching,
+    text_of,
+)
 
 PATTERNS = [
     "(ab)*c",
@@ -22,6 +32,7 @@ PATTERNS = [
     "a|ab|abc",
 ]
 NUM_WORDS = -(-len(TOKENS) // 32)
+ids = TinyTokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +183,52 @@ def test_bad_grammars_say_why(compiled: GrammarCompiler, grammar: Grammar, reaso
         compiled.compile(grammar)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 320
+
+
+def test_a_call_that_computes_for_long_ends_the_text(
+    compiled: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ambiguous grammars take longer with every token, and all other requests wait meanwhile."""
+    matcher = follow(compiled, "(ab)*c")
+    now = iter((0.0, 2 * MOST_SECONDS, 1.0, 1.0))
+    monkeypatch.setattr("engine.grammar.matcher.time.thread_time", lambda: next(now))
+    assert matcher.take(ids("a")) == 1
+    assert matcher.error is not None
+    assert "too ambiguous" in matcher.error
+    assert matcher.take(ids("b")) == 0
+    assert matcher.forced() == []
+    assert masks_of(matcher, ids("a"), [-1]) == [frozenset(range(len(TOKENS)))]
+
+
+def test_no_end_is_taken_after_an_error(
+    compiled: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then llguidance allows nothing but the end, which would make a cut text look complete."""
+    matcher = follow(compiled, "a*")
+    failed = SimpleNamespace(is_error=lambda: True, get_error=lambda: "Too many items")
+    monkeypatch.setattr(matcher, "_matcher", failed)
+    assert matcher.take([EOS]) == 0
+    assert matcher.error == "Too many items"
+
+
+def test_an_error_on_a_drafted_path_is_no_error_of_the_text(
+    compiled: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (a,), (b,), (c,) = ids("a"), ids("b"), ids("c")
+    matcher, usual = follow(compiled, "a(b|c)*"), follow(compiled, "a(b|c)*")
+    assert matcher.take([a]) == usual.take([a]) == 1
+    broken = iter((False, True))  # at the root, at its first child
+
+    def masked(inner: LLMatcher, out: Mask) -> None:
+        compute_mask(inner, out)
+        if next(broken, False):
+            monkeypatch.setattr(matcher, "_matcher", SimpleNamespace(is_error=lambda: True))
+
+    monkeypatch.setattr("engine.grammar.matcher.compute_mask", masked)
+    tokens, parents = [a, b, c, b], [-1, 0, 0, 2]
+    found = masks_of(matcher, tokens, parents)
+    expected = masks_of(usual, tokens, parents)
+    assert found[1] == frozenset(range(len(TOKENS)))
+    assert (found[0], found[2:]) == (expected[0], expected[2:])
+    assert matcher.error is None
+    assert matcher.take([b, c]) == 2

@@ -93,6 +93,8 @@ IN_FORMAT = "response_format.json_schema.schema"
     ("fields", "param", "words"),
     [
         ({"response_format": "text"}, "response_format", "must be an object"),
+        (of_schema({"x-guidance": {"lenient": True}}), IN_FORMAT, '"x-guidance" is not supported'),
+        ({"guided_json": {"x-guidance": {}}}, "guided_json", '"x-guidance" is not supported'),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         (
             {"response_format": {"type": "json_schema"}},
