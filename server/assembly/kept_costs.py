@@ -21,6 +21,7 @@ from configs.files import read_text
 from engine.speculation.costs import StepCosts
 
 MAX_FILE = 65_536  # bytes
+WRITER = "step-costs"  # name of the thread
 VERSION = 4  # of what the numbers mean
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class KeptCosts:
     def save(self, head: Hashable, costs: StepCosts) -> None:
         """Keep costs for the next start. A thread writes: a slow disk holds up no step."""
         text = json.dumps(asdict(costs))
-        threading.Thread(target=_write, args=(self._path(head), text), daemon=True).start()
+        where = self._path(head)
+        threading.Thread(target=_write, args=(where, text), name=WRITER, daemon=True).start()
 
     def _path(self, head: Hashable) -> Path:
         key = hashlib.sha256(f"{VERSION} {self.identity} {head!r}".encode()).hexdigest()[:32]

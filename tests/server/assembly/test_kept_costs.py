@@ -9,7 +9,7 @@ import pytest
 
 from engine.speculation.costs import Padding, Sample, StepCosts
 from engine.step.shape import chain
-from server.assembly.kept_costs import KeptCosts
+from server.assembly.kept_costs import WRITER, KeptCosts
 
 WORK = [Padding().work([length] * rows, chain(5), 8) for rows in (1, 4) for length in (0, 1, 5)]
 
@@ -18,8 +18,8 @@ def saved(kept: KeptCosts, head: str) -> StepCosts:
     costs = StepCosts.fitted([Sample(work, 0.01 + 0.002 * work.tokens) for work in WORK])
     kept.save(head, costs)
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(5)
+        if thread.name == WRITER:
+            thread.join()
     return costs
 
 
