@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from configs.resolve import HostConfig, ResolvedConfig, with_sizes
+from configs.resolve import HostConfig, with_sizes
 from engine.messages import EngineInfo
 from server.http.admission import Admission
 from server.http.callers import Callers
@@ -88,17 +88,15 @@ class ServerContext:
     def resolved_config(self) -> HostConfig:
         """The configuration with what the engine settled when it loaded the model."""
         info = self.client.info
-        return self.config if info is None else with_engine_facts(self.config, info)
+        if info is None:
+            return self.config
+        sizes = {"max_model_len": info.max_model_len, "num_blocks": info.num_blocks}
+        return with_sizes(self.config, **sizes)
 
     def check_model(self, name: str | None) -> None:
         """ApiError 404 unless `name` is the served model or None."""
         if name is not None and name != self.info.model_name:
             raise model_not_found(name)
-
-
-def with_engine_facts(config: HostConfig, info: EngineInfo) -> ResolvedConfig:
-    """`config` with the sizes that the engine chose."""
-    return with_sizes(config, max_model_len=info.max_model_len, num_blocks=info.num_blocks)
 
 
 def context_of(request: HttpRequest) -> ServerContext:

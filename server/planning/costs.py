@@ -104,7 +104,7 @@ class Machine:
         return Cost(network=number * each)
 
     def host(self, rows: int, num_nodes: int) -> Cost:
-        """Of the host, where it is not hidden behind the GPU's work."""
+        """Of the host, as far as the GPU has to wait for it."""
         found = self.calibration
         each = found.host_row_us + (num_nodes - 1) * found.host_node_us
         return Cost(host=found.host_us + rows * each)

@@ -38,7 +38,7 @@ class Deployment:
     target: ModelSizes
     head: HeadSizes | None = None
     cache_bytes: int = 2  # of a key or value entry
-    run_ahead: bool = True  # the host's work is hidden behind the GPU's
+    run_ahead: bool = True  # the host works while the GPU does
 
 
 def round_parts(deployment: Deployment, rows: int, context: int, shape: TreeShape) -> Parts:

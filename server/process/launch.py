@@ -16,7 +16,7 @@ import uvloop
 import yaml
 
 from configs.redact import redacted
-from configs.resolve import HostConfig, with_sizes
+from configs.resolve import HostConfig
 from engine.messages import EngineInfo
 from server.http.state import ServerState
 from server.process.client import ZmqEngineClient
@@ -27,6 +27,7 @@ from server.process.open_files import raise_limit
 from server.process.socket_folder import remove_stale_folders
 
 if TYPE_CHECKING:
+    from server.http.context import ServerContext
     from server.process.web import WebServer
 
 SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
@@ -88,7 +89,7 @@ async def _run(
 ) -> None:
     """Answer requests until a signal comes or the engine cannot be restarted."""
     running = asyncio.create_task(web.serve(sockets=[listener]))
-    announcing = asyncio.create_task(_announce(config, client, listener))
+    announcing = asyncio.create_task(_announce(web.context, client, listener))
     await _first(stop.wait(), engine.failed(), running)
     announcing.cancel()
     if stop.is_set():
@@ -102,13 +103,15 @@ async def _run(
     await running
 
 
-async def _announce(config: HostConfig, client: ZmqEngineClient, listener: socket.socket) -> None:
+async def _announce(
+    context: ServerContext, client: ZmqEngineClient, listener: socket.socket
+) -> None:
     """Print the resolved configuration, then where the server can be reached."""
     info = await client.wait_ready()
     warn_of_fallback(info)
-    sizes = with_sizes(config, max_model_len=info.max_model_len, num_blocks=info.num_blocks)
+    config = context.resolved_config()
     url = address_of(config.server, listener)
-    facts = {"config": redacted(sizes), "ops": info.ops_in_words}
+    facts = {"config": redacted(config), "ops": info.ops_in_words}
     try:
         sys.stdout.write(announcement(facts, url, config.log.format))
         sys.stdout.flush()

@@ -77,7 +77,7 @@ class Children:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Child]:
-        """A child that nobody else uses meanwhile. It may have to be waited for.
+        """A child that nobody else uses meanwhile. Waits until one is free.
 
         Raises:
             ValueError: `close` was called.
