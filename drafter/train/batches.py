@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,3 +74,18 @@ def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
     for row, part in enumerate(parts):
         result[row, : len(part)] = part
     return result
+
+
+def least_learnt(lengths: Sequence[int], max_tokens: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of at most `max_tokens`, while `lengths` may grow: always of the examples
+    that have been in the fewest batches so far, so new ones come first."""
+    generator = np.random.default_rng(seed)
+    counts = np.zeros(0, dtype=np.int64)
+    while True:
+        counts = np.concatenate((counts, np.zeros(len(lengths) - len(counts), dtype=np.int64)))
+        order = np.lexsort((generator.random(len(counts)), counts))
+        chosen = order[:POOL]
+        counts[chosen] += 1
+        batches = cut(sorted(chosen.tolist(), key=lengths.__getitem__), lengths, max_tokens)
+        for index in generator.permutation(len(batches)):
+            yield batches[index]

@@ -16,7 +16,8 @@ from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 
 BLOCK_SIZE = 16
-LOGIT_ROWS = 128  # about 25 MB at 49k tokens: small enough for the allocator to keep and reuse
+# Rows of logits at a time; on a CPU so few that the allocator keeps and reuses their memory.
+LOGIT_ROWS = {"cpu": 128, "cuda": 4096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,10 @@ class FrozenTarget:
 
     def _best(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """[T] int32, the likeliest next token. The logits of all T never exist at once."""
+        size = LOGIT_ROWS[hidden.device.type]
         found = [
-            self._ops.argmax(self._model.logits(hidden[first : first + LOGIT_ROWS], ctx))
-            for first in range(0, len(hidden), LOGIT_ROWS)
+            self._ops.argmax(self._model.logits(hidden[first : first + size], ctx))
+            for first in range(0, len(hidden), size)
         ]
         return torch.cat(found).to(torch.int32)
 

@@ -48,7 +48,7 @@ def texts() -> list[list[int]]:
 def test_features_are_those_of_transformers(
     taps: tuple[int, ...], ops: Ops, oracle: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(module, "LOGIT_ROWS", {"cpu": 7})
     last: list[torch.Tensor] = []
     oracle.model.layers[-1].register_forward_hook(lambda *call: last.append(call[-1]))
     for text, found in zip(texts(), frozen(oracle, ops, taps).features(texts()), strict=True):
