@@ -114,12 +114,12 @@ class _Rows:
         attention over one key costs little.
         """
         most = self.answers.shape[1] - 1
-        at = torch.where(self.done, most, self.counts)
+        at = self.counts.masked_fill(self.done, most)
         self.answers.scatter_(1, at[:, None], drawn.int()[:, None])
         self.counts.add_(~self.done)
         self.done.logical_or_(ends).logical_or_(self.counts >= most)
         self.tokens.copy_(drawn)
-        self.positions.copy_(torch.where(self.done, 0, self.positions + 1))
+        self.positions.add_(1).masked_fill_(self.done, 0)
 
 
 @dataclass(frozen=True, slots=True)
