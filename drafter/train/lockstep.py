@@ -9,6 +9,7 @@ is no scheduler, prefix cache or draft: this makes text to learn from; `EngineCo
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,12 +115,12 @@ class _Rows:
         attention over one key costs little.
         """
         most = self.answers.shape[1] - 1
-        at = torch.where(self.done, most, self.counts)
+        at = self.counts.masked_fill(self.done, most)
         self.answers.scatter_(1, at[:, None], drawn.int()[:, None])
         self.counts.add_(~self.done)
         self.done.logical_or_(ends).logical_or_(self.counts >= most)
         self.tokens.copy_(drawn)
-        self.positions.copy_(torch.where(self.done, 0, self.positions + 1))
+        self.positions.add_(1).masked_fill_(self.done, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,8 @@ class LockstepTarget:
         self._looks: deque[_Look] = deque()  # not yet read, the oldest first
         self._ready: deque[Answer] = deque()
         self._run_step = self._captured()
+        self.num_steps = 0
+        self.seconds_waited = 0.0  # by the host for the device; near 0, the host is the limit
 
     @property
     def num_tokens(self) -> int:
@@ -224,6 +227,7 @@ class LockstepTarget:
                 return
             for _ in range(self._pace.steps):
                 self._run_step()
+            self.num_steps += self._pace.steps
             self._look()
             if len(self._looks) > self._pace.behind:
                 self._collect(self._looks.popleft())
@@ -287,7 +291,9 @@ class LockstepTarget:
 
     def _collect(self, look: _Look) -> None:
         """Wait for the look; its finished answers are ready, and their rows free."""
+        started = time.perf_counter()
         here, parts, first = look.fetch.wait(), [], 0
+        self.seconds_waited += time.perf_counter() - started
         for like in self._looked_at():
             parts.append(view(here, first, like).numpy())
             first += like.numel() * like.itemsize

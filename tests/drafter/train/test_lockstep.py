@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from drafter.train import lockstep as module
 from drafter.train.lockstep import ON_CPU, ON_DEVICE, Answer, LockstepTarget, Pace, Question
 from drafter.train.target import FrozenTarget
 from engine.checkpoints.arch import LlamaArch
@@ -229,3 +230,33 @@ def test_sizes_and_models_that_cannot_be_used_are_refused(native_ops: Ops) -> No
     chunked = SimpleNamespace(arch=model.arch, attention_chunk=8192)
     with pytest.raises(ValueError, match="chunks of 8192 positions"):
         lockstep(chunked, native_ops)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_captured_step_gives_the_same_answers(
+    native_ops: Ops, works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Launches before the capture change nothing; without a graph, steps are launched."""
+    model, replays = load(native_ops), []
+    expected = by_tag(lockstep(model, native_ops).answers(asking(questions(0.7))))
+
+    def capture(launch: Callable[[], None], pool: object) -> tuple[SimpleNamespace, None]:
+        for _ in range(3):
+            launch()
+        if not works:
+            raise RuntimeError(f"no memory left in {pool}")
+
+        def replay() -> None:
+            replays.append(launch())
+
+        return SimpleNamespace(replay=replay), None
+
+    monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    target = lockstep(model, native_ops)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "_device", torch.device("cuda"))
+        target._run_step = target._captured()
+    assert by_tag(target.answers(asking(questions(0.7)))) == expected
+    assert bool(replays) == works
+    assert ("no CUDA graph for answering" in caplog.text) != works
