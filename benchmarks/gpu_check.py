@@ -9,6 +9,7 @@ were missed or there is no CUDA device.
     python -m benchmarks.gpu_check                      # all parts
     python -m benchmarks.gpu_check --list
     python -m benchmarks.gpu_check --part operations    # one; the file keeps results of the others
+    python -m benchmarks.gpu_check --seconds 120        # what does not fit is cut off or left out
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,22 +33,39 @@ from benchmarks.parts import ROOT, Found, Part, failures, print_result, run_part
 
 ALL_SECONDS = 350.0
 RESULTS, LOGS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "out" / "gpu-check"
-TEST_PROCESSES = 6
+TEST_PROCESSES = 12
 FAILED_LINES = ("FAILED", "ERROR")
 
 # Runs every test file of the Triton kernels except the one that compiles for Hopper without a GPU.
-TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=120"]
+TESTS = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "--timeout=120",
+    "--tb=short",
+]
 
 
 def kernel_tests() -> Found:
     """The tests of the Triton kernels, compiled for this device instead of interpreted."""
     files = sorted((ROOT / "tests" / "kernels").glob("test_triton_*.py"), key=_size, reverse=True)
     files = [path for path in files if "sm90" not in path.name]
+    found: Found = {"summaries": {}, "failed": [], "not_ended": [path.name for path in files]}
     with ThreadPoolExecutor(TEST_PROCESSES) as pool:
-        done = dict(zip(files, pool.map(_run_tests, files), strict=True))
-    failed = [line for path, run in done.items() for line in failed_tests(path.name, run)]
-    ends = {path.name: (run.stdout.splitlines() or [""])[-1] for path, run in done.items()}
-    return {"summaries": ends, "failed": failed}
+        running = {pool.submit(_run_tests, path): path.name for path in files}
+        for ended in as_completed(running):
+            name, run = running[ended], ended.result()
+            found["summaries"][name] = (run.stdout.splitlines() or [""])[-1]
+            found["not_ended"].remove(name)
+            failed = failed_tests(name, run)
+            if failed:
+                print(run.stdout[-6000:])
+            found["failed"] += failed
+            print_result(found)
+    return found
 
 
 def _size(path: Path) -> int:
@@ -73,6 +91,22 @@ def _same_tokens() -> Found:
     from benchmarks import gpu_engine
 
     return gpu_engine.same_tokens()
+
+
+def _tiny(name: str) -> Callable[[], Found]:
+    def run() -> Found:
+        from benchmarks import gpu_tiny
+
+        found: Found = getattr(gpu_tiny, name)()
+        return found
+
+    return run
+
+
+def _rounds() -> Found:
+    from benchmarks import gpu_rounds
+
+    return gpu_rounds.rounds()
 
 
 def _speeds() -> Found:
@@ -107,11 +141,17 @@ def _operations() -> Found:
 
 INSIDE: Mapping[str, Callable[[], Found]] = {
     "kernel tests": kernel_tests,
+    "tiny models in float32": _tiny("same_tokens"),
+    "tiny models in bfloat16": _tiny("graphs_equal_eager"),
+    "tiny Llama 4": _tiny("llama4"),
+    "tiny models with grammars": _tiny("grammars"),
     "same tokens": _same_tokens,
     "group of one rank": _one_rank,
     "operations run": _operations_run,  # and compile
     "operations": _operations,
+    "8B rounds": _rounds,
     "8B step": _large_step,
+    "auto on a random model": _tiny("automatic"),
     "tokens per second": _speeds,
 }
 
@@ -123,16 +163,28 @@ def _part(name: str, seconds: float, *, alone: bool = False) -> Part:
 
 PARTS = (
     _part("kernel tests", 150),
+    _part("tiny models in float32", 150),
+    _part("tiny models in bfloat16", 150),
+    _part("tiny Llama 4", 150),
+    _part("tiny models with grammars", 150),
     _part("same tokens", 150),
     _part("group of one rank", 90),
     _part("operations run", 150),
     _part("operations", 100, alone=True),
+    _part("8B rounds", 100, alone=True),
     _part("8B step", 100, alone=True),
+    _part("auto on a random model", 60, alone=True),
     _part("tokens per second", 100, alone=True),
 )
 
 
-def check(parts: Sequence[Part], path: Path, logs: Path, facts: Mapping[str, object]) -> int:
+def check(
+    parts: Sequence[Part],
+    path: Path,
+    logs: Path,
+    facts: Mapping[str, object],
+    seconds: float = ALL_SECONDS,
+) -> int:
     """Run the parts, keep the results of other parts in `path`, print the verdicts. Returns the
     exit code."""
     logs.mkdir(parents=True, exist_ok=True)
@@ -142,7 +194,7 @@ def check(parts: Sequence[Part], path: Path, logs: Path, facts: Mapping[str, obj
         _write(path, {"machine": facts, "parts": {**kept, **found}})
 
     save({})
-    found = run_parts(parts, logs, time.monotonic() + ALL_SECONDS, save)
+    found = run_parts(parts, logs, time.monotonic() + seconds, save)
     _print_verdicts(found)
     failed = failures(found)
     for line in failed:
@@ -184,15 +236,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.inside is not None:
         print_result(INSIDE[asked.inside]())
         return 0
-    parts = [part for part in PARTS if asked.part in (None, part.name)]
+    parts = [part for part in PARTS if asked.part is None or part.name in asked.part]
     path = RESULTS / f"gpu-{machine.device_slug()}-{datetime.now(UTC):%Y-%m-%d}.json"
-    return check(parts, path, LOGS, machine.facts())
+    return check(parts, path, LOGS, machine.facts(), asked.seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check")
     parser.add_argument("--list", action="store_true", help="list the parts")
-    parser.add_argument("--part", choices=list(INSIDE), help="run only this part")
+    parser.add_argument("--part", choices=list(INSIDE), action="append", help="run only these")
+    parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for all parts")
     parser.add_argument("--inside", choices=list(INSIDE), help=argparse.SUPPRESS)
     return parser
 

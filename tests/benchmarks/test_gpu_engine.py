@@ -9,11 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_engine
-from benchmarks.gpu_engine import RepeatingProposer
-from engine.speculation.planner import FixedPlanner
-from engine.step.shape import ROOT, chain
 from kernels.ops import Ops
-from server.assembly.drafting import Drafting
 
 
 def test_every_head_of_the_benchmark_has_a_folder_of_its_own(
@@ -25,9 +21,6 @@ def test_every_head_of_the_benchmark_has_a_folder_of_its_own(
         folder.mkdir()  # raises if a head would overwrite another
         saved.append(folder)
 
-    def joined(*_: object) -> Drafting:
-        return Drafting(RepeatingProposer(torch.device("cpu")), FixedPlanner(ROOT))
-
     class Loader:
         def __init__(self, *_: object) -> None: ...
 
@@ -37,9 +30,8 @@ def test_every_head_of_the_benchmark_has_a_folder_of_its_own(
     monkeypatch.setattr(gpu_engine, "random_eagle3", lambda *_, **__: {})
     monkeypatch.setattr(gpu_engine, "save_eagle3", save)
     monkeypatch.setattr(gpu_engine, "HeadLoader", Loader)
-    monkeypatch.setattr(gpu_engine, "drafting_with", joined)
-    large = gpu_engine._Large(reference_ops, torch.device("cpu"), tmp_path)
+    large = gpu_engine.Large(reference_ops, torch.device("cpu"), tmp_path)
     target: Any = None
     for _ in range(2):
-        large.drafting(target, chain(3))
+        large.head(target)
     assert len(set(saved)) == 2

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import Llama4ForCausalLM, LlamaForCausalLM
 
 
 @torch.inference_mode()
 def greedy_margins(
-    oracle: LlamaForCausalLM, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    oracle: LlamaForCausalLM | Llama4ForCausalLM,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
 ) -> Tensor:
     """How far the logit of each output token lies above that of every other token, [len(output)].
 
