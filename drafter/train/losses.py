@@ -67,10 +67,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
         best = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
         loss = torch.zeros((), device=inputs.device)
         for part in _chunks(slopes):
-            logits = slopes[part].float()
+            logits = slopes[part]
             wanted = teacher[rows[part]].float()
             best[part] = logits.argmax(dim=-1)
-            log_q = functional.log_softmax(logits, dim=-1)
+            log_q = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
             loss -= torch.dot(wanted.flatten(), log_q.flatten())
             slopes[part] = log_q.exp_().sub_(wanted)
         needs_inputs, needs_head = ctx.needs_input_grad[:2]

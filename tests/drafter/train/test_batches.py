@@ -70,7 +70,7 @@ def test_collate_pads_with_zeros_and_marks_nothing_there() -> None:
         )
         for n in (3, 2)
     ]
-    batch = collate(examples, features, torch.device("cpu"))
+    batch = collate(examples, TargetFeatures.join(features), torch.device("cpu"))
     assert batch.token_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch.is_answer.tolist() == [[False, True, True], [False, True, False]]
     assert batch.taps[..., 0].tolist() == [[3, 3, 3], [2, 2, 0]]
