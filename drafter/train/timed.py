@@ -33,15 +33,20 @@ class Clock:
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._started = now()
-        self._seconds = seconds
+        self._seconds = seconds * (1 - RESERVE)
+        self._kept = 0.0
 
     def elapsed(self) -> float:
         """Seconds since the run began."""
         return self._now() - self._started
 
+    def keep(self, seconds: float) -> None:
+        """Keep so much time for what follows the last step."""
+        self._kept = max(self._kept, min(seconds, self._seconds / 2))
+
     def share(self) -> float:
         """Of the time until the last step, 0 to 1 and more."""
-        return self.elapsed() / (self._seconds * (1 - RESERVE))
+        return self.elapsed() / (self._seconds - self._kept)
 
 
 @dataclass(slots=True)
@@ -99,6 +104,7 @@ class TimedRun:
         self._clock = clock
         self._batches = self._numbered(trainer.config.batch_tokens, trainer.config.seed)
         self._measured = 0.0  # share of the time at the last measurement
+        self._measured_step = -1
         self.spent = Spent(starting=clock.elapsed())
 
     def run(self, on_step: Callable[[Entry], None]) -> None:
@@ -142,10 +148,15 @@ class TimedRun:
         self.spent.num_learnt = self._trainer.num_answer_tokens
 
     def _measure(self) -> None:
+        """Unless no step has been made since the last time."""
+        if self._measured_step == self._trainer.step:
+            return
         started = self._clock.elapsed()
         self._trainer.measure()
-        self._measured = self._clock.share()
-        self.spent.measuring += self._clock.elapsed() - started
+        seconds = self._clock.elapsed() - started
+        self._clock.keep(seconds)
+        self._measured, self._measured_step = self._clock.share(), self._trainer.step
+        self.spent.measuring += seconds
 
     def _numbered(self, max_tokens: int, seed: int) -> Iterator[tuple[int, list[int]]]:
         return enumerate(least_learnt(self._pool.lengths, max_tokens, seed))

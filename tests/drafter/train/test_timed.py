@@ -14,10 +14,13 @@ from drafter.train.timed import Clock, Pool, TimedRun
 class FakeTime:
     """The world in which a run takes place: every answer and every step takes some time."""
 
-    def __init__(self, answer: float, step: float, num_answers: int = 10**6) -> None:
+    def __init__(
+        self, answer: float, step: float, num_answers: int = 10**6, measure: float = 0.0
+    ) -> None:
         self.now = 0.0
         self.log: list[str] = []
         self._answer, self._step, self._num_answers = answer, step, num_answers
+        self._measure = measure
         self.num_tokens = self.num_answer_tokens = self.step = 0
         self.config = self
         self.batch_tokens, self.seed, self.checkpoint_every = 100, 0, 7
@@ -45,6 +48,7 @@ class FakeTime:
         self.log.append("step")
 
     def measure(self) -> None:
+        self.now += self._measure
         self.log.append("measure")
 
     def save(self) -> None:
@@ -82,6 +86,13 @@ def test_it_measures_first_last_and_at_every_tenth_and_saves_the_end() -> None:
     assert 10 <= world.log.count("measure") <= 13
     assert world.log[-2:] == ["measure", "save"]
     assert world.log.count("save") == world.step // 7 + 1
+
+
+def test_slow_measurements_do_not_make_it_late() -> None:
+    world = FakeTime(answer=0.01, step=0.07, measure=8.0)
+    run(world, 100.0)
+    assert 88 < world.now < 100
+    assert world.log.count("measure") >= 3
 
 
 def test_when_all_is_answered_only_learning_goes_on() -> None:
