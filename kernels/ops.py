@@ -86,18 +86,9 @@ class AttentionMeta:
 
 
 class PackedLayer(Protocol):
-    """A decoder layer's weights, ready to be run as one operation."""
+    """A decoder layer's weights, ready for `Ops.decoder_layers`."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        meta: AttentionMeta,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor: ...
+    address: int  # of its structure in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +155,10 @@ class Ops:
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     # The next two are None where layers are made of the operations above
     pack_layer: Callable[[LayerWeights], PackedLayer] | None
-    # (layer, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache,
-    # v_cache) -> [T, H], not yet added to the residual, which is changed in place: bit for bit
-    # what the layer's operations give in turn
-    decoder_layer: Callable[..., Tensor] | None
+    # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and
+    # v_cache of each) -> [T, H], not yet added to the residual, which is changed in place: bit for
+    # bit what the operations of all layers give in turn
+    decoder_layers: Callable[..., Tensor] | None
     reads_groups: bool  # whether weights may stay quantised
     stacks_experts: bool  # whether `moe` reads all experts as one tensor
     activation_dtype: torch.dtype

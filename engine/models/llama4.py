@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +94,8 @@ class RoutedMLP:
 @dataclass(frozen=True, slots=True)
 class Llama4Layer:
     """Attention and feed-forward over a residual stream."""
+
+    whole: ClassVar[None] = None
 
     input_norm: RMSNorm
     attention: Llama4Attention
