@@ -98,7 +98,7 @@ class WeightPacker:
             weight = stacked(list(same))
             own = None if bias is None else bias[at : at + len(weight)]
             at += len(weight)
-            yield self.ops.pack_linear(weight, own)
+            yield self.ops.pack_linear(weight.to(self.device), own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,10 @@ class GroupedWeight:
             self.codes[rows, start:stop], self.scales[rows, groups], minimums, self.bits
         )
 
+    def to(self, device: torch.device) -> GroupedWeight:
+        minimums = None if self.minimums is None else self.minimums.to(device)
+        return GroupedWeight(self.codes.to(device), self.scales.to(device), minimums, self.bits)
+
     def take(self, rows: Tensor) -> GroupedWeight:
         """The rows with these numbers, [N] int64, in this order."""
         minimums = None if self.minimums is None else self.minimums[rows]

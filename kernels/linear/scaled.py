@@ -63,6 +63,9 @@ class ScaledWeight:
         blocks = slice(start // block, -(-stop // block))
         return ScaledWeight(self.values[rows, start:stop], self.scales[rows, blocks], self.layout)
 
+    def to(self, device: torch.device) -> ScaledWeight:
+        return ScaledWeight(self.values.to(device), self.scales.to(device), self.layout)
+
     def take(self, rows: Tensor) -> ScaledWeight:
         """The rows with these numbers, [N] int64, in this order."""
         return ScaledWeight(self.values[rows], self.scales[rows], self.layout)

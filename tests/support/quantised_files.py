@@ -239,6 +239,9 @@ def fp8_blocks() -> dict[str, Any]:
     return compressed("float-quantized", weights, TOKEN | {"strategy": "group"})
 
 
+FP8_WEIGHTS = Format(  # activations are not rounded
+    compressed("naive-quantized", FLOAT | {"strategy": "channel"}, None), fp8(per_channel)
+)
 FP8_CHANNEL = Format(float8("channel"), fp8(per_channel))
 FORMATS: dict[str, Format] = {
     "fp8-channel": FP8_CHANNEL,
