@@ -62,9 +62,9 @@ class ModelConfig(Section):
     )
     weights: WeightForm = Field(
         "stored",
-        description="stored: weights that a .gguf file holds quantised stay so, which is fastest; "
-        "plain: all become numbers of `dtype`; q8, q4: all are rounded to 8 or 4 bits in groups of "
-        "32. Quantised weights are for CPUs with native kernels; elsewhere `stored` means plain",
+        description="stored: weights that are quantised on disk stay so where the kernels read "
+        "them, which is fastest; plain: all become numbers of `dtype`; q8, q4: all are rounded to "
+        "8 or 4 bits in groups of 32, on CPUs with native kernels; q4 on CUDA devices, too",
     )
     max_model_len: Positive | None = Field(
         None, description="prompt + output tokens; default: the model's own context length"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.linear.grouped import GroupedWeight
+from kernels.linear.grouped import GROUP, GroupedWeight
+from kernels.linear.quantised import Part, dense
 from kernels.native.layer import (
     ENDINGS,
     SUFFIXES,
@@ -64,11 +65,14 @@ class NativeOps:
         self._argmax = library.call("aerie_argmax")
         self._logsumexp = library.call("aerie_logsumexp")
 
-    def pack_linear(self, weight: Tensor | GroupedWeight, bias: Tensor | None) -> LinearWeight:
+    def pack_linear(self, weight: Part, bias: Tensor | None) -> LinearWeight:
         bias = None if bias is None else bias.float().contiguous()
         if isinstance(weight, GroupedWeight):
-            return self._pack_grouped(weight, bias)
-        weight = weight.to(self._dtype).contiguous()
+            weight = weight.regrouped(GROUP)
+            # Of wide scales, the kernels read groups of 32 with minimums only.
+            is_read = weight.layout.group < GROUP or not weight.layout.wide_scales
+            return self._pack_grouped(weight if is_read else weight.with_minimums(), bias)
+        weight = dense(weight).to(self._dtype).contiguous()
         N, K = weight.shape
         size = self.library.number(f"aerie_packed_elements_{self._suffix}", N, K)
         packed = self._memory.empty(size, dtype=self._dtype)

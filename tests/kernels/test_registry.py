@@ -112,6 +112,6 @@ def test_every_operation_is_named() -> None:
     layers = {"pack_layer", "decoder_layers"}
     assert known == {
         *(*OPERATIONS, *layers),
-        *("pack_linear", "reads_groups", "stacks_experts", "activation_dtype", "backends"),
+        *("pack_linear", "reads", "stacks_experts", "activation_dtype", "backends"),
     }
     assert len(set(BACKENDS)) == len(BACKENDS)
