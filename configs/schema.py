@@ -271,6 +271,17 @@ class ServerConfig(Section):
         "per second) is disconnected",
     )
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    max_stored_responses: Integer = Field(
+        1024,
+        ge=0,
+        description="responses of /v1/responses kept in memory for later requests; 0: none",
+    )
+    max_stored_response_bytes: Positive = Field(
+        67_108_864, description="of these responses and what they were asked with, as JSON"
+    )
+    max_background_responses: Positive = Field(
+        64, description="responses made without a connection at the same time"
+    )
     unknown_fields: Literal["refuse", "warn"] = Field(
         "refuse",
         description="fields and query parameters that the API does not know: a 400, or ignored "

@@ -110,7 +110,7 @@ def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Pa
     for repairs_left in reversed(range(MAX_REPAIRS)):
         try:
             body = model.model_validate(data)
-            return Parsed(body, [*not_used, *_unused_in(body, "")])
+            return Parsed(body, [*not_used, *unused_in(body, "")])
         except ValidationError as error:
             dropped = _repair(error, data, unknown) if repairs_left else None
             if dropped is None:
@@ -213,7 +213,7 @@ def _fields_without_effect(model: type[Fields]) -> frozenset[str]:
     )
 
 
-def _unused_in(body: Fields, prefix: str) -> Iterator[str]:
+def unused_in(body: Fields, prefix: str) -> Iterator[str]:
     """Names of fields that were sent but have no effect, also in nested objects."""
     without_effect = _fields_without_effect(type(body))
     for name, value in body:
@@ -221,10 +221,10 @@ def _unused_in(body: Fields, prefix: str) -> Iterator[str]:
             if value not in ASK_NOTHING:
                 yield prefix + name
         elif isinstance(value, Fields):
-            yield from _unused_in(value, f"{prefix}{name}.")
+            yield from unused_in(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Fields):
             for index, member in enumerate(value):
-                yield from _unused_in(member, f"{prefix}{name}[{index}].")
+                yield from unused_in(member, f"{prefix}{name}[{index}].")
     yield from (prefix + name for name in body.not_used())
 
 

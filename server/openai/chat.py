@@ -139,5 +139,5 @@ class ChatWriter:
 
 
 TASK = Task(
-    ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter, chat_reading, chat_grammar
+    ChatRequest, "chatcmpl-", chat_prompts, chat_params, ChatWriter, chat_reading, chat_grammar
 )

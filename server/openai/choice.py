@@ -76,6 +76,16 @@ class Choice:
         return isinstance(self._stream.stop, str) or self._reader.end is not None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._stream.stop if isinstance(self._stream.stop, str) else None
+
+    @property
+    def num_thought(self) -> int:
+        """How many letters of its text so far are reasoning, with its markers."""
+        return self._reader.num_thought
+
+    @property
     def num_reasoning(self) -> int:
         """Tokens of its reasoning."""
         return bisect.bisect_left(self._begins, self._reader.num_thought)

@@ -165,7 +165,7 @@ def start_generation(
         ApiError: 429; too many prompt tokens are waiting.
     """
     ticket.add_prompts([len(prompt.token_ids) for prompt in prompts], body.num_choices)
-    id, now = f"{prefix}-{uuid.uuid4().hex}", time.time()
+    id, now = f"{prefix}{uuid.uuid4().hex}", time.time()
     options = stream_options(body, info, reading.marks)
     shared_cache = context.config.cache.share_between_clients
     salt = cache_salt("" if shared_cache else caller.label, body.cache_salt)

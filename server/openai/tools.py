@@ -31,10 +31,13 @@ def _of_objects(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+ObjectSchema = Annotated[dict[str, Any], AfterValidator(_of_objects)]
+
+
 class FunctionDefinition(Fields):
     name: FunctionName
     description: str | None = Field(None, description="What the function does and when to call it.")
-    parameters: Annotated[dict[str, Any], AfterValidator(_of_objects)] | None = Field(
+    parameters: ObjectSchema | None = Field(
         None, description="JSON schema of an object, the arguments. Default: no arguments."
     )
     strict: bool | None = Field(
