@@ -102,7 +102,7 @@ def chat_reading(context: ServerContext, body: ChatRequest) -> Reading:
     hidden = frozenset[str]()
     if body.skip_special_tokens is not False:
         hidden = context.tokenizer.special_texts.intersection(syntax.marks)
-    return Reading(syntax, CallRules(names, hidden, body.most_calls), thinks)
+    return Reading(syntax, CallRules(names, hidden, body.most_calls, body.must_call), thinks)
 
 
 def _cuts(body: SamplingFields) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from engine.grammar.compiler import WHITESPACE
 from engine.request import Grammar
 from server.http.context import ServerContext
-from server.http.errors import bad_value
+from server.http.errors import bad_value, shorten
 from server.openai.schema import ChatRequest
 from server.openai.structured import MAX_SCHEMA, AskedGrammar, asked_grammar
 from server.openai.tools import Tool
@@ -38,7 +38,7 @@ def chat_grammar(context: ServerContext, body: ChatRequest) -> AskedGrammar | No
                 "tool_choice", body.tool_choice, f'with {asked.field} only "auto" and "none" are'
             )
         text = call_grammar(forced_syntax(syntax), body.shown_tools, body.most_calls)
-        return _checked(text, "tools", list(body.shown_tools))
+        return _checked(text, "tools", list(body.shown_tools), _parts(body))
     if asked is None:
         return None
     if asked.grammar.kind != "json_schema":
@@ -46,13 +46,28 @@ def chat_grammar(context: ServerContext, body: ChatRequest) -> AskedGrammar | No
     text = call_grammar(
         forced_syntax(syntax), body.shown_tools, body.most_calls, json.loads(asked.grammar.text)
     )
-    return _checked(text, asked.field, asked.value)
+    return _checked(text, asked.field, asked.value, (asked, *_parts(body)))
 
 
-def _checked(text: str, field: str, value: Any) -> AskedGrammar:
+def _checked(text: str, field: str, value: Any, parts: tuple[AskedGrammar, ...]) -> AskedGrammar:
     if len(text) > MAX_TEXT:
         raise bad_value(field, value, f"the grammar of its calls has over {MAX_TEXT} characters")
-    return AskedGrammar(Grammar("lark", text), field, value)
+    return AskedGrammar(Grammar("lark", text), field, value, parts=parts)
+
+
+def _parts(body: ChatRequest) -> tuple[AskedGrammar, ...]:
+    """The arguments of each function by themselves, to find those that no grammar can ensure."""
+    shown = {tool.name for tool in body.shown_tools}
+    return tuple(
+        AskedGrammar(
+            Grammar("lark", f"start: {_arguments(tool)}"),
+            f"tools[{index}].function.parameters",
+            tool.function.parameters,
+            f"of the function {shorten(tool.name)}: ",
+        )
+        for index, tool in enumerate(body.tools or ())
+        if tool.name in shown
+    )
 
 
 def forced_syntax(syntax: Syntax) -> Syntax:
@@ -78,9 +93,13 @@ def call_grammar(
     for index, tool in enumerate(tools):
         before, _, after = syntax.written([(tool.name, HERE)]).partition(HERE)
         rules.append(f"call_{index}: {json.dumps(before)} arguments_{index} {json.dumps(after)}")
-        schema = {"type": "object", **(tool.function.parameters or NOTHING)}
-        rules.append(f"arguments_{index}: {_json(schema, lenient=not tool.function.strict)}")
+        rules.append(f"arguments_{index}: {_arguments(tool)}")
     return "\n".join(rules)
+
+
+def _arguments(tool: Tool) -> str:
+    schema = {"type": "object", **(tool.function.parameters or NOTHING)}
+    return _json(schema, lenient=not tool.function.strict)
 
 
 def _json(schema: Any, lenient: bool) -> str:

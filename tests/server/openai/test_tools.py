@@ -130,6 +130,16 @@ def test_the_result_of_another_call_is_refused(server: Server) -> None:
     assert server.chat(messages=[*asked, result]).status_code == 200, "it is not known whose it is"
 
 
+def test_two_calls_of_one_id_are_refused(server: Server) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = [*MESSAGES, {"role": "assistant", "tool_calls": [call, call]}]
+    error = error_of(server.chat(messages=asked), 400)
+    assert error["param"] == "messages[1].tool_calls[1].id"
+    assert 'is "c1": another call' in error["message"]
+    del call["id"]
+    assert server.chat(messages=asked).status_code == 200
+
+
 def test_tools_are_refused_where_the_operator_wants_none(make_server: MakeServer) -> None:
     server = make_server(model={"tool_parser": "none"})
     error = error_of(server.chat(tools=[F]), 400)
@@ -248,8 +258,10 @@ ANSWERS: list[tuple[str, dict[str, Any], Any, list[Any], str]] = [
     (CALL_F + CALL_G, {"parallel_tool_calls": False}, None, [("f", '{"a": 1}')], "tool_calls"),
     (CALL_F, {"tool_choice": allowed("g")}, CALL_F, [], "stop"),
     (CALL_F, {"tool_choice": "none"}, CALL_F, [], "stop"),
-    (CALL_F, {"stop": "}"}, None, [("f", '{"a": 1')], "tool_calls"),
+    (CALL_F, {"stop": "}"}, None, [("f", '{"a": 1')], "stop"),
+    (CALL_F, {"stop": "\n</"}, None, [("f", '{"a": 1}')], "tool_calls"),
     (CALL_F[:-16], {"max_tokens": ...}, None, [("f", '{"a": ')], "length"),
+    (f"So:\n{CALL_F[:20]}", {"max_tokens": ...}, "So:", [], "length"),
 ]  # fmt: skip
 
 
@@ -377,12 +389,12 @@ def test_a_grammar_ensures_calls_that_must_come(
 def test_a_strict_function_must_have_a_schema_that_can_be_ensured(server: Server) -> None:
     schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
     for strict in (False, True):
-        response = server.chat(
-            tools=[function(parameters=schema, strict=strict)], tool_choice="required"
-        )
+        asked = function(name="h", parameters=schema, strict=strict)
+        response = server.chat(tools=[F, asked, G], tool_choice="required")
         assert response.status_code == (400 if strict else 200), response.text
     error = error_of(response, 400)
-    assert (error["param"], '"not"' in error["message"]) == ("tools", True)
+    assert error["param"] == "tools[1].function.parameters"
+    assert 'is an object: of the function "h": the keyword "not" is not' in error["message"]
 
 
 def test_a_grammar_takes_what_a_model_writes_and_nothing_else(tokenizer: Tokenizer) -> None:
