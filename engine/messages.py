@@ -98,6 +98,9 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     num_drafts: int = 0  # trees with more nodes than the root
     num_drafted: int = 0  # draft nodes that were verified
     num_accepted: int = 0  # of these, tokens that entered the output
+    num_predicted: int = 0  # of `num_drafted`, those of the request's prediction
+    num_predicted_accepted: int = 0
+    accepted_counts: tuple[int, ...] = ()  # at [n]: trees of which n tokens were accepted
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     error: str | None = None  # for people

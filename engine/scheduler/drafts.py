@@ -111,6 +111,20 @@ class DraftRoom:
         return matcher.forced(most) if matcher is not None and is_decoding else []
 
 
+def count_draft(seq: Sequence, num_draft: int, num_accepted: int, predicted: bool) -> None:
+    """Count a tree of a sequence; `predicted`: it is from the request's prediction."""
+    if num_draft == 0:
+        return
+    seq.num_drafts += 1
+    seq.num_drafted += num_draft
+    seq.num_accepted += num_accepted
+    if predicted:
+        seq.num_predicted += num_draft
+        seq.num_predicted_accepted += num_accepted
+    seq.accepted_counts += [0] * (num_accepted + 1 - len(seq.accepted_counts))
+    seq.accepted_counts[num_accepted] += 1
+
+
 @dataclass(slots=True)
 class DraftCounts:
     """Counts draft nodes and accepted tokens since start."""

@@ -16,7 +16,8 @@ class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Drafted tokens: accepted ones are in the completion, rejected ones are not."""
+    """Drafted tokens: accepted ones are in the completion, rejected ones are not. Where the client
+    sent a prediction, they are those drafted from it."""
 
     reasoning_tokens: int = 0
     accepted_prediction_tokens: int

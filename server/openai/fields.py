@@ -14,6 +14,7 @@ from server.http.errors import shorten
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
 MAX_STOPS = 32
+MAX_PARTS = 1024
 MAX_BIASES = 1024
 
 
@@ -161,6 +162,24 @@ CacheSalt = Annotated[
         description="The prompt cache is shared only between requests with the same salt.",
     ),
 ]
+
+
+class PredictedPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Fields):
+    """What the answer is expected to be."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[PredictedPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
 
 
 class StreamRequestOptions(Fields):

@@ -21,8 +21,9 @@ def count_tokens(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Usage:
     """Tokens of all choices; a prompt counts once, however many choices it has."""
     per_prompt = len(choices) // len(prompts)
     ends = _ends(choices)
-    num_drafted = sum(end.num_drafted for end in ends)
-    num_accepted = sum(_accepted(choice) for choice in choices)
+    predicted = any(choice.request.prediction for choice in choices)
+    num_drafted = sum(end.num_predicted if predicted else end.num_drafted for end in ends)
+    num_accepted = sum(_accepted(choice, predicted) for choice in choices)
     return msgspec.structs.replace(
         count_so_far(prompts, choices),
         prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached(ends, per_prompt)),
@@ -57,15 +58,17 @@ def count_drafts(choices: Sequence[Choice]) -> SpeculationStats:
     )
 
 
-def _accepted(choice: Choice) -> int:
-    """Drafted tokens that are in the completion. After a stop string the engine may have emitted
+def _accepted(choice: Choice, predicted: bool) -> int:
+    """Drafted tokens that are in the completion; only those of the client's prediction, if it is
+    `predicted`. After a stop string the engine may have emitted
     further tokens. All but one of them are subtracted as accepted drafts: the last token of a step
     is the target's own. If they came from several steps, this subtracts too many: the result may
     be too small, but it never counts a token that is not in the completion."""
     end = choice.finished
     assert end is not None
     num_behind = end.num_output - choice.num_output
-    return max(0, min(end.num_accepted - max(0, num_behind - 1), choice.num_output))
+    num_accepted = end.num_predicted_accepted if predicted else end.num_accepted
+    return max(0, min(num_accepted - max(0, num_behind - 1), choice.num_output))
 
 
 def _cached(ends: Sequence[Finished], per_prompt: int) -> int:

@@ -10,7 +10,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from engine.messages import EngineStats
+from engine.messages import EngineStats, Finished
+from engine.request import Request
 from server.openai.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import refused
 from tests.support.http_server import (
@@ -21,7 +22,7 @@ from tests.support.http_server import (
     Server,
     events_of,
 )
-from tests.support.scripted_engine import drafting, say
+from tests.support.scripted_engine import Event, drafting, say
 
 MakeServer = Callable[..., Server]
 PATHS = [(CHAT_PATH, CHAT), (COMPLETION_PATH, COMPLETION)]
@@ -331,3 +332,48 @@ def test_faults_of_the_head_are_exported(server: Server) -> None:
     assert seen() == (True, True)
     server.engine.stats = QUIET  # a new engine
     assert seen() == (True, False)
+
+
+@pytest.mark.parametrize(
+    "content", ["a hello", [{"type": "text", "text": "a "}, {"type": "text", "text": "hello"}]]
+)
+def test_a_prediction_reaches_the_engine_as_tokens(server: Server, content: Any) -> None:
+    prediction = {"type": "content", "content": content}
+    response = server.chat(prediction=prediction, n=2)
+    assert response.status_code == 200
+    assert "x-aerie-warning" not in response.headers
+    expected = server.ids("a hello")
+    assert [request.prediction for request in server.engine.submitted] == [expected] * 2
+    long = {"type": "content", "content": "a" * 10**6}
+    assert server.chat(prediction=long).status_code == 200
+    assert len(server.engine.submitted[-1].prediction) == server.engine.info.max_model_len  # type: ignore[union-attr]
+
+
+def test_with_a_prediction_usage_counts_its_tokens(make_server: MakeServer, server: Server) -> None:
+    def script(request: Request) -> list[Event]:
+        return [
+            msgspec.structs.replace(event, num_predicted=8, num_predicted_accepted=3)
+            if isinstance(event, Finished)
+            else event
+            for event in drafting(server.engine.script, (3, 12, 5))(request)
+        ]
+
+    prediction = {"type": "content", "content": "a"}
+    reply = make_server(script).chat(prediction=prediction).json()
+    details = reply["usage"]["completion_tokens_details"]
+    counts = details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
+    assert counts == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "param"),
+    [
+        ("a", "prediction"),
+        ({"type": "text", "content": "a"}, "prediction.type"),
+        ({"type": "content"}, "prediction.content"),
+        ({"type": "content", "content": [{"type": "image", "text": "a"}]}, "prediction.content"),
+    ],
+)
+def test_bad_predictions_are_refused(server: Server, prediction: Any, param: str) -> None:
+    error = refused(server, CHAT_PATH, CHAT | {"prediction": prediction})
+    assert error["param"].startswith(param)
