@@ -110,6 +110,7 @@ class Sequence:
     num_accepted: int = 0  # of these, tokens that entered the output
     num_predicted: int = 0  # of `num_drafted`, those of the request's prediction
     num_predicted_accepted: int = 0
+    most_drafted: int = 0  # nodes of its largest draft
     accepted_counts: list[int] = field(default_factory=list)  # at [n]: trees with n accepted
     first_scheduled_time: float | None = None
     first_token_time: float | None = None

@@ -117,6 +117,7 @@ def count_draft(seq: Sequence, num_draft: int, num_accepted: int, predicted: boo
         return
     seq.num_drafts += 1
     seq.num_drafted += num_draft
+    seq.most_drafted = max(seq.most_drafted, num_draft)
     seq.num_accepted += num_accepted
     if predicted:
         seq.num_predicted += num_draft

@@ -548,6 +548,7 @@ class Scheduler:
                 num_accepted=seq.num_accepted,
                 num_predicted=seq.num_predicted,
                 num_predicted_accepted=seq.num_predicted_accepted,
+                most_drafted=seq.most_drafted,
                 accepted_counts=tuple(seq.accepted_counts),
                 first_scheduled_time=seq.first_scheduled_time,
                 first_token_time=seq.first_token_time,

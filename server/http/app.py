@@ -119,7 +119,8 @@ def _context(
     info: ServerInfo,
 ) -> ServerContext:
     state = ServerState()
-    metrics = Metrics(client, info.model_name)
+    prefixes = config.server.metrics_prefixes
+    metrics = Metrics(client, info.model_name, config.cache, prefixes)
     return ServerContext(
         config=config,
         client=client,

@@ -209,6 +209,7 @@ class SpeculationOptions(Fields):
     )
     stats: bool = Field(
         False,
-        description="Report draft statistics as `speculation`, in the reply or in the last chunk "
-        "of a stream, which has no choices.",
+        description="Report draft statistics as `speculation`, and as vLLM does in "
+        "`metrics.speculative_decoding`, in the reply or in the last chunk of a stream, which has "
+        "no choices.",
     )

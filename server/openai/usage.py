@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import msgspec
@@ -10,7 +11,9 @@ from engine.messages import Finished
 from server.openai.bodies import (
     CompletionTokensDetails,
     PromptTokensDetails,
+    ReplyMetrics,
     SpeculationStats,
+    SpeculativeDecoding,
     Usage,
 )
 from server.openai.choice import Choice
@@ -56,6 +59,27 @@ def count_drafts(choices: Sequence[Choice]) -> SpeculationStats:
         accepted=num_accepted,
         acceptance_length=1 + num_accepted / num_drafts if num_drafts else None,
     )
+
+
+def draft_metrics(choices: Sequence[Choice]) -> ReplyMetrics | None:
+    """Draft statistics of all choices in the form of vLLM; None if nothing was drafted."""
+    ends = _ends(choices)
+    num_steps = sum(end.num_drafts for end in ends)
+    if not num_steps:
+        return None
+    num_drafted = sum(end.num_drafted for end in ends)
+    num_accepted = sum(end.num_accepted for end in ends)
+    counts = itertools.zip_longest(*(end.accepted_counts for end in ends), fillvalue=0)
+    found = SpeculativeDecoding(
+        mean_acceptance_length=1 + num_accepted / num_steps,
+        draft_acceptance_rate=num_accepted / num_drafted,
+        acceptance_histogram=list(map(sum, counts)),
+        num_spec_steps=num_steps,
+        num_accepted_draft_tokens=num_accepted,
+        num_draft_tokens=num_drafted,
+        num_spec_tokens=max(end.most_drafted for end in ends),
+    )
+    return ReplyMetrics(speculative_decoding=found)
 
 
 def _accepted(choice: Choice, predicted: bool) -> int:

@@ -34,6 +34,19 @@ USAGE = {"include_usage": True}
 STATS = {"stats": True}
 DRAFTS = ((3, 12, 5), (1, 4, 1))  # for each of two choices: trees, tokens drafted, tokens accepted
 TOTALS = {"drafted": 16, "accepted": 6, "acceptance_length": 2.5}
+METRICS = {
+    "speculative_decoding": {
+        "mean_acceptance_length": 2.5,
+        "draft_acceptance_rate": 0.375,
+        "acceptance_histogram": [1, 2, 0, 1],
+        "num_spec_steps": 4,
+        "num_accepted_draft_tokens": 6,
+        "num_draft_tokens": 16,
+        "num_spec_tokens": 7,
+    }
+}
+COUNTS = ({"accepted_counts": (1, 1, 0, 1), "most_drafted": 7},
+          {"accepted_counts": (0, 1), "most_drafted": 4})  # fmt: skip
 DETAILS = {
     "reasoning_tokens": 0,
     "accepted_prediction_tokens": 6,
@@ -120,7 +133,7 @@ def test_the_document_says_that_the_text_stays_the_same(server: Server, model: t
 @pytest.fixture
 def drafting_server(make_server: MakeServer, server: Server) -> Server:
     """A server that answers as `server` does, with DRAFTS."""
-    return make_server(drafting(server.engine.script, *DRAFTS))
+    return make_server(drafting(server.engine.script, *DRAFTS, details=COUNTS))
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
@@ -140,6 +153,7 @@ def test_statistics_come_with_the_reply_when_asked_for(
 ) -> None:
     reply = drafting_server.post(path, body | {"n": 2, "speculation": STATS}).json()
     assert reply["speculation"] == TOTALS
+    assert reply["metrics"] == METRICS
     parsed = SDK[path][0].model_validate(reply, strict=True)
     details = parsed.usage.completion_tokens_details
     assert details.accepted_prediction_tokens == 6
@@ -168,6 +182,7 @@ def test_streams_end_with_the_totals_that_were_asked_for(
     assert last["choices"] == []
     assert all(chunk["choices"] and "speculation" not in chunk for chunk in chunks)
     assert last.get("speculation") == (TOTALS if with_stats else None)
+    assert last.get("metrics") == (METRICS if with_stats else None)
     usage = last.get("usage")
     assert (usage and usage["completion_tokens_details"]) == (DETAILS if with_usage else None)
     assert all(("usage" in chunk) == with_usage for chunk in chunks)
@@ -179,6 +194,7 @@ def test_without_a_draft_there_is_no_acceptance_length(
 ) -> None:
     reply = server.post(path, body | {"speculation": STATS}).json()
     assert reply["speculation"] == {"drafted": 0, "accepted": 0, "acceptance_length": None}
+    assert "metrics" not in reply
 
 
 def test_counts_of_a_choice_that_a_stop_string_ended_are_those_of_the_engine(
