@@ -1,5 +1,5 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
-# make install | test | test-extended | test-parallel | test-triton | lint | gpu-check | clean
+# make install | test | test-extended | test-parallel | test-clients | test-triton | lint | gpu-check | clean
 # make bench | compare | tables (docs/benchmarks.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 #
@@ -22,8 +22,8 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test test-extended test-parallel test-triton lint bench compare tables \
-	gpu-check gpu-train clean
+.PHONY: install serve test test-extended test-parallel test-clients test-triton lint bench \
+	compare tables gpu-check gpu-train clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -41,6 +41,10 @@ test-extended: $(VENV)/.test-tools
 
 test-parallel: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m parallel $(SPREAD) $(TEST_ARGS)
+
+# Frameworks that people use, against a running server; those that are missing are skipped.
+test-clients: $(VENV)/.client-tools
+	$(BIN)/python -m pytest -m clients -p no:unraisableexception $(TEST_ARGS) tests/e2e/test_clients.py
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .
@@ -94,6 +98,10 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 $(VENV)/.test-tools: $(VENV)/.installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/.client-tools: $(VENV)/.test-tools
+	$(PIP) -e ".[test,clients]"
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed

@@ -228,6 +228,12 @@ class ServerConfig(Section):
         description="origins whose web pages may send requests, such as https://chat.example; "
         "* means all",
     )
+    metrics_prefixes: tuple[Literal["aerie", "vllm"], ...] = Field(
+        ("aerie", "vllm"),
+        min_length=1,
+        description="names of the metrics: aerie: for all of them, vllm: for those that vLLM has, "
+        "with its labels",
+    )
     tls_certificate: Path | None = Field(
         None, description="certificate chain in PEM; with tls_key the server speaks HTTPS"
     )

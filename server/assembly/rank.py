@@ -196,8 +196,8 @@ def weight_form(wanted: WeightForm, setting: str, ops: Ops) -> WeightForm:
     if wanted in ("q8", "q4") and wanted not in ops.reads:
         backend = ops.backends["linear"]
         raise ValueError(
-            f"{setting} = {wanted!r} needs native kernels on a CPU (q4: or Triton kernels), but linear layers run on "
-            f"{backend}; stored and plain are possible"
+            f"{setting} = {wanted!r} needs native kernels on a CPU (q4: or Triton kernels), but "
+            f"linear layers run on {backend}; stored and plain are possible"
         )
     return wanted
 

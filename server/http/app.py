@@ -135,7 +135,7 @@ def _context(
     info: ServerInfo,
 ) -> ServerContext:
     state, limits = ServerState(), config.server
-    metrics = Metrics(client, info.model_name)
+    metrics = Metrics(client, info.model_name, config.cache, limits.metrics_prefixes)
     return ServerContext(
         config=config,
         client=client,

@@ -107,9 +107,9 @@ class Message:
                         tool_calls=[ReplyToolCall(index=self._newest, function=function)]
                     )
 
-    def finish_reason(self, ended: FinishReason, num_calls: int) -> ChatFinishReason:
+    def finish_reason(self, ended: FinishReason, has_called: bool) -> ChatFinishReason:
         """A cut by the token limit is told also where there are calls."""
-        return self._called if num_calls and ended == "stop" else ended
+        return self._called if has_called and ended == "stop" else ended
 
     @property
     def _newest(self) -> int:

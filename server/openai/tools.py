@@ -42,9 +42,9 @@ class FunctionDefinition(Fields):
     )
     strict: bool | None = Field(
         None,
-        description="With `tool_choice` required or a named function, arguments always fit the "
-        "schema; true: a keyword of it that cannot be ensured is an error, not ignored. With auto "
-        "nothing ensures that they fit.",
+        description="True: arguments always fit the schema, and a keyword of it that cannot be "
+        "ensured is an error. Else they fit it as far as that can be ensured, with `tool_choice` "
+        "required or a named function only. Llama 4's calls in Python are not ensured with auto.",
     )
 
 
