@@ -1,6 +1,7 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
-# make install | test | test-extended | test-parallel | test-triton | lint | gpu-check | clean
+# make install | test | test-extended | test-parallel | test-clients | test-triton | lint | gpu-check | clean
 # make bench | compare | tables (docs/benchmarks.md)
+# make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
 # environment that has it: make install TORCH= VENV=path/to/that/venv
@@ -21,7 +22,8 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test test-extended test-parallel test-triton lint bench compare tables gpu-check clean
+.PHONY: install serve test test-extended test-parallel test-clients test-triton lint bench \
+	compare tables gpu-check gpu-train clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -39,6 +41,10 @@ test-extended: $(VENV)/.test-tools
 
 test-parallel: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m parallel $(SPREAD) $(TEST_ARGS)
+
+# Frameworks that people use, against a running server; those that are missing are skipped.
+test-clients: $(VENV)/.client-tools
+	$(BIN)/python -m pytest -m clients -p no:unraisableexception $(TEST_ARGS) tests/e2e/test_clients.py
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .
@@ -63,6 +69,14 @@ tables: $(VENV)/.installed
 gpu-check: $(VENV)/.test-tools
 	$(BIN)/python -m benchmarks.gpu_check
 
+# A draft head for the bundled model from prompts alone, within MINUTES on one GPU. On a CPU it works,
+# too, and learns far less: lower ARGS="data.rows=16 run.batch_tokens=2048".
+PROMPTS ?=
+MINUTES ?= 9
+gpu-train: $(VENV)/.installed
+	test -n "$(PROMPTS)" || { echo "PROMPTS must name a file of prompts: docs/training.md"; exit 2; }
+	$(BIN)/aerie train-draft --config smollm2-eagle3-gpu 'data.prompts=[$(PROMPTS)]' run.minutes=$(MINUTES) $(ARGS)
+
 # The kernel tests with another version of Triton: make test-triton TRITON=3.6.0
 TRITON ?= 3.6.0
 test-triton: $(VENV)/.test-tools
@@ -84,6 +98,10 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 $(VENV)/.test-tools: $(VENV)/.installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/.client-tools: $(VENV)/.test-tools
+	$(PIP) -e ".[test,clients]"
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed

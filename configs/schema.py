@@ -62,9 +62,9 @@ class ModelConfig(Section):
     )
     weights: WeightForm = Field(
         "stored",
-        description="stored: weights that a .gguf file holds quantised stay so, which is fastest; "
-        "plain: all become numbers of `dtype`; q8, q4: all are rounded to 8 or 4 bits in groups of "
-        "32. Quantised weights are for CPUs with native kernels; elsewhere `stored` means plain",
+        description="stored: weights that are quantised on disk stay so where the kernels read "
+        "them, which is fastest; plain: all become numbers of `dtype`; q8, q4: all are rounded to "
+        "8 or 4 bits in groups of 32, on CPUs with native kernels; q4 on CUDA devices, too",
     )
     max_model_len: Positive | None = Field(
         None, description="prompt + output tokens; default: the model's own context length"
@@ -228,6 +228,12 @@ class ServerConfig(Section):
         description="origins whose web pages may send requests, such as https://chat.example; "
         "* means all",
     )
+    metrics_prefixes: tuple[Literal["aerie", "vllm"], ...] = Field(
+        ("aerie", "vllm"),
+        min_length=1,
+        description="names of the metrics: aerie: for all of them, vllm: for those that vLLM has, "
+        "with its labels",
+    )
     tls_certificate: Path | None = Field(
         None, description="certificate chain in PEM; with tls_key the server speaks HTTPS"
     )
@@ -271,6 +277,17 @@ class ServerConfig(Section):
         "per second) is disconnected",
     )
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    max_stored_responses: Integer = Field(
+        1024,
+        ge=0,
+        description="responses of /v1/responses kept in memory for later requests; 0: none",
+    )
+    max_stored_response_bytes: Positive = Field(
+        67_108_864, description="of these responses and what they were asked with, as JSON"
+    )
+    max_background_responses: Positive = Field(
+        64, description="responses made without a connection at the same time"
+    )
     unknown_fields: Literal["refuse", "warn"] = Field(
         "refuse",
         description="fields and query parameters that the API does not know: a 400, or ignored "

@@ -42,6 +42,12 @@ class DataConfig(Section):
     limit: Positive | None = Field(None, description="prompts to answer; default: all")
     max_new_tokens: Positive = Field(256, description="limit of a generated answer")
     max_tokens: Positive = Field(1024, description="limit of one example; the rest is cut off")
+    rows: Positive = Field(
+        1024, description="run.minutes: answers that the target writes at the same time"
+    )
+    answering: Number = Field(
+        0.6, gt=0, lt=1, description="run.minutes: share of the time that answering takes"
+    )
     held_out: Positive = Field(64, description="examples kept from training, to measure the head")
     cache_dir: Path | None = Field(
         None, description="keep the target's features here after the first epoch; null: recompute"
@@ -121,6 +127,12 @@ class RunConfig(Section):
     max_seconds: Positive | None = Field(
         None, description="stop after this time, resumable; the schedule still follows `steps`"
     )
+    minutes: Number | None = Field(
+        None,
+        gt=0,
+        description="the whole run, answers to data.prompts included, ends within this time; the "
+        "schedule follows the clock instead of `steps`, and the run cannot be resumed",
+    )
 
 
 class SourceConfig(Section):
@@ -178,11 +190,30 @@ class TrainingConfig(Section):
                 f"data.limit {self.data.limit} is for data.prompts, of which there are none; "
                 "data.conversations are read whole"
             )
+        if self.run.minutes is not None:
+            self._check_clock()
         if not self.loss.tokens and not self.loss.features:
             raise ValueError("loss.tokens and loss.features are both 0: nothing would be learnt")
         if self.head.kind != "eagle3":
             self._check_no_eagle3_keys()
         return self
+
+    def _check_clock(self) -> None:
+        data = self.data
+        for key, value in (
+            ("data.conversations", data.conversations),
+            ("data.cache_dir", data.cache_dir),
+            ("run.max_seconds", self.run.max_seconds),
+        ):
+            if value:
+                raise ValueError(
+                    f"run.minutes trains on answers to data.prompts alone: unset {key}"
+                )
+        if data.max_new_tokens >= data.max_tokens:
+            raise ValueError(
+                f"data.max_new_tokens {data.max_new_tokens} must be below data.max_tokens "
+                f"{data.max_tokens}, so that prompts have room"
+            )
 
     def _check_no_eagle3_keys(self) -> None:
         kind = self.head.kind

@@ -114,6 +114,9 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()
+        if deferred := self._gate.num_waiting:
+            waiting = stats.num_waiting + deferred
+            stats = msgspec.structs.replace(stats, num_waiting=waiting, num_deferred=deferred)
         if self._captured is None:
             return stats
         return msgspec.structs.replace(

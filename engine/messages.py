@@ -98,6 +98,10 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     num_drafts: int = 0  # trees with more nodes than the root
     num_drafted: int = 0  # draft nodes that were verified
     num_accepted: int = 0  # of these, tokens that entered the output
+    num_predicted: int = 0  # of `num_drafted`, those of the request's prediction
+    num_predicted_accepted: int = 0
+    most_drafted: int = 0  # nodes of its largest draft
+    accepted_counts: tuple[int, ...] = ()  # at [n]: trees of which n tokens were accepted
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     error: str | None = None  # for people
@@ -184,6 +188,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_capture_dropped: int = 0  # sequences that could not be captured
     num_draft_faults: int = 0  # trees not grown because the head's outputs were not finite
     draft_failed: bool = False  # whether the head failed and is no longer used
+    num_deferred: int = 0  # of `num_waiting`, those whose grammar is not compiled yet
     num_unsound: int = 0  # requests that ended because the model's logits were NaN or infinite
 
 

@@ -54,6 +54,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     priority: int = 0  # lower runs first
     client: str = ""  # opaque label of who pays; work is shared fairly between clients
     cache_salt: str = ""  # prefixes are shared only between requests with the same salt
+    prediction: list[int] = msgspec.field(default_factory=list)  # tokens that the client expects
     max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
     arrival_time: float = 0.0  # seconds, time.time()
 
@@ -107,6 +108,10 @@ class Sequence:
     num_drafts: int = 0  # trees with more nodes than the root
     num_drafted: int = 0  # draft nodes that were verified
     num_accepted: int = 0  # of these, tokens that entered the output
+    num_predicted: int = 0  # of `num_drafted`, those of the request's prediction
+    num_predicted_accepted: int = 0
+    most_drafted: int = 0  # nodes of its largest draft
+    accepted_counts: list[int] = field(default_factory=list)  # at [n]: trees with n accepted
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
 

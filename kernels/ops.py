@@ -17,7 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.linear.grouped import GroupedWeight, GroupLayout
+from kernels.linear.grouped import GroupLayout
+from kernels.linear.quantised import Part
+from kernels.linear.scaled import ScaledLayout
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
 
@@ -29,7 +31,9 @@ class LinearWeight:
     bias: Tensor | None  # [N] float32
     out_features: int
     in_features: int
-    layout: GroupLayout | None = None  # of quantised weights
+    layout: GroupLayout | ScaledLayout | None = None  # of quantised weights
+    scales: Tensor | None = None  # of quantised weights, where `data` does not hold them
+    minimums: Tensor | None = None  # the same
     # Weights of other layouts whose outputs follow those of this one
     more: tuple[LinearWeight, ...] = ()
 
@@ -42,7 +46,8 @@ class LinearWeight:
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """Feed-forward blocks of which each token uses one, packed. Each tuple has a weight per expert,
-    or, with `Ops.stacks_experts`, a single one of them all, with data [E, in, out]."""
+    or, with `Ops.stacks_experts`, a single one of them all, with data [E, in, out], or in FP8 with
+    data [E, out, in] and scales [E, out, blocks]."""
 
     gate_up: tuple[LinearWeight, ...]  # H -> 2F, the gate first
     down: tuple[LinearWeight, ...]  # F -> H
@@ -86,18 +91,9 @@ class AttentionMeta:
 
 
 class PackedLayer(Protocol):
-    """A decoder layer's weights, ready to be run as one operation."""
+    """A decoder layer's weights, ready for `Ops.decoder_layers`."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        meta: AttentionMeta,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor: ...
+    address: int  # of its structure in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +112,8 @@ class Backend:
 class Ops:
     """All operations, and the backend of each."""
 
-    # (weight [N, K] of the storage dtype, or quantised if `reads_groups`; bias [N] or None)
-    pack_linear: Callable[[Tensor | GroupedWeight, Tensor | None], LinearWeight]
+    # (weight [N, K] of the storage dtype, or quantised in a form of `reads`; bias [N] or None)
+    pack_linear: Callable[[Part, Tensor | None], LinearWeight]
     # (x [T, K], weight) -> [T, N] in x's dtype
     linear: Callable[[Tensor, LinearWeight], Tensor]
     # (ids [T] int64, weight) -> [T, K] in activation dtype: rows of a packed (tied) weight
@@ -164,11 +160,12 @@ class Ops:
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     # The next two are None where layers are made of the operations above
     pack_layer: Callable[[LayerWeights], PackedLayer] | None
-    # (layer, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache,
-    # v_cache) -> [T, H], not yet added to the residual, which is changed in place: bit for bit
-    # what the layer's operations give in turn
-    decoder_layer: Callable[..., Tensor] | None
-    reads_groups: bool  # whether weights may stay quantised
+    # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and
+    # v_cache of each) -> [T, H], not yet added to the residual, which is changed in place: bit for
+    # bit what the operations of all layers give in turn
+    decoder_layers: Callable[..., Tensor] | None
+    # In which forms weights may stay quantised: q4 and q8 (integers in groups), fp8
+    reads: frozenset[str]
     stacks_experts: bool  # whether `moe` reads all experts as one tensor
     activation_dtype: torch.dtype
     backends: dict[str, Backend]  # by operation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -48,6 +49,7 @@ OPERATIONS = (
 )
 # The native backend runs these in plain torch
 TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors", "tree_walk")
+FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -99,7 +101,7 @@ def _native_or_reference(
 def _triton_or_reference(backend: str, device: torch.device, storage_dtype: torch.dtype) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        return triton_ops(storage_dtype)
+        return triton_ops(storage_dtype, device)
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
     return reference_ops(device, storage_dtype, reason)
@@ -147,8 +149,8 @@ def native_ops(native: NativeOps) -> Ops:
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         pack_layer=native.pack_layer,
-        decoder_layer=native.decoder_layer,
-        reads_groups=True,
+        decoder_layers=native.decoder_layers,
+        reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
         backends=dict.fromkeys(OPERATIONS, Backend("native"))
@@ -157,8 +159,8 @@ def native_ops(native: NativeOps) -> Ops:
     )
 
 
-def triton_ops(storage_dtype: torch.dtype) -> Ops:
-    """The Triton kernels for every operation, and cuBLAS for linear layers."""
+def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -> Ops:
+    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.kv import triton_kernel as kv
@@ -176,7 +178,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
-        embedding=linear.embedding,
+        embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         rope_kv_write=rope.rope_kv_write,
@@ -194,12 +196,19 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         pack_layer=None,
-        decoder_layer=None,
-        reads_groups=False,
+        decoder_layers=None,
+        reads=_triton_reads(device),
         stacks_experts=True,
         activation_dtype=storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
     )
+
+
+def _triton_reads(device: torch.device | None) -> frozenset[str]:
+    """Forms of quantised weights. Older GPUs cannot multiply in FP8."""
+    is_old = torch.cuda.is_available() and device is not None and device.type == "cuda"
+    is_old = is_old and torch.cuda.get_device_capability(device) < FP8_CAPABILITY
+    return frozenset({"q4"} if is_old else {"q4", "fp8"})
 
 
 def reference_ops(
@@ -230,8 +239,8 @@ def reference_ops(
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         pack_layer=None,
-        decoder_layer=None,
-        reads_groups=False,
+        decoder_layers=None,
+        reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("reference", reason)),

@@ -18,7 +18,7 @@ from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabPar
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import WHOLE, check_degree
-from kernels.linear.grouped import dense
+from kernels.linear.quantised import dense
 from kernels.ops import LinearWeight, Ops
 
 COMPARED_ROWS = 4096  # rows of a vocabulary per comparison

@@ -175,6 +175,8 @@ def _refuse_unsupported(config: Json) -> None:
         for table in (config, _table(config, "eagle_config")):
             if table.get(key, value) not in (None, value):
                 raise ValueError(f"{key} {table[key]!r} is not supported; {value} is")
+    if config.get("quantization_config") is not None:
+        raise ValueError("heads of quantised weights are not supported; F32, F16, BF16 are")
     size = config.get("vocab_size", _table(config, "model").get("vocab_size"))
     if config.get("truncated_vocab_size", size) not in (None, size):
         found = config["truncated_vocab_size"]

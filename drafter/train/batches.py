@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,28 +49,44 @@ def cut(numbers: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list
 
 
 def collate(
-    examples: Sequence[Example], features: Sequence[TargetFeatures], device: torch.device
+    examples: Sequence[Example], features: TargetFeatures, device: torch.device
 ) -> TrainBatch:
-    """Pad examples and the target's features of them."""
-    longest = max(len(example.token_ids) for example in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    is_answer = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        here = slice(len(example.token_ids))
-        ids[row, here] = torch.as_tensor(example.token_ids)
-        is_answer[row, here] = torch.as_tensor(example.is_answer, dtype=torch.bool)
+    """Pad examples and the target's features of them; zeros follow each example."""
+    lengths = [len(example.token_ids) for example in examples]
+    ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
+    is_answer = np.zeros(ids.shape, dtype=np.bool_)
+    places = np.full(ids.shape, sum(lengths))  # past the last token: a row of zeros
+    first = 0
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        ids[row, :length] = example.token_ids
+        is_answer[row, :length] = example.is_answer
+        places[row, :length] = np.arange(first, first + length)
+        first += length
+    index = torch.from_numpy(places).to(features.taps.device)
     return TrainBatch(
-        token_ids=ids.to(device),
-        is_answer=is_answer.to(device),
-        taps=_padded([f.taps for f in features], longest).to(device),
-        hidden=_padded([f.hidden for f in features], longest).to(device),
-        best=_padded([f.best for f in features], longest).to(device).long(),
+        token_ids=torch.from_numpy(ids).to(device),
+        is_answer=torch.from_numpy(is_answer).to(device),
+        taps=_padded(features.taps, index).to(device),
+        hidden=_padded(features.hidden, index).to(device),
+        best=_padded(features.best, index).to(device).long(),
     )
 
 
-def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
-    """[B, length, ...], with zeros after each part."""
-    result = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
-    for row, part in enumerate(parts):
-        result[row, : len(part)] = part
-    return result
+def _padded(values: Tensor, index: Tensor) -> Tensor:
+    """[B, S, ...]: the rows `index` [B, S] of `values` [T, ...] with a row of zeros behind them."""
+    return torch.cat((values, torch.zeros_like(values[:1])))[index]
+
+
+def least_learnt(lengths: Sequence[int], max_tokens: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of at most `max_tokens`, while `lengths` may grow: always of the examples
+    that have been in the fewest batches so far, so new ones come first."""
+    generator = np.random.default_rng(seed)
+    counts = np.zeros(0, dtype=np.int64)
+    while True:
+        counts = np.concatenate((counts, np.zeros(len(lengths) - len(counts), dtype=np.int64)))
+        order = np.lexsort((generator.random(len(counts)), counts))
+        chosen = order[:POOL]
+        counts[chosen] += 1
+        batches = cut(sorted(chosen.tolist(), key=lengths.__getitem__), lengths, max_tokens)
+        for index in generator.permutation(len(batches)):
+            yield batches[index]

@@ -20,9 +20,9 @@ from drafter.train.target import FrozenTarget, TargetFeatures
 
 
 class FeatureSource(Protocol):
-    """Features of examples by number."""
+    """Features of examples by number, in this order."""
 
-    def features(self, numbers: Sequence[int]) -> list[TargetFeatures]: ...
+    def features(self, numbers: Sequence[int]) -> TargetFeatures: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class LiveFeatures:
     target: FrozenTarget
     examples: Sequence[Example]
 
-    def features(self, numbers: Sequence[int]) -> list[TargetFeatures]:
+    def features(self, numbers: Sequence[int]) -> TargetFeatures:
         return self.target.features([self.examples[number].token_ids for number in numbers])
 
 
@@ -74,13 +74,17 @@ class CachedFeatures:
         )
         self._trusted: set[int] = set()  # examples that this process wrote or checked
 
-    def features(self, numbers: Sequence[int]) -> list[TargetFeatures]:
+    def features(self, numbers: Sequence[int]) -> TargetFeatures:
         missing = [n for n in numbers if not self._holds(n)]
-        fresh = dict(zip(missing, self._live.features(missing), strict=True)) if missing else {}
+        fresh = dict(zip(missing, self._run(missing), strict=True)) if missing else {}
         for number, features in fresh.items():
             if number < self._num_kept:
                 self._store(number, features)
-        return [fresh[n] if n in fresh else self._stored(n) for n in numbers]
+        return TargetFeatures.join([fresh[n] if n in fresh else self._stored(n) for n in numbers])
+
+    def _run(self, numbers: Sequence[int]) -> list[TargetFeatures]:
+        lengths = [len(self._live.examples[number].token_ids) for number in numbers]
+        return self._live.features(numbers).split(lengths)
 
     def _holds(self, number: int) -> bool:
         if number in self._trusted:

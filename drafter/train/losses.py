@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK = 128  # rows of logits at a time: some MB for most vocabularies, so they stay in the cache
+CHUNKS = {"cpu": 128, "cuda": 8192}  # rows of logits at a time: on a CPU they stay in the cache
 
 
 def teacher_probabilities(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
@@ -17,10 +18,14 @@ def teacher_probabilities(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> T
     head [V, H], as [N, V] of `dtype`."""
     head = head.to(dtype)
     result = torch.empty(len(hidden), len(head), dtype=dtype, device=hidden.device)
-    for first in range(0, len(hidden), CHUNK):
-        part = slice(first, first + CHUNK)
+    for part in _chunks(hidden):
         result[part] = (hidden[part].to(dtype) @ head.T).float().softmax(dim=-1)
     return result
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    size = CHUNKS[rows.device.type]
+    return (slice(first, first + size) for first in range(0, len(rows), size))
 
 
 def soft_cross_entropy(
@@ -61,12 +66,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
         slopes = narrow @ weight.T  # logits first; each chunk is then replaced by its gradient
         best = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
         loss = torch.zeros((), device=inputs.device)
-        for first in range(0, len(rows), CHUNK):
-            part = slice(first, first + CHUNK)
-            logits = slopes[part].float()
+        for part in _chunks(slopes):
+            logits = slopes[part]
             wanted = teacher[rows[part]].float()
             best[part] = logits.argmax(dim=-1)
-            log_q = functional.log_softmax(logits, dim=-1)
+            log_q = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
             loss -= torch.dot(wanted.flatten(), log_q.flatten())
             slopes[part] = log_q.exp_().sub_(wanted)
         needs_inputs, needs_head = ctx.needs_input_grad[:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -12,25 +12,36 @@ from torch import Tensor, nn
 from configs.training import OptimizerConfig
 from drafter.manifest import LM_HEAD
 
+Rate = Callable[[int], float]  # optimizer step, counted from 0 -> learning rate
 
-def rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of optimizer step `step`, counted from 0. It rises linearly to its full
-    value, then falls as a cosine to `final_share` of it."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+
+def by_steps(config: OptimizerConfig, num_steps: int) -> Rate:
+    """The rate rises linearly to its full value, then falls as a cosine to `final_share` of it,
+    which it reaches after `num_steps`."""
     span = max(1, num_steps - config.warmup_steps)
-    share = min(1.0, (step - config.warmup_steps) / span)
+    return lambda step: _rate(config, step, (step - config.warmup_steps) / span)
+
+
+def by_clock(config: OptimizerConfig, elapsed: Callable[[], float]) -> Rate:
+    """The same shape over time instead of steps. `elapsed` tells which share of it, 0 to 1, is
+    over; only the rise is counted in steps."""
+    return lambda step: _rate(config, step, elapsed())
+
+
+def _rate(config: OptimizerConfig, step: int, share: float) -> float:
+    """The rate of step `step` when `share` of its fall is over."""
     low = config.final_share
-    return config.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
+    fallen = low + (1 - low) * (1 + math.cos(math.pi * min(1.0, max(0.0, share)))) / 2
+    return config.learning_rate * fallen * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
 class HeadOptimizer:
     """Updates a head's trainable parameters: all by AdamW, or the matrices of `fc` and layers by
     Muon (Jordan et al. 2024), whose steps are scaled to AdamW's size."""
 
-    def __init__(self, network: nn.Module, config: OptimizerConfig, num_steps: int) -> None:
+    def __init__(self, network: nn.Module, config: OptimizerConfig, rate: Rate) -> None:
         self._config = config
-        self._num_steps = num_steps
+        self._rate = rate
         self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
         by_muon, decayed, others = self._shared_out()
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [
@@ -72,7 +83,7 @@ class HeadOptimizer:
                 parameter.grad /= num_tokens
         norm = float(nn.utils.clip_grad_norm_(self._named.values(), self._config.max_norm))
         if math.isfinite(norm):
-            rate = rate_at(index, self._num_steps, self._config)
+            rate = self._rate(index)
             for optimizer, factor in self._optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * factor

@@ -19,7 +19,7 @@ from drafter.train.encoding import Example
 from drafter.train.feature_cache import CachedFeatures, LiveFeatures
 from drafter.train.history import History
 from drafter.train.objective import LossWeights, Objective
-from drafter.train.optimizer import HeadOptimizer
+from drafter.train.optimizer import HeadOptimizer, Rate, by_steps
 from drafter.train.run_record import RunRecord
 from drafter.train.target import FrozenTarget
 from drafter.train.trainer import Corpus, Trainer, Worker
@@ -77,21 +77,40 @@ def prepare(
         OSError: the feature cache cannot be made.
     """
     training, held_out = split(examples, config.data.held_out, config.run.seed)
-    arch = target.tensors.arch
+    text = Text(training, held_out, max(len(example.token_ids) for example in examples))
+    fingerprint = fingerprint_of(config, examples, worker)
+    return assemble(
+        config, target, text, by_steps(config.optimizer, config.run.steps), worker, fingerprint
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a run learns from and is measured on."""
+
+    training: list[Example]  # may grow while the run goes on
+    held_out: list[Example]
+    longest: int  # tokens of any example, those to come included
+
+
+def assemble(
+    config: TrainingConfig,
+    target: LoadedTarget,
+    text: Text,
+    rate: Rate,
+    worker: Worker,
+    fingerprint: str,
+) -> Run:
+    """The trainer of a head. Draft vocabulary and coverage follow from `text.training` as it is
+    now. Raises as `prepare`."""
+    arch, loss = target.tensors.arch, config.loss
     head = building.head_config(config.head, arch)
-    vocabulary = _vocabulary(config, training, target)
+    vocabulary = _vocabulary(config, text.training, target)
     ids = None if vocabulary is None else vocabulary.target_ids
-    longest = max(len(example.token_ids) for example in examples)
+    max_len = text.longest + loss.unroll_steps
     network = building.build_network(
-        config.head,
-        head,
-        target.tensors,
-        ids,
-        longest + config.loss.unroll_steps,
-        target.dtype,
-        config.run.seed,
+        config.head, head, target.tensors, ids, max_len, target.dtype, config.run.seed
     ).to(target.device)
-    loss = config.loss
     objective = Objective(
         network,
         target.tensors.lm_head.to(target.device),
@@ -99,21 +118,21 @@ def prepare(
         LossWeights(loss.unroll_steps, loss.decay, loss.tokens, loss.features),
         torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32,
     )
-    main = worker.rank == 0
+    output = config.run.output
     trainer = Trainer(
         objective=objective,
-        optimizer=HeadOptimizer(network, config.optimizer, config.run.steps),
-        corpus=_corpus(config, target, head, training),
-        held_out=_corpus(config, target, head, held_out),
+        optimizer=HeadOptimizer(network, config.optimizer, rate),
+        corpus=_corpus(config, target, head, text.training),
+        held_out=_corpus(config, target, head, text.held_out),
         config=config.run,
-        checkpoints=CheckpointFolder(config.run.output / CHECKPOINTS, config.run.keep_checkpoints),
-        history=History(config.run.output / HISTORY if main else None),
-        fingerprint=_fingerprint(config, examples, worker),
+        checkpoints=CheckpointFolder(output / CHECKPOINTS, config.run.keep_checkpoints),
+        history=History(output / HISTORY if worker.rank == 0 else None),
+        fingerprint=fingerprint,
         feature_noise=loss.feature_noise,
         worker=worker,
     )
     record = RunRecord(
-        fingerprint=trainer.fingerprint,
+        fingerprint=fingerprint,
         num_processes=worker.count,
         target=arch,
         head=head,
@@ -167,7 +186,7 @@ def _corpus(
     return Corpus(examples, cached)
 
 
-def _fingerprint(config: TrainingConfig, examples: Sequence[Example], worker: Worker) -> str:
+def fingerprint_of(config: TrainingConfig, examples: Sequence[Example], worker: Worker) -> str:
     """Hash of everything that affects what is learnt."""
     digest = hashlib.sha256(config.model_dump_json(exclude=FREE_KEYS).encode())
     digest.update(str(worker.count).encode())

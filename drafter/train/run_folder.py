@@ -45,6 +45,16 @@ def check_same_settings(config: TrainingConfig) -> None:
         )
 
 
+def check_no_run(output: Path) -> None:
+    """ValueError if `output` holds checkpoints: a run by the clock begins anew."""
+    found = _newest(output)
+    if found is not None:
+        raise ValueError(
+            f"{output} holds a run ({found.name}), and one with run.minutes cannot be resumed; set "
+            "run.output to another folder, or train that head further with head.init"
+        )
+
+
 def publish_run(
     run: Path,
     output: Path,

@@ -16,16 +16,31 @@ from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
 
 BLOCK_SIZE = 16
-LOGIT_ROWS = 128  # about 25 MB at 49k tokens: small enough for the allocator to keep and reuse
+# Rows of logits at a time; on a CPU so few that the allocator keeps and reuses their memory.
+LOGIT_ROWS = {"cpu": 128, "cuda": 4096}
 
 
 @dataclass(frozen=True, slots=True)
 class TargetFeatures:
-    """The target's features of one text of S tokens."""
+    """The target's features of texts of T tokens in all, one after the other."""
 
-    taps: Tensor  # [S, feature_size] storage dtype: the tapped layers, concatenated
-    hidden: Tensor  # [S, H] storage dtype, after the final norm
-    best: Tensor  # [S] int32, the likeliest next token
+    taps: Tensor  # [T, feature_size] storage dtype: the tapped layers, concatenated
+    hidden: Tensor  # [T, H] storage dtype, after the final norm
+    best: Tensor  # [T] int32, the likeliest next token
+
+    def split(self, lengths: Sequence[int]) -> list[TargetFeatures]:
+        """Of each text, `lengths` being their numbers of tokens."""
+        parts = (torch.split(x, list(lengths)) for x in (self.taps, self.hidden, self.best))
+        return [TargetFeatures(*own) for own in zip(*parts, strict=True)]
+
+    @classmethod
+    def join(cls, parts: Sequence[TargetFeatures]) -> TargetFeatures:
+        """The inverse of `split`."""
+        return cls(
+            torch.cat([part.taps for part in parts]),
+            torch.cat([part.hidden for part in parts]),
+            torch.cat([part.best for part in parts]),
+        )
 
 
 class FrozenTarget:
@@ -43,20 +58,16 @@ class FrozenTarget:
         self._storage: KVStorage | None = None
 
     @torch.no_grad()
-    def features(self, texts: Sequence[Sequence[int]]) -> list[TargetFeatures]:
-        """One entry per text, in order. Texts must not be empty."""
+    def features(self, texts: Sequence[Sequence[int]]) -> TargetFeatures:
+        """Of all texts, in order. Texts must not be empty."""
         lengths = [len(text) for text in texts]
         batch = self._batch(texts, lengths)
         tap = FeatureCollector(self._order)
         ctx = ForwardContext(self._ops, self._pages(lengths), TPGroup(), tap)
         hidden = self._model.forward(batch, ctx)
         best = self._best(hidden, ctx)
-        everyone = torch.arange(len(hidden), device=self._device)
-        taps = torch.cat(tap.take(everyone), dim=-1).to(self._dtype)
-        hidden = hidden.to(self._dtype)
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        return [TargetFeatures(taps[part], hidden[part], best[part]) for part in parts]
+        taps = torch.cat(tap.take_all(), dim=-1).to(self._dtype)
+        return TargetFeatures(taps, hidden.to(self._dtype), best)
 
     @torch.no_grad()
     def logits(self, text: Sequence[int]) -> Tensor:
@@ -67,9 +78,10 @@ class FrozenTarget:
 
     def _best(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """[T] int32, the likeliest next token. The logits of all T never exist at once."""
+        size = LOGIT_ROWS[hidden.device.type]
         found = [
-            self._ops.argmax(self._model.logits(hidden[first : first + LOGIT_ROWS], ctx))
-            for first in range(0, len(hidden), LOGIT_ROWS)
+            self._ops.argmax(self._model.logits(hidden[first : first + size], ctx))
+            for first in range(0, len(hidden), size)
         ]
         return torch.cat(found).to(torch.int32)
 

@@ -99,18 +99,18 @@ class Trainer:
         deadline = time.monotonic() + (self.config.max_seconds or float("inf"))
         stream = self._own_batches()
         if self.step == 0:
-            self._measure()
+            self.measure()
         last = self.step == self.config.steps
         while not last:
-            entry = self._step(stream)
+            entry = self.learn(stream)
             if on_step is not None:
                 on_step(entry)
             done = self.step == self.config.steps
             last = done or self._is_late(deadline)
             if done or self.step % self.config.evaluate_every == 0:
-                self._measure()
+                self.measure()
             if last or self.step % self.config.checkpoint_every == 0:
-                self._save()
+                self.save()
         return self.step == self.config.steps
 
     def evaluate(self) -> Tally:
@@ -131,8 +131,9 @@ class Trainer:
         sum_over_processes([late])
         return bool(late)
 
-    def _step(self, stream: Iterator[tuple[int, list[int]]]) -> Entry:
-        """One optimizer step over `accumulation` batches of each process."""
+    def learn(self, stream: Iterator[tuple[int, list[int]]]) -> Entry:
+        """One optimizer step over the next `accumulation` batches of `stream`: numbers of batches,
+        and of the examples in each."""
         started = time.monotonic()
         tally = Tally.zeros(self.objective.weights.num_steps, self._device)
         for number, examples in itertools.islice(stream, self.config.accumulation):
@@ -179,7 +180,8 @@ class Trainer:
             gradients.append(parameter.grad)
         return gradients
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Add results on the held-out examples to the history."""
         if self.worker.rank == 0:
             self.history.add(self._entry("held out", self.evaluate(), 0.0, 0.0))
 
@@ -198,7 +200,8 @@ class Trainer:
             num_skipped=self.num_skipped,
         )
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint. OSError if it cannot be written; earlier ones stay."""
         if self.worker.rank == 0:
             progress = Progress(
                 self.step,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from engine.checkpoints.config_values import Json, flag, integer, number, require_positive
+from engine.checkpoints.quantisation import read_quantisation
 from engine.checkpoints.rope_scaling import RopeScaling, read_rope
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -183,10 +184,7 @@ def refuse_unsupported(
     if not layers <= set(layer_types):
         known = ", ".join(layer_types)
         raise ValueError(f"layer_types {sorted(layers)} are not supported; {known} is")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", quantization)
-        raise ValueError(f"quantised weights ({method}) are not supported; F32, F16, BF16 are")
+    read_quantisation(config)  # raises for one that is not implemented
 
 
 def _refuse_other_arithmetic(config: Json, own: Collection[str]) -> None:

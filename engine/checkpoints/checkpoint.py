@@ -17,14 +17,18 @@ from configs.files import check_regular, read_text
 from engine.checkpoints.arch import LlamaArch, Shape, bos_token_id, eos_token_ids
 from engine.checkpoints.families import TextModel, read_text_model
 from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
+from engine.checkpoints.llama4_arch import with_stored_experts
 from engine.checkpoints.manifest import (
     EMBEDDING,
     LM_HEAD,
     check_manifest,
     expected_tensors,
 )
+from engine.checkpoints.quantisation import Quantisation, read_quantisation
+from engine.checkpoints.quantised import QuantisedTensor, QuantisedWeights
 from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles, config_folder, resolve_source
 from engine.checkpoints.stored import Stored
+from kernels.linear.quantised import dense
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SINGLE_FILE = "model.safetensors"
@@ -102,13 +106,32 @@ class SafetensorsCheckpoint:
         self.arch = text.arch
         self._prefix = text.prefix
         self._shards = _text_tensors(self._open_shards(_shard_paths(folder)), text, folder)
+        self._quantised = self._take_quantised(read_quantisation(text.config), folder)
         self.arch = replace(self.arch, tie_word_embeddings=self._is_tied(folder))
+        self.arch = with_stored_experts(self.arch, self._names())
         check_manifest(self.arch, self._shapes(), folder)
+
+    def _take_quantised(
+        self, quantisation: Quantisation | None, folder: Path
+    ) -> dict[str, QuantisedTensor]:
+        """The quantised weights; their tensors leave the plain ones."""
+        if quantisation is None:
+            return {}
+        views = {name: self._slice(name) for name in self._shards}
+        found = QuantisedWeights.of(views, quantisation, self._prefix, folder)
+        for name in found.used:
+            del self._shards[name]
+        return found.weights
+
+    def _names(self) -> set[str]:
+        return self._shards.keys() | self._quantised.keys()
 
     def _is_tied(self, folder: Path) -> bool:
         """Whether the embedding is the LM head. The tensors decide, as in transformers: a config
         may say that the two are tied although the file has another head, or the reverse."""
         tied = self.arch.tie_word_embeddings
+        if LM_HEAD in self._quantised:
+            return False
         if LM_HEAD not in self._shards:
             if not tied:
                 logger.warning(
@@ -157,7 +180,7 @@ class SafetensorsCheckpoint:
         return shards
 
     def _shapes(self) -> dict[str, Shape]:
-        shapes: dict[str, Shape] = {}
+        shapes: dict[str, Shape] = {name: one.shape for name, one in self._quantised.items()}
         for name, (path, _) in self._shards.items():
             view = self._slice(name)
             if view.get_dtype() not in SUPPORTED_DTYPES:
@@ -172,10 +195,14 @@ class SafetensorsCheckpoint:
         return self._shards[name][1].get_slice(self._prefix + name)
 
     def tensor(self, name: str) -> Tensor:
+        if name in self._quantised:
+            return dense(self._quantised[name][:])
         tensor: Tensor = self._shards[name][1].get_tensor(self._prefix + name)
         return tensor
 
     def stored(self, name: str) -> Stored:
+        if name in self._quantised:
+            return self._quantised[name]
         view: Stored = self._slice(name)
         return view
 

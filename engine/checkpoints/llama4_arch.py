@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from engine.checkpoints.arch import LlamaArch, Shape, refuse_unsupported
 from engine.checkpoints.config_values import Json, flag, integer, number, require_positive
@@ -65,6 +66,7 @@ class Llama4Arch(LlamaArch):
     attention_chunk: int | None  # positions of a chunk
     qk_norm: bool  # in layers with rotary embeddings
     temperature: AttentionTemperature | None  # in layers without them
+    separate_experts: bool = False  # experts are stored as linear layers
 
     def __post_init__(self) -> None:
         LlamaArch.__post_init__(self)
@@ -87,16 +89,24 @@ class Llama4Arch(LlamaArch):
         }
 
     def _feed_forward_tensors(self, index: int) -> dict[str, Shape]:
-        """Experts are [experts, in, out], unlike linear weights."""
+        """Experts in two tensors are [experts, in, out], unlike linear weights."""
         if index not in self.moe_layers:
             return self.mlp_tensors("feed_forward", self.dense_intermediate_size)
         count, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
         return {
             "feed_forward.router.weight": (count, hidden),
-            f"{EXPERTS}.gate_up_proj": (count, hidden, 2 * inner),
-            f"{EXPERTS}.down_proj": (count, inner, hidden),
+            **self._expert_tensors(count, hidden, inner),
             **self.mlp_tensors("feed_forward.shared_expert", inner),
         }
+
+    def _expert_tensors(self, count: int, hidden: int, inner: int) -> dict[str, Shape]:
+        if not self.separate_experts:
+            both, down = (count, hidden, 2 * inner), (count, inner, hidden)
+            return {f"{EXPERTS}.gate_up_proj": both, f"{EXPERTS}.down_proj": down}
+        tensors: dict[str, Shape] = {}
+        for index in range(count):
+            tensors |= self.mlp_tensors(f"{EXPERTS}.{index}", inner)
+        return tensors
 
     @classmethod
     def from_hf_config(cls, config: Json) -> Llama4Arch:
@@ -141,6 +151,15 @@ class Llama4Arch(LlamaArch):
             qk_norm=flag(config, "use_qk_norm"),
             temperature=_temperature(config),
         )
+
+
+def with_stored_experts(arch: LlamaArch, names: Collection[str]) -> LlamaArch:
+    """`arch`, told whether its experts are stored as linear layers: a checkpoint has these
+    tensors."""
+    if not isinstance(arch, Llama4Arch) or not arch.moe_layers:
+        return arch
+    one = f"model.layers.{min(arch.moe_layers)}.{EXPERTS}.0.down_proj.weight"
+    return replace(arch, separate_experts=one in names)
 
 
 def _moe_layers(config: Json) -> frozenset[int]:

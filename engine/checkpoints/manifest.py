@@ -32,7 +32,7 @@ def check_manifest(arch: LlamaArch, found: Mapping[str, Shape], origin: object) 
     expected = expected_tensors(arch)
     missing = [name for name in expected if name not in found]
     if missing:
-        raise ValueError(f"{origin}: missing tensor {_listed(missing)}")
+        raise ValueError(f"{origin}: missing tensor {listed(missing)}")
     for name, shape in expected.items():
         if found[name] != shape:
             raise ValueError(
@@ -42,9 +42,9 @@ def check_manifest(arch: LlamaArch, found: Mapping[str, Shape], origin: object) 
     extra = [name for name in found if name not in expected]
     unknown = [name for name in extra if not _is_harmless(name, arch)]
     if unknown:
-        raise ValueError(f"{origin}: unexpected tensor {_listed(unknown)}")
+        raise ValueError(f"{origin}: unexpected tensor {listed(unknown)}")
     if extra:
-        logger.info("%s: ignoring %s, which the model computes itself", origin, _listed(extra))
+        logger.info("%s: ignoring %s, which the model computes itself", origin, listed(extra))
 
 
 def _is_harmless(name: str, arch: LlamaArch) -> bool:
@@ -53,6 +53,7 @@ def _is_harmless(name: str, arch: LlamaArch) -> bool:
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

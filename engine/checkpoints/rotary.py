@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.checkpoints.stored import Index, Stored
-from kernels.linear.grouped import dense
+from kernels.linear.quantised import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +19,12 @@ class PairedRows:
     stored: Stored
     head_dim: int
 
-    def __getitem__(self, index: Index, /) -> Tensor:
-        rows = dense(self.stored[index])
-        return undo_rotary_permutation(rows, len(rows) // self.head_dim)
+    def __getitem__(self, index: Index, /) -> Part:
+        part = self.stored[index]
+        num_heads = len(part) // self.head_dim
+        if isinstance(part, Tensor):
+            return undo_rotary_permutation(part, num_heads)
+        return part.take(undo_rotary_permutation(torch.arange(len(part)), num_heads))
 
 
 def undo_rotary_permutation(tensor: Tensor, num_heads: int) -> Tensor:

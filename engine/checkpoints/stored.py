@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from torch import Tensor
-
-from kernels.linear.grouped import GroupedWeight
+from kernels.linear.quantised import Part
 
 Index = slice | tuple[slice, ...]
+Bounds = tuple[int, int]
 
 
 class Stored(Protocol):
     """A tensor of which indexing reads only the indexed part: a view of a file, a `Tensor`, or
-    a `GroupedWeight`."""
+    a quantised weight."""
 
-    def __getitem__(self, index: Index, /) -> Tensor | GroupedWeight: ...
+    def __getitem__(self, index: Index, /) -> Part: ...
+
+
+class View(Protocol):
+    """A tensor in a safetensors file."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 ReadStored = Callable[[str], Stored]  # by Hugging Face name
+
+
+def bounds(index: Index, shape: Sequence[int]) -> tuple[Bounds, Bounds]:
+    """The first row and column of an index, and those after the last one."""
+    rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+    (top, bottom, _), (left, right, _) = rows.indices(shape[0]), columns.indices(shape[1])
+    return (top, bottom), (left, right)

@@ -48,6 +48,11 @@ class Gate:
         """Whether a request waits."""
         return bool(self._waiting)
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return sum(1 + len(each.message.others) for each in self._waiting)
+
     def take(self, message: Submit) -> Opened | None:
         """The requests of a message, if they need not wait."""
         grammar = message.request.params.grammar

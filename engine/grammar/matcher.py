@@ -46,6 +46,11 @@ class Matcher:
         self._taken: list[int] = []
         self._overdue = False  # a call took too long
         self._next: Mask | None = None  # tokens that may come next, if that is known
+        # Tokens of the text that must follow, and how many of them have been taken. A long text is
+        # tokenised once, not in each of its steps.
+        self._must_follow: list[int] = []
+        self._num_followed = 0
+        self._looks_ahead = True
         self.complete = False  # nothing but the end may follow
 
     @property
@@ -63,16 +68,28 @@ class Matcher:
                 if self.complete or self._overdue or not self._consume(token):
                     return number
                 self._taken.append(token)
+                self._follow(token)
                 self._next = None
                 self.complete = token in self._eos_token_ids or self._is_complete()
         return len(tokens)
 
-    def forced(self) -> list[int]:
-        """The tokens that most likely follow because their text must follow."""
-        if self.complete or self.error is not None:
+    def forced(self, most: int) -> list[int]:
+        """The tokens, at most so many, that most likely follow because their text must follow. They
+        only save time, so they are not looked for again if that takes long."""
+        if most < 1 or self.complete or self.error is not None:
             return []
-        with self._timed():
-            return list(self._matcher.compute_ff_tokens())
+        if self._num_followed == len(self._must_follow) and self._looks_ahead:
+            began = time.thread_time()
+            self._must_follow, self._num_followed = self._matcher.compute_ff_tokens(), 0
+            self._looks_ahead = time.thread_time() - began <= MOST_SECONDS
+        return self._must_follow[self._num_followed : self._num_followed + most]
+
+    def _follow(self, token: int) -> None:
+        at, known = self._num_followed, self._must_follow
+        if at < len(known) and known[at] == token:
+            self._num_followed += 1
+        else:
+            self._must_follow, self._num_followed = [], 0
 
     def fill(self, tokens: Sequence[int], parents: Sequence[int], out: Masks) -> None:
         """Write the mask at each node of a draft tree: which tokens may follow the node.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -169,11 +170,25 @@ class DecoderLayer:
 
         Without an input norm `x` is the input of attention itself, of any width, and is not added.
         """
-        if self.whole is not None and ctx.ops.decoder_layer is not None:
-            keys, values = ctx.kv.keys[self.attention.layer], ctx.kv.values[self.attention.layer]
-            inputs = (batch.positions, batch.slots, batch.attention, keys, values)
-            return ctx.ops.decoder_layer(self.whole, x, residual, *inputs)
+        if self.whole is not None:
+            layer = self.attention.layer
+            return run_whole([self.whole], slice(layer, layer + 1), x, residual, batch, ctx)
         if self.input_norm is not None:
             x = self.input_norm.add(x, residual, ctx)
         x = self.attention(x, batch, ctx)
         return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)
+
+
+def run_whole(
+    layers: Sequence[PackedLayer],
+    pages: slice,
+    x: Tensor,
+    residual: Tensor,
+    batch: AttentionInputs,
+    ctx: ForwardContext,
+) -> Tensor:
+    """Consecutive layers in one call; `pages` are theirs in the KV cache. See `DecoderLayer`."""
+    assert ctx.ops.decoder_layers is not None
+    kv = ctx.kv.keys[pages], ctx.kv.values[pages]
+    inputs = (batch.positions, batch.slots, batch.attention, *kv)
+    return ctx.ops.decoder_layers(layers, x, residual, *inputs)

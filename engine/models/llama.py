@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,18 +14,22 @@ from torch import Tensor
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
 from engine.models.footprint import GIB, held_bytes, layers_with_progress
-from engine.models.layers import LMHead, RMSNorm, VocabParallelEmbedding
+from engine.models.layers import LMHead, RMSNorm, VocabParallelEmbedding, run_whole
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import check_degree
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.taps import LAST_OUTPUT
+from kernels.ops import PackedLayer
 
 logger = logging.getLogger(__name__)
 
 
 class Layer(Protocol):
     """As `DecoderLayer`."""
+
+    @property
+    def whole(self) -> PackedLayer | None: ...
 
     def __call__(
         self, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
@@ -47,9 +51,9 @@ class Llama:
     def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
         x = self.embedding(batch.token_ids, ctx)  # [T, H]
         residual = torch.zeros_like(x)
-        for index, layer in enumerate(self.layers):
-            self._tap(index, x, residual, ctx)
-            x = layer(x, residual, batch, ctx)
+        for run in _runs(len(self.layers), ctx):
+            self._tap(run.start, x, residual, ctx)
+            x = self._run(run, x, residual, batch, ctx)
         if ctx.tap is not None and LAST_OUTPUT in ctx.tap.layers:
             ctx.tap.record(LAST_OUTPUT, x + residual)
         hidden = self.norm.add(x, residual, ctx)
@@ -60,10 +64,29 @@ class Llama:
     def logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         return self.head(hidden, ctx)
 
+    def _run(
+        self, run: slice, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
+    ) -> Tensor:
+        """Consecutive layers; together if each can be run as a whole."""
+        layers = self.layers[run]
+        whole = [layer.whole for layer in layers if layer.whole is not None]
+        if len(whole) == len(layers):
+            return run_whole(whole, run, x, residual, batch, ctx)
+        for layer in layers:
+            x = layer(x, residual, batch, ctx)
+        return x
+
     @staticmethod
     def _tap(index: int, x: Tensor, residual: Tensor, ctx: ForwardContext) -> None:
         if ctx.tap is not None and index in ctx.tap.layers:
             ctx.tap.record(index, x + residual)
+
+
+def _runs(num_layers: int, ctx: ForwardContext) -> Iterator[slice]:
+    """The layers, cut where the stream between them is recorded."""
+    tapped = () if ctx.tap is None else ctx.tap.layers
+    cuts = [0, *sorted(index for index in tapped if 0 < index < num_layers), num_layers]
+    yield from map(slice, cuts, cuts[1:])
 
 
 class LlamaLoader:

@@ -3,8 +3,8 @@ of experts instead of some or all feed-forward blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from engine.models.loading import ALL, LayerLoader
 from engine.models.place import Place
 from engine.parallel.shard import check_degree
 from engine.step.batch import ForwardBatch, ForwardContext
-from kernels.linear.grouped import dense
+from kernels.linear.quantised import Part, dense
 from kernels.ops import ExpertWeights, LinearWeight
 
 
@@ -93,6 +93,8 @@ class RoutedMLP:
 @dataclass(frozen=True, slots=True)
 class Llama4Layer:
     """Attention and feed-forward over a residual stream."""
+
+    whole: ClassVar[None] = None
 
     input_norm: RMSNorm
     attention: Llama4Attention
@@ -187,23 +189,54 @@ class Llama4Loader:
     def _experts(self, prefix: str) -> ExpertWeights:
         count, width = self._arch.num_experts, self._arch.intermediate_size
         own = self._place.shard.even(width)
-        gate, up = own, slice(width + own.start, width + own.stop)
-        pack = self._place.packer.pack_experts
-        gate_up, down = (self._blocks.read(f"{prefix}.{part}_proj") for part in ("gate_up", "down"))
+        read = self._blocks.read
+        kind = SeparateExperts if self._arch.separate_experts else FusedExperts
+        experts, pack = kind(read, prefix, width, own), self._place.packer.pack_experts
         return ExpertWeights(
-            gate_up=pack(_sides(gate_up, count, gate, up), count),
-            down=pack((_expert(down, each, own, ALL) for each in range(count)), count),
+            gate_up=pack(map(experts.gate_up, range(count)), count),
+            down=pack(map(experts.down, range(count)), count),
         )
 
 
-def _sides(stored: Stored, count: int, *columns: slice) -> Iterator[Tensor]:
-    """Of each expert's weight [in, out], these outputs."""
-    for each in range(count):
-        yield torch.cat([_expert(stored, each, ALL, part) for part in columns], dim=1)
+@dataclass(frozen=True, slots=True)
+class SeparateExperts:
+    """Experts whose weights are linear layers. Of each, the part `own` of its width."""
+
+    read: ReadStored
+    prefix: str
+    width: int
+    own: slice
+
+    def gate_up(self, index: int) -> list[Part]:
+        return [self.read(self._name(index, part))[self.own] for part in ("gate", "up")]
+
+    def down(self, index: int) -> list[Part]:
+        return [self.read(self._name(index, "down"))[ALL, self.own]]
+
+    def _name(self, index: int, part: str) -> str:
+        return f"{self.prefix}.{index}.{part}_proj.weight"
 
 
-def _expert(stored: Stored, index: int, rows: slice, columns: slice) -> Tensor:
-    return dense(stored[slice(index, index + 1), rows, columns])[0]
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """Experts whose weights are stored as two tensors, [E, in, out]. Of each, the part `own` of its
+    width."""
+
+    read: ReadStored
+    prefix: str
+    width: int
+    own: slice
+
+    def gate_up(self, index: int) -> list[Part]:
+        up = slice(self.width + self.own.start, self.width + self.own.stop)
+        return [self._outputs("gate_up", index, ALL, part) for part in (self.own, up)]
+
+    def down(self, index: int) -> list[Part]:
+        return [self._outputs("down", index, self.own, ALL)]
+
+    def _outputs(self, name: str, index: int, inputs: slice, outputs: slice) -> Part:
+        stored = self.read(f"{self.prefix}.{name}_proj")
+        return dense(stored[slice(index, index + 1), inputs, outputs])[0].T
 
 
 def _halved_pairs(read: ReadStored, head_dim: int) -> ReadStored:

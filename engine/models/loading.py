@@ -21,8 +21,8 @@ from engine.models.layers import (
 )
 from engine.models.place import Place
 from engine.models.rope import cos_sin_table
-from engine.models.weights import Part, with_zero_rows
-from kernels.linear.grouped import dense
+from engine.models.weights import with_zero_rows
+from kernels.linear.quantised import Part, dense
 from kernels.ops import LinearWeight, PackedLayer
 
 ReadTensor = Callable[[str], Tensor]

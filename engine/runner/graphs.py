@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ WARM_UPS = 2  # launches before a capture, which compile kernels and allocate wo
 SEEN_OFTEN = 3  # a form that was not prepared is captured at this launch
 
 logger = logging.getLogger(__name__)
+Captured = TypeVar("Captured")
 Outputs = Callable[[], StepOutputs]  # waits for the step and returns its outputs on the host
 
 
@@ -74,6 +75,26 @@ class StaticStep:
         return join(self._outputs.parts())
 
 
+def capture(launch: Callable[[], Captured], pool: Any) -> tuple[torch.cuda.CUDAGraph, Captured]:
+    """What `launch` queues on the device, as a graph, and its result, which each replay writes
+    anew. It is called WARM_UPS times before the capture. `pool`: handle of the graph's memory.
+
+    Raises:
+        RuntimeError: out of memory, or something cannot be captured.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local, because another thread may be loading a draft head.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = launch()
+    return graph, result
+
+
 class GraphedStep(StaticStep):
     """A static step, captured once as a CUDA graph and replayed."""
 
@@ -82,16 +103,7 @@ class GraphedStep(StaticStep):
         no state. `pool`: handle of the memory that all graphs share; one runs at a time."""
         super().__init__(body, form, like)
         started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                super()._launch()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Thread-local, because another thread may be loading a draft head.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._joined = super()._launch()
+        self._graph, self._joined = capture(super()._launch, pool)
         self.seconds = time.perf_counter() - started
         self.num_bytes = max(0, free - torch.cuda.mem_get_info()[0])
 

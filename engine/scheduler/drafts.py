@@ -96,7 +96,7 @@ class DraftRoom:
         earlier in the sequence's own text."""
         wanted = seq.request.params.max_tokens - seq.num_output - 1
         most = min(wanted, plan.spare, self.most_nodes(seq))
-        forced = self._forced(seq)[: max(0, min(most, MAX_NODES - 1))]
+        forced = self._forced(seq, min(most, MAX_NODES - 1))
         if forced and len(forced) * (1 - price) > rival:  # they are accepted for certain
             if self.lookup is not None:
                 self.lookup.withdraw(seq.line)
@@ -105,10 +105,25 @@ class DraftRoom:
             return []
         return self.lookup.draft(seq, most, price, rival)
 
-    def _forced(self, seq: Sequence) -> list[int]:
+    def _forced(self, seq: Sequence, most: int) -> list[int]:
         matcher = None if self.grammars is None else self.grammars.of_line(seq.line)
         is_decoding = seq.num_computed == len(seq.token_ids) - 1
-        return matcher.forced() if matcher is not None and is_decoding else []
+        return matcher.forced(most) if matcher is not None and is_decoding else []
+
+
+def count_draft(seq: Sequence, num_draft: int, num_accepted: int, predicted: bool) -> None:
+    """Count a tree of a sequence; `predicted`: it is from the request's prediction."""
+    if num_draft == 0:
+        return
+    seq.num_drafts += 1
+    seq.num_drafted += num_draft
+    seq.most_drafted = max(seq.most_drafted, num_draft)
+    seq.num_accepted += num_accepted
+    if predicted:
+        seq.num_predicted += num_draft
+        seq.num_predicted_accepted += num_accepted
+    seq.accepted_counts += [0] * (num_accepted + 1 - len(seq.accepted_counts))
+    seq.accepted_counts[num_accepted] += 1
 
 
 @dataclass(slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.request import Sequence
 from engine.scheduler.pacing import PromptTime
 from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan
@@ -62,7 +64,10 @@ class PlanDraft:
     def admit(self, seq: Sequence, num_tokens: int) -> None:
         """Add a row of a sequence that starts or starts over in this step."""
         output_ids = tuple(seq.token_ids[seq.num_prompt :])
-        self.admitted[seq.line] = Admission(seq.line, seq.request, output_ids)
+        request = seq.request
+        if request.prediction:  # only the scheduler needs it
+            request = msgspec.structs.replace(request, prediction=[])
+        self.admitted[seq.line] = Admission(seq.line, request, output_ids)
         self.num_admitted_blocks += len(seq.block_ids)
         self.add(seq, num_tokens)
 

@@ -28,7 +28,7 @@ from engine.kv.manager import KVManager
 from engine.messages import EngineStats, ErrorCode, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Rank, Request, Sequence, Status
 from engine.scheduler.ahead import only, plan_ahead
-from engine.scheduler.drafts import DraftCounts, DraftRoom
+from engine.scheduler.drafts import DraftCounts, DraftRoom, count_draft
 from engine.scheduler.pacing import PromptTime, StepTimes
 from engine.scheduler.planning import PlanDraft
 from engine.scheduler.preempting import choose_outranked, choose_victim
@@ -283,6 +283,7 @@ class Scheduler:
             ("prompt_ids", request.prompt_ids),
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
+            ("prediction", request.prediction),
         ):
             for token_id in (min(ids, default=0), max(ids, default=0)):
                 if not 0 <= token_id < self._vocab_size:
@@ -461,7 +462,7 @@ class Scheduler:
         seq.token_ids += kept
         self._waiting.charge(seq.request.client, OUTPUT_WEIGHT * len(kept))
         seq.num_computed += max(len(kept) - 1, 0)  # accepted draft tokens have their KV already
-        self._count_draft(seq, result, len(kept))
+        self._count_draft(seq, row, result, len(kept))
         if kept and seq.first_token_time is None:
             seq.first_token_time = self._clock()
         self._kv.publish(seq)
@@ -509,12 +510,12 @@ class Scheduler:
     def _matcher(self, seq: Sequence) -> Matcher | None:
         return None if self._grammars is None else self._grammars.of_line(seq.line)
 
-    def _count_draft(self, seq: Sequence, result: RowOutcome, num_kept: int) -> None:
+    def _count_draft(self, seq: Sequence, row: RowPlan, result: RowOutcome, num_kept: int) -> None:
         num_accepted = min(num_kept, max(len(result.emitted) - 1, 0))
         self._counts.add_tree(result.num_draft, num_accepted)
-        seq.num_drafts += result.num_draft > 0
-        seq.num_drafted += result.num_draft
-        seq.num_accepted += num_accepted
+        lookup = self._drafts.lookup
+        predicted = bool(row.draft) and lookup is not None and lookup.is_predicted(row.line)
+        count_draft(seq, result.num_draft, num_accepted, predicted)
 
     def _finish(
         self,
@@ -545,6 +546,10 @@ class Scheduler:
                 num_drafts=seq.num_drafts,
                 num_drafted=seq.num_drafted,
                 num_accepted=seq.num_accepted,
+                num_predicted=seq.num_predicted,
+                num_predicted_accepted=seq.num_predicted_accepted,
+                most_drafted=seq.most_drafted,
+                accepted_counts=tuple(seq.accepted_counts),
                 first_scheduled_time=seq.first_scheduled_time,
                 first_token_time=seq.first_token_time,
                 error=error,

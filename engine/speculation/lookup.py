@@ -1,4 +1,5 @@
-"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the newest tokens.
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the newest tokens, or
+those that the client predicted.
 
 Answers repeat their prompt and themselves: names, code, quotations, lists (LLMA, arXiv:2304.04487;
 prompt lookup decoding). Such a draft needs no draft head; its only cost is to verify its nodes. The
@@ -9,13 +10,13 @@ node costs, and what the draft head promises instead, comes from the planner.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from engine.request import Sequence
+from engine.speculation.prediction import Prediction
 from engine.step.plan import StepOutcome, StepPlan
-from engine.step.shape import ROOT
+from engine.step.shape import MAX_NODES, ROOT
 
 LENGTHS = (2, 3, 4, 6, 8, 12)  # of matches: each has its own chance
 WIDTH = 4  # bytes of a token
@@ -23,6 +24,9 @@ NAME = "lookup"  # tree name in statistics
 MAX_DRAFT = 16  # tokens of one draft
 DECAY = 0.98  # weight of the past per observation
 PRIOR = (0.5, 0.55, 0.6, 0.7, 0.8, 0.85)  # chance of a token, by length of the match
+LOST, SURE = -2, -1  # in place of a length: a prediction was just found again, or is followed
+PRIORS = dict(zip(LENGTHS, PRIOR, strict=True)) | {LOST: 0.6, SURE: 0.9}
+MAX_PREDICTED = MAX_NODES - 1  # tokens of a draft from a prediction
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
 PROBE_EVERY = 64  # of so many matches that do not pay, one drafts a token as a probe
 
@@ -98,6 +102,7 @@ class Lookup:
     """Drafts for the rows of one scheduler. Only speed depends on it."""
 
     _texts: dict[int, TokenText] = field(default_factory=dict)  # by line
+    _predictions: dict[int, Prediction] = field(default_factory=dict)
     _chances: dict[tuple[int, bool], Chance] = field(default_factory=dict)
     _matches: dict[int, tuple[int, bool]] = field(default_factory=dict)  # of the step's drafts
 
@@ -111,22 +116,50 @@ class Lookup:
         self._matches.pop(seq.line, None)
         if most < 1:
             return []
+        return self._predicted(seq, most, price, rival) or self._repeated(seq, most, price, rival)
+
+    def is_predicted(self, line: int) -> bool:
+        """Whether the newest draft of a line is from the prediction of its request."""
+        return self._matches.get(line, (0, False))[0] < 0
+
+    def _predicted(self, seq: Sequence, most: int, price: float, rival: float) -> list[int]:
+        """What the client predicted, where the text has come in it."""
+        if not seq.request.prediction:
+            return []
+        known = self._predictions.get(seq.line)
+        if known is None:
+            known = self._predictions[seq.line] = Prediction(seq.request.prediction)
+        known.follow(seq.token_ids, seq.num_prompt)
+        rest = known.rest(min(most, MAX_PREDICTED))
+        match = (SURE if known.is_sure else LOST, seq.request.params.temperature > 0)
+        return rest[: self._count(seq.line, match, len(rest), price, rival)]
+
+    def _repeated(self, seq: Sequence, most: int, price: float, rival: float) -> list[int]:
+        """What followed earlier in the text."""
         text = self._texts.setdefault(seq.line, TokenText())
         text.follow(seq.token_ids)
         length, place = text.longest_match()
         if length == 0:
             return []
         match = (length, seq.request.params.temperature > 0)
+        count = self._count(seq.line, match, min(most, MAX_DRAFT), price, rival)
+        return text.continued(place, count) if count else []
+
+    def _count(
+        self, line: int, match: tuple[int, bool], most: int, price: float, rival: float
+    ) -> int:
+        """How many tokens to draft after a match; noted as the match of the line's draft."""
+        if most < 1:
+            return 0
         known = self._chance(match)
         chance = known.value
-        count = min(most, MAX_DRAFT, _worth(chance, price))
+        count = _worth(chance, price, most)
         promise = sum(chance**depth - price for depth in range(1, count + 1))
         if count < 1 or promise <= rival:
             count = known.probe()
-        if count < 1:
-            return []
-        self._matches[seq.line] = match
-        return text.continued(place, count)
+        if count:
+            self._matches[line] = match
+        return count
 
     def withdraw(self, line: int) -> None:
         """The row of a line gets another draft in this step."""
@@ -135,6 +168,7 @@ class Lookup:
     def forget(self, line: int) -> None:
         """Forget a line that its sequence has left."""
         self._texts.pop(line, None)
+        self._predictions.pop(line, None)
         self._matches.pop(line, None)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None:
@@ -145,8 +179,7 @@ class Lookup:
                 chance.observe(result.num_draft, len(result.path))
 
     def _chance(self, match: tuple[int, bool]) -> Chance:
-        prior = PRIOR[bisect_left(LENGTHS, match[0])]
-        return self._chances.setdefault(match, Chance(prior * PRIOR_TOKENS))
+        return self._chances.setdefault(match, Chance(PRIORS[match[0]] * PRIOR_TOKENS))
 
 
 def tree_name(plan: StepPlan) -> str:
@@ -156,10 +189,11 @@ def tree_name(plan: StepPlan) -> str:
     return NAME if any(row.draft for row in plan.rows) else ROOT.name
 
 
-def _worth(chance: float, price: float) -> int:
-    """How many tokens of a chain are worth their price: those with chance ** depth > price."""
+def _worth(chance: float, price: float, most: int) -> int:
+    """How many tokens of a chain, at most `most`, are worth their price: those with
+    chance ** depth > price."""
     count, reach = 0, chance
-    while reach > price and count < MAX_DRAFT:
+    while reach > price and count < most:
         count += 1
         reach *= chance
     return count

@@ -1,4 +1,4 @@
-// A decoder layer: the operations of engine/models/layers.py one after the other, in one call.
+// Decoder layers: the operations of engine/models/layers.py one after the other, in one call.
 //
 // At batch 1 a layer takes about 100 us, and as much again to call its ten operations from Python.
 // Every number is that of the separate operations.
@@ -80,29 +80,40 @@ const float* attend(Pool* pool, const Layer& layer, const Batch& b, const float*
   return mixed;
 }
 
+// x and out may be the same.
+void run_layer(Pool* pool, const Layer& layer, const Batch& batch, const float* x, float* residual,
+               void* keys, void* values, float* out) {
+  const int64_t T = batch.num_tokens, H = layer.hidden_size, F = layer.inner_size;
+  if (layer.input_norm) {
+    float* normed = pool->scratch<float>(kNormed, T * H);
+    aerie_rms_norm(pool, x, residual, layer.input_norm, T, H, layer.eps, normed);
+    x = normed;
+  }
+  const float* mixed = attend(pool, layer, batch, x, keys, values);
+  multiply(pool, layer, layer.output, mixed, T, layer.num_heads * layer.head_dim, out);
+  float* normed = pool->scratch<float>(kNormed, T * H);
+  aerie_rms_norm(pool, out, residual, layer.post_norm, T, H, layer.eps, normed);
+  float* gate_up = pool->scratch<float>(kGateUp, T * 2 * F);
+  float* inner = pool->scratch<float>(kInner, T * F);
+  multiply(pool, layer, layer.gate_up, normed, T, H, gate_up);
+  aerie_silu_and_mul(pool, gate_up, T, F, inner);
+  multiply(pool, layer, layer.down, inner, T, F, out);
+}
+
 }  // namespace
 
 extern "C" {
 
-// x, out [T, H], which may be the same; x is [T, input_size] without an input norm. The residual
-// stream [T, H] takes x (with an input norm) and the output of attention.
-void aerie_decoder_layer(Pool* pool, const Layer* layer, const Batch* batch, const float* x,
-                         float* residual, void* keys, void* values, float* out) {
-  const int64_t T = batch->num_tokens, H = layer->hidden_size, F = layer->inner_size;
-  if (layer->input_norm) {
-    float* normed = pool->scratch<float>(kNormed, T * H);
-    aerie_rms_norm(pool, x, residual, layer->input_norm, T, H, layer->eps, normed);
-    x = normed;
+// Of each of `count` layers, `keys` and `values` have the pages. x is [T, input_size] if the first
+// layer has no input norm, else [T, H], as is out. The residual stream [T, H] takes the input of
+// every layer (with an input norm) and the output of its attention.
+void aerie_decoder_layers(Pool* pool, const Layer* const* layers, int64_t count, const Batch* batch,
+                          const float* x, float* residual, void* const* keys, void* const* values,
+                          float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    run_layer(pool, *layers[i], *batch, x, residual, keys[i], values[i], out);
+    x = out;
   }
-  const float* mixed = attend(pool, *layer, *batch, x, keys, values);
-  multiply(pool, *layer, layer->output, mixed, T, layer->num_heads * layer->head_dim, out);
-  float* normed = pool->scratch<float>(kNormed, T * H);
-  aerie_rms_norm(pool, out, residual, layer->post_norm, T, H, layer->eps, normed);
-  float* gate_up = pool->scratch<float>(kGateUp, T * 2 * F);
-  float* inner = pool->scratch<float>(kInner, T * F);
-  multiply(pool, *layer, layer->gate_up, normed, T, H, gate_up);
-  aerie_silu_and_mul(pool, gate_up, T, F, inner);
-  multiply(pool, *layer, layer->down, inner, T, F, out);
 }
 
 }  // extern "C"

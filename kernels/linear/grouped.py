@@ -2,8 +2,9 @@
 
     weight[n, k] = scales[n, g] * (codes[n, k] - zero) + minimums[n, g]      g = k // group
 
-Codes have four or eight bits. Without minimums `zero` is the middle of their range. The formats of
-GGUF files and our own quantisation of loaded weights are special cases.
+Codes have four or eight bits. Without minimums `zero` is the middle of their range. Special cases
+are the formats of GGUF files, GPTQ, AWQ and compressed-tensors, and our own quantisation of loaded
+weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class GroupLayout(NamedTuple):
     """What the kernels need to know to read packed groups."""
 
     bits: int  # of a code: 4 or 8
-    group: int  # inputs per scale: 16 or 32
+    group: int  # inputs per scale: 16 or a multiple of 32
     wide_scales: bool  # scales are float32, not float16
     has_minimums: bool
 
@@ -49,6 +50,11 @@ class GroupedWeight:
         return GroupLayout(self.bits, group, wide, self.minimums is not None)
 
     @property
+    def form(self) -> str:
+        """What `Ops.reads` calls such weights."""
+        return f"q{self.bits}"
+
+    @property
     def zero(self) -> int:
         """The code that stands for zero where there are no minimums."""
         return 1 << (self.bits - 1) if self.minimums is None else 0
@@ -69,10 +75,39 @@ class GroupedWeight:
             self.codes[rows, start:stop], self.scales[rows, groups], minimums, self.bits
         )
 
+    def to(self, device: torch.device) -> GroupedWeight:
+        minimums = None if self.minimums is None else self.minimums.to(device)
+        return GroupedWeight(self.codes.to(device), self.scales.to(device), minimums, self.bits)
+
     def take(self, rows: Tensor) -> GroupedWeight:
         """The rows with these numbers, [N] int64, in this order."""
         minimums = None if self.minimums is None else self.minimums[rows]
         return GroupedWeight(self.codes[rows], self.scales[rows], minimums, self.bits)
+
+    def padded(self, num_rows: int) -> GroupedWeight:
+        """With rows of zeros after its own, `num_rows` in all."""
+
+        def extended(rows: Tensor) -> Tensor:
+            return torch.cat((rows, rows.new_zeros(num_rows - len(rows), rows.shape[1])))
+
+        minimums = None if self.minimums is None else extended(self.minimums)
+        return GroupedWeight(extended(self.codes), extended(self.scales), minimums, self.bits)
+
+    def regrouped(self, most: int) -> GroupedWeight:
+        """The same numbers in groups of at most `most` inputs, which must divide larger ones."""
+        copies = self.layout.group // most
+        if copies <= 1:
+            return self
+        scales = self.scales.repeat_interleave(copies, dim=1)
+        wide = self.minimums
+        minimums = None if wide is None else wide.repeat_interleave(copies, dim=1)
+        return GroupedWeight(self.codes, scales, minimums, self.bits)
+
+    def with_minimums(self) -> GroupedWeight:
+        """The same numbers, with the code of zero as minimums."""
+        if self.minimums is not None:
+            return self
+        return GroupedWeight(self.codes, self.scales, self.scales * -self.zero, self.bits)
 
     def dequantised(self) -> Tensor:
         """[N, K] float32."""
@@ -83,16 +118,16 @@ class GroupedWeight:
             values += self.minimums.float().unsqueeze(-1)
         return values.reshape(rows, -1)
 
-
-def stacked(parts: Sequence[GroupedWeight]) -> GroupedWeight:
-    """The rows of all parts, which have one layout."""
-    first, minimums = parts[0], [part.minimums for part in parts if part.minimums is not None]
-    return GroupedWeight(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(minimums) if minimums else None,
-        first.bits,
-    )
+    @staticmethod
+    def stacked(parts: Sequence[GroupedWeight]) -> GroupedWeight:
+        """The rows of all parts, which have one layout."""
+        first, minimums = parts[0], [part.minimums for part in parts if part.minimums is not None]
+        return GroupedWeight(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(minimums) if minimums else None,
+            first.bits,
+        )
 
 
 def quantise(weight: Tensor, bits: int) -> GroupedWeight:
@@ -115,8 +150,3 @@ def _divisor(scales: Tensor) -> Tensor:
     """Scales to divide by, 1 where they are zero; [N, groups, 1] float32."""
     wide = scales.float()
     return torch.where(wide == 0, 1.0, wide).unsqueeze(-1)
-
-
-def dense(part: GroupedWeight | Tensor) -> Tensor:
-    """The numbers of a part, whether quantised or not."""
-    return part.dequantised() if isinstance(part, GroupedWeight) else part

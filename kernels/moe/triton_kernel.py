@@ -9,7 +9,6 @@ second one writes its rows back through the order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.triton_lookup import find_tile
+from kernels.moe import triton_scaled
+from kernels.moe.triton_runs import Runs
 from kernels.ops import ExpertWeights, LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
@@ -117,38 +118,10 @@ def down_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Tokens sorted by expert. All shapes follow from those of the logits."""
-
-    order: Tensor  # [T] int64 tokens
-    experts: Tensor  # [T] int64 of the sorted tokens
-    begins: Tensor  # [runs + 1] int32; runs that do not exist begin and end at T
-
-    @classmethod
-    def of(cls, chosen: Tensor, num_experts: int) -> Runs:
-        experts, order = chosen.sort(stable=True)
-        new = torch.ones_like(experts)
-        new[1:] = experts[1:] != experts[:-1]
-        bounds = torch.arange(min(num_experts, len(chosen)) + 1, device=chosen.device)
-        begins = torch.searchsorted(new.cumsum(0) - 1, bounds, out_int32=True)
-        return cls(order, experts, begins)
-
-    def num_tiles(self, rows: int) -> int:
-        """A bound for tiles of so many rows."""
-        return len(self.order) // rows + len(self.begins) - 1
-
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "order_ptr": self.order,
-            "experts_ptr": self.experts,
-            "begins_ptr": self.begins,
-            "num_runs": len(self.begins) - 1,
-        }
-
-
 def moe(x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
     """As the reference: x [T, H], router logits [T, E] -> [T, H]. Sums are in float32."""
+    if weights.gate_up[0].layout is not None:
+        return triton_scaled.scaled_moe(x, logits, weights)
     best, chosen = logits.max(dim=-1)
     (gate_up,), (down,) = weights.gate_up, weights.down
     runs = Runs.of(chosen, logits.shape[1])
@@ -229,4 +202,4 @@ def launches() -> list[Launch]:
             x, inner = torch.empty(T, H, **meta), torch.empty(T, F, **meta)
             made = (_gate_up(inner, x, scores, runs, gate_up, E), _down(x, inner, runs, down, E))
             found.update({launch.name: launch for launch in made})
-    return list(found.values())
+    return [*found.values(), *triton_scaled.launches()]

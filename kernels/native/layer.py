@@ -1,8 +1,9 @@
-"""A whole decoder layer as one C function; see kernels/layer/native_kernel.cpp."""
+"""Whole decoder layers as one C function; see kernels/layer/native_kernel.cpp."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,21 +96,14 @@ class LatestBatch:
 
 
 class NativeLayer:
-    """One layer's weights, ready to be called (implements `PackedLayer`)."""
+    """One layer's weights, ready to be run (implements `PackedLayer`)."""
 
     def __init__(
-        self,
-        library: NativeLibrary,
-        weights: LayerWeights,
-        dtype: torch.dtype,
-        products: str,
-        batches: LatestBatch,
+        self, library: NativeLibrary, weights: LayerWeights, suffix: str, products: str
     ) -> None:
-        """`products` ends the names of the functions of linear layers and attention."""
-        suffix = SUFFIXES[dtype]
+        """`suffix` and `products` end the names of the functions for the storage dtype, and of
+        those among them that multiply."""
         self._library, self._weights = library, weights  # keep what the structure points to
-        self._dtype, self._batches = dtype, batches
-        self._call = library.call("aerie_decoder_layer")
         linears = {
             name: _linear(getattr(weights, name)) for name in ("qkv", "output", "gate_up", "down")
         }
@@ -133,34 +127,12 @@ class NativeLayer:
         rows = weights.qkv.all_features // self._layer.head_dim
         self._layer.num_kv_heads = (rows - self._layer.num_heads) // 2
         check_heads(self._layer.num_heads, self._layer.num_kv_heads, self._layer.head_dim)
+        self.address = ctypes.addressof(self._layer)
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        meta: AttentionMeta,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor:
-        assert residual.is_contiguous()
-        assert k_cache.is_contiguous()
-        assert v_cache.is_contiguous()
-        assert k_cache.dtype == self._dtype
-        x, out = x.contiguous(), torch.empty_like(residual)
-        batch = self._batches.of(positions, slots, meta)
-        self._call(
-            self._library.pool,
-            ctypes.addressof(self._layer),
-            batch.address(k_cache.shape[1]),
-            x.data_ptr(),
-            residual.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            out.data_ptr(),
-        )
-        return out
+
+def addresses(values: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+    """A C array of pointers."""
+    return (ctypes.c_void_p * len(values))(*values)
 
 
 def _linear(weight: LinearWeight) -> _Linear:

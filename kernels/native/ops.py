@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.linear.grouped import GroupedWeight
-from kernels.native.layer import ENDINGS, SUFFIXES, LatestBatch, NativeLayer, check_heads
+from kernels.linear.grouped import GROUP, GroupedWeight
+from kernels.linear.quantised import Part, dense
+from kernels.native.layer import (
+    ENDINGS,
+    SUFFIXES,
+    LatestBatch,
+    NativeLayer,
+    addresses,
+    check_heads,
+)
 from kernels.native.library import NativeLibrary, pointer
 from kernels.native.memory import HugePages
 from kernels.ops import (
@@ -47,6 +53,7 @@ class NativeOps:
         self._pack_groups = library.call("aerie_pack_groups")
         self._linear_groups = library.call("aerie_linear_groups")
         self._embedding_groups = library.call("aerie_embedding_groups")
+        self._decoder_layers = library.call("aerie_decoder_layers")
         self._rms_norm = library.call("aerie_rms_norm")
         self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
         self._attention = library.call(f"aerie_attention_{products}")
@@ -58,11 +65,14 @@ class NativeOps:
         self._argmax = library.call("aerie_argmax")
         self._logsumexp = library.call("aerie_logsumexp")
 
-    def pack_linear(self, weight: Tensor | GroupedWeight, bias: Tensor | None) -> LinearWeight:
+    def pack_linear(self, weight: Part, bias: Tensor | None) -> LinearWeight:
         bias = None if bias is None else bias.float().contiguous()
         if isinstance(weight, GroupedWeight):
-            return self._pack_grouped(weight, bias)
-        weight = weight.to(self._dtype).contiguous()
+            weight = weight.regrouped(GROUP)
+            # Of wide scales, the kernels read groups of 32 with minimums only.
+            is_read = weight.layout.group < GROUP or not weight.layout.wide_scales
+            return self._pack_grouped(weight if is_read else weight.with_minimums(), bias)
+        weight = dense(weight).to(self._dtype).contiguous()
         N, K = weight.shape
         size = self.library.number(f"aerie_packed_elements_{self._suffix}", N, K)
         packed = self._memory.empty(size, dtype=self._dtype)
@@ -150,11 +160,36 @@ class NativeOps:
         return out
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        return NativeLayer(self.library, weights, self._dtype, self._products, self._batches)
+        return NativeLayer(self.library, weights, self._suffix, self._products)
 
-    @staticmethod
-    def decoder_layer(layer: PackedLayer, *inputs: Any) -> Tensor:
-        return layer(*inputs)
+    def decoder_layers(
+        self,
+        layers: Sequence[PackedLayer],
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        meta: AttentionMeta,
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+    ) -> Tensor:
+        pages = (*k_caches, *v_caches)
+        assert residual.is_contiguous()
+        assert all(page.is_contiguous() and page.dtype == self._dtype for page in pages)
+        x, out = x.contiguous(), torch.empty_like(residual)
+        batch = self._batches.of(positions, slots, meta)
+        self._decoder_layers(
+            self._pool,
+            addresses([layer.address for layer in layers]),
+            len(layers),
+            batch.address(pages[0].shape[1]),
+            x.data_ptr(),
+            residual.data_ptr(),
+            addresses([page.data_ptr() for page in k_caches]),
+            addresses([page.data_ptr() for page in v_caches]),
+            out.data_ptr(),
+        )
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)
@@ -237,10 +272,9 @@ class NativeOps:
         assert all(page.is_contiguous() for page in pages)
         sources, targets = sources.contiguous(), targets.contiguous()
         slot_bytes = pages[0].stride(1) * pages[0].element_size()
-        addresses = (ctypes.c_void_p * len(pages))(*[page.data_ptr() for page in pages])
         self._kv_move(
             self._pool,
-            addresses,
+            addresses([page.data_ptr() for page in pages]),
             len(pages),
             slot_bytes,
             sources.data_ptr(),

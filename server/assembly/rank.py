@@ -187,17 +187,17 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
 
 def _head_form(speculation: SpeculationConfig, ops: Ops) -> WeightForm:
     if speculation.draft_weights == "auto":
-        return "q8" if ops.reads_groups else "plain"
+        return "q8" if "q8" in ops.reads else "plain"
     return weight_form(speculation.draft_weights, "speculation.draft_weights", ops)
 
 
 def weight_form(wanted: WeightForm, setting: str, ops: Ops) -> WeightForm:
     """`wanted`. ValueError if it needs kernels that `ops` does not have."""
-    if wanted in ("q8", "q4") and not ops.reads_groups:
+    if wanted in ("q8", "q4") and wanted not in ops.reads:
         backend = ops.backends["linear"]
         raise ValueError(
-            f"{setting} = {wanted!r} needs native kernels on a CPU, but linear layers run on "
-            f"{backend}; stored and plain are possible"
+            f"{setting} = {wanted!r} needs native kernels on a CPU (q4: or Triton kernels), but "
+            f"linear layers run on {backend}; stored and plain are possible"
         )
     return wanted
 

@@ -3,7 +3,6 @@ tokenizer."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,15 +13,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from configs.resolve import HostConfig, HostFacts, resolve_host
-from configs.schema import Config
+from configs.resolve import HostConfig
 from configs.training import SAMPLE, HostTrainingConfig, TrainingConfig
-from drafter.train.building import TargetTensors
 from drafter.train.conversations import (
     AnyConversation,
-    Prompt,
     read_conversations,
-    read_prompts,
     sample_file,
 )
 from drafter.train.curve import write_curve
@@ -38,23 +33,29 @@ from drafter.train.run import LoadedTarget, Run, prepare
 from drafter.train.run_folder import check_same_settings, record_run
 from drafter.train.run_folder import publish_run as publish_run  # for the command
 from drafter.train.trainer import Worker
-from engine.checkpoints.checkpoint import open_checkpoint
-from engine.checkpoints.source import resolve_source
-from engine.models.families import load_target
-from engine.models.place import Place
-from kernels.registry import build_ops
 from server.assembly.compose import backend_can_be_had, build_engine
-from server.assembly.drafting import torch_dtype
+from server.assembly.timed_training import train_by_the_clock
+from server.assembly.training_target import (
+    CURVE,
+    HEAD,
+    device_of,
+    load_frozen,
+    progress_line,
+    read_all_prompts,
+    serving_config,
+    tell,
+)
 from server.text.chat_codec import ChatCodec, load_codec
 
-ANSWERS, CURVE, HEAD = "answers.jsonl", "learning-curve.svg", "head"
+ANSWERS = "answers.jsonl"
 # Other processes wait while the first one answers prompts or measures. If one dies, torchrun ends
 # the others.
 PATIENCE = timedelta(days=1)
 
 
 def train_draft(config: HostTrainingConfig) -> None:
-    """Train as `config` says; in each process of `torchrun`, or alone.
+    """Train as `config` says; in each process of `torchrun`, or alone; by the clock with
+    run.minutes.
 
     Resumes from the newest checkpoint of run.output. Writes history.jsonl, checkpoints,
     learning-curve.svg, the files for `publish_run` and the head (for `speculation.draft`) there,
@@ -63,13 +64,16 @@ def train_draft(config: HostTrainingConfig) -> None:
     Raises:
         OSError, ValueError: configuration, model or data are invalid, or the disk is full.
     """
+    if config.run.minutes is not None:
+        train_by_the_clock(config)
+        return
     output = config.run.output
     with _workers() as worker:
         check_same_settings(config)
         run = _prepared(config, worker)
         trainer = run.trainer
         if trainer.resume():
-            _tell(worker, f"resumed at step {trainer.step} of {config.run.steps}")
+            tell(worker, f"resumed at step {trainer.step} of {config.run.steps}")
         if worker.rank == 0:
             record_run(config, run.record)
         with _progress(config, worker) as on_step:
@@ -82,12 +86,12 @@ def train_draft(config: HostTrainingConfig) -> None:
 
 def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
     """Target, examples and trainer. Loads the target twice where prompts are to be answered."""
-    serving = _serving(config)
+    serving = serving_config(config)
     codec = load_codec(serving)
     conversations = [read_conversations(_found(path)) for path in config.data.conversations]
     if config.data.prompts:
         conversations.append(_answered(config, serving, codec, worker))
-    target, eos_ids = _load_target(config, worker)
+    target, eos_ids = load_frozen(config, worker)
     eos_ids |= codec.ending_ids()  # as the engine ends answers
     settings = EncodingSettings(target.tensors.arch.vocab_size, eos_ids, config.data.max_tokens)
     coverage = Coverage()
@@ -95,7 +99,7 @@ def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
     for found in conversations:
         examples += encode_conversations(found, codec.encode, settings, coverage)
     run = prepare(config, target, examples, worker)
-    _tell(worker, _facts(coverage, run, target))
+    tell(worker, _facts(coverage, run, target))
     return run
 
 
@@ -136,31 +140,17 @@ def _answered(
 ) -> Iterator[AnyConversation]:
     """The target's answers to data.prompts; the first process writes them to a file."""
     output = config.run.output / ANSWERS
-    prompts = _prompts(config)
+    prompts = read_all_prompts(config)
     if worker.rank == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
         settings = GenerationSettings(max_tokens=config.data.max_new_tokens, seed=config.run.seed)
         with progress_bar() as on_progress, backend_can_be_had(config.kernels):
             core = build_engine(serving)
             report = generate_answers(core, codec, prompts, output, settings, on_progress)
-        _tell(worker, _answer_facts(report))
+        tell(worker, _answer_facts(report))
     if dist.is_initialized():
         dist.barrier()
     return read_conversations(output, {prompt.id for prompt in prompts})
-
-
-def _prompts(config: TrainingConfig) -> list[Prompt]:
-    """The prompts to answer. ValueError if there are too few, before answering takes long."""
-    prompts: list[Prompt] = []
-    for path in config.data.prompts:
-        prompts += read_prompts(path)
-    prompts = prompts[: config.data.limit]
-    if not config.data.conversations and len(prompts) <= config.data.held_out:
-        raise ValueError(
-            f"there are {len(prompts)} prompts to answer; data.held_out {config.data.held_out} "
-            "would leave none to train on"
-        )
-    return prompts
 
 
 def _answer_facts(report: GenerationReport) -> str:
@@ -169,36 +159,6 @@ def _answer_facts(report: GenerationReport) -> str:
         f"{report.num_earlier + report.num_answered} of {report.num_total} prompts answered; "
         f"{report.num_empty} with nothing at all{refused}"
     )
-
-
-def _load_target(config: HostTrainingConfig, worker: Worker) -> tuple[LoadedTarget, frozenset[int]]:
-    """The frozen target and its end-of-text ids."""
-    threads = max(1, config.kernels.threads // worker.count)
-    device = _device(worker)
-    dtype = torch_dtype(config.model.dtype)
-    files = resolve_source(config.model.source, config.model.revision)
-    checkpoint = open_checkpoint(files)
-    with backend_can_be_had(config.kernels):
-        ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
-    torch.set_num_threads(threads)
-    arch, read = checkpoint.arch, checkpoint.tensor
-    place = Place(ops, dtype, device)
-    model = load_target(arch, read, place, config.data.max_tokens)
-    tensors = TargetTensors(arch, read)
-    target = LoadedTarget(model, ops, tensors, dtype, device, files.version())
-    return target, frozenset(checkpoint.eos_token_ids)
-
-
-def _device(worker: Worker) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", worker.rank % torch.cuda.device_count())
-
-
-def _serving(config: HostTrainingConfig) -> HostConfig:
-    """The configuration of an engine for the same target."""
-    same = Config(model=config.model, kernels=config.kernels, files=config.files)
-    return resolve_host(same, HostFacts(config.kernels.threads, config.files.dir))
 
 
 @contextmanager
@@ -211,7 +171,7 @@ def _workers() -> Iterator[Worker]:
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         if torch.cuda.is_available():
-            torch.cuda.set_device(_device(Worker(dist.get_rank(), dist.get_world_size())))
+            torch.cuda.set_device(device_of(Worker(dist.get_rank(), dist.get_world_size())))
         yield Worker(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
@@ -227,21 +187,8 @@ def _progress(config: TrainingConfig, worker: Worker) -> Iterator[Callable[[Entr
         task = bar.add_task("training", total=config.run.steps)
 
         def on_step(entry: Entry) -> None:
-            bar.update(task, completed=entry.step, description=_line(entry))
+            bar.update(task, completed=entry.step, description=progress_line(entry))
             if not shown and entry.step % config.run.log_every == 0:
-                _tell(worker, f"step {entry.step} of {config.run.steps}: {_line(entry)}")
+                tell(worker, f"step {entry.step} of {config.run.steps}: {progress_line(entry)}")
 
         yield on_step
-
-
-def _line(entry: Entry) -> str:
-    first = entry.accuracy[0]
-    return (
-        f"loss {entry.loss:.3f}, first draft right {first:.0%}, acceptance "
-        f"{entry.acceptance_length:.2f}, {entry.tokens_per_second:.0f} tokens/s"
-    )
-
-
-def _tell(worker: Worker, text: str) -> None:
-    if worker.rank == 0:
-        print(text, file=sys.stderr, flush=True)

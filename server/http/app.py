@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -13,14 +13,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from configs.resolve import HostConfig
+from configs.schema import ServerConfig
 from server.http import admin_routes, docs_page, ops_routes
 from server.http.admission import Admission
+from server.http.background import Background
 from server.http.body_limit import BodyLimit
 from server.http.callers import Callers
 from server.http.context import ServerContext, ServerInfo, context_of
 from server.http.docs import Routes, openapi
 from server.http.engine_client import EngineClient
-from server.http.errors import ApiError
+from server.http.errors import OPENAI, ApiError, ErrorManner
 from server.http.guards import (
     KnownHosts,
     KnownQuery,
@@ -28,6 +30,7 @@ from server.http.guards import (
     check_root_path,
     known_hosts,
 )
+from server.http.kept import KeptAnswers
 from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import (
@@ -46,7 +49,7 @@ from server.text.rendering import Renderer
 from server.text.tokenizer import Tokenizer
 from server.version import version
 
-CORS_METHODS = ("GET", "HEAD", "POST")
+CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
 CORS_EXPOSED = ("x-request-id", "retry-after", WARNING_HEADER)
 
 
@@ -79,7 +82,7 @@ def create_app(
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     warn_of_readable_keys(config.server)
-    _add_middlewares(app, context)
+    _add_middlewares(app, context, routes)
     needs_key = bool(load_api_keys(config.server))
     document = functools.partial(
         openapi, app, version(), routes, needs_key, config.server.root_path
@@ -88,11 +91,12 @@ def create_app(
     return app
 
 
-def _add_middlewares(app: FastAPI, context: ServerContext) -> None:
+def _add_middlewares(app: FastAPI, context: ServerContext, routes: Sequence[Routes]) -> None:
     """The middleware added last sees a request first."""
     limits, keys = context.config.server, load_api_keys(context.config.server)
     app.add_middleware(BodyLimit, limits=limits, metrics=context.metrics)
-    app.add_middleware(KnownQuery, unknown=limits.unknown_fields)
+    own = tuple(path for each in routes for path in each.own_queries)
+    app.add_middleware(KnownQuery, unknown=limits.unknown_fields, own=own)
     if keys:
         app.add_middleware(ApiKeys, keys=keys)
     if limits.cors_origins:  # before keys: browsers ask without one
@@ -108,7 +112,19 @@ def _add_middlewares(app: FastAPI, context: ServerContext) -> None:
         app.add_middleware(KnownHosts, hosts=hosts)
     if limits.root_path:
         app.add_middleware(RootPath, root_path=limits.root_path)
-    app.add_middleware(RequestLog, state=context.state)
+    app.add_middleware(RequestLog, state=context.state, manner_of=_manners(limits, routes))
+
+
+def _manners(limits: ServerConfig, routes: Sequence[Routes]) -> Callable[[str], ErrorManner]:
+    """How the route of a path tells of errors."""
+    special = [each for each in routes if each.manner is not OPENAI]
+
+    def manner_of(path: str) -> ErrorManner:
+        path = path.removeprefix(limits.root_path)
+        found = (each.manner for each in special if path.startswith(each.router.prefix))
+        return next(found, OPENAI)
+
+    return manner_of
 
 
 def _context(
@@ -118,8 +134,8 @@ def _context(
     chat_template: ChatTemplate,
     info: ServerInfo,
 ) -> ServerContext:
-    state = ServerState()
-    metrics = Metrics(client, info.model_name)
+    state, limits = ServerState(), config.server
+    metrics = Metrics(client, info.model_name, config.cache, limits.metrics_prefixes)
     return ServerContext(
         config=config,
         client=client,
@@ -133,6 +149,8 @@ def _context(
         callers=Callers(config.server),
         metrics=metrics,
         lanes=Lanes(),
+        kept=KeptAnswers(limits.max_stored_responses, limits.max_stored_response_bytes),
+        background=Background(state, limits.max_background_responses, limits.retry_after),
         admin_keys=KeyRing(load_admin_keys(config.server)),
     )
 
@@ -141,6 +159,7 @@ def _context(
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     context: ServerContext = app.state.context
+    context.background.close()
     context.renderer.close()
     context.grammars.close()
     context.lanes.close()
@@ -151,9 +170,8 @@ async def _api_error(http: HttpRequest, error: Exception) -> Response:
     record = record_of(http.scope)
     if record.error is None:
         record.error = _loggable(error, context_of(http).config.log.prompts)
-    return Response(
-        error.body(), error.status, headers=error.headers, media_type="application/json"
-    )
+    body = record.manner.body(error, record.request_id)
+    return Response(body, error.status, headers=error.headers, media_type="application/json")
 
 
 def _loggable(error: ApiError, prompts: bool) -> str:

@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from server.http.body_limit import hold_of
 from server.http.context import context_of
 from server.http.encodings import decoded, decoder
-from server.http.errors import ApiError, invalid, shorten, unknown_field
+from server.http.errors import ApiError, bad_value, invalid, shorten, unknown_field
 from server.http.request_log import record_of
 from server.http.validation import path_in, validation_error, written
 
@@ -110,7 +110,7 @@ def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Pa
     for repairs_left in reversed(range(MAX_REPAIRS)):
         try:
             body = model.model_validate(data)
-            return Parsed(body, [*not_used, *_unused_in(body, "")])
+            return Parsed(body, [*not_used, *unused_in(body, "")])
         except ValidationError as error:
             dropped = _repair(error, data, unknown) if repairs_left else None
             if dropped is None:
@@ -128,6 +128,34 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         raise invalid("The body must be a JSON object", code="invalid_json")
     json.loads(raw, object_pairs_hook=_refuse_repeated)  # the parser above keeps the last value
     return data
+
+
+def object_in(text: str, name: str) -> dict[str, Any]:
+    """The JSON object that a string of a body, the field `name`, holds. It is checked as the body
+    is.
+
+    Raises:
+        ApiError: 400; it is no JSON object, or one that a body must not have.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise too_deep(name) from error
+    except ValueError as error:
+        raise bad_value(name, text, f"it must be the JSON of an object: {error}") from error
+    if not isinstance(value, dict):
+        raise bad_value(name, text, "it must be the JSON of an object")
+    check_shape(value, name)
+    return value
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _unrepeated(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_repeated(members)
+    return dict(members)
 
 
 def _refuse_repeated(members: list[tuple[str, Any]]) -> None:
@@ -213,7 +241,7 @@ def _fields_without_effect(model: type[Fields]) -> frozenset[str]:
     )
 
 
-def _unused_in(body: Fields, prefix: str) -> Iterator[str]:
+def unused_in(body: Fields, prefix: str) -> Iterator[str]:
     """Names of fields that were sent but have no effect, also in nested objects."""
     without_effect = _fields_without_effect(type(body))
     for name, value in body:
@@ -221,10 +249,10 @@ def _unused_in(body: Fields, prefix: str) -> Iterator[str]:
             if value not in ASK_NOTHING:
                 yield prefix + name
         elif isinstance(value, Fields):
-            yield from _unused_in(value, f"{prefix}{name}.")
+            yield from unused_in(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Fields):
             for index, member in enumerate(value):
-                yield from _unused_in(member, f"{prefix}{name}[{index}].")
+                yield from unused_in(member, f"{prefix}{name}[{index}].")
     yield from (prefix + name for name in body.not_used())
 
 

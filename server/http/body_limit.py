@@ -51,7 +51,7 @@ class BodyLimit:
             return
         problem = self._announced(scope["headers"])
         if problem is not None:
-            await send_error(problem, send)
+            await send_error(problem, scope, send)
             return
         hold = scope[HOLD] = BodyHold(self)
 

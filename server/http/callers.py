@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from configs.schema import ServerConfig
 from server.http.errors import ApiError
-from server.http.middleware import KeyRing, bearer_token, load_api_keys
+from server.http.middleware import KeyRing, api_key, load_api_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Callers:
 
     def of(self, headers: list[tuple[bytes, bytes]]) -> Caller:
         """The caller of a request that was let in."""
-        token = bearer_token(headers) if self._has_keys else None
+        token = api_key(headers) if self._has_keys else None
         if token is None:
             return Caller("", self._least_priority)
         label = hashlib.blake2b(token, key=self._secret, digest_size=8).hexdigest()

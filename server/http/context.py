@@ -13,9 +13,11 @@ from starlette.requests import Request as HttpRequest
 from configs.resolve import HostConfig, with_sizes
 from engine.messages import EngineInfo
 from server.http.admission import Admission
+from server.http.background import Background
 from server.http.callers import Callers
 from server.http.engine_client import EngineClient
 from server.http.errors import model_not_found
+from server.http.kept import KeptAnswers
 from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
@@ -66,6 +68,8 @@ class ServerContext:
     callers: Callers
     metrics: Metrics
     lanes: Lanes
+    kept: KeptAnswers
+    background: Background
     admin_keys: KeyRing
 
     async def in_pool(

@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from server.http.body import Fields
-from server.http.errors import ErrorBody
+from server.http.errors import OPENAI, ErrorBody, ErrorManner
 from server.http.middleware import OPEN_PATHS
 
 KEY = "key"  # name of the security scheme
@@ -21,7 +21,7 @@ ERRORS = {
     400: "The request is invalid",
     401: "The key is missing or wrong",
     403: "The key may not ask for this priority",
-    404: "No such model",
+    404: "No such model, or no such response",
     413: "The body is too large",
     415: "The content-encoding is not known",
     421: "The Host header is not one of this server",
@@ -38,20 +38,29 @@ class Routes:
     router: APIRouter
     requests: tuple[type[Fields], ...] = ()
     answers: tuple[type[msgspec.Struct], ...] = ()
+    manner: ErrorManner = OPENAI
+    own_queries: tuple[str, ...] = ()  # beginnings of paths whose routes read query parameters
 
 
 def operation(
-    request: type[Fields] | None, response: type[msgspec.Struct], streams: bool = False
+    request: type[Fields] | None,
+    response: type[msgspec.Struct],
+    streams: bool = False,
+    query: type[Fields] | None = None,
+    error: type[msgspec.Struct] = ErrorBody,
 ) -> dict[str, Any]:
-    """Arguments of a route decorator that document its body, its answer and its errors."""
+    """Arguments of a route decorator that document its body, its query parameters, its answer and
+    its errors."""
     content = {"application/json": _schema(response)}
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     answers: dict[int, dict[str, Any]] = {200: {"description": "Success", "content": content}}
     for status, description in ERRORS.items():
-        body = {"application/json": _schema(ErrorBody)}
+        body = {"application/json": _schema(error)}
         answers[status] = {"description": description, "content": body}
-    extra = {}
+    extra: dict[str, Any] = {}
+    if query is not None:
+        extra["parameters"] = _parameters(query)
     if request is not None:
         body = {"application/json": _schema(request)}
         extra["requestBody"] = {"required": True, "content": body}
@@ -85,6 +94,11 @@ def openapi(
                 "422", None
             )  # FastAPI's own error format, which is never sent
     return document
+
+
+def _parameters(query: type[Fields]) -> list[dict[str, Any]]:
+    described = query.model_json_schema()["properties"]
+    return [{"name": name, "in": "query", "schema": described[name]} for name in described]
 
 
 def _schema(model: type[Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Errors in OpenAI's format."""
+"""Errors, in OpenAI's format unless an API has its own."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -44,6 +46,17 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         return msgspec.json.encode(ErrorBody(self.detail))
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorManner:
+    """How the routes of an API tell of errors."""
+
+    id_header: str  # another name of x-request-id
+    body: Callable[[ApiError, str], bytes]  # of an error, and the id of its request
+
+
+OPENAI = ErrorManner("x-request-id", lambda error, _: error.body())
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

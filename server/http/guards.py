@@ -52,7 +52,7 @@ class KnownHosts:
         if scope["type"] == "http":
             for name, value in scope["headers"]:
                 if name == b"host" and not self._knows(value.decode("latin-1")):
-                    await send_error(self._misdirected(value.decode("latin-1")), send)
+                    await send_error(self._misdirected(value.decode("latin-1")), scope, send)
                     return
         await self._app(scope, receive, send)
 
@@ -92,23 +92,25 @@ def _written(host: str) -> str:
 
 
 class KnownQuery:
-    """Middleware: 400 for a query parameter, as no route has one. Paths for probes and
+    """Middleware: 400 for a query parameter, except on paths that begin like one of `own`, whose
+    routes read them. Paths for probes and
     documentation answer with a warning instead, as load balancers add parameters to them; and so
     do all where `unknown` is "warn"."""
 
-    def __init__(self, app: ASGIApp, unknown: Unknown) -> None:
+    def __init__(self, app: ASGIApp, unknown: Unknown, own: tuple[str, ...]) -> None:
         self._app = app
         self._unknown = unknown
+        self._own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         query = scope["query_string"] if scope["type"] == "http" else b""
-        if query:
+        if query and not scope["path"].startswith(self._own):
             pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=None)
             names = [name for name, _ in pairs] or [query.decode("latin-1")]
             if self._unknown == "refuse" and scope["path"] not in OPEN_PATHS:
                 shown = shorten(names[0])
-                message = f"Unknown query parameter {shown}: no query parameter is accepted"
-                await send_error(invalid(message, code="unknown_query_parameter"), send)
+                message = f"Unknown query parameter {shown}: this path has none"
+                await send_error(invalid(message, code="unknown_query_parameter"), scope, send)
                 return
             for name in dict.fromkeys(names):
                 record_of(scope).not_used.append(f"query parameter {name[:MAX_SHOWN]}")

@@ -1,27 +1,34 @@
-"""Prometheus metrics, named as vLLM names them, for its dashboards."""
+"""Prometheus metrics, named as vLLM names them. `metric_names` puts the prefixes in front."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from engine.messages import EngineStats, Finished
+from configs.schema import CacheConfig
+from engine.messages import EngineInfo, EngineStats, Finished
 from engine.request import FinishReason
 from server.http.engine_client import EngineClient
+from server.http.metric_names import OWN, Named
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5)
+LENGTHS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))  # tokens
 # which limit of the queue, or of the bodies, was reached
 REQUESTS, CHOICES, TOKENS, BODIES = "requests", "choices", "tokens", "body_bytes"
 DRAINING, ENGINE_NOT_READY = "draining", "engine_not_ready"
 CONNECTIONS = "connections"  # too many are open
 REJECTIONS = (REQUESTS, CHOICES, TOKENS, BODIES, DRAINING, ENGINE_NOT_READY, CONNECTIONS)
 LABEL = "model_name"
+# Where prompt tokens come from, and why requests wait; vLLM has the same values.
+COMPUTED, CACHED, TRANSFERRED = "local_compute", "local_cache_hit", "external_kv_transfer"
+CAPACITY, DEFERRED = "capacity", "deferred"
+COUNTS = (1, 2, 5, 10, 20)
 GAUGES = {  # metric -> (attribute of EngineStats, help)
     "num_requests_running": ("num_running", "Sequences in the running batch"),
     "num_requests_waiting": ("num_waiting", "Sequences waiting in the engine"),
@@ -42,6 +49,29 @@ COUNTERS = {
     "unsound_logits": ("num_unsound", "Requests ended by NaN or infinite logits of the model"),
     "draft_head_faults": ("num_draft_faults", "Trees not drafted: the head gave non-finite values"),
 }
+FIRST, BETWEEN = "time_to_first_token_seconds", "inter_token_latency_seconds"
+PER_TOKEN = "request_time_per_output_token_seconds"
+WHOLE, QUEUE = "e2e_request_latency_seconds", "request_queue_time_seconds"
+PREFILL, DECODE = "request_prefill_time_seconds", "request_decode_time_seconds"
+INFERENCE = "request_inference_time_seconds"
+NUM_PROMPT, NUM_GENERATED = "request_prompt_tokens", "request_generation_tokens"
+LONGEST = "request_max_num_generation_tokens"
+ASKED_LENGTH, ASKED_CHOICES = "request_params_max_tokens", "request_params_n"
+HISTOGRAMS: Mapping[str, tuple[str, Sequence[float]]] = {
+    FIRST: ("Arrival to first token", SECONDS),
+    BETWEEN: ("Time per token after the first", TOKEN_SECONDS),
+    PER_TOKEN: ("Mean time per token after the first, of each request", TOKEN_SECONDS),
+    WHOLE: ("Arrival to end", SECONDS),
+    QUEUE: ("Arrival to first step", SECONDS),
+    PREFILL: ("First step to first token", SECONDS),
+    DECODE: ("First token to end", SECONDS),
+    INFERENCE: ("First step to end", SECONDS),
+    NUM_PROMPT: ("Prompt tokens of each request", LENGTHS),
+    NUM_GENERATED: ("Output tokens of each request", LENGTHS),
+    LONGEST: ("Most output tokens of a choice, of each HTTP request", LENGTHS),
+    ASKED_LENGTH: ("Limit of output tokens, of each prompt", LENGTHS),
+    ASKED_CHOICES: ("Choices of a prompt, of each HTTP request", COUNTS),
+}
 PER_POSITION, STEPS, PARTS = "spec_decode_num_accepted_tokens_per_pos", "steps", "step_seconds"
 LABELLED = {  # metric -> (label, help); the counts are those of `_labelled`
     PER_POSITION: ("position", "Accepted draft tokens, by depth; 0: children of the root"),
@@ -53,15 +83,18 @@ LABELLED = {  # metric -> (label, help); the counts are those of `_labelled`
 class EngineCollector(Collector):
     """Statistics of the engine at the time of the scrape."""
 
-    def __init__(self, client: EngineClient, model_name: str) -> None:
+    def __init__(self, client: EngineClient, model_name: str, config: CacheConfig) -> None:
         self._client = client
         self._model_name = model_name
+        self._config = config
         self._totals = {name: _Monotone() for name in COUNTERS}
         self._labelled = {name: _MonotoneByLabel() for name in LABELLED}
 
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
         yield from self._gauges(stats)
+        yield self._waiting(stats)
+        yield self._cache_config()
         yield from self._counters(stats)
         yield from self._labelled_counters(stats)
         yield self._acceptance_length()
@@ -69,14 +102,34 @@ class EngineCollector(Collector):
     def _gauges(self, stats: EngineStats | None) -> Iterator[Metric]:
         ready = self._client.info is not None
         for name, (attribute, text) in GAUGES.items():
-            gauge = GaugeMetricFamily(f"aerie:{name}", text, labels=[LABEL])
+            gauge = GaugeMetricFamily(name, text, labels=[LABEL])
             value = getattr(stats, attribute) if stats is not None and ready else 0
             gauge.add_metric([self._model_name], value)
             yield gauge
 
+    def _waiting(self, stats: EngineStats | None) -> Metric:
+        """Those that wait for room, and those whose grammar is not compiled yet."""
+        text = "Sequences waiting in the engine, by reason"
+        gauge = GaugeMetricFamily("num_requests_waiting_by_reason", text, labels=[LABEL, "reason"])
+        ready = stats is not None and self._client.info is not None
+        waiting = stats.num_waiting if stats is not None and ready else 0
+        deferred = stats.num_deferred if stats is not None and ready else 0
+        for reason, count in ((CAPACITY, waiting - deferred), (DEFERRED, deferred)):
+            gauge.add_metric([self._model_name, reason], count)
+        return gauge
+
+    def _cache_config(self) -> Metric:
+        """A gauge that is always 1; its labels are settings of the KV cache."""
+        info = self._client.info
+        found = {} if info is None else _cache_labels(info, self._config)
+        gauge = GaugeMetricFamily("cache_config_info", "The KV cache", labels=[LABEL, *found])
+        if found:
+            gauge.add_metric([self._model_name, *found.values()], 1)
+        return gauge
+
     def _counters(self, stats: EngineStats | None) -> Iterator[Metric]:
         for name, (attribute, text) in COUNTERS.items():
-            counter = CounterMetricFamily(f"aerie:{name}", text, labels=[LABEL])
+            counter = CounterMetricFamily(name, text, labels=[LABEL])
             found = None if stats is None else getattr(stats, attribute)
             counter.add_metric([self._model_name], self._totals[name].read(found))
             yield counter
@@ -84,7 +137,7 @@ class EngineCollector(Collector):
     def _labelled_counters(self, stats: EngineStats | None) -> Iterator[Metric]:
         found = None if stats is None else _labelled(stats)
         for name, (label, text) in LABELLED.items():
-            counter = CounterMetricFamily(f"aerie:{name}", text, labels=[LABEL, label])
+            counter = CounterMetricFamily(name, text, labels=[LABEL, label])
             totals = self._labelled[name].read(None if found is None else found[name])
             for value, total in totals.items():
                 counter.add_metric([self._model_name, value], total)
@@ -93,11 +146,23 @@ class EngineCollector(Collector):
     def _acceptance_length(self) -> Metric:
         """From the counters as last read; 1 if there were no drafts."""
         text = "Mean tokens per step with a draft, the target's own included, since the start"
-        gauge = GaugeMetricFamily("aerie:spec_decode_acceptance_length", text, labels=[LABEL])
+        gauge = GaugeMetricFamily("spec_decode_acceptance_length", text, labels=[LABEL])
         num_drafts = self._totals["spec_decode_num_drafts"].total
         num_accepted = self._totals["spec_decode_num_accepted_tokens"].total
         gauge.add_metric([self._model_name], 1 + num_accepted / max(num_drafts, 1))
         return gauge
+
+
+def _cache_labels(info: EngineInfo, config: CacheConfig) -> dict[str, str]:
+    return {
+        "block_size": str(info.block_size),
+        "num_gpu_blocks": str(info.num_blocks),
+        "kv_cache_size_tokens": str(info.num_blocks * info.block_size),
+        "num_gpu_blocks_override": str(config.num_blocks),
+        "gpu_memory_utilization": str(config.memory_fraction),
+        "enable_prefix_caching": str(config.prefix_caching),
+        "cache_dtype": "auto",
+    }
 
 
 def _labelled(stats: EngineStats) -> dict[str, Mapping[str, float]]:
@@ -147,28 +212,37 @@ class _MonotoneByLabel:
 class Metrics:
     """Counts and times of requests. Each application has its own registry."""
 
-    def __init__(self, client: EngineClient, model_name: str) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        model_name: str,
+        cache: CacheConfig,
+        prefixes: Sequence[str] = (OWN,),
+    ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCollector(client, model_name))
+        self._registry.register(EngineCollector(client, model_name, cache))
         self._model_name = model_name
+        self._prefixes = prefixes
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests")
         self._generated = self._counter("generation_tokens", "Tokens sent by the engine")
-        self._first = self._histogram("time_to_first_token_seconds", "Arrival to first token")
-        self._between = self._histogram(
-            "inter_token_latency_seconds", "Time per token after the first", TOKEN_SECONDS
+        self._histograms = {name: self._histogram(name, *rest) for name, rest in HISTOGRAMS.items()}
+        self._from_cache = self._counter("prompt_tokens_cached", "Prompt tokens not computed again")
+        self._sources = Counter(
+            "prompt_tokens_by_source",
+            "Prompt tokens of ended requests, by where their keys and values came from",
+            [LABEL, "source"],
+            registry=self._registry,
         )
-        self._whole = self._histogram("e2e_request_latency_seconds", "Arrival to end")
-        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first step")
-        self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token")
-        self._decode = self._histogram("request_decode_time_seconds", "First token to end")
+        for source in (COMPUTED, CACHED, TRANSFERRED):
+            self._sources.labels(model_name, source)
         self._ended = Counter(
-            "aerie:request_success",
+            "request_success",
             "Requests that ended, by reason",
             [LABEL, "finished_reason"],
             registry=self._registry,
         )
         self._rejected = Counter(
-            "aerie:admission_rejections",
+            "admission_rejections",
             "HTTP requests answered 429 or 503, by reason",
             [LABEL, "reason"],
             registry=self._registry,
@@ -185,36 +259,59 @@ class Metrics:
     def first_tokens(self, num_tokens: int, seconds: float) -> None:
         """The first tokens of a request came, `seconds` after its arrival."""
         self._generated.inc(num_tokens)
-        self._first.observe(seconds)
+        self._observe(FIRST, seconds)
 
     def next_tokens(self, num_tokens: int, seconds: float) -> None:
         """Further tokens came, `seconds` after the previous ones."""
         self._generated.inc(num_tokens)
-        self._between.observe(seconds / num_tokens)
+        self._observe(BETWEEN, seconds / num_tokens)
 
     def finish(self, event: Finished, reason: str, arrival: float) -> None:
         """A request ended. `reason` is a FinishReason; times are those of time.time()."""
         now = time.time()
-        self._prompt_tokens.inc(event.num_prompt)
+        self._count_tokens(event)
         self._ended.labels(self._model_name, reason).inc()
-        self._whole.observe(max(now - arrival, 0))
+        self._observe(WHOLE, max(now - arrival, 0))
         scheduled, first = event.first_scheduled_time, event.first_token_time
         if scheduled is not None:
-            self._queue.observe(max(scheduled - arrival, 0))
+            self._observe(QUEUE, max(scheduled - arrival, 0))
             if first is not None:
-                self._prefill.observe(max(first - scheduled, 0))
-                self._decode.observe(max(now - first, 0))
+                self._observe(PREFILL, max(first - scheduled, 0))
+                self._observe(DECODE, max(now - first, 0))
+                self._observe(INFERENCE, max(now - scheduled, 0))
+                if event.num_output > 1:
+                    self._observe(PER_TOKEN, max(now - first, 0) / (event.num_output - 1))
+
+    def ask(self, num_choices: int, max_tokens: Sequence[int]) -> None:
+        """An HTTP request was admitted, with limits of the output of each of its prompts."""
+        self._observe(ASKED_CHOICES, num_choices)
+        for limit in max_tokens:
+            self._observe(ASKED_LENGTH, limit)
+
+    def end(self, lengths: Sequence[int]) -> None:
+        """All choices of an HTTP request have ended, with so many output tokens."""
+        self._observe(LONGEST, max(lengths))
+
+    def _observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
+
+    def _count_tokens(self, event: Finished) -> None:
+        num_cached = min(event.num_cached, event.num_prompt)
+        self._prompt_tokens.inc(event.num_prompt)
+        self._from_cache.inc(num_cached)
+        self._sources.labels(self._model_name, CACHED).inc(num_cached)
+        self._sources.labels(self._model_name, COMPUTED).inc(event.num_prompt - num_cached)
+        self._observe(NUM_PROMPT, event.num_prompt)
+        self._observe(NUM_GENERATED, event.num_output)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self._registry)
+        return generate_latest(Named(self._registry.collect(), self._prefixes))
 
     def _counter(self, name: str, text: str) -> Counter:
-        counter = Counter(f"aerie:{name}", text, [LABEL], registry=self._registry)
+        counter = Counter(name, text, [LABEL], registry=self._registry)
         return counter.labels(self._model_name)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
-        histogram = Histogram(
-            f"aerie:{name}", text, [LABEL], buckets=buckets, registry=self._registry
-        )
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(name, text, [LABEL], buckets=buckets, registry=self._registry)
         return histogram.labels(self._model_name)

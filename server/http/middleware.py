@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 class ApiKeys:
-    """Middleware: 401 unless `Authorization: Bearer <key>` holds one of the keys. Paths for probes
-    and documentation are open; admin paths have their own keys."""
+    """Middleware: 401 unless `Authorization: Bearer <key>` or `x-api-key` holds one of the keys.
+    Paths for probes and documentation are open; admin paths have their own keys."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -33,9 +33,9 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and _needs_key(scope["path"]):
-            token = bearer_token(scope["headers"])
+            token = api_key(scope["headers"])
             if token is None or not self._keys.accept(token):
-                await send_error(unauthorized(token, "API key"), send)
+                await send_error(unauthorized(token, "API key"), scope, send)
                 return
         await self._app(scope, receive, send)
 
@@ -73,6 +73,14 @@ def bearer_token(headers: list[tuple[bytes, bytes]]) -> bytes | None:
             scheme, _, token = value.partition(b" ")
             return token.strip() if scheme.lower() == b"bearer" else None
     return None
+
+
+def api_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """The key of a request: its bearer token, else its header x-api-key; None without both."""
+    token = bearer_token(headers)
+    if token is not None:
+        return token
+    return next((value.strip() for name, value in headers if name == b"x-api-key"), None)
 
 
 def unauthorized(token: bytes | None, kind: str) -> ApiError:

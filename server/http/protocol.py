@@ -220,7 +220,7 @@ class HttpProtocol(HttpToolsProtocol):
         return cycle.scope is self.scope and not cycle.response_started and not self.pipeline
 
     def _write(self, error: ApiError, id: str) -> None:
-        headers, body = error_response(error)
+        headers, body = error_response(error, error.body())
         headers += [(ID_HEADER, id.encode()), (b"connection", b"close")]
         lines = [
             name + b": " + value + b"\r\n"

@@ -6,14 +6,14 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.errors import ApiError, server_error
+from server.http.errors import OPENAI, ApiError, ErrorManner, server_error
 from server.http.state import ServerState
 
 ID_HEADER = b"x-request-id"
@@ -33,6 +33,7 @@ class RequestRecord:
     """Facts of one HTTP request for its log line; routes add to it."""
 
     request_id: str
+    manner: ErrorManner = OPENAI
     started: float = field(default_factory=time.perf_counter)
     status: int | None = None  # None: nothing was sent
     prompt_tokens: int | None = None
@@ -73,15 +74,20 @@ class RequestLog:
     500 when the application fails before it has answered, and logs one line when the response is
     complete."""
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(
+        self, app: ASGIApp, state: ServerState, manner_of: Callable[[str], ErrorManner]
+    ) -> None:
+        """`manner_of`: how the route of a path tells of errors."""
         self._app = app
         self._state = state
+        self._manner_of = manner_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = scope[RECORD] = RequestRecord(request_id(scope["headers"]))
+        manner = self._manner_of(scope["path"])
+        record = scope[RECORD] = RequestRecord(request_id(scope["headers"]), manner)
 
         async def receive_all() -> Message:
             message = await receive()
@@ -94,7 +100,7 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = record.request_id
+                headers["x-request-id"] = headers[manner.id_header] = record.request_id
                 if record.not_used:
                     headers[WARNING_HEADER] = _warning(record.not_used)
             await send(message)
@@ -107,7 +113,7 @@ class RequestLog:
                 record.error = record.error or "internal error"
                 if record.status is None:
                     message = f"Internal error; its request id is {record.request_id}"
-                    await send_error(server_error(message), send_with_id)
+                    await send_error(server_error(message), scope, send_with_id)
             finally:
                 _write(record, scope)
 
@@ -129,16 +135,16 @@ def request_id(headers: list[tuple[bytes, bytes]]) -> str:
     return f"req_{uuid.uuid4().hex}"
 
 
-async def send_error(error: ApiError, send: Send) -> None:
+async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
     """Send an error as a complete response, from code outside the routes."""
-    headers, body = error_response(error)
+    record = record_of(scope)
+    headers, body = error_response(error, record.manner.body(error, record.request_id))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def error_response(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
+def error_response(error: ApiError, body: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Headers and body of an error."""
-    body = error.body()
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     raw = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
     return raw, body

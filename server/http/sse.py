@@ -29,6 +29,16 @@ def event(message: msgspec.Struct) -> bytes:
     return b"data: " + _encoder.encode(message) + b"\n\n"
 
 
+def named_event(name: str, message: msgspec.Struct) -> bytes:
+    """One server-sent event of a kind that has a name."""
+    return f"event: {name}\n".encode() + event(message)
+
+
+def error_event(error: ApiError) -> bytes:
+    """The event of an error after the first event."""
+    return b"data: " + error.body() + b"\n\n"
+
+
 class _WatchedResponse(Response):
     """Runs `respond`, and cancels it when the client disconnects; always calls `close` at the end.
     `respond` may raise ApiError before it has sent anything."""
@@ -48,13 +58,21 @@ class _WatchedResponse(Response):
 
 
 class EventStream(_WatchedResponse):
-    """Sends events as they come. The head of the response is sent with the first event, so that
-    earlier errors get their own status; later errors end the stream with an error event and
-    without [DONE]."""
+    """Sends events as they come, then `end`. The head of the response is sent with the first event,
+    so that earlier errors get their own status; later errors end the stream with the events that
+    `failure` makes of them, and without `end`."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        failure: Callable[[ApiError], bytes] = error_event,
+        end: bytes = DONE,
+    ) -> None:
         super().__init__(close)
         self._events = events
+        self._failure = failure
+        self._end = end
 
     async def respond(self, send: Send) -> None:
         started = False
@@ -68,15 +86,15 @@ class EventStream(_WatchedResponse):
             except ApiError as error:
                 if not started:
                     raise
-                await send(_last(b"data: " + error.body() + b"\n\n"))
+                await send(_last(self._failure(error)))
                 return
             except Exception:
                 if not started:
                     raise
                 logger.exception("a stream failed after its first event")
-                await send(_last(b"data: " + server_error("Internal error").body() + b"\n\n"))
+                await send(_last(self._failure(server_error("Internal error"))))
                 return
-        await send(_last(DONE))
+        await send(_last(self._end))
 
 
 class WholeJson(_WatchedResponse):

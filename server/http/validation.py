@@ -59,10 +59,27 @@ def broken_rule(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError(RULE, "{message}", {"message": message, "param": param})
 
 
+Kinds = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+
+
+def check_kind(item: Any, kinds: Kinds) -> None:
+    """Refuse an object that lacks a field of its `type`, or has one of another type. `kinds`: by
+    type, the fields that it must have, and further ones that it may have."""
+    needed, further = kinds[item.type]
+    known = dict.fromkeys(name for pair in kinds.values() for names in pair for name in names)
+    for name in known:
+        given = getattr(item, name) is not None
+        if name in needed and not given:
+            raise broken_rule(name, f'{name} is missing: the type "{item.type}" needs it')
+        if given and name not in (*needed, *further):
+            raise broken_rule(name, f'{name} is not allowed with the type "{item.type}"')
+
+
 def validation_error(error: ValidationError, body: Any) -> ApiError:
-    """The pydantic errors of `body` as one 400, about the most deeply nested invalid field."""
+    """The pydantic errors of `body` as one 400, about the most deeply nested invalid field; one
+    that is there, if possible: a wrong type of an object explains what else it lacks."""
     found = [(path_in(body, entry), entry) for entry in error.errors(include_url=False)]
-    path, entry = max(found, key=lambda pair: len(pair[0]))
+    path, entry = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] != "missing"))
     param = written(path)
     if entry["type"] == "extra_forbidden":
         return unknown_field(param)

@@ -3,10 +3,11 @@ sends a stream or a whole reply."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -16,9 +17,10 @@ from engine.messages import EngineInfo
 from engine.request import SamplingParams
 from server.http.body import body_size, read_body
 from server.http.context import ServerContext, context_of
+from server.http.errors import ApiError
 from server.http.lanes import LONG, Turns
 from server.http.request_log import record_of
-from server.http.sse import EventStream, WholeJson
+from server.http.sse import DONE, EventStream, WholeJson, error_event
 from server.openai.choice import ChoiceDelta
 from server.openai.convert import Prompt
 from server.openai.defaults import limited, with_model_defaults
@@ -64,14 +66,32 @@ class Task(Generic[Asked]):
     writer: Callable[[Generation, Asked], Writer]
     reading: Callable[[ServerContext, Asked], Reading]
     grammar: Callable[[ServerContext, Asked], AskedGrammar | None]
+    failure: Callable[[Any, ApiError], bytes] = lambda _, error: error_event(error)  # by the writer
+    end: bytes = DONE  # of a stream
 
 
 async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
-    """The response to a request. If anything fails before the response exists, the places in the
-    queue are released here; later, the response releases them by closing the generation."""
+    """The response to a request whose body is the task's."""
+    context_of(http).admission.check_open()
+    return await respond(http, task, await read_body(http, task.body))
+
+
+async def respond(http: HttpRequest, task: Task[Asked], body: Asked) -> Response:
+    """The response to a checked body. It releases the places in the queue by closing the
+    generation."""
+    context = context_of(http)
+    generation, writer = await begin(http, task, body)
+    if body.stream:
+        events = _events(context, generation, writer)
+        failure = functools.partial(task.failure, writer)
+        return EventStream(events, generation.close, failure, task.end)
+    return WholeJson(lambda: whole(context, generation, writer), generation.close)
+
+
+async def begin(http: HttpRequest, task: Task[Asked], body: Asked) -> tuple[Generation, Writer]:
+    """A generation that was not submitted yet, and what writes it. If anything fails, the places
+    in the queue are released."""
     context, record = context_of(http), record_of(http.scope)
-    context.admission.check_open()
-    body = await read_body(http, task.body)
     context.check_model(body.model)
     caller = context.callers.of(http.scope["headers"])
     caller.check_priority(body.priority or 0)
@@ -98,9 +118,7 @@ async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
         )
         writer = task.writer(generation, body)
         stack.pop_all()
-    if body.stream:
-        return EventStream(_events(context, generation, writer), generation.close)
-    return WholeJson(lambda: _whole(context, generation, writer), generation.close)
+    return generation, writer
 
 
 async def _with_grammar(
@@ -132,7 +150,8 @@ async def _events(
         yield data
 
 
-async def _whole(context: ServerContext, generation: Generation, writer: Writer) -> msgspec.Struct:
+async def whole(context: ServerContext, generation: Generation, writer: Writer) -> msgspec.Struct:
+    """The reply in one piece."""
     turns = Turns()
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:

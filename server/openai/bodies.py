@@ -16,7 +16,8 @@ class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Drafted tokens: accepted ones are in the completion, rejected ones are not."""
+    """Drafted tokens: accepted ones are in the completion, rejected ones are not. Where the client
+    sent a prediction, they are those drafted from it."""
 
     reasoning_tokens: int = 0
     accepted_prediction_tokens: int
@@ -40,6 +41,22 @@ class SpeculationStats(msgspec.Struct, frozen=True, kw_only=True):
     accepted: int
     # Mean tokens emitted per step with a draft, the target's own included; null without drafts.
     acceptance_length: float | None
+
+
+class SpeculativeDecoding(msgspec.Struct, frozen=True, kw_only=True):
+    """Draft statistics of all choices, as vLLM reports them and load tools read them."""
+
+    mean_acceptance_length: float  # tokens per step with a draft, the target's own included
+    draft_acceptance_rate: float
+    acceptance_histogram: list[int]  # at [n]: steps with a draft of which n tokens were accepted
+    num_spec_steps: int
+    num_accepted_draft_tokens: int
+    num_draft_tokens: int
+    num_spec_tokens: int  # tokens of the largest draft
+
+
+class ReplyMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    speculative_decoding: SpeculativeDecoding
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +116,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
     speculation: SpeculationStats | UnsetType = UNSET
+    metrics: ReplyMetrics | UnsetType = UNSET  # with `speculation`, if there were drafts
 
 
 class ChatCompletion(Reply, frozen=True, kw_only=True):

@@ -83,7 +83,7 @@ class ChatWriter:
             index=choice.index,
             message=message.whole(),
             logprobs=scores,
-            finish_reason=message.finish_reason(choice.ended(), choice.num_calls),
+            finish_reason=message.finish_reason(choice.ended(), choice.has_called),
             token_ids=self._if_asked(ids),
         )
 
@@ -106,7 +106,7 @@ class ChatWriter:
             if message.has_scores:
                 events.append(self._event(message, delta.index, ChatDelta(content="")))
             reason = message.finish_reason(
-                delta.finish_reason, self._generation.choices[delta.index].num_calls
+                delta.finish_reason, self._generation.choices[delta.index].has_called
             )
             events.append(self._event(message, delta.index, ChatDelta(), reason))
         return b"".join(events)
@@ -139,5 +139,5 @@ class ChatWriter:
 
 
 TASK = Task(
-    ChatRequest, "chatcmpl", chat_prompts, chat_params, ChatWriter, chat_reading, chat_grammar
+    ChatRequest, "chatcmpl-", chat_prompts, chat_params, ChatWriter, chat_reading, chat_grammar
 )

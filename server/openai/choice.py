@@ -76,14 +76,24 @@ class Choice:
         return isinstance(self._stream.stop, str) or self._reader.end is not None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._stream.stop if isinstance(self._stream.stop, str) else None
+
+    @property
+    def num_thought(self) -> int:
+        """How many letters of its text so far are reasoning, with its markers."""
+        return self._reader.num_thought
+
+    @property
     def num_reasoning(self) -> int:
         """Tokens of its reasoning."""
         return bisect.bisect_left(self._begins, self._reader.num_thought)
 
     @property
-    def num_calls(self) -> int:
-        """Calls of tools that have begun."""
-        return self._reader.num_calls
+    def has_called(self) -> bool:
+        """Whether it called tools, and did not end inside the arguments of the last call."""
+        return self._reader.has_called
 
     @property
     def live(self) -> bool:
@@ -125,9 +135,9 @@ class Choice:
             self._measure_end(event, self.finish_reason)
             return None
         text = self._stream.finish()
-        parts = self._read(text, (), ends=True)
-        stopped = self.stopped_by_text or event.reason is FinishReason.STOP
-        stopped = stopped or self._stream.stop is not None
+        stopped = event.reason is FinishReason.STOP or self._stream.stop is not None
+        parts = self._read(text, (), ends=True, cut=not stopped)
+        stopped = stopped or self.stopped_by_text
         self.finish_reason = "stop" if stopped else "length"
         scored = self._release() if self._stream.stop is not None else self._held
         self._measure_end(event, self.finish_reason)
@@ -160,13 +170,15 @@ class Choice:
             self.index, text, parts, scored, self.finish_reason, prompt_logprobs, ids
         )
 
-    def _read(self, text: str, offsets: Sequence[int], ends: bool) -> Sequence[Part]:
+    def _read(
+        self, text: str, offsets: Sequence[int], ends: bool, cut: bool = False
+    ) -> Sequence[Part]:
         """The parts of new text, and of what was held back if it ends."""
         if self._reader.may_think:
             self._begins += offsets
         parts = self._reader.feed(text)
         self._emitted += len(text)
-        return [*parts, *self._reader.finish()] if ends else parts
+        return [*parts, *self._reader.finish(cut)] if ends else parts
 
     def _release(self) -> list[ScoredToken]:
         """Remove and return the leading tokens whose text has been emitted, at least in part."""

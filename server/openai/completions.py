@@ -117,7 +117,7 @@ class _ChoiceWriter:
 
 TASK = Task(
     CompletionRequest,
-    "cmpl",
+    "cmpl-",
     completion_prompts,
     completion_params,
     CompletionWriter,

@@ -237,11 +237,13 @@ def _without(text: str, parts: Sequence[str]) -> str:
 
 
 def check_results(messages: Sequence[ChatMessage]) -> None:
-    """ApiError 400 for the result of a tool that answers no call of the assistant before it."""
+    """ApiError 400 for the result of a tool that answers no call of the assistant before it, or
+    for calls that their ids do not tell apart."""
     calls: Sequence[ToolCall] = ()
     for index, message in enumerate(messages):
         if message.role != "tool":
             calls = message.tool_calls or ()
+            _check_ids(calls, f"messages[{index}]")
             continue
         ids = [call.id for call in calls]
         if message.tool_call_id not in ids and None not in ids:
@@ -251,6 +253,16 @@ def check_results(messages: Sequence[ChatMessage]) -> None:
                 message.tool_call_id,
                 f"it must be the id of a call in the assistant message before it: {known}",
             )
+
+
+def _check_ids(calls: Sequence[ToolCall], place: str) -> None:
+    seen: set[str] = set()
+    for index, call in enumerate(calls):
+        if call.id in seen:
+            allowed = "another call of this message has this id; they must differ"
+            raise bad_value(f"{place}.tool_calls[{index}].id", call.id, allowed)
+        if call.id is not None:
+            seen.add(call.id)
 
 
 def _object(arguments: str | dict[str, Any] | None) -> Any:

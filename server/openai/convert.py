@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -38,6 +38,7 @@ class Prompt:
     token_ids: list[int]
     text: str | None
     echo: Echo | None = None  # set when the prompt is to precede its completion
+    prediction: list[int] = field(default_factory=list)  # tokens that the client expects
 
 
 def encode(
@@ -88,7 +89,16 @@ def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) ->
     special = bool(body.add_special_tokens)
     token_ids = encode(context, info, prompt, special, "messages", may_be_long=_cuts(body))
     kept = _last_tokens(token_ids, body, info)
-    return [Prompt(kept, prompt.plain())]
+    return [Prompt(kept, prompt.plain(), prediction=_predicted(context, info, body))]
+
+
+def _predicted(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[int]:
+    """Tokens of the predicted answer, as far as an answer can have them."""
+    if body.prediction is None:
+        return []
+    text = body.prediction.text[: PROBED * info.max_model_len]
+    token_ids = encode(context, info, Rendered(text), False, "prediction", may_be_long=True)
+    return token_ids[: info.max_model_len]
 
 
 def chat_reading(context: ServerContext, body: ChatRequest) -> Reading:
@@ -102,7 +112,7 @@ def chat_reading(context: ServerContext, body: ChatRequest) -> Reading:
     hidden = frozenset[str]()
     if body.skip_special_tokens is not False:
         hidden = context.tokenizer.special_texts.intersection(syntax.marks)
-    return Reading(syntax, CallRules(names, hidden, body.most_calls), thinks)
+    return Reading(syntax, CallRules(names, hidden, body.most_calls, body.must_call), thinks)
 
 
 def _cuts(body: SamplingFields) -> bool:

@@ -14,6 +14,7 @@ from server.http.errors import shorten
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
 MAX_STOPS = 32
+MAX_PARTS = 1024
 MAX_BIASES = 1024
 
 
@@ -163,6 +164,24 @@ CacheSalt = Annotated[
 ]
 
 
+class PredictedPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Fields):
+    """What the answer is expected to be."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[PredictedPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 class StreamRequestOptions(Fields):
     """What a stream contains besides the choices."""
 
@@ -190,6 +209,7 @@ class SpeculationOptions(Fields):
     )
     stats: bool = Field(
         False,
-        description="Report draft statistics as `speculation`, in the reply or in the last chunk "
-        "of a stream, which has no choices.",
+        description="Report draft statistics as `speculation`, and as vLLM does in "
+        "`metrics.speculative_decoding`, in the reply or in the last chunk of a stream, which has "
+        "no choices.",
     )

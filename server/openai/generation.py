@@ -15,11 +15,11 @@ from server.http.callers import Caller
 from server.http.context import ServerContext
 from server.http.errors import ApiError, invalid, server_error
 from server.http.request_log import RequestRecord
-from server.openai.bodies import SpeculationStats, Usage
+from server.openai.bodies import ReplyMetrics, SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, cache_salt, stream_options, with_seed_of_choice
 from server.openai.schema import SamplingFields
-from server.openai.usage import count_drafts, count_so_far, count_tokens
+from server.openai.usage import count_drafts, count_so_far, count_tokens, draft_metrics
 from server.text.answer.forms import Reading
 
 Event = Tokens | Finished
@@ -48,6 +48,7 @@ class Generation:
         self.choices = choices
         self._client = context.client
         self._admission = context.admission
+        self._metrics = context.metrics
         self._record = record
         self._ticket = ticket
         self._keeps_text = context.config.log.prompts
@@ -89,6 +90,10 @@ class Generation:
         """Draft statistics of all choices; all of them must have ended."""
         return count_drafts(self.choices)
 
+    def draft_metrics(self) -> ReplyMetrics | None:
+        """The same in the form of vLLM; None if nothing was drafted."""
+        return draft_metrics(self.choices)
+
     def close(self) -> None:
         """Abort what still runs, leave the queue, complete the log record. May be repeated."""
         if self._closed:
@@ -101,6 +106,7 @@ class Generation:
                 choice.abandon()
             if choice.finish_reason is None:
                 self._record.error = self._record.error or "the client disconnected"
+        self._metrics.end([choice.num_output for choice in self.choices])
         self._ticket.release()
         self._record.finish_reasons = [
             str(choice.finish_reason or FinishReason.ABORT.value) for choice in self.choices
@@ -165,7 +171,7 @@ def start_generation(
         ApiError: 429; too many prompt tokens are waiting.
     """
     ticket.add_prompts([len(prompt.token_ids) for prompt in prompts], body.num_choices)
-    id, now = f"{prefix}-{uuid.uuid4().hex}", time.time()
+    id, now = f"{prefix}{uuid.uuid4().hex}", time.time()
     options = stream_options(body, info, reading.marks)
     shared_cache = context.config.cache.share_between_clients
     salt = cache_salt("" if shared_cache else caller.label, body.cache_salt)
@@ -182,12 +188,14 @@ def start_generation(
                 client=caller.label,
                 cache_salt=salt,
                 max_draft_nodes=body.max_draft_nodes,
+                prediction=prompt.prediction,
                 arrival_time=now,
             )
             reader = reading.reader(prompt.text or "")
             choices.append(
                 Choice(index, request, context.tokenizer, options, context.metrics, reader)
             )
+    context.metrics.ask(body.num_choices, [each.max_tokens for each in params])
     record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     if context.config.log.prompts:
         record.prompt = "\n".join(prompt.text or str(prompt.token_ids) for prompt in prompts)

@@ -20,11 +20,16 @@ from server.openai.bodies import (
 from server.text.answer.parts import CallArguments, CallBegin, Content, Part, Reasoning
 
 
+def new_call_id() -> str:
+    """The id of a call, by which its result names it."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
 class _Call:
     """One call, of which the arguments come in pieces."""
 
     def __init__(self, name: str) -> None:
-        self.id = f"call_{uuid.uuid4().hex[:24]}"
+        self.id = new_call_id()
         self.name = name
         self.arguments: list[str] = []
 
@@ -102,9 +107,9 @@ class Message:
                         tool_calls=[ReplyToolCall(index=self._newest, function=function)]
                     )
 
-    def finish_reason(self, ended: FinishReason, num_calls: int) -> ChatFinishReason:
+    def finish_reason(self, ended: FinishReason, has_called: bool) -> ChatFinishReason:
         """A cut by the token limit is told also where there are calls."""
-        return self._called if num_calls and ended == "stop" else ended
+        return self._called if has_called and ended == "stop" else ended
 
     @property
     def _newest(self) -> int:

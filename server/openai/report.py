@@ -47,7 +47,8 @@ class Report(Generic[Chunk]):
         generation = self._generation
         usage = generation.usage() if with_usage else UNSET
         drafts = generation.draft_stats() if self._with_drafts else UNSET
-        return self._object(kind, usage=usage, speculation=drafts, **fields)
+        metrics = (generation.draft_metrics() if self._with_drafts else None) or UNSET
+        return self._object(kind, usage=usage, speculation=drafts, metrics=metrics, **fields)
 
     def _object(self, kind: type[Whole], **fields: Any) -> Whole:
         generation = self._generation

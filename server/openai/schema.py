@@ -21,6 +21,7 @@ from server.openai.fields import (
     OldChoice,
     OldFunctions,
     Penalty,
+    Prediction,
     Prompts,
     Seed,
     SpeculationOptions,
@@ -198,8 +199,11 @@ class ChatRequest(SamplingFields, RenderingFields):
     verbosity: NotUsed[str] = Field(
         None, description=HARMLESS + "the model is asked as the chat template says."
     )
-    prediction: NotUsed[dict[str, Any]] = Field(
-        None, description=HARMLESS + "drafts are made without it, and the text is the same."
+    prediction: Prediction | None = Field(
+        None,
+        description="A text that the answer is expected to repeat, perhaps with changes, such as a "
+        "file to be edited. It is drafted where it goes on as the answer did so far, which changes "
+        "speed only, never the text. The details of `usage` then count its tokens.",
     )
     prompt_cache_options: NotUsed[dict[str, Any]] = Field(
         None, description=HARMLESS + "prefixes stay cached as long as there is room."
@@ -233,6 +237,8 @@ class ChatRequest(SamplingFields, RenderingFields):
         return self
 
     def not_used(self) -> Iterator[str]:
+        if self.prediction is not None and self.max_draft_nodes == 0:
+            yield "prediction"
         if self.functions:
             yield "functions"
         if self.tools and self.tool_choice == "none":

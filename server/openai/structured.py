@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from engine.grammar.compiler import WHITESPACE
 from engine.messages import EngineInfo
 from engine.request import Grammar, GrammarKind
-from server.http.body import Fields, NotUsed
+from server.http.body import Fields, NotUsed, object_in
 from server.http.context import ServerContext
 from server.http.errors import ApiError, bad_value
 from server.http.validation import broken_rule, validation_error
@@ -24,6 +25,7 @@ MAX_SCHEMA = 2**17  # characters of a JSON schema
 MAX_REGEX = 4096
 MAX_GRAMMAR = 2**16
 MAX_CHOICES = 1024
+SEARCH = 5.0  # seconds to find which part of a grammar cannot be used
 ANY_OBJECT = '{"type": "object"}'
 KEYWORDS = (
     "type, enum, const, anyOf, oneOf, allOf, $ref, $defs, properties, required, "
@@ -174,6 +176,8 @@ class AskedGrammar:
     grammar: Grammar
     field: str
     value: Any
+    owner: str = ""  # in a sentence about the value: whose it is
+    parts: tuple[AskedGrammar, ...] = ()  # asked one by one to say which of them cannot be used
 
 
 def asked_grammar(body: StructuredFields) -> AskedGrammar | None:
@@ -201,15 +205,15 @@ def _of_format(form: ResponseFormat) -> AskedGrammar:
     if form.json_schema is not None:
         return _asked("json", "response_format.json_schema.schema", form.json_schema.schema_)
     parts = form.model_dump(by_alias=True, include={"structures", "triggers"})
-    return _asked("structural_tag", "response_format", json.dumps(parts))
+    return _asked("structural_tag", "response_format", parts)
 
 
 def _asked(name: str, field: str, value: Any) -> AskedGrammar:
     kind, write = WRITERS[name]
     try:
+        if isinstance(value, str) and name in OBJECTS:
+            value = object_in(value, field)
         return AskedGrammar(Grammar(kind, write(value)), field, value)
-    except RecursionError as error:
-        raise bad_value(field, _shown(value), "it is nested too deep") from error
     except ValueError as error:
         raise bad_value(field, _shown(value), str(error)) from error
 
@@ -218,9 +222,7 @@ def _shown(value: Any) -> Any:
     return value.model_dump(by_alias=True) if isinstance(value, Fields) else value
 
 
-def _schema(value: SchemaOrText) -> str:
-    if isinstance(value, str):
-        value = _object(value)
+def _schema(value: Schema) -> str:
     _check_keywords(value)
     text = json.dumps(value)
     if len(text) > MAX_SCHEMA:
@@ -234,23 +236,13 @@ def _check_keywords(schema: Schema) -> None:
         raise ValueError('the keyword "x-guidance" is not supported')
 
 
-def _object(text: str) -> Schema:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"it must be the JSON of an object: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError("it must be the JSON of an object")
-    return value
-
-
 def _choice(values: list[str]) -> str:
     return "start: " + " | ".join(map(json.dumps, values))
 
 
-def _tags(value: str | StructuralTag) -> str:
-    if isinstance(value, str):
-        value = _tag_in(_object(value))
+def _tags(value: Schema | StructuralTag) -> str:
+    if not isinstance(value, StructuralTag):
+        value = _tag_in(value)
     tags = []
     for one in value.structures:
         _check_keywords(one.schema_)
@@ -271,6 +263,7 @@ def _same(value: str) -> str:
     return value
 
 
+OBJECTS = ("json", "structural_tag")  # the value may be the JSON of an object, as a string
 WRITERS: dict[str, tuple[GrammarKind, Callable[[Any], str]]] = {
     "json": ("json_schema", _schema),
     "json_object": ("json_schema", lambda _: ANY_OBJECT),
@@ -290,7 +283,20 @@ def checked_grammar(context: ServerContext, info: EngineInfo, asked: AskedGramma
     try:
         return context.grammars.check(asked.grammar, info)
     except ValueError as error:
-        raise refusal(asked, str(error)) from error
+        raise _of_a_part(context, info, asked) or refusal(asked, str(error)) from error
+
+
+def _of_a_part(context: ServerContext, info: EngineInfo, asked: AskedGrammar) -> ApiError | None:
+    """The refusal of the first part that cannot be used by itself, if one is found in time."""
+    until = time.monotonic() + SEARCH
+    for part in asked.parts:
+        if time.monotonic() > until:
+            break
+        try:
+            context.grammars.check(part.grammar, info)
+        except ValueError as error:
+            return refusal(part, str(error))
+    return None
 
 
 def refusal(asked: AskedGrammar, reason: str) -> ApiError:
@@ -300,4 +306,4 @@ def refusal(asked: AskedGrammar, reason: str) -> ApiError:
         reason = f"the keyword {unknown[1]} is not supported; supported are {KEYWORDS}"
     elif (form := UNKNOWN_FORMAT.search(reason)) is not None:
         reason = f"the format {json.dumps(form[1])} is not supported; supported are {FORMATS}"
-    return bad_value(asked.field, _shown(asked.value), reason)
+    return bad_value(asked.field, _shown(asked.value), asked.owner + reason)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.grammar.compiler import WHITESPACE
 from engine.request import Grammar
 from server.http.context import ServerContext
-from server.http.errors import bad_value
+from server.http.errors import bad_value, shorten
 from server.openai.schema import ChatRequest
 from server.openai.structured import MAX_SCHEMA, AskedGrammar, asked_grammar
 from server.openai.tools import Tool
 from server.text.answer.calls import Syntax
 from server.text.answer.forms import SYNTAXES
+from server.text.answer.thinking import MARKS
 
 MAX_CALLS = 16  # in one answer
 NOTHING = {"properties": {}, "additionalProperties": False}
 MAX_TEXT = 2 * MAX_SCHEMA  # characters of a grammar
 HERE = "\0"  # stands for the arguments
+# The beginning of a call up to its name, and what may stand before its arguments.
+NAME = r'\{{\s*("type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"{name}"'
+ARGUMENTS = r'\s*,\s*"(arguments|parameters)"\s*:\s*'
+LINE_END = r"\n"
 JSON_SYNTAX = "llama3_json"  # stands in for Python, for which there is no grammar of a schema
 
 
@@ -38,21 +44,51 @@ def chat_grammar(context: ServerContext, body: ChatRequest) -> AskedGrammar | No
                 "tool_choice", body.tool_choice, f'with {asked.field} only "auto" and "none" are'
             )
         text = call_grammar(forced_syntax(syntax), body.shown_tools, body.most_calls)
-        return _checked(text, "tools", list(body.shown_tools))
+        return _checked(text, "tools", list(body.shown_tools), _parts(body))
     if asked is None:
-        return None
+        return _strict_calls(context, body, syntax)
     if asked.grammar.kind != "json_schema":
         raise bad_value("tools", list(body.shown_tools), f"not allowed with {asked.field}")
     text = call_grammar(
         forced_syntax(syntax), body.shown_tools, body.most_calls, json.loads(asked.grammar.text)
     )
-    return _checked(text, asked.field, asked.value)
+    return _checked(text, asked.field, asked.value, (asked, *_parts(body)))
 
 
-def _checked(text: str, field: str, value: Any) -> AskedGrammar:
+def _strict_calls(context: ServerContext, body: ChatRequest, syntax: Syntax) -> AskedGrammar | None:
+    """What an answer must match that may call functions, some of them strict."""
+    tools = [tool for tool in body.shown_tools if tool.function.strict]
+    if not tools or syntax is SYNTAXES["llama4_pythonic"]:
+        return None
+    thought = MARKS if context.answer_form.thinks else ()
+    specials = {
+        mark: found
+        for mark in (*syntax.marks, *thought)
+        if (found := context.tokenizer.special_id(mark)) is not None
+    }
+    text = strict_grammar(syntax, tools, specials)
+    return _checked(text, "tools", list(tools), _parts(body))
+
+
+def _checked(text: str, field: str, value: Any, parts: tuple[AskedGrammar, ...]) -> AskedGrammar:
     if len(text) > MAX_TEXT:
         raise bad_value(field, value, f"the grammar of its calls has over {MAX_TEXT} characters")
-    return AskedGrammar(Grammar("lark", text), field, value)
+    return AskedGrammar(Grammar("lark", text), field, value, parts=parts)
+
+
+def _parts(body: ChatRequest) -> tuple[AskedGrammar, ...]:
+    """The arguments of each function by themselves, to find those that no grammar can ensure."""
+    shown = {tool.name for tool in body.shown_tools}
+    return tuple(
+        AskedGrammar(
+            Grammar("lark", f"start: {_arguments(tool)}"),
+            f"tools[{index}].function.parameters",
+            tool.function.parameters,
+            f"of the function {shorten(tool.name)}: ",
+        )
+        for index, tool in enumerate(body.tools or ())
+        if tool.name in shown
+    )
 
 
 def forced_syntax(syntax: Syntax) -> Syntax:
@@ -78,9 +114,49 @@ def call_grammar(
     for index, tool in enumerate(tools):
         before, _, after = syntax.written([(tool.name, HERE)]).partition(HERE)
         rules.append(f"call_{index}: {json.dumps(before)} arguments_{index} {json.dumps(after)}")
-        schema = {"type": "object", **(tool.function.parameters or NOTHING)}
-        rules.append(f"arguments_{index}: {_json(schema, lenient=not tool.function.strict)}")
+        rules.append(f"arguments_{index}: {_arguments(tool)}")
     return "\n".join(rules)
+
+
+def strict_grammar(syntax: Syntax, tools: Sequence[Tool], specials: Mapping[str, int]) -> str:
+    """In llguidance's Lark: free text, in which the arguments of these functions fit their schemas.
+    A call begins where a reader of this syntax may see one, up to its name: from there on nothing
+    else may follow.
+
+    Args:
+        specials: the marks that are special tokens, and their ids. Free text has no others.
+    """
+    begin = _begin_of_call(syntax, specials)
+    after = [number for mark, number in specials.items() if mark in syntax.markers]
+    parts = [f"TEXT <[{number}]>" for number in specials.values()]
+    rules = []
+    for index, tool in enumerate(tools):
+        head = NAME.format(name=re.escape(tool.name))
+        if begin is not None:
+            parts.append(f"begin_{index} rest_{index}")
+            rules.append(f"begin_{index}[lazy]: /{begin}{head}/")
+        if after and not syntax.line_marker:
+            marks = " | ".join(f"<[{number}]>" for number in after)
+            parts.append(f"TEXT ({marks}) marked_{index} rest_{index}")
+            rules.append(f"marked_{index}[lazy]: /\\s*{head}/")
+        bare = "" if tool.function.parameters else " | /\\s*\\}/"
+        rules.append(f"rest_{index}: /{ARGUMENTS}/ arguments_{index} /\\s*\\}}/{bare}")
+        rules.append(f"arguments_{index}: {_arguments(tool)}")
+    rules.append("part: " + " | ".join(parts))
+    return "\n".join(["start: part* TEXT", "TEXT: /(.|\\n)*/", *rules])
+
+
+def _begin_of_call(syntax: Syntax, specials: Mapping[str, int]) -> str | None:
+    """A regular expression for free text up to a call; None: calls follow special tokens only."""
+    marks = [re.escape(mark) for mark in syntax.markers if mark not in specials]
+    if not syntax.line_marker:
+        return rf"(.|\n)*({'|'.join(marks)})\s*" if marks else None
+    return rf"((.|\n)*({'|'.join((LINE_END, *marks))}))?[\s{syntax.separators}]*"
+
+
+def _arguments(tool: Tool) -> str:
+    schema = {"type": "object", **(tool.function.parameters or NOTHING)}
+    return _json(schema, lenient=not tool.function.strict)
 
 
 def _json(schema: Any, lenient: bool) -> str:

@@ -31,17 +31,20 @@ def _of_objects(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+ObjectSchema = Annotated[dict[str, Any], AfterValidator(_of_objects)]
+
+
 class FunctionDefinition(Fields):
     name: FunctionName
     description: str | None = Field(None, description="What the function does and when to call it.")
-    parameters: Annotated[dict[str, Any], AfterValidator(_of_objects)] | None = Field(
+    parameters: ObjectSchema | None = Field(
         None, description="JSON schema of an object, the arguments. Default: no arguments."
     )
     strict: bool | None = Field(
         None,
-        description="With `tool_choice` required or a named function, arguments always fit the "
-        "schema; true: a keyword of it that cannot be ensured is an error, not ignored. With auto "
-        "nothing ensures that they fit.",
+        description="True: arguments always fit the schema, and a keyword of it that cannot be "
+        "ensured is an error. Else they fit it as far as that can be ensured, with `tool_choice` "
+        "required or a named function only. Llama 4's calls in Python are not ensured with auto.",
     )
 
 

@@ -201,7 +201,13 @@ class ZmqEngineClient:
 def _at_rest(stats: EngineStats) -> EngineStats:
     """The counts of an ended engine, in which nothing runs any more."""
     return msgspec.structs.replace(
-        stats, num_running=0, num_waiting=0, kv_usage=0.0, last_step_tokens=0, draft_failed=False
+        stats,
+        num_running=0,
+        num_waiting=0,
+        num_deferred=0,
+        kv_usage=0.0,
+        last_step_tokens=0,
+        draft_failed=False,
     )
 
 

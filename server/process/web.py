@@ -12,11 +12,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from configs.resolve import HostConfig
+from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.connections import Connections
 from server.http.context import ServerContext, ServerInfo
 from server.http.protocol import protocol_with
-from server.openai.routes import ROUTES
 from server.process.client import ZmqEngineClient
 from server.process.loaded import spare_loaded
 from server.process.open_files import connection_limit

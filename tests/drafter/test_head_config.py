@@ -98,7 +98,7 @@ def test_outputs_named_by_nvidia_are_inputs_of_the_next_layers() -> None:
         (speculators("eagle3", transformer_layer_config=1), "transformer_layer_config must be"),
         (EAGLE3 | {"model_type": "qwen3"}, "model_type 'qwen3' is not supported"),
         (EAGLE3 | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        (EAGLE3 | {"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
+        (EAGLE3 | {"quantization_config": {"quant_method": "fp8"}}, "heads of quantised weights"),
         (EAGLE3 | {"use_qk_norm": True}, "use_qk_norm True is not supported"),
         (EAGLE3 | {"eagle_config": {"parallel_draft_step": 2}}, "parallel_draft_step 2 is not"),
         (EAGLE3 | {"norm_output": "yes"}, "norm_output must be bool, not 'yes'"),

@@ -75,6 +75,17 @@ def test_embedding_gives_the_rows_of_the_weight(native: Ops, layout: GroupLayout
     torch.testing.assert_close(got, weight.dequantised()[ids], atol=2e-6, rtol=2e-7)
 
 
+@pytest.mark.parametrize(
+    "layout", [GroupLayout(4, 128, True, False), GroupLayout(4, 64, False, True)], ids=str
+)
+def test_larger_groups_and_wide_scales_are_read_too(native: Ops, layout: GroupLayout) -> None:
+    """As 4-bit safetensors have them."""
+    x, weight = inputs(5, 256), a_weight(layout, 33, 256)
+    got = native.linear(x, native.pack_linear(weight, None))
+    expected = rounded(x) @ weight.dequantised().double().T
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
 def test_inputs_are_as_good_as_exact(native: Ops) -> None:
     x, weight = inputs(9, 1536), a_weight(LAYOUTS[0], 131, 1536)
     expected = x.double() @ weight.dequantised().double().T

@@ -1,4 +1,4 @@
-"""A whole decoder layer in one call gives every bit of its separate operations."""
+"""Whole decoder layers in one call give every bit of their separate operations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine.models.layers import (
     GatedMLP,
     RMSNorm,
     RowParallelLinear,
+    run_whole,
 )
 from engine.models.rope import cos_sin_table
 from engine.models.weights import WeightPacker
@@ -101,3 +102,27 @@ def test_one_call_equals_the_operations(
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
         assert bool(got.isfinite().all())
+
+
+def test_several_layers_in_one_call_equal_the_layers_in_turn(native: Ops) -> None:
+    """The second has other weights, and pages of its own."""
+    torch.manual_seed(0)
+    dtype, batch, results = torch.bfloat16, a_batch(), []
+    layers = [a_layer(native, dtype, form, None) for form in ("grouped", "mixed")]
+    layers[1] = replace(layers[1], attention=replace(layers[1].attention, layer=1))
+    x, residual = torch.randn(9, H), torch.randn(9, H)
+    for together in (False, True):
+        kv = KVStorage.allocate(2, 4, BLOCK, KV_HEADS, D, dtype, CPU)
+        for pages in (*kv.keys, *kv.values):
+            pages.zero_()
+        out, stream, context = x.clone(), residual.clone(), ForwardContext(native, kv, TPGroup())
+        packed_layers = [whole(layer, native) for layer in layers]
+        if together:
+            parts = [layer.whole for layer in packed_layers if layer.whole is not None]
+            out = run_whole(parts, slice(0, 2), out, stream, batch, context)
+        else:
+            for layer in packed_layers:
+                out = layer(out, stream, batch, context)
+        results.append((out, stream, *kv.keys, *kv.values))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)

@@ -20,7 +20,8 @@ def stacked(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 def packed(native: Ops, dtype: torch.dtype, form: str = "plain") -> ExpertWeights:
     packer = WeightPacker(native, dtype, CPU, form)  # type: ignore[arg-type]
-    return ExpertWeights(*(packer.pack_experts(list(part), E) for part in stacked(dtype)))
+    experts = ([[weight.T] for weight in part] for part in stacked(dtype))
+    return ExpertWeights(*(packer.pack_experts(parts, E) for parts in experts))
 
 
 def expected(x: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -55,7 +55,25 @@ def start() -> bool:
         triton.knobs.propagate_env = True
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         _read_scalars_with_new_numpy()
+    if triton.knobs.runtime.interpret:
+        _round_to_fp8()
     return bool(triton.knobs.runtime.interpret)
+
+
+def _round_to_fp8() -> None:
+    """The interpreter makes 64 of 127.9, where the nearest FP8 number is 128, and cuts bits off
+    small numbers."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    convert = interpreter._convert_float
+
+    def convert_rightly(values: Any, kind: Any, to: Any, rounding: Any) -> Any:
+        if (kind, to) != (language.float32, language.float8e4nv):
+            return convert(values, kind, to, rounding)
+        wide = torch.from_numpy(values.view("float32").copy())
+        return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    interpreter._convert_float = convert_rightly
 
 
 def _read_scalars_with_new_numpy() -> None:

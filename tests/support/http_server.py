@@ -14,9 +14,9 @@ import msgspec
 import tokenizers
 
 from configs.schema import CacheConfig, Config, LogConfig, ModelConfig, ServerConfig
+from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
-from server.openai.routes import ROUTES
 from server.text.chat_template import ChatTemplate
 from server.text.generation_config import SamplingDefaults
 from server.text.tokenizer import Tokenizer

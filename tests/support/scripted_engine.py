@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -152,15 +153,17 @@ def say(token_ids: Sequence[int], step: int = 1, ends: bool = True) -> Script:
     return script
 
 
-def drafting(script: Script, *counts: tuple[int, int, int]) -> Script:
+def drafting(
+    script: Script, *counts: tuple[int, int, int], details: Sequence[Mapping[str, Any]] = ()
+) -> Script:
     """`script` with speculation: `num_drafts`, `num_drafted` and `num_accepted` of each choice of
-    the HTTP request, in order."""
+    the HTTP request, in order; `details`: more of what their ends say."""
 
     def drafted(request: Request) -> list[Event]:
         index = int(request.request_id.rpartition("-")[2])
-        values = dict(
-            zip(("num_drafts", "num_drafted", "num_accepted"), counts[index], strict=True)
-        )
+        names = ("num_drafts", "num_drafted", "num_accepted")
+        values: dict[str, Any] = dict(zip(names, counts[index], strict=True))
+        values |= details[index] if details else {}
         return [
             msgspec.structs.replace(event, **values) if isinstance(event, Finished) else event
             for event in script(request)

@@ -31,6 +31,10 @@ class CallSink(Protocol):
         """Add text to the arguments of the call that has begun."""
         ...
 
+    def end_arguments(self) -> None:
+        """The arguments are complete; the call may go on."""
+        ...
+
     def complete(self) -> None:
         """The call is complete."""
         ...
@@ -81,6 +85,7 @@ class CallRules:
     names: Container[str]  # functions that may be called
     hidden: frozenset[str] = frozenset()  # markers that are not shown as content
     most: int | None = None  # the answer ends after so many calls
+    must_call: bool = False  # all text belongs to calls
 
 
 class CallReader:
@@ -92,8 +97,8 @@ class CallReader:
     num_thought = 0
 
     def __init__(self, syntax: Syntax, rules: CallRules) -> None:
-        self.num_calls = 0
         self.end: int | None = None
+        self.has_called = False
         self._syntax = syntax
         self._rules = rules
         self._scanner = MarkerScanner(syntax.markers, syntax.line_marker)
@@ -103,7 +108,8 @@ class CallReader:
         self._attempt: Attempt | None = None
         self._has_begun = False  # a call of this attempt
         self._is_inside = False  # a call
-        self._opening = ""  # the marker of this attempt, with the space before it
+        self._marker = ""  # of this attempt
+        self._opening = ""  # the marker, with the space before it, as content
         self._tried = ""  # what followed it, or the last call
 
     def feed(self, text: str) -> Sequence[Part]:
@@ -120,27 +126,38 @@ class CallReader:
                 self.end = self._length
         return self._parts.take()
 
-    def finish(self) -> Sequence[Part]:
-        if self.end is None and self._attempt is None:
-            self._parts.add(Content, self._scanner.finish())
-        elif self.end is None and not self._has_begun:
-            self._parts.add(Content, self._opening + self._tried)
+    def finish(self, cut: bool = False) -> Sequence[Part]:
+        if self.end is None and not (cut and self._begins_a_call()):
+            if self._attempt is None:
+                self._parts.add(Content, self._scanner.finish())
+            elif not self._has_begun:
+                self._parts.add(Content, self._opening + self._tried)
         return self._parts.take()
+
+    def _begins_a_call(self) -> bool:
+        """Whether the text that is held back can only be the beginning of a call."""
+        if self._rules.must_call:
+            return True
+        return self._attempt is not None and self._marker in self._syntax.markers
 
     def known(self, name: str) -> bool:
         return name in self._rules.names
 
     def begin(self, name: str) -> None:
         self._has_begun = self._is_inside = True
-        self.num_calls += 1
+        self.has_called = False
         self._parts.add(CallBegin, name)
 
     def write(self, text: str) -> None:
         self._parts.add(CallArguments, text)
 
+    def end_arguments(self) -> None:
+        self.has_called = True
+
     def complete(self) -> None:
         self._num_complete += 1
         self._is_inside, self._tried = False, ""
+        self.has_called = True
 
     def _push(self, letter: str) -> None:
         """Take a letter. An attempt that ends gives back letters, which are taken anew."""
@@ -154,7 +171,7 @@ class CallReader:
         self._parts.add(Content, found.text)
         if found.marker:
             shown = "" if found.marker in self._rules.hidden else found.marker
-            self._opening = found.space + shown
+            self._marker, self._opening = found.marker, found.space + shown
             self._attempt = self._syntax.attempt(self, found.marker)
             next(self._attempt)
         return ""
@@ -172,6 +189,7 @@ class CallReader:
         else:
             return ""
         if self._has_begun:
+            self.has_called = True  # its arguments end here, whatever they are
             self._scanner.restart(self._syntax.separators)
         else:
             self._parts.add(Content, self._opening)

@@ -47,11 +47,15 @@ def json_call(sink: CallSink) -> Attempt:
             yield from _rest_of("null")
         sink.begin(name)
         sink.write("{}")
+        sink.end_arguments()
         back = "" if letter == "}" else (yield from _tail())
     elif letter == "{":
         sink.begin(name)
         sink.write("{")
-        back = (yield from _object(sink)) or (yield from _tail())
+        back = yield from _object(sink)
+        if not back:
+            sink.end_arguments()
+            back = yield from _tail()
     else:
         raise NotACall
     sink.complete()

@@ -43,8 +43,8 @@ class AnswerReader(Protocol):
     split into pieces."""
 
     @property
-    def num_calls(self) -> int:
-        """Calls that have begun so far."""
+    def has_called(self) -> bool:
+        """Whether there are calls, and the text did not end inside the last one's arguments."""
         ...
 
     @property
@@ -66,15 +66,16 @@ class AnswerReader(Protocol):
         """The parts that this text completes; it may be held back."""
         ...
 
-    def finish(self) -> Sequence[Part]:
-        """The rest, after the last text."""
+    def finish(self, cut: bool = False) -> Sequence[Part]:
+        """The rest, after the last text. `cut`: the token limit ended it, so that what looks like
+        the beginning of a call is one."""
         ...
 
 
 class PlainReader:
     """Takes all text for content."""
 
-    num_calls = 0
+    has_called = False
     may_think = False
     num_thought = 0
     end: int | None = None
@@ -82,7 +83,7 @@ class PlainReader:
     def feed(self, text: str) -> Sequence[Part]:
         return [Content(text)] if text else []
 
-    def finish(self) -> Sequence[Part]:
+    def finish(self, cut: bool = False) -> Sequence[Part]:  # noqa: ARG002  (all is content)
         return []
 
 

@@ -36,8 +36,8 @@ class ThinkingReader:
         self._num_before = 0  # of them, those that the other reader does not get
 
     @property
-    def num_calls(self) -> int:
-        return self._after.num_calls
+    def has_called(self) -> bool:
+        return self._after.has_called
 
     @property
     def may_think(self) -> bool:
@@ -67,10 +67,10 @@ class ThinkingReader:
         self._length += len(text) - begin
         return [*self._parts.take(), *self._after.feed(after + text[begin:])]
 
-    def finish(self) -> Sequence[Part]:
+    def finish(self, cut: bool = False) -> Sequence[Part]:
         self._parts.add(Reasoning, self._closing.finish())
         held = self._after.feed(self._opening.finish())
-        return [*self._parts.take(), *held, *self._after.finish()]
+        return [*self._parts.take(), *held, *self._after.finish(cut)]
 
     def _push(self, letter: str) -> str:
         """Take a letter; return text that is for the other reader."""

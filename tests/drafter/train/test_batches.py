@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from drafter.train import batches as module
-from drafter.train.batches import batch_stream, collate, cut, epoch_batches
+from drafter.train.batches import batch_stream, collate, cut, epoch_batches, least_learnt
 from drafter.train.encoding import Example
 from drafter.train.target import TargetFeatures
 
@@ -70,7 +70,7 @@ def test_collate_pads_with_zeros_and_marks_nothing_there() -> None:
         )
         for n in (3, 2)
     ]
-    batch = collate(examples, features, torch.device("cpu"))
+    batch = collate(examples, TargetFeatures.join(features), torch.device("cpu"))
     assert batch.token_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch.is_answer.tolist() == [[False, True, True], [False, True, False]]
     assert batch.taps[..., 0].tolist() == [[3, 3, 3], [2, 2, 0]]
@@ -78,3 +78,20 @@ def test_collate_pads_with_zeros_and_marks_nothing_there() -> None:
     assert batch.best.tolist() == [[3, 3, 3], [2, 2, 0]]
     assert (batch.taps.shape, batch.hidden.shape) == ((2, 3, 4), (2, 3, 2))
     assert (batch.taps.dtype, batch.best.dtype) == (torch.bfloat16, torch.int64)
+
+
+def test_of_a_growing_list_the_examples_learnt_least_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "POOL", 10)
+    lengths = [5] * 40
+    stream = least_learnt(lengths, 50, seed=3)
+    first = [next(stream) for _ in range(6)]
+    assert all(len(batch) == 10 for batch in first)
+    assert sorted(itertools.chain.from_iterable(first[:4])) == list(range(40))
+    lengths += [7] * 20
+    later = [next(stream) for _ in range(7)]  # of at most 7 examples, since these are longer
+    found = list(itertools.chain.from_iterable(later))
+    assert set(range(40, 60)) <= set(found[:20])
+    counts = torch.bincount(torch.tensor([*itertools.chain.from_iterable(first), *found]))
+    assert int(counts.max()) <= 2

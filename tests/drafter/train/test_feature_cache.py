@@ -30,9 +30,9 @@ class CountingTarget:
         self._dtype = dtype
         self._shift = shift
 
-    def features(self, texts: Sequence[Sequence[int]]) -> list[TargetFeatures]:
+    def features(self, texts: Sequence[Sequence[int]]) -> TargetFeatures:
         self.asked += texts
-        return [self._one(text) for text in texts]
+        return TargetFeatures.join([self._one(text) for text in texts])
 
     def _one(self, text: Sequence[int]) -> TargetFeatures:
         column = torch.tensor(text)[:, None] + self._shift
@@ -62,13 +62,20 @@ def cache(
 
 
 def epoch(source: CachedFeatures) -> list[TargetFeatures]:
-    return [features for batch in BATCHES for features in source.features(batch)]
+    return [
+        features
+        for batch in BATCHES
+        for features in source.features(batch).split(
+            [len(source._live.examples[number].token_ids) for number in batch]
+        )
+    ]
 
 
 def assert_right(found: list[TargetFeatures], data: Sequence[Example] | None = None) -> None:
     numbers = [number for batch in BATCHES for number in batch]
     texts = [(data or examples())[number].token_ids for number in numbers]
-    for mine, theirs in zip(found, CountingTarget().features(texts), strict=True):
+    expected = CountingTarget().features(texts).split([len(text) for text in texts])
+    for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine.taps, theirs.taps)
         assert torch.equal(mine.hidden, theirs.hidden)
         assert torch.equal(mine.best, theirs.best)

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafter.train.losses import (
-    CHUNK,
+    CHUNKS,
     feature_distance,
     soft_cross_entropy,
     teacher_probabilities,
 )
 
 HIDDEN, VOCAB, TEACHERS = 24, 53, 40
+CHUNK = CHUNKS["cpu"]
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.training import OptimizerConfig
-from drafter.train.optimizer import HeadOptimizer, rate_at
+from drafter.train.optimizer import HeadOptimizer, by_clock, by_steps
 
 PLAIN = OptimizerConfig(warmup_steps=0, learning_rate=0.1, weight_decay=0.0, max_norm=100.0)
 
@@ -46,7 +46,7 @@ def weights(network: nn.Module) -> dict[str, Tensor]:
 
 def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_share=0.1)
-    rates = [rate_at(step, 12, config) for step in range(14)]
+    rates = [by_steps(config, 12)(step) for step in range(14)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half of the way
     assert rates[6] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2))
@@ -54,16 +54,27 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
+def test_by_the_clock_the_rate_falls_with_time_whatever_the_step() -> None:
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_share=0.1)
+    now = 0.0
+    rate = by_clock(config, lambda: now)
+    assert [rate(step) for step in (0, 1, 3, 50)] == [0.5, 1.0, 2.0, 2.0]
+    now = 0.5
+    assert rate(50) == rate(9) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    now = 1.2  # a step that began before the end
+    assert rate(50) == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (5, 5), (9, 3)])
 def test_short_runs_have_a_rate(warmup: int, steps: int) -> None:
     config = OptimizerConfig(warmup_steps=warmup)
-    assert all(0 < rate_at(step, steps, config) <= 1e-3 for step in range(steps))
+    assert all(0 < by_steps(config, steps)(step) <= 1e-3 for step in range(steps))
 
 
 def test_steps_are_those_of_adamw_at_the_scheduled_rate() -> None:
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, max_norm=1e9)
     ours, theirs = Small(), Small()
-    optimizer = HeadOptimizer(ours, config, 5)
+    optimizer = HeadOptimizer(ours, config, by_steps(config, 5))
     groups = [
         {"params": [theirs.linear.weight], "weight_decay": 0.3},
         {"params": [theirs.norm, theirs.linear.bias], "weight_decay": 0.0},
@@ -74,7 +85,7 @@ def test_steps_are_those_of_adamw_at_the_scheduled_rate() -> None:
         put_gradients(theirs, (6.0 + step) / 3)  # a mean over three tokens
         optimizer.step(step, 3.0)
         for group in judge.param_groups:
-            group["lr"] = rate_at(step, 5, config)
+            group["lr"] = by_steps(config, 5)(step)
         judge.step()
     for name, tensor in weights(theirs).items():
         assert torch.allclose(tensor, weights(ours)[name], atol=1e-6), name
@@ -84,7 +95,7 @@ def test_norms_and_biases_do_not_decay() -> None:
     network = Small()
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
     put_gradients(network, 0.0)
-    HeadOptimizer(network, config, 10).step(0, 1.0)
+    HeadOptimizer(network, config, by_steps(config, 10)).step(0, 1.0)
     assert torch.equal(network.norm, torch.ones(2))
     assert torch.equal(network.linear.bias, torch.full((2,), 0.5))
     assert torch.allclose(network.linear.weight, torch.full((2, 3), 0.5 * 0.95))
@@ -93,7 +104,11 @@ def test_norms_and_biases_do_not_decay() -> None:
 def test_gradients_are_clipped_after_the_division_by_tokens() -> None:
     """Adam's steps ignore a gradient's scale, so the test compares its moments."""
     network = Small()
-    optimizer = HeadOptimizer(network, PLAIN.model_copy(update={"max_norm": 0.5}), 10)
+    optimizer = HeadOptimizer(
+        network,
+        PLAIN.model_copy(update={"max_norm": 0.5}),
+        by_steps(PLAIN.model_copy(update={"max_norm": 0.5}), 10),
+    )
     put_gradients(network, 8.0)
     norm = optimizer.step(0, 4.0)
     assert norm == pytest.approx(2.0 * math.sqrt(10))  # of 10 parameters, the frozen ones left out
@@ -104,7 +119,7 @@ def test_gradients_are_clipped_after_the_division_by_tokens() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_changes_nothing(value: float) -> None:
     network = Small()
-    optimizer = HeadOptimizer(network, PLAIN, 10)
+    optimizer = HeadOptimizer(network, PLAIN, by_steps(PLAIN, 10))
     put_gradients(network, 1.0)
     optimizer.step(0, 1.0)
     before, moments = weights(network), {n: t.clone() for n, t in optimizer.state().items()}
@@ -119,14 +134,14 @@ def test_a_norm_that_is_not_finite_changes_nothing(value: float) -> None:
 
 def test_a_restored_state_continues_exactly() -> None:
     whole = Small()
-    optimizer = HeadOptimizer(whole, PLAIN, 10)
+    optimizer = HeadOptimizer(whole, PLAIN, by_steps(PLAIN, 10))
     assert optimizer.state() == {}
     for step in range(2):
         put_gradients(whole, 1.0 + step)
         optimizer.step(step, 1.0)
     other = Small()
     other.load_state_dict(weights(whole))
-    again = HeadOptimizer(other, PLAIN, 10)
+    again = HeadOptimizer(other, PLAIN, by_steps(PLAIN, 10))
     again.load_state({name: tensor.clone() for name, tensor in optimizer.state().items()})
     for network, each in ((whole, optimizer), (other, again)):
         put_gradients(network, 0.7)
@@ -135,7 +150,7 @@ def test_a_restored_state_continues_exactly() -> None:
 
 
 def test_the_state_of_another_network_is_refused() -> None:
-    optimizer = HeadOptimizer(Small(), PLAIN, 10)
+    optimizer = HeadOptimizer(Small(), PLAIN, by_steps(PLAIN, 10))
     with pytest.raises(ValueError, match="unknown parameter 'fc'"):
         optimizer.load_state({"fc.exp_avg": torch.ones(2)})
     with pytest.raises(ValueError, match=r"'norm.exp_avg' has shape \[3\], not \[2\]"):
@@ -151,10 +166,10 @@ def test_muon_steps_matrices_but_not_the_lm_head_and_survives_a_round_trip() -> 
     muon = torch.optim.Muon([judge["fc.weight"]], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     rest = [judge["norm"], judge["lm_head.weight"]]
     adam = torch.optim.AdamW(rest, weight_decay=0.0, betas=(config.beta1, config.beta2))
-    optimizer = HeadOptimizer(ours, config, 4)
+    optimizer = HeadOptimizer(ours, config, by_steps(config, 4))
     for step in range(4):
         if step == 2:  # another process continues from the saved state
-            resumed = HeadOptimizer(again, config, 4)
+            resumed = HeadOptimizer(again, config, by_steps(config, 4))
             resumed.load_state({name: t.clone() for name, t in optimizer.state().items()})
             again.load_state_dict(ours.state_dict())
             ours, optimizer = again, resumed
@@ -163,7 +178,7 @@ def test_muon_steps_matrices_but_not_the_lm_head_and_survives_a_round_trip() -> 
             judge[name].grad = parameter.grad.clone()
         optimizer.step(step, 1.0)
         for other, factor in ((muon, 3.0), (adam, 1.0)):
-            other.param_groups[0]["lr"] = factor * rate_at(step, 4, config)
+            other.param_groups[0]["lr"] = factor * by_steps(config, 4)(step)
             other.step()
     for name, tensor in ours.named_parameters():
         assert torch.allclose(tensor, judge[name], atol=1e-6), name

@@ -43,15 +43,20 @@ def texts() -> list[list[int]]:
     return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
+def features(target: FrozenTarget, asked: list[list[int]]) -> list[TargetFeatures]:
+    """Of each text."""
+    return target.features(asked).split([len(text) for text in asked])
+
+
 @pytest.mark.parametrize("taps", [(0, 2, 4), (4, 1), (LAYERS,), (1, LAST_OUTPUT)])
 @torch.no_grad()
 def test_features_are_those_of_transformers(
     taps: tuple[int, ...], ops: Ops, oracle: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(module, "LOGIT_ROWS", {"cpu": 7})
     last: list[torch.Tensor] = []
     oracle.model.layers[-1].register_forward_hook(lambda *call: last.append(call[-1]))
-    for text, found in zip(texts(), frozen(oracle, ops, taps).features(texts()), strict=True):
+    for text, found in zip(texts(), features(frozen(oracle, ops, taps), texts()), strict=True):
         expected = oracle(torch.tensor([text]), output_hidden_states=True)
         states = [state[0] for state in expected.hidden_states]  # inputs of layers; the last normed
         close = {"atol": TOLERANCE, "rtol": TOLERANCE}
@@ -65,10 +70,10 @@ def test_features_are_those_of_transformers(
 
 def test_texts_together_equal_each_alone(ops: Ops, oracle: LlamaForCausalLM) -> None:
     target, alone = frozen(oracle, ops, (0, 3)), frozen(oracle, ops, (0, 3))
-    long, together = texts()[::-1], target.features(texts()[::-1])
+    long, together = texts()[::-1], features(target, texts()[::-1])
     for text, found in zip(long, together, strict=True):
-        assert_equal(found, alone.features([text])[0])
-    again = target.features(long[2:])  # in pages that hold longer texts
+        assert_equal(found, alone.features([text]))
+    again = features(target, long[2:])  # in pages that hold longer texts
     for first, found in zip(together[2:], again, strict=True):
         assert_equal(first, found)
 
@@ -84,7 +89,7 @@ def test_features_have_the_storage_dtype_and_take_no_gradient(
 ) -> None:
     target = frozen(oracle, reference_ops, (1,))
     narrow = FrozenTarget(target._model, reference_ops, (1,), torch.bfloat16)
-    (found,) = narrow.features([[5, 6, 7]])
+    found = narrow.features([[5, 6, 7]])
     assert (found.taps.dtype, found.hidden.dtype) == (torch.bfloat16, torch.bfloat16)
     assert not found.taps.requires_grad
     assert not found.hidden.requires_grad

@@ -56,7 +56,7 @@ def test_absent_keys_take_the_defaults_of_transformers() -> None:
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, not 4"),
         ({"layer_types": ["sliding_attention"] * 4}, "not supported; full_attention, chunked_"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised weights \(fp8\)"),
+        ({"quantization_config": {"quant_method": "exl2"}}, r"quant_method 'exl2'.*gptq are"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "default and llama3 are"),
         ({"architectures": ["Llama4VisionModel"]}, "Llama4VisionModel is not supported; Llama"),
         ({"architectures": ["Llama4ForConditionalGeneration"]}, "text_config is missing"),

@@ -157,8 +157,58 @@ def test_a_text_ends_where_nothing_may_follow(compiled: GrammarCompiler) -> None
 
 def test_forced_tokens_are_those_of_the_forced_text(compiled: GrammarCompiler) -> None:
     matcher = follow(compiled, 'xaba: (a|b)"')
-    assert text_of(matcher.forced()) in ("xaba:", "xaba: ")
-    matcher.take(matcher.forced())
+    assert text_of(matcher.forced(99)) in ("xaba:", "xaba: ")
+    assert matcher.forced(2) == matcher.forced(99)[:2]
+    assert matcher.forced(0) == []
+
+
+class Counting:
+    """A matcher of llguidance that counts how often it looks for text that must follow."""
+
+    def __init__(self, inner: LLMatcher) -> None:
+        self.inner, self.asked = inner, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def compute_ff_tokens(self) -> list[int]:
+        self.asked += 1
+        return self.inner.compute_ff_tokens()
+
+
+def test_a_long_text_that_must_follow_is_looked_for_once(compiled: GrammarCompiler) -> None:
+    text = "xy" * 400
+    matcher = follow(compiled, f"(a|b){text}")
+    counting = matcher._matcher = Counting(matcher._matcher)  # type: ignore[assignment]
+    assert matcher.take(ids("a")) == 1
+    written = ""
+    while not matcher.complete:
+        taken = matcher.forced(7)
+        assert matcher.take(taken) == len(taken) > 0
+        written += text_of(taken)
+    assert (written, counting.asked) == (text, 1)
+
+
+def test_other_tokens_of_a_text_that_must_follow_are_no_error(compiled: GrammarCompiler) -> None:
+    matcher, (ab,) = follow(compiled, "(c|d)abxx"), ids("ab")
+    assert matcher.forced(9) == []
+    matcher.take(ids("c"))
+    assert matcher.forced(9)[0] == ab
+    assert matcher.take(ids("a")) == 1
+    assert text_of(matcher.forced(9)) == "bxx"
+
+
+def test_looking_ahead_is_given_up_where_it_takes_long(
+    compiled: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher = follow(compiled, "xyz(a|b)xyz")
+    times = iter((0.0, 2 * MOST_SECONDS))
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.grammar.matcher.time.thread_time", lambda: next(times))
+        first = matcher.forced(9)
+    assert matcher.take([*first, *ids("a")]) == len(first) + 1
+    assert matcher.forced(9) == []
+    assert matcher.error is None
 
 
 @pytest.mark.parametrize(
@@ -196,7 +246,7 @@ def test_a_call_that_computes_for_long_ends_the_text(
     assert matcher.error is not None
     assert "too ambiguous" in matcher.error
     assert matcher.take(ids("b")) == 0
-    assert matcher.forced() == []
+    assert matcher.forced(9) == []
     assert masks_of(matcher, ids("a"), [-1]) == [frozenset(range(len(TOKENS)))]
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from configs.schema import WeightForm
-from engine.models.weights import Part, WeightPacker, with_zero_rows
-from kernels.linear.grouped import GroupedWeight, dense, quantise
+from engine.models.weights import WeightPacker, with_zero_rows
+from kernels.linear.grouped import GroupedWeight, quantise
+from kernels.linear.quantised import Part, dense
 from kernels.ops import LinearWeight, Ops
 
 CPU = torch.device("cpu")

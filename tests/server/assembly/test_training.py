@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import subprocess
@@ -161,6 +162,32 @@ def test_prompts_are_answered_first(folder: Path, native_cache: Path, tmp_path: 
     assert (tmp_path / "run" / "head" / "model.safetensors").exists()
 
 
+def test_by_the_clock_prompts_alone_give_a_head_that_serves(
+    folder: Path, native_cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    changes: dict[str, object] = {
+        "data__conversations": "[]",
+        "data__prompts": f"[{folder / 'prompts.jsonl'}]",
+        "data__rows": 4,
+        "data__max_tokens": 128,
+        "run__minutes": 0.02,
+        "run__steps": None,
+    }
+    done = train(folder, native_cache, output, **changes)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == f"{output / 'head'}\n"
+    assert "3 held out" in done.stderr
+    assert texts(folder, native_cache, output / "head") == texts(folder, native_cache, None)
+    entries = History(output / "history.jsonl").entries
+    assert [entry.kind for entry in entries[:1] + entries[-1:]] == ["held out", "held out"]
+    spent = json.loads((output / "time.json").read_text())
+    assert spent["num_learnt"] == entries[-1].num_answer_tokens > 0
+    again = train(folder, native_cache, output, **changes)
+    assert again.exit_code == 2
+    assert "cannot be resumed; set run.output to another folder" in again.stderr
+
+
 def test_a_head_learns_to_draft_what_its_target_says(
     folder: Path, native_cache: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +246,7 @@ def test_a_head_learns_to_draft_what_its_target_says(
         ({"head__colour": "red"}, "unknown key 'head.colour'; known here: kind, num_layers"),
         ({"head__kind": "eagle"}, "head.draft_vocab_size is for eagle3 heads"),
         ({"loss__tokens": 0}, "loss.tokens and loss.features are both 0"),
+        ({"run__minutes": 1}, "run.minutes trains on answers to data.prompts alone: unset data.co"),
         ({"model__source": "/nowhere"}, "/nowhere"),
         ({"kernels__backend": "tpu"}, "kernels.backend"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import ServerConfig
+from configs.schema import CacheConfig, ServerConfig
 from engine.messages import EngineStats
 from server.http.metrics import Metrics
 from server.http.middleware import load_api_keys
@@ -258,7 +258,7 @@ def test_counters_go_on_when_the_engine_starts_again(server: Server) -> None:
 def test_counters_stay_until_the_next_engine_sends_statistics(server: Server) -> None:
     """Nothing was scraped while the first engine lived."""
     client = ZmqEngineClient()
-    metrics = Metrics(client, "tiny")
+    metrics = Metrics(client, "tiny", CacheConfig())
     client._take(INFO)
     client._take(stats(10))
     client.detach()
@@ -267,7 +267,8 @@ def test_counters_stay_until_the_next_engine_sends_statistics(server: Server) ->
         if message is not None:
             client._take(message)
         lines = metrics.render().decode().splitlines()
-        counts = [line for line in lines if line.startswith(("aerie:prefix", "aerie:num_requests"))]
+        wanted = ("aerie:prefix", "aerie:num_requests_running", "aerie:num_requests_waiting{")
+        counts = [line for line in lines if line.startswith(wanted)]
         found.append([float(line.rpartition(" ")[2]) for line in counts])
     client.close()
     assert found == [[0, 0, 20, 10], [0, 0, 20, 10], [5, 2, 20, 10]]

@@ -107,7 +107,10 @@ def test_what_asks_for_nothing_special_is_accepted_for_completions(
         ({"service_tier": "flex"}, "service_tier"),
         ({"parallel_tool_calls": True}, "parallel_tool_calls"),
         ({"reasoning_effort": "low", "verbosity": "high"}, "reasoning_effort, verbosity"),
-        ({"prediction": {"type": "content", "content": "a"}}, "prediction"),
+        (
+            {"prediction": {"type": "content", "content": "a"}, "speculation": {"enabled": False}},
+            "prediction",
+        ),
         ({"tools": [TOOL], "tool_choice": "none"}, "tools"),
         (
             {"stream": True, "stream_options": {"include_obfuscation": True}},

@@ -10,7 +10,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from engine.messages import EngineStats
+from engine.messages import EngineStats, Finished
+from engine.request import Request
 from server.openai.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import refused
 from tests.support.http_server import (
@@ -21,7 +22,7 @@ from tests.support.http_server import (
     Server,
     events_of,
 )
-from tests.support.scripted_engine import drafting, say
+from tests.support.scripted_engine import Event, drafting, say
 
 MakeServer = Callable[..., Server]
 PATHS = [(CHAT_PATH, CHAT), (COMPLETION_PATH, COMPLETION)]
@@ -33,6 +34,19 @@ USAGE = {"include_usage": True}
 STATS = {"stats": True}
 DRAFTS = ((3, 12, 5), (1, 4, 1))  # for each of two choices: trees, tokens drafted, tokens accepted
 TOTALS = {"drafted": 16, "accepted": 6, "acceptance_length": 2.5}
+METRICS = {
+    "speculative_decoding": {
+        "mean_acceptance_length": 2.5,
+        "draft_acceptance_rate": 0.375,
+        "acceptance_histogram": [1, 2, 0, 1],
+        "num_spec_steps": 4,
+        "num_accepted_draft_tokens": 6,
+        "num_draft_tokens": 16,
+        "num_spec_tokens": 7,
+    }
+}
+COUNTS = ({"accepted_counts": (1, 1, 0, 1), "most_drafted": 7},
+          {"accepted_counts": (0, 1), "most_drafted": 4})  # fmt: skip
 DETAILS = {
     "reasoning_tokens": 0,
     "accepted_prediction_tokens": 6,
@@ -119,7 +133,7 @@ def test_the_document_says_that_the_text_stays_the_same(server: Server, model: t
 @pytest.fixture
 def drafting_server(make_server: MakeServer, server: Server) -> Server:
     """A server that answers as `server` does, with DRAFTS."""
-    return make_server(drafting(server.engine.script, *DRAFTS))
+    return make_server(drafting(server.engine.script, *DRAFTS, details=COUNTS))
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
@@ -139,6 +153,7 @@ def test_statistics_come_with_the_reply_when_asked_for(
 ) -> None:
     reply = drafting_server.post(path, body | {"n": 2, "speculation": STATS}).json()
     assert reply["speculation"] == TOTALS
+    assert reply["metrics"] == METRICS
     parsed = SDK[path][0].model_validate(reply, strict=True)
     details = parsed.usage.completion_tokens_details
     assert details.accepted_prediction_tokens == 6
@@ -167,6 +182,7 @@ def test_streams_end_with_the_totals_that_were_asked_for(
     assert last["choices"] == []
     assert all(chunk["choices"] and "speculation" not in chunk for chunk in chunks)
     assert last.get("speculation") == (TOTALS if with_stats else None)
+    assert last.get("metrics") == (METRICS if with_stats else None)
     usage = last.get("usage")
     assert (usage and usage["completion_tokens_details"]) == (DETAILS if with_usage else None)
     assert all(("usage" in chunk) == with_usage for chunk in chunks)
@@ -178,6 +194,7 @@ def test_without_a_draft_there_is_no_acceptance_length(
 ) -> None:
     reply = server.post(path, body | {"speculation": STATS}).json()
     assert reply["speculation"] == {"drafted": 0, "accepted": 0, "acceptance_length": None}
+    assert "metrics" not in reply
 
 
 def test_counts_of_a_choice_that_a_stop_string_ended_are_those_of_the_engine(
@@ -331,3 +348,48 @@ def test_faults_of_the_head_are_exported(server: Server) -> None:
     assert seen() == (True, True)
     server.engine.stats = QUIET  # a new engine
     assert seen() == (True, False)
+
+
+@pytest.mark.parametrize(
+    "content", ["a hello", [{"type": "text", "text": "a "}, {"type": "text", "text": "hello"}]]
+)
+def test_a_prediction_reaches_the_engine_as_tokens(server: Server, content: Any) -> None:
+    prediction = {"type": "content", "content": content}
+    response = server.chat(prediction=prediction, n=2)
+    assert response.status_code == 200
+    assert "x-aerie-warning" not in response.headers
+    expected = server.ids("a hello")
+    assert [request.prediction for request in server.engine.submitted] == [expected] * 2
+    long = {"type": "content", "content": "a" * 10**6}
+    assert server.chat(prediction=long).status_code == 200
+    assert len(server.engine.submitted[-1].prediction) == server.engine.info.max_model_len  # type: ignore[union-attr]
+
+
+def test_with_a_prediction_usage_counts_its_tokens(make_server: MakeServer, server: Server) -> None:
+    def script(request: Request) -> list[Event]:
+        return [
+            msgspec.structs.replace(event, num_predicted=8, num_predicted_accepted=3)
+            if isinstance(event, Finished)
+            else event
+            for event in drafting(server.engine.script, (3, 12, 5))(request)
+        ]
+
+    prediction = {"type": "content", "content": "a"}
+    reply = make_server(script).chat(prediction=prediction).json()
+    details = reply["usage"]["completion_tokens_details"]
+    counts = details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
+    assert counts == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "param"),
+    [
+        ("a", "prediction"),
+        ({"type": "text", "content": "a"}, "prediction.type"),
+        ({"type": "content"}, "prediction.content"),
+        ({"type": "content", "content": [{"type": "image", "text": "a"}]}, "prediction.content"),
+    ],
+)
+def test_bad_predictions_are_refused(server: Server, prediction: Any, param: str) -> None:
+    error = refused(server, CHAT_PATH, CHAT | {"prediction": prediction})
+    assert error["param"].startswith(param)

@@ -86,6 +86,7 @@ def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
 
 
+WIDE = {str(number): {} for number in range(1025)}
 IN_FORMAT = "response_format.json_schema.schema"
 
 
@@ -127,6 +128,15 @@ IN_FORMAT = "response_format.json_schema.schema"
         ({"structured_outputs": {"regex": "a" * 5000}}, "structured_outputs.regex", "4096"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "JSON of an object"),
         ({"guided_json": "[" * 9999 + "]" * 9999}, "guided_json", "nested too deep"),
+        ({"guided_json": '{"a":' * 70 + "1" + "}" * 70}, "guided_json", "nested too deeply"),
+        ({"guided_json": json.dumps(WIDE)}, "guided_json", "at most 1024 members"),
+        ({"guided_json": '{"type": "null", "type": "object"}'}, "type", "occurs twice"),
+        ({"guided_json": '{"const": NaN}'}, "guided_json", "NaN is no JSON"),
+        (
+            {"structured_outputs": {"structural_tag": json.dumps(WIDE)}},
+            "structured_outputs.structural_tag",
+            "at most 1024 members",
+        ),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
         ({"structured_outputs": {"grammar": "start: b"}}, "structured_outputs.grammar", "b"),
         (

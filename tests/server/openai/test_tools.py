@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.request import Grammar
-from server.openai.tool_grammar import call_grammar
+from server.openai.tool_grammar import call_grammar, strict_grammar
 from server.openai.tools import Tool
 from server.text.answer.forms import SYNTAXES
 from server.text.answer.instructions import INSTRUCTIONS
@@ -128,6 +129,16 @@ def test_the_result_of_another_call_is_refused(server: Server) -> None:
     assert message.endswith('message before it: "c2"')
     del call["id"]
     assert server.chat(messages=[*asked, result]).status_code == 200, "it is not known whose it is"
+
+
+def test_two_calls_of_one_id_are_refused(server: Server) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = [*MESSAGES, {"role": "assistant", "tool_calls": [call, call]}]
+    error = error_of(server.chat(messages=asked), 400)
+    assert error["param"] == "messages[1].tool_calls[1].id"
+    assert 'is "c1": another call' in error["message"]
+    del call["id"]
+    assert server.chat(messages=asked).status_code == 200
 
 
 def test_tools_are_refused_where_the_operator_wants_none(make_server: MakeServer) -> None:
@@ -248,8 +259,10 @@ ANSWERS: list[tuple[str, dict[str, Any], Any, list[Any], str]] = [
     (CALL_F + CALL_G, {"parallel_tool_calls": False}, None, [("f", '{"a": 1}')], "tool_calls"),
     (CALL_F, {"tool_choice": allowed("g")}, CALL_F, [], "stop"),
     (CALL_F, {"tool_choice": "none"}, CALL_F, [], "stop"),
-    (CALL_F, {"stop": "}"}, None, [("f", '{"a": 1')], "tool_calls"),
+    (CALL_F, {"stop": "}"}, None, [("f", '{"a": 1')], "stop"),
+    (CALL_F, {"stop": "\n</"}, None, [("f", '{"a": 1}')], "tool_calls"),
     (CALL_F[:-16], {"max_tokens": ...}, None, [("f", '{"a": ')], "length"),
+    (f"So:\n{CALL_F[:20]}", {"max_tokens": ...}, "So:", [], "length"),
 ]  # fmt: skip
 
 
@@ -377,12 +390,75 @@ def test_a_grammar_ensures_calls_that_must_come(
 def test_a_strict_function_must_have_a_schema_that_can_be_ensured(server: Server) -> None:
     schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
     for strict in (False, True):
-        response = server.chat(
-            tools=[function(parameters=schema, strict=strict)], tool_choice="required"
-        )
+        asked = function(name="h", parameters=schema, strict=strict)
+        response = server.chat(tools=[F, asked, G], tool_choice="required")
         assert response.status_code == (400 if strict else 200), response.text
     error = error_of(response, 400)
-    assert (error["param"], '"not"' in error["message"]) == ("tools", True)
+    assert error["param"] == "tools[1].function.parameters"
+    assert 'is an object: of the function "h": the keyword "not" is not' in error["message"]
+
+
+def test_a_strict_function_that_may_be_called_is_ensured(make_server: MakeServer) -> None:
+    strict = function(parameters=SCHEMA, strict=True)
+    for form in ("hermes", "llama3_json"):
+        server = make_server(model={"tool_parser": form})
+        whole, _ = answered(server, "Hello", tools=[strict, G])
+        assert whole.message.content == "Hello"
+        expected = strict_grammar(SYNTAXES[form], [Tool.model_validate(strict)], {})
+        assert server.engine.submitted[-1].params.grammar == Grammar("lark", expected)
+        assert server.chat(tools=[F, G]).status_code == 200
+        assert server.engine.submitted[-1].params.grammar is None
+        server.context.grammars.close()
+    server = make_server(model={"tool_parser": "llama4_pythonic"})
+    assert server.chat(tools=[strict]).status_code == 200
+    assert server.engine.submitted[-1].params.grammar is None
+
+
+FREE: dict[str, list[tuple[str, bool]]] = {
+    "hermes": [
+        ("So: {1} < b", True),
+        (f"So:\n{CALL_F}\n{CALL_G}", True),
+        (CALL_G.replace("1", '"1"'), True),
+        (f"{CALL_F} and {CALL_F.replace('1', 'true')}", False),
+        (CALL_F.replace("\n", ""), True),
+        (CALL_F.replace('"a"', '"b"'), False),
+        (CALL_F[:40], False),
+        ('<tool_call>{"name": "f"}', False),
+        (JSON_CALL.replace("1", '"1"'), True),
+    ],
+    "llama3_json": [
+        ("So: {1}", True),
+        (JSON_CALL, True),
+        (f"<|python_tag|>{JSON_CALL}; {JSON_CALL}", True),
+        (f"Well:\n {JSON_CALL.replace('1', 'null')}", False),
+        (f"{JSON_CALL}; {JSON_CALL.replace('1', 'null')}", False),
+        (JSON_CALL.replace(": ", ":").replace("parameters", "arguments"), True),
+        (f'{{"type": "function", {JSON_CALL[1:].replace("1", "null")}', False),
+        (f"<|python_tag|>{JSON_CALL.replace('1', 'null')}", False),
+        (f"as in {JSON_CALL.replace('1', 'null')}", True),
+        (JSON_CALL.replace('"f"', '"fg"').replace("1", "null"), True),
+    ],
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("form", FREE)
+def test_strict_arguments_fit_and_other_text_is_free(
+    tokenizer: Tokenizer, form: str, special: bool
+) -> None:
+    """Also where the marks are special tokens: here token 0 stands for the first of them."""
+    compiler = GrammarCompiler.of(tokenizer.to_json(), INFO.vocab_size, INFO.eos_token_ids)
+    syntax = SYNTAXES[form]
+    tools = [Tool.model_validate(function(parameters=SCHEMA, strict=True))]
+    specials = {syntax.markers[0]: 0} if special else {}
+    start = compiler.compile(Grammar("lark", strict_grammar(syntax, tools, specials)))
+    for text, fits in FREE[form]:
+        ids = []
+        for part in re.split(f"({re.escape(syntax.markers[0])})", text):
+            is_mark = special and part == syntax.markers[0]
+            ids += [0] if is_mark else tokenizer.encode(part, add_special_tokens=False)
+        matcher = start.deep_copy()
+        assert (matcher.validate_tokens([*ids, 2]) == len(ids) + 1) is fits, text
 
 
 def test_a_grammar_takes_what_a_model_writes_and_nothing_else(tokenizer: Tokenizer) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from configs.schema import Config, ModelConfig
 from engine.messages import OperationBackend
+from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerInfo
-from server.openai.routes import ROUTES
 from server.process.client import ZmqEngineClient
 from server.process.launch import warn_of_fallback
 from server.process.listening import open_port

@@ -128,9 +128,53 @@ def test_a_call_is_sent_as_it_comes() -> None:
 def test_an_answer_ends_after_the_last_call_that_is_allowed(name: str) -> None:
     text = {"hermes": HERMES * 2, "llama3_json": f"{LLAMA3}; {LLAMA3}"}.get(name, "[f(), f()]")
     found = reader(name, CallRules(NAMES, most=1))
-    assert len(read(found, text)) == found.num_calls == 1
+    assert len(read(found, text)) == 1
+    assert found.has_called
     assert found.end is not None
     assert text[found.end - 1] in "})"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "called"),
+    [
+        ("hermes", HERMES[:-14], True),  # without its last brace
+        ("hermes", HERMES[:-16], False),
+        ("hermes", f"{HERMES}{HERMES[:-20]}", False),
+        ("hermes", '<tool_call>{"name":"f","arguments":{"a": </tool_call>', True),
+        ("llama3_json", LLAMA3[:-1], True),
+        ("llama3_json", '{"name": "f", "parameters": {"a": "}', False),
+        ("llama4_pythonic", f"[{PYTHON}", True),
+        ("llama4_pythonic", "[f(a=1", False),
+        ("llama4_pythonic", "[f(a=b)]", True),
+        ("hermes", "no call", False),
+    ],
+)
+def test_a_call_is_made_once_its_arguments_are_complete(name: str, text: str, called: bool) -> None:
+    found = reader(name)
+    read(found, text)
+    assert found.has_called is called
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "must_call", "content"),
+    [
+        ("hermes", HERMES[:20], False, ""),
+        ("hermes", f"So:\n{HERMES[:20]}", False, "So:"),
+        ("hermes", HERMES[:6], False, HERMES[:6]),
+        ("hermes", HERMES[:6], True, ""),
+        ("llama3_json", LLAMA3[:12], False, LLAMA3[:12]),
+        ("llama3_json", LLAMA3[:12], True, ""),
+        ("llama3_json", f"<|python_tag|>{LLAMA3[:12]}", False, ""),
+        ("llama4_pythonic", "[f(", True, ""),
+    ],
+)
+def test_a_call_that_is_cut_before_its_arguments_is_no_content(
+    name: str, text: str, must_call: bool, content: str
+) -> None:
+    found = reader(name, CallRules(NAMES, must_call=must_call))
+    parts = [*found.feed(text), *found.finish(cut=True)]
+    assert "".join(part.text for part in parts if isinstance(part, Content)) == content
+    assert not found.has_called
 
 
 def test_special_tokens_that_begin_no_call_are_no_content() -> None:

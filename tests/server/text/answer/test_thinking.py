@@ -71,4 +71,4 @@ def test_the_end_counts_from_the_start_of_the_answer() -> None:
         found = reader(most=1)
         read(found, [begin + CALL + CALL])
         assert found.end == len(begin) + CALL.index("</")
-        assert found.num_calls == 1
+        assert found.has_called

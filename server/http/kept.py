@@ -1,0 +1,101 @@
+"""Answers that are kept in memory for later requests, bounded in number and in bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+OVERHEAD = 1024  # bytes of an answer besides its texts
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An answer, as JSON."""
+
+    owner: str  # label of the caller, who alone may see it
+    before: str | None  # id of the answer that it follows
+    asked: bytes
+    answer: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return OVERHEAD + len(self.asked) + len(self.answer)
+
+
+class KeptAnswers:
+    """Forgets the answers that were not used for the longest time. To use an answer is to use all
+    that it follows, so that an answer goes before those that it follows. Used only on the event
+    loop's thread."""
+
+    def __init__(self, max_answers: int, max_bytes: int) -> None:
+        self._max_answers = max_answers
+        self._max_bytes = max_bytes
+        self._answers: OrderedDict[str, Kept] = OrderedDict()
+        self._num_bytes = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether answers are kept at all."""
+        return self._max_answers > 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def put(self, id: str, answer: Kept) -> None:
+        """Keep an answer in the place of an earlier one of this id. One that is larger than all
+        room is not kept."""
+        self._drop(id)
+        if not self.is_open or answer.num_bytes > self._max_bytes:
+            return
+        self._answers[id] = answer
+        self._num_bytes += answer.num_bytes
+        self._use(id)
+        self._answers.move_to_end(id)  # even if it follows too many
+        while len(self._answers) > self._max_answers or self._num_bytes > self._max_bytes:
+            self._drop(next(iter(self._answers)))
+
+    def get(self, owner: str, id: str) -> Kept | None:
+        """The answer; None if it is not kept, or belongs to another caller."""
+        found = self._answers.get(id)
+        if found is None or found.owner != owner:
+            return None
+        self._use(id)
+        return found
+
+    def line(self, owner: str, id: str) -> list[Kept]:
+        """The answer and all that it follows, the oldest first.
+
+        Raises:
+            KeyError: the id of one of them that is not kept.
+        """
+        found: list[Kept] = []
+        at: str | None = id
+        while at is not None:
+            answer = self._answers.get(at)
+            if answer is None or answer.owner != owner:
+                raise KeyError(at)
+            found.append(answer)
+            at = answer.before
+        self._use(id)
+        return found[::-1]
+
+    def remove(self, owner: str, id: str) -> bool:
+        """Forget an answer. Whether it was there."""
+        if self.get(owner, id) is None:
+            return False
+        self._drop(id)
+        return True
+
+    def _use(self, id: str | None) -> None:
+        while id is not None and id in self._answers:
+            self._answers.move_to_end(id)
+            id = self._answers[id].before
+
+    def _drop(self, id: str) -> None:
+        found = self._answers.pop(id, None)
+        if found is not None:
+            self._num_bytes -= found.num_bytes

@@ -1,0 +1,72 @@
+"""The names under which metrics are exported: those of Aerie, and those of vLLM for its dashboards,
+load tools and routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.samples import Sample
+
+OWN = "aerie"
+VLLM = "vllm"
+ENGINE = {"engine": "0"}  # vLLM numbers its engines
+# What vLLM has under the same name with the same meaning.
+OF_VLLM = frozenset(
+    {
+        "num_requests_running",
+        "num_requests_waiting",
+        "num_requests_waiting_by_reason",
+        "kv_cache_usage_perc",
+        "cache_config_info",
+        "prefix_cache_queries",
+        "prefix_cache_hits",
+        "num_preemptions",
+        "prompt_tokens",
+        "prompt_tokens_by_source",
+        "prompt_tokens_cached",
+        "generation_tokens",
+        "request_success",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "request_max_num_generation_tokens",
+        "request_params_n",
+        "request_params_max_tokens",
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_inference_time_seconds",
+        "spec_decode_num_drafts",
+        "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens",
+        "spec_decode_num_accepted_tokens_per_pos",
+    }
+)
+
+
+class Named:
+    """Metrics under all names that the operator wants, as Prometheus' client collects them."""
+
+    def __init__(self, metrics: Iterable[Metric], prefixes: Sequence[str]) -> None:
+        """`metrics` have names without a prefix."""
+        self._metrics = list(metrics)
+        self._prefixes = prefixes
+
+    def collect(self) -> Iterator[Metric]:
+        if OWN in self._prefixes:
+            yield from (_renamed(metric, OWN, {}) for metric in self._metrics)
+        if VLLM in self._prefixes:
+            known = (metric for metric in self._metrics if metric.name in OF_VLLM)
+            yield from (_renamed(metric, VLLM, ENGINE) for metric in known)
+
+
+def _renamed(metric: Metric, prefix: str, labels: dict[str, str]) -> Metric:
+    found = Metric(f"{prefix}:{metric.name}", metric.documentation, metric.type)
+    found.samples = [
+        Sample(f"{prefix}:{each.name}", labels | each.labels, *each[2:]) for each in metric.samples
+    ]
+    return found

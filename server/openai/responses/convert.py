@@ -1,0 +1,160 @@
+"""A request for a response as a chat request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from engine.messages import EngineInfo
+from server.http.context import ServerContext
+from server.http.errors import ApiError
+from server.http.validation import validation_error
+from server.openai.conversation import ChatMessage
+from server.openai.convert import Prompt, chat_prompts
+from server.openai.responses.items import Conversation, InputItem
+from server.openai.responses.request import ChosenFunctions, FunctionTool, ResponsesRequest
+from server.openai.schema import ChatRequest
+from server.openai.structured import JsonSchemaFormat, ResponseFormat
+from server.openai.tools import (
+    AllowedTools,
+    ChosenTools,
+    FunctionDefinition,
+    NamedTool,
+    Tool,
+)
+from server.openai.tools import NamedFunction as ChatFunction
+from server.openai.wording import Names, reworded
+
+SAME = (
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+    "priority",
+    "cache_salt",
+    "speculation",
+    "chat_template_kwargs",
+    "parallel_tool_calls",
+    "stream",
+)
+NAMES: Names = (
+    ("messages", "input"),
+    ("response_format.json_schema", "text.format"),
+    ("response_format", "text.format"),
+    ("max_completion_tokens", "max_output_tokens"),
+)
+SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A chat request, and what its errors must name instead."""
+
+    chat: ChatRequest
+    names: Names
+
+
+def chat_request(request: ResponsesRequest, earlier: Callable[[], Sequence[InputItem]]) -> Asked:
+    """`earlier`: the items of the conversation before this request.
+
+    Raises:
+        ApiError: 400; fields contradict each other.
+    """
+    conversation = Conversation()
+    if request.instructions is not None:
+        conversation.instruct(request.instructions)
+    conversation.add(earlier(), "previous_response_id")
+    conversation.add(request.items, "input")
+    fields = {
+        **{name: getattr(request, name) for name in SAME},
+        "messages": conversation.messages(),
+        "max_completion_tokens": request.max_output_tokens,
+        "response_format": _format(request),
+        "tools": [_tool(tool) for tool in request.tools] if request.tools else None,
+        "tool_choice": _choice(request.tool_choice),
+        "logprobs": request.scored or None,
+        "top_logprobs": request.top_logprobs,
+    }
+    names = [*conversation.names(), *NAMES]
+    try:
+        return Asked(ChatRequest.model_validate(fields), names)
+    except ValidationError as error:
+        raise reworded(validation_error(error, fields), names) from error
+
+
+def _tool(tool: FunctionTool) -> Tool:
+    function = {name: getattr(tool, name) for name in FunctionDefinition.model_fields}
+    return Tool(type="function", function=FunctionDefinition(**function))
+
+
+def _choice(choice: ChosenFunctions | Any) -> Any:
+    if not isinstance(choice, ChosenFunctions):
+        return choice
+    if choice.name is not None:
+        return ChosenTools(type="function", function=ChatFunction(name=choice.name))
+    assert choice.mode is not None
+    named = [
+        NamedTool(type="function", function=ChatFunction(name=tool.name))
+        for tool in choice.tools or ()
+    ]
+    allowed = AllowedTools(mode=choice.mode, tools=named)
+    return ChosenTools(type="allowed_tools", allowed_tools=allowed)
+
+
+def _format(request: ResponsesRequest) -> ResponseFormat | None:
+    form = None if request.text is None else request.text.format
+    if form is None:
+        return None
+    if form.schema_ is None:
+        return ResponseFormat(type=form.type)
+    kept = form.model_dump(include={"name", "schema_", "strict"}, by_alias=True)
+    schema = JsonSchemaFormat.model_validate(kept)
+    return ResponseFormat(type="json_schema", json_schema=schema)
+
+
+def shortened_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[Prompt]:
+    """The prompt with as many of the newest turns as leave room for the output, and the system
+    messages at the start. A turn begins with a user's message; the last one always stays."""
+    room = info.max_model_len - (body.token_limit or 1)
+    starts = _turns(body.messages)
+    lead, fewest, most = body.messages[: starts[0]], 0, len(starts) - 1
+    while fewest < most:  # the smallest number of turns to leave out
+        middle = (fewest + most) // 2
+        if _fits(context, info, _without(body, lead, starts[middle]), room):
+            most = middle
+        else:
+            fewest = middle + 1
+    return chat_prompts(context, info, _without(body, lead, starts[fewest]))
+
+
+def _turns(messages: Sequence[ChatMessage]) -> list[int]:
+    """Where the messages after the leading ones of the system begin, then every turn."""
+    lead = 0
+    while lead < len(messages) - 1 and messages[lead].role in SYSTEM:
+        lead += 1
+    after = range(lead + 1, len(messages))
+    return [lead, *(index for index in after if messages[index].role == "user")]
+
+
+def _without(body: ChatRequest, lead: Sequence[ChatMessage], begin: int) -> ChatRequest:
+    return body.model_copy(update={"messages": [*lead, *body.messages[begin:]]})
+
+
+def _fits(context: ServerContext, info: EngineInfo, body: ChatRequest, room: int) -> bool:
+    try:
+        (prompt,) = chat_prompts(context, info, body)
+    except ApiError as error:
+        if error.detail.code != "context_length_exceeded":
+            raise
+        return False
+    return len(prompt.token_ids) <= room
