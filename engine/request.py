@@ -55,6 +55,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     client: str = ""  # opaque label of who pays; work is shared fairly between clients
     cache_salt: str = ""  # prefixes are shared only between requests with the same salt
     max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
+    trace: bool = False  # report the verified trees with the tokens
     arrival_time: float = 0.0  # seconds, time.time()
 
 

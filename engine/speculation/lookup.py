@@ -128,6 +128,10 @@ class Lookup:
         self._matches[seq.line] = match
         return text.continued(place, count)
 
+    def drafts(self, line: int) -> bool:
+        """Whether the newest draft of a line was looked up."""
+        return line in self._matches
+
     def withdraw(self, line: int) -> None:
         """The row of a line gets another draft in this step."""
         self._matches.pop(line, None)

@@ -193,3 +193,8 @@ class SpeculationOptions(Fields):
         description="Report draft statistics as `speculation`, in the reply or in the last chunk "
         "of a stream, which has no choices.",
     )
+    trace: bool = Field(
+        False,
+        description="Add `trace` to choices: which tokens were drafted, by what and at which "
+        "depth, and the draft tree of every step with the accepted path.",
+    )

@@ -182,6 +182,7 @@ def start_generation(
                 client=caller.label,
                 cache_salt=salt,
                 max_draft_nodes=body.max_draft_nodes,
+                trace=body.include_trace,
                 arrival_time=now,
             )
             reader = reading.reader(prompt.text or "")
