@@ -31,6 +31,7 @@ from server.http.guards import (
 from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import (
+    OPEN_PATHS,
     ApiKeys,
     KeyRing,
     load_admin_keys,
@@ -79,7 +80,7 @@ def create_app(
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     warn_of_readable_keys(config.server)
-    _add_middlewares(app, context)
+    _add_middlewares(app, context, OPEN_PATHS.union(*(each.open_paths for each in routes)))
     needs_key = bool(load_api_keys(config.server))
     document = functools.partial(
         openapi, app, version(), routes, needs_key, config.server.root_path
@@ -88,13 +89,13 @@ def create_app(
     return app
 
 
-def _add_middlewares(app: FastAPI, context: ServerContext) -> None:
+def _add_middlewares(app: FastAPI, context: ServerContext, open_paths: frozenset[str]) -> None:
     """The middleware added last sees a request first."""
     limits, keys = context.config.server, load_api_keys(context.config.server)
     app.add_middleware(BodyLimit, limits=limits, metrics=context.metrics)
-    app.add_middleware(KnownQuery, unknown=limits.unknown_fields)
+    app.add_middleware(KnownQuery, unknown=limits.unknown_fields, open_paths=open_paths)
     if keys:
-        app.add_middleware(ApiKeys, keys=keys)
+        app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths)
     if limits.cors_origins:  # before keys: browsers ask without one
         app.add_middleware(
             CORSMiddleware,

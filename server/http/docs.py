@@ -38,6 +38,7 @@ class Routes:
     router: APIRouter
     requests: tuple[type[Fields], ...] = ()
     answers: tuple[type[msgspec.Struct], ...] = ()
+    open_paths: frozenset[str] = frozenset()  # need no key, and tolerate query parameters
 
 
 def operation(

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.messages import DraftNodes, DraftSource, Round, Tokens
-from engine.request import FinishReason, Request
+from engine.messages import DraftNodes, DraftSource, Round
 from tests.support.http_server import (
     CHAT,
     CHAT_PATH,
@@ -17,26 +16,12 @@ from tests.support.http_server import (
     Server,
     events_of,
 )
-from tests.support.scripted_engine import Event, Script, finished, score
+from tests.support.scripted_engine import steps
 
 MakeServer = Callable[..., Server]
 PATHS = [(CHAT_PATH, CHAT), (COMPLETION_PATH, COMPLETION)]
 TRACE = {"trace": True}
 EOS = 2
-
-
-def steps(server: Server, *parts: tuple[str, Round]) -> Script:
-    """Steps that emit texts whose letters are tokens; the last one also emits the end token."""
-
-    def script(request: Request) -> list[Event]:
-        events: list[Event] = []
-        for at, (text, round) in enumerate(parts):
-            ids = [*server.ids(text), *[EOS] * (at == len(parts) - 1)]
-            scores = None if request.params.logprobs is None else [score(i, 1) for i in ids]
-            events.append(Tokens(request.request_id, ids, scores, None, round))
-        return [*events, finished(request, FinishReason.STOP, 5)]
-
-    return script
 
 
 def drafted(server: Server, text: str, parents: Sequence[int]) -> DraftNodes:
@@ -48,7 +33,10 @@ def traced(make_server: MakeServer, server: Server) -> Server:
     """Says "abcd": a token without drafts, then a tree, then a chain that was looked up."""
     tree = Round(DraftSource.HEAD, drafted(server, "xbc", (0, 0, 2)), (2, 3))
     found = Round(DraftSource.LOOKUP, drafted(server, "yz", (0, 1)), ())
-    return make_server(steps(server, ("a", Round()), ("bcd", tree), ("", found)))
+    said = (("a", Round()), ("bcd", tree), ("", found))
+    parts = [(server.ids(text), round) for text, round in said]
+    parts[-1][0].append(EOS)
+    return make_server(steps(*parts))
 
 
 TOKENS = [("a", "bonus", 0), ("b", "draft", 1), ("c", "draft", 2), ("d", "bonus", 0)]
