@@ -42,9 +42,13 @@ class WebThread:
         self._socket.close()
 
     def feed(self, event: Event) -> None:
-        """Add an event to an open request, in the loop that serves it."""
+        """Add an event to a request that is still open, in the loop that serves it."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self.server.engine.feed, event)
+        self._loop.call_soon_threadsafe(self._feed, event)
+
+    def _feed(self, event: Event) -> None:
+        if event.request_id in self.server.engine.open_ids:  # it may have been aborted
+            self.server.engine.feed(event)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()

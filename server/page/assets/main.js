@@ -17,7 +17,7 @@ const EXAMPLES = [
 ];
 const WATCH = 5000; // milliseconds between looks at /ready
 
-const state = { model: null, current: begin(), running: null, shown: { answer: null, round: -1, follows: true } };
+const state = { model: null, current: store.conversations[0] ?? begin(), running: null, shown: { answer: null, round: -1, follows: true } };
 const seenAnswers = new WeakMap(); // message -> its answers, while the page is open
 const views = new WeakMap(); // element of an answer's text -> its answer
 
