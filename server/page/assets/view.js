@@ -10,7 +10,7 @@ const number = (value, digits) => value.toFixed(digits);
 export const factsOf = (answer) => {
   const facts = [`${answer.numTokens} tokens`];
   if (answer.speed !== null) facts.push(`${number(answer.speed, 0)} tokens/s`);
-  if (answer.acceptance !== null) facts.push(`${number(answer.acceptance, 2)} tokens per step with a draft`);
+  if (answer.acceptance !== null) facts.push(`${number(answer.acceptance, 2)} tokens per drafted step`);
   facts.push(`seed ${answer.seed}`);
   if (answer.finish === "length") facts.push("cut by the limit");
   if (answer.stopped) facts.push("stopped");
