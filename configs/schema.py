@@ -218,6 +218,7 @@ class ServerConfig(Section):
         "",
         description="prefix of all paths, such as /llm, under which a proxy serves this server",
     )
+    page: StrictBool = Field(True, description="serve the chat page at /")
     allowed_hosts: tuple[str, ...] = Field(
         (),
         description="Host headers to accept, without port; * accepts all. Default: the names of "

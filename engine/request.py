@@ -56,6 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cache_salt: str = ""  # prefixes are shared only between requests with the same salt
     prediction: list[int] = msgspec.field(default_factory=list)  # tokens that the client expects
     max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
+    trace: bool = False  # report the verified trees with the tokens
     arrival_time: float = 0.0  # seconds, time.time()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.messages import TokenLogprob
+from engine.messages import DraftNodes, TokenLogprob
 from engine.runner.inputs import InputBuilder
 from engine.runner.step import StepOutputs
 from engine.step.plan import RowOutcome, RowPlan
@@ -25,6 +25,7 @@ class Report:
     num_top: Sequence[int]  # alternatives to emitted tokens, -1: no log-probabilities
     num_echo_top: Sequence[int]  # the same for prompt tokens
     echo: Sequence[Sequence[int]]  # the prompt tokens that are scored
+    traced: Sequence[bool]  # whether the verified tree is wanted
 
     @classmethod
     def of(cls, rows: Sequence[RowPlan], builder: InputBuilder) -> Report:
@@ -34,6 +35,7 @@ class Report:
             settings.num_top[lines].tolist(),
             settings.num_echo_top[lines].tolist(),
             [builder.echo(row) for row in rows],
+            [settings.requests[line].trace for line in lines],
         )
 
     def outcomes(self, outputs: StepOutputs) -> tuple[RowOutcome, ...]:
@@ -51,8 +53,9 @@ class Report:
                 continue
             logprobs = self._emitted(at, emitted[at], outputs)
             no_bonus = len(emitted[at]) == len(paths[at])
+            nodes = _nodes(outputs, at) if self.traced[at] else None
             outcome = RowOutcome(
-                emitted[at], sizes[at] - 1, paths[at], logprobs, scores, unsound or no_bonus
+                emitted[at], sizes[at] - 1, paths[at], logprobs, scores, unsound or no_bonus, nodes
             )
             found.append(outcome)
         return tuple(found)
@@ -75,6 +78,12 @@ class Report:
                 outputs.echo_top[some],
             )
             yield None if num_top < 0 else _entries(tokens, parts, num_top)
+
+
+def _nodes(outputs: StepOutputs, row: int) -> DraftNodes:
+    used = slice(1, int(outputs.sizes[row]))
+    parts = (outputs.tree_tokens[row, used], outputs.tree_parents[row, used])
+    return DraftNodes(*(tuple(part.tolist()) for part in parts))
 
 
 def _entries(tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], num_top: int) -> Entries:

@@ -48,6 +48,8 @@ class StepOutputs:
     emitted: Tensor  # [B, max_depth + 1] int64, -1 after the bonus
     path: Tensor  # [B, max_depth + 1] int64 nodes, -1 after the end
     sizes: Tensor  # [B] int64 of the verified trees
+    tree_tokens: Tensor  # [B, N] int64 of their nodes
+    tree_parents: Tensor  # [B, N] int64, -1 for the root and for nodes without use
     top_ids: Tensor  # [B, max_depth + 1, n] int64
     echo_top_ids: Tensor  # [S, m] int64
     logprobs: Tensor  # [B, max_depth + 1] float32 of emitted tokens
@@ -175,6 +177,8 @@ class StepBody:
             emitted=result.emitted,
             path=result.path,
             sizes=layout.tree.sizes,
+            tree_tokens=layout.tree.tokens,
+            tree_parents=layout.tree.parents,
             top_ids=scores.top_ids,
             echo_top_ids=echo.top_ids,
             logprobs=scores.chosen,

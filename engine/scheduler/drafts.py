@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.kv.manager import KVManager
+from engine.messages import DraftSource, Round
 from engine.request import Sequence
 from engine.scheduler.planning import PlanDraft
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import Candidate, Choice
+from engine.step.plan import RowOutcome, RowPlan
 from engine.step.shape import MAX_NODES, TreeShape
 
 if TYPE_CHECKING:
@@ -90,6 +92,19 @@ class DraftRoom:
         num_draft = max(0, min(choice.limit(seq.line), spare, self.most_nodes(seq, awaited)))
         room = self.max_len - len(seq.token_ids) - awaited.most
         return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
+
+    def round_of(self, row: RowPlan, result: RowOutcome) -> Round | None:
+        """How a row's tokens came, from its outcome; None if its request has no trace."""
+        if result.nodes is None:
+            return None
+        source = self._source(row) if result.num_draft else None
+        return Round(source, result.nodes, result.path)
+
+    def _source(self, row: RowPlan) -> DraftSource:
+        if not row.draft:
+            return DraftSource.HEAD
+        looked_up = self.lookup is not None and self.lookup.drafts(row.line)
+        return DraftSource.LOOKUP if looked_up else DraftSource.GRAMMAR
 
     def _found(self, plan: PlanDraft, seq: Sequence, price: float, rival: float) -> list[int]:
         """A chain no longer than the remaining output: what its grammar forces, or what followed

@@ -450,7 +450,7 @@ class Scheduler:
         """Account for a computed chunk and the tokens emitted after it."""
         kept, reason = self._kept(seq, result.emitted)
         if result.unsound or self._grammar_error(seq) is not None:
-            self._end_failed(seq, result, kept, reason)
+            self._end_failed(seq, row, result, kept, reason)
             return
         seq.num_computed += len(row.token_ids)
         # A preempted sequence computes its prompt again, but clients get its scores only once.
@@ -468,12 +468,18 @@ class Scheduler:
         self._kv.publish(seq)
         logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
         scores = self._prompt_scores.pop(seq.request_id, None)
-        self._events.append(Tokens(seq.request_id, kept, logprobs, scores))
+        traced = self._drafts.round_of(row, result)
+        self._events.append(Tokens(seq.request_id, kept, logprobs, scores, traced))
         if reason is not None:
             self._finish(seq, reason)
 
     def _end_failed(
-        self, seq: Sequence, result: RowOutcome, kept: list[int], reason: FinishReason | None
+        self,
+        seq: Sequence,
+        row: RowPlan,
+        result: RowOutcome,
+        kept: list[int],
+        reason: FinishReason | None,
     ) -> None:
         """End a sequence that the model has no sound logits for, or whose grammar cannot be
         followed any further. Tokens drawn before are sent; its blocks may hold NaN, too, so no
@@ -481,7 +487,8 @@ class Scheduler:
         if kept:
             seq.token_ids += kept
             logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
-            self._events.append(Tokens(seq.request_id, kept, logprobs))
+            traced = self._drafts.round_of(row, result)
+            self._events.append(Tokens(seq.request_id, kept, logprobs, round=traced))
         self._kv.forget(seq)
         grammar_error = self._grammar_error(seq)
         self._num_unsound += grammar_error is None

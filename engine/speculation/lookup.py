@@ -161,6 +161,10 @@ class Lookup:
             self._matches[line] = match
         return count
 
+    def drafts(self, line: int) -> bool:
+        """Whether the newest draft of a line was looked up."""
+        return line in self._matches
+
     def withdraw(self, line: int) -> None:
         """The row of a line gets another draft in this step."""
         self._matches.pop(line, None)

@@ -24,6 +24,13 @@ def _plain(number: float) -> str:
     return str(int(number)) if number == int(number) else str(number)
 
 
+def _as_json(literals: str) -> str:
+    """Allowed values, which pydantic writes as Python does."""
+    for python, json in (("'", '"'), ("True", "true"), ("False", "false")):
+        literals = literals.replace(python, json)
+    return literals
+
+
 # Kind of error -> what the value must do: "it must ..."
 WRONG_TYPE = {
     "bool_type": "be true or false",
@@ -41,7 +48,7 @@ WRONG_VALUE: dict[str, Callable[[Context], str]] = {
     "greater_than_equal": lambda bound: f"be at least {_plain(bound['ge'])}",
     "less_than": lambda bound: f"be below {_plain(bound['lt'])}",
     "less_than_equal": lambda bound: f"be at most {_plain(bound['le'])}",
-    "literal_error": lambda allowed: "be " + str(allowed["expected"]).replace("'", '"'),
+    "literal_error": lambda allowed: f"be {_as_json(allowed['expected'])}",
     "string_pattern_mismatch": lambda form: f"match {form['pattern']}",
     "string_too_long": lambda bound: (
         "have at most " + _count(bound["max_length"], "character", "characters")

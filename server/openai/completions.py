@@ -18,6 +18,7 @@ from server.openai.logprobs import CompletionLogprobsWriter, Echo
 from server.openai.report import Report
 from server.openai.schema import CompletionRequest
 from server.openai.structured import asked_grammar
+from server.openai.trace import TraceWriter
 from server.text.answer.forms import Reading
 
 router = APIRouter()
@@ -66,6 +67,7 @@ class _ChoiceWriter:
         as_ids = bool(body.return_tokens_as_token_ids)
         writer = CompletionLogprobsWriter(generation.tokenizer, as_ids)
         self._logprobs = writer if scored else None
+        self._trace = TraceWriter(generation.tokenizer, body.include_trace)
         self._with_ids = bool(body.return_token_ids)
         self._ids: list[int] = []
         self._opened = False
@@ -83,12 +85,13 @@ class _ChoiceWriter:
             self._echo = None
         self._texts.append(delta.text)
         self._ids += delta.token_ids
+        self._trace.add(delta)
         if self._logprobs is not None:
             for item in delta.scored:
                 entry = item.logprob
                 self._logprobs.add(entry.token_id, self._width + item.offset, entry)
         self._ended = delta.finish_reason is not None
-        self._news = self._news or bool(delta.text or delta.scored or self._ended)
+        self._news = self._news or bool(delta.text or delta.scored or delta.origins or self._ended)
 
     def take(self) -> CompletionChoice:
         """What was added since the last `take`."""
@@ -103,6 +106,7 @@ class _ChoiceWriter:
             finish_reason=self._choice.ended() if self._ended else None,
             token_ids=ids if self._with_ids else UNSET,
             prompt_token_ids=prompt_ids if self._with_ids and prompt_ids else UNSET,
+            trace=self._trace.take(),
         )
 
     def _add_echo(self, echo: Echo, scores: list[TokenLogprob | None] | None) -> None:

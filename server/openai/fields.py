@@ -213,3 +213,14 @@ class SpeculationOptions(Fields):
         "`metrics.speculative_decoding`, in the reply or in the last chunk of a stream, which has "
         "no choices.",
     )
+    trace: bool = Field(
+        False,
+        description="Add `trace` to choices: which tokens were drafted, by what and at which "
+        "depth, and the draft tree of every step with the accepted path.",
+    )
+
+
+class UntracedSpeculation(SpeculationOptions):
+    """The same, where no choice could carry a trace."""
+
+    trace: Literal[False] = Field(False, description="Only false.")

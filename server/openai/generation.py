@@ -189,6 +189,7 @@ def start_generation(
                 cache_salt=salt,
                 max_draft_nodes=body.max_draft_nodes,
                 prediction=prompt.prediction,
+                trace=body.include_trace,
                 arrival_time=now,
             )
             reader = reading.reader(prompt.text or "")

@@ -176,6 +176,10 @@ class SamplingFields(StructuredFields):
     def include_draft_stats(self) -> bool:
         return self.speculation is not None and self.speculation.stats
 
+    @property
+    def include_trace(self) -> bool:
+        return self.speculation is not None and self.speculation.trace
+
 
 class ChatRequest(SamplingFields, RenderingFields):
     """POST /v1/chat/completions."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import pytest
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 
 from configs.load import ConfigError, as_yaml, load_schema
@@ -185,9 +185,12 @@ def test_every_list_takes_its_items_as_they_are_written(
         written, items = ["1", "010", "1e3"], (1, 10, 1000)
     elif Path in kinds_of(item):
         items = tuple(map(Path, IN_A_FILE))
+    elif choices_of(item):
+        written, items = [str(choice) for choice in choices_of(item)], choices_of(item)
     found = load(key, f"[{', '.join(written)}]", source, tmp_path)
     assert found == items
-    if key.section != "data":  # which must not be empty as a whole
+    may_be_empty = not any(isinstance(limit, MinLen) for limit in key.limits)
+    if may_be_empty and key.section != "data":  # which must not be empty as a whole
         assert load(key, "[]", source, tmp_path) == ()
 
 

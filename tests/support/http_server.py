@@ -17,6 +17,7 @@ from configs.schema import CacheConfig, Config, LogConfig, ModelConfig, ServerCo
 from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
+from server.page.routes import page_routes
 from server.text.chat_template import ChatTemplate
 from server.text.generation_config import SamplingDefaults
 from server.text.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Server:
             tokenizer,
             ChatTemplate(template, SPECIAL_TOKENS, specials_in_content),
             ServerInfo.from_config(self.config, defaults),
-            ROUTES,
+            (*ROUTES, page_routes()) if self.config.server.page else ROUTES,
         )
 
     @property

@@ -263,6 +263,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [F], "tool_choice": {"type": "tool"}}, "tool_choice.name is required"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
      'output_config.format.schema is an object: the keyword "not" is not supported'),
+    ({"speculation": {"trace": True}}, "speculation.trace is true: it must be false"),
     ({"container": "c"}, "container is \"c\": not supported"),
     ({"nonsense": 1}, 'Unknown field "nonsense"'),
 ]  # fmt: skip

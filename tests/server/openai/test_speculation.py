@@ -127,6 +127,7 @@ def test_the_document_says_that_the_text_stays_the_same(server: Server, model: t
         "enabled": True,
         "max_nodes": None,
         "stats": False,
+        "trace": False,
     }
 
 

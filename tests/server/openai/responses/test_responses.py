@@ -256,6 +256,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"background": True, "stream": True}, "background", "not with stream true"),
     ({"background": True, "store": False}, "background", "not with store false"),
+    ({"speculation": {"trace": True}}, "speculation.trace", "must be false"),
     ({"conversation": "c"}, "conversation", "not supported"),
     ({"prompt": {"id": "p"}}, "prompt", "not supported"),
     ({"nonsense": 1}, "nonsense", "Unknown field"),
