@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_result(INSIDE[asked.inside]())
         return 0
     parts = [part for part in PARTS if asked.part is None or part.name in asked.part]
+    if asked.limit is not None:
+        parts = [replace(part, seconds=asked.limit) for part in parts]
     path = RESULTS / f"gpu-{machine.device_slug()}-{datetime.now(UTC):%Y-%m-%d}.json"
     return check(parts, path, LOGS, machine.facts(), asked.seconds)
 
@@ -246,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list the parts")
     parser.add_argument("--part", choices=list(INSIDE), action="append", help="run only these")
     parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for all parts")
+    parser.add_argument("--limit", type=float, help="seconds for each part")
     parser.add_argument("--inside", choices=list(INSIDE), help=argparse.SUPPRESS)
     return parser
 

@@ -18,7 +18,7 @@ from benchmarks.bars import Verdict
 from benchmarks.gpu_engine import Large, floor_ms
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.parts import print_result
-from benchmarks.step_times import WARM_UP, Load, steps, time_steps
+from benchmarks.step_times import WARM_UP, Load, device_spans, steps, time_steps
 from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
@@ -93,13 +93,14 @@ def measured(make: Callable[[], EngineCore], load: Load, *, profiled: bool) -> F
 
 def profile(core: EngineCore, load: Load) -> Found:
     """What one step runs on the device: the number of kernels, their microseconds, and those by
-    name."""
+    name. Running ahead, one step more than `PROFILED` may be launched."""
     running = steps(core, load)
     for _ in itertools.islice(running, WARM_UP):
         pass
     core.land()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with device_spans() as spans, torch.profiler.profile(activities=activities) as trace:
         for _ in itertools.islice(running, PROFILED):
             pass
         core.land()
@@ -108,7 +109,7 @@ def profile(core: EngineCore, load: Load) -> Found:
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    return by_name(events, PROFILED)
+    return by_name(events, len(spans))
 
 
 def by_name(events: Iterable[dict[str, Any]], num_steps: int) -> Found:

@@ -40,6 +40,7 @@ OPERATIONS = (
     "argmax",
     "edit_logits",
     "draw",
+    "are_sound",
     "add_noise",
     "score",
     "tree_expand",
@@ -48,7 +49,14 @@ OPERATIONS = (
     "tree_walk",
 )
 # The native backend runs these in plain torch
-TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors", "tree_walk")
+TORCH_OPERATIONS = (
+    "edit_logits",
+    "are_sound",
+    "tree_expand",
+    "tree_select",
+    "tree_ancestors",
+    "tree_walk",
+)
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -142,6 +150,7 @@ def native_ops(native: NativeOps) -> Ops:
         argmax=native.argmax,
         edit_logits=edit_logits,
         draw=TorchDraw(native.argmax, native.gumbel_argmax),
+        are_sound=sampling.are_sound,
         add_noise=native.add_noise,
         score=TorchScore(native.logsumexp),
         tree_expand=tree.expand,
@@ -150,6 +159,7 @@ def native_ops(native: NativeOps) -> Ops:
         tree_walk=tree.walk,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
+        pack_nodes=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
@@ -167,12 +177,14 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.linear import triton_kernel as linear
     from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
+    from kernels.packing import triton_kernel as packing
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_edit as edit
     from kernels.sampling import triton_kernel as sampling
     from kernels.sampling import triton_noisy as noisy
     from kernels.sampling import triton_pipeline as pipeline
     from kernels.sampling import triton_score as score
+    from kernels.sampling import triton_sound as sound
     from kernels.tree import triton_kernel as tree
 
     return Ops(
@@ -189,6 +201,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         argmax=sampling.argmax,
         edit_logits=edit.edit_logits,
         draw=pipeline.draw,
+        are_sound=sound.are_sound,
         add_noise=noisy.add_noise,
         score=score.score,
         tree_expand=tree.expand,
@@ -197,6 +210,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         tree_walk=tree.walk,
         pack_layer=None,
         decoder_layers=None,
+        pack_nodes=packing.pack_nodes,
         reads=_triton_reads(device),
         stacks_experts=True,
         activation_dtype=storage_dtype,
@@ -232,6 +246,7 @@ def reference_ops(
         argmax=sampling.argmax,
         edit_logits=edit_logits if on_cpu else pipeline.edit_logits,
         draw=draw,
+        are_sound=sampling.are_sound,
         add_noise=noisy.add_noise,
         score=TorchScore(sampling.logsumexp) if on_cpu else pipeline.score,
         tree_expand=tree.expand,
@@ -240,6 +255,7 @@ def reference_ops(
         tree_walk=tree.walk,
         pack_layer=None,
         decoder_layers=None,
+        pack_nodes=None,
         reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,

@@ -8,6 +8,7 @@ row are padding and write to the scratch block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from engine.speculation.proposer import Committed
 from engine.step.batch import ForwardBatch
 from engine.step.tree import DraftTree, VerifyResult
 from kernels.ops import AttentionMeta
+from kernels.packing.nodes import NodeTrees, PackedNodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Layout:
     own: Tensor  # [B] int64, index of each row's first own token among all own tokens
     tokens: Packing  # T
     nodes: Packing  # R; the same object as `tokens` if every row's only own token is its root
+    packed: PackedNodes | None = None  # made by `Ops.pack_nodes`, for such rows of padded forms
 
     @classmethod
     def of(
@@ -97,15 +100,22 @@ class Layout:
         tables: Tensor,
         scratch: Scratch,
         max_len: int,
+        pack_nodes: Callable[[NodeTrees], PackedNodes] | None = None,
     ) -> Layout:
+        """`pack_nodes`: as in `Ops`."""
         sizes, lens = tree.sizes, inputs.lens
+        if pack_nodes is not None and form.only_roots and not form.exact:
+            packed = pack_nodes(_node_trees(inputs, tree, form, tables, scratch, max_len))
+            nodes = Packing(packed.cu, packed.row_of, packed.place, packed.used)
+            # Nothing looks for the own tokens of rows that have only their root.
+            return cls(inputs, tree, form, tables, scratch, max_len, lens, nodes, nodes, packed)
+        own = lens.cumsum(0) - lens
         if not form.exact:
             sizes = torch.where(inputs.limits > 0, sizes, 0)
         nodes = tokens = Packing.of(sizes, None if form.exact else form.num_nodes)
         if not form.only_roots:
             counts = lens + sizes - (sizes > 0).long()
             tokens = Packing.of(counts, None if form.exact else form.num_tokens)
-        own = lens.cumsum(0) - lens
         return cls(inputs, tree, form, tables, scratch, max_len, own, tokens, nodes)
 
     def at_nodes(self, values: Tensor) -> Tensor:
@@ -120,6 +130,8 @@ class Layout:
 
     def nodes_of(self, values: Tensor, unused: int = -1) -> Tensor:
         """Values [R] of nodes as [B, N]."""
+        if self.packed is not None:
+            return torch.where(self.packed.inside, values[self.packed.at], unused)
         return self.nodes.spread(values, self.tree.tokens.shape[1], unused)
 
     def of_node(self, values: Tensor) -> Tensor:
@@ -134,6 +146,8 @@ class Layout:
 
     def batch(self) -> ForwardBatch:
         """The batch that the target computes."""
+        if self.packed is not None:
+            return self._packed_batch(self.packed)
         packing, starts = self.tokens, self.inputs.starts
         tokens, positions, masks = self._nodes() if self.form.only_roots else self._own_and_nodes()
         return ForwardBatch(
@@ -150,6 +164,23 @@ class Layout:
                 max_context=self._reach(packing),
             ),
             only_roots=self.form.only_roots,
+        )
+
+    def _packed_batch(self, packed: PackedNodes) -> ForwardBatch:
+        return ForwardBatch(
+            token_ids=packed.tokens,
+            positions=packed.positions,
+            slots=packed.slots,
+            attention=AttentionMeta(
+                cu_q=packed.cu_q,
+                prefix_lens=packed.prefix_lens,
+                first_keys=packed.first_keys,
+                block_tables=self.tables,
+                ancestors=packed.ancestors,
+                max_q=self.form.max_queries,
+                max_context=self._reach(self.tokens),
+            ),
+            only_roots=True,
         )
 
     def _nodes(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,3 +263,31 @@ class Layout:
         if packing.width is not None:
             return int(starts.max()) + packing.width
         return int((starts + packing.cu.diff()).max())
+
+
+def _node_trees(
+    inputs: StepInputs,
+    tree: DraftTree,
+    form: StepForm,
+    tables: Tensor,
+    scratch: Scratch,
+    max_len: int,
+) -> NodeTrees:
+    return NodeTrees(
+        starts=inputs.starts,
+        limits=inputs.limits,
+        sizes=tree.sizes,
+        tokens=tree.tokens,
+        depths=tree.depths,
+        ancestors=tree.ancestors,
+        tables=tables,
+        temperatures=inputs.temperatures,
+        seeds=inputs.seeds,
+        top_k=inputs.top_k if form.is_filtered else None,
+        top_p=inputs.top_p if form.is_filtered else None,
+        min_p=inputs.min_p if form.is_filtered else None,
+        num_nodes=form.num_nodes,
+        block_size=scratch.block_size,
+        first_scratch=scratch.first_slot,
+        max_len=max_len,
+    )

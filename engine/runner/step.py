@@ -143,7 +143,8 @@ class StepBody:
             tree, allowed = drafted.tree, None
             if form.is_masked:
                 tree, allowed = self._masked(inputs, tree, form)
-            layout = Layout.of(inputs, tree, form, tables, self.scratch, self.max_len)
+            pack_nodes = self.context.ops.pack_nodes
+            layout = Layout.of(inputs, tree, form, tables, self.scratch, self.max_len, pack_nodes)
         return layout, drafted.faults, allowed
 
     def _masked(
@@ -247,7 +248,8 @@ class StepBody:
             logits = self._logits(nodes[some])
             part = None if edits is None else edits_of(edits, some)
             drawn.append(logits.draw(settings_of(settings, some), part))
-        result = walk(layout.tree, layout.nodes_of(torch.cat(drawn)), context.ops)
+        tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        result = walk(layout.tree, layout.nodes_of(tokens), context.ops)
         if form.num_top < 0:
             return result, _no_scores(hidden)
 
@@ -350,7 +352,19 @@ def shared(drafted: Drafted, group: TPGroup) -> Drafted:
 
 def _draw_settings(layout: Layout, allowed: Tensor | None) -> DrawSettings:
     """The settings to draw the token of each node, [R]."""
-    inputs, form = layout.inputs, layout.form
+    inputs, form, packed = layout.inputs, layout.form, layout.packed
+    if packed is not None:
+        return DrawSettings(
+            temperature=packed.temperatures,
+            seeds=packed.seeds,
+            positions=packed.draw_positions,
+            top_k=packed.top_k,
+            top_p=packed.top_p,
+            min_p=packed.min_p,
+            allowed=allowed,
+            any_sampled=form.any_sampled,
+            any_greedy=form.any_greedy,
+        )
     roots = inputs.starts + inputs.lens
     spread = layout.of_row
     return DrawSettings(

@@ -22,13 +22,6 @@ from kernels.sampling.pipeline_reference import (
 UNSOUND = -1  # stands for the token of a row whose logits are unsound
 
 
-def are_sound(logits: Tensor) -> Tensor:
-    """Whether each row of logits [R, V] has a highest one: [R] bool. A row with a NaN or +inf, or
-    with nothing finite, is unsound: no token is drawn from it, and its request ends with an error.
-    This is the rule for every backend, whose kernels take NaN differently."""
-    return logits.amax(dim=1).isfinite()
-
-
 def are_allowed(tokens: Tensor, allowed: Tensor) -> Tensor:
     """Whether the mask of each row [R, W] allows its token: [R] bool."""
     tokens = tokens.clamp(min=0)
@@ -98,7 +91,7 @@ class SpreadLogits:
 
     def _drawn(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
         logits = self.own if edits is None else self.ops.edit_logits(self.own, edits)
-        drawn, sound = self.ops.draw(logits, settings), are_sound(self.own)
+        drawn, sound = self.ops.draw(logits, settings), self.ops.are_sound(self.own)
         if settings.allowed is not None:  # nothing allowed may have a finite logit
             sound &= are_allowed(drawn, settings.allowed)
         return torch.where(sound, drawn, UNSOUND)
@@ -109,7 +102,9 @@ class SpreadLogits:
         """`rows`: of this rank's logits; `at`: the same among all rows."""
         logits = masked(self.own[rows], None if allowed is None else allowed[at])
         found = self.ops.score(logits, tokens, num_top)
-        return replace(found, chosen=torch.where(are_sound(logits), found.chosen, torch.nan))
+        return replace(
+            found, chosen=torch.where(self.ops.are_sound(logits), found.chosen, torch.nan)
+        )
 
 
 def row_counts(num_rows: int, size: int) -> list[int]:

@@ -8,14 +8,17 @@ them, in steps of BLOCK_N keys. Keys and values are gathered through the block t
 one head is D contiguous numbers, and programs of neighbouring heads run at the same time.
 
 With one split, a program writes the output. With more, it writes the attention over its part and
-the base-2 logarithm of the softmax sum, and `merge_splits` averages the parts, weighted by these
-sums. `triton_plan` chooses all sizes.
+the base-2 logarithm of the softmax sum, and the parts are averaged, weighted by these sums: by
+`merge_splits`, or, where few rows share a tile, by the last program of the tile and KV head that
+ends. The number of splits is that of the longest context; programs for which a tile has too few
+keys end at once, and a tile of one part needs no average. `triton_plan` chooses all sizes.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,7 +33,13 @@ from kernels.attention.triton_lookup import (
     has_bit,
     is_seen,
 )
-from kernels.attention.triton_plan import MIN_SPLIT_KEYS, Shape, TilePlan, plan_tiles
+from kernels.attention.triton_plan import (
+    MAX_COUNTERS,
+    MIN_SPLIT_KEYS,
+    Shape,
+    TilePlan,
+    plan_tiles,
+)
 from kernels.ops import AttentionMeta
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
@@ -44,8 +53,10 @@ _INTERPRETED_PROCESSORS = 2
 
 @triton.jit
 def attend_splits(
-    out_ptr,  # [T, Hq * D], or with SPLIT the parts: [tiles, Hkv, splits, BLOCK_M, D] float32
+    out_ptr,  # [T, Hq * D]; not written with SPLIT, except with MERGES
+    parts_ptr,  # with SPLIT: [tiles, Hkv, splits, BLOCK_M, D] float32
     log_sums_ptr,  # with SPLIT: [tiles, Hkv, splits, BLOCK_M] float32, -inf for an empty part
+    counters_ptr,  # with MERGES: [tiles, Hkv] int32, zero before and after
     q_ptr,  # [T, Hq, D]
     k_ptr,  # [num_blocks, BLOCK_SIZE, Hkv, D]
     v_ptr,  # like k_ptr
@@ -78,6 +89,8 @@ def attend_splits(
     FEW_STEPS: tl.constexpr,
     SEARCH: tl.constexpr,
     SPLIT: tl.constexpr,
+    MERGES: tl.constexpr,  # with SPLIT: the last program averages the parts
+    MAX_SPLITS: tl.constexpr,  # with MERGES: a power of 2, at least the number of splits
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """One part of the keys of one tile for one KV head. Grid (Hkv, splits, tiles)."""
@@ -114,6 +127,8 @@ def attend_splits(
 
     steps = tl.cdiv(num_keys, BLOCK_N)
     parts = tl.minimum(tl.num_programs(1), tl.cdiv(steps, MIN_STEPS))
+    if MERGES and split >= parts:
+        return
     begin = steps * tl.minimum(split, parts) // parts
     end = steps * tl.minimum(split + 1, parts) // parts
     plain_end = tl.minimum(tl.maximum(num_plain // BLOCK_N, begin), end)
@@ -136,16 +151,91 @@ def attend_splits(
         )  # fmt: skip
 
     out = out / tl.where(total > 0, total, 1.0)[:, None]
+    own = tokens * out_stride + heads * D
     if SPLIT:
-        part = (tile.to(tl.int64) * tl.num_programs(0) + kv_head) * tl.num_programs(1) + split
-        part_rows = part * BLOCK_M + rows
-        tl.store(log_sums_ptr + part_rows, peak + tl.log2(total), mask=wanted)
-        targets = part_rows * D
-        wanted &= total > 0
+        first_part = (tile.to(tl.int64) * tl.num_programs(0) + kv_head) * tl.num_programs(1)
+        if MERGES:
+            if parts == 1:
+                write_rows(out_ptr, own, out, wanted, columns)
+            else:
+                write_part(
+                    parts_ptr,
+                    log_sums_ptr,
+                    first_part + split,
+                    out,
+                    peak,
+                    total,
+                    wanted,
+                    D,
+                    BLOCK_M,
+                )
+                tl.debug_barrier()  # all threads have written before one says so
+                counter_ptr = counters_ptr + tile * tl.num_programs(0) + kv_head
+                if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
+                    merged = merge_parts(
+                        parts_ptr, log_sums_ptr, first_part, parts, wanted, D, BLOCK_M, MAX_SPLITS
+                    )
+                    write_rows(out_ptr, own, merged, wanted, columns)
+                    tl.store(counter_ptr, 0)  # for the next launch
+        else:
+            write_part(
+                parts_ptr, log_sums_ptr, first_part + split, out, peak, total, wanted, D, BLOCK_M
+            )
     else:
-        targets = tokens * out_stride + heads * D
-    out_ptrs = out_ptr + targets[:, None] + columns[None, :]
+        write_rows(out_ptr, own, out, wanted, columns)
+
+
+@triton.jit
+def write_rows(out_ptr, own, out, wanted, columns):
+    out_ptrs = out_ptr + own[:, None] + columns[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None])
+
+
+@triton.jit
+def write_part(
+    parts_ptr, log_sums_ptr, part, out, peak, total, wanted,
+    D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store what a program found about its keys; `out` [BLOCK_M, D] only where it saw some."""
+    part_rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(log_sums_ptr + part_rows, peak + tl.log2(total), mask=wanted)
+    out_ptrs = parts_ptr + (part_rows * D)[:, None] + tl.arange(0, D)[None, :]
+    tl.store(out_ptrs, out, mask=(wanted & (total > 0))[:, None])
+
+
+@triton.jit
+def merge_parts(
+    parts_ptr, log_sums_ptr, first_part, num_parts, wanted,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The average [BLOCK_M, D] of the parts of one tile and KV head. Other programs wrote them, so
+    they are read past the first-level cache."""
+    rows = tl.arange(0, BLOCK_M)
+    places = tl.arange(0, MAX_SPLITS)
+    log_sums = tl.load(
+        log_sums_ptr + (first_part + places)[:, None] * BLOCK_M + rows[None, :],
+        mask=(places < num_parts)[:, None] & wanted[None, :],
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )  # [MAX_SPLITS, BLOCK_M]
+    peak = tl.where(wanted, tl.max(log_sums, axis=0), 0.0)
+    total = tl.where(wanted, tl.sum(tl.exp2(log_sums - peak[None, :]), axis=0), 1.0)
+    merged = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    for first in range(0, num_parts, 4):
+        for place in tl.static_range(4):  # their loads wait together
+            part_rows = (first_part + first + place) * BLOCK_M + rows
+            inside = wanted & (part_rows < (first_part + num_parts) * BLOCK_M)
+            log_sum = tl.load(
+                log_sums_ptr + part_rows, mask=inside, other=float("-inf"), cache_modifier=".cg"
+            )
+            part = tl.load(
+                parts_ptr + (part_rows * D)[:, None] + tl.arange(0, D)[None, :],
+                mask=(log_sum > float("-inf"))[:, None],  # an empty part was not written
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            merged += part * tl.exp2(log_sum - peak)[:, None]
+    return merged / total[:, None]
 
 
 @triton.jit
@@ -329,13 +419,30 @@ def _launches_of(
     launches = []
     for plan in plan_tiles(shape):
         scratch = (plan.num_tiles, kv_heads, plan.num_splits, plan.block_m)
-        split = plan.num_splits > 1
-        parts = q.new_empty((*scratch, D), dtype=torch.float32) if split else out
-        log_sums = q.new_empty(scratch, dtype=torch.float32) if split else None
-        launches.append(_attend(q, k_cache, v_cache, meta, scale, parts, log_sums, plan))
-        if log_sums is not None:
-            launches.append(_merge(out, parts, log_sums, meta, plan, shape.group))
+        parts = None
+        if plan.num_splits > 1:
+            parts = _Parts(
+                q.new_empty((*scratch, D), dtype=torch.float32),
+                q.new_empty(scratch, dtype=torch.float32),
+            )
+        launches.append(_attend(q, k_cache, v_cache, meta, scale, out, parts, plan))
+        if parts is not None and not plan.merges:
+            launches.append(_merge(out, *parts, meta, plan, shape.group))
     return launches
+
+
+class _Parts(NamedTuple):
+    """What the programs of `attend_splits` write."""
+
+    values: Tensor  # [tiles, Hkv, splits, BLOCK_M, D] float32
+    log_sums: Tensor  # [tiles, Hkv, splits, BLOCK_M] float32
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """Zeros that every launch leaves as zeros. Launches on a device come one after the other. The
+    first call is not in a graph's capture, because steps run before they are captured."""
+    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
 def _attend(
@@ -345,11 +452,12 @@ def _attend(
     meta: AttentionMeta,
     scale: float,
     out: Tensor,
-    log_sums: Tensor | None,
+    parts: _Parts | None,
     plan: TilePlan,
 ) -> Launch:
     kv_heads, D = k_cache.shape[2:]
     group = q.shape[1] // kv_heads
+    values, log_sums = parts or (None, None)
     # The interpreter cannot multiply bfloat16.
     exact = q.dtype == torch.float32 or q.device.type == "cpu"
     return Launch(
@@ -358,7 +466,9 @@ def _attend(
         grid=(kv_heads, plan.num_splits, plan.num_tiles),
         arguments={
             "out_ptr": out,
+            "parts_ptr": values,
             "log_sums_ptr": log_sums,
+            "counters_ptr": _counters(q.device) if plan.merges else None,
             "q_ptr": q,
             "k_ptr": k_cache,
             "v_ptr": v_cache,
@@ -384,7 +494,9 @@ def _attend(
             "BLOCK_N": _BLOCK_N,
             "MIN_STEPS": MIN_SPLIT_KEYS // _BLOCK_N,
             "FEW_STEPS": _FEW_STEPS,
-            "SPLIT": log_sums is not None,
+            "SPLIT": parts is not None,
+            "MERGES": plan.merges,
+            "MAX_SPLITS": triton.next_power_of_2(plan.num_splits) if plan.merges else 1,
             "PRODUCT": tl.float32 if exact else tl.bfloat16,
         },
         num_warps=plan.num_warps,
@@ -436,6 +548,8 @@ def _tile_arguments(meta: AttentionMeta, plan: TilePlan) -> dict[str, object]:
 def _name(plan: TilePlan, group: int, D: int) -> str:
     words = [f"D={D}", f"group={group}", f"rows={plan.block_m}"]
     words += ["split"] * (plan.num_splits > 1) + ["search"] * plan.search
+    if plan.merges:
+        words.append(f"merges<={triton.next_power_of_2(plan.num_splits)}")
     return ", ".join(words)
 
 

@@ -14,6 +14,8 @@ LONG_TILE = 128  # query rows per tile in a prefill chunk
 MIN_SPLIT_KEYS = 128  # with fewer keys a split costs more than it saves
 MAX_SPLITS = 128
 MAX_PART_BYTES = 64 * 2**20  # partial results of one launch
+MERGING_TILE = 16  # up to so many query rows, the last program of a tile averages its parts
+MAX_COUNTERS = 2**16  # pairs of tile and KV head that can count their programs
 ENOUGH = 0.9  # share of the best fill that any number of splits gives
 
 
@@ -28,6 +30,7 @@ class TilePlan:
     tiles_per_row: int  # ignored with `search`
     search: bool
     num_splits: int
+    merges: bool  # the programs average the parts themselves
 
     @property
     def num_warps(self) -> int:
@@ -82,7 +85,9 @@ def _plan(shape: Shape, block_m: int, fewest: int, most: int) -> TilePlan:
         ),
     )
     search = num_tiles < shape.num_rows * per_row
-    return TilePlan(block_m, fewest, most, num_tiles, per_row, search, splits)
+    counted = num_tiles * shape.kv_heads <= MAX_COUNTERS
+    merges = splits > 1 and block_m <= MERGING_TILE and counted
+    return TilePlan(block_m, fewest, most, num_tiles, per_row, search, splits, merges)
 
 
 def choose_splits(num_programs: int, places: int, max_splits: int) -> int:

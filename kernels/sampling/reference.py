@@ -75,3 +75,10 @@ def argmax(logits: Tensor) -> Tensor:
 def logsumexp(logits: Tensor) -> Tensor:
     """[R, V] -> [R]: log(sum(exp(logits)))."""
     return logits.logsumexp(dim=1)
+
+
+def are_sound(logits: Tensor) -> Tensor:
+    """Whether each row of logits [R, V] has a highest one: [R] bool. A row with a NaN or +inf, or
+    with nothing finite, is unsound: no token is drawn from it, and its request ends with an error.
+    This is the rule for every backend, whose draws take NaN differently."""
+    return logits.amax(dim=1).isfinite()

@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling import triton_edit, triton_noisy, triton_pipeline, triton_score
+from kernels.sampling import (
+    triton_edit,
+    triton_noisy,
+    triton_pipeline,
+    triton_score,
+    triton_sound,
+)
 from kernels.sampling.triton_draw import (
     MINUS_INFINITY,
     NO_TOKEN,
@@ -138,4 +144,5 @@ def launches() -> list[Launch]:
         *triton_noisy.example_launches(logits),
         *triton_pipeline.example_launches(logits),
         *triton_score.example_launches(logits),
+        *triton_sound.example_launches(logits),
     ]

@@ -12,9 +12,9 @@ from engine.completion import Completion
 from engine.core import EngineCore
 from engine.models.llama import Llama
 from engine.request import FinishReason, Request
-from engine.sampling.spread import are_sound
 from engine.speculation.planner import FixedPlanner
 from kernels.ops import Ops
+from kernels.sampling.reference import are_sound
 from tests.support.engines import ask, generate
 from tests.support.head_lab import SHAPES, HeadLab, write_head
 from tests.support.tiny_engine import TinyEngine, random_llama

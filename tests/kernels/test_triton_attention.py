@@ -68,6 +68,7 @@ def check(q: Tensor, caches: Caches, meta: AttentionMeta, scale: float | None = 
     safe = replace(meta, block_tables=meta.block_tables.clamp(max=len(caches[0]) - 1))
     expected = reference.attention(q[:owned].float(), *caches, safe, scale)
     assert got.dtype == q.dtype
+    assert not kernel._counters(DEVICE).any()  # ready for the next launch
     triton_env.close(got[:owned], expected, **LOOSER[q.dtype])
     return got
 
@@ -190,6 +191,7 @@ def test_keys_before_the_first_are_not_read(queries: int) -> None:
         ([(400, 1), (0, 1), (130, 1)], 4, torch.float32),  # some parts of later rows are empty
         ([(127, 128)], 1, torch.float32),  # the first query sees no key of the second part
         ([(1000, 5)], 8, torch.bfloat16),
+        ([(1000, 3), (5, 2), (200, 3)], 4, torch.float32),  # 8 parts, one and two
     ],
 )
 def test_parts_merge_into_the_reference(rows: Rows, heads: int, dtype: torch.dtype) -> None:

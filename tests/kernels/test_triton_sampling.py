@@ -18,6 +18,7 @@ kernel = triton_env.load("kernels.sampling.triton_kernel")
 pipeline = triton_env.load("kernels.sampling.triton_pipeline")
 edit = triton_env.load("kernels.sampling.triton_edit")
 score = triton_env.load("kernels.sampling.triton_score")
+sound = triton_env.load("kernels.sampling.triton_sound")
 noise_probe = triton_env.load("tests.kernels.triton_noise_probe")
 pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -66,6 +67,18 @@ def test_noise_floats_are_those_of_the_reference() -> None:
     assert ((noise - expected).abs() <= step).all()
     assert (noise == expected).float().mean() > 0.8
     assert (bound + 1e-4 >= noise).all()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_row_is_sound_if_its_highest_logit_is_finite(vocab: int) -> None:
+    logits = triton_env.spaced(triton_env.numbers(6, vocab))
+    logits[1:3, vocab // 2] = torch.tensor([torch.nan, torch.inf], device=DEVICE)
+    logits[3] = -torch.inf
+    logits[4, : vocab - 1] = -torch.inf
+    logits[5, vocab - 1] = -torch.nan
+    expected = reference.are_sound(logits)
+    assert expected.tolist() == [True, False, False, False, True, False]
+    assert torch.equal(sound.are_sound(logits, tile=TILE), expected)
 
 
 # The draws and the arg-max ----------------------------------------------------------------

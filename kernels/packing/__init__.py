@@ -1,0 +1,1 @@
+"""Where the nodes of a step lie among its packed tokens."""
