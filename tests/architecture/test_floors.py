@@ -44,10 +44,11 @@ FLOORS: dict[str, Table] = {
         "http": frozenset({"version", "text"}),
         "openai": frozenset({"text", "http"}),
         "page": frozenset({"http"}),
+        "terminal": frozenset(),
         "planning": frozenset(),
         "assembly": frozenset({"text", "planning"}),
         "process": frozenset({"text", "http", "openai", "page", "assembly"}),
-        "commands": frozenset({"text", "planning", "assembly", "process"}),
+        "commands": frozenset({"text", "planning", "assembly", "process", "terminal"}),
         "cli": frozenset({"version", "commands"}),
     },
 }
