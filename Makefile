@@ -1,4 +1,5 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
+# make chat [CONFIG=...] [ARGS="..."]
 # make install | test | test-extended | test-parallel | test-clients | test-triton | lint | gpu-check | clean
 # make bench | compare | tables (docs/benchmarks.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
@@ -23,12 +24,16 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: page test-page install serve test test-extended test-parallel test-clients test-triton lint bench \
-	compare tables gpu-check gpu-train clean
+.PHONY: page test-page install serve chat test test-extended test-parallel test-clients test-triton lint \
+	bench compare tables gpu-check gpu-train clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
 	$(BIN)/aerie serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+# A chat in the terminal, with a server of its own.
+chat: $(VENV)/.installed
+	$(BIN)/aerie chat --config $(CONFIG) $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -46,10 +46,11 @@ FLOORS: dict[str, Table] = {
         "anthropic": frozenset({"text", "http", "openai"}),
         "apis": frozenset({"openai", "anthropic"}),
         "page": frozenset({"http"}),
+        "terminal": frozenset(),
         "planning": frozenset(),
         "assembly": frozenset({"text", "planning"}),
         "process": frozenset({"text", "http", "openai", "apis", "page", "assembly"}),
-        "commands": frozenset({"text", "planning", "assembly", "process"}),
+        "commands": frozenset({"text", "planning", "assembly", "process", "terminal"}),
         "cli": frozenset({"version", "commands"}),
     },
 }

@@ -37,7 +37,9 @@ class WebThread:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._web.should_exit = self._web.force_exit = True
+        assert self._loop is not None
+        self._web.should_exit = True
+        self._loop.call_soon_threadsafe(self._web.drop_connections)
         self._thread.join(30)
         self._socket.close()
 
