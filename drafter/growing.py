@@ -4,7 +4,7 @@ device: tensor shapes depend only on the tree's shape and on numbers that the ho
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class Grower:
         """
         ids, ops = self.head.target_ids, self.ctx.ops
         found = [best_children(ranked, count, ids, ops) for ranked in self._ranked(states, depth)]
-        tokens, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+        tokens, scores = (_joined(parts) for parts in zip(*found, strict=True))
         shape = (*states.shape[:2], tokens.shape[1])
         return tokens.view(shape), scores.view(shape)
 
@@ -59,11 +59,12 @@ class Grower:
         """The best token after each node of one depth, [B, n, 1]: faster, as it needs no score."""
         ids, ops = self.head.target_ids, self.ctx.ops
         found = [best_child(ranked, ids, ops) for ranked in self._ranked(states, depth)]
-        return torch.cat(found).view(*states.shape[:2], 1)
+        return _joined(found).view(*states.shape[:2], 1)
 
     def _ranked(self, states: Tensor, depth: int) -> Iterator[Tensor]:
         """The logits after nodes of one depth, some rows at a time, with the noise of the draw."""
-        nodes, settings = states.flatten(0, 1), self._settings(depth, states.shape[1])
+        nodes = states.flatten(0, 1).contiguous()
+        settings = self._settings(depth, states.shape[1])
         for some in logit_slices(len(nodes)):
             logits = self.head.logits(nodes[some], self.ctx)
             part = settings_of(settings, some)
@@ -85,22 +86,23 @@ class Grower:
         """
         num_rows, per_row = tokens.shape
         roots = self.roots
+        alive = nodes < self.num_slots[:, None]
         batch = DraftBatch(
-            token_ids=tokens.flatten(),
-            positions=self._positions(depth).repeat_interleave(per_row),
-            slots=self._slots(nodes).flatten(),
+            token_ids=tokens.flatten().contiguous(),
+            positions=_repeated(self._positions(depth), per_row),
+            slots=self._slots(nodes, alive).flatten(),
             attention=AttentionMeta(
-                cu_q=torch.arange(num_rows + 1, dtype=torch.int32, device=tokens.device) * per_row,
+                cu_q=self.levels.starts(num_rows, per_row),
                 prefix_lens=roots.positions.int(),
                 first_keys=self.first_keys,
                 block_tables=roots.block_tables,
                 # With one node per row, a static shape's masks are a view that repeats one number.
-                ancestors=self._seen(nodes, masks).flatten().contiguous(),
+                ancestors=seen_of(masks, alive).flatten().contiguous(),
                 max_q=per_row,
                 max_context=self.limits.max_context,
             ),
         )
-        states = self.head.forward(features.flatten(0, 1), batch, self.ctx)
+        states = self.head.forward(features.flatten(0, 1).contiguous(), batch, self.ctx)
         return states.view(num_rows, per_row, -1)
 
     def _settings(self, depth: int, per_row: int) -> DrawSettings:
@@ -108,7 +110,7 @@ class Grower:
         roots, is_filtered = self.roots, self.limits.is_filtered
 
         def spread(values: Tensor) -> Tensor:
-            return values.repeat_interleave(per_row)
+            return _repeated(values, per_row)
 
         return DrawSettings(
             temperature=spread(roots.temperatures),
@@ -125,13 +127,18 @@ class Grower:
         where rotary tables end; nodes beyond it are useless anyway."""
         return (self.roots.positions + depth).clamp(max=self.limits.max_len - 1)
 
-    def _slots(self, nodes: Tensor) -> Tensor:
+    def _slots(self, nodes: Tensor, alive: Tensor) -> Tensor:
         roots, block_size = self.roots, self.ctx.kv.block_size
         slots = slots_of(roots.block_tables, roots.positions[:, None] + nodes, block_size)
-        return self.scratch.instead_of(slots, nodes < self.num_slots[:, None], nodes)
+        return self.scratch.instead_of(slots, alive, nodes)
 
-    def _seen(self, nodes: Tensor, masks: Tensor) -> Tensor:
-        return seen_of(masks, nodes < self.num_slots[:, None])
+
+def _repeated(values: Tensor, times: int) -> Tensor:
+    return values if times == 1 else values.repeat_interleave(times)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 @functools.singledispatch
@@ -153,14 +160,14 @@ def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> Draf
     states = root_states[:, None].repeat(1, shape.num_nodes, 1)  # [B, N, H]
     for depth, level in enumerate(plan.levels):
         if depth:
-            states[:, level.nodes] = grower.forward(
-                tokens[:, level.nodes],
-                states[:, level.above],
+            states[:, level.nodes_at] = grower.forward(
+                tokens[:, level.nodes_at],
+                states[:, level.above_at],
                 level.nodes.expand(grower.num_rows, -1),
-                plan.masks[level.nodes].expand(grower.num_rows, -1),
+                level.masks.expand(grower.num_rows, -1),
                 depth,
             )
-        above = states[:, level.nodes]
+        above = states[:, level.nodes_at]
         if level.most_children == 1:
             best = grower.best_child(above, depth)
         else:

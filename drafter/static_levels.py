@@ -10,13 +10,18 @@ from torch import Tensor
 
 from engine.step.shape import StaticShape, signed
 
+# A slice, where places follow each other: it needs no kernel
+Places = slice | Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
     """The nodes of one depth that have children; only these go through the head."""
 
     nodes: Tensor  # [n] int64
-    above: Tensor  # [n] int64, their parents; the root counts as its own parent
+    masks: Tensor  # [n] int64, of their ancestors
+    nodes_at: Places  # the nodes, to index with
+    above_at: Places  # their parents; the root counts as its own parent
     most_children: int
 
 
@@ -33,8 +38,8 @@ class Levels:
 class Children(NamedTuple):
     """The m nodes of a depth, and the candidate that each takes."""
 
-    nodes: Tensor  # [m] int64
-    candidates: Tensor  # [m] int64, index among the n * width candidates of the level above
+    nodes: Places  # m
+    candidates: Places  # m, indices among the n * width candidates of the level above
 
 
 class StaticLevels:
@@ -46,6 +51,7 @@ class StaticLevels:
         self._device = device
         self._levels: dict[StaticShape, Levels] = {}
         self._children: dict[tuple[StaticShape, int, int], Children] = {}
+        self._starts: dict[tuple[int, int], Tensor] = {}
 
     def of(self, shape: StaticShape) -> Levels:
         if shape not in self._levels:
@@ -59,21 +65,46 @@ class StaticLevels:
             self._children[key] = _children_of(shape, depth, width, self._device)
         return self._children[key]
 
+    def starts(self, num_rows: int, per_row: int) -> Tensor:
+        """[num_rows + 1] int32: where the nodes of each row begin, if each has `per_row`."""
+        key = num_rows, per_row
+        if key not in self._starts:
+            starts = torch.arange(num_rows + 1, dtype=torch.int32) * per_row
+            self._starts[key] = starts.to(self._device)
+        return self._starts[key]
+
 
 def _levels_of(shape: StaticShape, device: torch.device) -> Levels:
     def integers(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(device)
 
+    every_mask = [signed(mask) for mask in shape.ancestors]
     levels = []
     for depth in range(shape.max_depth):
         nodes = _with_children(shape, depth)
         above = [max(shape.parents[node], 0) for node in nodes]
         most = max(shape.parents.count(node) for node in nodes)
-        levels.append(Level(integers(nodes), integers(above), most))
-    masks = [signed(mask) for mask in shape.ancestors]
+        levels.append(
+            Level(
+                nodes=integers(nodes),
+                masks=integers([every_mask[node] for node in nodes]),
+                nodes_at=_places(nodes, device),
+                above_at=_places(above, device),
+                most_children=most,
+            )
+        )
     return Levels(
-        integers(list(shape.parents)), integers(list(shape.depths)), integers(masks), tuple(levels)
+        integers(list(shape.parents)),
+        integers(list(shape.depths)),
+        integers(every_mask),
+        tuple(levels),
     )
+
+
+def _places(numbers: list[int], device: torch.device) -> Places:
+    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return slice(numbers[0], numbers[0] + len(numbers))
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
 def _children_of(shape: StaticShape, depth: int, width: int, device: torch.device) -> Children:
@@ -83,7 +114,7 @@ def _children_of(shape: StaticShape, depth: int, width: int, device: torch.devic
         for rank, child in enumerate(children[:width]):
             nodes.append(child)
             candidates.append(place * width + rank)
-    return Children(torch.tensor(nodes).to(device), torch.tensor(candidates).to(device))
+    return Children(_places(nodes, device), _places(candidates, device))
 
 
 def _with_children(shape: StaticShape, depth: int) -> list[int]:

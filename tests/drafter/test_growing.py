@@ -171,7 +171,8 @@ def test_a_proposer_keeps_the_tensors_of_every_shape_it_has_grown() -> None:
 
     def addresses() -> list[int]:
         found = [levels.of(shape).masks for shape in shapes]
-        found += [levels.children(s, d, 1).nodes for s in shapes for d in range(s.max_depth)]
+        found += [level.nodes for shape in shapes for level in levels.of(shape).levels]
+        found += [levels.starts(rows, 2) for rows in range(1, 60)]
         return [tensor.data_ptr() for tensor in found]
 
     assert addresses() == addresses()
