@@ -152,7 +152,8 @@ def _load(
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
     head_place = replace(place, weights=_head_form(config.speculation, place.ops))
-    loader = HeadLoader(target, head_place, max_len, replicated and group.size > 1)
+    whole, aux = replicated and group.size > 1, config.speculation.aux_layers
+    loader = HeadLoader(target, head_place, max_len, whole, aux)
     kept = KeptCosts(config.files.dir, _identity(config, files.version(), target, head_place))
     trees = TreeChooser(config, kept)
     return place, target, loader, trees, _load_draft(config, loader, trees), grammars
@@ -196,8 +197,8 @@ def weight_form(wanted: WeightForm, setting: str, ops: Ops) -> WeightForm:
     if wanted in ("q8", "q4") and wanted not in ops.reads:
         backend = ops.backends["linear"]
         raise ValueError(
-            f"{setting} = {wanted!r} needs native kernels on a CPU (q4: or Triton kernels), but linear layers run on "
-            f"{backend}; stored and plain are possible"
+            f"{setting} = {wanted!r} needs native kernels on a CPU (q4: or Triton kernels), but "
+            f"linear layers run on {backend}; stored and plain are possible"
         )
     return wanted
 
