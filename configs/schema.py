@@ -12,6 +12,9 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -40,6 +43,22 @@ Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 WeightForm = Literal["stored", "plain", "q8", "q4"]  # how weights are kept
+
+
+def _say_allowed_layers(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise ValueError(
+            "write 'auto', 'outputs', 'boundaries', or numbers of layers as [2, 16, 29]"
+        ) from error
+
+
+# Which hidden states of the target an EAGLE-3 head reads
+AuxLayers = Annotated[
+    Literal["auto", "outputs", "boundaries"] | tuple[Annotated[Integer, Field(ge=0)], ...],
+    WrapValidator(_say_allowed_layers),
+]
 
 
 class Section(BaseModel):
@@ -143,6 +162,14 @@ class SpeculationConfig(Section):
         "auto",
         description="how the head is kept, as in model.weights; auto: q8 where the kernels read "
         "quantised weights, else plain",
+    )
+    aux_layers: AuxLayers = Field(
+        "auto",
+        description="which hidden states of the target an EAGLE-3 head reads. The ids in its "
+        "config.json mean outputs of layers to some programs, and boundaries (state after so many "
+        "layers, 0: the embedding) to others: outputs, boundaries, or auto (by their place in the "
+        "file). A list gives the boundaries themselves. A wrong choice costs acceptance only: "
+        "`aerie eval-draft` with each shows which is right",
     )
     tree: str = Field(
         "auto", description="auto, root, or one tree for every step: a name or file of configs/tree"

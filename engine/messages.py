@@ -182,6 +182,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     ops: dict[str, OperationBackend]  # by operation
     device: str
     draft: DraftFacts | None = None  # None: no draft head
+    weights: dict[str, int] = {}  # bytes of the target on rank 0, by form: float32, fp8, q4, ...
 
     @property
     def ops_in_words(self) -> dict[str, str]:

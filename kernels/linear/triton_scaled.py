@@ -181,22 +181,10 @@ def _product(out: Tensor, x: Tensor, scales: Tensor | None, weight: LinearWeight
         name=f"scaled_linear[{K} to {N}, rows={tile['BLOCK_M']}, blocks={blocks}, {kind}]",
         kernel=scaled_linear_kernel,
         grid=(triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(T, tile["BLOCK_M"])),
-        arguments={
-            "out_ptr": out,
-            "x_ptr": x,
-            "x_scales_ptr": scales,
-            "weight_ptr": weight.data,
-            "scales_ptr": weight.scales,
-            "bias_ptr": weight.bias,
-            "T": T,
-            "out_stride": out.stride(0),
-            "N": N,
-            "K": K,
-            "BLOCK": weight.layout.block,
-            "BLOCKS": blocks,
-            "PRODUCT": product_type(x),
-            **tile,
-        },
+        arguments={"out_ptr": out, "out_stride": out.stride(0), "x_ptr": x, "x_scales_ptr": scales}
+        | {"weight_ptr": weight.data, "scales_ptr": weight.scales, "bias_ptr": weight.bias}
+        | {"T": T, "N": N, "K": K, "BLOCK": weight.layout.block, "BLOCKS": blocks}
+        | {"PRODUCT": product_type(x), **tile},
         num_warps=8 if tile["BLOCK_M"] == _MANY_ROWS else 4,
         num_stages=5 if tile["BLOCK_M"] == _FEW_ROWS else 3,
         wgmma=tile["BLOCK_M"] > _FEW_ROWS,
