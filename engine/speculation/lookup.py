@@ -8,10 +8,12 @@ node costs, and what the draft head promises instead, comes from the planner.
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.request import Sequence
 from engine.step.plan import StepOutcome, StepPlan
@@ -24,6 +26,7 @@ MAX_DRAFT = 16  # tokens of one draft
 DECAY = 0.98  # weight of the past per observation
 PRIOR = (0.5, 0.55, 0.6, 0.7, 0.8, 0.85)  # chance of a token, by length of the match
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
+HOPELESS = 0.95  # at this price of a node, hardly any chance would do
 PROBE_EVERY = 64  # of so many matches that do not pay, one drafts a token as a probe
 
 
@@ -69,6 +72,16 @@ class TokenText:
         return at // WIDTH if at >= 0 else -1
 
 
+class Found(NamedTuple):
+    """A draft."""
+
+    tokens: tuple[int, ...]
+    promise: float  # accepted tokens, less the price of all; infinite if it is to be tried anyway
+
+
+NOTHING = Found((), 0.0)
+
+
 @dataclass(slots=True)
 class Chance:
     """Running share of accepted tokens among drafted tokens whose parent was accepted."""
@@ -101,32 +114,41 @@ class Lookup:
     _chances: dict[tuple[int, bool], Chance] = field(default_factory=dict)
     _matches: dict[int, tuple[int, bool]] = field(default_factory=dict)  # of the step's drafts
 
-    def draft(self, seq: Sequence, most: int, price: float, rival: float = 0.0) -> list[int]:
+    def draft(
+        self,
+        seq: Sequence,
+        most: int,
+        price: float,
+        rival: float = 0.0,
+        *,
+        may_try: bool = True,
+    ) -> Found:
         """A chain of at most `most` tokens after the newest one; empty if no chain seems to pay.
 
         Args:
             price: accepted tokens that a node must yield to be worth verifying.
             rival: accepted tokens, less their price, that the draft head promises for this row.
+            may_try: now and then, a token is drafted although it does not seem to pay.
         """
         self._matches.pop(seq.line, None)
-        if most < 1:
-            return []
+        if most < 1 or price >= HOPELESS:
+            return NOTHING
         text = self._texts.setdefault(seq.line, TokenText())
         text.follow(seq.token_ids)
         length, place = text.longest_match()
         if length == 0:
-            return []
+            return NOTHING
         match = (length, seq.request.params.temperature > 0)
         known = self._chance(match)
         chance = known.value
         count = min(most, MAX_DRAFT, _worth(chance, price))
         promise = sum(chance**depth - price for depth in range(1, count + 1))
         if count < 1 or promise <= rival:
-            count = known.probe()
+            count, promise = known.probe() if may_try else 0, math.inf
         if count < 1:
-            return []
+            return NOTHING
         self._matches[seq.line] = match
-        return text.continued(place, count)
+        return Found(tuple(text.continued(place, count)), promise)
 
     def withdraw(self, line: int) -> None:
         """The row of a line gets another draft in this step."""

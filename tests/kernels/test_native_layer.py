@@ -104,10 +104,12 @@ def test_one_call_equals_the_operations(
         assert bool(got.isfinite().all())
 
 
-def test_several_layers_in_one_call_equal_the_layers_in_turn(native: Ops) -> None:
+def test_several_layers_in_one_call_equal_the_layers_in_turn(
+    native: Ops, dtype: torch.dtype
+) -> None:
     """The second has other weights, and pages of its own."""
     torch.manual_seed(0)
-    dtype, batch, results = torch.bfloat16, a_batch(), []
+    batch, results = a_batch(), []
     layers = [a_layer(native, dtype, form, None) for form in ("grouped", "mixed")]
     layers[1] = replace(layers[1], attention=replace(layers[1].attention, layer=1))
     x, residual = torch.randn(9, H), torch.randn(9, H)
