@@ -136,6 +136,8 @@ class Ops:
     edit_logits: Callable[[Tensor, LogitEdits], Tensor]
     # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits stay unchanged
     draw: Callable[[Tensor, DrawSettings], Tensor]
+    # (logits [R, V] float32) -> [R] bool: whether no logit is NaN or +inf, and one is finite
+    sound: Callable[[Tensor], Tensor]
     # (draft logits [R, V] float32, settings, target's ids [V] int64 or None) -> [R, V] float32 to
     # rank drafts by, noise included; see kernels/sampling/noisy_reference.py
     add_noise: Callable[[Tensor, DrawSettings, Tensor | None], Tensor]

@@ -39,6 +39,7 @@ OPERATIONS = (
     "argmax",
     "edit_logits",
     "draw",
+    "sound",
     "add_noise",
     "score",
     "tree_expand",
@@ -47,7 +48,7 @@ OPERATIONS = (
     "tree_walk",
 )
 # The native backend runs these in plain torch
-TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors", "tree_walk")
+TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -125,7 +126,7 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
 
 
 def native_ops(native: NativeOps) -> Ops:
-    """C++ kernels for all operations except logit edits and trees, which are small."""
+    """C++ kernels for all operations except logit edits and growing trees, which are small."""
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -139,13 +140,14 @@ def native_ops(native: NativeOps) -> Ops:
         moe=native.moe,
         argmax=native.argmax,
         edit_logits=edit_logits,
-        draw=TorchDraw(native.argmax, native.gumbel_argmax),
+        draw=TorchDraw(native.argmax, native.gumbel_argmax, native.draw),
+        sound=native.sound,
         add_noise=native.add_noise,
         score=TorchScore(native.logsumexp),
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
-        tree_walk=tree.walk,
+        tree_walk=native.tree_walk,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         reads_groups=True,
@@ -166,6 +168,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
     from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
     from kernels.rope import triton_kernel as rope
+    from kernels.sampling import reference
     from kernels.sampling import triton_edit as edit
     from kernels.sampling import triton_kernel as sampling
     from kernels.sampling import triton_noisy as noisy
@@ -187,6 +190,7 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         argmax=sampling.argmax,
         edit_logits=edit.edit_logits,
         draw=pipeline.draw,
+        sound=reference.sound,
         add_noise=noisy.add_noise,
         score=score.score,
         tree_expand=tree.expand,
@@ -198,7 +202,8 @@ def triton_ops(storage_dtype: torch.dtype) -> Ops:
         reads_groups=False,
         stacks_experts=True,
         activation_dtype=storage_dtype,
-        backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
+        backends=dict.fromkeys(OPERATIONS, Backend("triton"))
+        | {"linear": Backend("cublas"), "sound": Backend("reference")},
     )
 
 
@@ -223,6 +228,7 @@ def reference_ops(
         argmax=sampling.argmax,
         edit_logits=edit_logits if on_cpu else pipeline.edit_logits,
         draw=draw,
+        sound=sampling.sound,
         add_noise=noisy.add_noise,
         score=TorchScore(sampling.logsumexp) if on_cpu else pipeline.score,
         tree_expand=tree.expand,

@@ -19,14 +19,9 @@ from kernels.sampling.pipeline_reference import (
     masked,
 )
 
-UNSOUND = -1  # stands for the token of a row whose logits are unsound
-
-
-def are_sound(logits: Tensor) -> Tensor:
-    """Whether each row of logits [R, V] has a highest one: [R] bool. A row with a NaN or +inf, or
-    with nothing finite, is unsound: no token is drawn from it, and its request ends with an error.
-    This is the rule for every backend, whose kernels take NaN differently."""
-    return logits.amax(dim=1).isfinite()
+# The token of a row whose logits are unsound (`Ops.sound`): none is drawn from it, and its request
+# ends with an error. This is the rule for every backend, whose kernels take NaN differently.
+UNSOUND = -1
 
 
 def are_allowed(tokens: Tensor, allowed: Tensor) -> Tensor:
@@ -98,7 +93,7 @@ class SpreadLogits:
 
     def _drawn(self, settings: DrawSettings, edits: LogitEdits | None) -> Tensor:
         logits = self.own if edits is None else self.ops.edit_logits(self.own, edits)
-        drawn, sound = self.ops.draw(logits, settings), are_sound(self.own)
+        drawn, sound = self.ops.draw(logits, settings), self.ops.sound(self.own)
         if settings.allowed is not None:  # nothing allowed may have a finite logit
             sound &= are_allowed(drawn, settings.allowed)
         return torch.where(sound, drawn, UNSOUND)
@@ -109,7 +104,7 @@ class SpreadLogits:
         """`rows`: of this rank's logits; `at`: the same among all rows."""
         logits = masked(self.own[rows], None if allowed is None else allowed[at])
         found = self.ops.score(logits, tokens, num_top)
-        return replace(found, chosen=torch.where(are_sound(logits), found.chosen, torch.nan))
+        return replace(found, chosen=torch.where(self.ops.sound(logits), found.chosen, torch.nan))
 
 
 def row_counts(num_rows: int, size: int) -> list[int]:

@@ -39,6 +39,9 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_add_noise": (P, P, P, P, P, P, P, I, I, P),
     "aerie_gumbel_argmax": (P, P, I, I, P),
     "aerie_argmax": (P, I, I, P),
+    "aerie_draw": (P, P, P, P, I, I, P),
+    "aerie_sound": (P, I, I, P),
+    "aerie_tree_walk": (P, P, P, I, I, I, P, P, P),
     "aerie_logsumexp": (P, I, I, P),
 }
 

@@ -72,6 +72,11 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1)
 
 
+def sound(logits: Tensor) -> Tensor:
+    """[R, V] -> [R] bool: whether there is a highest logit, and it is finite."""
+    return logits.amax(dim=1).isfinite()
+
+
 def logsumexp(logits: Tensor) -> Tensor:
     """[R, V] -> [R]: log(sum(exp(logits)))."""
     return logits.logsumexp(dim=1)
