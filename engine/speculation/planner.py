@@ -92,6 +92,7 @@ HOPE = 1.7  # most standard errors by which a trial takes chances to be better t
 LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the row drafts again
 KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
+STANDING_DRAFTS = 3  # the same of one for drafts: planning takes time, too
 
 
 NOTHING = Choice(price=1.0, may_try=False)  # neither the head nor lookup drafts
@@ -145,8 +146,9 @@ class AdaptivePlanner:
         self._account = Account(costs)
         self._has_failed = False
         self._num_rows = 0  # of the last step that was planned
-        self._plain = Choice()  # what it was, if it was plain
-        self._num_standing = 0  # steps for which a plain choice stands if no rows come
+        self._standing = Choice()  # what it was
+        self._num_standing = 0  # steps for which that stands if no rows come
+        self._num_same = 0  # how often that was chosen again
         self._num_sure = 0  # steps for which there is nothing to try
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
@@ -154,8 +156,13 @@ class AdaptivePlanner:
             return Choice()
         if self._num_standing and len(rows) <= self._num_rows:
             self._num_standing -= 1
-            return self._plain
-        self._num_rows = len(rows)
+            if self._standing.shape == ROOT:
+                return self._standing
+            if self._account.is_reference(self._padding.rows(len(rows))):
+                return NOTHING
+            if not self._account.is_overdrawn:
+                return self._standing
+        self._num_standing, self._num_rows = 0, len(rows)
         self._sampled |= {row.line: row.sampled for row in rows}
         plain = self._option(ROOT, rows, [0] * len(rows), 0.0)
         self._account.open(plain.work)
@@ -165,13 +172,19 @@ class AdaptivePlanner:
         best = plain if self._has_failed else self._best(rows, reaches, plain)
         if best.work.passes == 0:
             self._num_standing = 0 if self._has_failed else STANDING
-            self._plain = self._without_head(plain)
-            return self._plain
+            self._standing = self._without_head(plain)
+            return self._standing
         price = node_price(self._costs, best.work, max(best.rate, plain.rate))
         limits = {row.line: count for row, count in zip(rows, best.nodes, strict=True)}
         promises = self._promises(rows, best, reaches[self._longest[best.shape]], price)
         whole = self._padding.whole_trees
-        return Choice(best.shape, None if whole else limits, price, promises=promises)
+        choice = Choice(best.shape, None if whole else limits, price, promises=promises)
+        is_same = (choice.shape, choice.limits) == (self._standing.shape, self._standing.limits)
+        self._num_same = self._num_same + 1 if is_same else 0
+        self._standing = choice
+        if self._num_sure:  # no trial
+            self._num_standing = min(STANDING_DRAFTS, self._num_same // 4)
+        return choice
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         for admission in plan.admitted:
@@ -179,6 +192,8 @@ class AdaptivePlanner:
             self._idle.pop(admission.line, None)
             self._num_standing = self._num_sure = 0
         self._has_failed = outcome.draft_failed
+        if self._has_failed:
+            self._num_standing = 0
         self._observe_costs(plan, outcome, seconds)
         self._acceptance.fade()
         self._observe_trees(plan, outcome)
