@@ -158,8 +158,9 @@ class Ops:
     # The next two are None where layers are made of the operations above
     pack_layer: Callable[[LayerWeights], PackedLayer] | None
     # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and
-    # v_cache of each) -> [T, H], not yet added to the residual, which is changed in place: bit for
-    # bit what the operations of all layers give in turn
+    # v_cache of each, taps) -> [T, H], not yet added to the residual, which is changed in place:
+    # bit for bit what the operations of all layers give in turn. Tensors [T, H] in `taps` take the
+    # stream that enters the layers of these places
     decoder_layers: Callable[..., Tensor] | None
     reads_groups: bool  # whether weights may stay quantised
     stacks_experts: bool  # whether `moe` reads all experts as one tensor

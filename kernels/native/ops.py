@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -171,6 +171,7 @@ class NativeOps:
         meta: AttentionMeta,
         k_caches: Sequence[Tensor],
         v_caches: Sequence[Tensor],
+        taps: Mapping[int, Tensor],
     ) -> Tensor:
         pages = (*k_caches, *v_caches)
         assert residual.is_contiguous()
@@ -186,6 +187,7 @@ class NativeOps:
             residual.data_ptr(),
             addresses([page.data_ptr() for page in k_caches]),
             addresses([page.data_ptr() for page in v_caches]),
+            addresses([pointer(taps.get(place)) for place in range(len(layers))]),
             out.data_ptr(),
         )
         return out
