@@ -152,6 +152,8 @@ class DraftProposer:
             return Drafted(self._grow(roots, ready, shape, limits), wanted & ~sound)
         # All ranks must run the head on the same rows.
         ready = self._ctx.group.from_first(ready.long()).bool()
+        if bool(ready.all()):
+            return Drafted(self._grow(roots, ready, shape, limits), wanted & ~sound)
         tree = DraftTree.roots(roots.tokens)
         if bool(ready.any()):
             rows = ready.nonzero()[:, 0]
