@@ -77,6 +77,16 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
+class PromptTokenScore(msgspec.Struct, frozen=True, kw_only=True):
+    logprob: float
+    rank: int | None  # 1: the likeliest; null where it is not among the alternatives
+    decoded_token: str
+
+
+# For each prompt token its own score and those of alternatives, by token id; null for the first.
+PromptScores = list[dict[str, PromptTokenScore] | None]
+
+
 class ReplyFunction(msgspec.Struct, frozen=True, kw_only=True):
     name: str | UnsetType = UNSET  # in the first delta of a call
     arguments: str  # JSON as the model wrote it, which a token limit may have cut
@@ -124,6 +134,7 @@ class ChatCompletion(Reply, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     service_tier: Literal["default"] = "default"
     prompt_token_ids: list[int] | UnsetType = UNSET  # these, and ids elsewhere: on request
+    prompt_logprobs: PromptScores | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +177,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptScores | UnsetType = UNSET
 
 
 class Completion(Reply, frozen=True, kw_only=True):

@@ -19,11 +19,12 @@ from server.openai.bodies import (
     ChatDelta,
     ChatFinishReason,
     ChatTokenLogprob,
+    PromptScores,
 )
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import chat_params, chat_prompts, chat_reading
 from server.openai.generation import Generation
-from server.openai.logprobs import chat_logprobs
+from server.openai.logprobs import chat_logprobs, prompt_scores
 from server.openai.message import Message
 from server.openai.report import Report
 from server.openai.schema import ChatRequest
@@ -53,6 +54,8 @@ class ChatWriter:
         # As OpenAI: the answer to a request that names its tool just stops.
         called: ChatFinishReason = "stop" if body.names_a_tool else "tool_calls"
         self._messages = [Message(scored, called) for _ in generation.choices]
+        self._num_prompt_tops = body.prompt_logprobs
+        self._prompt_scores: PromptScores | UnsetType = UNSET
         self._opened = False
 
     def events(self, delta: ChoiceDelta) -> bytes:
@@ -67,6 +70,10 @@ class ChatWriter:
         message = self._messages[delta.index]
         message.add_tokens(self._scores_of(delta), delta.token_ids)
         message.add_parts(delta.parts)
+        if delta.prompt_logprobs is not None and self._num_prompt_tops is not None:
+            self._prompt_scores = prompt_scores(
+                self._generation.tokenizer, delta.prompt_logprobs, self._num_prompt_tops
+            )
 
     def whole(self) -> ChatCompletion:
         choices = [
@@ -74,7 +81,10 @@ class ChatWriter:
             for choice, message in zip(self._generation.choices, self._messages, strict=True)
         ]
         return self._report.whole(
-            ChatCompletion, choices=choices, prompt_token_ids=self._prompt_ids()
+            ChatCompletion,
+            choices=choices,
+            prompt_token_ids=self._prompt_ids(),
+            prompt_logprobs=self._prompt_scores,
         )
 
     def _whole_choice(self, choice: Choice, message: Message) -> ChatChoice:
