@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,8 +50,6 @@ class Written:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
-    steps: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)  # schemas whose text is not valid or not equal
 
 
@@ -132,10 +129,7 @@ def _write_all(
             params = SamplingParams(max_tokens=max_tokens, seed=number, grammar=grammar)
             requests[str(path)] = Request(request_id=str(path), prompt_ids=ids, params=params)
         plain = [_plain(request) for request in requests.values()]
-        runs = [
-            _run(engine, asked, together, written, name)
-            for name, asked in (("drafts", list(requests.values())), ("plain", plain))
-        ]
+        runs = [_run(engine, asked, together) for asked in (list(requests.values()), plain)]
     finally:
         checker.close()
         engine.close()
@@ -151,20 +145,13 @@ def _plain(request: Request) -> Request:
 
 
 def _run(
-    engine: OfflineEngine,
-    requests: Sequence[Request],
-    together: int,
-    written: Written,
-    name: str,
+    engine: OfflineEngine, requests: Sequence[Request], together: int
 ) -> dict[str, Completion]:
-    """Write some texts at a time; note the steps and the seconds of all of them."""
+    """Write some texts at a time."""
     done: dict[str, Completion] = {}
-    before, began = engine.core.stats().num_steps, time.perf_counter()
     for begin in range(0, len(requests), together):
         done |= engine.generate(requests[begin : begin + together])
-        print(f"{name}: {len(done)} of {len(requests)}", flush=True)
-    written.steps[name] = engine.core.stats().num_steps - before
-    written.seconds[name] = round(time.perf_counter() - began, 1)
+        print(f"{len(done)} of {len(requests)}", flush=True)
     return done
 
 

@@ -207,15 +207,13 @@ def _suite_table(suite: Content) -> Iterable[str]:
 def _collection_lines(content: Content) -> Iterable[str]:
     found = content["collection"]
     written = found["chosen"] - found["refused"]
-    steps = found["steps"]
     yield ""
     yield (
         f"{content['model']} wrote a text of at most {content['max_tokens']} tokens at temperature "
         f"1 for {written} of {found['chosen']} schemas; {found['refused']} were refused. "
         f"{found['complete']} texts were complete, and {found['valid']} of these fit their schema. "
-        f"{found['equal']} of {written} were the same without drafts, which took {steps['plain']} "
-        f"steps instead of {steps['drafts']}; {found['accepted']} of {found['drafted']} drafted "
-        "tokens were accepted."
+        f"{found['equal']} of {written} were the same without drafts; {found['accepted']} of "
+        f"{found['drafted']} drafted tokens were accepted, for {found['tokens']} tokens of text."
     )
 
 

@@ -230,7 +230,6 @@ class ServerConfig(Section):
     )
     metrics_prefixes: tuple[Literal["aerie", "vllm"], ...] = Field(
         ("aerie", "vllm"),
-        min_length=1,
         description="names of the metrics: aerie: for all of them, vllm: for those that vLLM has, "
         "with its labels",
     )

@@ -183,6 +183,9 @@ def test_every_list_takes_its_items_as_they_are_written(
         items = (SourceConfig(**names),)
     elif int in kinds_of(item):
         written, items = ["1", "010", "1e3"], (1, 10, 1000)
+    elif get_origin(item) is Literal:
+        written = list(get_args(item))
+        items = tuple(written)
     elif Path in kinds_of(item):
         items = tuple(map(Path, IN_A_FILE))
     found = load(key, f"[{', '.join(written)}]", source, tmp_path)
