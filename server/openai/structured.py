@@ -38,6 +38,8 @@ KEYWORDS = (
 FORMATS = "date-time, date, time, duration, email, hostname, ipv4, ipv6, uuid, uri"
 UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*)\]")
 UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
+ONE_OF = "oneOf constraints are not supported"
+ONE_OF_NEEDS = "oneOf needs schemas that exclude each other, such as by a const; else send anyOf"
 
 Schema = dict[str, Any]
 SchemaOrText = Schema | str
@@ -330,4 +332,6 @@ def refusal(asked: AskedGrammar, reason: str) -> ApiError:
         reason = f"the keyword {unknown[1]} is not supported; supported are {KEYWORDS}"
     elif (form := UNKNOWN_FORMAT.search(reason)) is not None:
         reason = f"the format {json.dumps(form[1])} is not supported; supported are {FORMATS}"
+    elif ONE_OF in reason:
+        reason = ONE_OF_NEEDS
     return bad_value(asked.field, _shown(asked.value), asked.owner + reason)
