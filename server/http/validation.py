@@ -58,6 +58,8 @@ WRONG_VALUE: dict[str, Callable[[Context], str]] = {
     ),
     "too_long": lambda bound: "have at most " + _count(bound["max_length"], "entry", "entries"),
     "too_short": lambda bound: "have at least " + _count(bound["min_length"], "entry", "entries"),
+    "union_tag_invalid": lambda union: f"have a type of {union['expected_tags']}".replace("'", '"'),
+    "union_tag_not_found": lambda _: "have a type",
 }
 
 
@@ -106,7 +108,7 @@ def path_in(body: Any, entry: ErrorDetails) -> list[int | str]:
     loc = entry["loc"] + blamed
     path: list[int | str] = []
     for index, step in enumerate(loc):
-        known = isinstance(body, dict) and step in body
+        known = isinstance(body, dict) and step in body and not _names_branch(body, loc, index)
         if isinstance(body, list) and isinstance(step, int) and step < len(body):
             known = True
         if known:
@@ -115,6 +117,14 @@ def path_in(body: Any, entry: ErrorDetails) -> list[int | str]:
         elif entry["type"] in ("missing", RULE) and index == len(loc) - 1:
             path.append(step)
     return path
+
+
+def _names_branch(body: Mapping[str, Any], loc: Sequence[int | str], index: int) -> bool:
+    """Whether a step that is the name of a member is the type of `body`, a branch of a union."""
+    step, following = loc[index], loc[index + 1 : index + 2]
+    member = body[str(step)]
+    inside = isinstance(member, dict) and following and following[0] in member
+    return step == body.get("type") and bool(following) and following[0] in body and not inside
 
 
 def written(path: Sequence[int | str]) -> str:

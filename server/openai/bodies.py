@@ -115,6 +115,16 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
+class PromptTokenScore(msgspec.Struct, frozen=True, kw_only=True):
+    logprob: float
+    rank: int | None  # 1: the likeliest; null where it is not among the alternatives
+    decoded_token: str
+
+
+# For each prompt token its own score and those of alternatives, by token id; null for the first.
+PromptScores = list[dict[str, PromptTokenScore] | None]
+
+
 class ReplyFunction(msgspec.Struct, frozen=True, kw_only=True):
     name: str | UnsetType = UNSET  # in the first delta of a call
     arguments: str  # JSON as the model wrote it, which a token limit may have cut
@@ -163,6 +173,7 @@ class ChatCompletion(Reply, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     service_tier: Literal["default"] = "default"
     prompt_token_ids: list[int] | UnsetType = UNSET  # these, and ids elsewhere: on request
+    prompt_logprobs: PromptScores | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,6 +218,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int] | UnsetType = UNSET
     trace: Trace | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptScores | UnsetType = UNSET
 
 
 class Completion(Reply, frozen=True, kw_only=True):

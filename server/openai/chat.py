@@ -19,11 +19,12 @@ from server.openai.bodies import (
     ChatDelta,
     ChatFinishReason,
     ChatTokenLogprob,
+    PromptScores,
 )
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import chat_params, chat_prompts, chat_reading
 from server.openai.generation import Generation
-from server.openai.logprobs import chat_logprobs
+from server.openai.logprobs import chat_logprobs, prompt_scores
 from server.openai.message import Message
 from server.openai.report import Report
 from server.openai.schema import ChatRequest
@@ -56,6 +57,8 @@ class ChatWriter:
         self._messages = [Message(scored, called) for _ in generation.choices]
         tokenizer, traced = generation.tokenizer, body.include_trace
         self._traces = [TraceWriter(tokenizer, traced) for _ in generation.choices]
+        self._num_prompt_tops = body.prompt_logprobs
+        self._prompt_scores: PromptScores | UnsetType = UNSET
         self._opened = False
 
     def events(self, delta: ChoiceDelta) -> bytes:
@@ -71,6 +74,10 @@ class ChatWriter:
         message.add_tokens(self._scores_of(delta), delta.token_ids)
         message.add_parts(delta.parts)
         self._traces[delta.index].add(delta)
+        if delta.prompt_logprobs is not None and self._num_prompt_tops is not None:
+            self._prompt_scores = prompt_scores(
+                self._generation.tokenizer, delta.prompt_logprobs, self._num_prompt_tops
+            )
 
     def whole(self) -> ChatCompletion:
         choices = [
@@ -78,7 +85,10 @@ class ChatWriter:
             for choice, message in zip(self._generation.choices, self._messages, strict=True)
         ]
         return self._report.whole(
-            ChatCompletion, choices=choices, prompt_token_ids=self._prompt_ids()
+            ChatCompletion,
+            choices=choices,
+            prompt_token_ids=self._prompt_ids(),
+            prompt_logprobs=self._prompt_scores,
         )
 
     def _whole_choice(self, choice: Choice, message: Message) -> ChatChoice:

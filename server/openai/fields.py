@@ -15,6 +15,7 @@ HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
 MAX_STOPS = 32
 MAX_PARTS = 1024
+MAX_BEST_OF = 20
 MAX_BIASES = 1024
 
 
