@@ -69,12 +69,14 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """New output tokens of one request, in order. `prompt_logprobs` are sent once, before the
-    first output token: one entry per prompt token, None for the first."""
+    first output token: one entry per prompt token, None for the first. So is `pooled`, the state of
+    the prompt that `SamplingParams.pooling` asks for: float32 numbers, [H]."""
 
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    pooled: bytes | None = None
 
 
 class ErrorCode(enum.StrEnum):
@@ -147,6 +149,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     max_model_len: int
     num_blocks: int
     block_size: int
+    hidden_size: int  # H, of the final hidden states
     eos_token_ids: list[int]
     ops: dict[str, OperationBackend]  # by operation
     device: str
