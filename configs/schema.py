@@ -106,6 +106,11 @@ class ModelConfig(Section):
         "`reasoning_content`; none: it is content; auto: think where the chat template has these "
         "marks",
     )
+    pooling: Literal["last", "mean"] = Field(
+        "last",
+        description="which final hidden state is the embedding of a text: that of its last token, "
+        "or the mean over all; a request may say otherwise",
+    )
     generation_config: Literal["model", "none"] = Field(
         "model",
         description="sampling parameters of requests that do not name them: those of the model's "
@@ -305,6 +310,7 @@ class ServerConfig(Section):
         "per second) is disconnected",
     )
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    max_embeddings: Positive = Field(2048, description="inputs of one request for embeddings")
     max_stored_responses: Integer = Field(
         1024,
         ge=0,

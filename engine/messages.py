@@ -94,14 +94,16 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """New output tokens of one request, in order. `prompt_logprobs` are sent once, before the
-    first output token: one entry per prompt token, None for the first. `round` is sent to requests
-    that ask for a trace."""
+    first output token: one entry per prompt token, None for the first. So is `pooled`, the state of
+    the prompt that `SamplingParams.pooling` asks for: float32 numbers, [H]. `round` is sent to
+    requests that ask for a trace."""
 
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     round: Round | None = None
+    pooled: bytes | None = None
 
 
 class ErrorCode(enum.StrEnum):
@@ -178,6 +180,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     max_model_len: int
     num_blocks: int
     block_size: int
+    hidden_size: int  # H, of the final hidden states
     eos_token_ids: list[int]
     ops: dict[str, OperationBackend]  # by operation
     device: str

@@ -56,6 +56,7 @@ class StepOutputs:
     top: Tensor  # [B, max_depth + 1, n] float32
     echo_logprobs: Tensor  # [S] float32 of prompt tokens
     echo_top: Tensor  # [S, m] float32
+    pooled: Tensor  # [G, H] float32, sums of hidden states
     faults: Tensor  # [B] bool: the draft head's outputs were not finite
 
     def parts(self) -> list[Tensor]:
@@ -169,7 +170,7 @@ class StepBody:
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
             result, scores = self._verify(layout, hidden, allowed)
-            echo = self._echo(layout, hidden)
+            echo, pooled = self._echo(layout, hidden), _pooled(layout, hidden)
         with laps.time(COMMIT):
             self._commit(layout, batch.slots, result)
         with laps.time(DRAFT):
@@ -186,6 +187,7 @@ class StepBody:
             top=scores.top,
             echo_logprobs=echo.chosen,
             echo_top=echo.top,
+            pooled=pooled,
             faults=faults,
         )
 
@@ -378,6 +380,16 @@ def _draw_settings(layout: Layout, allowed: Tensor | None) -> DrawSettings:
         any_sampled=form.any_sampled,
         any_greedy=form.any_greedy,
     )
+
+
+def _pooled(layout: Layout, hidden: Tensor) -> Tensor:
+    """[G, H] float32: for each row that wants them, the sum of the hidden states of its tokens."""
+    inputs, form = layout.inputs, layout.form
+    if form.num_pooled == 0:
+        return torch.zeros(0, device=hidden.device)
+    places = layout.tokens.cu[inputs.pool_rows] + inputs.pool_places
+    sums = torch.zeros(form.num_pools + 1, hidden.shape[1], device=hidden.device)
+    return sums.index_add_(0, inputs.pool_numbers, hidden[places].float())[:-1]
 
 
 def _paths(layout: Layout) -> Tensor:

@@ -31,6 +31,7 @@ from engine.scheduler.ahead import only, plan_ahead
 from engine.scheduler.drafts import DraftCounts, DraftRoom, count_draft
 from engine.scheduler.pacing import PromptTime, StepTimes
 from engine.scheduler.planning import PlanDraft
+from engine.scheduler.pooling import Pools
 from engine.scheduler.preempting import choose_outranked, choose_victim
 from engine.scheduler.waiting import WaitingQueue
 from engine.speculation.lookup import Lookup, tree_name
@@ -97,6 +98,7 @@ class Scheduler:
         self._released: list[int] = []  # lines given back since the last plan
         self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
+        self._pools = Pools()
         self._counts = DraftCounts()
         self._times = StepTimes()
         self._on_finish = on_finish
@@ -443,6 +445,7 @@ class Scheduler:
         if self._grammars is not None:
             self._grammars.stop(seq.line)
         self._prompt_scores.pop(seq.request_id, None)
+        self._pools.forget(seq)
         self._kv.release(seq)
         self._blocked = None
 
@@ -456,6 +459,8 @@ class Scheduler:
         # A preempted sequence computes its prompt again, but clients get its scores only once.
         if result.prompt_logprobs is not None and seq.num_output == 0:
             self._prompt_scores.setdefault(seq.request_id, [None]).extend(result.prompt_logprobs)
+        if result.pooled is not None:
+            self._pools.add(seq, result.pooled)
         if not row.samples:
             self._kv.publish(seq)
             return
@@ -468,8 +473,8 @@ class Scheduler:
         self._kv.publish(seq)
         logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
         scores = self._prompt_scores.pop(seq.request_id, None)
-        traced = self._drafts.round_of(row, result)
-        self._events.append(Tokens(seq.request_id, kept, logprobs, scores, traced))
+        traced, pooled = self._drafts.round_of(row, result), self._pools.take(seq)
+        self._events.append(Tokens(seq.request_id, kept, logprobs, scores, traced, pooled))
         if reason is not None:
             self._finish(seq, reason)
 
@@ -570,8 +575,10 @@ def _rank(seq: Sequence) -> Rank:
 
 
 def _uses_prefix_cache(seq: Sequence) -> bool:
-    """Whether cached tokens help: scores of prompt tokens need every one of them computed."""
-    return seq.request.params.prompt_logprobs is None
+    """Whether cached tokens help: scores of prompt tokens, and the mean of their states, need every
+    one of them computed."""
+    params = seq.request.params
+    return params.prompt_logprobs is None and params.pooling != "mean"
 
 
 def cut_emitted(

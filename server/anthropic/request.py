@@ -201,6 +201,8 @@ class MessagesRequest(CountTokensRequest):
     service_tier: NotUsed[str] = Field(None, description=HARMLESS + "there is one tier.")
     inference_geo: NotUsed[str] = Field(None, description=HARMLESS + "there is one server.")
     diagnostics: NotUsed[Any] = Field(None, description=HARMLESS + "there are none.")
+    context_management: NotUsed[Any] = Field(
+        None, description=HARMLESS + "nothing is taken out of the conversation."
+    )
     container: Unsupported = None
     mcp_servers: Unsupported = None
-    context_management: Unsupported = None

@@ -233,6 +233,7 @@ def _core(
         max_model_len=config.model.max_model_len,
         num_blocks=cache.num_blocks,
         block_size=cache.block_size,
+        hidden_size=target.arch.hidden_size,
         eos_token_ids=sorted(target.eos_token_ids),
         ops={
             name: OperationBackend(backend.name, backend.reason)

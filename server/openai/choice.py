@@ -46,6 +46,7 @@ class ChoiceDelta:
     scored: Sequence[ScoredToken]
     finish_reason: bodies.FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    pooled: bytes | None = None  # see `Tokens`
     token_ids: Sequence[int] = ()  # those since the last delta, the one that ended the choice too
     origins: Sequence[OriginToken] = ()  # of a request with a trace
     rounds: Sequence[Round] = ()  # those since the last delta
@@ -159,9 +160,9 @@ class Choice:
         ended = taken.stop is not None or end is not None
         if ended:
             self.finish_reason = "stop"
-        if not (taken.text or scored or ended or event.prompt_logprobs):
+        if not (taken.text or scored or ended or event.prompt_logprobs or event.pooled):
             return None
-        return self._delta(taken.text, parts, scored, event.prompt_logprobs)
+        return self._delta(taken.text, parts, scored, event)
 
     def take_finished(self, event: Finished) -> ChoiceDelta | None:
         """Take the engine's last event. None when a stop string had already ended the choice."""
@@ -200,7 +201,7 @@ class Choice:
         text: str,
         parts: Sequence[Part],
         scored: Sequence[ScoredToken],
-        prompt_logprobs: list[TokenLogprob | None] | None = None,
+        event: Tokens | None = None,
     ) -> ChoiceDelta:
         ids, self._unsent = self._unsent, []
         rounds, self._rounds = self._rounds, []
@@ -211,7 +212,8 @@ class Choice:
             parts,
             scored,
             self.finish_reason,
-            prompt_logprobs,
+            None if event is None else event.prompt_logprobs,
+            None if event is None else event.pooled,
             ids,
             origins,
             rounds,

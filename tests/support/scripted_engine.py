@@ -29,6 +29,7 @@ INFO = EngineInfo(
     max_model_len=64,
     num_blocks=32,
     block_size=16,
+    hidden_size=4,
     eos_token_ids=[2],
     ops={"linear": OperationBackend("scripted")},
     device="none",

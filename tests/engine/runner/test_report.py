@@ -29,6 +29,10 @@ def scores(first: float, *shape: int) -> torch.Tensor:
     return torch.arange(count, dtype=torch.float32).view(shape) + first
 
 
+def numbers(*values: float) -> bytes:
+    return torch.tensor(values, dtype=torch.float32).numpy().tobytes()
+
+
 def entry(token: int, value: float, *top: tuple[int, float]) -> TokenLogprob:
     return TokenLogprob(token, value, list(top))
 
@@ -47,6 +51,7 @@ def test_every_row_gets_its_part_of_the_outputs_as_far_as_it_asked() -> None:
         num_echo_top=[2, -1, -1, 1],
         echo=[(11, 12), (), (), (13,)],
         traced=[True, True, False, False],
+        pools=[True, False, False, True],
     )
     outputs = StepOutputs(
         emitted=torch.tensor([[9, -1, -1], [7, 8, -1], [6, -1, -1], [0, -1, -1], [3, -1, -1]]),
@@ -60,6 +65,7 @@ def test_every_row_gets_its_part_of_the_outputs_as_far_as_it_asked() -> None:
         top=scores(200, 5, 3, 2),
         echo_logprobs=scores(300, 4),
         echo_top=scores(400, 4, 2),
+        pooled=torch.tensor([[1.0, 2.0], [3.0, float("nan")]]),
         faults=torch.zeros(5, dtype=torch.bool),
     )
     assert report.outcomes(outputs) == (
@@ -67,7 +73,8 @@ def test_every_row_gets_its_part_of_the_outputs_as_far_as_it_asked() -> None:
             prompt_logprobs=(
                 entry(11, 300, (50, 400), (51, 401)),
                 entry(12, 301, (52, 402), (53, 403)),
-            )
+            ),
+            pooled=numbers(1, 2),
         ),
         RowOutcome(
             (7, 8),
@@ -77,5 +84,13 @@ def test_every_row_gets_its_part_of_the_outputs_as_far_as_it_asked() -> None:
             nodes=DraftNodes((66, 67, 68), (0, 0, 1)),
         ),
         RowOutcome((6,)),
-        RowOutcome((0,), 0, (), (entry(0, 109),), (entry(13, 302, (54, 404)),)),
+        RowOutcome(
+            (0,),
+            0,
+            (),
+            (entry(0, 109),),
+            (entry(13, 302, (54, 404)),),
+            unsound=True,
+            pooled=numbers(3, float("nan")),
+        ),
     )

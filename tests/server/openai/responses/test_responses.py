@@ -249,6 +249,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "text.format.schema",
         'the keyword "not" is not supported',
     ),
+    (
+        {"tools": [F], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
+        "tool_choice",
+        'with text.format only "auto" and "none" are',
+    ),
     ({"max_output_tokens": 9999}, "input", "maximum context length is 4096 tokens"),
     ({"max_output_tokens": 0}, "max_output_tokens", "at least 1"),
     ({"temperature": 3}, "temperature", "at most 2"),
