@@ -62,6 +62,7 @@ lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/python -m pytest -q tests/configs/test_deploy.py
 
 bench: $(VENV)/.installed
 	$(PIP) httpx

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+import signal
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -56,6 +58,8 @@ def chat(
     from server.terminal.remote import Remote, RemoteError
     from server.terminal.session import Session
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # also when the window closes, end the server
+        signal.signal(number, _leave)
     console = Console(highlight=False)
     with contextlib.ExitStack() as stack:
         try:
@@ -74,3 +78,7 @@ def chat(
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # lines can be edited
         session.run(lambda: console.input("[bold]> [/bold]"))
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
