@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.linear.grouped import GroupLayout
 from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout
+from kernels.packing.entries import PackedEntries, Walks
 from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
@@ -168,8 +169,10 @@ class Ops:
     # bit for bit what the operations of all layers give in turn. Tensors [T, H] in `taps` take the
     # stream that enters the layers of these places
     decoder_layers: Callable[..., Tensor] | None
-    # (trees) -> their nodes, packed; None: the layout of a step does it with torch
+    # (trees) -> their nodes, packed. None, as the next: the layout of a step does it with torch
     pack_nodes: Callable[[NodeTrees], PackedNodes] | None
+    # (walks) -> what they emitted, packed for a draft head
+    pack_entries: Callable[[Walks], PackedEntries] | None
     # In which forms weights may stay quantised: q4 and q8 (integers in groups), fp8
     reads: frozenset[str]
     stacks_experts: bool  # whether `moe` reads all experts as one tensor

@@ -153,6 +153,7 @@ def native_ops(native: NativeOps) -> Ops:
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         pack_nodes=None,
+        pack_entries=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
@@ -170,6 +171,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.linear import triton_kernel as linear
     from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
+    from kernels.packing import triton_entries as entries
     from kernels.packing import triton_kernel as packing
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_edit as edit
@@ -204,6 +206,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         pack_layer=None,
         decoder_layers=None,
         pack_nodes=packing.pack_nodes,
+        pack_entries=entries.pack_entries,
         reads=_triton_reads(device),
         stacks_experts=True,
         activation_dtype=storage_dtype,
@@ -249,6 +252,7 @@ def reference_ops(
         pack_layer=None,
         decoder_layers=None,
         pack_nodes=None,
+        pack_entries=None,
         reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,

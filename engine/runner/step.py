@@ -333,6 +333,10 @@ class StepBody:
             singles = Singles(inputs.lines, tokens, after, inputs.ends, layout.tables)
             self.proposer.take_singles(singles, hidden)
             return
+        pack_entries = self.context.ops.pack_entries
+        if layout.packed is not None and pack_entries is not None:
+            self.proposer.take(layout.packed_entries(result, pack_entries), hidden)
+            return
         emitted = result.emitted.clone()
         emitted[:, 0] = torch.where(inputs.samples, emitted[:, 0], inputs.next_tokens)
         accepted = torch.where(inputs.samples, result.num_accepted, 0)
