@@ -187,7 +187,8 @@ class SpeculationConfig(Section):
     lookup: StrictBool | None = Field(
         None,
         description="prompt lookup: draft the tokens that followed an earlier occurrence of the "
-        "newest tokens, where that promises more than the head; needs no head; default: true",
+        "newest tokens, or that the client predicted, where that promises more than the head; "
+        "needs no head; default: true",
     )
     draft_parallel: Literal["sharded", "replicated"] = Field(
         "sharded",

@@ -196,6 +196,9 @@ def start_generation(
             choices.append(
                 Choice(index, request, context.tokenizer, options, context.metrics, reader)
             )
+    off = context.config.speculation.lookup is False
+    if off and prompts[0].prediction and "prediction" not in record.not_used:
+        record.not_used.append("prediction")
     context.metrics.ask(body.num_choices, [each.max_tokens for each in params])
     record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     if context.config.log.prompts:

@@ -13,7 +13,14 @@ import httpx
 import msgspec
 import tokenizers
 
-from configs.schema import CacheConfig, Config, LogConfig, ModelConfig, ServerConfig
+from configs.schema import (
+    CacheConfig,
+    Config,
+    LogConfig,
+    ModelConfig,
+    ServerConfig,
+    SpeculationConfig,
+)
 from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
@@ -53,6 +60,7 @@ class Server:
         share_between_clients: bool = False,
         defaults: SamplingDefaults | None = None,
         model: dict[str, Any] | None = None,
+        speculation: dict[str, Any] | None = None,
         specials_in_content: Iterable[str] = (),
         max_model_len: int = INFO.max_model_len,
         **limits: Any,
@@ -67,6 +75,7 @@ class Server:
                 model=ModelConfig(served_name=MODEL, **(model or {})),
                 cache=CacheConfig(share_between_clients=share_between_clients),
                 server=ServerConfig(**limits),
+                speculation=SpeculationConfig(**(speculation or {})),
                 log=LogConfig(prompts=log_prompts),
             )
         )

@@ -366,6 +366,12 @@ def test_a_prediction_reaches_the_engine_as_tokens(server: Server, content: Any)
     assert len(server.engine.submitted[-1].prediction) == server.engine.info.max_model_len  # type: ignore[union-attr]
 
 
+def test_a_server_that_looks_nothing_up_says_so(make_server: MakeServer) -> None:
+    server = make_server(speculation={"lookup": False})
+    response = server.chat(prediction={"type": "content", "content": "a"})
+    assert response.headers["x-aerie-warning"] == "not used: prediction"
+
+
 def test_with_a_prediction_usage_counts_its_tokens(make_server: MakeServer, server: Server) -> None:
     def script(request: Request) -> list[Event]:
         return [
