@@ -77,7 +77,8 @@ class Account:
 
     def is_reference(self, num_rows: int) -> bool:
         """Whether the next step is to be plain, to show what that takes."""
-        return self._plain[_size(num_rows)].is_due()
+        known = self._plain.get(_size(num_rows))  # None: rows have ended since a step was planned
+        return known is not None and known.is_due()
 
     def settle(self, sample: Sample, num_tokens: int) -> None:
         """Take in a step that emitted so many tokens."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from configs.load import ConfigError, as_yaml, load_schema
 from configs.schema import Config, ModelConfig, Section
-from configs.training import SourceConfig, TrainingConfig
+from configs.training import CLOCK_KEYS, SourceConfig, TrainingConfig
 from configs.values import kinds_of, parse, typed
 
 # Texts that YAML takes for truths, nothing, numbers, dates, times or mappings, or refuses.
@@ -116,6 +116,8 @@ def load(key: Key, text: str, source: str, folder: Path) -> object:
     """The key's value, set to `text` by one source; the other keys come from overrides."""
     name = f"{key.section}.{key.name}"
     around = [f"{k}={v}" for k, v in ALONGSIDE[key.schema].items() if k != name]
+    if key.schema is TrainingConfig and key.name in CLOCK_KEYS:
+        around.append("run.minutes=1")
     environment, path = {}, None
     if source == "override":
         around.append(f"{name}={text}")
