@@ -209,6 +209,14 @@ def test_a_plain_choice_stands_until_rows_come(monkeypatch: pytest.MonkeyPatch) 
     assert len(planned) == 2
 
 
+def test_a_choice_of_drafts_stands_while_rows_end() -> None:
+    planner = AdaptivePlanner(CHAINS, measured(memory_bound))
+    for _ in range(300):
+        if step(planner, 4, accepts=True).shape != ROOT and planner._num_standing:
+            break
+    assert step(planner, 1, accepts=True).shape != ROOT
+
+
 def test_while_the_account_is_overdrawn_nothing_is_drafted_or_looked_up() -> None:
     planner = AdaptivePlanner(CHAINS, measured(memory_bound))
     first, choice = planner.choose(candidates(4)), planner.choose(candidates(4))
