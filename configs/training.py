@@ -21,6 +21,7 @@ from configs.schema import (
 
 TRAIN = "train"  # folder of configs/ with the files for `aerie train-draft`
 SAMPLE = "sample"  # written instead of a file: the conversations that ship with Aerie
+CLOCK_KEYS = ("rows", "answering")  # of data; for runs with run.minutes
 FEATURE_KINDS = ("eagle", "dense")  # learn the target's features, as in EAGLE-1 and 2508.08192
 FEATURE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "head": {"init": "random"},
@@ -42,11 +43,11 @@ class DataConfig(Section):
     limit: Positive | None = Field(None, description="prompts to answer; default: all")
     max_new_tokens: Positive = Field(256, description="limit of a generated answer")
     max_tokens: Positive = Field(1024, description="limit of one example; the rest is cut off")
-    rows: Positive = Field(
-        1024, description="run.minutes: answers that the target writes at the same time"
+    rows: Positive | None = Field(
+        None, description="run.minutes: answers that are written at the same time; default: 1024"
     )
-    answering: Number = Field(
-        0.6, gt=0, lt=1, description="run.minutes: share of the time that answering takes"
+    answering: Number | None = Field(
+        None, gt=0, lt=1, description="run.minutes: share of the time for answers; default: 0.5"
     )
     held_out: Positive = Field(64, description="examples kept from training, to measure the head")
     cache_dir: Path | None = Field(
@@ -192,6 +193,9 @@ class TrainingConfig(Section):
             )
         if self.run.minutes is not None:
             self._check_clock()
+        for key in CLOCK_KEYS:
+            if self.run.minutes is None and getattr(self.data, key) is not None:
+                raise ValueError(f"data.{key} is for runs with run.minutes, which is not set")
         if not self.loss.tokens and not self.loss.features:
             raise ValueError("loss.tokens and loss.features are both 0: nothing would be learnt")
         if self.head.kind != "eagle3":

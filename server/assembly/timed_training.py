@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from configs.training import HostTrainingConfig
 from drafter.train.conversations import Prompt
@@ -30,6 +31,7 @@ from server.assembly.training_target import (
 from server.text.chat_codec import ChatCodec, load_codec
 
 SPENT = "time.json"  # in run.output
+ROWS, ANSWERING = 1024, 0.5  # defaults of data.rows and data.answering
 FIRST_BATCHES = 40  # answered before the first step: the draft vocabulary is counted in them
 FIRST_SHARE = 0.1  # of the time, which they may take at most
 ME = Worker()
@@ -42,6 +44,8 @@ def train_by_the_clock(config: HostTrainingConfig) -> None:
         OSError, ValueError: configuration, model or prompts are invalid, or the disk is full.
     """
     assert config.run.minutes is not None
+    if dist.is_torchelastic_launched():
+        raise ValueError("run.minutes trains in one process on one device, without torchrun")
     clock = Clock(config.run.minutes * 60)
     output = config.run.output
     check_no_run(output)
@@ -58,7 +62,7 @@ def train_by_the_clock(config: HostTrainingConfig) -> None:
     rate = by_clock(config.optimizer, clock.share)
     run = assemble(config, target, text, rate, ME, fingerprint_of(config, held_out, ME))
     record_run(config, run.record)
-    timed = TimedRun(run.trainer, pool, config.data.answering, clock)
+    timed = TimedRun(run.trainer, pool, config.data.answering or ANSWERING, clock)
     tell(ME, f"{clock.elapsed():.1f} s: {_facts(run, pool)}")
     timed.run(_report(config, clock, pool))
     timed.spent.write(output / SPENT)
@@ -83,7 +87,7 @@ def _lockstep(
         target.dtype,
         target.device,
         eos_ids,
-        rows=data.rows,
+        rows=data.rows or ROWS,
         max_new_tokens=data.max_new_tokens,
         max_prompt_tokens=data.max_tokens - data.max_new_tokens,
         seed=config.run.seed,

@@ -246,6 +246,7 @@ def test_a_head_learns_to_draft_what_its_target_says(
         ({"head__colour": "red"}, "unknown key 'head.colour'; known here: kind, num_layers"),
         ({"head__kind": "eagle"}, "head.draft_vocab_size is for eagle3 heads"),
         ({"loss__tokens": 0}, "loss.tokens and loss.features are both 0"),
+        ({"data__rows": 4}, "data.rows is for runs with run.minutes, which is not set"),
         ({"run__minutes": 1}, "run.minutes trains on answers to data.prompts alone: unset data.co"),
         ({"model__source": "/nowhere"}, "/nowhere"),
         ({"kernels__backend": "tpu"}, "kernels.backend"),
