@@ -1,7 +1,9 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
+# make chat [CONFIG=...] [ARGS="..."]
 # make install | test | test-extended | test-parallel | test-clients | test-triton | lint | gpu-check | clean
 # make bench | compare | tables (docs/benchmarks.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
+# make page | test-page (the page at /)
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
 # environment that has it: make install TORCH= VENV=path/to/that/venv
@@ -22,12 +24,16 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test test-extended test-parallel test-clients test-triton lint bench \
-	compare tables gpu-check gpu-train clean
+.PHONY: page test-page install serve chat test test-extended test-parallel test-clients test-triton lint \
+	bench compare tables gpu-check gpu-train clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
 	$(BIN)/aerie serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+# A chat in the terminal, with a server of its own.
+chat: $(VENV)/.installed
+	$(BIN)/aerie chat --config $(CONFIG) $(ARGS)
 
 install: $(VENV)/.installed
 
@@ -46,11 +52,17 @@ test-parallel: $(VENV)/.test-tools
 test-clients: $(VENV)/.client-tools
 	$(BIN)/python -m pytest -m clients -p no:unraisableexception $(TEST_ARGS) tests/e2e/test_clients.py
 
+# The page in a headless Chromium, if the machine has one: apt install chromium
+test-page: $(VENV)/.test-tools
+	$(PIP) -e ".[browser]"
+	$(BIN)/python -m pytest -m browser $(TEST_ARGS) tests/server/page
+
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/python -m pytest -q tests/configs/test_deploy.py
 
 bench: $(VENV)/.installed
 	$(PIP) httpx
@@ -82,6 +94,11 @@ TRITON ?= 3.6.0
 test-triton: $(VENV)/.test-tools
 	test -d build/triton-$(TRITON) || $(PIP) --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest $(TEST_ARGS) $(wildcard tests/kernels/test_triton_*.py)
+
+# The libraries of the page at /, from the versions of server/page/vendor/package-lock.json. Needs
+# npm; the files it makes are part of the repository, so nothing else does.
+page:
+	cd server/page/vendor && npm ci --ignore-scripts --no-audit --no-fund && npm run build
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt

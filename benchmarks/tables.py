@@ -67,6 +67,7 @@ def markdown(kind: str, *contents: Content) -> str:
     known: dict[str, Render] = {
         "compare": _compare,
         "accuracy": _accuracy,
+        "schemas": _schemas,
         "serving": _serving,
         "latency": _latency,
         "acceptance": _acceptance,
@@ -173,6 +174,47 @@ def _accuracy(content: Content) -> Iterable[str]:
     head = ("weights", "perplexity", "against float32", "KL", "same best")
     yield from _table(head, cells, left=(0,))
     yield from _listed(_first_lines(content["notes"]))
+
+
+def _schemas(content: Content) -> Iterable[str]:
+    if "suite" in content:
+        yield from _suite_table(content["suite"])
+    if "collection" in content:
+        yield from _collection_lines(content)
+
+
+def _suite_table(suite: Content) -> Iterable[str]:
+    yield (
+        "Schemas of the JSON-Schema-Test-Suite that are objects, without those of its optional "
+        "tests. Refused: a request gets a 400 that says why. Of the others: valid instances that "
+        "their grammar takes, and invalid ones that it takes."
+    )
+    yield ""
+    cells = [
+        [
+            draft,
+            str(each["schemas"]),
+            str(each["refused"]),
+            f"{each['valid_taken']} of {each['valid']}",
+            f"{each['invalid_taken']} of {each['invalid']}",
+        ]
+        for draft, each in suite.items()
+    ]
+    head = ("draft", "schemas", "refused", "valid taken", "invalid taken")
+    yield from _table(head, cells, left=(0,))
+
+
+def _collection_lines(content: Content) -> Iterable[str]:
+    found = content["collection"]
+    written = found["chosen"] - found["refused"]
+    yield ""
+    yield (
+        f"{content['model']} wrote a text of at most {content['max_tokens']} tokens at temperature "
+        f"1 for {written} of {found['chosen']} schemas; {found['refused']} were refused. "
+        f"{found['complete']} texts were complete, and {found['valid']} of these fit their schema. "
+        f"{found['equal']} of {written} were the same without drafts; {found['accepted']} of "
+        f"{found['drafted']} drafted tokens were accepted, for {found['tokens']} tokens of text."
+    )
 
 
 def _serving(content: Content) -> Iterable[str]:

@@ -164,7 +164,7 @@ def _allowed(kind: str, location: tuple[int | str, ...], schema: type[Section]) 
 
 def _problem(key: str, kind: str, message: str, value: object) -> str:
     message = message.removeprefix("Value error, ")
-    if kind == "value_error" and isinstance(value, Mapping):
+    if kind == "value_error" and "." not in key:
         return message  # of a whole section; it names its keys
     shown = REDACTED if key.startswith(SECRETS) else repr(value)
     return f"{key} = {shown}: {message}"

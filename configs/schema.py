@@ -12,6 +12,9 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -40,6 +43,22 @@ Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 WeightForm = Literal["stored", "plain", "q8", "q4"]  # how weights are kept
+
+
+def _say_allowed_layers(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise ValueError(
+            "write 'auto', 'outputs', 'boundaries', or numbers of layers as [2, 16, 29]"
+        ) from error
+
+
+# Which hidden states of the target an EAGLE-3 head reads
+AuxLayers = Annotated[
+    Literal["auto", "outputs", "boundaries"] | tuple[Annotated[Integer, Field(ge=0)], ...],
+    WrapValidator(_say_allowed_layers),
+]
 
 
 class Section(BaseModel):
@@ -86,6 +105,11 @@ class ModelConfig(Section):
         description="think: text from <think> to </think> at the start of an answer is its "
         "`reasoning_content`; none: it is content; auto: think where the chat template has these "
         "marks",
+    )
+    pooling: Literal["last", "mean"] = Field(
+        "last",
+        description="which final hidden state is the embedding of a text: that of its last token, "
+        "or the mean over all; a request may say otherwise",
     )
     generation_config: Literal["model", "none"] = Field(
         "model",
@@ -144,6 +168,14 @@ class SpeculationConfig(Section):
         description="how the head is kept, as in model.weights; auto: q8 where the kernels read "
         "quantised weights, else plain",
     )
+    aux_layers: AuxLayers = Field(
+        "auto",
+        description="which hidden states of the target an EAGLE-3 head reads. The ids in its "
+        "config.json mean outputs of layers to some programs, and boundaries (state after so many "
+        "layers, 0: the embedding) to others: outputs, boundaries, or auto (by their place in the "
+        "file). A list gives the boundaries themselves. A wrong choice costs acceptance only: "
+        "`aerie eval-draft` with each shows which is right",
+    )
     tree: str = Field(
         "auto", description="auto, root, or one tree for every step: a name or file of configs/tree"
     )
@@ -155,7 +187,8 @@ class SpeculationConfig(Section):
     lookup: StrictBool | None = Field(
         None,
         description="prompt lookup: draft the tokens that followed an earlier occurrence of the "
-        "newest tokens, where that promises more than the head; needs no head; default: true",
+        "newest tokens, or that the client predicted, where that promises more than the head; "
+        "needs no head; default: true",
     )
     draft_parallel: Literal["sharded", "replicated"] = Field(
         "sharded",
@@ -218,6 +251,7 @@ class ServerConfig(Section):
         "",
         description="prefix of all paths, such as /llm, under which a proxy serves this server",
     )
+    page: StrictBool = Field(True, description="serve the chat page at /")
     allowed_hosts: tuple[str, ...] = Field(
         (),
         description="Host headers to accept, without port; * accepts all. Default: the names of "
@@ -277,6 +311,7 @@ class ServerConfig(Section):
         "per second) is disconnected",
     )
     max_choices: Positive = Field(128, description="largest n x prompts of one request")
+    max_embeddings: Positive = Field(2048, description="inputs of one request for embeddings")
     max_stored_responses: Integer = Field(
         1024,
         ge=0,

@@ -86,8 +86,10 @@ def parse_for(text: str, wanted: object) -> Any:
         return [parse(text)] if is_quoted and is_list else parse(text)
     if not is_list:
         return Unquoted(text)
-    is_yaml = text.startswith(YAML_STARTS) or text.lower() in NOTHING
-    return parse(text) if is_yaml else [Unquoted(item.strip()) for item in text.split(",")]
+    if text.startswith(YAML_STARTS) or text.lower() in NOTHING:
+        return parse(text)
+    # Where a word may stand for a list, only brackets make one.
+    return Unquoted(text) if str in kinds else [Unquoted(each.strip()) for each in text.split(",")]
 
 
 def typed(value: object, wanted: object) -> object:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.schema import AuxLayers
 from drafter import manifest, vocab
 from drafter.head_files import check_tensors, open_tensors, read_config
 from drafter.head_shards import write_json, write_tensors
@@ -23,13 +24,13 @@ from engine.checkpoints.arch import LlamaArch
 logger = logging.getLogger(__name__)
 
 
-def load_head(path: Path, builder: HeadBuilder) -> LoadedHead:
+def load_head(path: Path, builder: HeadBuilder, aux: AuxLayers = "auto") -> LoadedHead:
     """Load the head in the directory `path` for the target of `builder`, whose embedding and LM
-    head it shares where it has none of its own, or the same. Raises ValueError that names the file,
-    and the tensor or the key at fault.
+    head it shares where it has none of its own, or the same; `aux` as in `read_head_config`. Raises
+    ValueError that names the file, and the tensor or the key at fault.
     """
     target, max_len = builder.target.arch, builder.max_len
-    config = read_head_config(path, target)
+    config = read_head_config(path, target, aux)
     found = open_tensors(path)
     check_tensors(manifest.head_tensors(config, target, found), found, path)
     _warn(path, config, target, max_len)
@@ -50,6 +51,9 @@ def _warn(path: Path, config: HeadConfig, target: LlamaArch, max_len: int) -> No
             stored,
             stored,
         )
+    if config.kind == "eagle3" and config.use_aux and not config.guesses_taps:
+        places = list(config.aux_layers or ())
+        logger.info("%s: the head reads the target after %s layers", path.name, places)
     if config.guesses_taps:
         logger.warning(
             "%s names no target layers (%s): the usual ones, %s, are read. If few drafted tokens "
@@ -68,12 +72,12 @@ def _warn(path: Path, config: HeadConfig, target: LlamaArch, max_len: int) -> No
         )
 
 
-def read_head_config(path: Path, target: LlamaArch) -> HeadConfig:
+def read_head_config(path: Path, target: LlamaArch, aux: AuxLayers = "auto") -> HeadConfig:
     """The checked configuration of the head in the directory `path`; ValueError unless it fits
-    `target`. Reads no weights."""
+    `target`. `aux`: what its ids of target layers mean, or these layers. Reads no weights."""
     content = read_config(path)
     try:
-        config = HeadConfig.from_json(content)
+        config = HeadConfig.from_json(content, aux)
         _check_fits(config, target)
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error

@@ -64,11 +64,15 @@ class Grower:
     def _ranked(self, states: Tensor, depth: int) -> Iterator[Tensor]:
         """The logits after nodes of one depth, some rows at a time, with the noise of the draw."""
         nodes = states.flatten(0, 1).contiguous()
-        settings = self._settings(depth, states.shape[1])
+        noisy = self.limits.any_sampled
+        settings = self._settings(depth, states.shape[1]) if noisy else None
         for some in logit_slices(len(nodes)):
             logits = self.head.logits(nodes[some], self.ctx)
-            part = settings_of(settings, some)
-            yield self.ctx.ops.add_noise(logits, part, self.head.target_ids)
+            if settings is None:
+                yield logits
+            else:
+                part = settings_of(settings, some)
+                yield self.ctx.ops.add_noise(logits, part, self.head.target_ids)
 
     def forward(
         self, tokens: Tensor, features: Tensor, nodes: Tensor, masks: Tensor, depth: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +153,8 @@ class DraftProposer:
             return Drafted(self._grow(roots, ready, shape, limits), wanted & ~sound)
         # All ranks must run the head on the same rows.
         ready = self._ctx.group.from_first(ready.long()).bool()
+        if bool(ready.all()):
+            return Drafted(self._grow(roots, ready, shape, limits), wanted & ~sound)
         tree = DraftTree.roots(roots.tokens)
         if bool(ready.any()):
             rows = ready.nonzero()[:, 0]
@@ -239,31 +242,28 @@ class DraftProposer:
 
     def _take_in(self, committed: Committed, features: Features) -> None:
         """Run entries through the head, and keep the state of each row's last entry by line."""
-        counts = committed.cu.diff()
-        last = (committed.cu[1:] - 1).clamp(min=0)
-        newest = committed.positions[last]
-        prefix_lens = torch.where(counts > 0, newest + 1 - counts, 0)
+        entries = _entries_of(committed)
         if committed.exact:
-            self._note_entries(committed, prefix_lens)
+            self._note_entries(committed, entries.prefix_lens)
         batch = DraftBatch(
             token_ids=committed.tokens,
             positions=committed.positions,
             slots=committed.slots,
             attention=AttentionMeta(
-                cu_q=committed.cu.int(),
-                prefix_lens=prefix_lens.int(),
-                first_keys=self._first_keys(committed.lines, prefix_lens),
+                cu_q=entries.cu_q,
+                prefix_lens=entries.prefix_lens,
+                first_keys=self._first_keys(committed.lines, entries.prefix_lens),
                 block_tables=committed.block_tables,
-                ancestors=torch.zeros_like(committed.tokens),
+                ancestors=entries.masks,
                 max_q=committed.max_entries,
                 max_context=committed.max_context,
             ),
         )
         states = self._head.forward(self._head.fuse(features, self._ctx), batch, self._ctx)
         lines = committed.lines
-        self._states.index_put_((lines,), states[last])
+        self._states.index_put_((lines,), states[entries.last])
         # A row without entries is at its end, so the state of its line is useless.
-        self._positions.index_put_((lines,), torch.where(counts > 0, newest, -1))
+        self._positions.index_put_((lines,), entries.newest)
 
     def _note_entries(self, committed: Committed, prefix_lens: Tensor) -> None:
         """Note that these tokens have entries, and from where on none is missing before them."""
@@ -287,6 +287,32 @@ class DraftProposer:
         if self._window is not None:
             first = first.maximum(prefix_lens - self._window)
         return first.minimum(prefix_lens).int()
+
+
+class _Entries(NamedTuple):
+    """Entries by row."""
+
+    cu_q: Tensor  # [B + 1] int32
+    prefix_lens: Tensor  # [B] int32, position of the row's first entry; 0 without one
+    last: Tensor  # [B] int64, index of its last entry
+    newest: Tensor  # [B] int64, position of its last entry; -1 without one
+    masks: Tensor  # [C] int64 zeros: the entries of a row are causal
+
+
+def _entries_of(committed: Committed) -> _Entries:
+    packed = committed.packed
+    if packed is not None:
+        return _Entries(packed.cu_q, packed.prefix_lens, packed.last, packed.newest, packed.masks)
+    counts = committed.cu.diff()
+    last = (committed.cu[1:] - 1).clamp(min=0)
+    newest = committed.positions[last]
+    return _Entries(
+        cu_q=committed.cu.int(),
+        prefix_lens=torch.where(counts > 0, newest + 1 - counts, 0).int(),
+        last=last,
+        newest=torch.where(counts > 0, newest, -1),
+        masks=torch.zeros_like(committed.tokens),
+    )
 
 
 def _all_greedy(roots: Roots) -> Roots:

@@ -14,6 +14,7 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    pooled: bytes | None = None
     finished: Finished | None = None
 
     def take(self, event: Tokens | Finished) -> None:
@@ -25,3 +26,4 @@ class Completion:
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs or []
         self.prompt_logprobs += event.prompt_logprobs or []
+        self.pooled = event.pooled or self.pooled

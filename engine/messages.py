@@ -20,6 +20,31 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]  # best alternatives first, at most `logprobs` of them
 
 
+class DraftNodes(msgspec.Struct, frozen=True, array_like=True):
+    """The nodes of a verified tree besides its root, parents before children. Node 0 is the root;
+    node i has token `tokens[i - 1]`."""
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()  # -1: a node that could not be accepted, see DraftTree.ending_at
+
+
+class DraftSource(enum.StrEnum):
+    """Who drafted a tree."""
+
+    HEAD = "draft"  # the draft head
+    LOOKUP = "lookup"  # an earlier occurrence of the newest tokens, or the client's prediction
+    GRAMMAR = "grammar"  # the request's grammar, which allows nothing else
+
+
+class Round(msgspec.Struct, frozen=True, array_like=True):
+    """How the tokens of one step came. The tokens of the accepted nodes come first, then the one
+    that the target added (the bonus token); the end of the text may cut them."""
+
+    source: DraftSource | None = None  # None: nothing was drafted
+    nodes: DraftNodes = DraftNodes()
+    path: tuple[int, ...] = ()  # accepted nodes, from the root down
+
+
 class Choice(msgspec.Struct, frozen=True, array_like=True):
     """What distinguishes one more choice from a `Request` for the same prompt."""
 
@@ -69,12 +94,16 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """New output tokens of one request, in order. `prompt_logprobs` are sent once, before the
-    first output token: one entry per prompt token, None for the first."""
+    first output token: one entry per prompt token, None for the first. So is `pooled`, the state of
+    the prompt that `SamplingParams.pooling` asks for: float32 numbers, [H]. `round` is sent to
+    requests that ask for a trace."""
 
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    round: Round | None = None
+    pooled: bytes | None = None
 
 
 class ErrorCode(enum.StrEnum):
@@ -151,10 +180,12 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     max_model_len: int
     num_blocks: int
     block_size: int
+    hidden_size: int  # H, of the final hidden states
     eos_token_ids: list[int]
     ops: dict[str, OperationBackend]  # by operation
     device: str
     draft: DraftFacts | None = None  # None: no draft head
+    weights: dict[str, int] = {}  # bytes of the target on rank 0, by form: float32, fp8, q4, ...
 
     @property
     def ops_in_words(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 GrammarKind = Literal["json_schema", "regex", "lark", "llguidance"]
+Pooling = Literal["last", "mean"]
 
 
 class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +43,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None  # alternatives per output token; None: no logprobs at all
     prompt_logprobs: int | None = None  # the same for prompt tokens (completions with `echo`)
     grammar: Grammar | None = None  # only tokens that it allows are drawn
+    # The final hidden state of the prompt's last token, or the mean of all its tokens, is wanted.
+    pooling: Pooling | None = None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,6 +59,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cache_salt: str = ""  # prefixes are shared only between requests with the same salt
     prediction: list[int] = msgspec.field(default_factory=list)  # tokens that the client expects
     max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
+    trace: bool = False  # report the verified trees with the tokens
     arrival_time: float = 0.0  # seconds, time.time()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.linear.grouped import GroupLayout
 from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout
+from kernels.packing.entries import PackedEntries, Walks
 from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
@@ -142,7 +143,7 @@ class Ops:
     edit_logits: Callable[[Tensor, LogitEdits], Tensor]
     # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits stay unchanged
     draw: Callable[[Tensor, DrawSettings], Tensor]
-    # (logits [R, V] float32) -> [R] bool: a token can be drawn, see kernels/sampling/reference.py
+    # (logits [R, V] float32) -> [R] bool: whether no logit is NaN or +inf, and one is finite
     are_sound: Callable[[Tensor], Tensor]
     # (draft logits [R, V] float32, settings, target's ids [V] int64 or None) -> [R, V] float32 to
     # rank drafts by, noise included; see kernels/sampling/noisy_reference.py
@@ -164,11 +165,14 @@ class Ops:
     # The next two are None where layers are made of the operations above
     pack_layer: Callable[[LayerWeights], PackedLayer] | None
     # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and
-    # v_cache of each) -> [T, H], not yet added to the residual, which is changed in place: bit for
-    # bit what the operations of all layers give in turn
+    # v_cache of each, taps) -> [T, H], not yet added to the residual, which is changed in place:
+    # bit for bit what the operations of all layers give in turn. Tensors [T, H] in `taps` take the
+    # stream that enters the layers of these places
     decoder_layers: Callable[..., Tensor] | None
-    # (trees) -> their nodes, packed; None: the layout of a step does it with torch
+    # (trees) -> their nodes, packed. None, as the next: the layout of a step does it with torch
     pack_nodes: Callable[[NodeTrees], PackedNodes] | None
+    # (walks) -> what they emitted, packed for a draft head
+    pack_entries: Callable[[Walks], PackedEntries] | None
     # In which forms weights may stay quantised: q4 and q8 (integers in groups), fp8
     reads: frozenset[str]
     stacks_experts: bool  # whether `moe` reads all experts as one tensor

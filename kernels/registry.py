@@ -49,14 +49,7 @@ OPERATIONS = (
     "tree_walk",
 )
 # The native backend runs these in plain torch
-TORCH_OPERATIONS = (
-    "edit_logits",
-    "are_sound",
-    "tree_expand",
-    "tree_select",
-    "tree_ancestors",
-    "tree_walk",
-)
+TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -135,7 +128,7 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
 
 
 def native_ops(native: NativeOps) -> Ops:
-    """C++ kernels for all operations except logit edits and trees, which are small."""
+    """C++ kernels for all operations except logit edits and growing trees, which are small."""
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -149,17 +142,18 @@ def native_ops(native: NativeOps) -> Ops:
         moe=native.moe,
         argmax=native.argmax,
         edit_logits=edit_logits,
-        draw=TorchDraw(native.argmax, native.gumbel_argmax),
-        are_sound=sampling.are_sound,
+        draw=TorchDraw(native.argmax, native.gumbel_argmax, native.draw),
+        are_sound=native.are_sound,
         add_noise=native.add_noise,
         score=TorchScore(native.logsumexp),
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
-        tree_walk=tree.walk,
+        tree_walk=native.tree_walk,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         pack_nodes=None,
+        pack_entries=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
@@ -177,6 +171,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.linear import triton_kernel as linear
     from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
+    from kernels.packing import triton_entries as entries
     from kernels.packing import triton_kernel as packing
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_edit as edit
@@ -211,6 +206,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         pack_layer=None,
         decoder_layers=None,
         pack_nodes=packing.pack_nodes,
+        pack_entries=entries.pack_entries,
         reads=_triton_reads(device),
         stacks_experts=True,
         activation_dtype=storage_dtype,
@@ -256,6 +252,7 @@ def reference_ops(
         pack_layer=None,
         decoder_layers=None,
         pack_nodes=None,
+        pack_entries=None,
         reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from configs.schema import AuxLayers
 from engine.checkpoints.arch import ARCHITECTURE, LlamaArch
 from engine.step.taps import LAST_OUTPUT
 
@@ -33,6 +34,12 @@ FC_BIAS_KEYS = ("fusion_bias", "eagle_fc_bias", "bias")
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 DEFAULT_AUX = 3  # target layers that are read if the file names none
 
+# Families that draft in parallel: what their names contain, and keys that only they have
+PARALLEL: dict[str, tuple[str, tuple[str, ...]]] = {
+    "DFlash": ("dflash", ("dflash_config",)),
+    "DSpark": ("dspark", ("markov_rank",)),
+    "P-EAGLE": ("peagle", ("parallel_drafting", "mask_token_id")),
+}
 # Options of some heads, with the only value that is implemented here.
 ONLY = {
     "layernorms": False,
@@ -40,7 +47,6 @@ ONLY = {
     "skip_prenorm": True,
     "skip_output_norm": True,
     "use_qk_norm": False,
-    "parallel_drafting": False,
     "use_mtp_layernorm": False,
     "parallel_draft_step": 1,
 }
@@ -87,22 +93,25 @@ class HeadConfig:
             )
 
     @classmethod
-    def from_json(cls, config: Json) -> HeadConfig:
-        """Read a config.json. ValueError for an option that is not implemented."""
+    def from_json(cls, config: Json, aux: AuxLayers = "auto") -> HeadConfig:
+        """Read a config.json; `aux`: what the ids of target layers mean, or these layers.
+        ValueError for an option that is not implemented."""
+        _refuse_parallel(config)
         kind = _kind(config)
         _refuse_unsupported(config)
         layers = _layers(config)
         _refuse_unsupported(layers)
         arch = LlamaArch.from_hf_config({**layers, "architectures": [ARCHITECTURE]})
         if kind == "eagle":
+            _refuse_aux(aux, "an EAGLE head reads the final hidden state only")
             return cls(kind, arch, arch.vocab_size, arch.hidden_size, fc_bias=_fc_bias(config))
         return cls(
             kind,
             arch,
             draft_vocab_size=_typed(config, "draft_vocab_size", arch.vocab_size),
             target_hidden_size=_typed(config, "target_hidden_size", arch.hidden_size),
-            norm_before_residual=_option(config, "norm_before_residual", False),
-            aux_layers=_aux_layers(config),
+            norm_before_residual=_option(config, "norm_before_residual", _is_speculators(config)),
+            aux_layers=_aux_layers(config, aux),
             use_aux=_option(config, "use_aux_hidden_state", True),
             norm_before_fc=_option(config, "norm_before_fc", False),
             fc_norm=_option(config, "fc_norm", False),
@@ -159,6 +168,30 @@ def _kind(config: Json) -> Kind:
     )
 
 
+def _refuse_parallel(config: Json) -> None:
+    """Heads that draft several tokens in one pass need another proposer."""
+    names = [config.get("speculators_model_type"), *(config.get("architectures") or [])]
+    said = " ".join(str(name).lower().replace("-", "").replace("_", "") for name in names)
+    for family, (mark, keys) in PARALLEL.items():
+        tables = (config, _table(config, "eagle_config"))
+        if mark in said or any(table.get(key) for key in keys for table in tables):
+            raise ValueError(
+                f"{family} heads, which draft several tokens at once, are not supported; EAGLE and "
+                "EAGLE-3 heads are"
+            )
+
+
+def _is_speculators(config: Json) -> bool:
+    """vLLM takes an absent `norm_before_residual` of this layout for true, of others for false."""
+    return config.get("speculators_model_type") is not None
+
+
+def _refuse_aux(aux: AuxLayers, reason: str) -> None:
+    if aux != "auto":
+        said = list(aux) if isinstance(aux, tuple) else aux
+        raise ValueError(f"speculation.aux_layers is {said!r}, but {reason}; 'auto' is possible")
+
+
 def _layers(config: Json) -> Json:
     """The part that describes decoder layers; speculators and old vLLM nest it in a key."""
     if config.get("speculators_model_type") is None:
@@ -190,14 +223,30 @@ def _fc_bias(config: Json) -> bool | None:
     return None
 
 
-def _aux_layers(config: Json) -> tuple[int, ...] | None:
-    """The layers whose inputs are read, if the file names them, as many as it says."""
-    layers, wanted = _named_layers(config), _typed(config, "num_aux_hidden_states", 0)
+def _aux_layers(config: Json, aux: AuxLayers) -> tuple[int, ...] | None:
+    """The layers whose inputs are read, if they are named, as many as the file says."""
+    if not _option(config, "use_aux_hidden_state", True):
+        _refuse_aux(aux, "this head reads the final hidden state only")
+    layers, wanted = _chosen_layers(config, aux), _typed(config, "num_aux_hidden_states", 0)
     found = DEFAULT_AUX if layers is None else len(layers)
     if wanted not in (0, found):
         named = "names none" if layers is None else f"names {found}"
         raise ValueError(f"num_aux_hidden_states is {wanted}, but {AUX_IDS} {named}")
     return layers
+
+
+def _chosen_layers(config: Json, aux: AuxLayers) -> tuple[int, ...] | None:
+    if aux == "auto":
+        return _named_layers(config)
+    if isinstance(aux, tuple):
+        return aux
+    named = _ids(config.get(AUX_IDS)) or _ids(_table(config, "eagle_config").get(AUX_IDS))
+    if named is None:
+        raise ValueError(
+            f"speculation.aux_layers is {aux!r}, but the head names no layers ({AUX_IDS}); 'auto' "
+            "and a list are possible"
+        )
+    return tuple(layer + 1 for layer in named) if aux == "outputs" else named
 
 
 def _named_layers(config: Json) -> tuple[int, ...] | None:

@@ -83,7 +83,7 @@ def read_quantisation(config: Json) -> Quantisation | None:
             f"{', '.join(METHODS)} are"
         )
     try:
-        return Quantisation(method, tuple(METHODS[method](found)), _left_out(found))
+        return Quantisation(method, tuple(METHODS[method](found)), left_out_patterns(found))
     except ValueError as error:
         raise ValueError(f"quantization_config ({method}): {error}") from error
 
@@ -92,7 +92,8 @@ Rules = Iterable[tuple[tuple[str, ...], Scheme]]
 EVERY = (ALL_LINEAR,)
 
 
-def _left_out(found: Json) -> tuple[str, ...]:
+def left_out_patterns(found: Json) -> tuple[str, ...]:
+    """Patterns of the layers that a `quantization_config` leaves out, see `is_named`."""
     keys = ("ignore", "ignored_layers", "modules_to_not_convert")
     return tuple(str(name) for key in keys for name in found.get(key) or ())
 

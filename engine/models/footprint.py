@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.checkpoints.arch import LlamaArch
 from engine.step.batch import LOGIT_ROWS
+from kernels.ops import LinearWeight
 
 GIB = 1024**3
 ROUNDED_UP = 1.25  # a padded step has at most a quarter more tokens than the budget
@@ -24,7 +25,30 @@ logger = logging.getLogger(__name__)
 
 def held_bytes(*parts: Any) -> int:
     """Bytes of all tensors in (nested) dataclasses and tuples. A shared tensor counts once."""
-    return sum(tensor.nbytes for tensor in {id(each): each for each in _tensors(parts)}.values())
+    return sum(bytes_by_form(*parts).values())
+
+
+def bytes_by_form(*parts: Any) -> dict[str, int]:
+    """The same by form: the type of plain numbers, and what `Ops.reads` calls quantised weights,
+    with their scales."""
+    seen: set[int] = set()
+    found: dict[str, int] = {}
+    for form, tensor in _forms(parts, None):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[form] = found.get(form, 0) + tensor.nbytes
+    return dict(sorted(found.items()))
+
+
+def _forms(part: Any, form: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with the form of the weight that it belongs to."""
+    if isinstance(part, LinearWeight):
+        form = None if part.layout is None else part.layout.form
+    if isinstance(part, Tensor):
+        yield form or str(part.dtype).removeprefix("torch."), part
+        return
+    for each in _fields(part):
+        yield from _forms(each, form)
 
 
 def step_bytes(
@@ -42,15 +66,13 @@ def step_bytes(
     return int(ROUNDED_UP * max_num_tokens * per_token) + logits + counts
 
 
-def _tensors(part: Any) -> Iterator[Tensor]:
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, tuple):
-        for each in part:
-            yield from _tensors(each)
+def _fields(part: Any) -> Iterator[Any]:
+    """What a tuple or a dataclass holds."""
+    if isinstance(part, tuple):
+        yield from part
     elif dataclasses.is_dataclass(part):
         for field in dataclasses.fields(part):
-            yield from _tensors(getattr(part, field.name))
+            yield getattr(part, field.name)
 
 
 def layers_with_progress(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -172,7 +172,7 @@ class DecoderLayer:
         """
         if self.whole is not None:
             layer = self.attention.layer
-            return run_whole([self.whole], slice(layer, layer + 1), x, residual, batch, ctx)
+            return run_whole([self.whole], slice(layer, layer + 1), x, residual, batch, ctx, {})
         if self.input_norm is not None:
             x = self.input_norm.add(x, residual, ctx)
         x = self.attention(x, batch, ctx)
@@ -186,9 +186,11 @@ def run_whole(
     residual: Tensor,
     batch: AttentionInputs,
     ctx: ForwardContext,
+    taps: Mapping[int, Tensor],
 ) -> Tensor:
-    """Consecutive layers in one call; `pages` are theirs in the KV cache. See `DecoderLayer`."""
+    """Consecutive layers in one call; `pages` are theirs in the KV cache. See `DecoderLayer`, and
+    `Ops.decoder_layers` for `taps`."""
     assert ctx.ops.decoder_layers is not None
     kv = ctx.kv.keys[pages], ctx.kv.values[pages]
     inputs = (batch.positions, batch.slots, batch.attention, *kv)
-    return ctx.ops.decoder_layers(layers, x, residual, *inputs)
+    return ctx.ops.decoder_layers(layers, x, residual, *inputs, taps)

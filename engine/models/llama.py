@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -51,13 +51,16 @@ class Llama:
     def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
         x = self.embedding(batch.token_ids, ctx)  # [T, H]
         residual = torch.zeros_like(x)
-        for run in _runs(len(self.layers), ctx):
-            self._tap(run.start, x, residual, ctx)
-            x = self._run(run, x, residual, batch, ctx)
-        if ctx.tap is not None and LAST_OUTPUT in ctx.tap.layers:
+        tapped = sorted(_tapped(ctx).intersection(range(len(self.layers))))
+        taps = {index: torch.empty_like(x) for index in tapped}
+        x = self._run(x, residual, batch, ctx, taps)
+        for index, hidden in taps.items():
+            assert ctx.tap is not None
+            ctx.tap.record(index, hidden)
+        if LAST_OUTPUT in _tapped(ctx) and ctx.tap is not None:
             ctx.tap.record(LAST_OUTPUT, x + residual)
         hidden = self.norm.add(x, residual, ctx)
-        if ctx.tap is not None and len(self.layers) in ctx.tap.layers:
+        if len(self.layers) in _tapped(ctx) and ctx.tap is not None:
             ctx.tap.record(len(self.layers), hidden)
         return hidden
 
@@ -65,28 +68,27 @@ class Llama:
         return self.head(hidden, ctx)
 
     def _run(
-        self, run: slice, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
+        self,
+        x: Tensor,
+        residual: Tensor,
+        batch: ForwardBatch,
+        ctx: ForwardContext,
+        taps: Mapping[int, Tensor],
     ) -> Tensor:
-        """Consecutive layers; together if each can be run as a whole."""
-        layers = self.layers[run]
-        whole = [layer.whole for layer in layers if layer.whole is not None]
-        if len(whole) == len(layers):
-            return run_whole(whole, run, x, residual, batch, ctx)
-        for layer in layers:
+        """All layers, together if each can be run as a whole. `taps` take the streams that enter
+        the layers of these indices."""
+        whole = [layer.whole for layer in self.layers if layer.whole is not None]
+        if len(whole) == len(self.layers):
+            return run_whole(whole, slice(None), x, residual, batch, ctx, taps)
+        for index, layer in enumerate(self.layers):
+            if index in taps:
+                torch.add(x, residual, out=taps[index])
             x = layer(x, residual, batch, ctx)
         return x
 
-    @staticmethod
-    def _tap(index: int, x: Tensor, residual: Tensor, ctx: ForwardContext) -> None:
-        if ctx.tap is not None and index in ctx.tap.layers:
-            ctx.tap.record(index, x + residual)
 
-
-def _runs(num_layers: int, ctx: ForwardContext) -> Iterator[slice]:
-    """The layers, cut where the stream between them is recorded."""
-    tapped = () if ctx.tap is None else ctx.tap.layers
-    cuts = [0, *sorted(index for index in tapped if 0 < index < num_layers), num_layers]
-    yield from map(slice, cuts, cuts[1:])
+def _tapped(ctx: ForwardContext) -> frozenset[int]:
+    return frozenset() if ctx.tap is None else ctx.tap.layers
 
 
 class LlamaLoader:

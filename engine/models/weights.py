@@ -71,7 +71,7 @@ class WeightPacker:
         """Whether the kernels read it as it is stored."""
         if isinstance(part, Tensor) or self.form == "plain":
             return False
-        return part.form in self.ops.reads
+        return part.layout.form in self.ops.reads
 
     def _joined(self, parts: Iterable[Part], num_rows: int) -> Tensor:
         """The plain rows of all parts. Holds one part at a time besides the result."""

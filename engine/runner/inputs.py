@@ -45,6 +45,8 @@ class StepForm:
     num_top: int  # alternatives reported with log-probabilities; -1: no row asked
     num_echo: int  # S, prompt tokens that are scored
     num_echo_top: int
+    num_pooled: int  # prompt tokens whose hidden states are wanted
+    num_pools: int  # G, rows that have such tokens
 
     @property
     def max_nodes(self) -> int:
@@ -91,6 +93,9 @@ class StepInputs:
     echo_rows: Tensor  # [S] int64 row of each prompt token that is scored
     echo_places: Tensor  # [S] int64, index of the row's own token that predicts it
     echo_tokens: Tensor  # [S] int64
+    pool_rows: Tensor  # int64 row of each token whose hidden state is wanted
+    pool_places: Tensor  # the same length, index of the row's own token
+    pool_numbers: Tensor  # the same length, to which of G sums it is added; G for padding
     table_places: Tensor  # [U] int64, indices of new entries in the flat block tables
     table_blocks: Tensor  # [U] int32, their blocks
 
@@ -177,6 +182,7 @@ class InputBuilder:
         sampled = settings.temperatures[drawing] > 0
         echo = [len(self.echo(row)) for row in rows]
         bias = [sum(map(len, self._bias(row))) for row in rows if row.samples]
+        pooled = [len(places) for row in rows if (places := self.pooled(row))]
         return StepForm(
             exact=sizes.exact,
             follows=plan.ahead or not sizes.exact,
@@ -192,6 +198,8 @@ class InputBuilder:
             num_top=self._num_top(settings.num_top[drawing]),
             num_echo=sizes.entries(sum(echo)),
             num_echo_top=self._num_top(settings.num_echo_top[[row.line for row in rows]]),
+            num_pooled=sizes.entries(sum(pooled)),
+            num_pools=sizes.entries(len(pooled)),
         )
 
     def inputs(self, plan: StepPlan, form: StepForm, changes: TableChanges) -> StepInputs:
@@ -231,6 +239,7 @@ class InputBuilder:
             **self._bias_inputs(rows, form),
             scored=scored.bool(),
             **self._echo_inputs(rows, form),
+            **self._pool_inputs(rows, form),
             table_places=_integers(places),
             table_blocks=_integers(blocks).int(),
         )
@@ -283,6 +292,8 @@ class InputBuilder:
             num_top=-1,
             num_echo=0,
             num_echo_top=-1,
+            num_pooled=0,
+            num_pools=0,
         )
 
     def _shape(self, plan: StepPlan) -> TreeShape:
@@ -357,6 +368,27 @@ class InputBuilder:
             return _integers(values + [0] * (form.num_echo - len(values)))
 
         return dict(zip(names, (padded(numbers), padded(places), padded(found)), strict=True))
+
+    def pooled(self, row: RowPlan) -> range:
+        """Which of this row's own tokens have a hidden state that the request wants."""
+        kind, length = self.settings.pooling.get(row.line), len(row.token_ids)
+        if kind is None or (kind == "last" and not row.samples):
+            return range(0)
+        return range(length - 1 if kind == "last" else 0, length)
+
+    def _pool_inputs(self, rows: Sequence[RowPlan], form: StepForm) -> dict[str, Tensor]:
+        names = ("pool_rows", "pool_places", "pool_numbers")
+        if form.num_pooled == 0:
+            return dict.fromkeys(names, NOTHING)
+        found = [(row, places) for row, plan in enumerate(rows) if (places := self.pooled(plan))]
+        values = np.zeros((3, form.num_pooled), dtype=np.int64)
+        values[2] = form.num_pools
+        first = 0
+        for number, (row, places) in enumerate(found):
+            some = slice(first, first + len(places))
+            values[0, some], values[1, some], values[2, some] = row, places, number
+            first += len(places)
+        return dict(zip(names, torch.from_numpy(values).unbind(), strict=True))
 
     def changes(self, rows: Sequence[RowPlan]) -> TableChanges:
         """The new entries of the block tables."""

@@ -20,6 +20,7 @@ from engine.speculation.proposer import Committed
 from engine.step.batch import ForwardBatch
 from engine.step.tree import DraftTree, VerifyResult
 from kernels.ops import AttentionMeta
+from kernels.packing.entries import PackedEntries, Walks
 from kernels.packing.nodes import NodeTrees, PackedNodes
 
 
@@ -238,6 +239,42 @@ class Layout:
             max_entries=self._longest(packing, most),
             max_context=self._reach(packing) + 1,
             exact=self.form.exact,
+        )
+
+    def packed_entries(
+        self, result: VerifyResult, pack_entries: Callable[[Walks], PackedEntries]
+    ) -> Committed:
+        """As `committed`, of rows that do not sample, too, if all rows have only their root.
+        `pack_entries`: as in `Ops`."""
+        inputs, num_entries = self.inputs, result.emitted.shape[1]
+        packed = pack_entries(
+            Walks(
+                starts=inputs.starts,
+                lens=inputs.lens,
+                ends=inputs.ends,
+                samples=inputs.samples,
+                next_tokens=inputs.next_tokens,
+                path=result.path,
+                accepted=result.num_accepted,
+                emitted=result.emitted,
+                firsts=self.nodes.cu,
+                tables=self.tables,
+                block_size=self.scratch.block_size,
+                first_scratch=self.scratch.first_slot,
+            )
+        )
+        return Committed(
+            lines=inputs.lines,
+            cu=packed.cu,
+            features=packed.features,
+            tokens=packed.tokens,
+            positions=packed.positions,
+            slots=packed.slots,
+            block_tables=self.tables,
+            max_entries=num_entries,
+            max_context=self._reach(self.tokens) + 1,
+            exact=False,
+            packed=packed,
         )
 
     def _slots(self, packing: Packing, cached: Tensor) -> Tensor:

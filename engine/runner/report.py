@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
+import numpy as np
 from torch import Tensor
 
-from engine.messages import TokenLogprob
+from engine.messages import DraftNodes, TokenLogprob
 from engine.runner.inputs import InputBuilder
 from engine.runner.step import StepOutputs
 from engine.step.plan import RowOutcome, RowPlan
@@ -25,6 +27,8 @@ class Report:
     num_top: Sequence[int]  # alternatives to emitted tokens, -1: no log-probabilities
     num_echo_top: Sequence[int]  # the same for prompt tokens
     echo: Sequence[Sequence[int]]  # the prompt tokens that are scored
+    traced: Sequence[bool]  # whether the verified tree is wanted
+    pools: Sequence[bool]  # whether hidden states are wanted
 
     @classmethod
     def of(cls, rows: Sequence[RowPlan], builder: InputBuilder) -> Report:
@@ -34,6 +38,8 @@ class Report:
             settings.num_top[lines].tolist(),
             settings.num_echo_top[lines].tolist(),
             [builder.echo(row) for row in rows],
+            [settings.requests[line].trace for line in lines],
+            [bool(builder.pooled(row)) for row in rows],
         )
 
     def outcomes(self, outputs: StepOutputs) -> tuple[RowOutcome, ...]:
@@ -41,18 +47,30 @@ class Report:
         emitted = [tuple(t for t in row if t >= 0) for row in outputs.emitted.tolist()]
         paths = [tuple(n for n in row if n > 0) for row in outputs.path.tolist()]
         sizes = outputs.sizes.tolist()
-        echo = self._echo(outputs)
+        echo, numbers = self._echo(outputs), count()
         found = []
         for at, row in enumerate(self.rows):
             scores = next(echo)
             unsound = scores is not None and any(math.isnan(entry.logprob) for entry in scores)
+            pooled = None
+            if self.pools[at]:
+                state = outputs.pooled[next(numbers)].numpy()
+                pooled, unsound = state.tobytes(), unsound or not np.isfinite(state).all()
             if not row.samples:
-                found.append(RowOutcome(prompt_logprobs=scores, unsound=unsound))
+                found.append(RowOutcome(prompt_logprobs=scores, unsound=unsound, pooled=pooled))
                 continue
             logprobs = self._emitted(at, emitted[at], outputs)
             no_bonus = len(emitted[at]) == len(paths[at])
+            nodes = _nodes(outputs, at) if self.traced[at] else None
             outcome = RowOutcome(
-                emitted[at], sizes[at] - 1, paths[at], logprobs, scores, unsound or no_bonus
+                emitted[at],
+                sizes[at] - 1,
+                paths[at],
+                logprobs,
+                scores,
+                unsound or no_bonus,
+                nodes,
+                pooled,
             )
             found.append(outcome)
         return tuple(found)
@@ -75,6 +93,12 @@ class Report:
                 outputs.echo_top[some],
             )
             yield None if num_top < 0 else _entries(tokens, parts, num_top)
+
+
+def _nodes(outputs: StepOutputs, row: int) -> DraftNodes:
+    used = slice(1, int(outputs.sizes[row]))
+    parts = (outputs.tree_tokens[row, used], outputs.tree_parents[row, used])
+    return DraftNodes(*(tuple(part.tolist()) for part in parts))
 
 
 def _entries(tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], num_top: int) -> Entries:

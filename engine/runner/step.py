@@ -48,12 +48,15 @@ class StepOutputs:
     emitted: Tensor  # [B, max_depth + 1] int64, -1 after the bonus
     path: Tensor  # [B, max_depth + 1] int64 nodes, -1 after the end
     sizes: Tensor  # [B] int64 of the verified trees
+    tree_tokens: Tensor  # [B, N] int64 of their nodes
+    tree_parents: Tensor  # [B, N] int64, -1 for the root and for nodes without use
     top_ids: Tensor  # [B, max_depth + 1, n] int64
     echo_top_ids: Tensor  # [S, m] int64
     logprobs: Tensor  # [B, max_depth + 1] float32 of emitted tokens
     top: Tensor  # [B, max_depth + 1, n] float32
     echo_logprobs: Tensor  # [S] float32 of prompt tokens
     echo_top: Tensor  # [S, m] float32
+    pooled: Tensor  # [G, H] float32, sums of hidden states
     faults: Tensor  # [B] bool: the draft head's outputs were not finite
 
     def parts(self) -> list[Tensor]:
@@ -167,7 +170,7 @@ class StepBody:
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
             result, scores = self._verify(layout, hidden, allowed)
-            echo = self._echo(layout, hidden)
+            echo, pooled = self._echo(layout, hidden), _pooled(layout, hidden)
         with laps.time(COMMIT):
             self._commit(layout, batch.slots, result)
         with laps.time(DRAFT):
@@ -176,12 +179,15 @@ class StepBody:
             emitted=result.emitted,
             path=result.path,
             sizes=layout.tree.sizes,
+            tree_tokens=layout.tree.tokens,
+            tree_parents=layout.tree.parents,
             top_ids=scores.top_ids,
             echo_top_ids=echo.top_ids,
             logprobs=scores.chosen,
             top=scores.top,
             echo_logprobs=echo.chosen,
             echo_top=echo.top,
+            pooled=pooled,
             faults=faults,
         )
 
@@ -327,6 +333,10 @@ class StepBody:
             singles = Singles(inputs.lines, tokens, after, inputs.ends, layout.tables)
             self.proposer.take_singles(singles, hidden)
             return
+        pack_entries = self.context.ops.pack_entries
+        if layout.packed is not None and pack_entries is not None:
+            self.proposer.take(layout.packed_entries(result, pack_entries), hidden)
+            return
         emitted = result.emitted.clone()
         emitted[:, 0] = torch.where(inputs.samples, emitted[:, 0], inputs.next_tokens)
         accepted = torch.where(inputs.samples, result.num_accepted, 0)
@@ -374,6 +384,16 @@ def _draw_settings(layout: Layout, allowed: Tensor | None) -> DrawSettings:
         any_sampled=form.any_sampled,
         any_greedy=form.any_greedy,
     )
+
+
+def _pooled(layout: Layout, hidden: Tensor) -> Tensor:
+    """[G, H] float32: for each row that wants them, the sum of the hidden states of its tokens."""
+    inputs, form = layout.inputs, layout.form
+    if form.num_pooled == 0:
+        return torch.zeros(0, device=hidden.device)
+    places = layout.tokens.cu[inputs.pool_rows] + inputs.pool_places
+    sums = torch.zeros(form.num_pools + 1, hidden.shape[1], device=hidden.device)
+    return sums.index_add_(0, inputs.pool_numbers, hidden[places].float())[:-1]
 
 
 def _paths(layout: Layout) -> Tensor:

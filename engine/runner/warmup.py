@@ -179,9 +179,11 @@ class WarmUp:
 
 
 def run_largest(executor: Executor, num_tokens: int, block_size: int) -> None:
-    """Compute a prompt of `num_tokens` tokens in one step, which scores them all. All blocks must
-    be free."""
-    params = SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, prompt_logprobs=1)
+    """Compute a prompt of `num_tokens` tokens in one step, which scores and pools them all. All
+    blocks must be free."""
+    params = SamplingParams(
+        max_tokens=1, temperature=1.0, logprobs=1, prompt_logprobs=1, pooling="mean"
+    )
     prompt = [3 + at % 97 for at in range(num_tokens)]
     request = Request(request_id="warm-up", prompt_ids=prompt, params=params)
     row = RowPlan(

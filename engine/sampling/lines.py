@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.request import Request, SamplingParams
+from engine.request import Pooling, Request, SamplingParams
 from engine.step.plan import Admission
 
 Ints = NDArray[np.int64]
@@ -62,6 +62,7 @@ class LineSettings:
         self.has_grammar = each(False, np.bool_)
         self.num_top = each(-1, np.int64)  # alternatives to report with log-probabilities; -1: none
         self.num_echo_top = each(-1, np.int64)  # the same for prompt tokens
+        self.pooling: dict[int, Pooling] = {}  # lines whose final hidden states are wanted
 
     def admit(self, admission: Admission) -> None:
         """Give a sequence its line."""
@@ -86,9 +87,12 @@ class LineSettings:
         self.has_grammar[line] = params.grammar is not None
         self.num_top[line] = -1 if params.logprobs is None else params.logprobs
         self.num_echo_top[line] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+        if params.pooling is not None:
+            self.pooling[line] = params.pooling
 
     def release(self, line: int) -> None:
         del self.requests[line], self._bias[line], self._held[line]
+        self.pooling.pop(line, None)
 
     def bias(self, line: int, next_position: int) -> list[BiasList]:
         """The bias lists for tokens drawn from `next_position` on. For a plan that runs ahead this

@@ -19,7 +19,9 @@ from kernels.sampling.pipeline_reference import (
     masked,
 )
 
-UNSOUND = -1  # stands for the token of a row whose logits are unsound
+# The token of a row whose logits are unsound (`Ops.are_sound`): none is drawn from it, and its
+# request ends with an error. This is the rule for every backend, whose draws take NaN differently.
+UNSOUND = -1
 
 
 def are_allowed(tokens: Tensor, allowed: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.kv.manager import KVManager
+from engine.messages import DraftSource, Round
 from engine.request import Sequence
 from engine.scheduler.planning import PlanDraft
-from engine.speculation.lookup import Lookup
+from engine.speculation.lookup import HOPELESS, Found, Lookup
+from engine.speculation.lookup import NOTHING as NO_DRAFT
 from engine.speculation.planner import Candidate, Choice
-from engine.step.shape import MAX_NODES, TreeShape
+from engine.step.plan import RowOutcome, RowPlan
+from engine.step.shape import MAX_NODES, ROOT, TreeShape
 
 if TYPE_CHECKING:
     from engine.grammar.grammars import Grammars
@@ -64,12 +67,13 @@ class DraftRoom:
 
     def set_aside(self, plan: PlanDraft, running: Rows[Sequence], choice: Choice) -> None:
         """Share the budget for draft nodes among the rows planned so far."""
-        for seq in running:
-            if seq.line in plan.rows:
-                room = self.room(seq, choice, plan.spare)
-                rival = choice.promise(seq.line) if room > 0 else 0.0
-                found = self._found(plan, seq, choice.price, rival)
-                plan.set_aside(seq, len(found) or room, found)
+        rows = [seq for seq in running if seq.line in plan.rows]
+        found = self._all_found(plan, rows, choice)
+        if not found and choice.shape == ROOT:
+            return
+        for seq in rows:
+            tokens = found.get(seq.line, ())[: plan.spare]
+            plan.set_aside(seq, len(tokens) or self.room(seq, choice, plan.spare), tokens)
 
     def grow(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
         """Reserve slots for draft nodes after all other rows have theirs, so that draft nodes never
@@ -91,19 +95,49 @@ class DraftRoom:
         room = self.max_len - len(seq.token_ids) - awaited.most
         return num_draft if shape.slots_for(1 + num_draft) - 1 <= room else 0
 
-    def _found(self, plan: PlanDraft, seq: Sequence, price: float, rival: float) -> list[int]:
+    def round_of(self, row: RowPlan, result: RowOutcome) -> Round | None:
+        """How a row's tokens came, from its outcome; None if its request has no trace."""
+        if result.nodes is None:
+            return None
+        source = self._source(row) if result.num_draft else None
+        return Round(source, result.nodes, result.path)
+
+    def _source(self, row: RowPlan) -> DraftSource:
+        if not row.draft:
+            return DraftSource.HEAD
+        looked_up = self.lookup is not None and self.lookup.drafts(row.line)
+        return DraftSource.LOOKUP if looked_up else DraftSource.GRAMMAR
+
+    def _all_found(
+        self, plan: PlanDraft, rows: Rows[Sequence], choice: Choice
+    ) -> dict[int, tuple[int, ...]]:
+        """Known drafts by line; none if together they do not promise what a step with drafts takes
+        more than a plain one."""
+        none_looked_up = self.lookup is None or choice.price >= HOPELESS
+        if none_looked_up and (self.grammars is None or not self.grammars.any_runs):
+            return {}
+        found = {seq.line: self._found(plan, seq, choice) for seq in rows}
+        if sum(each.promise for each in found.values()) <= choice.entry:
+            return {}
+        return {line: each.tokens for line, each in found.items() if each.tokens}
+
+    def _found(self, plan: PlanDraft, seq: Sequence, choice: Choice) -> Found:
         """A chain no longer than the remaining output: what its grammar forces, or what followed
         earlier in the sequence's own text."""
+        rival = 0.0
+        if choice.promises and self.room(seq, choice, plan.spare) > 0:
+            rival = choice.promise(seq.line)
         wanted = seq.request.params.max_tokens - seq.num_output - 1
         most = min(wanted, plan.spare, self.most_nodes(seq))
         forced = self._forced(seq, min(most, MAX_NODES - 1))
-        if forced and len(forced) * (1 - price) > rival:  # they are accepted for certain
+        promise = len(forced) * (1 - choice.price)  # they are accepted for certain
+        if forced and promise > rival:
             if self.lookup is not None:
                 self.lookup.withdraw(seq.line)
-            return forced
+            return Found(tuple(forced), promise)
         if self.lookup is None:
-            return []
-        return self.lookup.draft(seq, most, price, rival)
+            return NO_DRAFT
+        return self.lookup.draft(seq, most, choice.price, rival, may_try=choice.may_try)
 
     def _forced(self, seq: Sequence, most: int) -> list[int]:
         matcher = None if self.grammars is None else self.grammars.of_line(seq.line)

@@ -28,9 +28,11 @@ from engine.kv.manager import KVManager
 from engine.messages import EngineStats, ErrorCode, Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Rank, Request, Sequence, Status
 from engine.scheduler.ahead import only, plan_ahead
+from engine.scheduler.cutting import cut_emitted
 from engine.scheduler.drafts import DraftCounts, DraftRoom, count_draft
 from engine.scheduler.pacing import PromptTime, StepTimes
 from engine.scheduler.planning import PlanDraft
+from engine.scheduler.pooling import Pools
 from engine.scheduler.preempting import choose_outranked, choose_victim
 from engine.scheduler.waiting import WaitingQueue
 from engine.speculation.lookup import Lookup, tree_name
@@ -97,6 +99,7 @@ class Scheduler:
         self._released: list[int] = []  # lines given back since the last plan
         self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
+        self._pools = Pools()
         self._counts = DraftCounts()
         self._times = StepTimes()
         self._on_finish = on_finish
@@ -443,6 +446,7 @@ class Scheduler:
         if self._grammars is not None:
             self._grammars.stop(seq.line)
         self._prompt_scores.pop(seq.request_id, None)
+        self._pools.forget(seq)
         self._kv.release(seq)
         self._blocked = None
 
@@ -450,12 +454,14 @@ class Scheduler:
         """Account for a computed chunk and the tokens emitted after it."""
         kept, reason = self._kept(seq, result.emitted)
         if result.unsound or self._grammar_error(seq) is not None:
-            self._end_failed(seq, result, kept, reason)
+            self._end_failed(seq, row, result, kept, reason)
             return
         seq.num_computed += len(row.token_ids)
         # A preempted sequence computes its prompt again, but clients get its scores only once.
         if result.prompt_logprobs is not None and seq.num_output == 0:
             self._prompt_scores.setdefault(seq.request_id, [None]).extend(result.prompt_logprobs)
+        if result.pooled is not None:
+            self._pools.add(seq, result.pooled)
         if not row.samples:
             self._kv.publish(seq)
             return
@@ -468,12 +474,18 @@ class Scheduler:
         self._kv.publish(seq)
         logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
         scores = self._prompt_scores.pop(seq.request_id, None)
-        self._events.append(Tokens(seq.request_id, kept, logprobs, scores))
+        traced, pooled = self._drafts.round_of(row, result), self._pools.take(seq)
+        self._events.append(Tokens(seq.request_id, kept, logprobs, scores, traced, pooled))
         if reason is not None:
             self._finish(seq, reason)
 
     def _end_failed(
-        self, seq: Sequence, result: RowOutcome, kept: list[int], reason: FinishReason | None
+        self,
+        seq: Sequence,
+        row: RowPlan,
+        result: RowOutcome,
+        kept: list[int],
+        reason: FinishReason | None,
     ) -> None:
         """End a sequence that the model has no sound logits for, or whose grammar cannot be
         followed any further. Tokens drawn before are sent; its blocks may hold NaN, too, so no
@@ -481,7 +493,8 @@ class Scheduler:
         if kept:
             seq.token_ids += kept
             logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
-            self._events.append(Tokens(seq.request_id, kept, logprobs))
+            traced = self._drafts.round_of(row, result)
+            self._events.append(Tokens(seq.request_id, kept, logprobs, round=traced))
         self._kv.forget(seq)
         grammar_error = self._grammar_error(seq)
         self._num_unsound += grammar_error is None
@@ -563,28 +576,7 @@ def _rank(seq: Sequence) -> Rank:
 
 
 def _uses_prefix_cache(seq: Sequence) -> bool:
-    """Whether cached tokens help: scores of prompt tokens need every one of them computed."""
-    return seq.request.params.prompt_logprobs is None
-
-
-def cut_emitted(
-    seq: Sequence, emitted: Rows[int], eos_token_ids: frozenset[int], max_len: int
-) -> tuple[list[int], FinishReason | None]:
-    """The emitted tokens up to the end of the sequence, and why it ends (None: it continues).
-
-    A token that ends the text (EOS, stop token) is kept, because it was generated and is billed;
-    the front end leaves it out of the text.
-    """
+    """Whether cached tokens help: scores of prompt tokens, and the mean of their states, need every
+    one of them computed."""
     params = seq.request.params
-    kept: list[int] = []
-    for token in emitted:
-        if seq.num_output + len(kept) >= params.max_tokens:  # only max_tokens = 0 gets here
-            return kept, FinishReason.LENGTH
-        kept.append(token)
-        num_output = seq.num_output + len(kept)
-        ends = token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
-        if ends and num_output > params.min_tokens:
-            return kept, FinishReason.STOP
-        if num_output >= params.max_tokens or len(seq.token_ids) + len(kept) >= max_len:
-            return kept, FinishReason.LENGTH
-    return kept, None
+    return params.prompt_logprobs is None and params.pooling != "mean"

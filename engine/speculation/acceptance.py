@@ -68,10 +68,10 @@ class Row:
         self.hits += accepted
         self.expected += chance
 
-    def fade(self) -> None:
-        self.seen *= ROW_FADING
-        self.hits *= ROW_FADING
-        self.expected *= ROW_FADING
+    def fade(self, kept: float) -> None:
+        self.seen *= kept
+        self.hits *= kept
+        self.expected *= kept
 
 
 UNSEEN = Row()
@@ -84,6 +84,7 @@ class Acceptance:
     _classes: dict[bool, list[Depth]] = field(default_factory=lambda: {False: [], True: []})
     _rows: dict[int, Row] = field(default_factory=dict)  # by line
     _chances: dict[bool, list[list[float]]] = field(default_factory=dict)  # of each class, if known
+    _num_passed: int = 0  # steps since all were faded
 
     def reach(
         self, line: int, shape: StaticShape, *, sampled: bool, hope: float = 0.0
@@ -91,6 +92,7 @@ class Acceptance:
         """The chance of every draft node of `shape` to be accepted, those of its ancestors
         included; the root is left out. `hope`: by how many standard errors chances are taken to be
         better than they seem."""
+        self._catch_up()
         row, families = self._rows.get(line, UNSEEN), _families(shape)
         by_depth = self._of_class(families[-1].depth, sampled=sampled) if families else []
         depths = self._classes[sampled]
@@ -116,6 +118,7 @@ class Acceptance:
     ) -> None:
         """Learn from a tree of the first `num_nodes` nodes of `shape`. `path`: the accepted nodes
         without the root."""
+        self._catch_up()
         node, row = 0, self._rows.setdefault(line, Row())
         families = {family.parent: family for family in _families(shape)}
         for child in (*path, None):
@@ -134,15 +137,23 @@ class Acceptance:
 
     def fade(self) -> None:
         """A step has passed: trust all observations less."""
+        self._num_passed += 1
+
+    def _catch_up(self) -> None:
+        """Fade by all steps that have passed: few steps look at the chances."""
+        passed, self._num_passed = self._num_passed, 0
+        if passed == 0:
+            return
         for row in self._rows.values():
-            row.fade()
+            row.fade(ROW_FADING**passed)
         for depths in self._classes.values():
             for depth in depths:
-                depth.fade(FADING)
+                depth.fade(FADING**passed)
         self._chances.clear()
 
     def forget(self, line: int) -> None:
         """The line has a new sequence."""
+        self._catch_up()
         self._rows.pop(line, None)
 
     def _of_class(self, depth: int, *, sampled: bool) -> list[list[float]]:

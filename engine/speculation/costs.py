@@ -1,10 +1,11 @@
 """What a decode step costs by its work: a linear model that learns from every step.
 
 seconds = scale * (base + slope * tokens + row * rows + context * cached tokens
+                   + trees, if a row has more than its root
                    + start of the head + passes * (its base + its slope * drafting)
                    + late * late tokens)
 
-with a deviation from each line at powers of two. A machine that gets slower as a whole moves
+with a deviation from each line at some numbers. A machine that gets slower as a whole moves
 `scale`; only what remains changes the parts. So costs of work that was not done lately stay
 comparable with the others.
 """
@@ -20,8 +21,9 @@ from dataclasses import dataclass, field, replace
 from engine.step.plan import DRAFT, VERIFY, StepOutcome, StepPlan
 from engine.step.shape import StaticShape, TreeShape
 
-KNOTS = tuple(1 << power for power in range(12))
-BASE, SLOPE, ROW, CONTEXT, HEAD_BASE, HEAD_SLOPE, HEAD_START, LATE = LINES = tuple(range(8))
+# With a ninth row, a CPU's kernels unpack quantised weights twice.
+KNOTS = (1, 2, 4, 8, 9, *(1 << power for power in range(4, 12)))
+BASE, SLOPE, ROW, CONTEXT, HEAD_BASE, HEAD_SLOPE, HEAD_START, LATE, TREES = LINES = tuple(range(9))
 TOKENS, HEAD = len(LINES), len(LINES) + len(KNOTS)  # the first deviation of either line
 # Of each line, relative to a step of one token: a guess, and how far it may be off.
 GUESSES = (
@@ -33,6 +35,7 @@ GUESSES = (
     (0.02, 0.05),
     (0.1, 0.1),
     (0.015, 0.02),
+    (0.05, 0.1),
 )
 BENT = 0.1  # relative deviation that a line may have
 NOISE = 0.1  # relative, of one step
@@ -60,6 +63,8 @@ class Work:
     def verified(self) -> Parts:
         """What the target does."""
         lines = {BASE: 1.0, SLOPE: self.tokens, ROW: self.rows, CONTEXT: self.context}
+        if self.tokens > self.rows:
+            lines[TREES] = 1.0
         return lines | _hats(self.tokens, TOKENS)
 
     def drafted(self) -> Parts:

@@ -9,9 +9,11 @@ node costs, and what the draft head promises instead, comes from the planner.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.request import Sequence
 from engine.speculation.prediction import Prediction
@@ -28,6 +30,7 @@ LOST, SURE = -2, -1  # in place of a length: a prediction was just found again, 
 PRIORS = dict(zip(LENGTHS, PRIOR, strict=True)) | {LOST: 0.6, SURE: 0.9}
 MAX_PREDICTED = MAX_NODES - 1  # tokens of a draft from a prediction
 PRIOR_TOKENS = 8.0  # how many observations the prior stands for
+HOPELESS = 0.95  # at this price of a node, hardly any chance would do
 PROBE_EVERY = 64  # of so many matches that do not pay, one drafts a token as a probe
 
 
@@ -73,6 +76,24 @@ class TokenText:
         return at // WIDTH if at >= 0 else -1
 
 
+class Found(NamedTuple):
+    """A draft."""
+
+    tokens: tuple[int, ...]
+    promise: float  # accepted tokens, less the price of all; infinite if it is to be tried anyway
+
+
+NOTHING = Found((), 0.0)
+
+
+class Stakes(NamedTuple):
+    """What a draft costs and competes with, see `Lookup.draft`."""
+
+    price: float
+    rival: float
+    may_try: bool
+
+
 @dataclass(slots=True)
 class Chance:
     """Running share of accepted tokens among drafted tokens whose parent was accepted."""
@@ -106,60 +127,78 @@ class Lookup:
     _chances: dict[tuple[int, bool], Chance] = field(default_factory=dict)
     _matches: dict[int, tuple[int, bool]] = field(default_factory=dict)  # of the step's drafts
 
-    def draft(self, seq: Sequence, most: int, price: float, rival: float = 0.0) -> list[int]:
+    def draft(
+        self,
+        seq: Sequence,
+        most: int,
+        price: float,
+        rival: float = 0.0,
+        *,
+        may_try: bool = True,
+    ) -> Found:
         """A chain of at most `most` tokens after the newest one; empty if no chain seems to pay.
 
         Args:
             price: accepted tokens that a node must yield to be worth verifying.
             rival: accepted tokens, less their price, that the draft head promises for this row.
+            may_try: now and then, a token is drafted although it does not seem to pay.
         """
         self._matches.pop(seq.line, None)
-        if most < 1:
-            return []
-        return self._predicted(seq, most, price, rival) or self._repeated(seq, most, price, rival)
+        if most < 1 or price >= HOPELESS:
+            return NOTHING
+        stakes = Stakes(price, rival, may_try)
+        predicted = self._predicted(seq, most, stakes)
+        return predicted if predicted.tokens else self._repeated(seq, most, stakes)
+
+    def drafts(self, line: int) -> bool:
+        """Whether the newest draft of a line was looked up."""
+        return line in self._matches
 
     def is_predicted(self, line: int) -> bool:
         """Whether the newest draft of a line is from the prediction of its request."""
         return self._matches.get(line, (0, False))[0] < 0
 
-    def _predicted(self, seq: Sequence, most: int, price: float, rival: float) -> list[int]:
+    def _predicted(self, seq: Sequence, most: int, stakes: Stakes) -> Found:
         """What the client predicted, where the text has come in it."""
         if not seq.request.prediction:
-            return []
+            return NOTHING
         known = self._predictions.get(seq.line)
         if known is None:
             known = self._predictions[seq.line] = Prediction(seq.request.prediction)
         known.follow(seq.token_ids, seq.num_prompt)
         rest = known.rest(min(most, MAX_PREDICTED))
         match = (SURE if known.is_sure else LOST, seq.request.params.temperature > 0)
-        return rest[: self._count(seq.line, match, len(rest), price, rival)]
+        count, promise = self._count(seq.line, match, len(rest), stakes)
+        return Found(tuple(rest[:count]), promise)
 
-    def _repeated(self, seq: Sequence, most: int, price: float, rival: float) -> list[int]:
+    def _repeated(self, seq: Sequence, most: int, stakes: Stakes) -> Found:
         """What followed earlier in the text."""
         text = self._texts.setdefault(seq.line, TokenText())
         text.follow(seq.token_ids)
         length, place = text.longest_match()
         if length == 0:
-            return []
+            return NOTHING
         match = (length, seq.request.params.temperature > 0)
-        count = self._count(seq.line, match, min(most, MAX_DRAFT), price, rival)
-        return text.continued(place, count) if count else []
+        count, promise = self._count(seq.line, match, min(most, MAX_DRAFT), stakes)
+        return Found(tuple(text.continued(place, count)), promise) if count else NOTHING
 
     def _count(
-        self, line: int, match: tuple[int, bool], most: int, price: float, rival: float
-    ) -> int:
-        """How many tokens to draft after a match; noted as the match of the line's draft."""
+        self, line: int, match: tuple[int, bool], most: int, stakes: Stakes
+    ) -> tuple[int, float]:
+        """How many tokens to draft after a match, and their `Found.promise`; the match is noted as
+        that of the line's draft."""
         if most < 1:
-            return 0
-        known = self._chance(match)
+            return 0, 0.0
+        known, price = self._chance(match), stakes.price
         chance = known.value
         count = _worth(chance, price, most)
         promise = sum(chance**depth - price for depth in range(1, count + 1))
-        if count < 1 or promise <= rival:
-            count = known.probe()
-        if count:
-            self._matches[line] = match
-        return count
+        if count < 1 or promise <= stakes.rival:
+            count, promise = known.probe() if stakes.may_try else 0, math.inf
+        if count < 1:
+            return 0, 0.0
+        self._matches[line] = match
+        return count, promise
 
     def withdraw(self, line: int) -> None:
         """The row of a line gets another draft in this step."""

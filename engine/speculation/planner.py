@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from engine.speculation.acceptance import Acceptance
-from engine.speculation.costs import Padding, Sample, StepCosts, Work, sample_of
+from engine.speculation.account import MOST_CREDIT, Account
+from engine.speculation.costs import Padding, StepCosts, Work, sample_of
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import ROOT, StaticShape, TreeShape
 
@@ -31,6 +32,8 @@ class Choice:
     shape: TreeShape = ROOT
     limits: Mapping[int, int] | None = None  # most draft nodes by line; None: the whole shape
     price: float = 0.05  # accepted tokens that a node must yield to be worth verifying
+    entry: float = 0.0  # the same for the first looked-up node of the step, besides its price
+    may_try: bool = True  # whether a lookup that does not pay may be tried
     promises: Mapping[int, float] = field(default_factory=dict)  # see `promise`
 
     def limit(self, line: int) -> int:
@@ -72,9 +75,9 @@ class FixedPlanner:
         roots = self.padding.work([0] * len(rows), ROOT, sum(row.context for row in rows))
         price = node_price(self.costs, roots)
         if self.shape == ROOT:
-            return Choice(price=price)
+            return Choice(price=price, entry=entry_price(self.costs, roots))
         net = self._accepted[0] - price * (self.shape.num_nodes - 1)
-        return Choice(self.shape, None, price, {row.line: net for row in able})
+        return Choice(self.shape, None, price, promises={row.line: net for row in able})
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         for row, result in zip(plan.rows, outcome.rows, strict=True):
@@ -86,14 +89,13 @@ class FixedPlanner:
 
 CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
 HOPE = 1.7  # most standard errors by which a trial takes chances to be better than they seem
-MOST_LOSS = 0.01  # share of the time that drafts may lose
-MOST_CREDIT = 4.0  # plain steps whose time they may lose at once, after they have won it
-FIRST_CREDIT = 2.0  # the same at first
-MOST_STALL = 3.0  # a step that takes longer than so many times the prediction was disturbed
 LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the row drafts again
 KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
-MOST_DRAFTED = 64  # most steps with drafts between two plain ones
+STANDING_DRAFTS = 3  # the same of one for drafts: planning takes time, too
+
+
+NOTHING = Choice(price=1.0, may_try=False)  # neither the head nor lookup drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +118,8 @@ class AdaptivePlanner:
     the acceptance of each row. A step whose gain is not clear is plain.
 
     What is uncertain is found out by trials: trees that would be best if acceptance were better
-    than it seems. An account is kept of what drafts win or lose against plain steps; it gains a
-    small share of the time, and drafts wait while it is overdrawn. The fuller it is, the further
-    trials go. And while drafts pay, a plain step now and then shows what one takes.
+    than it seems. An `Account` is kept of what drafts win or lose against plain steps, and drafts
+    wait while it is overdrawn. The fuller it is, the further trials go.
     """
 
     def __init__(
@@ -142,40 +143,48 @@ class AdaptivePlanner:
         self._acceptance = Acceptance()
         self._sampled: dict[int, bool] = {}  # by line, of rows chosen for
         self._idle: dict[int, int] = {}  # steps since a row drafted, by line
-        self._credit: float | None = None  # seconds that drafts may lose now
-        self._num_drafted = 0  # steps with drafts since the last plain one
-        self._most_drafted = 4  # of these before the next plain one
+        self._account = Account(costs)
         self._has_failed = False
-        self._lines: list[int] = []  # of the last step that was planned
-        self._price = 0.0  # its `Choice.price`
-        self._num_standing = 0  # steps for which the choice stands if the rows stay, as it is plain
+        self._num_rows = 0  # of the last step that was planned
+        self._standing = Choice()  # what it was
+        self._num_standing = 0  # steps for which that stands if no rows come
+        self._num_same = 0  # how often that was chosen again
         self._num_sure = 0  # steps for which there is nothing to try
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
         if not any(row.most for row in rows):
             return Choice()
-        lines = [row.line for row in rows]
-        if self._num_standing and lines == self._lines:
+        if self._num_standing and len(rows) <= self._num_rows:
             self._num_standing -= 1
-            return Choice(price=self._price)
-        self._lines = lines
+            if self._standing.shape == ROOT:
+                return self._standing
+            if self._account.is_reference(self._padding.rows(len(rows))):
+                return NOTHING
+            if not self._account.is_overdrawn:
+                return self._standing
+        self._num_standing, self._num_rows = 0, len(rows)
         self._sampled |= {row.line: row.sampled for row in rows}
         plain = self._option(ROOT, rows, [0] * len(rows), 0.0)
+        self._account.open(plain.work)
+        if self._account.is_reference(plain.work.rows):
+            return NOTHING
         reaches = self._reaches(rows)
-        is_forced = self._has_failed or self._is_reference()
-        if self._credit is None:
-            self._credit = FIRST_CREDIT * plain.seconds
-        best = plain if is_forced else self._best(rows, reaches, plain, self._credit)
-        self._price = node_price(self._costs, best.work, max(best.rate, plain.rate))
-        if self._credit < 0:
-            self._price = 1.0
+        best = plain if self._has_failed else self._best(rows, reaches, plain)
         if best.work.passes == 0:
-            self._num_standing = 0 if is_forced else STANDING
-            return Choice(price=self._price)
+            self._num_standing = 0 if self._has_failed else STANDING
+            self._standing = self._without_head(plain)
+            return self._standing
+        price = node_price(self._costs, best.work, max(best.rate, plain.rate))
         limits = {row.line: count for row, count in zip(rows, best.nodes, strict=True)}
-        promises = self._promises(rows, best, reaches[self._longest[best.shape]])
+        promises = self._promises(rows, best, reaches[self._longest[best.shape]], price)
         whole = self._padding.whole_trees
-        return Choice(best.shape, None if whole else limits, self._price, promises)
+        choice = Choice(best.shape, None if whole else limits, price, promises=promises)
+        is_same = (choice.shape, choice.limits) == (self._standing.shape, self._standing.limits)
+        self._num_same = self._num_same + 1 if is_same else 0
+        self._standing = choice
+        if self._num_sure:  # no trial
+            self._num_standing = min(STANDING_DRAFTS, self._num_same // 4)
+        return choice
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         for admission in plan.admitted:
@@ -183,27 +192,23 @@ class AdaptivePlanner:
             self._idle.pop(admission.line, None)
             self._num_standing = self._num_sure = 0
         self._has_failed = outcome.draft_failed
+        if self._has_failed:
+            self._num_standing = 0
         self._observe_costs(plan, outcome, seconds)
         self._acceptance.fade()
         self._observe_trees(plan, outcome)
         for row in plan.rows:
             if row.samples:
                 self._idle[row.line] = 0 if row.is_drafted else self._idle.get(row.line, 0) + 1
-        if plan.is_drafted:
-            self._num_drafted += 1
-        elif plan.only_decodes:
-            self._num_drafted = 0
 
     def _best(
         self,
         rows: Sequence[Candidate],
         reaches: Mapping[StaticShape, Reaches],
         plain: Option,
-        credit: float,
     ) -> Option:
         """The option with the most tokens per second, or a trial of another."""
-        credit = self._credit = min(credit, MOST_CREDIT * plain.seconds)
-        if credit < 0:
+        if self._account.is_overdrawn:
             return plain
         best = max(self._options(rows, reaches, plain), key=_rate, default=plain)
         if best.rate <= CLEAR * plain.rate:
@@ -211,7 +216,7 @@ class AdaptivePlanner:
         if self._num_sure:
             self._num_sure -= 1
             return best
-        trial = self._trial(rows, reaches, plain, best, credit)
+        trial = self._trial(rows, reaches, plain, best)
         if trial is None and best.work.passes:
             self._num_sure = STANDING
         return trial or best
@@ -261,12 +266,12 @@ class AdaptivePlanner:
         reaches: Mapping[StaticShape, Reaches],
         plain: Option,
         best: Option,
-        credit: float,
     ) -> Option | None:
         """What would be better than `best` if acceptance and costs were better than they seem, with
         one more node per row at most; nothing whose expected loss is not covered."""
         found: Option | None = None
         least, most = CLEAR * best.rate, [1 + count for count in best.nodes]
+        credit = self._account.credit
         hope = HOPE * credit / (MOST_CREDIT * plain.seconds)
         for option in self._options(rows, self._reaches(rows, hope, most), plain):
             doubt = min(hope * self._costs.doubt(option.work), option.seconds / 3)
@@ -295,14 +300,26 @@ class AdaptivePlanner:
             for shape in set(self._longest.values())
         }
 
+    def _without_head(self, plain: Option) -> Choice:
+        """A step in which the head does not draft. Lookups have to pay, or to be paid for."""
+        if self._account.is_overdrawn:
+            return NOTHING
+        price = node_price(self._costs, plain.work, plain.rate)
+        entry = entry_price(self._costs, plain.work) + (CLEAR - 1) * plain.tokens
+        return Choice(
+            price=price,
+            entry=entry,
+            may_try=(entry + price) / plain.rate <= self._account.credit,
+        )
+
     def _promises(
-        self, rows: Sequence[Candidate], best: Option, reaches: Reaches
+        self, rows: Sequence[Candidate], best: Option, reaches: Reaches, price: float
     ) -> dict[int, float]:
         """See `Choice.promise`. Each row that drafts bears an equal part of the head's time."""
         without = replace(best.work, drafting=0, passes=0)
         head = best.rate * (best.seconds - self._costs.of(without)) / best.work.drafting
         return {
-            row.line: sum(reach[:count]) - self._price * count - head
+            row.line: sum(reach[:count]) - price * count - head
             for row, reach, count in zip(rows, reaches, best.nodes, strict=True)
             if count
         }
@@ -313,38 +330,18 @@ class AdaptivePlanner:
             return 0  # it took them in the steps that committed them
         return sum(min(self._idle.get(line, 0), LATE_STEPS) for line in lines)
 
-    def _is_reference(self) -> bool:
-        """Whether this step is to be plain to show what that takes."""
-        if self._num_drafted < self._most_drafted:
-            return False
-        self._num_drafted = 0
-        self._most_drafted = min(2 * self._most_drafted, MOST_DRAFTED)
-        return True
-
     def _observe_costs(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         sample = sample_of(plan, outcome, seconds, self._padding)
         if sample is None:
             return
         drafted = [row.line for row in plan.rows if row.is_drafted]
         sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
-        self._settle(plan, outcome, sample)
+        self._account.settle(sample, sum(len(row.emitted) for row in outcome.rows))
         if any(line not in self._idle for line in drafted):
             return  # of a new row, the head may have taken any number of tokens
         self._costs.observe(sample)
         if self._keep is not None and self._costs.num_observed % KEEP_EVERY == 0:
             self._keep(self._costs)
-
-    def _settle(self, plan: StepPlan, outcome: StepOutcome, sample: Sample) -> None:
-        """Put what a step won or lost against plain steps into the account; with found drafts,
-        too."""
-        if self._credit is None:
-            return
-        took = min(sample.seconds, MOST_STALL * self._costs.of(sample.work))
-        self._credit += MOST_LOSS * took
-        if any(row.num_draft for row in plan.rows):
-            num_tokens = sum(len(row.emitted) for row in outcome.rows)
-            plain = Work(sample.work.rows, sample.work.rows, context=sample.work.context)
-            self._credit += num_tokens / len(plan.rows) * self._costs.of(plain) - took
 
     def _observe_trees(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Learn from the head's trees."""
@@ -361,10 +358,18 @@ class AdaptivePlanner:
 def node_price(costs: StepCosts, work: Work, rate: float | None = None) -> float:
     """Accepted tokens that a node must yield to be worth verifying: its seconds times the tokens
     per second of the best step without it (None: of a plain one)."""
-    more = max(4, work.rows)
-    before, after = costs.of(work), costs.of(replace(work, tokens=work.tokens + more))
-    rate = work.rows / before if rate is None else rate
+    more, first = max(4, work.rows), max(work.tokens, work.rows + 1)  # see `entry_price`
+    before, after = (costs.of(replace(work, tokens=tokens)) for tokens in (first, first + more))
+    rate = work.rows / costs.of(work) if rate is None else rate
     return min(1.0, max(0.0, (after - before) / more * rate))
+
+
+def entry_price(costs: StepCosts, plain: Work) -> float:
+    """Accepted tokens that the drafts of a step must yield together besides the price of their
+    nodes, because it is not plain."""
+    one, two = (costs.of(replace(plain, tokens=plain.rows + count)) for count in (1, 2))
+    before = costs.of(plain)
+    return max(0.0, (one - (two - one) - before) * plain.rows / before)
 
 
 def _rate(option: Option) -> float:

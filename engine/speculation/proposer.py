@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.step.batch import FeatureTap
 from engine.step.shape import TreeShape
 from engine.step.tree import DraftTree
+from kernels.packing.entries import PackedEntries
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Committed:
     max_entries: int  # bound of the entries of one row
     max_context: int  # all positions in the cache are below it
     exact: bool  # the host may read values; there is no padding
+    packed: PackedEntries | None = None  # where one kernel made all of this, and more
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.messages import TokenLogprob
+from engine.messages import DraftNodes, TokenLogprob
 from engine.request import Request
 from engine.step.shape import ROOT, DynamicShape, StaticShape
 
@@ -92,7 +92,8 @@ class RowOutcome(msgspec.Struct, frozen=True, array_like=True):
     `prompt_logprobs` covers the prompt tokens that this step predicted (positions start + 1 ..).
     `unsound`: the model's logits have a NaN or +inf, or nothing finite, at the node that the walk
     came to, or at a prompt token that was to be scored. Then there is no bonus token, and the
-    request cannot go on.
+    request cannot go on. `nodes`: those of the verified tree, for a request with a trace. `pooled`:
+    the sum of the hidden states of the row's tokens, float32 [H], if the request wants it.
     """
 
     emitted: tuple[int, ...] = ()
@@ -101,6 +102,8 @@ class RowOutcome(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     unsound: bool = False
+    nodes: DraftNodes | None = None
+    pooled: bytes | None = None
 
 
 class StepOutcome(msgspec.Struct, frozen=True, array_like=True):

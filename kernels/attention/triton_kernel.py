@@ -208,10 +208,8 @@ def merge_parts(
     parts_ptr, log_sums_ptr, first_part, num_parts, wanted,
     D: tl.constexpr, BLOCK_M: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The average [BLOCK_M, D] of the parts of one tile and KV head. Other programs wrote them, so
-    they are read past the first-level cache."""
-    rows = tl.arange(0, BLOCK_M)
-    places = tl.arange(0, MAX_SPLITS)
+    """The average [BLOCK_M, D] of the parts of a tile, which other programs wrote."""
+    rows, places = tl.arange(0, BLOCK_M), tl.arange(0, MAX_SPLITS)
     log_sums = tl.load(
         log_sums_ptr + (first_part + places)[:, None] * BLOCK_M + rows[None, :],
         mask=(places < num_parts)[:, None] & wanted[None, :],
@@ -418,13 +416,7 @@ def _launches_of(
     )
     launches = []
     for plan in plan_tiles(shape):
-        scratch = (plan.num_tiles, kv_heads, plan.num_splits, plan.block_m)
-        parts = None
-        if plan.num_splits > 1:
-            parts = _Parts(
-                q.new_empty((*scratch, D), dtype=torch.float32),
-                q.new_empty(scratch, dtype=torch.float32),
-            )
+        parts = _Parts.of(plan, kv_heads, D, q.device) if plan.num_splits > 1 else None
         launches.append(_attend(q, k_cache, v_cache, meta, scale, out, parts, plan))
         if parts is not None and not plan.merges:
             launches.append(_merge(out, *parts, meta, plan, shape.group))
@@ -436,6 +428,12 @@ class _Parts(NamedTuple):
 
     values: Tensor  # [tiles, Hkv, splits, BLOCK_M, D] float32
     log_sums: Tensor  # [tiles, Hkv, splits, BLOCK_M] float32
+
+    @classmethod
+    def of(cls, plan: TilePlan, kv_heads: int, D: int, device: torch.device) -> _Parts:
+        shape = (plan.num_tiles, kv_heads, plan.num_splits, plan.block_m)
+        values = torch.empty(*shape, D, dtype=torch.float32, device=device)
+        return cls(values, torch.empty(shape, dtype=torch.float32, device=device))
 
 
 @functools.cache

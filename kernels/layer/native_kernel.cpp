@@ -3,6 +3,8 @@
 // At batch 1 a layer takes about 100 us, and as much again to call its ten operations from Python.
 // Every number is that of the separate operations.
 
+#include <algorithm>
+
 #include "../native/functions.h"
 
 namespace {
@@ -80,6 +82,15 @@ const float* attend(Pool* pool, const Layer& layer, const Batch& b, const float*
   return mixed;
 }
 
+// out = a + b, [T, H]; a few rows are not worth other threads.
+void add(Pool* pool, const float* a, const float* b, int64_t T, int64_t H, float* out) {
+  constexpr int64_t kRows = 64;
+  pool->run((T + kRows - 1) / kRows, [&](int64_t task) {
+    const int64_t end = std::min(T, (task + 1) * kRows) * H;
+    for (int64_t i = task * kRows * H; i < end; ++i) out[i] = a[i] + b[i];
+  });
+}
+
 // x and out may be the same.
 void run_layer(Pool* pool, const Layer& layer, const Batch& batch, const float* x, float* residual,
                void* keys, void* values, float* out) {
@@ -104,13 +115,15 @@ void run_layer(Pool* pool, const Layer& layer, const Batch& batch, const float* 
 
 extern "C" {
 
-// Of each of `count` layers, `keys` and `values` have the pages. x is [T, input_size] if the first
+// Of each of `count` layers, `keys` and `values` have the pages, and `taps` has null or [T, H], which
+// takes the stream that enters the layer. x is [T, input_size] if the first
 // layer has no input norm, else [T, H], as is out. The residual stream [T, H] takes the input of
 // every layer (with an input norm) and the output of its attention.
 void aerie_decoder_layers(Pool* pool, const Layer* const* layers, int64_t count, const Batch* batch,
                           const float* x, float* residual, void* const* keys, void* const* values,
-                          float* out) {
+                          float* const* taps, float* out) {
   for (int64_t i = 0; i < count; ++i) {
+    if (taps[i]) add(pool, x, residual, batch->num_tokens, layers[i]->hidden_size, taps[i]);
     run_layer(pool, *layers[i], *batch, x, residual, keys[i], values[i], out);
     x = out;
   }

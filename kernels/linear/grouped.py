@@ -28,6 +28,11 @@ class GroupLayout(NamedTuple):
     wide_scales: bool  # scales are float32, not float16
     has_minimums: bool
 
+    @property
+    def form(self) -> str:
+        """What `Ops.reads` calls such weights."""
+        return f"q{self.bits}"
+
 
 @dataclass(frozen=True, slots=True)
 class GroupedWeight:
@@ -48,11 +53,6 @@ class GroupedWeight:
         group = self.codes.shape[1] // self.scales.shape[1]
         wide = self.scales.dtype is torch.float32
         return GroupLayout(self.bits, group, wide, self.minimums is not None)
-
-    @property
-    def form(self) -> str:
-        """What `Ops.reads` calls such weights."""
-        return f"q{self.bits}"
 
     @property
     def zero(self) -> int:

@@ -27,6 +27,11 @@ class ScaledLayout(NamedTuple):
     rounds_inputs: bool  # to the same numbers, with a scale for each row and block
     input_bound: float | None  # larger inputs are cut off before they are rounded
 
+    @property
+    def form(self) -> str:
+        """What `Ops.reads` calls such weights."""
+        return "fp8"
+
 
 @dataclass(frozen=True, slots=True)
 class ScaledWeight:
@@ -35,11 +40,6 @@ class ScaledWeight:
     values: Tensor  # [N, K] float8_e4m3fn
     scales: Tensor  # [N, ceil(K / block)] float32
     layout: ScaledLayout
-
-    @property
-    def form(self) -> str:
-        """What `Ops.reads` calls such weights."""
-        return "fp8"
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -107,19 +107,11 @@ def _product(out: Tensor, x: Tensor, weight: LinearWeight) -> Launch:
         name=name,
         kernel=grouped_linear_kernel,
         grid=(triton.cdiv(N, _block_n(block_m)), triton.cdiv(T, block_m)),
-        arguments={
-            "out_ptr": out,
-            "x_ptr": x,
-            "codes_ptr": weight.data,
-            "scales_ptr": weight.scales,
-            "minimums_ptr": weight.minimums,
-            "bias_ptr": weight.bias,
-            "T": T,
-            "out_stride": out.stride(0),
-            "x_stride": x.stride(0),
-            "N": N,
-            "K": K,
-            "GROUP": layout.group,
+        arguments={"out_ptr": out, "out_stride": out.stride(0), "x_ptr": x, "x_stride": x.stride(0)}
+        | {"codes_ptr": weight.data, "scales_ptr": weight.scales}
+        | {"minimums_ptr": weight.minimums, "bias_ptr": weight.bias}
+        | {"T": T, "N": N, "K": K, "GROUP": layout.group}
+        | {
             "BLOCK_M": block_m,
             "BLOCK_N": _block_n(block_m),
             "BLOCK_K": _inputs_at_once(layout.group),

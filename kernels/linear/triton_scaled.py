@@ -27,6 +27,14 @@ _KNOWN_SIZES = ((4096, 6144), (14336, 4096), (8192, 1280), (8192, 7168), (3584, 
 
 
 @triton.jit
+def _numbers(row_ptr, start, end, CHUNK: tl.constexpr):
+    """Some places of a row, which of them are before `end`, and the numbers there as float32."""
+    k = start + tl.arange(0, CHUNK)
+    inside = k < end
+    return k, inside, tl.load(row_ptr + k, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def round_rows_kernel(
     out_ptr,  # [T, K] FP8, contiguous
     scales_ptr,  # [T, blocks] float32, contiguous
@@ -42,23 +50,19 @@ def round_rows_kernel(
     """Round a block of a row, times its factor. Grid (T, blocks)."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = block * BLOCK
+    end = tl.minimum(first + BLOCK, K)
     factor = 1.0 if factors_ptr is None else tl.load(factors_ptr + row)
     largest = tl.zeros([CHUNK], dtype=tl.float32)
     for start in range(0, BLOCK, CHUNK):
-        k = start + tl.arange(0, CHUNK)
-        inside = (k < BLOCK) & (first + k < K)
-        x = tl.load(x_ptr + row * x_stride + first + k, mask=inside, other=0.0).to(tl.float32)
+        _, _, x = _numbers(x_ptr + row * x_stride, first + start, end, CHUNK)
         largest = tl.maximum(largest, tl.abs(x * factor))
     most = tl.minimum(tl.max(largest, axis=0), bound)
     scale = tl.where(most > 0.0, most / LARGEST, 1.0)
     tl.store(scales_ptr + row * tl.num_programs(1) + block, scale)
     for start in range(0, BLOCK, CHUNK):
-        k = start + tl.arange(0, CHUNK)
-        inside = (k < BLOCK) & (first + k < K)
-        x = tl.load(x_ptr + row * x_stride + first + k, mask=inside, other=0.0).to(tl.float32)
+        k, inside, x = _numbers(x_ptr + row * x_stride, first + start, end, CHUNK)
         rounded = tl.clamp(x * factor / scale, -LARGEST, LARGEST, tl.PropagateNan.ALL)
-        to = out_ptr + row * K + first + k
-        tl.store(to, rounded.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + row * K + k, rounded.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -177,22 +181,10 @@ def _product(out: Tensor, x: Tensor, scales: Tensor | None, weight: LinearWeight
         name=f"scaled_linear[{K} to {N}, rows={tile['BLOCK_M']}, blocks={blocks}, {kind}]",
         kernel=scaled_linear_kernel,
         grid=(triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(T, tile["BLOCK_M"])),
-        arguments={
-            "out_ptr": out,
-            "x_ptr": x,
-            "x_scales_ptr": scales,
-            "weight_ptr": weight.data,
-            "scales_ptr": weight.scales,
-            "bias_ptr": weight.bias,
-            "T": T,
-            "out_stride": out.stride(0),
-            "N": N,
-            "K": K,
-            "BLOCK": weight.layout.block,
-            "BLOCKS": blocks,
-            "PRODUCT": product_type(x),
-            **tile,
-        },
+        arguments={"out_ptr": out, "out_stride": out.stride(0), "x_ptr": x, "x_scales_ptr": scales}
+        | {"weight_ptr": weight.data, "scales_ptr": weight.scales, "bias_ptr": weight.bias}
+        | {"T": T, "N": N, "K": K, "BLOCK": weight.layout.block, "BLOCKS": blocks}
+        | {"PRODUCT": product_type(x), **tile},
         num_warps=8 if tile["BLOCK_M"] == _MANY_ROWS else 4,
         num_stages=5 if tile["BLOCK_M"] == _FEW_ROWS else 3,
         wgmma=tile["BLOCK_M"] > _FEW_ROWS,

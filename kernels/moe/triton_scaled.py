@@ -210,18 +210,11 @@ def _launch(
         name=f"moe_scaled_{name}[{K} to {N}, rows={block_m}, blocks={blocks}, {kind}]",
         kernel=kernel,
         grid=(triton.cdiv(N, _BLOCK_N), runs.num_tiles(block_m)),
-        arguments={
-            **own,
-            **runs.arguments(),
-            "weight_ptr": weight.data,
-            "scales_ptr": weight.scales,
-            "BLOCK": _layout(weight).block,
-            "BLOCKS": blocks,
-            "BLOCK_M": block_m,
-            "BLOCK_N": _BLOCK_N,
-            "BLOCK_K": _BLOCK_K,
-            "PRODUCT": product_type(inputs),
-        },
+        arguments=own
+        | runs.arguments()
+        | {"weight_ptr": weight.data, "scales_ptr": weight.scales}
+        | {"BLOCK": _layout(weight).block, "BLOCKS": blocks, "PRODUCT": product_type(inputs)}
+        | {"BLOCK_M": block_m, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K},
         num_warps=4,
         num_stages=4 if block_m == _FEW_ROWS else 3,
         wgmma=block_m == _MANY_ROWS,

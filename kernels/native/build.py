@@ -37,6 +37,7 @@ SOURCES = (
     "moe/native_kernel.cpp",
     "sampling/native_kernel.cpp",
     "layer/native_kernel.cpp",
+    "tree/native_kernel.cpp",
 )
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")

@@ -130,7 +130,7 @@ class NativeLayer:
         self.address = ctypes.addressof(self._layer)
 
 
-def addresses(values: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(values: Sequence[int | None]) -> ctypes.Array[ctypes.c_void_p]:
     """A C array of pointers."""
     return (ctypes.c_void_p * len(values))(*values)
 

@@ -25,7 +25,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_pack_groups": (I, I, I, P, P, P, I, I, P),
     "aerie_linear_groups": (I, I, I, I, P, I, I, P, I, P, P, I),
     "aerie_embedding_groups": (I, I, I, I, P, I, P, I, P),
-    "aerie_decoder_layers": (P, I, P, P, P, P, P, P),
+    "aerie_decoder_layers": (P, I, P, P, P, P, P, P, P),
     "aerie_rms_norm": (P, P, P, I, I, R, P),
     "aerie_rope_kv_write_bf16": (P, I, I, I, I, P, P, P, P, P, P),
     "aerie_rope_kv_write_f32": (P, I, I, I, I, P, P, P, P, P, P),
@@ -39,6 +39,9 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_add_noise": (P, P, P, P, P, P, P, I, I, P),
     "aerie_gumbel_argmax": (P, P, I, I, P),
     "aerie_argmax": (P, I, I, P),
+    "aerie_draw": (P, P, P, P, I, I, P),
+    "aerie_sound": (P, I, I, P),
+    "aerie_tree_walk": (P, P, P, I, I, I, P, P, P),
     "aerie_logsumexp": (P, I, I, P),
 }
 

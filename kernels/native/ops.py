@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class NativeOps:
         self._gumbel_argmax = library.call("aerie_gumbel_argmax")
         self._add_noise = library.call("aerie_add_noise")
         self._argmax = library.call("aerie_argmax")
+        self._draw = library.call("aerie_draw")
+        self._sound = library.call("aerie_sound")
+        self._tree_walk = library.call("aerie_tree_walk")
         self._logsumexp = library.call("aerie_logsumexp")
 
     def pack_linear(self, weight: Part, bias: Tensor | None) -> LinearWeight:
@@ -172,6 +175,7 @@ class NativeOps:
         meta: AttentionMeta,
         k_caches: Sequence[Tensor],
         v_caches: Sequence[Tensor],
+        taps: Mapping[int, Tensor],
     ) -> Tensor:
         pages = (*k_caches, *v_caches)
         assert residual.is_contiguous()
@@ -187,6 +191,7 @@ class NativeOps:
             residual.data_ptr(),
             addresses([page.data_ptr() for page in k_caches]),
             addresses([page.data_ptr() for page in v_caches]),
+            addresses([pointer(taps.get(place)) for place in range(len(layers))]),
             out.data_ptr(),
         )
         return out
@@ -347,6 +352,47 @@ class NativeOps:
         tokens = torch.empty(len(logits), dtype=torch.int64)
         self._argmax(self._pool, logits.data_ptr(), *logits.shape, tokens.data_ptr())
         return tokens
+
+    def draw(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        """As `Ops.draw`, without masks and filters."""
+        assert settings.allowed is None
+        assert not settings.is_filtered
+        logits = logits.contiguous()
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        rows = (settings.temperature, settings.seeds, settings.positions)
+        rows = tuple(values.contiguous() for values in rows)
+        self._draw(
+            self._pool,
+            logits.data_ptr(),
+            *(values.data_ptr() for values in rows),
+            *logits.shape,
+            tokens.data_ptr(),
+        )
+        return tokens
+
+    def are_sound(self, logits: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        found = torch.empty(len(logits), dtype=torch.bool)
+        self._sound(self._pool, logits.data_ptr(), *logits.shape, found.data_ptr())
+        return found
+
+    def tree_walk(
+        self, tokens: Tensor, parents: Tensor, drawn: Tensor, max_depth: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        nodes = (tokens.contiguous(), parents.contiguous(), drawn.contiguous())
+        shape = (len(tokens), max_depth + 1)
+        path, emitted = torch.empty(2, *shape, dtype=torch.int64).unbind()
+        accepted = torch.empty(len(tokens), dtype=torch.int64)
+        self._tree_walk(
+            self._pool,
+            *(values.data_ptr() for values in nodes),
+            *tokens.shape,
+            max_depth,
+            path.data_ptr(),
+            accepted.data_ptr(),
+            emitted.data_ptr(),
+        )
+        return path, accepted, emitted
 
     def logsumexp(self, logits: Tensor) -> Tensor:
         logits = logits.contiguous()

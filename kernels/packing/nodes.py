@@ -29,6 +29,10 @@ class NodeTrees:
     first_scratch: int  # slot
     max_len: int  # positions of one sequence
 
+    @property
+    def filters(self) -> dict[str, Tensor | None]:
+        return {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+
 
 @dataclass(frozen=True, slots=True)
 class PackedNodes:

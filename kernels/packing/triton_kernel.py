@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.packing import triton_entries
 from kernels.packing.nodes import NodeTrees, PackedNodes
+from kernels.packing.triton_entries import pointers
 from kernels.triton_launch import Launch
 
 _BLOCK = 32  # places of one program
@@ -31,22 +33,22 @@ def _pack_nodes_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
-    cu_ptr,  # as `PackedNodes` says, from here on
-    cu_q_ptr,
-    prefix_lens_ptr,
-    first_keys_ptr,
-    row_of_ptr,
-    place_ptr,
-    used_ptr,
+    packed_cu_ptr,  # as `PackedNodes` says, from here on
+    packed_cu_q_ptr,
+    packed_prefix_lens_ptr,
+    packed_first_keys_ptr,
+    packed_row_of_ptr,
+    packed_place_ptr,
+    packed_used_ptr,
     packed_tokens_ptr,
-    positions_ptr,
-    slots_ptr,
-    masks_ptr,
-    at_ptr,
-    inside_ptr,
+    packed_positions_ptr,
+    packed_slots_ptr,
+    packed_ancestors_ptr,
+    packed_at_ptr,
+    packed_inside_ptr,
     packed_temperatures_ptr,
     packed_seeds_ptr,
-    draw_positions_ptr,
+    packed_draw_positions_ptr,
     packed_top_k_ptr,
     packed_top_p_ptr,
     packed_min_p_ptr,
@@ -91,18 +93,18 @@ def _pack_nodes_kernel(
     block = tl.load(tables_ptr + row.to(tl.int64) * tables_stride + column, mask=used, other=0)
     slot = block.to(tl.int64) * BLOCK_SIZE + cached % BLOCK_SIZE
     position = tl.minimum(tl.maximum(start + depth, 0), max_len - 1)
-    tl.store(row_of_ptr + order, row.to(tl.int64), mask=stored)
-    tl.store(place_ptr + order, place.to(tl.int64), mask=stored)
-    tl.store(used_ptr + order, used, mask=stored)
+    tl.store(packed_row_of_ptr + order, row.to(tl.int64), mask=stored)
+    tl.store(packed_place_ptr + order, place.to(tl.int64), mask=stored)
+    tl.store(packed_used_ptr + order, used, mask=stored)
     tl.store(packed_tokens_ptr + order, token, mask=stored)
-    tl.store(positions_ptr + order, position, mask=stored)
+    tl.store(packed_positions_ptr + order, position, mask=stored)
     scratch = first_scratch + order % BLOCK_SIZE
-    tl.store(slots_ptr + order, tl.where(used, slot, scratch), mask=stored)
-    tl.store(masks_ptr + order, mask, mask=stored)
+    tl.store(packed_slots_ptr + order, tl.where(used, slot, scratch), mask=stored)
+    tl.store(packed_ancestors_ptr + order, mask, mask=stored)
     temperature = tl.load(temperatures_ptr + row)
     tl.store(packed_temperatures_ptr + order, temperature, mask=stored)
     tl.store(packed_seeds_ptr + order, tl.load(seeds_ptr + row), mask=stored)
-    tl.store(draw_positions_ptr + order, start + 1 + depth, mask=stored)
+    tl.store(packed_draw_positions_ptr + order, start + 1 + depth, mask=stored)
     if top_k_ptr is not None:
         tl.store(packed_top_k_ptr + order, tl.load(top_k_ptr + row), mask=stored)
         tl.store(packed_top_p_ptr + order, tl.load(top_p_ptr + row), mask=stored)
@@ -115,53 +117,50 @@ def _pack_nodes_kernel(
     begin = tl.sum(tl.where(own, (ends - sizes)[None, :], 0), axis=1)
     inside = node < tl.sum(tl.where(own, sizes[None, :], 0), axis=1)
     stored = order < B * N
-    tl.store(at_ptr + order, tl.where(inside, begin + node, 0).to(tl.int64), mask=stored)
-    tl.store(inside_ptr + order, inside, mask=stored)
+    tl.store(packed_at_ptr + order, tl.where(inside, begin + node, 0).to(tl.int64), mask=stored)
+    tl.store(packed_inside_ptr + order, inside, mask=stored)
 
     if tl.program_id(0) == 0:
-        tl.store(cu_ptr + rows, (ends - sizes).to(tl.int64), mask=exists)
-        tl.store(cu_q_ptr + rows, ends - sizes, mask=exists)
+        tl.store(packed_cu_ptr + rows, (ends - sizes).to(tl.int64), mask=exists)
+        tl.store(packed_cu_q_ptr + rows, ends - sizes, mask=exists)
         total = tl.sum(sizes, axis=0)
-        tl.store(cu_ptr + B, total.to(tl.int64))
-        tl.store(cu_q_ptr + B, total)
+        tl.store(packed_cu_ptr + B, total.to(tl.int64))
+        tl.store(packed_cu_q_ptr + B, total)
         starts = tl.load(starts_ptr + rows, mask=exists, other=0)
-        tl.store(prefix_lens_ptr + rows, starts.to(tl.int32), mask=exists)
-        tl.store(first_keys_ptr + rows, 0, mask=exists)
+        tl.store(packed_prefix_lens_ptr + rows, starts.to(tl.int32), mask=exists)
+        tl.store(packed_first_keys_ptr + rows, 0, mask=exists)
 
 
 def pack_nodes(trees: NodeTrees) -> PackedNodes:
     """The nodes of all rows, packed."""
+    packed = _empty(trees)
+    _launch(trees, packed).run()
+    return packed
+
+
+def _empty(trees: NodeTrees) -> PackedNodes:
     (B, N), R, device = trees.tokens.shape, trees.num_nodes, trees.tokens.device
 
     def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def like(values: Tensor | None) -> Tensor | None:
-        return None if values is None else new(R, dtype=values.dtype)
-
-    packed = PackedNodes(
+    of_row, filters = ("row_of", "place", "tokens", "positions", "slots"), trees.filters
+    of_row += ("ancestors", "seeds", "draw_positions")
+    return PackedNodes(
         cu=new(B + 1),
         cu_q=new(B + 1, dtype=torch.int32),
         prefix_lens=new(B, dtype=torch.int32),
         first_keys=new(B, dtype=torch.int32),
-        row_of=new(R),
-        place=new(R),
         used=new(R, dtype=torch.bool),
-        tokens=new(R),
-        positions=new(R),
-        slots=new(R),
-        ancestors=new(R),
         at=new(B, N),
         inside=new(B, N, dtype=torch.bool),
         temperatures=new(R, dtype=torch.float32),
-        seeds=new(R),
-        draw_positions=new(R),
-        top_k=like(trees.top_k),
-        top_p=like(trees.top_p),
-        min_p=like(trees.min_p),
+        **{name: new(R) for name in of_row},
+        **{
+            name: None if values is None else new(R, dtype=values.dtype)
+            for name, values in filters.items()
+        },
     )
-    _launch(trees, packed).run()
-    return packed
 
 
 def _launch(trees: NodeTrees, packed: PackedNodes) -> Launch:
@@ -171,44 +170,15 @@ def _launch(trees: NodeTrees, packed: PackedNodes) -> Launch:
     wide = (trees.tokens, trees.depths, trees.ancestors)
     assert N == 1 or all(values.stride(1) == 1 for values in wide)
     narrow = (trees.starts, trees.limits, trees.sizes, trees.temperatures, trees.seeds)
-    filters = (trees.top_k, trees.top_p, trees.min_p)
-    assert all(values.is_contiguous() for values in (*narrow, *filters) if values is not None)
+    narrow += tuple(trees.filters.values())
+    assert all(values.is_contiguous() for values in narrow if values is not None)
     return Launch(
         name=f"pack_nodes[N={N}{'' if trees.top_k is None else ', filtered'}]",
         kernel=_pack_nodes_kernel,
         grid=(triton.cdiv(max(R, B * N), _BLOCK),),
         arguments={
-            "starts_ptr": trees.starts,
-            "limits_ptr": trees.limits,
-            "sizes_ptr": trees.sizes,
-            "tokens_ptr": trees.tokens,
-            "depths_ptr": trees.depths,
-            "ancestors_ptr": trees.ancestors,
-            "tables_ptr": trees.tables,
-            "temperatures_ptr": trees.temperatures,
-            "seeds_ptr": trees.seeds,
-            "top_k_ptr": trees.top_k,
-            "top_p_ptr": trees.top_p,
-            "min_p_ptr": trees.min_p,
-            "cu_ptr": packed.cu,
-            "cu_q_ptr": packed.cu_q,
-            "prefix_lens_ptr": packed.prefix_lens,
-            "first_keys_ptr": packed.first_keys,
-            "row_of_ptr": packed.row_of,
-            "place_ptr": packed.place,
-            "used_ptr": packed.used,
-            "packed_tokens_ptr": packed.tokens,
-            "positions_ptr": packed.positions,
-            "slots_ptr": packed.slots,
-            "masks_ptr": packed.ancestors,
-            "at_ptr": packed.at,
-            "inside_ptr": packed.inside,
-            "packed_temperatures_ptr": packed.temperatures,
-            "packed_seeds_ptr": packed.seeds,
-            "draw_positions_ptr": packed.draw_positions,
-            "packed_top_k_ptr": packed.top_k,
-            "packed_top_p_ptr": packed.top_p,
-            "packed_min_p_ptr": packed.min_p,
+            **pointers("", trees),
+            **pointers("packed_", packed),
             "tokens_stride": trees.tokens.stride(0),
             "depths_stride": trees.depths.stride(0),
             "ancestors_stride": trees.ancestors.stride(0),
@@ -226,7 +196,7 @@ def _launch(trees: NodeTrees, packed: PackedNodes) -> Launch:
 
 
 def launches() -> list[Launch]:
-    """Plain steps and trees of 8 nodes, with and without filters."""
+    """Plain steps and trees of 8 nodes, with and without filters; entries of a chain."""
     found = []
     for B, N, filtered in ((64, 1, False), (256, 8, True)):
         R = B * N
@@ -244,4 +214,4 @@ def launches() -> list[Launch]:
             floats, row, row, *filters,
         )  # fmt: skip
         found.append(_launch(trees, packed))
-    return found
+    return found + triton_entries.example_launches()

@@ -55,27 +55,48 @@ AERIE_INLINE bool any(IVec x) {
   return found != 0;
 }
 
-int64_t argmax(const float* logits, int64_t V) {
+// Logits at a temperature.
+struct Scaled {
+  const float* logits;
+  float temperature;
+
+  AERIE_INLINE float operator[](int64_t v) const { return logits[v] / temperature; }
+  AERIE_INLINE F16 sixteen(int64_t v) const { return load(logits + v) / broadcast(temperature); }
+};
+
+struct Unscaled {
+  const float* logits;
+
+  AERIE_INLINE float operator[](int64_t v) const { return logits[v]; }
+  AERIE_INLINE F16 sixteen(int64_t v) const { return load(logits + v); }
+};
+
+// The token of the highest value, the lowest of equals.
+template <class Values>
+int64_t argmax(const Values& values, int64_t V) {
   F16 highest = broadcast(kMinusInfinity);
   int64_t v = 0;
-  for (; v + 16 <= V; v += 16) highest = maximum(highest, load(logits + v));
+  for (; v + 16 <= V; v += 16) highest = maximum(highest, values.sixteen(v));
   float best = maximum_of_lanes(highest);
-  for (; v < V; ++v) best = std::max(best, logits[v]);
+  for (; v < V; ++v) best = std::max(best, values[v]);
   for (v = 0; v < V; ++v)
-    if (logits[v] == best) return v;
+    if (values[v] == best) return v;
   return 0;
 }
 
+int64_t argmax(const float* logits, int64_t V) { return argmax(Unscaled{logits}, V); }
+
+template <class Values>
 struct Draw {
-  const float* logits;
+  const Values& values;
   Key key;
   int64_t token;
   float best;
 
   void consider(int64_t candidate) {
-    if (logits[candidate] == kMinusInfinity) return;
-    const float value =
-        logits[candidate] + gumbel(noise_bits(static_cast<uint32_t>(candidate), key));
+    const float value_alone = values[candidate];
+    if (value_alone == kMinusInfinity) return;
+    const float value = value_alone + gumbel(noise_bits(static_cast<uint32_t>(candidate), key));
     if (value > best || (value == best && candidate < token)) {
       best = value;
       token = candidate;
@@ -86,15 +107,15 @@ struct Draw {
 // A token can only win with noise g >= best - logit, that is, v <= 1 - exp(-exp(-g)) <= exp(-g).
 
 // This bound costs one exponential per token; only tokens that pass it need the two logarithms.
-
-int64_t gumbel_argmax(const float* logits, int64_t V, Key key) {
-  const int64_t top = argmax(logits, V);
-  Draw draw{logits, key, top, kMinusInfinity};
+template <class Values>
+int64_t gumbel_argmax(const Values& values, int64_t V, Key key) {
+  const int64_t top = argmax(values, V);
+  Draw<Values> draw{values, key, top, kMinusInfinity};
   draw.consider(top);
   const F16 slack = broadcast(1.0f + 1e-4f), unit = broadcast(0x1p-32f);
   int64_t v = 0;
   for (; v + 16 <= V; v += 16) {
-    const F16 bound = exponential(load(logits + v) - broadcast(draw.best)) * slack + unit;
+    const F16 bound = exponential(values.sixteen(v) - broadcast(draw.best)) * slack + unit;
     const U16 ids = token_ids(static_cast<uint32_t>(v));
     bool hopeful = false;
     AERIE_EACH_PART {
@@ -106,6 +127,42 @@ int64_t gumbel_argmax(const float* logits, int64_t V, Key key) {
   }
   for (; v < V; ++v) draw.consider(v);
   return draw.token;
+}
+
+// The splitmix64 finaliser.
+uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+Key key_of(uint64_t key) { return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)}; }
+
+// noise_keys of reference.py.
+Key noise_key(int64_t seed, int64_t position) {
+  constexpr uint64_t kGolden64 = 0x9E3779B97F4A7C15u;
+  const uint64_t mixed = mix64(static_cast<uint64_t>(seed) + kGolden64);
+  return key_of(mix64(mixed + (static_cast<uint64_t>(position) + 1) * kGolden64));
+}
+
+// Whether no logit is NaN or +inf, and one is finite.
+bool sound(const float* logits, int64_t V) {
+  constexpr float kMost = std::numeric_limits<float>::max();
+  IVec bad{}, finite{};
+  int64_t v = 0;
+  for (; v + 16 <= V; v += 16) {
+    const F16 values = load(logits + v);
+    AERIE_EACH_PART {
+      bad |= ~(values.part[i] <= kMost);  // true for NaN
+      finite |= values.part[i] >= -kMost;
+    }
+  }
+  bool is_bad = any(bad), is_finite = any(finite);
+  for (; v < V; ++v) {
+    is_bad |= !(logits[v] <= kMost);
+    is_finite |= logits[v] >= -kMost;
+  }
+  return is_finite && !is_bad;
 }
 
 float logsumexp(const float* logits, int64_t V) {
@@ -270,10 +327,26 @@ extern "C" {
 void aerie_gumbel_argmax(aerie::Pool* pool, const float* logits, const int64_t* keys, int64_t R,
                          int64_t V, int64_t* tokens) {
   pool->run(R, [&](int64_t r) {
-    const auto key = static_cast<uint64_t>(keys[r]);
-    tokens[r] = aerie::gumbel_argmax(logits + r * V, V,
-                                     {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)});
+    tokens[r] = aerie::gumbel_argmax(aerie::Unscaled{logits + r * V}, V,
+                                     aerie::key_of(static_cast<uint64_t>(keys[r])));
   });
+}
+
+// Rows at temperature 0 get their arg-max, others a draw. temperatures, seeds, positions [R].
+void aerie_draw(aerie::Pool* pool, const float* logits, const float* temperatures,
+                const int64_t* seeds, const int64_t* positions, int64_t R, int64_t V,
+                int64_t* tokens) {
+  pool->run(R, [&](int64_t r) {
+    const float* row = logits + r * V;
+    tokens[r] = temperatures[r] > 0
+                    ? aerie::gumbel_argmax(aerie::Scaled{row, temperatures[r]}, V,
+                                           aerie::noise_key(seeds[r], positions[r]))
+                    : aerie::argmax(row, V);
+  });
+}
+
+void aerie_sound(aerie::Pool* pool, const float* logits, int64_t R, int64_t V, bool* out) {
+  pool->run(R, [&](int64_t r) { out[r] = aerie::sound(logits + r * V, V); });
 }
 
 void aerie_argmax(aerie::Pool* pool, const float* logits, int64_t R, int64_t V, int64_t* tokens) {
@@ -295,12 +368,8 @@ void aerie_add_noise(aerie::Pool* pool, const float* logits, const float* temper
       std::copy_n(from, V, out + r * V);
       return;
     }
-    const auto key = static_cast<uint64_t>(keys[r]);
-    const aerie::Ranking row{from,
-                             token_ids,
-                             V,
-                             {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)},
-                             temperatures[r]};
+    const aerie::Key key = aerie::key_of(static_cast<uint64_t>(keys[r]));
+    const aerie::Ranking row{from, token_ids, V, key, temperatures[r]};
     if (top_k == nullptr) {
       aerie::add_noise(row, nullptr, out + r * V);
     } else {

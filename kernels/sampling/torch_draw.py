@@ -7,7 +7,7 @@ another device would have to be waited for; it has its own kernels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,12 +24,15 @@ class TorchDraw:
 
     argmax: Callable[[Tensor], Tensor]
     gumbel_argmax: Callable[[Tensor, Tensor], Tensor]
+    unfiltered: Callable[[Tensor, DrawSettings], Tensor] | None = None  # the whole in one
 
     def __call__(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         """logits [R, V] float32, which stay unchanged -> [R] int64."""
         logits = masked(logits, settings.allowed)
         if not settings.any_sampled:
             return self.argmax(logits)
+        if self.unfiltered is not None and not settings.is_filtered:
+            return self.unfiltered(logits, replace(settings, allowed=None))
         if not settings.any_greedy:
             return self._sampled(logits, settings, slice(None))
         drawn = self.argmax(logits)

@@ -64,8 +64,7 @@ def are_sound(logits: Tensor, tile: int = TILE) -> Tensor:
 
 def _launches(logits: Tensor, sound: Tensor, tile: int) -> Iterator[Launch]:
     R, V = logits.shape
-    assert logits.dtype == torch.float32
-    assert logits.stride(1) == 1
+    assert (logits.dtype, logits.stride(1)) == (torch.float32, 1)
     num_tiles = triton.cdiv(V, tile)
     found = torch.empty(R, num_tiles, dtype=torch.int32, device=logits.device)
     yield Launch(

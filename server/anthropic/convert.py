@@ -42,7 +42,10 @@ SAME_WHEN_GENERATING = (
     "speculation",
     "stream",
 )
-NAMES: Names = (("response_format.json_schema", "output_config.format"),)
+NAMES: Names = (
+    ("response_format.json_schema", "output_config.format"),
+    ("response_format", "output_config.format"),
+)
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 

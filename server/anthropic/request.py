@@ -16,11 +16,11 @@ from server.openai.fields import (
     CacheSalt,
     Fraction,
     Seed,
-    SpeculationOptions,
     StopString,
     Temperature,
     TopP,
     Unsupported,
+    UntracedSpeculation,
 )
 from server.openai.structured import Schema
 from server.openai.tools import MAX_TOOLS, FunctionName, ObjectSchema
@@ -192,7 +192,7 @@ class MessagesRequest(CountTokensRequest):
         None, ge=-(2**31), le=2**31 - 1, description="Lower runs first. Default 0."
     )
     cache_salt: CacheSalt = None
-    speculation: SpeculationOptions | None = Field(
+    speculation: UntracedSpeculation | None = Field(
         None, description="Speculative decoding. Changes speed only, never the text."
     )
     metadata: NotUsed[dict[str, Any]] = Field(
@@ -201,6 +201,8 @@ class MessagesRequest(CountTokensRequest):
     service_tier: NotUsed[str] = Field(None, description=HARMLESS + "there is one tier.")
     inference_geo: NotUsed[str] = Field(None, description=HARMLESS + "there is one server.")
     diagnostics: NotUsed[Any] = Field(None, description=HARMLESS + "there are none.")
+    context_management: NotUsed[Any] = Field(
+        None, description=HARMLESS + "nothing is taken out of the conversation."
+    )
     container: Unsupported = None
     mcp_servers: Unsupported = None
-    context_management: Unsupported = None

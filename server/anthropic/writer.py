@@ -152,7 +152,7 @@ class MessageWriter:
             return "model_context_window_exceeded" if is_full else "max_tokens", None
         if choice.stop_string in (self._request.stop_sequences or ()):
             return "stop_sequence", choice.stop_string
-        return "tool_use" if choice.num_calls else "end_turn", None
+        return "tool_use" if choice.has_called else "end_turn", None
 
     def _usage(self) -> MessageUsage:
         found = self._generation.usage()

@@ -17,7 +17,7 @@ from engine.grammar.gate import Gate
 from engine.grammar.grammars import Grammars
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo, OperationBackend
-from engine.models.footprint import return_freed_memory
+from engine.models.footprint import bytes_by_form, return_freed_memory
 from engine.models.place import Place
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import GroupExecutor
@@ -233,12 +233,14 @@ def _core(
         max_model_len=config.model.max_model_len,
         num_blocks=cache.num_blocks,
         block_size=cache.block_size,
+        hidden_size=target.arch.hidden_size,
         eos_token_ids=sorted(target.eos_token_ids),
         ops={
             name: OperationBackend(backend.name, backend.reason)
             for name, backend in place.ops.backends.items()
         },
         device=str(place.device),
+        weights=bytes_by_form(target.model),
     )
     return EngineCore(
         scheduler,

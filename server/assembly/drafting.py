@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configs.resolve import HostConfig, ResolvedConfig
-from configs.schema import Config
+from configs.schema import AuxLayers, Config
 from configs.trees import StaticTree, load_tree
 from drafter.checkpoint import load_head, read_head_config
 from drafter.head_files import open_tensors
@@ -87,6 +87,7 @@ class HeadLoader:
     place: Place  # the target's
     max_len: int  # positions that can be drafted at
     replicated: bool = False  # whether every rank holds all of a head's layers
+    aux: AuxLayers = "auto"  # what a head's ids of target layers mean
 
     def beside_the_engine(self, config: HostConfig) -> HeadLoader:
         """A loader for another thread than the engine's. Native operations run one at a time, so
@@ -102,11 +103,11 @@ class HeadLoader:
     def load(self, path: Path) -> LoadedDraft:
         """Load a head. ValueError that names the invalid file and its tensor or key."""
         facts = self.facts(path)
-        return LoadedDraft(load_head(path, self._builder), facts)
+        return LoadedDraft(load_head(path, self._builder, self.aux), facts)
 
     def facts(self, path: Path) -> DraftFacts:
         """Facts of the head in `path`, without reading weights. Raises as `load`."""
-        config = read_head_config(path, self.target.arch)
+        config = read_head_config(path, self.target.arch, self.aux)
         tensors = open_tensors(path).items()
         return DraftFacts(
             path=str(path),
@@ -119,7 +120,7 @@ class HeadLoader:
 
     def check_room(self, path: Path, config: ResolvedConfig) -> None:
         """ValueError unless a head and its pages fit into the memory that is free now."""
-        arch = read_head_config(path, self.target.arch).arch
+        arch = read_head_config(path, self.target.arch, self.aux).arch
         own = self._builder.layers_place
         pages = config.cache.num_blocks * block_bytes(arch, config, own)
         weights = self.facts(path).num_parameters * own.dtype.itemsize // own.shard.size

@@ -22,7 +22,7 @@ from engine.speculation.costs import StepCosts
 
 MAX_FILE = 65_536  # bytes
 WRITER = "step-costs"  # name of the thread
-VERSION = 4  # of what the numbers mean
+VERSION = 5  # of what the numbers mean
 
 logger = logging.getLogger(__name__)
 

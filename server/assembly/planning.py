@@ -157,7 +157,7 @@ def _head_config(config: HostConfig, options: PlanOptions, target: ModelSizes) -
         raise FileNotFoundError(
             f"{error}. To plan without its config.json, name its kind: --head eagle3"
         ) from error
-    return None if path is None else read_head_config(path, target.arch)
+    return None if path is None else read_head_config(path, target.arch, speculation.aux_layers)
 
 
 def head_kind(name: str | None) -> AssumedHead | None:

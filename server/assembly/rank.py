@@ -152,7 +152,8 @@ def _load(
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
     head_place = replace(place, weights=_head_form(config.speculation, place.ops))
-    loader = HeadLoader(target, head_place, max_len, replicated and group.size > 1)
+    whole, aux = replicated and group.size > 1, config.speculation.aux_layers
+    loader = HeadLoader(target, head_place, max_len, whole, aux)
     kept = KeptCosts(config.files.dir, _identity(config, files.version(), target, head_place))
     trees = TreeChooser(config, kept)
     return place, target, loader, trees, _load_draft(config, loader, trees), grammars

@@ -65,18 +65,19 @@ class Admission:
             self._metrics.reject(problem.detail.code)
             raise problem
 
-    def admit(self, num_choices: int) -> Ticket:
-        """Reserve places for the sequences of one HTTP request, before it is tokenised.
+    def admit(self, num_choices: int, setting: str = "max_choices") -> Ticket:
+        """Reserve places for the sequences of one HTTP request, before it is tokenised. `setting`
+        of `server` says how many they may be.
 
         Raises:
-            ApiError: 503 when closed, 400 above `max_choices`, 429 when the queue is full.
+            ApiError: 503 when closed, 400 for too many, 429 when the queue is full.
         """
         self.check_open()
-        largest = self._limits.max_choices
+        largest: int = getattr(self._limits, setting)
         if num_choices > largest:
             raise invalid(
                 f"n x prompts is {num_choices}: at most {largest} choices per request "
-                "(server.max_choices)",
+                f"(server.{setting})",
                 "n",
             )
         self._check_full(num_choices)

@@ -34,6 +34,7 @@ from server.http.kept import KeptAnswers
 from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import (
+    OPEN_PATHS,
     ApiKeys,
     KeyRing,
     load_admin_keys,
@@ -94,11 +95,14 @@ def create_app(
 def _add_middlewares(app: FastAPI, context: ServerContext, routes: Sequence[Routes]) -> None:
     """The middleware added last sees a request first."""
     limits, keys = context.config.server, load_api_keys(context.config.server)
+    open_paths = OPEN_PATHS.union(*(each.open_paths for each in routes))
+    own_queries = tuple(path for each in routes for path in each.own_queries)
     app.add_middleware(BodyLimit, limits=limits, metrics=context.metrics)
-    own = tuple(path for each in routes for path in each.own_queries)
-    app.add_middleware(KnownQuery, unknown=limits.unknown_fields, own=own)
+    app.add_middleware(
+        KnownQuery, unknown=limits.unknown_fields, open_paths=open_paths, own=own_queries
+    )
     if keys:
-        app.add_middleware(ApiKeys, keys=keys)
+        app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths)
     if limits.cors_origins:  # before keys: browsers ask without one
         app.add_middleware(
             CORSMiddleware,

@@ -40,6 +40,9 @@ class Routes:
     answers: tuple[type[msgspec.Struct], ...] = ()
     manner: ErrorManner = OPENAI
     own_queries: tuple[str, ...] = ()  # beginnings of paths whose routes read query parameters
+    open_paths: frozenset[str] = (
+        frozenset()
+    )  # need no key; parameters in a query are ignored with a warning
 
 
 def operation(

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterable
 from urllib.parse import parse_qsl
 
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from configs.schema import ServerConfig
 from server.http.body import Unknown
 from server.http.errors import MAX_SHOWN, ApiError, invalid, shorten
-from server.http.middleware import OPEN_PATHS
 from server.http.request_log import record_of, send_error
 
 PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -28,13 +28,17 @@ def check_root_path(root_path: str) -> None:
 
 
 class RootPath:
-    """Middleware: takes `server.root_path` off the path, if the proxy has not done so."""
+    """Middleware: takes `server.root_path` off the path, if the proxy has not done so. The prefix
+    alone is redirected to the page, whose relative paths need the / at its end."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
         self._root = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == self._root:
+            await RedirectResponse(self._root + "/")(scope, receive, send)
+            return
         if scope["type"] == "http" and scope["path"].startswith(self._root + "/"):
             scope = {**scope, "path": scope["path"][len(self._root) :]}
         await self._app(scope, receive, send)
@@ -93,13 +97,15 @@ def _written(host: str) -> str:
 
 class KnownQuery:
     """Middleware: 400 for a query parameter, except on paths that begin like one of `own`, whose
-    routes read them. Paths for probes and
-    documentation answer with a warning instead, as load balancers add parameters to them; and so
-    do all where `unknown` is "warn"."""
+    routes read them. Open paths answer with a warning instead, as load balancers add parameters to
+    them; and so do all where `unknown` is "warn"."""
 
-    def __init__(self, app: ASGIApp, unknown: Unknown, own: tuple[str, ...]) -> None:
+    def __init__(
+        self, app: ASGIApp, unknown: Unknown, open_paths: frozenset[str], own: tuple[str, ...]
+    ) -> None:
         self._app = app
         self._unknown = unknown
+        self._open_paths = open_paths
         self._own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,7 +113,7 @@ class KnownQuery:
         if query and not scope["path"].startswith(self._own):
             pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=None)
             names = [name for name, _ in pairs] or [query.decode("latin-1")]
-            if self._unknown == "refuse" and scope["path"] not in OPEN_PATHS:
+            if self._unknown == "refuse" and scope["path"] not in self._open_paths:
                 shown = shorten(names[0])
                 message = f"Unknown query parameter {shown}: this path has none"
                 await send_error(invalid(message, code="unknown_query_parameter"), scope, send)

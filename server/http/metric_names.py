@@ -48,6 +48,13 @@ OF_VLLM = frozenset(
 )
 
 
+# Names that vLLM had earlier, which published dashboards ask for.
+EARLIER = {
+    "inter_token_latency_seconds": "time_per_output_token_seconds",
+    "kv_cache_usage_perc": "gpu_cache_usage_perc",
+}
+
+
 class Named:
     """Metrics under all names that the operator wants, as Prometheus' client collects them."""
 
@@ -58,15 +65,20 @@ class Named:
 
     def collect(self) -> Iterator[Metric]:
         if OWN in self._prefixes:
-            yield from (_renamed(metric, OWN, {}) for metric in self._metrics)
+            for metric in self._metrics:
+                yield _renamed(metric, f"{OWN}:{metric.name}", {})
         if VLLM in self._prefixes:
-            known = (metric for metric in self._metrics if metric.name in OF_VLLM)
-            yield from (_renamed(metric, VLLM, ENGINE) for metric in known)
+            for metric in self._metrics:
+                if metric.name in OF_VLLM:
+                    yield _renamed(metric, f"{VLLM}:{metric.name}", ENGINE)
+                if metric.name in EARLIER:
+                    yield _renamed(metric, f"{VLLM}:{EARLIER[metric.name]}", ENGINE)
 
 
-def _renamed(metric: Metric, prefix: str, labels: dict[str, str]) -> Metric:
-    found = Metric(f"{prefix}:{metric.name}", metric.documentation, metric.type)
+def _renamed(metric: Metric, name: str, labels: dict[str, str]) -> Metric:
+    found = Metric(name, metric.documentation, metric.type)
     found.samples = [
-        Sample(f"{prefix}:{each.name}", labels | each.labels, *each[2:]) for each in metric.samples
+        Sample(name + each.name.removeprefix(metric.name), labels | each.labels, *each[2:])
+        for each in metric.samples
     ]
     return found

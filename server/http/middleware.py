@@ -27,21 +27,21 @@ class ApiKeys:
     """Middleware: 401 unless `Authorization: Bearer <key>` or `x-api-key` holds one of the keys.
     Paths for probes and documentation are open; admin paths have their own keys."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: frozenset[str]) -> None:
         self._app = app
         self._keys = KeyRing(keys)
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _needs_key(scope["path"]):
+        if scope["type"] == "http" and self._needs_key(scope["path"]):
             token = api_key(scope["headers"])
             if token is None or not self._keys.accept(token):
                 await send_error(unauthorized(token, "API key"), scope, send)
                 return
         await self._app(scope, receive, send)
 
-
-def _needs_key(path: str) -> bool:
-    return path not in OPEN_PATHS and not path.startswith(ADMIN_PREFIX)
+    def _needs_key(self, path: str) -> bool:
+        return path not in self._open_paths and not path.startswith(ADMIN_PREFIX)
 
 
 class KeyRing:

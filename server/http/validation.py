@@ -24,6 +24,13 @@ def _plain(number: float) -> str:
     return str(int(number)) if number == int(number) else str(number)
 
 
+def _as_json(literals: str) -> str:
+    """Allowed values, which pydantic writes as Python does."""
+    for python, json in (("'", '"'), ("True", "true"), ("False", "false")):
+        literals = literals.replace(python, json)
+    return literals
+
+
 # Kind of error -> what the value must do: "it must ..."
 WRONG_TYPE = {
     "bool_type": "be true or false",
@@ -41,7 +48,7 @@ WRONG_VALUE: dict[str, Callable[[Context], str]] = {
     "greater_than_equal": lambda bound: f"be at least {_plain(bound['ge'])}",
     "less_than": lambda bound: f"be below {_plain(bound['lt'])}",
     "less_than_equal": lambda bound: f"be at most {_plain(bound['le'])}",
-    "literal_error": lambda allowed: "be " + str(allowed["expected"]).replace("'", '"'),
+    "literal_error": lambda allowed: f"be {_as_json(allowed['expected'])}",
     "string_pattern_mismatch": lambda form: f"match {form['pattern']}",
     "string_too_long": lambda bound: (
         "have at most " + _count(bound["max_length"], "character", "characters")
@@ -51,6 +58,8 @@ WRONG_VALUE: dict[str, Callable[[Context], str]] = {
     ),
     "too_long": lambda bound: "have at most " + _count(bound["max_length"], "entry", "entries"),
     "too_short": lambda bound: "have at least " + _count(bound["min_length"], "entry", "entries"),
+    "union_tag_invalid": lambda union: f"have a type of {union['expected_tags']}".replace("'", '"'),
+    "union_tag_not_found": lambda _: "have a type",
 }
 
 
@@ -99,7 +108,7 @@ def path_in(body: Any, entry: ErrorDetails) -> list[int | str]:
     loc = entry["loc"] + blamed
     path: list[int | str] = []
     for index, step in enumerate(loc):
-        known = isinstance(body, dict) and step in body
+        known = isinstance(body, dict) and step in body and not _names_branch(body, loc, index)
         if isinstance(body, list) and isinstance(step, int) and step < len(body):
             known = True
         if known:
@@ -108,6 +117,14 @@ def path_in(body: Any, entry: ErrorDetails) -> list[int | str]:
         elif entry["type"] in ("missing", RULE) and index == len(loc) - 1:
             path.append(step)
     return path
+
+
+def _names_branch(body: Mapping[str, Any], loc: Sequence[int | str], index: int) -> bool:
+    """Whether a step that is the name of a member is the type of `body`, a branch of a union."""
+    step, following = loc[index], loc[index + 1 : index + 2]
+    member = body[str(step)]
+    inside = isinstance(member, dict) and following and following[0] in member
+    return step == body.get("type") and bool(following) and following[0] in body and not inside
 
 
 def written(path: Sequence[int | str]) -> str:

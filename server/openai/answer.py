@@ -7,7 +7,7 @@ import functools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -68,6 +68,7 @@ class Task(Generic[Asked]):
     grammar: Callable[[ServerContext, Asked], AskedGrammar | None]
     failure: Callable[[Any, ApiError], bytes] = lambda _, error: error_event(error)  # by the writer
     end: bytes = DONE  # of a stream
+    most_sequences: Literal["max_choices", "max_embeddings"] = "max_choices"  # in `server`
 
 
 async def answer(http: HttpRequest, task: Task[Asked]) -> Response:
@@ -98,7 +99,7 @@ async def begin(http: HttpRequest, task: Task[Asked], body: Asked) -> tuple[Gene
     defaults = context.info.defaults
     body = with_model_defaults(body, defaults)
     with ExitStack() as stack:
-        ticket = context.admission.admit(body.num_sequences)
+        ticket = context.admission.admit(body.num_sequences, task.most_sequences)
         stack.callback(ticket.release)
         info = context.engine_info()
         prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
@@ -163,7 +164,9 @@ async def whole(context: ServerContext, generation: Generation, writer: Writer) 
 async def _written(
     context: ServerContext, delta: ChoiceDelta, write: Callable[[ChoiceDelta], Result]
 ) -> Result:
-    """What `write` makes of a delta. Many scores, as those of a whole prompt, take long."""
-    if len(delta.scored) + len(delta.prompt_logprobs or ()) <= FEW_SCORES:
+    """What `write` makes of a delta. Many scores, as those of a whole prompt, take long, as do
+    vectors."""
+    num_scores = len(delta.scored) + len(delta.prompt_logprobs or ())
+    if num_scores <= FEW_SCORES and delta.pooled is None:
         return write(delta)
     return await context.in_pool(LONG, write, delta)

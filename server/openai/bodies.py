@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -59,6 +60,43 @@ class ReplyMetrics(msgspec.Struct, frozen=True, kw_only=True):
     speculative_decoding: SpeculativeDecoding
 
 
+Origin = Literal["bonus", "draft", "lookup", "grammar"]
+
+
+class TracedToken(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of the text. `bonus`: the model's own, after the accepted drafts of its step; the
+    others were drafted by the draft head, by lookup or by the grammar, at `depth` 1, 2, ..."""
+
+    token: str
+    bytes: list[int]
+    origin: Origin
+    depth: int  # 0 for the bonus token
+
+
+class TracedNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A drafted token. `parent` is 0 for the newest token of the text, i for the i-th of these
+    nodes, -1 for a node that could not be used."""
+
+    token: str
+    parent: int
+
+
+class TracedRound(msgspec.Struct, frozen=True, kw_only=True):
+    """The draft tree that one step verified; after the accepted nodes comes the bonus token."""
+
+    source: Origin | None  # null: nothing was drafted
+    nodes: Sequence[TracedNode]  # numbered from 1 on
+    accepted: Sequence[int]  # numbers of accepted nodes, a path from the root
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens and steps since the last chunk. A token comes with its text, which may be after its
+    step; one that no text shows has none, as with log-probabilities."""
+
+    tokens: list[TracedToken]
+    rounds: list[TracedRound]
+
+
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     logprob: float
@@ -75,6 +113,16 @@ class ChatTokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     content: list[ChatTokenLogprob]
     refusal: None = None
+
+
+class PromptTokenScore(msgspec.Struct, frozen=True, kw_only=True):
+    logprob: float
+    rank: int | None  # 1: the likeliest; null where it is not among the alternatives
+    decoded_token: str
+
+
+# For each prompt token its own score and those of alternatives, by token id; null for the first.
+PromptScores = list[dict[str, PromptTokenScore] | None]
 
 
 class ReplyFunction(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +153,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
     token_ids: list[int] | UnsetType = UNSET
+    trace: Trace | UnsetType = UNSET
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +173,7 @@ class ChatCompletion(Reply, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     service_tier: Literal["default"] = "default"
     prompt_token_ids: list[int] | UnsetType = UNSET  # these, and ids elsewhere: on request
+    prompt_logprobs: PromptScores | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +189,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
+    trace: Trace | UnsetType = UNSET
 
 
 class ChatChunk(Reply, frozen=True, kw_only=True):
@@ -165,7 +216,9 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
+    trace: Trace | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptScores | UnsetType = UNSET
 
 
 class Completion(Reply, frozen=True, kw_only=True):

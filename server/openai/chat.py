@@ -19,15 +19,17 @@ from server.openai.bodies import (
     ChatDelta,
     ChatFinishReason,
     ChatTokenLogprob,
+    PromptScores,
 )
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import chat_params, chat_prompts, chat_reading
 from server.openai.generation import Generation
-from server.openai.logprobs import chat_logprobs
+from server.openai.logprobs import chat_logprobs, prompt_scores
 from server.openai.message import Message
 from server.openai.report import Report
 from server.openai.schema import ChatRequest
 from server.openai.tool_grammar import chat_grammar
+from server.openai.trace import TraceWriter
 
 router = APIRouter()
 ROUTES = Routes(router, (ChatRequest,), (ChatCompletion, ChatChunk))
@@ -53,6 +55,10 @@ class ChatWriter:
         # As OpenAI: the answer to a request that names its tool just stops.
         called: ChatFinishReason = "stop" if body.names_a_tool else "tool_calls"
         self._messages = [Message(scored, called) for _ in generation.choices]
+        tokenizer, traced = generation.tokenizer, body.include_trace
+        self._traces = [TraceWriter(tokenizer, traced) for _ in generation.choices]
+        self._num_prompt_tops = body.prompt_logprobs
+        self._prompt_scores: PromptScores | UnsetType = UNSET
         self._opened = False
 
     def events(self, delta: ChoiceDelta) -> bytes:
@@ -67,6 +73,11 @@ class ChatWriter:
         message = self._messages[delta.index]
         message.add_tokens(self._scores_of(delta), delta.token_ids)
         message.add_parts(delta.parts)
+        self._traces[delta.index].add(delta)
+        if delta.prompt_logprobs is not None and self._num_prompt_tops is not None:
+            self._prompt_scores = prompt_scores(
+                self._generation.tokenizer, delta.prompt_logprobs, self._num_prompt_tops
+            )
 
     def whole(self) -> ChatCompletion:
         choices = [
@@ -74,7 +85,10 @@ class ChatWriter:
             for choice, message in zip(self._generation.choices, self._messages, strict=True)
         ]
         return self._report.whole(
-            ChatCompletion, choices=choices, prompt_token_ids=self._prompt_ids()
+            ChatCompletion,
+            choices=choices,
+            prompt_token_ids=self._prompt_ids(),
+            prompt_logprobs=self._prompt_scores,
         )
 
     def _whole_choice(self, choice: Choice, message: Message) -> ChatChoice:
@@ -85,6 +99,7 @@ class ChatWriter:
             logprobs=scores,
             finish_reason=message.finish_reason(choice.ended(), choice.has_called),
             token_ids=self._if_asked(ids),
+            trace=self._traces[choice.index].take(),
         )
 
     def _openings(self) -> bytes:
@@ -97,10 +112,11 @@ class ChatWriter:
         return b"".join(events)
 
     def _delta_events(self, delta: ChoiceDelta) -> bytes:
-        """A chunk for each part of the message, and one with the finish reason. Log-probabilities
-        and token ids go with the first part that follows them."""
+        """A chunk for each part of the message, and one with the finish reason. Log-probabilities,
+        token ids and the trace go with the first part that follows them."""
         message = self._messages[delta.index]
         message.add_tokens(self._scores_of(delta), delta.token_ids)
+        self._traces[delta.index].add(delta)
         events = [self._event(message, delta.index, part) for part in message.deltas(delta.parts)]
         if delta.finish_reason is not None:
             if message.has_scores:
@@ -125,6 +141,7 @@ class ChatWriter:
             logprobs=None if reason else scores,
             finish_reason=reason,
             token_ids=self._if_asked(ids),
+            trace=self._traces[index].take(),
         )
         return self._report.chunk([choice])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from engine.messages import Finished, TokenLogprob, Tokens
+from engine.messages import DraftSource, Finished, Round, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from server.http.metrics import Metrics
 from server.openai import bodies
@@ -25,6 +27,16 @@ class ScoredToken:
 
 
 @dataclass(frozen=True, slots=True)
+class OriginToken:
+    """Who drafted a token, and at which depth of the tree; None and 0 for the target's own."""
+
+    offset: int  # where its text begins, in characters of the choice
+    token_id: int
+    source: DraftSource | None
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceDelta:
     """New output of a choice. `finish_reason` is set in its last delta only."""
 
@@ -34,12 +46,37 @@ class ChoiceDelta:
     scored: Sequence[ScoredToken]
     finish_reason: bodies.FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    pooled: bytes | None = None  # see `Tokens`
     token_ids: Sequence[int] = ()  # those since the last delta, the one that ended the choice too
+    origins: Sequence[OriginToken] = ()  # of a request with a trace
+    rounds: Sequence[Round] = ()  # those since the last delta
+
+
+END = sys.maxsize  # after every character
+Item = TypeVar("Item", ScoredToken, OriginToken)
+
+
+class _Held(Generic[Item]):
+    """What is said of tokens whose text has not been sent yet."""
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+
+    def add(self, items: Iterable[Item]) -> None:
+        self._items += items
+
+    def release(self, end: int) -> Sequence[Item]:
+        """Remove and return the leading ones whose text begins before character `end`."""
+        count = 0
+        while count < len(self._items) and self._items[count].offset < end:
+            count += 1
+        released, self._items = self._items[:count], self._items[count:]
+        return released
 
 
 class Choice:
-    """Follows one engine request. Logprobs are sent with the text of their tokens; a token that a
-    stop string or stop token keeps out of the text has none."""
+    """Follows one engine request. Logprobs and origins are sent with the text of their tokens; a
+    token that a stop string or stop token keeps out of the text has none."""
 
     def __init__(
         self,
@@ -61,8 +98,10 @@ class Choice:
         self._reader = reader
         self._begins: list[int] = []  # of the text of tokens that may be reasoning
         self._emitted = 0  # characters
-        self._held: list[ScoredToken] = []  # their text is not emitted yet
+        self._scored: _Held[ScoredToken] = _Held()
+        self._origins: _Held[OriginToken] = _Held()
         self._unsent: list[int] = []  # tokens since the last delta
+        self._rounds: list[Round] = []  # the same of rounds
         self._newest: float | None = None  # time of the last tokens
 
     @property
@@ -116,17 +155,14 @@ class Choice:
         offsets = [offset for offset in taken.offsets if end is None or offset < end]
         self.num_output += len(offsets)
         self._unsent += event.token_ids[: len(offsets)]
-        scored: Sequence[ScoredToken] = ()
-        if event.logprobs is not None:
-            known = event.logprobs[: len(offsets)]  # an end cuts the tokens
-            self._held += [ScoredToken(*pair) for pair in zip(offsets, known, strict=True)]
-            scored = self._release()
+        self._hold(event, offsets)
+        scored = self._scored.release(self._emitted)
         ended = taken.stop is not None or end is not None
         if ended:
             self.finish_reason = "stop"
-        if not (taken.text or scored or ended or event.prompt_logprobs):
+        if not (taken.text or scored or ended or event.prompt_logprobs or event.pooled):
             return None
-        return self._delta(taken.text, parts, scored, event.prompt_logprobs)
+        return self._delta(taken.text, parts, scored, event)
 
     def take_finished(self, event: Finished) -> ChoiceDelta | None:
         """Take the engine's last event. None when a stop string had already ended the choice."""
@@ -139,7 +175,9 @@ class Choice:
         parts = self._read(text, (), ends=True, cut=not stopped)
         stopped = stopped or self.stopped_by_text
         self.finish_reason = "stop" if stopped else "length"
-        scored = self._release() if self._stream.stop is not None else self._held
+        if self._stream.stop is None:
+            self._emitted = END
+        scored = self._scored.release(self._emitted)
         self._measure_end(event, self.finish_reason)
         return self._delta(text, parts, scored)
 
@@ -163,12 +201,32 @@ class Choice:
         text: str,
         parts: Sequence[Part],
         scored: Sequence[ScoredToken],
-        prompt_logprobs: list[TokenLogprob | None] | None = None,
+        event: Tokens | None = None,
     ) -> ChoiceDelta:
         ids, self._unsent = self._unsent, []
+        rounds, self._rounds = self._rounds, []
+        origins = self._origins.release(self._emitted)
         return ChoiceDelta(
-            self.index, text, parts, scored, self.finish_reason, prompt_logprobs, ids
+            self.index,
+            text,
+            parts,
+            scored,
+            self.finish_reason,
+            None if event is None else event.prompt_logprobs,
+            None if event is None else event.pooled,
+            ids,
+            origins,
+            rounds,
         )
+
+    def _hold(self, event: Tokens, offsets: Sequence[int]) -> None:
+        """Keep what is said of the first tokens, those with an offset: an end cuts the others."""
+        if event.logprobs is not None:
+            known = event.logprobs[: len(offsets)]
+            self._scored.add(ScoredToken(*pair) for pair in zip(offsets, known, strict=True))
+        if event.round is not None:
+            self._rounds.append(event.round)
+            self._origins.add(_origins(event.token_ids, event.round, offsets))
 
     def _read(
         self, text: str, offsets: Sequence[int], ends: bool, cut: bool = False
@@ -180,14 +238,6 @@ class Choice:
         self._emitted += len(text)
         return [*parts, *self._reader.finish(cut)] if ends else parts
 
-    def _release(self) -> list[ScoredToken]:
-        """Remove and return the leading tokens whose text has been emitted, at least in part."""
-        count = 0
-        while count < len(self._held) and self._held[count].offset < self._emitted:
-            count += 1
-        released, self._held = self._held[:count], self._held[count:]
-        return released
-
     def _measure(self, num_tokens: int) -> None:
         now = time.time()
         if num_tokens and self._newest is not None:
@@ -198,3 +248,14 @@ class Choice:
 
     def _measure_end(self, event: Finished, reason: str) -> None:
         self._metrics.finish(event, reason, self.request.arrival_time)
+
+
+def _origins(
+    token_ids: Sequence[int], round: Round, offsets: Sequence[int]
+) -> Iterator[OriginToken]:
+    """The accepted nodes come first, one depth after the other."""
+    for at, (offset, token_id) in enumerate(zip(offsets, token_ids[: len(offsets)], strict=True)):
+        drafted = at < len(round.path)
+        yield OriginToken(
+            offset, token_id, round.source if drafted else None, at + 1 if drafted else 0
+        )

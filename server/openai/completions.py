@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
+import msgspec
 from fastapi import APIRouter
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
 from server.http.docs import Routes, operation
 from server.openai.answer import Task, answer
-from server.openai.bodies import Completion, CompletionChoice
+from server.openai.bodies import Completion, CompletionChoice, PromptScores
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import completion_params, completion_prompts
 from server.openai.generation import Generation
-from server.openai.logprobs import CompletionLogprobsWriter, Echo
+from server.openai.logprobs import CompletionLogprobsWriter, Echo, prompt_scores
 from server.openai.report import Report
 from server.openai.schema import CompletionRequest
 from server.openai.structured import asked_grammar
+from server.openai.trace import TraceWriter
 from server.text.answer.forms import Reading
 
 router = APIRouter()
@@ -38,11 +42,12 @@ class CompletionWriter:
     def __init__(self, generation: Generation, body: CompletionRequest) -> None:
         self._report = Report(generation, body, Completion)
         self._choices = [_ChoiceWriter(generation, choice, body) for choice in generation.choices]
+        self._num_choices, self._num_returned = body.num_choices, body.num_returned
 
     def events(self, delta: ChoiceDelta) -> bytes:
         writer = self._choices[delta.index]
         writer.add(delta)
-        return self._report.chunk([writer.take()]) if writer.has_news else b""
+        return self._report.chunk([writer.take(delta.index)]) if writer.has_news else b""
 
     def last_events(self) -> bytes:
         return self._report.last()
@@ -51,7 +56,18 @@ class CompletionWriter:
         self._choices[delta.index].add(delta)
 
     def whole(self) -> Completion:
-        return self._report.whole(Completion, choices=[it.take() for it in self._choices])
+        choices = [writer.take(index) for index, writer in enumerate(self._returned())]
+        return self._report.whole(Completion, choices=choices)
+
+    def _returned(self) -> list[_ChoiceWriter]:
+        """The choices of the reply: of those of a prompt, the likeliest."""
+        found: list[_ChoiceWriter] = []
+        for begin in range(0, len(self._choices), self._num_choices):
+            of_prompt = self._choices[begin : begin + self._num_choices]
+            if self._num_returned < self._num_choices:
+                of_prompt = sorted(of_prompt, key=lambda each: each.mean_logprob, reverse=True)
+            found += of_prompt[: self._num_returned]
+        return found
 
 
 class _ChoiceWriter:
@@ -66,8 +82,14 @@ class _ChoiceWriter:
         as_ids = bool(body.return_tokens_as_token_ids)
         writer = CompletionLogprobsWriter(generation.tokenizer, as_ids)
         self._logprobs = writer if scored else None
+        self._trace = TraceWriter(generation.tokenizer, body.include_trace)
         self._with_ids = bool(body.return_token_ids)
         self._ids: list[int] = []
+        self._num_prompt_tops = body.prompt_logprobs
+        self._prompt_scores: PromptScores | UnsetType = UNSET
+        self._tokenizer = generation.tokenizer
+        self._num_echo_tops = body.logprobs or 0
+        self._sum, self._num_scored = 0.0, 0
         self._opened = False
         self._texts: list[str] = []
         self._news = False
@@ -77,32 +99,46 @@ class _ChoiceWriter:
     def has_news(self) -> bool:
         return self._news
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of the tokens of the text; that of an empty text is the lowest."""
+        return self._sum / self._num_scored if self._num_scored else -math.inf
+
     def add(self, delta: ChoiceDelta) -> None:
+        if delta.prompt_logprobs is not None and self._num_prompt_tops is not None:
+            self._prompt_scores = prompt_scores(
+                self._tokenizer, delta.prompt_logprobs, self._num_prompt_tops
+            )
+        self._sum += sum(item.logprob.logprob for item in delta.scored)
+        self._num_scored += len(delta.scored)
         if self._echo is not None:
             self._add_echo(self._echo, delta.prompt_logprobs)
             self._echo = None
         self._texts.append(delta.text)
         self._ids += delta.token_ids
+        self._trace.add(delta)
         if self._logprobs is not None:
             for item in delta.scored:
                 entry = item.logprob
                 self._logprobs.add(entry.token_id, self._width + item.offset, entry)
         self._ended = delta.finish_reason is not None
-        self._news = self._news or bool(delta.text or delta.scored or self._ended)
+        self._news = self._news or bool(delta.text or delta.scored or delta.origins or self._ended)
 
-    def take(self) -> CompletionChoice:
-        """What was added since the last `take`."""
+    def take(self, index: int) -> CompletionChoice:
+        """What was added since the last `take`, as the choice of this number."""
         text, self._texts, self._news = "".join(self._texts), [], False
         ids, self._ids = self._ids, []
         prompt_ids = [] if self._opened else self._choice.request.prompt_ids
         self._opened = True
         return CompletionChoice(
-            index=self._choice.index,
+            index=index,
             text=text,
             logprobs=None if self._logprobs is None else self._logprobs.take(),
             finish_reason=self._choice.ended() if self._ended else None,
             token_ids=ids if self._with_ids else UNSET,
             prompt_token_ids=prompt_ids if self._with_ids and prompt_ids else UNSET,
+            trace=self._trace.take(),
+            prompt_logprobs=self._prompt_scores,
         )
 
     def _add_echo(self, echo: Echo, scores: list[TokenLogprob | None] | None) -> None:
@@ -112,6 +148,9 @@ class _ChoiceWriter:
             token_ids = self._choice.request.prompt_ids
             entries = scores if scores is not None else [None] * len(token_ids)
             for token_id, offset, entry in zip(token_ids, echo.offsets, entries, strict=True):
+                if entry is not None:
+                    top = entry.top[: self._num_echo_tops]
+                    entry = msgspec.structs.replace(entry, top=top)
                 self._logprobs.add(token_id, offset, entry)
 
 

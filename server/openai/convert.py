@@ -195,13 +195,15 @@ def budget(
 
 def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
     max_tokens = budget(prompt, body.token_limit, None, info, "messages")
-    return _sampling_params(body, max_tokens, body.num_logprobs, None, info)
+    return _sampling_params(body, max_tokens, body.num_logprobs, body.prompt_logprobs, info)
 
 
 def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
     max_tokens = budget(prompt, body.token_limit, DEFAULT_COMPLETION_TOKENS, info, "prompt")
-    scored = body.logprobs if body.echo else None
-    return _sampling_params(body, max_tokens, body.logprobs, scored, info)
+    echoed = body.logprobs if body.echo else None
+    asked = [count for count in (echoed, body.prompt_logprobs) if count is not None]
+    logprobs = 0 if body.chooses and body.logprobs is None else body.logprobs
+    return _sampling_params(body, max_tokens, logprobs, max(asked, default=None), info)
 
 
 def _sampling_params(

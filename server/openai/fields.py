@@ -15,6 +15,7 @@ HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
 MAX_STOPS = 32
 MAX_PARTS = 1024
+MAX_BEST_OF = 20
 MAX_BIASES = 1024
 
 
@@ -213,3 +214,14 @@ class SpeculationOptions(Fields):
         "`metrics.speculative_decoding`, in the reply or in the last chunk of a stream, which has "
         "no choices.",
     )
+    trace: bool = Field(
+        False,
+        description="Add `trace` to choices: which tokens were drafted, by what and at which "
+        "depth, and the draft tree of every step with the accepted path.",
+    )
+
+
+class UntracedSpeculation(SpeculationOptions):
+    """The same, where no choice could carry a trace."""
+
+    trace: Literal[False] = Field(False, description="Only false.")

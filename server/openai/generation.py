@@ -189,12 +189,16 @@ def start_generation(
                 cache_salt=salt,
                 max_draft_nodes=body.max_draft_nodes,
                 prediction=prompt.prediction,
+                trace=body.include_trace,
                 arrival_time=now,
             )
             reader = reading.reader(prompt.text or "")
             choices.append(
                 Choice(index, request, context.tokenizer, options, context.metrics, reader)
             )
+    off = context.config.speculation.lookup is False
+    if off and prompts[0].prediction and "prediction" not in record.not_used:
+        record.not_used.append("prediction")
     context.metrics.ask(body.num_choices, [each.max_tokens for each in params])
     record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     if context.config.log.prompts:

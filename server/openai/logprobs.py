@@ -12,6 +12,8 @@ from engine.messages import TokenLogprob
 from server.openai.bodies import (
     ChatTokenLogprob,
     CompletionLogprobs,
+    PromptScores,
+    PromptTokenScore,
     TopLogprob,
 )
 from server.openai.choice import ScoredToken
@@ -62,6 +64,29 @@ def _chat_entry(
             for token_id, logprob in entry.top
         ],
     )
+
+
+def prompt_scores(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprob | None], count: int
+) -> PromptScores:
+    """The scores of a prompt's tokens, with at most `count` alternatives."""
+    return [None if each is None else _prompt_entry(tokenizer, each, count) for each in entries]
+
+
+def _prompt_entry(
+    tokenizer: Tokenizer, entry: TokenLogprob, count: int
+) -> dict[str, PromptTokenScore]:
+    ranks = {token_id: rank for rank, (token_id, _) in enumerate(entry.top, 1)}
+    known = [*entry.top[:count], (entry.token_id, entry.logprob)]
+    found = {
+        str(token_id): PromptTokenScore(
+            logprob=finite(logprob),
+            rank=ranks.get(token_id),
+            decoded_token=tokenizer.token_text(token_id),
+        )
+        for token_id, logprob in known
+    }
+    return cast(dict[str, PromptTokenScore], _encoded(found))
 
 
 class CompletionLogprobsWriter:

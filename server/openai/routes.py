@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from server.openai import chat, completions, models, tokenize
+from server.openai import chat, completions, embeddings, models, tokenize
 from server.openai.responses import routes as responses
 
-ROUTES = (chat.ROUTES, completions.ROUTES, responses.ROUTES, models.ROUTES, tokenize.ROUTES)
+ROUTES = (
+    chat.ROUTES,
+    completions.ROUTES,
+    responses.ROUTES,
+    embeddings.ROUTES,
+    models.ROUTES,
+    tokenize.ROUTES,
+)

@@ -13,6 +13,7 @@ from server.http.validation import broken_rule
 from server.openai.conversation import ChatMessage, RenderingFields
 from server.openai.fields import (
     HARMLESS,
+    MAX_BEST_OF,
     MAX_INT,
     CacheSalt,
     Fraction,
@@ -106,6 +107,11 @@ class SamplingFields(StructuredFields):
     return_tokens_as_token_ids: bool | None = Field(
         None, description='Write tokens in log-probabilities as "token_id:50". Default false.'
     )
+    prompt_logprobs: NumLogprobs = Field(
+        None,
+        description="As in vLLM: the log-probability of each prompt token, and so many "
+        "alternatives, by token id. Not with `stream`.",
+    )
     use_beam_search: Literal[False] | None = Field(None, description="Only false.")
     length_penalty: float | None = Field(
         None, ge=1, le=1, description="Only 1: it is for beam search."
@@ -137,6 +143,14 @@ class SamplingFields(StructuredFields):
         if self.stream_options is not None and not self.stream:
             raise broken_rule(
                 "stream_options", "stream_options is only allowed when stream is true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_scored_in_one_piece(self) -> SamplingFields:
+        if self.prompt_logprobs is not None and self.stream:
+            raise broken_rule(
+                "prompt_logprobs", "prompt_logprobs is only allowed when stream is false"
             )
         return self
 
@@ -175,6 +189,10 @@ class SamplingFields(StructuredFields):
     @property
     def include_draft_stats(self) -> bool:
         return self.speculation is not None and self.speculation.stats
+
+    @property
+    def include_trace(self) -> bool:
+        return self.speculation is not None and self.speculation.trace
 
 
 class ChatRequest(SamplingFields, RenderingFields):
@@ -285,14 +303,37 @@ class CompletionRequest(SamplingFields):
     )
     logprobs: NumLogprobs = None
     echo: bool | None = Field(None, description="Put the prompt in front of the text.")
-    best_of: int | None = Field(None, ge=1, le=MAX_INT, description="Only the value of `n`.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BEST_OF,
+        description="Write so many texts per prompt and return the `n` whose tokens have the "
+        "highest mean log-probability. At least `n`; more only without `stream`. Default `n`.",
+    )
     suffix: Suffix = None
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.num_choices:
-            raise broken_rule("best_of", f"best_of must equal n, which is {self.num_choices}")
+    def _best_of_covers_n(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < self.num_returned:
+            least = f"it must be at least n, which is {self.num_returned}"
+            raise broken_rule("best_of", f"best_of is {self.best_of}: {least}")
+        if self.chooses and self.stream:
+            raise broken_rule("best_of", "best_of must not be more than n when stream is true")
         return self
+
+    @property
+    def num_returned(self) -> int:
+        """Choices of a prompt in the reply."""
+        return self.n or 1
+
+    @property
+    def num_choices(self) -> int:
+        return self.best_of or self.num_returned
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more choices are written than returned."""
+        return self.num_choices > self.num_returned
 
     @property
     def num_sequences(self) -> int:

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from llguidance import StructTag
 from pydantic import Field, ValidationError, model_validator
@@ -20,11 +20,13 @@ from server.http.context import ServerContext
 from server.http.errors import ApiError, bad_value
 from server.http.validation import broken_rule, validation_error
 from server.openai.fields import HARMLESS, Unsupported
+from server.openai.tag_formats import Holder, check_keywords, lark_of
 
 MAX_SCHEMA = 2**17  # characters of a JSON schema
 MAX_REGEX = 4096
 MAX_GRAMMAR = 2**16
 MAX_CHOICES = 1024
+MAX_TAGS = 2 * MAX_SCHEMA
 SEARCH = 5.0  # seconds to find which part of a grammar cannot be used
 ANY_OBJECT = '{"type": "object"}'
 KEYWORDS = (
@@ -36,9 +38,12 @@ KEYWORDS = (
 FORMATS = "date-time, date, time, duration, email, hostname, ipv4, ipv6, uuid, uri"
 UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(.*)\]")
 UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
+ONE_OF = "oneOf constraints are not supported"
+ONE_OF_NEEDS = "oneOf needs schemas that exclude each other, such as by a const; else send anyOf"
 
 Schema = dict[str, Any]
 SchemaOrText = Schema | str
+Content = TypeVar("Content", bound=Fields)
 Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX)]
 Choices = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_REGEX)]],
@@ -89,6 +94,15 @@ class StructuralTag(Fields):
         return next((one for one in self.triggers if structure.begin.startswith(one)), None)
 
 
+# The parts of a response format, and the type that each is for.
+PARTS = {
+    "json_schema": "json_schema",
+    "structures": "structural_tag",
+    "triggers": "structural_tag",
+    "format": "structural_tag",
+}
+
+
 class ResponseFormat(Fields):
     """What the text must be."""
 
@@ -96,17 +110,27 @@ class ResponseFormat(Fields):
     json_schema: JsonSchemaFormat | None = Field(None, description="With `json_schema`.")
     structures: list[TagStructure] | None = Field(None, description="With `structural_tag`.")
     triggers: list[str] | None = Field(None, description="With `structural_tag`.")
+    format: Schema | None = Field(
+        None,
+        description="With `structural_tag`, in place of `structures` and `triggers`: a format as "
+        "xgrammar has them, const_string, json_schema, regex, any_text, sequence, or, tag, "
+        "triggered_tags or tags_with_separator.",
+    )
 
     @model_validator(mode="after")
     def _parts_fit_the_type(self) -> ResponseFormat:
-        of_type = {"json_schema": ("json_schema",), "structural_tag": ("structures", "triggers")}
-        for kind, names in of_type.items():
-            for name in names:
-                given = getattr(self, name) is not None
-                if given and self.type != kind:
-                    raise broken_rule(name, f'{name} is only allowed with type "{kind}"')
-                if not given and self.type == kind:
-                    raise broken_rule(name, f'{name} is missing: type "{kind}" requires it')
+        given = {name for name in PARTS if getattr(self, name) is not None}
+        for name in given:
+            if PARTS[name] != self.type:
+                raise broken_rule(name, f'{name} is only allowed with type "{PARTS[name]}"')
+        needed = ["json_schema"] if self.type == "json_schema" else []
+        if self.type == "structural_tag" and "format" not in given:
+            needed = ["structures", "triggers"]
+        for name in needed:
+            if name not in given:
+                raise broken_rule(name, f'{name} is missing: type "{self.type}" requires it')
+        if "format" in given and len(given) > 1:
+            raise broken_rule("format", "format is only allowed without structures and triggers")
         return self
 
 
@@ -120,8 +144,10 @@ class StructuredOutputs(Fields):
     choice: Choices | None = Field(None, description="The text is one of these.")
     grammar: GrammarText | None = Field(None, description="Lark as llguidance reads it, or GBNF.")
     json_object: Literal[True] | None = Field(None, description="The text is a JSON object.")
-    structural_tag: str | StructuralTag | None = Field(
-        None, description="An object with `structures` and `triggers`, or its JSON as a string."
+    structural_tag: SchemaOrText | None = Field(
+        None,
+        description="An object with `structures` and `triggers`, or with `format`; or its JSON as "
+        "a string.",
     )
     disable_any_whitespace: Literal[False] | None = Field(None, description="Only false.")
     disable_additional_properties: Literal[False] | None = Field(None, description="Only false.")
@@ -204,8 +230,9 @@ def _of_format(form: ResponseFormat) -> AskedGrammar:
         return _asked("json_object", "response_format", True)
     if form.json_schema is not None:
         return _asked("json", "response_format.json_schema.schema", form.json_schema.schema_)
-    parts = form.model_dump(by_alias=True, include={"structures", "triggers"})
-    return _asked("structural_tag", "response_format", parts)
+    parts = form.model_dump(by_alias=True, include={"structures", "triggers", "format"})
+    known = {name: part for name, part in parts.items() if part is not None}
+    return _asked("structural_tag", "response_format", known)
 
 
 def _asked(name: str, field: str, value: Any) -> AskedGrammar:
@@ -223,38 +250,37 @@ def _shown(value: Any) -> Any:
 
 
 def _schema(value: Schema) -> str:
-    _check_keywords(value)
+    check_keywords(value)
     text = json.dumps(value)
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"it must have at most {MAX_SCHEMA} characters, and has {len(text)}")
     return text
 
 
-def _check_keywords(schema: Schema) -> None:
-    """llguidance takes its own settings from a schema; they are ours to choose."""
-    if "x-guidance" in schema:
-        raise ValueError('the keyword "x-guidance" is not supported')
-
-
 def _choice(values: list[str]) -> str:
     return "start: " + " | ".join(map(json.dumps, values))
 
 
-def _tags(value: Schema | StructuralTag) -> str:
-    if not isinstance(value, StructuralTag):
-        value = _tag_in(value)
+def _tags(content: Schema) -> str:
+    if "format" in content:
+        given = {name: part for name, part in content.items() if name != "type"}
+        text = lark_of(_validated(Holder, given).format)
+        if len(text) > MAX_TAGS:
+            raise ValueError(f"its grammar must have at most {MAX_TAGS} characters")
+        return text
+    value = _validated(StructuralTag, content)
     tags = []
     for one in value.structures:
-        _check_keywords(one.schema_)
+        check_keywords(one.schema_)
         schema = {**one.schema_, "x-guidance": {"whitespace_pattern": WHITESPACE}}
         trigger = value.trigger_of(one) or ""
         tags.append(StructTag(trigger=trigger, begin=one.begin, grammar=schema, end=one.end))
     return StructTag.to_grammar(tags, assume_special=False)
 
 
-def _tag_in(content: Schema) -> StructuralTag:
+def _validated(model: type[Content], content: Schema) -> Content:
     try:
-        return StructuralTag.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         raise ValueError(str(validation_error(error, content))) from error
 
@@ -306,4 +332,6 @@ def refusal(asked: AskedGrammar, reason: str) -> ApiError:
         reason = f"the keyword {unknown[1]} is not supported; supported are {KEYWORDS}"
     elif (form := UNKNOWN_FORMAT.search(reason)) is not None:
         reason = f"the format {json.dumps(form[1])} is not supported; supported are {FORMATS}"
+    elif ONE_OF in reason:
+        reason = ONE_OF_NEEDS
     return bad_value(asked.field, _shown(asked.value), asked.owner + reason)

@@ -13,7 +13,7 @@ from server.http.validation import broken_rule
 from server.openai.fields import HARMLESS
 
 MAX_TOOLS = 128
-MAX_NAME = 64
+MAX_NAME = 128  # OpenAI allows 64, Anthropic 128
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 FunctionName = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern="^[a-zA-Z0-9_-]+$")]
 

@@ -9,6 +9,7 @@ from server.http.errors import ApiError
 
 Names = Sequence[tuple[str, str]]  # of a chat request -> of the client's request; the first counts
 END_OF_NAME = (".", "[")
+NUMBERED = "messages"  # whose numbers may mean another message of the client
 FLAT = (".function.", ".")  # tools of other APIs have no object around a function
 
 
@@ -24,20 +25,23 @@ def worded(names: Names) -> Iterator[None]:
 def reworded(error: ApiError, names: Names) -> ApiError:
     """The same error about the client's field."""
     detail = error.detail
-    for ours, theirs in names:
-        if detail.param is not None and _is_in(detail.param, ours):
-            param = theirs + detail.param.removeprefix(ours)
-            return _about(error, param, detail.message.replace(detail.param, param))
-    if detail.param is not None and "tools" in detail.param:
-        return _about(error, detail.param.replace(*FLAT), detail.message.replace(*FLAT))
-    return error
-
-
-def _about(error: ApiError, param: str, message: str) -> ApiError:
-    detail, headers = error.detail, error.headers
+    if detail.param is None:
+        return error
+    param, message = _renamed(detail.param, names), detail.message
+    message = message.replace(detail.param, param).replace(*FLAT)
+    for ours, theirs in names:  # other fields that it mentions
+        if not ours.startswith(NUMBERED) and "_" in ours:
+            message = message.replace(ours, theirs)
     return ApiError(
-        error.status, message, detail.type, param=param, code=detail.code, headers=headers
+        error.status, message, detail.type, param=param, code=detail.code, headers=error.headers
     )
+
+
+def _renamed(param: str, names: Names) -> str:
+    for ours, theirs in names:
+        if _is_in(param, ours):
+            return theirs + param.removeprefix(ours)
+    return param.replace(*FLAT)
 
 
 def _is_in(param: str, name: str) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from engine.checkpoints.quantisation import is_named, left_out_patterns
 
 Json = Mapping[str, Any]
 
@@ -17,16 +18,18 @@ class Format:
     name: str
     bytes_per_weight: float
     fp8_products: bool = False  # activations are rounded to FP8, too, by a kernel of their own
+    bytes_per_output: float = 0.0  # of a scale for each
 
 
 BF16 = Format("bf16", 2.0)
-FP8 = Format("fp8", 1.0, fp8_products=True)
-# One bfloat16 scale for 128 weights; products in bfloat16.
+FP8 = Format("fp8", 1.0, fp8_products=True, bytes_per_output=4.0)
+GROUP = 128  # weights per scale, where it is not said
+# One scale of two bytes for so many weights; products in bfloat16.
 FORMATS = {
     "bf16": BF16,
     "fp8": FP8,
-    "int8": Format("int8", 1.0 + 2 / 128),
-    "int4": Format("int4", 0.5 + 2 / 128),
+    "int8": Format("int8", 1.0 + 2 / GROUP),
+    "int4": Format("int4", 0.5 + 2 / GROUP),
     "float32": Format("float32", 4.0),
 }
 # Modules of Hugging Face names that stand for a part, in a middle layer.
@@ -72,10 +75,14 @@ def stored_formats(config: Json, plain: str) -> PartFormats:
     quantised = table(config, "quantization_config")
     if not quantised:
         return rest
-    chosen, left_out = _method(quantised), _left_out(quantised)
+    chosen, left_out = _method(quantised), left_out_patterns(quantised)
+    if chosen.name == "int4" and _is_reordered(quantised):
+        return rest
     mlp = "feed_forward" if "text_config" in config else "mlp"
     names = {part: module.format(mlp=mlp) for part, module in MODULES.items()}
-    found = {part: chosen for part, name in names.items() if not _matches(name, left_out)}
+    if chosen.name == "int4":  # experts of four bits become plain numbers when they are loaded
+        del names["experts"]
+    found = {part: chosen for part, name in names.items() if not _is_left_out(name, left_out)}
     return replace(rest, **found)
 
 
@@ -90,14 +97,46 @@ def table(config: Json, key: str) -> Json:
 def _method(quantised: Json) -> Format:
     method = quantised.get("quant_method")
     if method in ("fp8", "fbgemm_fp8"):
-        return FP8
+        return _in_blocks(FP8, quantised.get("weight_block_size"))
     if method in ("gptq", "awq"):
-        return _of_bits(quantised.get("bits"), "int", method)
+        found = _of_bits(quantised.get("bits"), "int", method)
+        # GPTQ stores zero points of symmetric weights, too, which are then left out.
+        symmetric = method == "gptq" and quantised.get("sym", True) is True
+        return _in_groups(found, quantised.get("group_size"), symmetric)
     if method == "compressed-tensors":
-        groups = table(quantised, "config_groups")
-        weights = table(table(groups, next(iter(groups), "")), "weights")
-        return _of_bits(weights.get("num_bits"), weights.get("type"), method)
+        weights = _weights(quantised)
+        found = _of_bits(weights.get("num_bits"), weights.get("type"), method)
+        if found == FP8:
+            return _in_blocks(found, weights.get("block_structure"))
+        return _in_groups(found, weights.get("group_size"), weights.get("symmetric", True))
     raise ValueError(f"quant_method {method!r} is not known; known: {KNOWN_METHODS}")
+
+
+def _weights(quantised: Json) -> Json:
+    """What compressed-tensors says of weights, in the first group of layers."""
+    groups = table(quantised, "config_groups")
+    return table(table(groups, next(iter(groups), "")), "weights")
+
+
+def _in_blocks(found: Format, block: object) -> Format:
+    """A float32 scale for each output and block of inputs, as they are held."""
+    if not isinstance(block, list | tuple) or len(block) != 2:
+        return found
+    return replace(found, bytes_per_weight=1 + 4 / block[1], bytes_per_output=0.0)
+
+
+def _in_groups(found: Format, group: object, symmetric: object) -> Format:
+    """Symmetric groups have a scale in float16, others two float32 numbers."""
+    if found.name != "int4":
+        return found
+    size = group if isinstance(group, int) and group > 0 else GROUP
+    return replace(found, bytes_per_weight=0.5 + (2 if symmetric else 8) / size)
+
+
+def _is_reordered(quantised: Json) -> bool:
+    """Whether groups are of inputs that are not neighbours: such weights become plain numbers."""
+    order = _weights(quantised).get("actorder")
+    return quantised.get("desc_act") is True or order in ("group", True)
 
 
 def _of_bits(bits: object, kind: object, method: object) -> Format:
@@ -110,18 +149,6 @@ def _of_bits(bits: object, kind: object, method: object) -> Format:
     return FORMATS[known[bits, kind]]  # type: ignore[index]
 
 
-def _left_out(quantised: Json) -> Sequence[str]:
-    found = [*(quantised.get("ignore") or ()), *(quantised.get("modules_to_not_convert") or ())]
-    return [str(name) for name in found]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """As compressed-tensors reads them: `re:` begins a regular expression, others are names, here
-    with or without the model's prefix."""
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.search(pattern.removeprefix("re:"), name):
-                return True
-        elif pattern.endswith(name) or name.endswith(pattern) or f".{pattern}." in f".{name}.":
-            return True
-    return False
+def _is_left_out(name: str, patterns: tuple[str, ...]) -> bool:
+    """With or without the prefixes of a model for text and images."""
+    return is_named((name, f"language_model.{name}"), patterns)

@@ -27,8 +27,8 @@ class Product:
     @property
     def num_bytes(self) -> int:
         """Of all layers and copies."""
-        weights = self.count * self.copies * self.inputs * self.outputs
-        return int(weights * self.kept.bytes_per_weight)
+        per_output = self.inputs * self.kept.bytes_per_weight + self.kept.bytes_per_output
+        return int(self.count * self.copies * self.outputs * per_output)
 
     def touched(self, num_tokens: int) -> float:
         """The expected number of copies that `num_tokens` tokens use, if each takes any copy with

@@ -17,6 +17,7 @@ from server.http.app import create_app
 from server.http.connections import Connections
 from server.http.context import ServerContext, ServerInfo
 from server.http.protocol import protocol_with
+from server.page.routes import page_routes
 from server.process.client import ZmqEngineClient
 from server.process.loaded import spare_loaded
 from server.process.open_files import connection_limit
@@ -31,7 +32,8 @@ def build_app(config: HostConfig, client: ZmqEngineClient) -> FastAPI:
     """
     codec = load_codec(config)
     info = ServerInfo.from_config(config, codec.defaults)
-    app = create_app(config, client, codec.tokenizer, codec.template, info, ROUTES)
+    routes = (*ROUTES, page_routes()) if config.server.page else ROUTES
+    app = create_app(config, client, codec.tokenizer, codec.template, info, routes)
     spare_loaded()
     return app
 

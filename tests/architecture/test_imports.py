@@ -41,7 +41,7 @@ WITHOUT_TORCH = (
 HTTP_SIDE = (
     "server.cli",
     "server.http.app",
-    "server.openai.routes",
+    "server.apis",
     "server.process.launch",
     "server.process.web",
     "server.process.client",

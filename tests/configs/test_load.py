@@ -87,6 +87,8 @@ def test_variables_that_are_not_ours_are_left_alone(ignored: dict[str, str]) -> 
         ("server.drain_timeout=1e3", 1000.0),
         ("server.drain_timeout=2", 2.0),
         ("server.drain_timeout=0.5", 0.5),
+        ("speculation.aux_layers=outputs", "outputs"),
+        ("speculation.aux_layers=[2, 16, 29]", (2, 16, 29)),
         ("cache.prefix_caching=false", False),
         (" server.port =0", 0),
     ],

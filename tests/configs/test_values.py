@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import pytest
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 
 from configs.load import ConfigError, as_yaml, load_schema
 from configs.schema import Config, ModelConfig, Section
-from configs.training import SourceConfig, TrainingConfig
+from configs.training import CLOCK_KEYS, SourceConfig, TrainingConfig
 from configs.values import kinds_of, parse, typed
 
 # Texts that YAML takes for truths, nothing, numbers, dates, times or mappings, or refuses.
@@ -116,6 +116,8 @@ def load(key: Key, text: str, source: str, folder: Path) -> object:
     """The key's value, set to `text` by one source; the other keys come from overrides."""
     name = f"{key.section}.{key.name}"
     around = [f"{k}={v}" for k, v in ALONGSIDE[key.schema].items() if k != name]
+    if key.schema is TrainingConfig and key.name in CLOCK_KEYS:
+        around.append("run.minutes=1")
     environment, path = {}, None
     if source == "override":
         around.append(f"{name}={text}")
@@ -185,9 +187,12 @@ def test_every_list_takes_its_items_as_they_are_written(
         written, items = ["1", "010", "1e3"], (1, 10, 1000)
     elif Path in kinds_of(item):
         items = tuple(map(Path, IN_A_FILE))
+    elif choices_of(item):
+        written, items = [str(choice) for choice in choices_of(item)], choices_of(item)
     found = load(key, f"[{', '.join(written)}]", source, tmp_path)
     assert found == items
-    if key.section != "data":  # which must not be empty as a whole
+    may_be_empty = not any(isinstance(limit, MinLen) for limit in key.limits)
+    if may_be_empty and key.section != "data":  # which must not be empty as a whole
         assert load(key, "[]", source, tmp_path) == ()
 
 

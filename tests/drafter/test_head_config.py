@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from configs.schema import AuxLayers
 from drafter.heads.config import HeadConfig
 from drafter.heads.published import eagle3_json
 from drafter.heads.untrained import eagle3_config
@@ -86,6 +87,43 @@ def test_outputs_named_by_nvidia_are_inputs_of_the_next_layers() -> None:
     assert config.feature_size == 3 * HIDDEN
 
 
+@pytest.mark.parametrize("keys", [{AUX: [1, 4]}, {"eagle_config": {AUX: [1, 4]}}])
+def test_the_operator_may_say_what_ids_of_layers_mean(keys: dict[str, Any]) -> None:
+    taps = {
+        aux: HeadConfig.from_json(EAGLE3 | keys, aux).tap_layers(TARGET)
+        for aux in ("boundaries", "outputs", (0, 8))
+    }
+    assert taps == {"boundaries": (1, 4), "outputs": (2, 5), (0, 8): (0, LAST_OUTPUT)}
+
+
+@pytest.mark.parametrize(
+    ("config", "aux", "message"),
+    [
+        (EAGLE, "outputs", "'outputs', but an EAGLE head reads the final hidden state only"),
+        (EAGLE3, "boundaries", "names no layers .*'auto' and a list are possible"),
+        (
+            EAGLE3 | {"use_aux_hidden_state": False},
+            (1, 2),
+            r"\[1, 2\], but this head reads the fin",
+        ),
+        (EAGLE3 | {"num_aux_hidden_states": 3}, (1, 2), "is 3, but .* names 2"),
+    ],
+)
+def test_layers_that_a_head_cannot_read_are_refused(
+    config: dict[str, Any], aux: AuxLayers, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadConfig.from_json(config, aux)
+
+
+def test_an_absent_norm_before_residual_means_what_it_does_in_vllm() -> None:
+    keys = speculators("eagle3")
+    keys.pop("norm_before_residual", None)
+    assert HeadConfig.from_json(keys).norm_before_residual
+    assert not HeadConfig.from_json(keys | {"norm_before_residual": False}).norm_before_residual
+    assert not HeadConfig.from_json(EAGLE3).norm_before_residual
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -99,6 +137,11 @@ def test_outputs_named_by_nvidia_are_inputs_of_the_next_layers() -> None:
         (EAGLE3 | {"model_type": "qwen3"}, "model_type 'qwen3' is not supported"),
         (EAGLE3 | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         (EAGLE3 | {"quantization_config": {"quant_method": "fp8"}}, "heads of quantised weights"),
+        (named("DFlashDraftModel"), "DFlash heads, which draft several tokens at once, are not"),
+        (EAGLE3 | {"dflash_config": {"mask_token_id": 3}}, "DFlash heads"),
+        (speculators("dspark"), "DSpark heads"),
+        (speculators("peagle"), "P-EAGLE heads, which"),
+        (EAGLE3 | {"parallel_drafting": True}, "P-EAGLE heads"),
         (EAGLE3 | {"use_qk_norm": True}, "use_qk_norm True is not supported"),
         (EAGLE3 | {"eagle_config": {"parallel_draft_step": 2}}, "parallel_draft_step 2 is not"),
         (EAGLE3 | {"norm_output": "yes"}, "norm_output must be bool, not 'yes'"),

@@ -4,6 +4,7 @@ the batch and the memory."""
 from __future__ import annotations
 
 import random
+import re
 import threading
 from dataclasses import replace
 
@@ -35,6 +36,12 @@ VOCAB = 131
 WORDS = r"[a-c]{3,30} (ab|ba|c)*"
 NAMES = r'\{"name": "[a-z]{1,12}", "age": [0-9]{1,3}(, "ok": (true|false))?\}'
 ENDLESS = "(ab|c)*"
+# Free text, but after "ab" follow two digits and "c".
+TRIGGERED = r"""start: part* TEXT
+TEXT: /(.|\n)*/
+part: begin rest
+begin[lazy]: /(.|\n)*ab/
+rest: /[0-9]{2}c/"""
 SETTINGS: dict[str, dict[str, object]] = {
     "words": {"pattern": WORDS},
     "names": {"pattern": NAMES},
@@ -47,6 +54,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "filtered": {"pattern": NAMES, "top_k": 3, "top_p": 0.9, "min_p": 0.02},
     "penalised": {"pattern": WORDS, "presence_penalty": 1.0, "repetition_penalty": 1.3},
     "stops": {"pattern": WORDS, "stop_token_ids": (TOKENS.index(b"c"),), "min_tokens": 4},
+    "triggered": {
+        "grammar": Grammar("lark", TRIGGERED),
+        "logit_bias": {TOKENS.index(b"ab"): 9.0, TOKENS.index(b"aba"): 9.0},
+    },
     "free-penalised": {"frequency_penalty": 0.5, "logprobs": 1},
 }
 
@@ -100,6 +111,13 @@ def test_texts_end_where_their_grammar_says(plain: dict[str, Completion]) -> Non
     assert EOS not in plain["names"].token_ids  # "}" ends the text
     assert plain["ends-late"].token_ids[-1] == EOS
     assert len(plain["ends-late"].token_ids) == 7
+
+
+def test_after_a_trigger_the_text_is_not_free(plain: dict[str, Completion]) -> None:
+    text = text_of(plain["triggered"].token_ids)
+    found = re.findall("ab(.{3})", text)
+    assert len(found) > 1
+    assert all(re.fullmatch("[0-9]{2}c", rest) for rest in found)
 
 
 def test_log_probabilities_are_those_among_allowed_tokens(plain: dict[str, Completion]) -> None:

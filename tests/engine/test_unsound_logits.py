@@ -14,7 +14,6 @@ from engine.models.llama import Llama
 from engine.request import FinishReason, Request
 from engine.speculation.planner import FixedPlanner
 from kernels.ops import Ops
-from kernels.sampling.reference import are_sound
 from tests.support.engines import ask, generate
 from tests.support.head_lab import SHAPES, HeadLab, write_head
 from tests.support.tiny_engine import TinyEngine, random_llama
@@ -112,5 +111,12 @@ def test_no_prompt_finds_blocks_of_a_broken_request(
         ([torch.nan] * 3, False),
     ],
 )
-def test_a_sound_row_has_a_finite_best_and_no_nan(row: list[float], sound: bool) -> None:
-    assert are_sound(torch.tensor([[0.0, 1.0, 2.0], row])).tolist() == [True, sound]
+@pytest.mark.parametrize("table", ["reference_ops", "native_ops"])
+@pytest.mark.parametrize("width", [3, 40], ids=["a few", "more than a register"])
+def test_a_sound_row_has_a_finite_best_and_no_nan(
+    request: pytest.FixtureRequest, table: str, width: int, row: list[float], sound: bool
+) -> None:
+    ops = request.getfixturevalue(table)
+    rows = torch.full((2, width), -torch.inf)
+    rows[0], rows[1, :3] = 1.0, torch.tensor(row)
+    assert ops.are_sound(rows).tolist() == ops.are_sound(rows.flip(1)).tolist() == [True, sound]

@@ -104,13 +104,16 @@ def test_one_call_equals_the_operations(
         assert bool(got.isfinite().all())
 
 
-def test_several_layers_in_one_call_equal_the_layers_in_turn(native: Ops) -> None:
+def test_several_layers_in_one_call_equal_the_layers_in_turn(
+    native: Ops, dtype: torch.dtype
+) -> None:
     """The second has other weights, and pages of its own."""
     torch.manual_seed(0)
-    dtype, batch, results = torch.bfloat16, a_batch(), []
+    batch, results = a_batch(), []
     layers = [a_layer(native, dtype, form, None) for form in ("grouped", "mixed")]
     layers[1] = replace(layers[1], attention=replace(layers[1].attention, layer=1))
     x, residual = torch.randn(9, H), torch.randn(9, H)
+    tap = torch.full((9, H), torch.nan)
     for together in (False, True):
         kv = KVStorage.allocate(2, 4, BLOCK, KV_HEADS, D, dtype, CPU)
         for pages in (*kv.keys, *kv.values):
@@ -119,10 +122,12 @@ def test_several_layers_in_one_call_equal_the_layers_in_turn(native: Ops) -> Non
         packed_layers = [whole(layer, native) for layer in layers]
         if together:
             parts = [layer.whole for layer in packed_layers if layer.whole is not None]
-            out = run_whole(parts, slice(0, 2), out, stream, batch, context)
+            out = run_whole(parts, slice(0, 2), out, stream, batch, context, {1: tap})
         else:
             for layer in packed_layers:
+                entering = out + stream
                 out = layer(out, stream, batch, context)
         results.append((out, stream, *kv.keys, *kv.values))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
+    assert torch.equal(tap, entering)

@@ -145,8 +145,14 @@ def settings(which: int, temperatures: list[float], masked: bool, seed: int = 0)
 @pytest.mark.parametrize("which", range(len(FILTERS)))
 @pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_quick_draw_equals_the_reference(which: int, masked: bool, ties: bool) -> None:
+@pytest.mark.parametrize("table", ["torch", "native_ops"])
+def test_the_quick_draw_equals_the_reference(
+    request: pytest.FixtureRequest, which: int, masked: bool, ties: bool, table: str
+) -> None:
+    quick: Callable[[Tensor, DrawSettings], Tensor]
     quick = TorchDraw(reference.argmax, reference.gumbel_argmax)
+    if table == "native_ops":
+        quick = request.getfixturevalue(table).draw
     logits = numbers(8, 300, seed=which) * 3
     logits = (logits * 2).round() / 2 if ties else logits
     chosen = settings(which, TEMPERATURES, masked)

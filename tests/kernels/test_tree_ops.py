@@ -205,3 +205,15 @@ def test_masks_and_depths_equal_those_of_shapes(seed: int) -> None:
         masks, depths = reference.ancestors(torch.tensor(trees))
         assert masks.tolist() == [[signed(mask) for mask in ancestors_of(t)] for t in trees]
         assert depths.tolist() == [list(depths_of(t)) for t in trees]
+
+
+def test_native_walks_equal_the_reference(native_ops: Ops) -> None:
+    luck = random.Random(3)
+    for num_nodes in (1, 2, 7, 64):
+        parents = [random_parents(num_nodes, luck) for _ in range(5)]
+        parents[1] = [*parents[1][:1], *[-1] * (num_nodes - 1)]  # only the root is in use
+        tokens, drawn = (torch.randint(-1, 3, (5, num_nodes)) for _ in range(2))
+        depth = max(max(depths_of(row)) for row in parents)
+        args = (tokens, torch.tensor(parents), drawn, depth)
+        for got, expected in zip(native_ops.tree_walk(*args), reference.walk(*args), strict=True):
+            assert torch.equal(got, expected)

@@ -18,6 +18,7 @@ from tests.kernels import triton_env
 from tests.support.engines import ask, generate
 from tests.support.guarded_memory import check_guards, guard
 from tests.support.head_lab import HeadLab, write_head
+from tests.support.kernel_count import counted_steps
 from tests.support.tiny_engine import TinyEngine, random_llama
 
 triton_env.load("kernels.norm.triton_kernel")
@@ -115,3 +116,23 @@ def test_no_kernel_reads_beyond_the_tables_of_a_row_at_its_last_position(
     stats = core.stats()
     assert stats.num_drafts > 0
     assert (stats.num_draft_faults, stats.num_unsound, proposer.failed) == (0, 0, False)
+
+
+# Kernels of a round of two layers, drafting included: our own, products, and other operations of
+# torch. Each costs about a microsecond on a GPU, and its place in a graph.
+MOST_KERNELS = {"root": (17, 9, 31), "chain3": (52, 25, 118)}
+
+
+@pytest.mark.parametrize("shape", [ROOT, chain(3)], ids=["root", "chain3"])
+def test_a_round_launches_no_more_kernels_than_it_did(
+    lab: HeadLab, monkeypatch: pytest.MonkeyPatch, shape: TreeShape
+) -> None:
+    engine = replace(lab.engine, padded=True, run_ahead=True, max_num_seqs=1)
+    core = engine.build()
+    if shape != ROOT:
+        core, _ = replace(lab, engine=engine).build(FixedPlanner(shape))
+    with counted_steps(monkeypatch) as counts:
+        generate(core, [ask("a", [9, 8, 7], max_tokens=4, ignore_eos=True)])
+    last = next(c for c in reversed(counts) if c.form.only_roots and c.form.shape == shape)
+    found = (last.launches.total(), last.products, last.others.total())
+    assert all(map(int.__le__, found, MOST_KERNELS[shape.name])), (last.launches, last.others)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from drafter.proposer import _entries_of
 from engine.runner.layout import Layout
 from engine.runner.step import _draw_settings
 from engine.step.batch import ForwardBatch
+from engine.step.tree import VerifyResult
 from kernels.packing.nodes import NodeTrees
-from tests.engine.runner.test_layout import Case, case_of
+from tests.engine.runner.test_layout import VOCAB, Case, case_of, random_result
 from tests.kernels import triton_env
 
 kernel = triton_env.load("kernels.packing.triton_kernel")
+entries = triton_env.load("kernels.packing.triton_entries")
 pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]
 
 
@@ -61,6 +65,33 @@ def test_packed_nodes_are_those_of_torch(filtered: bool) -> None:
             assert (one is None) == (other is None) == (not filtered and "_" in name)
             if one is not None:
                 assert torch.equal(one[used], other[used]), name
+
+
+@pytest.mark.skipif(not triton_env.INTERPRETED, reason="cases lie in host memory")
+def test_packed_entries_are_those_of_torch() -> None:
+    num_cut = 0
+    for seed in range(16):
+        case = case_of(seed, exact=False, decodes=True)
+        got, expected = in_one_launch(case, filtered=False)
+        if not got.form.only_roots:
+            continue
+        result, samples = random_result(random.Random(seed), case), got.inputs.samples
+        committed = expected.committed(result)
+        drawn = result.emitted.clone()
+        drawn[~samples, 0] = VOCAB  # what is drawn there does not count
+        accepted = torch.where(samples, result.num_accepted, 1)
+        ours = got.packed_entries(VerifyResult(result.path, accepted, drawn), entries.pack_entries)
+        for part in fields(committed):
+            one, other = getattr(ours, part.name), getattr(committed, part.name)
+            if isinstance(other, Tensor):
+                assert torch.equal(one, other), part.name
+            elif part.name != "packed":
+                assert one == other, part.name
+        for name, value in _entries_of(committed)._asdict().items():
+            used = committed.cu.diff() > 0 if name == "last" else slice(None)
+            assert torch.equal(getattr(_entries_of(ours), name)[used], value[used]), name
+        num_cut += int((committed.cu.diff() < got.inputs.lens + result.num_accepted).sum())
+    assert num_cut > 0
 
 
 def test_rows_without_nodes_are_passed_over() -> None:

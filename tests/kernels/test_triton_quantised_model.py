@@ -10,6 +10,7 @@ import torch
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import ModelFiles
 from engine.models.families import load_target
+from engine.models.footprint import bytes_by_form, held_bytes
 from engine.models.place import Place
 from kernels.linear.scaled import FP8
 from kernels.ops import ExpertWeights
@@ -62,9 +63,11 @@ def test_a_llama_computes_with_its_quantised_weights(
         wanted = model(torch.tensor([IDS])).logits[0]
     got, loaded = logits_and_model(tmp_path, tmp_path)
     assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
-    layer = loaded.layers[0]  # type: ignore[attr-defined]
+    layer, held = loaded.layers[0], bytes_by_form(loaded)  # type: ignore[attr-defined]
     assert layer.attention.qkv.weight.data.dtype == kept
     assert layer.mlp.down.weight.data.dtype == kept
+    assert list(held) == ["float32", "fp8" if kept == FP8 else "q4"]
+    assert sum(held.values()) == held_bytes(loaded)
 
 
 def test_a_llama4_computes_with_experts_in_fp8(tmp_path: Path) -> None:

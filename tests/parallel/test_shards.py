@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.arch import LlamaArch, Shape
+from engine.checkpoints.families import read_text_model
+from engine.checkpoints.llama4_arch import Llama4Arch
 from engine.checkpoints.manifest import expected_tensors
 from engine.checkpoints.stored import Index
+from engine.models.families import load_target
 from engine.models.llama import Llama, LlamaLoader
 from engine.models.place import Place
 from engine.parallel.shard import Shard, allowed_degrees, check_degree, kv_copies
 from kernels.ops import LinearWeight, Ops
-from tests.support.published_llamas import LLAMA31_8B, LLAMA33_70B, PUBLISHED
+from tests.support.published_llamas import LLAMA4_MAVERICK, LLAMA31_8B, LLAMA33_70B, PUBLISHED
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 DEGREES = (1, 2, 4, 8)
@@ -75,6 +78,21 @@ def test_every_published_tensor_is_read_once_over_all_ranks(
         copies = size if "norm" in key else 1
         if ".k_proj." in key or ".v_proj." in key:
             copies = kv_copies(arch.num_kv_heads, size)
+        assert taken.copies() == {copies}, key
+
+
+def test_experts_of_their_own_are_read_once_over_all_ranks(reference_ops: Ops) -> None:
+    arch = read_text_model(LLAMA4_MAVERICK).arch
+    assert isinstance(arch, Llama4Arch)
+    arch = dataclasses.replace(
+        arch, num_layers=2, num_experts=3, moe_layers=frozenset({1}), separate_experts=True
+    )
+    stored = {key: Taken(shape) for key, shape in expected_tensors(arch).items()}
+    for rank in range(8):
+        place = Place(reference_ops, torch.bfloat16, META, Shard(rank, 8))
+        load_target(arch, stored.__getitem__, place, 32)
+    for key, taken in stored.items():
+        copies = 8 if "norm" in key or "router" in key else 1
         assert taken.copies() == {copies}, key
 
 

@@ -13,10 +13,18 @@ import httpx
 import msgspec
 import tokenizers
 
-from configs.schema import CacheConfig, Config, LogConfig, ModelConfig, ServerConfig
+from configs.schema import (
+    CacheConfig,
+    Config,
+    LogConfig,
+    ModelConfig,
+    ServerConfig,
+    SpeculationConfig,
+)
 from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
+from server.page.routes import page_routes
 from server.text.chat_template import ChatTemplate
 from server.text.generation_config import SamplingDefaults
 from server.text.tokenizer import Tokenizer
@@ -52,6 +60,7 @@ class Server:
         share_between_clients: bool = False,
         defaults: SamplingDefaults | None = None,
         model: dict[str, Any] | None = None,
+        speculation: dict[str, Any] | None = None,
         specials_in_content: Iterable[str] = (),
         max_model_len: int = INFO.max_model_len,
         **limits: Any,
@@ -66,6 +75,7 @@ class Server:
                 model=ModelConfig(served_name=MODEL, **(model or {})),
                 cache=CacheConfig(share_between_clients=share_between_clients),
                 server=ServerConfig(**limits),
+                speculation=SpeculationConfig(**(speculation or {})),
                 log=LogConfig(prompts=log_prompts),
             )
         )
@@ -75,7 +85,7 @@ class Server:
             tokenizer,
             ChatTemplate(template, SPECIAL_TOKENS, specials_in_content),
             ServerInfo.from_config(self.config, defaults),
-            ROUTES,
+            (*ROUTES, page_routes()) if self.config.server.page else ROUTES,
         )
 
     @property

@@ -16,6 +16,7 @@ from engine.messages import (
     ErrorCode,
     Finished,
     OperationBackend,
+    Round,
     TokenLogprob,
     Tokens,
 )
@@ -28,6 +29,7 @@ INFO = EngineInfo(
     max_model_len=64,
     num_blocks=32,
     block_size=16,
+    hidden_size=4,
     eos_token_ids=[2],
     ops={"linear": OperationBackend("scripted")},
     device="none",
@@ -149,6 +151,21 @@ def say(token_ids: Sequence[int], step: int = 1, ends: bool = True) -> Script:
         if ends:
             events.append(finished(request, reason, len(kept)))
         return events
+
+    return script
+
+
+def steps(*parts: tuple[Sequence[int], Round], ends: bool = True) -> Script:
+    """Emit these ids step by step, each with its round if a trace is wanted. With `ends` False the
+    request stays open."""
+
+    def script(request: Request) -> list[Event]:
+        events: list[Event] = [
+            msgspec.structs.replace(tokens(request, ids), round=round if request.trace else None)
+            for ids, round in parts
+        ]
+        count = sum(len(ids) for ids, _ in parts)
+        return [*events, finished(request, FinishReason.STOP, count)] if ends else events
 
     return script
 

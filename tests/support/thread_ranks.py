@@ -172,6 +172,7 @@ def _info(rank: Rank) -> EngineInfo:
         max_model_len=rank.config.model.max_model_len,
         num_blocks=rank.config.cache.num_blocks,
         block_size=rank.config.cache.block_size,
+        hidden_size=rank.target.arch.hidden_size,
         eos_token_ids=sorted(rank.target.eos_token_ids),
         ops={},
         device="cpu",

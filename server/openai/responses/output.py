@@ -130,7 +130,7 @@ class Output:
         return [*self._items, *open_items]
 
     def add(self, parts: Sequence[Part], scores: Sequence[ChatTokenLogprob]) -> Iterator[Happening]:
-        """Take new parts; scores belong to their text."""
+        """Take new parts; scores belong to their first text."""
         left = list(scores)
         for part in parts:
             match part:
@@ -146,10 +146,15 @@ class Output:
                     yield self._more(text, left)
                     left = []
 
-    def end(self, status: ItemStatus) -> Iterator[Happening]:
-        """Close what is open. A response without any text has an empty message."""
+    def end(
+        self, status: ItemStatus, scores: Sequence[ChatTokenLogprob] = ()
+    ) -> Iterator[Happening]:
+        """Close what is open; scores belong to its text. A response without any text has an empty
+        message."""
         if self._open is None and not self._items:
             yield from self._begin(_Prose(is_reasoning=False))
+        if scores and isinstance(self._open, _Prose) and not self._open.is_reasoning:
+            yield self._more("", scores)
         yield from self._close(status)
 
     def _more(self, text: str, scores: Sequence[ChatTokenLogprob]) -> Happening:

@@ -16,11 +16,11 @@ from server.openai.fields import (
     Fraction,
     Penalty,
     Seed,
-    SpeculationOptions,
     Stop,
     Temperature,
     TopP,
     Unsupported,
+    UntracedSpeculation,
 )
 from server.openai.responses.items import InputItem, user_item
 from server.openai.structured import Schema
@@ -179,7 +179,7 @@ class ResponsesRequest(Fields):
         None, ge=-(2**31), le=2**31 - 1, description="Lower runs first. Default 0."
     )
     cache_salt: CacheSalt = None
-    speculation: SpeculationOptions | None = Field(
+    speculation: UntracedSpeculation | None = Field(
         None, description="Speculative decoding. Changes speed only, never the text."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(

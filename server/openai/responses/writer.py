@@ -12,7 +12,7 @@ from msgspec import UNSET
 from server.http.errors import ApiError
 from server.http.sse import named_event
 from server.openai.bodies import ChatTokenLogprob
-from server.openai.choice import ChoiceDelta
+from server.openai.choice import ChoiceDelta, ScoredToken
 from server.openai.generation import Generation
 from server.openai.logprobs import chat_logprobs
 from server.openai.responses.bodies import (
@@ -28,6 +28,7 @@ from server.openai.responses.bodies import (
 from server.openai.responses.output import Happening, Output
 from server.openai.responses.request import FunctionTool, ResponsesRequest
 from server.openai.schema import ChatRequest
+from server.text.answer.parts import CallBegin, Content
 
 Keep = Callable[[ResponseObject], None]
 
@@ -49,6 +50,7 @@ class ResponseWriter:
         self._generation = generation
         self._chat = chat
         self._output = Output()
+        self._held: list[ScoredToken] = []  # of text that the reader holds back
         self._num_events = 0
         self.is_over = False  # whether its end was kept
 
@@ -65,7 +67,7 @@ class ResponseWriter:
         return head + self._write(self._happenings(delta))
 
     def last_events(self) -> bytes:
-        closing = self._write(self._output.end(self._ended))
+        closing = self._write(self._closing())
         return closing + self._event(f"response.{self._ended}", {"response": self._finished()})
 
     def failure(self, error: ApiError) -> bytes:
@@ -77,7 +79,7 @@ class ResponseWriter:
             pass
 
     def whole(self) -> ResponseObject:
-        for _ in self._output.end(self._ended):
+        for _ in self._closing():
             pass
         return self._finished()
 
@@ -157,11 +159,20 @@ class ResponseWriter:
     def _happenings(self, delta: ChoiceDelta) -> Iterable[Happening]:
         return self._output.add(delta.parts, self._scores(delta))
 
+    def _closing(self) -> Iterable[Happening]:
+        return self._output.end(self._ended, self._take_scores())
+
     def _scores(self, delta: ChoiceDelta) -> list[ChatTokenLogprob]:
-        """Those of tokens after the reasoning."""
+        """Those of tokens after the reasoning, once their text is sent."""
         thought = self._generation.choices[delta.index].num_thought
-        scored = [each for each in delta.scored if each.offset >= thought]
-        return chat_logprobs(self._generation.tokenizer, scored)
+        scored = (*self._held, *delta.scored)
+        self._held = [each for each in scored if each.offset >= thought]
+        is_sent = any(isinstance(part, Content | CallBegin) for part in delta.parts)
+        return self._take_scores() if is_sent else []
+
+    def _take_scores(self) -> list[ChatTokenLogprob]:
+        held, self._held = self._held, []
+        return chat_logprobs(self._generation.tokenizer, held)
 
     def _write(self, happenings: Iterable[Happening]) -> bytes:
         return b"".join([self._event(each.type, each.fields) for each in happenings])

@@ -9,6 +9,7 @@ import pytest
 
 from engine.kv.manager import KVManager
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.lookup import Found
 from engine.speculation.planner import Choice
 from engine.step.plan import UNKNOWN, RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -20,13 +21,13 @@ DYNAMIC = DynamicShape("dynamic", 5, 3, 4)  # 9 nodes go through the head
 
 
 @dataclass
-class Found:
+class Known:
     """A lookup that finds what the test says."""
 
     chain: list[int] = field(default_factory=list)
 
-    def draft(self, seq: Any, most: int, price: float, rival: float) -> list[int]:
-        return self.chain[: max(0, most)]
+    def draft(self, seq: Any, most: int, price: float, rival: float, *, may_try: bool) -> Found:
+        return Found(tuple(self.chain[: max(0, most)]), 1.0)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome) -> None: ...
 
@@ -40,7 +41,7 @@ def running(
     scheduler = Scheduler(
         SchedulerLimits(2, 64, MAX_LEN), KVManager(32, BLOCK, True), frozenset(), vocab_size=100
     )
-    lookup: Any = None if found is None else Found(found)
+    lookup: Any = None if found is None else Known(found)
     scheduler.draft_with(lookahead, lookup)
     scheduler.submit(ask("a", [5] * prompt, max_tokens=max_tokens))
     scheduler.update(scheduler.schedule(), StepOutcome((RowOutcome((7,)),)))

@@ -15,7 +15,11 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from engine.kv.manager import KVManager
+from engine.request import Sequence
+from engine.scheduler.drafts import DraftRoom
+from engine.scheduler.planning import PlanDraft
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.lookup import Lookup
 from engine.speculation.planner import Choice
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -290,3 +294,26 @@ def test_each_row_has_its_own_limit_and_rows_without_one_do_not_draft() -> None:
     limits = {lines["a"]: 2, lines["b"]: 9}
     plan = engine.scheduler.schedule(Choice(chain(5), limits))
     assert num_draft(plan, engine.names) == {"a": 2, "b": 5, "c": 0}
+
+
+def looked_up(choice: Choice, num_rows: int) -> list[int]:
+    """Looked-up nodes of rows whose texts repeat."""
+    plan, rows = PlanDraft(100, num_rows), []
+    for line in range(num_rows):
+        seq = Sequence.from_request(request(f"{line}", [5, 6, 7, 8, 9, 5, 6, 7], max_tokens=9))
+        seq.own_tokens()
+        seq.line, seq.num_computed = line, 7
+        rows.append(seq)
+        plan.add(seq, 1)
+    kv = KVManager(num_blocks=64, block_size=4, prefix_caching=False)
+    DraftRoom(kv, max_len=64, lookahead=0, lookup=Lookup()).set_aside(plan, rows, choice)
+    return [len(row.found) for row in plan.rows.values()]
+
+
+def test_looked_up_drafts_must_pay_together_for_a_step_that_is_not_plain() -> None:
+    dear = Choice(price=0.1, entry=3.0, may_try=False)
+    alone, together = looked_up(dear, 1), looked_up(dear, 8)
+    assert alone == [0]
+    assert min(together) > 0
+    assert min(looked_up(Choice(price=0.1), 1)) > 0
+    assert looked_up(Choice(price=1.0), 2) == [0, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.request import FinishReason, Sequence
-from engine.scheduler.scheduler import cut_emitted
+from engine.scheduler.cutting import cut_emitted
 from tests.support.engines import ask
 
 EOS, STOP_TOKEN, OTHER = 2, 7, 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from engine.request import Sequence
 from engine.speculation.lookup import (
     LENGTHS,
     MAX_DRAFT,
+    NOTHING,
     PROBE_EVERY,
     Lookup,
     TokenText,
@@ -39,70 +42,79 @@ def decode(draft: tuple[int, ...], num_draft: int, line: int = 0) -> StepPlan:
 def teach(lookup: Lookup, seq: Sequence, num_accepted: int, times: int = 100) -> None:
     """Accept up to `num_accepted` tokens of each draft for `seq`."""
     for _ in range(times):
-        draft = lookup.draft(seq, 4, CHEAP)
+        draft = lookup.draft(seq, 4, CHEAP).tokens
         if not draft:
             return
         accepted = min(num_accepted, len(draft))
         result = RowOutcome((1,) * (accepted + 1), len(draft), tuple(range(1, accepted + 1)))
-        lookup.observe(decode(tuple(draft), len(draft)), StepOutcome((result,)))
+        lookup.observe(decode(draft, len(draft)), StepOutcome((result,)))
 
 
 def test_what_followed_before_is_drafted() -> None:
-    assert Lookup().draft(sequence(REPEATING), 3, CHEAP) == [8, 9, 5]
+    assert Lookup().draft(sequence(REPEATING), 3, CHEAP).tokens == (8, 9, 5)
 
 
 def test_a_text_without_repetition_has_no_draft() -> None:
-    assert Lookup().draft(sequence([1, 2, 3, 4]), 3, CHEAP) == []
+    assert Lookup().draft(sequence([1, 2, 3, 4]), 3, CHEAP) == NOTHING
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_draft_is_never_longer_than_it_may_be(most: int) -> None:
-    assert len(Lookup().draft(sequence(REPEATING), most, CHEAP)) == most
+    assert len(Lookup().draft(sequence(REPEATING), most, CHEAP).tokens) == most
 
 
 def test_drafts_that_are_accepted_get_longer_and_others_end() -> None:
     seq = sequence([5, 6] * 20)
     believed, doubted = Lookup(), Lookup()
-    first = believed.draft(seq, MAX_DRAFT, DEAR)
+    first = believed.draft(seq, MAX_DRAFT, DEAR).tokens
     teach(believed, seq, num_accepted=MAX_DRAFT)
     teach(doubted, seq, num_accepted=0)
-    assert len(believed.draft(seq, MAX_DRAFT, DEAR)) == MAX_DRAFT > len(first)
-    assert doubted.draft(seq, MAX_DRAFT, DEAR) == []
+    assert len(believed.draft(seq, MAX_DRAFT, DEAR).tokens) == MAX_DRAFT > len(first)
+    assert doubted.draft(seq, MAX_DRAFT, DEAR) == NOTHING
 
 
 def test_a_bad_spell_is_not_the_end() -> None:
     seq, lookup = sequence([5, 6] * 20), Lookup()
     teach(lookup, seq, num_accepted=0)
     tried = [lookup.draft(seq, MAX_DRAFT, DEAR) for _ in range(PROBE_EVERY)]
-    assert [len(draft) for draft in tried if draft] == [1]
+    assert [len(tokens) for tokens, _ in tried if tokens] == [1]
+    assert max(promise for _, promise in tried) == math.inf
     for _ in range(20 * PROBE_EVERY):
         teach(lookup, seq, num_accepted=MAX_DRAFT, times=1)
-    assert len(lookup.draft(seq, 4, DEAR)) == 4
+    assert len(lookup.draft(seq, 4, DEAR).tokens) == 4
+
+
+def test_nothing_is_tried_unless_it_may_be() -> None:
+    seq, lookup = sequence([5, 6] * 20), Lookup()
+    teach(lookup, seq, num_accepted=0)
+    for price, may_try in ((DEAR, False), (1.0, True)):
+        for _ in range(2 * PROBE_EVERY):
+            assert lookup.draft(seq, MAX_DRAFT, price, may_try=may_try) == NOTHING
 
 
 def test_greedy_and_sampled_requests_learn_separately() -> None:
     lookup = Lookup()
     teach(lookup, sequence(REPEATING, temperature=1.0), num_accepted=0)
-    assert lookup.draft(sequence(REPEATING, temperature=1.0), 3, CHEAP) == []
-    assert lookup.draft(sequence(REPEATING, temperature=0.0), 3, CHEAP) != []
+    assert lookup.draft(sequence(REPEATING, temperature=1.0), 3, CHEAP) == NOTHING
+    assert lookup.draft(sequence(REPEATING, temperature=0.0), 3, CHEAP) != NOTHING
 
 
 def test_the_head_drafts_where_it_promises_more() -> None:
     seq = sequence(REPEATING)
-    assert Lookup().draft(seq, 3, CHEAP, rival=1.5) == []
-    assert Lookup().draft(seq, 3, CHEAP, rival=0.5) != []
-    assert Lookup().draft(seq, 3, CHEAP, rival=-0.5) != []  # growing a tree takes time, too
+    assert Lookup().draft(seq, 3, CHEAP, rival=1.5) == NOTHING
+    assert Lookup().draft(seq, 3, CHEAP, rival=0.5) != NOTHING
+    assert Lookup().draft(seq, 3, CHEAP, rival=-0.5) != NOTHING  # growing a tree takes time, too
 
 
 def test_an_ended_text_is_forgotten() -> None:
     lookup = Lookup()
     lookup.draft(sequence(REPEATING), 3, CHEAP)
     lookup.forget(0)
-    assert lookup.draft(sequence([1, 2, 3]), 3, CHEAP) == []
+    assert lookup.draft(sequence([1, 2, 3]), 3, CHEAP) == NOTHING
 
 
 def test_nodes_that_cost_as_much_as_a_token_are_not_worth_it() -> None:
-    assert Lookup().draft(sequence(REPEATING), 3, 0.9) == []
+    assert Lookup().draft(sequence(REPEATING), 3, 0.9) == NOTHING
 
 
 def test_steps_are_counted_as_what_drafted() -> None:

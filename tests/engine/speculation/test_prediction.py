@@ -56,25 +56,25 @@ def test_its_drafts_get_longer_if_they_are_accepted_and_end_if_not() -> None:
     believed, doubted = Lookup(), Lookup()
     expected = list(range(100, 200))
     seq = predicting(expected[:8], expected)
-    first = believed.draft(seq, 63, CHEAP)
-    assert first == expected[8 : 8 + len(first)]
+    first = believed.draft(seq, 63, CHEAP).tokens
+    assert first == tuple(expected[8 : 8 + len(first)])
     for lookup, num_accepted in ((believed, 63), (doubted, 0)):
         for _ in range(PROBE_EVERY):
-            draft = lookup.draft(seq, 63, CHEAP)
+            draft = lookup.draft(seq, 63, CHEAP).tokens
             path = tuple(range(1, min(num_accepted, len(draft)) + 1))
             outcome = RowOutcome((1,) * (len(path) + 1), len(draft), path)
-            lookup.observe(decode(tuple(draft), len(draft)), StepOutcome((outcome,)))
+            lookup.observe(decode(draft, len(draft)), StepOutcome((outcome,)))
     assert believed.is_predicted(0)
-    assert len(believed.draft(seq, 63, CHEAP)) == 63 > len(first)
-    assert len(doubted.draft(seq, 63, CHEAP)) <= 1  # now and then one is tried
+    assert len(believed.draft(seq, 63, CHEAP).tokens) == 63 > len(first)
+    assert len(doubted.draft(seq, 63, CHEAP).tokens) <= 1  # now and then one is tried
 
 
 def test_where_it_does_not_go_on_the_text_itself_is_looked_up() -> None:
     lookup = Lookup()
-    assert lookup.draft(predicting([5, 6, 7, 8, 5, 6]), 2, CHEAP) == [7, 8]
+    assert lookup.draft(predicting([5, 6, 7, 8, 5, 6]), 2, CHEAP).tokens == (7, 8)
     assert not lookup.is_predicted(0)
     lookup.forget(0)
-    assert lookup.draft(predicting([10], [10, 77]), 2, CHEAP) == [77]
+    assert lookup.draft(predicting([10], [10, 77]), 2, CHEAP).tokens == (77,)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -263,6 +263,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [F], "tool_choice": {"type": "tool"}}, "tool_choice.name is required"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
      'output_config.format.schema is an object: the keyword "not" is not supported'),
+    ({"speculation": {"trace": True}}, "speculation.trace is true: it must be false"),
     ({"container": "c"}, "container is \"c\": not supported"),
     ({"nonsense": 1}, 'Unknown field "nonsense"'),
 ]  # fmt: skip
@@ -283,7 +284,7 @@ def test_every_error_has_the_form_of_the_api(make_server: MakeServer) -> None:
     key = {"x-api-key": "key", "anthropic-version": "2023-06-01", "anthropic-beta": "b"}
     body = {"model": MODEL, "max_tokens": 9, "messages": [HI]}
     for path in (PATH, f"/llm{PATH}"):
-        assert server.post(path, body, headers=key).status_code == 200
+        assert server.post(f"{path}?beta=true", body, headers=key).status_code == 200
         assert error_of(server.post(path, body), 401)[0] == "authentication_error"
     wrong = error_of(server.post(PATH, body, headers={"x-api-key": "no"}), 401)
     assert wrong[0] == "authentication_error"

@@ -67,6 +67,7 @@ def test_an_engine_reports_its_parts(folder: Path, native_cache: Path, native_op
     assert info.ops_in_words == {name: str(own) for name, own in native_ops.backends.items()}
     assert not any(backend.is_fallback for backend in info.ops.values())
     assert info.device == "cpu"
+    assert list(info.weights) == ["float32"]
 
 
 @pytest.mark.parametrize(

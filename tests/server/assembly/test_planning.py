@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from configs.load import load_config
+from configs.planning import shipped_models
 from configs.resolve import HostConfig, with_sizes
 from drafter.checkpoint import load_head
 from drafter.heads.building import HeadBuilder
 from engine.checkpoints.checkpoint import open_checkpoint, read_arch
 from engine.checkpoints.manifest import expected_tensors
+from engine.checkpoints.quantisation import read_quantisation
 from engine.checkpoints.source import ModelFiles
 from engine.models.footprint import GIB, held_bytes
 from engine.models.llama import LlamaLoader
@@ -26,6 +28,7 @@ from engine.models.place import Place
 from engine.parallel.shard import Shard
 from engine.step.shape import StaticShape
 from kernels.ops import Ops
+from kernels.registry import triton_ops
 from server.assembly.drafting import Target, allocate, tree_shape
 from server.assembly.planning import (
     PlanOptions,
@@ -40,6 +43,7 @@ from server.planning.memory import MemoryPlan
 from server.planning.tables import memory_title
 from tests.support.configurations import hosted
 from tests.support.published_llamas import LLAMA4_SCOUT, LLAMA31_8B, LLAMA33_70B
+from tests.support.quantised_files import FORMATS, rewrite
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 
@@ -172,6 +176,31 @@ def test_the_plan_is_what_a_rank_holds(
     assert plan.draft_weights == held_bytes(model, head) - held_bytes(model)
     assert plan.target_kv == held_bytes(allocate(arch, resolved, place))
     assert plan.draft_kv == held_bytes(allocate(head.arch, resolved, place))
+
+
+@pytest.mark.parametrize("name", ["fp8-channel", "fp8-blocks", "packed", "packed-zeros"])
+def test_the_plan_of_a_quantised_model_is_what_a_gpu_holds(name: str, tmp_path: Path) -> None:
+    spec = TinyLlama(hidden_size=256, head_dim=64, num_heads=4, intermediate_size=512)
+    rewrite(tmp_path, write_tiny_llama(tmp_path, spec), FORMATS[name])
+    settings = ["cache.num_blocks=40", "speculation.draft=null", "parallel.tensor=2"]
+    config = hosted(load_config(None, [f"model.source={tmp_path}", *settings]))
+    ops = triton_ops(torch.bfloat16)
+    checkpoint = open_checkpoint(ModelFiles("hf", tmp_path, "target"))
+    place = Place(ops, torch.bfloat16, CPU, Shard(0, 2))
+    loader = LlamaLoader(checkpoint.arch, checkpoint.stored, place, spec.max_position_embeddings)
+    assert plan_memory(config, 4 * GIB).target_weights == held_bytes(loader.load())
+
+
+@pytest.mark.parametrize("name", ["llama33-70b-8xh100-fp8", "llama4-maverick-8xh100-fp8"])
+def test_shipped_fp8_configurations_fit_and_are_planned_without_files(name: str) -> None:
+    config = hosted(load_config(Path(name)))
+    path = shipped_models()[config.model.source]
+    assert read_quantisation(json.loads(path.read_text(encoding="utf-8"))) is not None
+    found = plan(config, PlanOptions(batches=(1,), head=head_kind("eagle3")))
+    billions = 70.6 if "70b" in name else 402
+    assert found.memory.target_weights == pytest.approx(billions * 1e9 / 8, rel=0.06)
+    assert found.memory.total <= H100
+    assert found.memory.num_sequences(8192) >= 32
 
 
 def test_without_a_head_nothing_is_kept_for_one(tmp_path: Path) -> None:

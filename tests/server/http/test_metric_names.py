@@ -56,6 +56,9 @@ def test_vllm_names_have_its_labels_and_the_same_values(make_server: MakeServer)
     (config,) = (name for name in found if name.startswith("cache_config_info"))
     for label in ('block_size="16"', 'num_gpu_blocks="32"', 'enable_prefix_caching="True"'):
         assert label in config
+    assert found[f"time_per_output_token_seconds_count{{{rest}}}"] > 0
+    assert found.pop(f"gpu_cache_usage_perc{{{rest}}}") == 0.25
+    found = {name: value for name, value in found.items() if not name.startswith("time_per")}
     own = samples(server, "aerie:")
     for name, value in found.items():
         known = name.replace('engine="0",', "")

@@ -229,3 +229,56 @@ def test_models_are_listed_and_found(server: Server) -> None:
     (card,) = reply["data"]
     assert (card["id"], card["object"], card["owned_by"]) == (MODEL, "model", "aerie")
     assert server.get(f"/v1/models/{MODEL}").json() == card
+
+
+def test_the_likeliest_of_several_texts_are_returned(make_server: MakeServer) -> None:
+    def script(request: Request) -> list[Event]:
+        index = int(request.request_id.rpartition("-")[2])
+        likely = (-2.0, -0.25, -1.0)[index % 3]
+        steps = [(75 + index, likely, [(1, -0.1)][: request.params.logprobs])] * (index + 1)
+        return scored(*steps)(request)
+
+    server = make_server(script)
+    reply = server.complete(prompt=["hi", "ho"], best_of=3, n=2).json()
+    texts = [choice["text"] for choice in reply["choices"]]
+    name = server.tokenizer.token_text
+    assert texts == [name(76) * 2, name(77) * 3, name(79) * 5, name(80) * 6]
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in reply["choices"])
+    assert reply["usage"]["completion_tokens"] == 21
+    (choice,) = server.complete(best_of=2, logprobs=1).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-0.25, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ],
+)
+def test_what_cannot_be_chosen_or_scored_is_refused(
+    server: Server, fields: dict[str, object], param: str
+) -> None:
+    response = server.complete(**fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("fields", [{}, {"echo": True, "logprobs": 3}])
+def test_a_prompt_is_scored_in_the_form_of_vllm(server: Server, fields: dict[str, object]) -> None:
+    (choice,) = server.complete(prompt_logprobs=1, **fields).json()["choices"]
+    (chat,) = [server.chat(prompt_logprobs=1).json()]
+    assert chat["prompt_logprobs"][0] is None
+    assert len(chat["prompt_logprobs"]) == len(server.engine.submitted[-1].prompt_ids)
+    name = server.tokenizer.token_text
+    ids = server.engine.submitted[0].prompt_ids
+    assert choice["prompt_logprobs"] == [
+        None,
+        *({str(one): {"logprob": -0.5, "rank": 1, "decoded_token": name(one)}} for one in ids[1:]),
+    ]
+    if fields:
+        assert len(choice["logprobs"]["top_logprobs"][1]) == 3
+    assert "prompt_logprobs" not in server.complete().json()["choices"][0]

@@ -20,6 +20,7 @@ OPERATIONS = [
     ("/v1/responses/{response_id}", "GET"),
     ("/v1/responses/{response_id}/input_items", "GET"),
     ("/v1/messages", "POST"),
+    ("/v1/embeddings", "POST"),
     ("/tokenize", "POST"),
     ("/detokenize", "POST"),
     ("/v1/models", "GET"),
@@ -73,6 +74,7 @@ def test_document_describes_every_route(server: Server) -> None:
     assert set(document["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/embeddings",
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/v1/responses",

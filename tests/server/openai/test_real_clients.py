@@ -23,6 +23,7 @@ TOOL = {
         "strict": False,
     },
 }
+PLAIN_TOOL = ("name", "description", "parameters")
 CALL = {"type": "function", "id": "call_1", "function": {"name": "f", "arguments": '{"a":1}'}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
 
@@ -198,11 +199,74 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+FLAT = {"type": "function", "strict": False, **{k: TOOL["function"][k] for k in PLAIN_TOOL}}
+RESPONSES: dict[str, dict[str, Any]] = {
+    "openai-python": {"input": "hi", "instructions": "s", "store": True, "temperature": 0.5},
+    "OpenAI Agents SDK": {
+        "input": [{"role": "user", "content": "hi"}], "instructions": "s", "include": [],
+        "tools": [FLAT], "tool_choice": "auto", "parallel_tool_calls": False, "metadata": {},
+        "prompt_cache_retention": None, "truncation": None, "store": None, "stream": True,
+    },
+    "Codex": {
+        "instructions": "s", "tools": [FLAT], "tool_choice": "auto", "parallel_tool_calls": False,
+        "input": [
+            {"type": "message", "role": "developer",
+             "content": [{"type": "input_text", "text": "d"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": "x"},
+            {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"},
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+        ],
+        "reasoning": {"effort": "medium", "summary": "auto"}, "store": False, "stream": True,
+        "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+        "text": {"verbosity": "medium"},
+    },
+    "Vercel AI SDK": {
+        "input": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        ],
+        "temperature": 0, "max_output_tokens": 99, "stream": True,
+        "text": {"format": {"type": "text"}},
+    },
+}  # fmt: skip
+CACHED = {"cache_control": {"type": "ephemeral"}}
+MESSAGES: dict[str, dict[str, Any]] = {
+    "anthropic-sdk-python": {"max_tokens": 8, "messages": [USER], "system": "s"},
+    "Claude Code": {
+        "max_tokens": 32000, "stream": True, "temperature": 1,
+        "system": [{"type": "text", "text": "s", **CACHED}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a", **CACHED}]}],
+        "tools": [{"name": "mcp__" + "x" * 90, "description": "d", "input_schema": {
+            "$schema": "http://json-schema.org/draft-07/schema#", "type": "object",
+            "properties": {"a": {"type": "string"}}, "additionalProperties": False}}],
+        "metadata": {"user_id": "u"}, "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    },
+    "LangChain ChatAnthropic": {
+        "max_tokens": 8, "messages": [USER], "stop_sequences": ["x"], "top_k": 5, "top_p": 0.9,
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    },
+}  # fmt: skip
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "LangChain OpenAIEmbeddings": {"input": [[5, 6], [7]], "encoding_format": "base64"},
+    "LlamaIndex": {"input": ["hi"], "user": None, "dimensions": None},
+}
+ALL = {
+    CHAT_PATH: CHATS,
+    COMPLETION_PATH: COMPLETIONS,
+    "/v1/responses": RESPONSES,
+    "/v1/messages": MESSAGES,
+    "/v1/embeddings": EMBEDDINGS,
+}
+ENDS = {"/v1/responses": '"type":"response.completed"', "/v1/messages": '"type":"message_stop"'}
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
-    [(CHAT_PATH, body) for body in CHATS.values()]
-    + [(COMPLETION_PATH, body) for body in COMPLETIONS.values()],
-    ids=[*(f"chat: {name}" for name in CHATS), *(f"text: {name}" for name in COMPLETIONS)],
+    [(path, body) for path, bodies in ALL.items() for body in bodies.values()],
+    ids=[f"{path}: {name}" for path, bodies in ALL.items() for name in bodies],
 )
 def test_bodies_of_known_clients_are_answered(
     server: Server, path: str, body: dict[str, Any]
@@ -211,4 +275,5 @@ def test_bodies_of_known_clients_are_answered(
     response = server.post(path, {"model": MODEL} | body)
     assert response.status_code == 200, response.text
     if body.get("stream"):
-        assert response.text.endswith("data: [DONE]\n\n")
+        end = response.text.removesuffix("\n\n").split("\n\n")[-1]
+        assert ENDS.get(path, "data: [DONE]") in end

@@ -159,7 +159,8 @@ BAD_COMPLETION: list[tuple[str, Any]] = [
     ("logprobs", -1),
     ("logprobs", True),
     ("echo", "yes"),
-    ("best_of", 2),
+    ("best_of", 0),
+    ("best_of", 21),
     ("suffix", "a"),
 ]
 
@@ -336,9 +337,9 @@ HONOURED = {
     "frequency_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
     "messages", "model", "n", "presence_penalty", "response_format", "seed", "stop", "stream",
     "stream_options", "temperature", "top_logprobs", "top_p", "prompt", "echo",
-    "tools", "tool_choice", "parallel_tool_calls",
+    "tools", "tool_choice", "parallel_tool_calls", "prediction", "best_of",
 }  # fmt: skip
-ONLY_ONE_VALUE = {"modalities", "best_of"}
+ONLY_ONE_VALUE = {"modalities"}
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ def test_the_document_says_that_the_text_stays_the_same(server: Server, model: t
         "enabled": True,
         "max_nodes": None,
         "stats": False,
+        "trace": False,
     }
 
 
@@ -363,6 +364,12 @@ def test_a_prediction_reaches_the_engine_as_tokens(server: Server, content: Any)
     long = {"type": "content", "content": "a" * 10**6}
     assert server.chat(prediction=long).status_code == 200
     assert len(server.engine.submitted[-1].prediction) == server.engine.info.max_model_len  # type: ignore[union-attr]
+
+
+def test_a_server_that_looks_nothing_up_says_so(make_server: MakeServer) -> None:
+    server = make_server(speculation={"lookup": False})
+    response = server.chat(prediction={"type": "content", "content": "a"})
+    assert response.headers["x-aerie-warning"] == "not used: prediction"
 
 
 def test_with_a_prediction_usage_counts_its_tokens(make_server: MakeServer, server: Server) -> None:

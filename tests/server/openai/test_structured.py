@@ -115,6 +115,11 @@ IN_FORMAT = "response_format.json_schema.schema"
         (of_schema({"not": {}}), IN_FORMAT, 'keyword "not" is not supported; supported are type'),
         (of_schema({"format": "zip", "type": "string"}), IN_FORMAT, '"zip" is not supported'),
         (of_schema({"enum": []}), IN_FORMAT, "empty"),
+        (
+            of_schema({"oneOf": [{"type": "string"}, {"minLength": 2}]}),
+            IN_FORMAT,
+            "oneOf needs schemas that exclude each other",
+        ),
         (of_schema({"$ref": "#"}), IN_FORMAT, "no text matches"),
         (of_schema({"$ref": "https://example.com/a"}), IN_FORMAT, "registry"),
         (of_schema({"a": "x" * 2**17}), IN_FORMAT, "at most 131072 characters"),

@@ -60,7 +60,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "custom"}]}, "tools[0].type", '"custom": it must be "function"'),
     ({"tools": [function(name="a b")]}, "tools[0].function.name", "it must match"),
     ({"tools": [function(name="")]}, "tools[0].function.name", "at least 1 character"),
-    ({"tools": [function(name="a" * 65)]}, "tools[0].function.name", "at most 64 characters"),
+    ({"tools": [function(name="a" * 129)]}, "tools[0].function.name", "at most 128 characters"),
     ({"tools": [F, G, F]}, "tools", 'tools[2].function.name is "f": another function has'),
     ({"tools": [F] * 129}, "tools", "at most 128 entries"),
     ({"tools": [function(parameters=[])]}, "tools[0].function.parameters", "be an object"),

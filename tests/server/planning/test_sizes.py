@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from configs.planning import shipped_models
-from server.planning.formats import BF16, FORMATS, FP8
+from server.planning.formats import BF16, FP8
 from server.planning.products import layer_products, vocabulary
 from server.planning.sizes import ModelSizes
+from tests.support.quantised_files import AWQ_CONFIG, GPTQ_CONFIG, float8, fp8_blocks, int4
 
 DENSE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,7 +82,27 @@ def test_maverick_has_experts_in_every_second_layer_and_only_they_are_fp8() -> N
 )
 def test_quantised_layers_are_counted_so(quantised: dict[str, Any], name: str) -> None:
     kept = ModelSizes.from_config(DENSE | {"quantization_config": quantised}).formats
-    assert (kept.attention, kept.dense, kept.vocabulary) == (FORMATS[name], FORMATS[name], BF16)
+    assert (kept.attention.name, kept.dense.name, kept.vocabulary) == (name, name, BF16)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "per_weight"),
+    [
+        (float8("channel"), 1.0),
+        (fp8_blocks(), 1 + 4 / 128),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, 1 + 4 / 64),
+        (int4(group_size=128), 0.5 + 2 / 128),
+        (int4(group_size=32, symmetric=False), 0.5 + 8 / 32),
+        (AWQ_CONFIG, 0.5 + 8 / 32),
+        (GPTQ_CONFIG | {"sym": True, "group_size": 64}, 0.5 + 2 / 64),
+        (GPTQ_CONFIG | {"desc_act": True}, 2.0),  # plain when loaded
+        (int4(group_size=32, actorder="group"), 2.0),
+    ],
+)
+def test_scales_count(quantised: dict[str, Any], per_weight: float) -> None:
+    kept = ModelSizes.from_config(DENSE | {"quantization_config": quantised}).formats
+    assert kept.dense.bytes_per_weight == per_weight
+    assert kept.dense.bytes_per_output == (4 if per_weight == 1.0 else 0)
 
 
 @pytest.mark.parametrize("pattern", ["re:.*self_attn.*", "model.layers.1.self_attn.q_proj"])

@@ -197,13 +197,17 @@ def texts_of(item: dict[str, Any]) -> str:
     return "".join(part["text"] for part in item["content"])
 
 
-def test_log_probabilities_are_those_of_the_text(make_server: MakeServer) -> None:
+@pytest.mark.parametrize("step", [1, 3])
+def test_log_probabilities_are_those_of_the_text(make_server: MakeServer, step: int) -> None:
+    """Also of text that might have been the mark of a call, so that it comes late."""
     server = make_server(model={"reasoning_parser": "think"})
-    server.engine.script = say([*server.ids("<think>hm</think>so"), EOS])
-    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    server.engine.script = say(server.ids("<think>hm</think>so<tool a<tool_ca"), step)
+    include = ["message.output_text.logprobs"]
+    asked: dict[str, Any] = {"include": include, "top_logprobs": 2, "tools": [F]}
     found = ask(server, **asked).json()["output"][1]["content"][0]
-    assert "".join(entry["token"] for entry in found["logprobs"]) == found["text"] == "so"
-    assert [len(entry["top_logprobs"]) for entry in found["logprobs"]] == [2, 2]
+    assert found["text"] == "so<tool a<tool_ca"
+    assert "".join(entry["token"] for entry in found["logprobs"]) == found["text"]
+    assert {len(entry["top_logprobs"]) for entry in found["logprobs"]} == {2}
     streamed = events(ask(server, stream=True, **asked))
     deltas = [event for event in streamed if event["type"] == "response.output_text.delta"]
     assert [e for delta in deltas for e in delta["logprobs"]] == found["logprobs"]
@@ -249,6 +253,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "text.format.schema",
         'the keyword "not" is not supported',
     ),
+    (
+        {"tools": [F], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
+        "tool_choice",
+        'with text.format only "auto" and "none" are',
+    ),
     ({"max_output_tokens": 9999}, "input", "maximum context length is 4096 tokens"),
     ({"max_output_tokens": 0}, "max_output_tokens", "at least 1"),
     ({"temperature": 3}, "temperature", "at most 2"),
@@ -256,6 +265,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"background": True, "stream": True}, "background", "not with stream true"),
     ({"background": True, "store": False}, "background", "not with store false"),
+    ({"speculation": {"trace": True}}, "speculation.trace", "must be false"),
     ({"conversation": "c"}, "conversation", "not supported"),
     ({"prompt": {"id": "p"}}, "prompt", "not supported"),
     ({"nonsense": 1}, "nonsense", "Unknown field"),

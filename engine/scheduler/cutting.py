@@ -1,0 +1,30 @@
+"""Where a text ends among the tokens that a step emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+from engine.request import FinishReason, Sequence
+
+
+def cut_emitted(
+    seq: Sequence, emitted: Rows[int], eos_token_ids: frozenset[int], max_len: int
+) -> tuple[list[int], FinishReason | None]:
+    """The emitted tokens up to the end of the sequence, and why it ends (None: it continues).
+
+    A token that ends the text (EOS, stop token) is kept, because it was generated and is billed;
+    the front end leaves it out of the text.
+    """
+    params = seq.request.params
+    kept: list[int] = []
+    for token in emitted:
+        if seq.num_output + len(kept) >= params.max_tokens:  # only max_tokens = 0 gets here
+            return kept, FinishReason.LENGTH
+        kept.append(token)
+        num_output = seq.num_output + len(kept)
+        ends = token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+        if ends and num_output > params.min_tokens:
+            return kept, FinishReason.STOP
+        if num_output >= params.max_tokens or len(seq.token_ids) + len(kept) >= max_len:
+            return kept, FinishReason.LENGTH
+    return kept, None

@@ -1,0 +1,100 @@
+"""An account of what drafts win and lose, against plain steps that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.speculation.costs import Sample, StepCosts, Work
+
+MOST_LOSS = 0.01  # share of the time that drafts may lose
+MOST_CREDIT = 4.0  # plain steps whose time they may lose at once, after they have won it
+FIRST_CREDIT = 2.0  # the same at first
+MOST_STALL = 3.0  # a step that takes longer than so many times the prediction was disturbed
+FIRST_DRAFTED = 4  # steps with drafts between the first two plain ones
+MOST_DRAFTED = 64  # the same later
+NEWEST = 0.2  # least weight of the newest plain step
+
+
+@dataclass(slots=True)
+class PlainSteps:
+    """What plain steps of about one number of rows take."""
+
+    work: Work  # of the newest, or of one that was planned
+    seconds: float  # about what that took, or is predicted to take
+    num_seen: int = 0
+    num_drafted: int = 0  # steps with drafts since the newest
+    most_drafted: int = 0  # of these before the next plain one
+
+    def observe(self, work: Work, seconds: float, costs: StepCosts) -> None:
+        self.num_seen += 1
+        before, weight = self.of(work, costs), max(NEWEST, 1 / self.num_seen)
+        self.work, self.seconds = work, before + weight * (seconds - before)
+        self.num_drafted = 0
+
+    def is_due(self) -> bool:
+        """Whether the next step is to be plain."""
+        if self.num_drafted < self.most_drafted:
+            return False
+        self.num_drafted = 0
+        self.most_drafted = min(max(FIRST_DRAFTED, 2 * self.most_drafted), MOST_DRAFTED)
+        return True
+
+    def of(self, work: Work, costs: StepCosts) -> float:
+        """Seconds of a similar plain step. The costs only say how the two differ: they may be wrong
+        about both."""
+        return self.seconds * costs.of(work) / costs.of(self.work)
+
+
+@dataclass(slots=True)
+class Account:
+    """Steps with drafts, of the head or looked up, add or take away the seconds that they won or
+    lost against plain steps for the same tokens; all steps add a small share of their time. While
+    the account is overdrawn, steps are to be plain. So drafts cannot lose more than that share,
+    whatever the costs say. Plain steps now and then show what one takes.
+    """
+
+    costs: StepCosts
+    _credit: float | None = None  # seconds
+    _most: float = 0.0  # of the credit
+    _plain: dict[int, PlainSteps] = field(default_factory=dict)  # by size of the batch
+
+    @property
+    def credit(self) -> float:
+        """Seconds that drafts may lose now."""
+        return min(self._credit or 0.0, self._most)
+
+    @property
+    def is_overdrawn(self) -> bool:
+        return self.credit < 0
+
+    def open(self, plain: Work) -> None:
+        """A step is planned that would do this work if it were plain."""
+        known = self._plain.setdefault(_size(plain.rows), PlainSteps(plain, self.costs.of(plain)))
+        seconds = known.of(plain, self.costs)
+        self._most = MOST_CREDIT * seconds
+        if self._credit is None:
+            self._credit = FIRST_CREDIT * seconds
+
+    def is_reference(self, num_rows: int) -> bool:
+        """Whether the next step is to be plain, to show what that takes."""
+        known = self._plain.get(_size(num_rows))  # None: rows have ended since a step was planned
+        return known is not None and known.is_due()
+
+    def settle(self, sample: Sample, num_tokens: int) -> None:
+        """Take in a step that emitted so many tokens."""
+        work, known = sample.work, self._plain.get(_size(sample.work.rows))
+        if known is None or self._credit is None:
+            return
+        took = min(sample.seconds, MOST_STALL * self.costs.of(work))
+        self._credit = min(self._credit, self._most) + MOST_LOSS * took
+        plain = Work(work.rows, work.rows, context=work.context)
+        if work.tokens == work.rows:
+            known.observe(plain, took, self.costs)
+        else:
+            self._credit += num_tokens / work.rows * known.of(plain, self.costs) - took
+            known.num_drafted += 1
+
+
+def _size(num_rows: int) -> int:
+    """The same for similar numbers of rows."""
+    return num_rows.bit_length()

@@ -1,0 +1,195 @@
+"""The conversation: what was said, the settings, and the commands that begin with /."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from server.terminal.answer import Answer, Piece
+from server.terminal.remote import Json, Remote, RemoteError
+
+STYLES = {
+    "lookup": "black on #ffd08a",
+    "grammar": "black on #dcbcf7",
+    "reasoning": "dim",
+}
+DEPTHS = ("#cfe2ff", "#a9caff", "#86b3fb", "#6ea2f2", "#5c93e6")  # of drafted tokens
+HELP = """\
+/system TEXT         set the system prompt; without TEXT, none
+/temperature NUMBER  0 is greedy; without NUMBER, as the server says
+/seed NUMBER         the same text each time; without NUMBER, another one each time
+/max NUMBER          most tokens of an answer; without NUMBER, as the server says
+/speculation on|off  drafts ahead of the model; the text is the same
+/again               answer the last message again
+/new                 begin a new conversation
+/save FILE           write the conversation to FILE, as JSON messages
+/quit                leave, as Ctrl-D does; Ctrl-C stops an answer"""
+
+
+@dataclass(slots=True)
+class Session:
+    """One conversation with one model of a server."""
+
+    remote: Remote
+    model: str
+    console: Console
+    settings: Json = field(default_factory=dict)  # fields of the request
+    speculates: bool = True
+    traces: bool = True  # until the server refuses the field
+    system: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Answer lines until their end, or /quit."""
+        while True:
+            try:
+                line = read().strip()
+            except (EOFError, KeyboardInterrupt):
+                self.console.print()
+                return
+            if line in ("/quit", "/exit"):
+                return
+            if line:
+                self.take(line)
+
+    def take(self, line: str) -> None:
+        """A message, or a command."""
+        if not line.startswith("/"):
+            self.messages.append({"role": "user", "content": line})
+            self.answer()
+            return
+        name, _, argument = line[1:].partition(" ")
+        command = COMMANDS.get(name)
+        if command is None:
+            self.tell(f"/{name} is unknown:\n{HELP}")
+            return
+        try:
+            command(self, argument.strip())
+        except (ValueError, OSError) as error:
+            self.tell(f"/{name}: {error}")
+
+    def tell(self, text: str) -> None:
+        """A line of the program's own."""
+        self.console.print(Text(text, style="dim"))
+
+    def answer(self) -> None:
+        """Stream an answer to the last message. Ctrl-C stops it; what has come is kept. After an
+        error the message is taken back."""
+        answer = Answer()
+        try:
+            self._stream(answer)
+        except KeyboardInterrupt:
+            self.console.print()
+            self.tell("stopped")
+        except RemoteError as error:
+            self.console.print()
+            self.console.print(Text(str(error), style="red"))
+        if answer.text:
+            self.messages.append({"role": "assistant", "content": answer.text})
+            self.tell(answer.facts())
+        else:
+            self.messages.pop()
+
+    def _stream(self, answer: Answer) -> None:
+        try:
+            self._show(answer)
+        except RemoteError as error:
+            if error.status != 400 or not self.traces or "speculation" not in str(error):
+                raise
+            self.traces = False  # another kind of server
+            self._show(answer)
+
+    def _show(self, answer: Answer) -> None:
+        with closing(self.remote.chunks(self.body())) as chunks:
+            for chunk in chunks:
+                for piece in answer.take(chunk):
+                    self.console.print(tinted(piece), end="", soft_wrap=True)
+        self.console.print()
+
+    def body(self) -> Json:
+        """The request for the next answer."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [*system, *self.messages],
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": self.traces},
+            **self.settings,
+        }
+        if self.traces:
+            body["speculation"] = {"enabled": self.speculates, "trace": True}
+        else:
+            del body["stream_options"]["continuous_usage_stats"]
+        return body
+
+    def set_system(self, argument: str) -> None:
+        self.system = argument
+
+    def set_temperature(self, argument: str) -> None:
+        self._set("temperature", argument, float)
+
+    def set_seed(self, argument: str) -> None:
+        self._set("seed", argument, int)
+
+    def set_max(self, argument: str) -> None:
+        self._set("max_tokens", argument, int)
+
+    def _set(self, name: str, argument: str, kind: Callable[[str], float]) -> None:
+        if argument:
+            self.settings[name] = kind(argument)
+        else:
+            self.settings.pop(name, None)
+
+    def set_speculation(self, argument: str) -> None:
+        if argument not in ("on", "off"):
+            raise ValueError(f"{argument!r} must be on or off")
+        self.speculates = argument == "on"
+
+    def again(self) -> None:
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        if not self.messages:
+            raise ValueError("nothing was said yet")
+        self.answer()
+
+    def begin(self) -> None:
+        self.messages.clear()
+
+    def save(self, argument: str) -> None:
+        if not argument:
+            raise ValueError("name a file")
+        said = {"model": self.model, "system": self.system, "messages": self.messages}
+        text = json.dumps(said, ensure_ascii=False, indent=1)
+        Path(argument).expanduser().write_text(text + "\n", encoding="utf-8")
+        self.tell(f"written to {argument}")
+
+    def help(self) -> None:
+        self.tell(HELP)
+
+
+def tinted(piece: Piece) -> Text:
+    """The piece in the colour of its origin."""
+    if piece.origin == "draft":
+        shade = DEPTHS[min(piece.depth, len(DEPTHS)) - 1]
+        return Text(piece.text, style=f"black on {shade}")
+    return Text(piece.text, style=STYLES.get(piece.origin, ""))
+
+
+COMMANDS: dict[str, Callable[[Session, str], None]] = {
+    "system": Session.set_system,
+    "temperature": Session.set_temperature,
+    "seed": Session.set_seed,
+    "max": Session.set_max,
+    "speculation": Session.set_speculation,
+    "again": lambda session, _: session.again(),
+    "new": lambda session, _: session.begin(),
+    "save": Session.save,
+    "help": lambda session, _: session.help(),
+}
