@@ -87,7 +87,11 @@ def test_rows_are_rounded_to_fp8_with_their_own_scales(block: int) -> None:
 def test_inputs_beyond_the_bound_are_cut_off() -> None:
     x = torch.tensor([[2000.0, -1.0, 3000.0, 600.0]], device=DEVICE)
     values, scales = scaled.round_rows(x, ScaledLayout(4, True, 1200.0))
-    close(values.float() * scales, torch.tensor([[1200.0, -1.0, 1200.0, 600.0]]), rtol=0.07)
+    close(
+        values.float() * scales,
+        torch.tensor([[1200.0, -1.0, 1200.0, 600.0]], device=triton_env.DEVICE),
+        rtol=0.07,
+    )
 
 
 @pytest.mark.parametrize(
