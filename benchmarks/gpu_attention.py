@@ -22,6 +22,7 @@ from benchmarks.device_timing import Timer, graph_seconds
 from benchmarks.kernel_cases import BLOCK, HEADS, KV_HEADS, TREE, D
 from engine.step.shape import ancestors_of, signed
 from kernels.attention import triton_kernel, triton_plan
+from kernels.attention.triton_plan import TilePlan
 from kernels.ops import AttentionMeta, Ops
 from kernels.registry import build_ops
 
@@ -64,8 +65,10 @@ def inputs(rows: int, nodes: int, blocks: int, device: torch.device) -> tuple[Te
 
 @contextmanager
 def planned(**changes: Any) -> Iterator[None]:
-    """Other constants: `processors` of the GPU, `merging` rows, and those of the kernel's file."""
+    """Other constants: `processors` of the GPU, `merging` rows, `block_n` keys of a step, and those
+    of the kernel's file."""
     processors, merging = changes.pop("processors", None), changes.pop("merging", None)
+    block_n, kept_block_n = changes.pop("block_n", None), TilePlan.block_n
     kernel: Any = triton_kernel
     kept = {name: getattr(kernel, name) for name in (*changes, "_num_processors")}
     kept_merging = triton_plan.MERGING_TILE
@@ -73,6 +76,8 @@ def planned(**changes: Any) -> Iterator[None]:
         setattr(kernel, name, value)
     if processors is not None:
         kernel._num_processors = lambda _device: processors
+    if block_n is not None:
+        TilePlan.block_n = property(lambda _plan: block_n)  # type: ignore[method-assign, assignment]
     triton_plan.MERGING_TILE = kept_merging if merging is None else merging
     triton_plan.plan_tiles.cache_clear()
     try:
@@ -80,6 +85,7 @@ def planned(**changes: Any) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(kernel, name, value)
+        TilePlan.block_n = kept_block_n  # type: ignore[method-assign]
         triton_plan.MERGING_TILE = kept_merging
         triton_plan.plan_tiles.cache_clear()
 
@@ -89,7 +95,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "merged by a launch": {"merging": 0},
     "merged up to 64 rows": {"merging": 64},
     "half as many, merged up to 64 rows": {"processors": 66, "merging": 64},
-    "steps of 32": {"_BLOCK_N": 32},
+    "steps of 64": {"block_n": 64},
     "parts of 64": {"MIN_SPLIT_KEYS": 64},
 }
 

@@ -46,7 +46,6 @@ from kernels.triton_launch import WIDEST_LOAD, Launch
 BLOCK_SIZE = 16
 HEAD_DIMS = (16, 32, 64, 128)
 MAX_GROUP = 64
-_BLOCK_N = 64
 _FEW_STEPS = 8
 _INTERPRETED_PROCESSORS = 2
 
@@ -219,8 +218,8 @@ def merge_parts(
     peak = tl.where(wanted, tl.max(log_sums, axis=0), 0.0)
     total = tl.where(wanted, tl.sum(tl.exp2(log_sums - peak[None, :]), axis=0), 1.0)
     merged = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    for first in range(0, num_parts, 4):
-        for place in tl.static_range(4):  # their loads wait together
+    for first in range(0, num_parts, 8):
+        for place in tl.static_range(8):  # their loads wait together
             part_rows = (first_part + first + place) * BLOCK_M + rows
             inside = wanted & (part_rows < (first_part + num_parts) * BLOCK_M)
             log_sum = tl.load(
@@ -489,8 +488,8 @@ def _attend(
             "GROUP": group,
             "D": D,
             "BLOCK_SIZE": k_cache.shape[1],
-            "BLOCK_N": _BLOCK_N,
-            "MIN_STEPS": MIN_SPLIT_KEYS // _BLOCK_N,
+            "BLOCK_N": plan.block_n,
+            "MIN_STEPS": MIN_SPLIT_KEYS // plan.block_n,
             "FEW_STEPS": _FEW_STEPS,
             "SPLIT": parts is not None,
             "MERGES": plan.merges,

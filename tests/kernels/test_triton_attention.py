@@ -344,6 +344,7 @@ EIGHT_B = Shape(
         (1, 1, 129, 16, 2),
         (1, 8, 8192, 32, 30),
         (1, 16, 8192, 64, 30),
+        (16, 1, 8192, 16, 4),  # four programs of a processor
         (64, 1, 8192, 16, 1),
         (64, 16, 8192, 64, 1),
         (1, 512, 8192, 128, 1),
@@ -360,6 +361,13 @@ def test_rows_of_one_kind_take_one_launch(
     assert (plan.block_m, plan.num_splits) == (block_m, splits)
     assert (plan.fewest, plan.most, plan.search) == (0, queries, False)
     assert plan.tiles_per_row * (block_m // 4) >= queries
+    assert plan.merges == (block_m == 16 and splits > 1)
+
+
+def test_many_parts_of_few_heads_take_a_launch_to_average() -> None:
+    (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072))
+    assert plan.num_splits > 100
+    assert not plan.merges
 
 
 def test_short_and_long_rows_are_shared_out() -> None:
