@@ -206,6 +206,11 @@ class SpeculationConfig(Section):
         None, description="the head attends only to so many of the newest positions; default: all"
     )
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether prompt lookup is on."""
+        return self.lookup is not False
+
 
 class ParallelConfig(Section):
     """Ranks that share the target, one process each; on GPUs, one device each."""
@@ -367,6 +372,9 @@ class LogConfig(Section):
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
     prompts: StrictBool = Field(False, description="write prompt and output text into the log")
+    configuration: StrictBool = Field(
+        False, description="print the whole configuration at start, not a summary (--verbose)"
+    )
 
 
 class CacheDirConfig(Section):

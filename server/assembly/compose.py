@@ -141,11 +141,6 @@ def _log_ranks(config: HostConfig, group: TPGroup, rank: Rank) -> None:
     )
 
 
-def looks_up(config: Config) -> bool:
-    """Whether prompt lookup is on."""
-    return config.speculation.lookup is not False
-
-
 def runs_ahead(config: Config, steps: StepSettings) -> bool:
     """Whether a step may be launched before the outcome of the previous one is known.
 
@@ -164,7 +159,7 @@ def runs_ahead(config: Config, steps: StepSettings) -> bool:
 def _log_steps(config: Config, place: Place) -> None:
     settings = step_settings(config, place)
     how = "exact sizes" if settings.exact else "CUDA graphs" if settings.graphs else "padded, eager"
-    found = looks_up(config), runs_ahead(config, settings)
+    found = config.speculation.looks_up, runs_ahead(config, settings)
     lookup, ahead = ("on" if one else "off" for one in found)
     logger.info("steps: %s; lookup: %s; run-ahead: %s", how, lookup, ahead)
 
@@ -246,7 +241,7 @@ def _core(
         scheduler,
         executor,
         info,
-        drafting.policy(Lookup() if looks_up(config) else None),
+        drafting.policy(Lookup() if config.speculation.looks_up else None),
         run_ahead=runs_ahead(config, steps),
         captured=capture,
         gate=Gate(grammars),

@@ -16,6 +16,12 @@ from server.commands.options import ConfigFile, Overrides, failed
 
 logger = logging.getLogger(__name__)
 
+Host = Annotated[
+    str | None, typer.Option(help="Address to listen on (server.host).", show_default=False)
+]
+Port = Annotated[
+    int | None, typer.Option(help="Port; 0 picks a free one (server.port).", show_default=False)
+]
 CaptureFolder = Annotated[
     Path | None,
     typer.Option(
@@ -33,6 +39,14 @@ CaptureConsent = Annotated[
         show_default=False,
     ),
 ]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        help="Print the whole configuration and all kernels (log.configuration).",
+        show_default=False,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -43,13 +57,8 @@ def register(app: typer.Typer) -> None:
 def serve(
     overrides: Overrides = None,
     config: ConfigFile = None,
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on (server.host).", show_default=False)
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(help="Port; 0 picks a free one (server.port).", show_default=False),
-    ] = None,
+    host: Host = None,
+    port: Port = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,10 +67,11 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    verbose: Verbose = False,
     capture: CaptureFolder = None,
     capture_consent: CaptureConsent = False,
 ) -> None:
-    """Start the server. Prints the resolved configuration, then one line `READY <url>`.
+    """Start the server. Prints what it serves, then, at last, one line `READY <url>`.
 
     Settings come from the file, then `AERIE_SECTION__KEY` environment variables, then the command
     line; `aerie config` lists all of them. SIGTERM and Ctrl-C drain: open requests finish (up to
@@ -83,6 +93,7 @@ def serve(
         "server.host": host,
         "server.port": port,
         "server.api_keys": api_key,
+        "log.configuration": verbose or None,
         "capture.dir": None if capture is None else str(capture),
         "capture.consent": capture_consent or None,
     }

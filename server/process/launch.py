@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -106,12 +107,14 @@ async def _run(
 async def _announce(
     context: ServerContext, client: ZmqEngineClient, listener: socket.socket
 ) -> None:
-    """Print the resolved configuration, then where the server can be reached."""
+    """Print what is served, then where."""
     info = await client.wait_ready()
     warn_of_fallback(info)
     config = context.resolved_config()
     url = address_of(config.server, listener)
-    facts = {"config": redacted(config), "ops": info.ops_in_words}
+    facts: dict[str, Any] = {"config": redacted(config), "ops": info.ops_in_words}
+    if not config.log.configuration and config.log.format == "text":
+        facts = summary(config, info)
     try:
         sys.stdout.write(announcement(facts, url, config.log.format))
         sys.stdout.flush()
@@ -124,8 +127,25 @@ def announcement(facts: Mapping[str, Any], url: str, form: str) -> str:
     if form == "json":
         places = {"url": url, "openai_base_url": f"{url}/v1"}
         return machine_line("configuration", facts) + machine_line("ready", places)
-    text: str = yaml.safe_dump(facts, sort_keys=False)
+    text: str = yaml.safe_dump(facts, sort_keys=False, width=1000)
     return f"{text}READY {url}  (OpenAI base URL: {url}/v1)\n"
+
+
+def summary(config: HostConfig, info: EngineInfo) -> dict[str, str]:
+    """What somebody who starts a server wants to know first."""
+    kernels = Counter(backend.name for backend in info.ops.values())
+    drafts = [] if info.draft is None else [f"{info.draft.kind} head {info.draft.path}"]
+    drafts += ["lookup"] if config.speculation.looks_up else []
+    tree = f"; tree {config.speculation.tree}" if info.draft is not None else ""
+    return {
+        "model": f"{config.model.served_name}, {info.max_model_len} tokens of context",
+        "device": f"{info.device}, {config.kernels.threads} threads",
+        "kernels": ", ".join(f"{name} ({count})" for name, count in kernels.most_common()),
+        "drafts": (", ".join(drafts) or "none") + tree,
+        "cache": f"{info.num_blocks * info.block_size} tokens",
+        "more": "--verbose, /info, aerie config"
+        + ("; a page to chat at /" if config.server.page else ""),
+    }
 
 
 def warn_of_fallback(info: EngineInfo) -> None:

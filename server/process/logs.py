@@ -24,7 +24,7 @@ def set_up_logging(config: LogConfig) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(config.level.upper())
-    for name in ("httpx", "urllib3", "asyncio", "uvicorn.access"):
+    for name in ("httpx", "urllib3", "asyncio", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if config.format == "json":

@@ -117,7 +117,7 @@ class LiveServer:
     ) -> None:
         chosen = [] if config is None else ["--config", config]
         self.overrides = overrides
-        self._arguments = ["serve", *chosen, "--port", "0", *overrides]
+        self._arguments = ["serve", *chosen, "--port", "0", "--verbose", *overrides]
         self._wait = wait
         self._extra = extra
         self._connections = contextlib.ExitStack()

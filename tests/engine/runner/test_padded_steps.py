@@ -29,7 +29,7 @@ from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Root
 from engine.step.plan import Admission, RowPlan, StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Backend, Ops
-from server.assembly.compose import looks_up, runs_ahead
+from server.assembly.compose import runs_ahead
 from server.assembly.drafting import Drafting
 from server.assembly.rank import step_settings
 from tests.support import pretend_device
@@ -460,8 +460,8 @@ def test_graphs_are_for_triton_kernels_on_cuda_devices(reference_ops: Ops) -> No
     assert step_settings(off, graphed) == eager
     assert step_settings(Config(), replace(graphed, ops=reference_ops)) == eager
     assert step_settings(Config(), replace(graphed, device=cpu)) == StepSettings(exact=True)
-    assert looks_up(Config())
-    assert not looks_up(Config(speculation=SpeculationConfig(lookup=False)))
+    assert Config().speculation.looks_up
+    assert not SpeculationConfig(lookup=False).looks_up
 
 
 def test_running_ahead_is_for_graphs_or_asked_for() -> None:

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 
 from configs.schema import Config, ModelConfig
-from engine.messages import OperationBackend
+from engine.messages import DraftFacts, OperationBackend
 from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerInfo
 from server.process.client import ZmqEngineClient
-from server.process.launch import warn_of_fallback
+from server.process.launch import announcement, summary, warn_of_fallback
 from server.process.listening import open_port
 from server.text.chat_template import ChatTemplate
 from tests.support.configurations import hosted
@@ -61,6 +61,28 @@ def test_kernels_that_stand_in_for_others_are_warned_of(
 ) -> None:
     warn_of_fallback(msgspec.structs.replace(INFO, ops=ops))
     assert [r.getMessage() for r in caplog.records] == warnings
+
+
+def test_a_start_is_told_in_a_few_narrow_lines_and_ready_is_the_last() -> None:
+    head = DraftFacts("heads/smollm2", "eagle3", 1, 32, 1000)
+    ops = dict.fromkeys(("linear", "norm"), OperationBackend("native", "AMX")) | {
+        "walk": OperationBackend("reference")
+    }
+    info = msgspec.structs.replace(INFO, ops=ops, draft=head)
+    config = hosted(Config(model=ModelConfig(served_name="tiny")))
+    lines = announcement(summary(config, info), "http://a:1", "text").splitlines()
+    assert lines[:5] == [
+        "model: tiny, 64 tokens of context",
+        f"device: none, {config.kernels.threads} threads",
+        "kernels: native (2), reference (1)",
+        "drafts: eagle3 head heads/smollm2, lookup; tree auto",
+        "cache: 512 tokens",
+    ]
+    assert lines[-1].startswith("READY http://a:1 ")
+    assert len(lines) <= 10
+    assert max(map(len, lines)) <= 80
+    plain = msgspec.structs.replace(INFO, draft=None)
+    assert summary(config, plain)["drafts"] == "lookup"
 
 
 def test_while_the_engine_loads_the_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
