@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.sampling.lines import BiasList, Ints, LineSettings
+from engine.sampling.lines import BiasList, LineSettings
 from engine.step.plan import RowPlan, StepPlan
 from engine.step.shape import MAX_NODES, ROOT, TreeShape
 
@@ -158,6 +158,22 @@ class _PackedSizes(NamedTuple):
     num_known: int
 
 
+class _OfLines(NamedTuple):
+    """What the settings say of the rows of a step: the same until lines change hands."""
+
+    lines: Tensor  # [B] int64, padding included
+    ints: Tensor  # [2, B] as `LineSettings.ints`; each part is contiguous, as kernels need it
+    floats: Tensor  # [6, B]
+    draws: bool
+    any_sampled: bool
+    any_greedy: bool
+    is_filtered: bool
+    is_penalised: bool
+    is_masked: bool
+    num_top: int  # most alternatives that a row wants, -1: none wants log-probabilities
+    num_echo_top: int
+
+
 @dataclass(frozen=True, slots=True)
 class InputBuilder:
     """Turns plans into forms and inputs."""
@@ -167,6 +183,7 @@ class InputBuilder:
     max_len: int  # positions of one sequence
     block_size: int
     scratch_block: int
+    _latest: dict[tuple[Any, ...], _OfLines] = field(default_factory=dict, compare=False)
 
     @property
     def num_columns(self) -> int:
@@ -175,11 +192,9 @@ class InputBuilder:
 
     def form(self, plan: StepPlan) -> StepForm:
         """The form of the step that runs this plan."""
-        rows, sizes, settings = plan.rows, self.sizes, self.settings
+        rows, sizes = plan.rows, self.sizes
         shape = self._shape(plan)
-        packed = self._packed(rows, shape)
-        drawing = [row.line for row in rows if row.samples]
-        sampled = settings.temperatures[drawing] > 0
+        packed, known = self._packed(rows, shape), self._of_lines(rows)
         echo = [len(self.echo(row)) for row in rows]
         bias = [sum(map(len, self._bias(row))) for row in rows if row.samples]
         pooled = [len(places) for row in rows if (places := self.pooled(row))]
@@ -188,16 +203,16 @@ class InputBuilder:
             follows=plan.ahead or not sizes.exact,
             **packed._asdict(),
             shape=shape,
-            draws=bool(drawing),
-            any_sampled=not sizes.exact or bool(sampled.any()),  # fewer graphs cost no more
-            any_greedy=not sizes.exact or not sampled.all(),
-            is_filtered=bool(settings.is_filtered[drawing].any()),
-            is_penalised=bool(settings.is_penalised[drawing].any()),
-            is_masked=bool(settings.has_grammar[drawing].any()),
+            draws=known.draws,
+            any_sampled=not sizes.exact or known.any_sampled,  # fewer graphs cost no more
+            any_greedy=not sizes.exact or known.any_greedy,
+            is_filtered=known.is_filtered,
+            is_penalised=known.is_penalised,
+            is_masked=known.is_masked,
             num_bias=sizes.entries(max(bias, default=0)),
-            num_top=self._num_top(settings.num_top[drawing]),
+            num_top=self._num_top(known.num_top),
             num_echo=sizes.entries(sum(echo)),
-            num_echo_top=self._num_top(settings.num_echo_top[[row.line for row in rows]]),
+            num_echo_top=self._num_top(known.num_echo_top),
             num_pooled=sizes.entries(sum(pooled)),
             num_pools=sizes.entries(len(pooled)),
         )
@@ -205,19 +220,16 @@ class InputBuilder:
     def inputs(self, plan: StepPlan, form: StepForm, changes: TableChanges) -> StepInputs:
         """Host inputs, with padding rows after the rows of `plan`. `changes` of the block tables
         must fit into the form's room."""
-        rows, settings = plan.rows, self.settings
-        lines = self._lines(rows, form)
+        rows, known = plan.rows, self._of_lines(plan.rows, form.num_rows)
         of_rows = torch.zeros(8, form.num_rows, dtype=torch.int64)
         if rows:
             of_rows[:, : len(rows)] = torch.tensor([self._of_row(row) for row in rows]).T
         starts, lens, samples, next_tokens, limits, ends, num_known, scored = of_rows.unbind()
-        # `take` keeps each parameter contiguous, as kernels need it; indexing would not.
-        seeds, top_k = torch.from_numpy(settings.ints.take(lines, axis=1)).unbind()
-        floats = torch.from_numpy(settings.floats.take(lines, axis=1)).unbind()
-        temperatures, min_p, frequency, presence, top_p, repetition = floats
+        seeds, top_k = known.ints.unbind()
+        temperatures, min_p, frequency, presence, top_p, repetition = known.floats.unbind()
         places, blocks = self._padded_changes(changes, form)
         return StepInputs(
-            lines=torch.from_numpy(lines),
+            lines=known.lines,
             follows=limits > 0 if plan.ahead else torch.zeros(form.num_rows, dtype=torch.bool),
             starts=starts,
             lens=lens,
@@ -257,9 +269,37 @@ class InputBuilder:
             int(self.settings.num_top[row.line] >= 0),
         )
 
-    def _lines(self, rows: Sequence[RowPlan], form: StepForm) -> Ints:
-        padding = [len(self.settings.seeds) - 1] * (form.num_rows - len(rows))
-        return np.array([*(row.line for row in rows), *padding], dtype=np.int64)
+    def _of_lines(self, rows: Sequence[RowPlan], num_rows: int | None = None) -> _OfLines:
+        """`num_rows`: with padding."""
+        num_rows = self.sizes.rows(len(rows)) if num_rows is None else num_rows
+        samples = tuple((row.line, row.samples) for row in rows)
+        key = (samples, num_rows, self.settings.num_changes)
+        if key not in self._latest:
+            self._latest.clear()
+            self._latest[key] = self._read_lines(samples, num_rows)
+        return self._latest[key]
+
+    def _read_lines(self, samples: Sequence[tuple[int, bool]], num_rows: int) -> _OfLines:
+        """`samples`: the lines, and whether each draws a token."""
+        settings = self.settings
+        padding = [len(settings.seeds) - 1] * (num_rows - len(samples))
+        lines = np.array([*(line for line, _ in samples), *padding], dtype=np.int64)
+        drawing = [line for line, draws in samples if draws]
+        sampled = settings.temperatures[drawing] > 0
+        # `take` keeps each parameter contiguous; indexing would not.
+        return _OfLines(
+            lines=torch.from_numpy(lines),
+            ints=torch.from_numpy(settings.ints.take(lines, axis=1)),
+            floats=torch.from_numpy(settings.floats.take(lines, axis=1)),
+            draws=bool(drawing),
+            any_sampled=bool(sampled.any()),
+            any_greedy=not sampled.all(),
+            is_filtered=bool(settings.is_filtered[drawing].any()),
+            is_penalised=bool(settings.is_penalised[drawing].any()),
+            is_masked=bool(settings.has_grammar[drawing].any()),
+            num_top=int(settings.num_top[drawing].max(initial=-1)),
+            num_echo_top=int(settings.num_echo_top[lines[: len(samples)]].max(initial=-1)),
+        )
 
     def likely_forms(self, shapes: Iterable[TreeShape]) -> Iterator[StepForm]:
         """Forms of decode steps with these trees, for every number of rows, with and without
@@ -322,8 +362,7 @@ class InputBuilder:
             num_known=num_known,
         )
 
-    def _num_top(self, wanted: Ints) -> int:
-        most = int(wanted.max(initial=-1))
+    def _num_top(self, most: int) -> int:
         return most if most < 0 else self.sizes.entries(most)
 
     def _own_tokens(self, rows: Sequence[RowPlan], form: StepForm) -> Tensor:

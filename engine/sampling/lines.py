@@ -42,6 +42,7 @@ class LineSettings:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self.requests: dict[int, Request] = {}
+        self.num_changes = 0  # of lines
         self._bias: dict[int, BiasList] = {}  # `logit_bias`
         self._held: dict[int, BiasList] = {}  # end tokens that are forbidden until `min_tokens`
 
@@ -69,6 +70,7 @@ class LineSettings:
         line, request = admission.line, admission.request
         params = request.params
         self.requests[line] = request
+        self.num_changes += 1
         self._bias[line] = _logit_bias(params)
         self._held[line] = self._held_back(request)
         self.seeds[line] = np.array([params.seed], dtype=np.uint64).view(np.int64)[0]
@@ -91,6 +93,7 @@ class LineSettings:
             self.pooling[line] = params.pooling
 
     def release(self, line: int) -> None:
+        self.num_changes += 1
         del self.requests[line], self._bias[line], self._held[line]
         self.pooling.pop(line, None)
 

@@ -372,3 +372,20 @@ def test_every_input_is_contiguous_as_kernels_need_it(seed: int, exact: bool) ->
 
 def vars_of(inputs: StepInputs) -> dict[str, torch.Tensor]:
     return {part.name: getattr(inputs, part.name) for part in dataclasses.fields(inputs)}
+
+
+@EXACT
+def test_a_line_that_changes_hands_has_its_new_settings_in_the_next_step(exact: bool) -> None:
+    """What was read of the lines is kept from step to step."""
+    builder = of_requests({"temperature": 0.0}, {"temperature": 0.5, "seed": 7}, exact=exact)
+    plan = StepPlan(rows=(decoding(0), decoding(1)))
+    first, again = built(builder, plan), built(builder, plan)
+    assert first[0] == again[0]
+    assert torch.equal(first[1].temperatures, again[1].temperatures)
+    builder.settings.release(0)
+    builder.settings.admit(Admission(0, ask("new", [1], temperature=0.9, top_k=3, seed=8)))
+    form, inputs = built(builder, plan)
+    assert inputs.temperatures[:2].tolist() == pytest.approx([0.9, 0.5])
+    assert inputs.seeds[:2].tolist() == [8, 7]
+    assert form.is_filtered
+    assert not first[0].is_filtered
