@@ -14,7 +14,7 @@ from server.version import version as own_version
 app = typer.Typer(
     help="Aerie serves Llama models over the OpenAI HTTP API.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

@@ -16,14 +16,15 @@ from server.version import UNKNOWN, version
 from tests.architecture.source_tree import modules
 from tests.support.live_server import aerie_command, child_environment, run_aerie
 
-COMMANDS = ("serve", "config", "prepare", "plan", "version")
+COMMANDS = ("serve", "chat", "config", "prepare", "plan", "version")
 HEAVY = ("torch", "transformers", "kernels", "drafter", "zmq", "fastapi")
 
 
 def test_help_names_every_command() -> None:
     done = run_aerie("--help")
     assert done.returncode == 0
-    assert [name for name in COMMANDS if name not in done.stdout] == []
+    wanted = (*COMMANDS, "--install-completion")
+    assert [name for name in wanted if name not in done.stdout] == []
 
 
 def test_help_of_serve_names_options_and_gives_examples() -> None:
