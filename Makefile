@@ -1,6 +1,7 @@
 # make serve [CONFIG=configs/serve/other.yaml] [PORT=8123] [ARGS="model.dtype=float32 ..."]
 # make install | test | test-extended | test-parallel | test-clients | test-triton | lint | gpu-check | clean
 # make bench | compare | tables (docs/benchmarks.md)
+# make syncspec | test-syncspec (syncspec/README.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
@@ -23,7 +24,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .PHONY: install serve test test-extended test-parallel test-clients test-triton lint bench \
-	compare tables gpu-check gpu-train clean
+	compare tables gpu-check gpu-train syncspec \
+	test-syncspec clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -83,6 +85,14 @@ test-triton: $(VENV)/.test-tools
 	test -d build/triton-$(TRITON) || $(PIP) --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest $(TEST_ARGS) $(wildcard tests/kernels/test_triton_*.py)
 
+# Trains on generated shapes for a few minutes, and prints scores; pictures are in build/syncspec.
+syncspec: $(VENV)/.syncspec-tools
+	$(BIN)/syncspec compare --output build/syncspec --network "perceptron on xyz" \
+		--network "dilated kernels" --network "dilated kernels, transformer" $(ARGS)
+
+test-syncspec: $(VENV)/.syncspec-tools
+	$(BIN)/python -m pytest $(TEST_ARGS) tests/syncspec
+
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt
 
@@ -98,6 +108,10 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 $(VENV)/.test-tools: $(VENV)/.installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/.syncspec-tools: $(VENV)/.test-tools
+	$(PIP) -e ".[test,syncspec]"
 	touch $@
 
 $(VENV)/.client-tools: $(VENV)/.test-tools
