@@ -78,7 +78,7 @@ def train(
     task: Annotated[Task, typer.Option()] = Task.parts,
     preset: Annotated[Preset, typer.Option(help="Sizes and epochs.")] = Preset.small,
     epochs: Annotated[int | None, typer.Option(min=1, help="Else the preset's.")] = None,
-    shapes: Annotated[int, typer.Option(min=1, help="Generated, by category.")] = 20,
+    shapes: Annotated[int, typer.Option(min=1, help="Generated, by category.")] = Sizes().num_train,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     cache: CacheOption = CACHE,
 ) -> None:
@@ -103,7 +103,7 @@ def evaluate(
     models: ModelsOption = Path("models"),
     split: Annotated[str, typer.Option(help="Generated: seen or unseen; ShapeNet: test.")] = "seen",
     category: CategoryOption = None,
-    shapes: Annotated[int, typer.Option(min=1, help="As in training.")] = 20,
+    shapes: Annotated[int, typer.Option(min=1, help="As in training.")] = Sizes().num_train,
     cache: CacheOption = CACHE,
 ) -> None:
     """Print mIoU, or PCK of keypoints, of the trained models on a split."""
@@ -148,7 +148,9 @@ def compare_networks(
         list[str] | None, typer.Option(help=f"One of: {', '.join(VARIANTS)}; may be repeated.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = Schedule().epochs,
-    shapes: Annotated[int, typer.Option(min=1, help="For training, by category.")] = 20,
+    shapes: Annotated[
+        int, typer.Option(min=1, help="For training, by category.")
+    ] = Sizes().num_train,
     cache: CacheOption = CACHE,
 ) -> None:
     """Train networks on the generated shapes, and print their scores as a table."""

@@ -20,7 +20,7 @@ from syncspec.preparing import Prepared, prepare
 from syncspec.shapes import Dataset, Shape, noisy
 from syncspec.training import Course, Model, Schedule, train
 
-PERCEPTRON_EPOCHS = 4  # times as many as the others: an epoch costs it next to nothing
+PERCEPTRON_EPOCHS = 2  # times as many as the others
 VARIANTS: Mapping[str, Design] = {
     "perceptron on xyz": Design(network="coordinates"),
     "perceptron on all features": Design(network="points"),
@@ -40,7 +40,7 @@ Trained = dict[str, Model]
 class Sizes:
     """How much to generate, by category."""
 
-    num_train: int = 20
+    num_train: int = 16
     num_test: int = 6
     num_points: int = 2000
     num_robust: int = 2

@@ -30,12 +30,10 @@ def dilated_terms(frequencies: Tensor, dilation: float) -> Tensor:
 def polynomial_terms(frequencies: Tensor, _dilation: float) -> Tensor:
     """Chebyshev polynomials T_0 to T_6 of f - 1, for the spectrum 0 to 2. [..., K] -> [..., K, 7]
 
-    The kernel of Defferrard et al. (2016) has one scale and as many parameters. Frequencies above
-    2, which sparse points reach by their normalisation, count as 2.
+    The kernel of Defferrard et al. (2016) has one scale and as many parameters.
     """
-    x = frequencies.clamp(max=2.0) - 1
-    angle = torch.arccos(x.clamp(-1, 1))
-    return torch.cos(angle[..., None] * torch.arange(NUM_PARAMETERS, dtype=x.dtype))
+    angle = torch.arccos((frequencies - 1).clamp(-1, 1))
+    return torch.cos(angle[..., None] * torch.arange(NUM_PARAMETERS, dtype=frequencies.dtype))
 
 
 TERMS: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -150,7 +150,7 @@ def table(draw: Draw) -> Built:
     else:
         pieces.append(("top", box((0, height + thick / 2, 0), (width, thick, depth))))
     level = height * draw.between(0.15, 0.65)
-    pieces.append(("shelf", box((0, level, 0), (width * 0.75, 0.05, depth * 0.75))))
+    pieces.append(("shelf", box((0, level, 0), (width * 0.8, 0.05, depth * 0.8))))
     up = height + thick
     ends = {f"{name} end": (a * width / 2, up, 0.0) for name, a in SIDES}
     return pieces, ends | {"front": (0.0, up, depth / 2), "rear": (0.0, up, -depth / 2)}

@@ -23,6 +23,7 @@ NEAREST = 1e-3  # distances below this, in mean distances to a neighbour, count 
 WEIGHTS = ("inverse-square", "gaussian")
 DENSE_BELOW = 300  # points: LAPACK is faster there, and ARPACK cannot give all pairs
 REFERENCE_POINTS = 2000
+MEAN_FREQUENCY = 0.01
 FORM = 1  # of the cached files
 
 
@@ -35,12 +36,12 @@ class Basis:
 
     @property
     def frequencies(self) -> Floats:
-        """Eigenvalues as if the shape had 2,000 points. [K]
+        """Eigenvalues, scaled so that their mean is 0.01, as with 2,000 points of a surface. [K]
 
-        On a surface, the k-th eigenvalue of a graph of neighbours is proportional to k / N (Weyl's
-        law), so that without this a kernel's width would depend on how densely points lie.
+        An eigenvalue is smaller the denser the points are: about as 1 / N on a surface, and as
+        1 / N^2 along something thin. Without scaling, density would change a kernel's width.
         """
-        return self.values * (len(self.vectors) / REFERENCE_POINTS)
+        return self.values * (MEAN_FREQUENCY / max(float(self.values.mean()), 1e-12))
 
 
 def eigenbasis(

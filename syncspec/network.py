@@ -121,8 +121,8 @@ class SpectralNetwork(nn.Module):
         self.design = design
         wide = 2 * design.channels
         sizes = [NUM_FEATURES, *[design.channels] * (len(design.dilations) - 2), wide]
-        steps = zip(sizes, sizes[1:], design.dilations, strict=False)
-        self.blocks = nn.ModuleList(Block(a, b, g, design) for a, b, g in steps)
+        steps = zip(pairwise(sizes), design.dilations[:-1], strict=True)
+        self.blocks = nn.ModuleList(Block(a, b, g, design) for (a, b), g in steps)
         self.last = Block(wide, wide, design.dilations[-1], design)
         self.scores = nn.Linear(wide, num_outputs)
         if design.transformer:

@@ -34,7 +34,7 @@ Network = SpectralNetwork | PointNetwork
 class Schedule:
     """How long and how fast. The losses of maps count beside the cross-entropy of labels."""
 
-    epochs: int = 12
+    epochs: int = 10
     pretrain_epochs: int = 12
     batch_shapes: int = 4
     learning_rate: float = 3e-3
