@@ -21,6 +21,7 @@ from syncspec.network import PAPER, Design
 from syncspec.pictures import draw_courses, draw_shapes, write_ply
 from syncspec.preparing import Prepared, prepare
 from syncspec.readers import read_points, shapenet
+from syncspec.segmentation import find_keypoints
 from syncspec.segmentation import segment as segment_points
 from syncspec.shapes import Dataset, resampled
 from syncspec.training import PAPER_SCHEDULE, Course, Model, Progress, Schedule
@@ -138,6 +139,22 @@ def segment(
         counts = np.bincount(labels, minlength=len(model.category.parts))
         for part, count in zip(model.category.parts, counts, strict=True):
             typer.echo(f"{part:<12} {count} points")
+
+
+@app.command()
+def keypoints(
+    file: Annotated[Path, typer.Argument(help="A mesh, a point cloud, or rows of x y z.")],
+    category: Annotated[str, typer.Option(help="What kind of shape it is.")],
+    models: ModelsOption = Path("models"),
+    points: Annotated[int, typer.Option(min=100, help="On the surface of a mesh.")] = 10_000,
+    cache: CacheOption = CACHE,
+) -> None:
+    """Print the place of every keypoint, found by a model of `train --task keypoints`."""
+    with _errors_for_people():
+        model = _model(models, category)
+        places = find_keypoints(model, read_points(file, points), BasisCache(cache))
+        for name, (x, y, z) in zip(model.category.keypoints, places, strict=True):
+            typer.echo(f"{name:<20} {x:.4g} {y:.4g} {z:.4g}")
 
 
 @app.command(name="compare")

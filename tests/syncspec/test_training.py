@@ -20,7 +20,7 @@ from syncspec.generator import CATEGORIES, generate
 from syncspec.graph import BasisCache
 from syncspec.network import Design, build, stacked
 from syncspec.preparing import Prepared, prepare
-from syncspec.segmentation import segment
+from syncspec.segmentation import find_keypoints, segment
 from syncspec.training import Model, Schedule, train
 
 TINY = Design(channels=8, grid=8, num_synchronised=6, num_joint=12, transformer_channels=4)
@@ -61,6 +61,11 @@ def test_keypoints_are_learnt_as_points(cache: BasisCache) -> None:
     assert course.labels[-1] < course.labels[0]
     assert model.keypoints(shapes[0]).shape == shapes[0].shape.keypoints.shape
     assert model.keypoint_distances(shapes[0]).shape == (5,)
+    points = generate("mug", 300, 9).points * 7 + 3
+    places = find_keypoints(model, points, cache)
+    assert {tuple(place) for place in places} <= {tuple(point) for point in points}
+    with pytest.raises(ValueError, match="finds keypoints; this needs one that finds parts"):
+        segment(model, points, cache)
 
 
 def test_shapes_of_other_sizes_train_together(cache: BasisCache) -> None:
