@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Comparison:
 
 
 def compare(
-    comparison: Comparison, names: Iterable[str], seeds: Sequence[int], path: Path
+    comparison: Comparison, names: Sequence[str], seeds: Sequence[int], path: Path
 ) -> tuple[dict[str, Any], Trained, dict[str, Course]]:
     """Trains every variant with every seed; writes what is known after each to `path`, as JSON.
 
@@ -133,8 +133,8 @@ def compare(
     }
     models: Trained = {}
     courses: dict[str, Course] = {}
-    for name in names:
-        for seed in seeds:
+    for seed in seeds:
+        for name in names:
             models, courses = comparison.train(VARIANTS[name], seed)
             run = {"network": name, "seed": seed, "scores": comparison.measure(models)}
             run["train_seconds"] = sum(course.seconds for course in courses.values())
