@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from typer.testing import CliRunner
 
+import syncspec
 from syncspec import checkpoint
 from syncspec.cli import app
 from syncspec.comparison import VARIANTS, Comparison, Sizes, compare, table
@@ -171,3 +173,10 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: list[str], nam
     assert done.exit_code == 2
     assert named in done.output
     assert "Traceback" not in done.output
+
+
+def test_the_page_shows_the_results_that_are_kept() -> None:
+    folder = Path(syncspec.__file__).parent
+    results = json.loads((folder / "results" / "results.json").read_text(encoding="utf-8"))
+    assert {run["network"] for run in results["runs"]} == set(VARIANTS)
+    assert table(results) in (folder / "README.md").read_text(encoding="utf-8")
