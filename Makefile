@@ -2,6 +2,7 @@
 # make chat [CONFIG=...] [ARGS="..."]
 # make install | test | test-extended | test-parallel | test-clients | test-triton | lint | gpu-check | clean
 # make bench | compare | tables (docs/benchmarks.md)
+# make syncspec | test-syncspec (syncspec/README.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 # make page | test-page (the page at /)
 #
@@ -24,8 +25,8 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: page test-page install serve chat test test-extended test-parallel test-clients test-triton lint \
-	bench compare tables gpu-check gpu-train clean
+.PHONY: page test-page install serve chat test test-extended test-parallel test-clients test-triton \
+	lint bench compare tables gpu-check gpu-train syncspec test-syncspec clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -100,6 +101,14 @@ test-triton: $(VENV)/.test-tools
 page:
 	cd server/page/vendor && npm ci --ignore-scripts --no-audit --no-fund && npm run build
 
+# Trains on generated shapes for a few minutes, and prints scores; pictures are in build/syncspec.
+syncspec: $(VENV)/.syncspec-tools
+	$(BIN)/syncspec compare --output build/syncspec --network "perceptron on xyz" \
+		--network "dilated kernels" --network "dilated kernels, transformer" $(ARGS)
+
+test-syncspec: $(VENV)/.syncspec-tools
+	$(BIN)/python -m pytest $(TEST_ARGS) tests/syncspec
+
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/native/prebuilt
 
@@ -115,6 +124,10 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 $(VENV)/.test-tools: $(VENV)/.installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/.syncspec-tools: $(VENV)/.test-tools
+	$(PIP) -e ".[test,syncspec]"
 	touch $@
 
 $(VENV)/.client-tools: $(VENV)/.test-tools

@@ -11,5 +11,12 @@ def main() -> None:
     run()
 
 
+def syncspec() -> None:
+    """The command `syncspec`, a system of its own."""
+    from syncspec.cli import main as run
+
+    run()
+
+
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TOP = "aerie"
-FOLDERS = ("configs", "kernels", "engine", "drafter", "server")
+FOLDERS = ("configs", "kernels", "engine", "drafter", "server", "syncspec")
 ImportStatement = ast.Import | ast.ImportFrom
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("configs", "kernels", "engine", "drafter", "server")
-ALL = (*PRODUCT, "tests", "benchmarks")
+SEPARATE = ("syncspec",)  # a system of its own: imports nothing of ours, is imported by nothing
+ALL = (*PRODUCT, *SEPARATE, "tests", "benchmarks")
 
 
 @dataclass(frozen=True)

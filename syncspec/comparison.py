@@ -1,0 +1,196 @@
+"""Networks side by side on the generated set: what each idea of the paper is worth there."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from syncspec.evaluation import evaluate, seconds_per_shape
+from syncspec.generator import generate, generated_set
+from syncspec.graph import BasisCache
+from syncspec.network import Design
+from syncspec.preparing import Prepared, prepare
+from syncspec.shapes import Dataset, Shape, noisy
+from syncspec.training import Course, Model, Schedule, train
+
+PERCEPTRON_EPOCHS = 2  # times as many as the others
+VARIANTS: Mapping[str, Design] = {
+    "perceptron on xyz": Design(network="coordinates"),
+    "perceptron on all features": Design(network="points"),
+    "polynomial kernels": Design(kernel="polynomial", transformer=False),
+    "dilated kernels": Design(transformer=False),
+    "dilated kernels, transformer": Design(),
+}
+FULL = "dilated kernels, transformer"
+TEST_SPLITS = ("seen", "unseen")
+DENSITIES = (500, 1000, 4000)
+NOISES = (0.01, 0.02, 0.04)
+Report = Callable[[str], None]
+Trained = dict[str, Model]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much to generate, by category."""
+
+    num_train: int = 16
+    num_test: int = 6
+    num_points: int = 2000
+    num_robust: int = 2
+
+
+@dataclass
+class Comparison:
+    """Prepared shapes of every split, and how to train on them."""
+
+    data: Dataset
+    sizes: Sizes
+    schedule: Schedule
+    cache: BasisCache
+    report: Report
+    shapes: dict[str, dict[str, list[Prepared]]] = field(default_factory=dict)
+
+    @classmethod
+    def on_generated(
+        cls, sizes: Sizes, schedule: Schedule, cache: BasisCache, report: Report
+    ) -> Comparison:
+        data = generated_set(sizes.num_train, sizes.num_test, sizes.num_points, 0)
+        this = cls(data, sizes, schedule, cache, report)
+        for split in data.splits:
+            report(f"eigenpairs of split {split}")
+            this.shapes[split] = {
+                name: [prepare(shape, Design(), cache) for shape in data.of(split, name)]
+                for name in data.categories
+            }
+        return this
+
+    def train(self, design: Design, seed: int) -> tuple[Trained, dict[str, Course]]:
+        """A model for each category."""
+        schedule = replace(self.schedule, seed=seed)
+        if design.network != "spectral":
+            schedule = replace(schedule, epochs=schedule.epochs * PERCEPTRON_EPOCHS)
+        models: Trained = {}
+        courses = {}
+        for name, category in self.data.categories.items():
+            shapes = self.shapes["train"][name]
+            models[name], courses[name] = train(category, shapes, design, schedule)
+        return models, courses
+
+    def measure(self, models: Trained) -> dict[str, dict[str, float]]:
+        """Instance and category mIoU of each test split."""
+        found = {split: evaluate(models, self.shapes[split]) for split in TEST_SPLITS}
+        return {
+            split: {"instance": result.instance_iou, "category": result.category_iou}
+            for split, result in found.items()
+        }
+
+    def robustness(self, models: Trained) -> dict[str, float]:
+        """Instance mIoU on shapes of seen geometry, as they are, with other densities and noise."""
+        rng = np.random.default_rng(0)
+        found = {}
+        for count in (self.sizes.num_points, *DENSITIES):
+            shapes = {name: self._robust(name, count) for name in models}
+            found[f"{count} points"] = self._iou_of(models, shapes)
+        for deviation in NOISES:
+            shapes = {
+                name: [noisy(shape, deviation, rng) for shape in self._robust(name)]
+                for name in models
+            }
+            found[f"noise {deviation}"] = self._iou_of(models, shapes)
+        return found
+
+    def _robust(self, name: str, num_points: int = 0) -> list[Shape]:
+        count = num_points or self.sizes.num_points
+        return [generate(name, count, 50_000 + seed) for seed in range(self.sizes.num_robust)]
+
+    def _iou_of(self, models: Trained, shapes: Mapping[str, Sequence[Shape]]) -> float:
+        prepared = {
+            name: [prepare(shape, Design(), self.cache) for shape in found]
+            for name, found in shapes.items()
+        }
+        return evaluate(models, prepared).instance_iou
+
+
+def compare(
+    comparison: Comparison, names: Sequence[str], seeds: Sequence[int], path: Path
+) -> tuple[dict[str, Any], Trained, dict[str, Course]]:
+    """Trains every variant with every seed; writes what is known after each to `path`, as JSON.
+
+    Returns the results, and the models and courses of the last run.
+    """
+    results: dict[str, Any] = {
+        "sizes": asdict(comparison.sizes),
+        "schedule": asdict(comparison.schedule),
+        "machine": {"processor": platform.machine(), "torch": torch.__version__},
+        "runs": [],
+    }
+    models: Trained = {}
+    courses: dict[str, Course] = {}
+    for seed in seeds:
+        for name in names:
+            models, courses = comparison.train(VARIANTS[name], seed)
+            run = {"network": name, "seed": seed, "scores": comparison.measure(models)}
+            run["train_seconds"] = sum(course.seconds for course in courses.values())
+            if name == FULL:
+                run["robustness"] = comparison.robustness(models)
+                run["seconds_per_shape"] = _seconds(comparison, models)
+            results["runs"].append(run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            comparison.report(f"{name}, seed {seed}: {_brief(run)}")
+    return results, models, courses
+
+
+def _seconds(comparison: Comparison, models: Trained) -> dict[str, float]:
+    name = next(iter(models))
+    basis, network = seconds_per_shape(models[name], comparison.data.of("seen", name)[:3])
+    return {"eigenpairs and features": basis, "network": network}
+
+
+def _brief(run: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{split} {run['scores'][split]['instance']:.3f}" for split in TEST_SPLITS)
+    return f"mIoU {scores} ({run['train_seconds']:.0f} s)"
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown: means over seeds, and the lowest and highest."""
+    lines = [
+        "| network | seen geometry: instance mIoU | category mIoU | unseen geometry: instance mIoU "
+        "| category mIoU | training, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in dict.fromkeys(run["network"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["network"] == name]
+        cells = [
+            _spread([run["scores"][split][kind] for run in runs])
+            for split in TEST_SPLITS
+            for kind in ("instance", "category")
+        ]
+        seconds = np.mean([run["train_seconds"] for run in runs])
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join([*lines, "", *_robustness_table(results)])
+
+
+def _robustness_table(results: Mapping[str, Any]) -> list[str]:
+    runs = [run for run in results["runs"] if "robustness" in run]
+    if not runs:
+        return []
+    lines = [f"| {FULL}, on | instance mIoU |", "| --- | ---: |"]
+    for change in runs[0]["robustness"]:
+        lines.append(f"| {change} | {_spread([run['robustness'][change] for run in runs])} |")
+    seconds = [run["seconds_per_shape"] for run in runs]
+    told = [f"{part} {np.mean([each[part] for each in seconds]):.2f} s" for part in seconds[0]]
+    return [*lines, "", f"Time per shape: {', '.join(told)}."]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"

@@ -1,0 +1,64 @@
+"""The spectral transformer: from a shape's lowest eigenvectors to its functional map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def voxelised(vectors: Tensor, cells: Tensor, grid: int) -> Tensor:
+    """Means of eigenvectors over voxels, and which voxels are filled.
+
+    [B, N, D], [B, N, 3] -> [B, D, 2, G, G, G]: channel 0 is the mean times sqrt(N), channel 1 is 1
+    where a voxel holds a point.
+    """
+    batch, num_points, count = vectors.shape
+    flat = (cells[..., 0] * grid + cells[..., 1]) * grid + cells[..., 2]  # [B, N]
+    index = flat[..., None].expand(-1, -1, count)
+    shape = (batch, grid**3, count)
+    sums = torch.zeros(shape, dtype=vectors.dtype).scatter_add(1, index, vectors)
+    held = torch.zeros(shape, dtype=vectors.dtype).scatter_add(1, index, torch.ones_like(vectors))
+    means = sums / held.clamp(min=1) * num_points**0.5
+    volumes = torch.stack([means, (held > 0).to(vectors.dtype)], dim=2)  # [B, G^3, 2, D]
+    return volumes.permute(0, 3, 2, 1).reshape(batch, count, 2, grid, grid, grid)
+
+
+class SpectralTransformer(nn.Module):
+    """A small 3D CNN that gives each eigenvector its row of the functional map C.
+
+    It sees one eigenvector at a time, so that another order of eigenvectors gives the same rows in
+    that order; and what it gives for a vector is the odd part of a network, so that the opposite
+    vector gets the opposite row. Section 4.3 of arXiv:1612.00606.
+    """
+
+    def __init__(self, num_joint: int, grid: int, channels: int) -> None:
+        super().__init__()
+        self.grid = grid
+        side = grid // 4
+        self.body = nn.Sequential(
+            nn.Conv3d(2, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool3d(2),
+            nn.Conv3d(channels, 2 * channels, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool3d(2),
+            nn.Conv3d(2 * channels, 4 * channels, side),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(4 * channels, num_joint),
+        )
+
+    def forward(self, vectors: Tensor, cells: Tensor) -> Tensor:
+        """[B, N, D], voxels [B, N, 3] -> C [B, D, J]"""
+        volumes = voxelised(vectors, cells, self.grid)
+        batch, count = volumes.shape[:2]
+        volumes = volumes.flatten(0, 1)
+        opposite = volumes * torch.tensor([-1.0, 1.0])[:, None, None, None]
+        rows: Tensor = (self.body(volumes) - self.body(opposite)) / 2
+        return rows.view(batch, count, -1)
+
+
+def far_from_orthonormal(functional_maps: Tensor) -> Tensor:
+    """||C C^T - I||^2 as a mean over entries. [B, D, J] -> []"""
+    product = functional_maps @ functional_maps.transpose(1, 2)
+    return (product - torch.eye(product.shape[-1])).square().mean()

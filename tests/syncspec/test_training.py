@@ -1,0 +1,182 @@
+"""Training, checkpoints and the command, on very few points."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy", reason="syncspec needs scipy: pip install .[syncspec]")
+
+import numpy as np
+import torch
+from typer.testing import CliRunner
+
+import syncspec
+from syncspec import checkpoint
+from syncspec.cli import app
+from syncspec.comparison import VARIANTS, Comparison, Sizes, compare, table
+from syncspec.generator import CATEGORIES, generate
+from syncspec.graph import BasisCache
+from syncspec.network import Design, build, stacked
+from syncspec.preparing import Prepared, prepare
+from syncspec.segmentation import find_keypoints, segment
+from syncspec.training import Model, Schedule, train
+
+TINY = Design(channels=8, grid=8, num_synchronised=6, num_joint=12, transformer_channels=4)
+QUICK = Schedule(epochs=6, pretrain_epochs=4, batch_shapes=2, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> BasisCache:
+    return BasisCache(tmp_path_factory.mktemp("bases"), num_pairs=30)
+
+
+def mugs(
+    cache: BasisCache, task: str = "parts", sizes: tuple[int, ...] = (250,) * 4
+) -> list[Prepared]:
+    shapes = [generate("mug", size, seed) for seed, size in enumerate(sizes)]
+    return [prepare(shape, TINY, cache, task) for shape in shapes]
+
+
+@pytest.fixture(scope="module")
+def model(cache: BasisCache) -> Model:
+    return train(CATEGORIES["mug"], mugs(cache), TINY, QUICK)[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_losses_fall(cache: BasisCache, name: str) -> None:
+    tiny = replace(VARIANTS[name], channels=8, grid=8, num_synchronised=6, num_joint=12)
+    lines: list[str] = []
+    _, course = train(CATEGORIES["mug"], mugs(cache), tiny, QUICK, report=lines.append)
+    assert course.labels[-1] < course.labels[0]
+    assert len(course.maps) == (4 if tiny.network == "spectral" and tiny.transformer else 0)
+    assert course.maps[-1:] <= course.maps[:1]
+    assert len(lines) == len(course.labels) + len(course.maps)
+
+
+def test_keypoints_are_learnt_as_points(cache: BasisCache) -> None:
+    shapes = mugs(cache, "keypoints")
+    model, course = train(CATEGORIES["mug"], shapes, TINY, QUICK, "keypoints")
+    assert course.labels[-1] < course.labels[0]
+    assert model.keypoints(shapes[0]).shape == shapes[0].shape.keypoints.shape
+    assert model.keypoint_distances(shapes[0]).shape == (5,)
+    points = generate("mug", 300, 9).points * 7 + 3
+    places = find_keypoints(model, points, cache)
+    assert {tuple(place) for place in places} <= {tuple(point) for point in points}
+    with pytest.raises(ValueError, match="finds keypoints; this needs one that finds parts"):
+        segment(model, points, cache)
+
+
+def test_shapes_of_other_sizes_train_together(cache: BasisCache) -> None:
+    shapes = mugs(cache, sizes=(250, 200, 250))
+    _, course = train(CATEGORIES["mug"], shapes, TINY, replace(QUICK, epochs=1))
+    assert np.isfinite(course.labels).all()
+
+
+def test_no_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="'mug' has no shapes"):
+        train(CATEGORIES["mug"], [], TINY, QUICK)
+
+
+def test_the_network_does_not_see_signs_of_eigenvectors(cache: BasisCache) -> None:
+    torch.manual_seed(0)
+    network = build(2, TINY).double().eval()
+    batch = stacked([one.batch for one in mugs(cache)[:2]])
+    batch = batch._make(t.double() if t.is_floating_point() else t for t in batch)
+    signs = torch.where(torch.arange(30) % 2 == 0, 1.0, -1.0).double()
+    turned = batch._replace(vectors=batch.vectors * signs)
+    torch.testing.assert_close(network(turned).scores, network(batch).scores)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"network": "graph"}, "'graph'"),
+        ({"grid": 10}, "multiple of 4"),
+        ({"dilations": (4.0,)}, "2"),
+    ],
+)
+def test_designs_that_cannot_be_built_are_refused(changed: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        replace(TINY, **changed)
+
+
+def test_a_checkpoint_gives_the_same_scores(
+    cache: BasisCache, model: Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "mug.safetensors"
+    checkpoint.save(model, path)
+    loaded = checkpoint.load(path)
+    one = mugs(cache)[0]
+    assert loaded.category == model.category
+    torch.testing.assert_close(loaded.scores(one), model.scores(one), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"gone.safetensors is not a file"):
+        checkpoint.load(tmp_path / "gone.safetensors")
+
+
+def test_all_points_of_a_large_shape_get_labels(cache: BasisCache, model: Model) -> None:
+    points = generate("mug", 2500, 9).points * 7 + 3
+    labels = segment(model, points, cache)
+    assert labels.shape == (2500,)
+    assert set(labels) <= {0, 1}
+
+
+def test_results_are_kept_and_become_a_table(tmp_path: Path, cache: BasisCache) -> None:
+    sizes = Sizes(num_train=2, num_test=1, num_points=200, num_robust=1)
+    lines: list[str] = []
+    schedule = Schedule(epochs=1)
+    comparison = Comparison.on_generated(sizes, schedule, cache, lines.append)
+    names = ["perceptron on xyz", "dilated kernels"]
+    results, models, _ = compare(comparison, names, [0, 1], tmp_path / "new" / "results.json")
+    assert set(models) == set(CATEGORIES)
+    assert len(results["runs"]) == 4
+    assert (tmp_path / "new" / "results.json").is_file()
+    assert "| dilated kernels | " in table(results)
+
+
+def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
+    for library in ("matplotlib", "trimesh"):
+        pytest.importorskip(library, reason="not installed")
+    models, cache = ["--models", str(tmp_path / "m")], ["--cache", str(tmp_path / "c")]
+    few = ["--category", "mug", "--shapes", "1", *models, *cache]
+    trained = CliRunner().invoke(app, ["train", *few, "--epochs", "1"])
+    assert trained.exit_code == 0, trained.output
+    assert (tmp_path / "m" / "training.png").is_file()
+    file = tmp_path / "a.xyz"
+    np.savetxt(file, generate("mug", 400, 3).points)
+    colours, picture = tmp_path / "out.ply", tmp_path / "out.png"
+    written = ["--output", str(colours), "--picture", str(picture)]
+    done = CliRunner().invoke(
+        app, ["segment", str(file), "--category", "mug", *written, *models, *cache]
+    )
+    assert done.exit_code == 0, done.output
+    assert "handle" in done.output
+    assert colours.read_text().splitlines()[2] == "element vertex 400"
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["segment", "a.ply", "--category", "spoon"], "'spoon' has no model in none; there are []"),
+        (["train", "--category", "spoon"], "'spoon' is unknown"),
+        (["train", "--data", "none"], "none has no shapes for training"),
+        (["compare", "--network", "best"], "network is 'best'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: list[str], named: str) -> None:
+    models = ["--models", "none"] if arguments[0] != "compare" else []
+    done = CliRunner().invoke(app, [*arguments, *models, "--cache", str(tmp_path)])
+    assert done.exit_code == 2
+    assert named in done.output
+    assert "Traceback" not in done.output
+
+
+def test_the_page_shows_the_results_that_are_kept() -> None:
+    folder = Path(syncspec.__file__).parent
+    results = json.loads((folder / "results" / "results.json").read_text(encoding="utf-8"))
+    assert {run["network"] for run in results["runs"]} == set(VARIANTS)
+    assert table(results) in (folder / "README.md").read_text(encoding="utf-8")
