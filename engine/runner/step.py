@@ -390,7 +390,7 @@ def _pooled(layout: Layout, hidden: Tensor) -> Tensor:
     """[G, H] float32: for each row that wants them, the sum of the hidden states of its tokens."""
     inputs, form = layout.inputs, layout.form
     if form.num_pooled == 0:
-        return torch.zeros(0, device=hidden.device)
+        return torch.empty(0, device=hidden.device)  # no kernel
     places = layout.tokens.cu[inputs.pool_rows] + inputs.pool_places
     sums = torch.zeros(form.num_pools + 1, hidden.shape[1], device=hidden.device)
     return sums.index_add_(0, inputs.pool_numbers, hidden[places].float())[:-1]
