@@ -19,7 +19,9 @@ def test_escapes_of_a_server_do_not_reach_the_terminal(capsys: pytest.CaptureFix
     error = stream(f'{{"error": {{"message": "{ESCAPES}"}}}}')
     with GivenServer(text, thought, error) as server:
         talk = Talk(server.url, terminal=False)
-        assert f"{SHOWN}     tab\nline\n" in talk.say("hi").expandtabs()
+        shown = talk.say("hi")
+        assert shown.startswith(SHOWN)
+        assert " tab\nline\n" in shown
         assert talk.say("hi").startswith(SHOWN)
         assert SHOWN in talk.say("hi")
     assert "/�[2J is unknown" in talk.say("/\x1b[2J")
@@ -32,7 +34,7 @@ def test_escapes_of_a_server_do_not_reach_the_terminal(capsys: pytest.CaptureFix
     [
         ("<html>", "is no list of models: JSON is malformed: invalid character (byte 0)"),
         ('{"a": 1}', "is no list of models: Object missing required field `data`"),
-        ('{"data": [1]}', "is no list of models: Expected `object`, got `int` - at `$.data[...]`"),
+        ('{"data": [1]}', "is no list of models: Expected `object`, got `int` - at `$.data[0]`"),
         ('{"data": []}', "lists no models"),
     ],
 )
@@ -49,7 +51,7 @@ def test_what_is_no_list_of_models_is_told_with_its_address(body: str, told: str
     ("data", "told"),
     [
         ("{nope", "JSON is malformed"),
-        ("[" * 100_000, "maximum recursion depth exceeded"),
+        ('{"error": ' + "[" * 100_000, "maximum recursion depth exceeded"),
         ('{"choices": 5}', "Expected `array | null`, got `int` - at `$.choices`"),
         ('{"choices": [{"delta": {"content": 5}}]}', "Expected `str | null`, got `int`"),
         ('{"choices": [{"trace": {"tokens": [{"bytes": [256]}]}}]}', "<= 255"),
