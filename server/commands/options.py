@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from configs.load import shipped_configs
+from server.terminal.screen import harmless
 
 ConfigFile = Annotated[
     Path | None,
@@ -31,5 +32,5 @@ Overrides = Annotated[
 
 def failed(error: Exception) -> typer.Exit:
     """Print the error on one line; return the exit to raise."""
-    typer.echo(f"aerie: {error}", err=True)
+    typer.echo(f"aerie: {harmless(str(error))}", err=True)
     return typer.Exit(2)

@@ -6,7 +6,8 @@ import codecs
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+
+from server.terminal.chunks import Chunk, Delta, Trace, TracedRound, TracedToken
 
 PLAIN = "bonus"
 
@@ -37,20 +38,20 @@ class Answer:
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
 
-    def take(self, chunk: dict[str, Any]) -> Iterator[Piece]:
+    def take(self, chunk: Chunk) -> Iterator[Piece]:
         """The new text."""
-        usage = chunk.get("usage") or {}
-        self.num_tokens = usage.get("completion_tokens", self.num_tokens)
-        for choice in chunk.get("choices", ()):
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            trace = choice.get("trace") or {"tokens": [], "rounds": []}
-            self._count(trace["rounds"])
-            delta = choice.get("delta", {})
-            content = delta.get("content") or ""
+        if chunk.usage is not None and chunk.usage.completion_tokens is not None:
+            self.num_tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices or ():
+            self.finish_reason = choice.finish_reason or self.finish_reason
+            trace = choice.trace or Trace([], [])
+            self._count(trace.rounds)
+            delta = choice.delta or Delta()
+            content, thought = delta.content or "", delta.reasoning_content or ""
             self.text += content
-            pieces = [self._piece(token) for token in trace["tokens"]]
+            pieces = [self._piece(token) for token in trace.tokens]
             yield from _fitting(pieces, content)
-            if (thought := delta.get("reasoning_content")) is not None:
+            if thought:
                 yield Piece(thought, "reasoning")
             if content or thought:
                 self._time()
@@ -78,14 +79,14 @@ class Answer:
             parts.append("cut by the limit")
         return " · ".join(parts)
 
-    def _piece(self, token: dict[str, Any]) -> Piece:
-        text = self._decoder.decode(bytes(token["bytes"]))
-        return Piece(text, token["origin"], token["depth"])
+    def _piece(self, token: TracedToken) -> Piece:
+        text = self._decoder.decode(bytes(token.bytes))
+        return Piece(text, token.origin, token.depth)
 
-    def _count(self, rounds: list[dict[str, Any]]) -> None:
-        drafted = [each for each in rounds if each["nodes"]]
+    def _count(self, rounds: list[TracedRound]) -> None:
+        drafted = [each for each in rounds if each.nodes]
         self.drafts += len(drafted)
-        self.accepted += sum(len(each["accepted"]) for each in drafted)
+        self.accepted += sum(len(each.accepted) for each in drafted)
 
     def _time(self) -> None:
         self.last_at = self.clock()

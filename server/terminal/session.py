@@ -14,6 +14,9 @@ from rich.text import Text
 
 from server.terminal.answer import Answer, Piece
 from server.terminal.remote import Json, Remote, RemoteError
+from server.terminal.screen import harmless
+
+Messages = list[dict[str, str]]
 
 STYLES = {
     "lookup": "black on #ffd08a",
@@ -44,7 +47,7 @@ class Session:
     speculates: bool = True
     traces: bool = True  # until the server refuses the field
     system: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: Messages = field(default_factory=list)
 
     def run(self, read: Callable[[], str]) -> None:
         """Answer lines until their end, or /quit."""
@@ -62,8 +65,7 @@ class Session:
     def take(self, line: str) -> None:
         """A message, or a command."""
         if not line.startswith("/"):
-            self.messages.append({"role": "user", "content": line})
-            self.answer()
+            self.answer([*self.messages, {"role": "user", "content": line}])
             return
         name, _, argument = line[1:].partition(" ")
         command = COMMANDS.get(name)
@@ -77,48 +79,48 @@ class Session:
 
     def tell(self, text: str) -> None:
         """A line of the program's own."""
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(harmless(text), style="dim"))
 
-    def answer(self) -> None:
-        """Stream an answer to the last message. Ctrl-C stops it; what has come is kept. After an
-        error the message is taken back."""
+    def answer(self, said: Messages) -> None:
+        """Stream an answer to the last of these messages, and keep both. Ctrl-C stops it; what
+        has come is kept. If an error or Ctrl-C came first, the conversation is as before."""
         answer = Answer()
+        is_whole = False
         try:
-            self._stream(answer)
+            self._stream(said, answer)
+            is_whole = True
         except KeyboardInterrupt:
             self.console.print()
             self.tell("stopped")
         except RemoteError as error:
             self.console.print()
-            self.console.print(Text(str(error), style="red"))
-        if answer.text:
-            self.messages.append({"role": "assistant", "content": answer.text})
+            self.console.print(Text(harmless(str(error)), style="red"))
+        if is_whole or answer.first_at is not None:  # also reasoning alone, cut by the limit
+            self.messages = [*said, {"role": "assistant", "content": answer.text}]
             self.tell(answer.facts())
-        else:
-            self.messages.pop()
 
-    def _stream(self, answer: Answer) -> None:
+    def _stream(self, said: Messages, answer: Answer) -> None:
         try:
-            self._show(answer)
+            self._show(said, answer)
         except RemoteError as error:
             if error.status != 400 or not self.traces or "speculation" not in str(error):
                 raise
             self.traces = False  # another kind of server
-            self._show(answer)
+            self._show(said, answer)
 
-    def _show(self, answer: Answer) -> None:
-        with closing(self.remote.chunks(self.body())) as chunks:
+    def _show(self, said: Messages, answer: Answer) -> None:
+        with closing(self.remote.chunks(self.body(said))) as chunks:
             for chunk in chunks:
                 for piece in answer.take(chunk):
                     self.console.print(tinted(piece), end="", soft_wrap=True)
         self.console.print()
 
-    def body(self) -> Json:
-        """The request for the next answer."""
+    def body(self, said: Messages) -> Json:
+        """The request for an answer to the last of these messages."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [*system, *self.messages],
+            "messages": [*system, *said],
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": self.traces},
             **self.settings,
@@ -153,14 +155,12 @@ class Session:
         self.speculates = argument == "on"
 
     def again(self) -> None:
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
         if not self.messages:
             raise ValueError("nothing was said yet")
-        self.answer()
+        self.answer(self.messages[:-1])  # the last one is the answer
 
     def begin(self) -> None:
-        self.messages.clear()
+        self.messages = []
 
     def save(self, argument: str) -> None:
         if not argument:
@@ -176,10 +176,11 @@ class Session:
 
 def tinted(piece: Piece) -> Text:
     """The piece in the colour of its origin."""
+    text = harmless(piece.text)
     if piece.origin == "draft":
         shade = DEPTHS[min(piece.depth, len(DEPTHS)) - 1]
-        return Text(piece.text, style=f"black on {shade}")
-    return Text(piece.text, style=STYLES.get(piece.origin, ""))
+        return Text(text, style=f"black on {shade}")
+    return Text(text, style=STYLES.get(piece.origin, ""))
 
 
 COMMANDS: dict[str, Callable[[Session, str], None]] = {

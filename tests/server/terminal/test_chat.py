@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -10,46 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from engine.messages import DraftNodes, DraftSource, Round
 from engine.request import Request
 from server.terminal.background import BackgroundServer
+from server.terminal.chunks import Chunk
 from server.terminal.remote import Remote, RemoteError
-from server.terminal.session import HELP, Session
+from server.terminal.session import HELP
 from server.text.tokenizer import Tokenizer
 from tests.support.http_server import Server
 from tests.support.live_server import run_aerie
 from tests.support.scripted_engine import Event, fail, say, steps, tokens
+from tests.support.talk import Talk
 from tests.support.web_thread import WebThread
 
 EOS = 2
-
-
-class Talk:
-    """A session whose terminal is a string."""
-
-    def __init__(self, url: str, key: str | None = None, terminal: bool = True) -> None:
-        self._screen = io.StringIO()
-        colours = "truecolor" if terminal else None
-        console = Console(
-            file=self._screen, force_terminal=terminal, color_system=colours, width=200
-        )
-        self.session = Session(Remote(url, key), "tiny", console)
-
-    def say(self, *lines: str) -> str:
-        """What is printed after these lines."""
-        before = len(self._screen.getvalue())
-        left = iter(lines)
-
-        def read() -> str:
-            try:
-                return next(left)
-            except StopIteration:
-                raise EOFError from None
-
-        self.session.run(read)
-        return self._screen.getvalue()[before:]
 
 
 Serve = Callable[..., WebThread]
@@ -168,7 +142,7 @@ def test_servers_without_traces_are_asked_without(
     asked: list[dict[str, Any]] = []
     chunks = Remote.chunks
 
-    def strict(self: Remote, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def strict(self: Remote, body: dict[str, Any]) -> Iterator[Chunk]:
         asked.append(body)
         if "speculation" in body:
             raise RemoteError(400, "Unknown parameter: 'speculation'")
