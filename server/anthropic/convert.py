@@ -74,7 +74,7 @@ def chat_request(request: CountTokensRequest) -> Asked:
     if isinstance(request, MessagesRequest):
         fields |= {name: getattr(request, name) for name in SAME_WHEN_GENERATING}
         fields["stop"] = request.stop_sequences
-    names = [*paths, *NAMES]
+    names = [*paths, *_names_of_tools(request.tools or ()), *NAMES]
     try:
         return Asked(ChatRequest.model_validate(fields), names)
     except ValidationError as error:
@@ -83,8 +83,10 @@ def chat_request(request: CountTokensRequest) -> Asked:
 
 def message_params(chat: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
     """The parameters, with no more tokens than the context has room for."""
-    room = max(info.max_model_len - len(prompt.token_ids), 1)
-    limit = min(chat.max_tokens or room, room)
+    room = info.max_model_len - len(prompt.token_ids)
+    limit = (
+        min(chat.max_tokens or room, room) if room > 0 else None
+    )  # None: the error is the prompt's
     return chat_params(chat.model_copy(update={"max_tokens": limit}), prompt, info)
 
 
@@ -104,6 +106,10 @@ def _messages(request: CountTokensRequest) -> tuple[list[ChatMessage], list[tupl
         if isinstance(message.content, str):
             add(path, role=message.role, content=message.content)
         elif message.role == "assistant":
+            at_calls = [at for at, each in enumerate(message.content) if each.type == "tool_use"]
+            for number, at in enumerate(at_calls):
+                call = f"messages[{len(found)}].tool_calls[{number}]"
+                names.append((call, f"{path}.content[{at}]"))
             add(path, **_answer(message.content))
         else:
             for at, block in enumerate(message.content):
@@ -169,6 +175,13 @@ def _tool(tool: MessageTool) -> Tool:
     given = tool.model_dump(include={"name", "description", "strict"})
     function = FunctionDefinition.model_validate({**given, "parameters": tool.input_schema})
     return Tool(type="function", function=function)
+
+
+def _names_of_tools(tools: Sequence[MessageTool]) -> Names:
+    return [
+        (f"tools[{index}].function.parameters", f"tools[{index}].input_schema")
+        for index in range(len(tools))
+    ]
 
 
 def _choice(choice: MessageToolChoice | None) -> Any:

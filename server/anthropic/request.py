@@ -103,7 +103,12 @@ class MessageTool(Fields):
     name: FunctionName
     description: str | None = Field(None, description="What the tool does and when to call it.")
     input_schema: ObjectSchema = Field(description="JSON schema of an object, the arguments.")
-    strict: bool | None = Field(None, description="As in chat: with `any` and `tool`.")
+    strict: bool | None = Field(
+        None,
+        description="True: the input always fits the schema, and a keyword of it that cannot be "
+        "ensured is an error. Else it fits as far as that can be ensured, with `any` and `tool` "
+        "only. Llama 4's calls in Python are not ensured with auto.",
+    )
     cache_control: NotUsed[Any] = Field(None, description=CACHED)
     input_examples: NotUsed[list[Any]] = Field(None, description=TEMPLATE)
     eager_input_streaming: NotUsed[bool] = Field(

@@ -140,6 +140,10 @@ def _context(
 ) -> ServerContext:
     state, limits = ServerState(), config.server
     metrics = Metrics(client, info.model_name, config.cache, limits.metrics_prefixes)
+    background = Background(state, limits.max_background_responses, limits.retry_after)
+    kept = KeptAnswers(
+        limits.max_stored_responses, limits.max_stored_response_bytes, background.is_running
+    )
     return ServerContext(
         config=config,
         client=client,
@@ -153,8 +157,8 @@ def _context(
         callers=Callers(config.server),
         metrics=metrics,
         lanes=Lanes(),
-        kept=KeptAnswers(limits.max_stored_responses, limits.max_stored_response_bytes),
-        background=Background(state, limits.max_background_responses, limits.retry_after),
+        kept=kept,
+        background=background,
         admin_keys=KeyRing(load_admin_keys(config.server)),
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from server.http.errors import rate_limited
@@ -18,15 +19,27 @@ class Background:
         self._most = most
         self._retry_after = retry_after
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._num_reserved = 0
 
-    def check_room(self) -> None:
-        """ApiError 429 if so many tasks run that no other may."""
-        if len(self._tasks) >= self._most:
+    def is_running(self, name: str) -> bool:
+        return name in self._tasks
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Room for one task, which may be started inside this block. ApiError 429 if there is
+        none."""
+        taken = len(self._tasks) + self._num_reserved
+        if taken >= self._most:
             raise rate_limited(
-                f"Rate limit reached: {len(self._tasks)} responses are made in the background, at "
+                f"Rate limit reached: {taken} responses are made in the background, at "
                 f"most {self._most} may (server.max_background_responses); try again later",
                 self._retry_after,
             )
+        self._num_reserved += 1
+        try:
+            yield
+        finally:
+            self._num_reserved -= 1
 
     def start(
         self, name: str, work: Callable[[], Coroutine[Any, Any, None]], close: Callable[[], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 OVERHEAD = 1024  # bytes of an answer besides its texts
@@ -24,12 +25,19 @@ class Kept:
 
 class KeptAnswers:
     """Forgets the answers that were not used for the longest time. To use an answer is to use all
-    that it follows, so that an answer goes before those that it follows. Used only on the event
-    loop's thread."""
+    that it follows, so that an answer goes before those that it follows. Answers that are still
+    being made stay, even if they need more than all room. Used only on the event loop's thread.
 
-    def __init__(self, max_answers: int, max_bytes: int) -> None:
+    Args:
+        is_made: whether the answer of an id is still being made; `ended` must follow.
+    """
+
+    def __init__(
+        self, max_answers: int, max_bytes: int, is_made: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self._max_answers = max_answers
         self._max_bytes = max_bytes
+        self._is_made = is_made
         self._answers: OrderedDict[str, Kept] = OrderedDict()
         self._num_bytes = 0
 
@@ -47,16 +55,22 @@ class KeptAnswers:
 
     def put(self, id: str, answer: Kept) -> None:
         """Keep an answer in the place of an earlier one of this id. One that is larger than all
-        room is not kept."""
+        room is not kept, unless it is being made."""
         self._drop(id)
-        if not self.is_open or answer.num_bytes > self._max_bytes:
+        too_large = answer.num_bytes > self._max_bytes
+        if not self.is_open or (too_large and not self._is_made(id)):
             return
         self._answers[id] = answer
         self._num_bytes += answer.num_bytes
         self._use(id)
         self._answers.move_to_end(id)  # even if it follows too many
-        while len(self._answers) > self._max_answers or self._num_bytes > self._max_bytes:
-            self._drop(next(iter(self._answers)))
+        self._make_room()
+
+    def ended(self, id: str) -> None:
+        """From now on, an answer that was being made is one like others. It may be gone."""
+        found = self._answers.get(id)
+        if found is not None:
+            self.put(id, found)
 
     def get(self, owner: str, id: str) -> Kept | None:
         """The answer; None if it is not kept, or belongs to another caller."""
@@ -89,6 +103,13 @@ class KeptAnswers:
             return False
         self._drop(id)
         return True
+
+    def _make_room(self) -> None:
+        while len(self._answers) > self._max_answers or self._num_bytes > self._max_bytes:
+            oldest = next((id for id in self._answers if not self._is_made(id)), None)
+            if oldest is None:
+                return
+            self._drop(oldest)
 
     def _use(self, id: str | None) -> None:
         while id is not None and id in self._answers:

@@ -35,8 +35,9 @@ def read_query(http: HttpRequest, model: type[Query]) -> Query:
         if name in model.model_fields:
             values[name] = value
         elif context_of(http).config.server.unknown_fields == "refuse":
-            known = ", ".join(model.model_fields)
-            message = f"Unknown query parameter {shorten(written)}: known are {known}"
+            names = ", ".join(model.model_fields)
+            known = f"known are {names}" if names else "this path has none"
+            message = f"Unknown query parameter {shorten(written)}: {known}"
             raise invalid(message, code="unknown_query_parameter")
         else:
             not_used.append(f"query parameter {written[:MAX_SHOWN]}")

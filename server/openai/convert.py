@@ -13,7 +13,7 @@ import msgspec
 from engine.messages import EngineInfo
 from engine.request import SamplingParams
 from server.http.context import ServerContext
-from server.http.errors import bad_value, context_overflow, invalid
+from server.http.errors import ApiError, bad_value, context_overflow, invalid
 from server.openai.conversation import render_chat
 from server.openai.logprobs import Echo, echo_of
 from server.openai.schema import ChatRequest, CompletionRequest, SamplingFields
@@ -37,6 +37,7 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None
+    param: str  # the field that it comes from
     echo: Echo | None = None  # set when the prompt is to precede its completion
     prediction: list[int] = field(default_factory=list)  # tokens that the client expects
 
@@ -75,7 +76,12 @@ def _check_length(tokenizer: Tokenizer, max_model_len: int, text: str, param: st
         # Where a text is cut may change the last tokens, but not their number by much.
         fewest = len(tokenizer.encode(text[: PROBED * max_model_len], False)) - CUT
     if fewest > max_model_len:
-        raise context_overflow(max_model_len, f"your prompt has at least {fewest} tokens", param)
+        raise _prompt_overflow(max_model_len, f"at least {fewest} tokens", param)
+
+
+def _prompt_overflow(max_model_len: int, length: str, param: str) -> ApiError:
+    requested = f"your prompt has {length}. Please reduce the length of {param}."
+    return context_overflow(max_model_len, requested, param)
 
 
 def _begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
@@ -89,7 +95,7 @@ def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) ->
     special = bool(body.add_special_tokens)
     token_ids = encode(context, info, prompt, special, "messages", may_be_long=_cuts(body))
     kept = _last_tokens(token_ids, body, info)
-    return [Prompt(kept, prompt.plain(), prediction=_predicted(context, info, body))]
+    return [Prompt(kept, prompt.plain(), "messages", prediction=_predicted(context, info, body))]
 
 
 def _predicted(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[int]:
@@ -138,39 +144,48 @@ def completion_prompts(
     context: ServerContext, info: EngineInfo, body: CompletionRequest
 ) -> list[Prompt]:
     """Tokenise the prompts, or check the token ids that were sent; add echoes if requested."""
-    return [_completion_prompt(context, info, body, prompt) for prompt in body.prompts()]
+    return [
+        _completion_prompt(context, info, body, prompt, param)
+        for prompt, param in zip(body.prompts(), body.names_of_prompts(), strict=True)
+    ]
 
 
 def _completion_prompt(
-    context: ServerContext, info: EngineInfo, body: CompletionRequest, prompt: str | list[int]
+    context: ServerContext,
+    info: EngineInfo,
+    body: CompletionRequest,
+    prompt: str | list[int],
+    param: str,
 ) -> Prompt:
     text: str | None = None
     if isinstance(prompt, str):
         special = body.add_special_tokens is not False
         text, rendered = prompt, Rendered(prompt)
-        token_ids = encode(context, info, rendered, special, "prompt", may_be_long=_cuts(body))
+        token_ids = encode(context, info, rendered, special, param, may_be_long=_cuts(body))
     else:
-        check_token_ids(prompt, info, "prompt")
+        check_token_ids(prompt, info, param)
         token_ids = prompt
     kept = _last_tokens(token_ids, body, info)
     if len(kept) < len(token_ids):
         token_ids, text = kept, None
     if not body.echo or len(token_ids) > info.max_model_len:  # too long: `budget` refuses it
-        return Prompt(token_ids, text)
+        return Prompt(token_ids, text, param)
     skips = body.skip_special_tokens is not False
-    return Prompt(token_ids, text, echo_of(context.tokenizer, token_ids, text, skips))
+    return Prompt(token_ids, text, param, echo_of(context.tokenizer, token_ids, text, skips))
 
 
 def check_token_ids(token_ids: Sequence[int], info: EngineInfo, param: str) -> None:
     """ApiError 400 for ids that the model has no embedding for."""
-    largest = max(token_ids, default=0)
-    if largest >= info.vocab_size:
-        raise bad_value(param, largest, f"token ids must be below {info.vocab_size}")
+    if max(token_ids, default=0) >= info.vocab_size:
+        index = next(at for at, token_id in enumerate(token_ids) if token_id >= info.vocab_size)
+        raise _unknown_token(f"{param}[{index}]", token_ids[index], info)
 
 
-def budget(
-    prompt: Prompt, asked: int | None, default: int | None, info: EngineInfo, param: str
-) -> int:
+def _unknown_token(param: str, token_id: int, info: EngineInfo) -> ApiError:
+    return bad_value(param, token_id, f"token ids must be below {info.vocab_size}")
+
+
+def budget(prompt: Prompt, asked: int | None, default: int | None, info: EngineInfo) -> int:
     """Limit of output tokens of one choice: `asked`, else `default` or the rest of the context.
 
     Raises:
@@ -178,28 +193,31 @@ def budget(
     """
     num_prompt, max_model_len = len(prompt.token_ids), info.max_model_len
     if num_prompt == 0:
-        raise invalid("The prompt is empty: it must have at least one token", param)
+        must = f"{prompt.param} must have at least one token"
+        raise invalid(f"The prompt is empty: {must}", prompt.param)
     room = max_model_len - num_prompt
-    wanted = _or_one(asked)
-    if wanted > room:
+    if asked and asked > room:
         raise context_overflow(
             max_model_len,
-            f"you requested {num_prompt + wanted} tokens ({num_prompt} in the prompt, {wanted} in "
+            f"you requested {num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} in "
             "the completion). Please reduce the length of either.",
-            param,
+            prompt.param,
         )
+    if _or_one(asked) > room:
+        no_room = "" if asked == 0 else ", which leaves no room for an answer"
+        raise _prompt_overflow(max_model_len, f"{num_prompt} tokens{no_room}", prompt.param)
     if asked is not None:
         return asked
     return room if default is None else min(default, room)
 
 
 def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body.token_limit, None, info, "messages")
+    max_tokens = budget(prompt, body.token_limit, None, info)
     return _sampling_params(body, max_tokens, body.num_logprobs, body.prompt_logprobs, info)
 
 
 def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body.token_limit, DEFAULT_COMPLETION_TOKENS, info, "prompt")
+    max_tokens = budget(prompt, body.token_limit, DEFAULT_COMPLETION_TOKENS, info)
     echoed = body.logprobs if body.echo else None
     asked = [count for count in (echoed, body.prompt_logprobs) if count is not None]
     logprobs = 0 if body.chooses and body.logprobs is None else body.logprobs
@@ -248,7 +266,9 @@ def _or(value: float | None, default: float) -> float:
 
 def _logit_bias(entries: dict[str, float], info: EngineInfo) -> dict[int, float]:
     bias = {int(name): float(value) for name, value in entries.items()}
-    check_token_ids(list(bias), info, "logit_bias")
+    for name in entries:
+        if int(name) >= info.vocab_size:
+            raise _unknown_token(f"logit_bias.{name}", int(name), info)
     return bias
 
 

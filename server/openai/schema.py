@@ -347,6 +347,13 @@ class CompletionRequest(SamplingFields):
             return [self.prompt]
         return self.prompt
 
+    def names_of_prompts(self) -> list[str]:
+        """How errors about each prompt name it."""
+        prompts = self.prompts()
+        if prompts is not self.prompt:
+            return ["prompt"]
+        return [f"prompt[{index}]" for index in range(len(prompts))]
+
 
 class TokenizeRequest(RenderingFields):
     """POST /tokenize. Exactly one of `prompt` and `messages`."""

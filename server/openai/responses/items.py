@@ -128,6 +128,9 @@ class Conversation:
             last.setdefault("tool_calls", []).append(call)
         else:
             self._add_answer(path, tool_calls=[call])
+        number = len(self._drafts[-1]["tool_calls"]) - 1
+        at = f"messages[{len(self._drafts) - 1}].tool_calls[{number}]"
+        self._names.append((f"{at}.id", f"{path}.call_id"))
 
     def _add_answer(self, path: str, **fields: Any) -> None:
         reasoning, self._reasoning = self._reasoning, None

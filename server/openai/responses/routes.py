@@ -80,10 +80,10 @@ async def create_response(http: HttpRequest) -> Response:
     task = _task(_wanted(http, request), request)
     with worded(asked.names):
         if request.background:
-            context.background.check_room()
-            generation, writer = await begin(http, task, asked.chat)
-            assert isinstance(writer, ResponseWriter)
-            return StructResponse(_in_background(context, generation, writer))
+            with context.background.room():
+                generation, writer = await begin(http, task, asked.chat)
+                assert isinstance(writer, ResponseWriter)
+                return StructResponse(_in_background(context, generation, writer))
         return await respond(http, task, asked.chat)
 
 
@@ -184,15 +184,16 @@ def _in_background(
 ) -> ResponseObject:
     """Start to make a response that can be fetched from now on."""
     queued = writer.begun("queued")
-    writer.keep(queued)
 
     def close() -> None:
         generation.close()
         if not writer.is_over:
             writer.keep(writer.begun("cancelled"))
+        context.kept.ended(generation.id)
 
     work = functools.partial(_make, context, generation, writer)
     context.background.start(generation.id, work, close)
+    writer.keep(queued)  # it stays stored as long as the task runs
     return queued
 
 

@@ -24,6 +24,8 @@ F = {"name": "f", "description": "d", "input_schema": SCHEMA}
 CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}
 RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "7"}
+THOUGHT = {"type": "thinking", "thinking": "hm", "signature": ""}
+STRICT_NOT = {"name": "g", "input_schema": {"not": {}}, "strict": True}
 EPHEMERAL = {"cache_control": {"type": "ephemeral"}}
 
 
@@ -204,8 +206,11 @@ def without_ids(blocks: list[Any]) -> list[Any]:
 def test_too_many_tokens_for_the_context_are_cut_and_told(make_server: MakeServer) -> None:
     server = make_server(max_model_len=24)
     assert ask(server, max_tokens=10**6).json()["stop_reason"] == "model_context_window_exceeded"
-    message = error_of(ask(server, {"role": "user", "content": "hi" * 30}), 400)[1]
-    assert "maximum context length is 24 tokens" in message
+    for limit in (1, 5, 10**6):
+        long = {"role": "user", "content": "hi" * 30}
+        message = error_of(ask(server, long, max_tokens=limit), 400)[1]
+        assert "maximum context length is 24 tokens" in message
+        assert "completion" not in message
 
 
 CHOICES: list[tuple[dict[str, Any], bool, bool]] = [
@@ -256,6 +261,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"messages": [{"role": "user", "content": [RESULT]}], "system": "s"},
         'messages[0].content[0].tool_use_id is "t1": it must be the id of a call',
+    ),
+    (
+        {"messages": [HI, {"role": "assistant", "content": [THOUGHT, USE, USE]}, HI]},
+        'messages[1].content[2].id is "t1": another call of this message has this id',
+    ),
+    (
+        {"tools": [F, STRICT_NOT], "tool_choice": {"type": "any"}},
+        'tools[1].input_schema is an object: of the function "g": the keyword "not"',
     ),
     ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, 'tools[0].type is "web_search_202'),
     ({"tools": [F, F]}, 'tools[1].name is "f": another function has this name'),

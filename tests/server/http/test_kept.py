@@ -49,6 +49,26 @@ def test_bytes_are_bounded_and_counted() -> None:
     assert (len(kept), kept.num_bytes) == (1, OVERHEAD)
 
 
+def test_an_answer_that_is_being_made_stays() -> None:
+    making = {"a", "large"}
+    kept = KeptAnswers(2, 3 * OVERHEAD, making.__contains__)
+    for id in "abc":
+        kept.put(id, answer())
+    assert [id for id in "abc" if kept.get("", id)] == ["a", "c"]
+    kept.put("large", answer(size=9 * OVERHEAD))
+    assert kept.get("", "large") is not None
+    assert kept.get("", "a") is not None
+    making.clear()
+    kept.put("d", answer())
+    assert (len(kept), kept.num_bytes) == (2, 2 * OVERHEAD)
+    making.add("e")
+    kept.put("e", answer(size=9 * OVERHEAD))
+    making.clear()
+    kept.ended("e")
+    assert (len(kept), kept.num_bytes) == (0, 0)
+    kept.ended("e")
+
+
 def test_only_its_owner_sees_an_answer() -> None:
     kept = KeptAnswers(9, 10**9)
     kept.put("a", answer(owner="one"))

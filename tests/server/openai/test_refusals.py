@@ -279,8 +279,9 @@ def test_prompt_and_output_beyond_the_context_are_400(
 
 
 def test_a_prompt_that_fills_the_context_leaves_no_room_for_output(server: Server) -> None:
-    error = error_of(server.complete(prompt=[5] * 64), 400)
-    assert error["code"] == "context_length_exceeded"
+    error = error_of(server.complete(prompt=[[5], [5] * 64]), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt[1]")
+    assert "has 64 tokens, which leaves no room for an answer. Please" in error["message"]
     assert server.complete(prompt=[5] * 64, max_tokens=0).status_code == 200
     assert server.complete(prompt=[5] * 63).status_code == 200
 

@@ -238,6 +238,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [{"role": "user"}]}, "input[0].content", "content is missing"),
     ({"input": [CALL | {"role": "user"}]}, "input[0].role", 'the type "function_call"'),
     ({"input": [RESULT]}, "input[0].call_id", '"c1": it must be the id of a call'),
+    (
+        {"input": [{"role": "user", "content": "a"}, CALL, CALL]},
+        "input[2].call_id",
+        'input[2].call_id is "c1": another call',
+    ),
+    (
+        {"input": [{"role": "assistant", "content": "a"}, CALL, CALL]},
+        "input[2].call_id",
+        'input[2].call_id is "c1": another call',
+    ),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", 'it must be "function"'),
     ({"tools": [F, F]}, "tools", 'tools[1].name is "f": another function has this name'),
     ({"tool_choice": "required"}, "tool_choice", "only allowed with tools"),
@@ -282,6 +292,17 @@ def test_what_cannot_be_done_is_a_400_that_names_the_field(
     assert "messages" not in error["message"]
     assert server.engine.submitted == []
     server.context.grammars.close()
+
+
+@pytest.mark.parametrize("path", ["/cancel", "/input_items", ""])
+def test_an_unknown_query_parameter_is_told_those_that_are_known(server: Server, path: str) -> None:
+    id = ask(server).json()["id"]
+    method = {"/cancel": "POST", "/input_items": "GET", "": "DELETE"}[path]
+    message = error_of(server.request(method, f"{PATH}/{id}{path}?x=1"), 400)["message"]
+    known = (
+        "known are limit, order, after, include" if path == "/input_items" else "this path has none"
+    )
+    assert message == f'Unknown query parameter "x": {known}'
 
 
 def test_every_published_field_is_known_and_harmless_ones_are_named(server: Server) -> None:
@@ -421,6 +442,41 @@ def test_a_response_in_the_background_can_be_fetched_and_cancelled(make_server: 
 
     server.run(work)
     assert server.context.state.num_open == 0
+    assert server.context.admission.num_waiting == 0
+
+
+def test_a_response_in_the_background_is_stored_until_it_ends(make_server: MakeServer) -> None:
+    server = make_server(say([5], ends=False), max_stored_responses=1)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"model": MODEL, "input": "hi", "background": True}
+        first, second = [(await client.post(PATH, json=body)).json()["id"] for _ in range(2)]
+        for id in (first, second):
+            assert (await client.get(f"{PATH}/{id}")).status_code == 200
+        reply = await client.post(f"{PATH}/{first}/cancel")
+        assert reply.json()["status"] == "cancelled"
+        assert (await client.delete(f"{PATH}/{second}")).json()["deleted"]
+        assert len(server.context.kept) <= 1
+
+    server.run(work)
+    assert server.engine.open_ids == []
+
+
+def test_requests_at_once_share_the_room_in_the_background(make_server: MakeServer) -> None:
+    server = make_server(say([5], ends=False), max_background_responses=2)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"model": MODEL, "input": "hi", "background": True}
+        replies = await asyncio.gather(*(client.post(PATH, json=body) for _ in range(5)))
+        assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429, 429]
+        for reply in replies:
+            if reply.status_code == 200:
+                await client.delete(f"{PATH}/{reply.json()['id']}")
+        assert (await client.post(PATH, json=body | {"model": "other"})).status_code == 404
+        assert (await client.post(PATH, json=body)).status_code == 200
+        assert (await client.post(PATH, json=body)).status_code == 200
+
+    server.run(work)
     assert server.context.admission.num_waiting == 0
 
 
