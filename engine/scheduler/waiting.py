@@ -39,18 +39,21 @@ class _Lane:
 
 
 class WaitingQueue:
-    """The smallest priority comes first; among its clients, the one that was served least; of that
-    client, the smallest rank.
+    """The smallest priority comes first; among its clients, the one that was served least; of those
+    served alike, the one that was charged longest ago; of that client, the smallest rank.
 
     `charge` says what a client was served. A client that comes while others wait begins as though
     it had been served as much as the least served of them, or as the last that waited: nobody saves
-    up turns while away (arXiv:2401.00588).
+    up turns while away (arXiv:2401.00588). Unless it was charged later, it comes before that one,
+    whose prompt was charged in full when it started and may still take long.
     """
 
     def __init__(self) -> None:
         self._lanes: dict[int, dict[str, _Lane]] = {}  # by priority, then by client
         self._priorities: list[int] = []  # of `_lanes`, ascending
         self._served: dict[str, int] = {}  # by client
+        self._charged: dict[str, int] = {}  # by client: number of its newest charge
+        self._num_charges = 0
         self._num_waiting: dict[str, int] = {}  # by client, without zeros
         self._served_last = 0  # what the client was served that was the last to wait
         self._length = 0
@@ -76,6 +79,8 @@ class WaitingQueue:
     def charge(self, client: str, amount: int) -> None:
         """Note work done for a client."""
         self._served[client] = self._served.get(client, 0) + amount
+        self._num_charges += 1
+        self._charged[client] = self._num_charges
 
     def push(self, seq: Sequence) -> None:
         priority, client = seq.rank[0], seq.request.client
@@ -114,7 +119,7 @@ class WaitingQueue:
         or a more important one of its client or one with a smaller priority comes."""
         if self._next is None and self._length:
             lanes = self._lanes[self._priorities[0]].values()
-            lane = min(lanes, key=lambda lane: (self._served.get(lane.client, 0), lane.first))
+            lane = min(lanes, key=self._turn)
             self._next = lane.waiting[lane.first]
         return self._next
 
@@ -123,6 +128,11 @@ class WaitingQueue:
         assert seq is not None
         self.remove(seq)
         return seq
+
+    def _turn(self, lane: _Lane) -> tuple[int, int, Rank]:
+        """Smaller is sooner, among the clients of a priority."""
+        client = lane.client
+        return self._served.get(client, 0), self._charged.get(client, 0), lane.first
 
     @staticmethod
     def _comes_before(seq: Sequence, chosen: Sequence) -> bool:

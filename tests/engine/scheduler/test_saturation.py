@@ -192,6 +192,14 @@ def test_clients_share_the_lines_fairly() -> None:
     assert order.index("z1") < order.index("x5")
 
 
+def test_a_new_client_waits_for_one_long_prompt_of_another_client_at_most() -> None:
+    engine = FakeEngine(max_num_batched_tokens=8)
+    engine.submit(*(request(f"x{n}", prompt_of(44, n * 100), client="x") for n in range(2)))
+    order = [admission.request.request_id for admission in engine.step().admitted]
+    engine.submit(request("y0", prompt_of(4, 3000), client="y"))
+    assert [*order, *starts(engine)] == ["x0", "y0", "x1"]
+
+
 def test_a_more_important_request_takes_a_line_of_a_less_important_one() -> None:
     engine = FakeEngine(max_num_seqs=2, num_blocks=64)
     engine.submit(*(request(name, prompt_of(4), max_tokens=40) for name in "ab"))

@@ -103,7 +103,15 @@ def test_the_client_that_was_served_least_is_next() -> None:
         seq = queue.pop()
         served.append(seq.request_id)
         queue.charge(seq.request.client, 10)
-    assert served == ["x0", "x1", "x2", "y0", "x3", "y1", "x4", "y2", "x5"]
+    assert served == ["x0", "x1", "y0", "x2", "y1", "x3", "y2", "x4", "x5"]
+
+
+def test_of_clients_served_alike_the_one_charged_longest_ago_is_next() -> None:
+    queue = queue_of(*(waiting(f"x{n}", (0, n, n), "x") for n in range(2)))
+    queue.charge(queue.pop().request.client, 4000)
+    queue.push(waiting("y0", (0, 5, 5), "y"))  # new: it begins with the 4000 of x
+    queue.push(waiting("z0", (0, 6, 6), "z"))
+    assert order(queue) == ["y0", "z0", "x1"]
 
 
 def test_a_client_does_not_save_up_turns_while_it_is_away() -> None:
