@@ -48,8 +48,10 @@ class Background:
         begins."""
 
         def end(_: asyncio.Task[None]) -> None:
-            del self._tasks[name]
-            close()
+            try:
+                close()  # still named as running: its answer stays stored meanwhile
+            finally:
+                del self._tasks[name]
 
         task = asyncio.create_task(self._run(work))
         self._tasks[name] = task

@@ -56,6 +56,10 @@ class KeptAnswers:
     def put(self, id: str, answer: Kept) -> None:
         """Keep an answer in the place of an earlier one of this id. One that is larger than all
         room is not kept, unless it is being made."""
+        self._put(id, answer)
+        self._make_room()
+
+    def _put(self, id: str, answer: Kept) -> None:
         self._drop(id)
         too_large = answer.num_bytes > self._max_bytes
         if not self.is_open or (too_large and not self._is_made(id)):
@@ -64,13 +68,14 @@ class KeptAnswers:
         self._num_bytes += answer.num_bytes
         self._use(id)
         self._answers.move_to_end(id)  # even if it follows too many
-        self._make_room()
 
     def ended(self, id: str) -> None:
-        """From now on, an answer that was being made is one like others. It may be gone."""
+        """From now on, an answer that was being made is one like others. Room is made by others,
+        so that it can be fetched. It may be gone."""
         found = self._answers.get(id)
         if found is not None:
-            self.put(id, found)
+            self._put(id, found)
+            self._make_room(id)
 
     def get(self, owner: str, id: str) -> Kept | None:
         """The answer; None if it is not kept, or belongs to another caller."""
@@ -104,9 +109,10 @@ class KeptAnswers:
         self._drop(id)
         return True
 
-    def _make_room(self) -> None:
+    def _make_room(self, stays: str | None = None) -> None:
         while len(self._answers) > self._max_answers or self._num_bytes > self._max_bytes:
-            oldest = next((id for id in self._answers if not self._is_made(id)), None)
+            may_go = (id for id in self._answers if id != stays and not self._is_made(id))
+            oldest = next(may_go, None)
             if oldest is None:
                 return
             self._drop(oldest)

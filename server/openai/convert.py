@@ -144,9 +144,10 @@ def completion_prompts(
     context: ServerContext, info: EngineInfo, body: CompletionRequest
 ) -> list[Prompt]:
     """Tokenise the prompts, or check the token ids that were sent; add echoes if requested."""
+    prompts: Sequence[str | list[int]] = body.prompts()
     return [
         _completion_prompt(context, info, body, prompt, param)
-        for prompt, param in zip(body.prompts(), body.names_of_prompts(), strict=True)
+        for prompt, param in zip(prompts, body.names_of_prompts(), strict=True)
     ]
 
 

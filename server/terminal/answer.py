@@ -49,12 +49,12 @@ class Answer:
             delta = choice.delta or Delta()
             content, thought = delta.content or "", delta.reasoning_content or ""
             self.text += content
+            if content or thought:
+                self._time()  # before it is shown, which Ctrl-C may end
             pieces = [self._piece(token) for token in trace.tokens]
             yield from _fitting(pieces, content)
             if thought:
                 yield Piece(thought, "reasoning")
-            if content or thought:
-                self._time()
 
     @property
     def speed(self) -> float | None:
