@@ -19,7 +19,7 @@ def cut_emitted(
     kept: list[int] = []
     for token in emitted:
         if seq.num_output + len(kept) >= params.max_tokens:  # only max_tokens = 0 gets here
-            return kept, FinishReason.LENGTH
+            return kept, FinishReason.LENGTH if params.pooling is None else FinishReason.STOP
         kept.append(token)
         num_output = seq.num_output + len(kept)
         ends = token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)

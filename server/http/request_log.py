@@ -38,7 +38,7 @@ class RequestRecord:
     status: int | None = None  # None: nothing was sent
     prompt_tokens: int | None = None
     output_tokens: int | None = None
-    finish_reasons: list[str] = field(default_factory=list)  # one per choice
+    finish_reasons: list[str] = field(default_factory=list)  # of each choice; logged once each
     error: str | None = None
     not_used: list[str] = field(default_factory=list)  # what was sent but has no effect
     prompt: str | None = None  # these two only with log.prompts
@@ -53,7 +53,7 @@ class RequestRecord:
             "ms": round((time.perf_counter() - self.started) * 1000, 1),
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
-            "finish_reason": ",".join(self.finish_reasons) or None,
+            "finish_reason": ",".join(dict.fromkeys(self.finish_reasons)) or None,
             "error": self.error,
             "not_used": ",".join(self.not_used) or None,
             "prompt": self.prompt,

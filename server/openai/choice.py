@@ -240,10 +240,11 @@ class Choice:
 
     def _measure(self, num_tokens: int) -> None:
         now = time.time()
-        if num_tokens and self._newest is not None:
+        if self._newest is None:
+            if num_tokens:  # not for prompts that ask for no token, such as those of embeddings
+                self._metrics.first_tokens(num_tokens, max(now - self.request.arrival_time, 0))
+        elif num_tokens:
             self._metrics.next_tokens(num_tokens, max(now - self._newest, 0))
-        elif self._newest is None:
-            self._metrics.first_tokens(num_tokens, max(now - self.request.arrival_time, 0))
         self._newest = now
 
     def _measure_end(self, event: Finished, reason: str) -> None:

@@ -33,7 +33,7 @@ def pooled(found: Completion) -> np.ndarray:
     assert found.pooled is not None
     assert found.token_ids == []
     assert found.finished is not None
-    assert (found.finished.reason, found.finished.num_output) == (FinishReason.LENGTH, 0)
+    assert (found.finished.reason, found.finished.num_output) == (FinishReason.STOP, 0)
     return np.frombuffer(found.pooled, np.float32)
 
 

@@ -28,7 +28,7 @@ def embed(request: Request) -> Sequence[Tokens | Finished]:
     pooled = (STATE * np.float32(len(request.prompt_ids))).tobytes()
     return [
         Tokens(request.request_id, [], pooled=pooled),
-        finished(request, FinishReason.LENGTH),
+        finished(request, FinishReason.STOP),
     ]
 
 
@@ -59,6 +59,19 @@ def test_each_input_is_a_prompt_without_output(server: Server, given: Any, numbe
     assert found.usage.prompt_tokens == found.usage.total_tokens == sum(lengths)
     for request in server.engine.submitted:
         assert (request.params.max_tokens, request.params.pooling) == (0, "last")
+
+
+def test_embeddings_count_as_requests_that_stopped_but_have_no_first_token(server: Server) -> None:
+    assert ask(server, ["hi", "hello there"]).status_code == 200
+    lines = server.get("/metrics").text.splitlines()
+    for prefix in ("aerie", "vllm"):
+        found = [
+            line for line in lines if line.startswith(f"{prefix}:time_to_first_token_seconds_count")
+        ]
+        assert all(line.endswith(" 0.0") for line in found), found
+        ended = [line for line in lines if line.startswith(f"{prefix}:request_success_total")]
+        assert [line for line in ended if '"length"' in line and not line.endswith(" 0.0")] == []
+        assert any('"stop"' in line and line.endswith(" 2.0") for line in ended), ended
 
 
 def test_vectors_are_cut_then_brought_to_length_one(server: Server) -> None:
