@@ -24,7 +24,10 @@ def set_up_logging(config: LogConfig) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(config.level.upper())
-    for name in ("httpx", "urllib3", "asyncio", "uvicorn.access", "uvicorn.error"):
+    quiet = ["httpx", "urllib3", "asyncio", "uvicorn.access"]
+    if not config.configuration:
+        quiet.append("uvicorn.error")  # tells of each part of the start
+    for name in quiet:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if config.format == "json":

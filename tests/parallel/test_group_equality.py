@@ -168,7 +168,7 @@ def test_any_head_gives_the_text_of_one_rank(group: Group, head: str | None) -> 
 @pytest.mark.parametrize("head", ["eagle", None])
 def test_drafts_found_in_the_text_are_the_same_on_all_ranks(group: Group, head: str | None) -> None:
     group.swap(head)
-    with group.ranks.core(CyclingPlanner(MIXED) if head else None, lookup=True) as core:
+    with group.ranks.core(CyclingPlanner(MIXED if head else (ROOT,)), lookup=True) as core:
         group.check(generate(core, table()))
         assert head is not None or core.stats().steps_by_tree["lookup"] > 0
 
