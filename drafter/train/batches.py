@@ -73,7 +73,7 @@ def collate(
 
 
 def _padded(values: Tensor, index: Tensor) -> Tensor:
-    """[B, S, ...]: the rows `index` [B, S] of `values` [T, ...] with a row of zeros behind them."""
+    """[B, S, ...]: the rows `index` [B, S] of `values` [T, ...] followed by a row of zeros."""
     return torch.cat((values, torch.zeros_like(values[:1])))[index]
 
 

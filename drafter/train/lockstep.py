@@ -59,15 +59,15 @@ class Pace:
     """How host and device take turns."""
 
     steps: int  # from one look of the host to the next
-    behind: int  # looks that wait unread: meanwhile the device has steps to do
+    unread: int  # looks that the host leaves for later, so that the device always has work
     prompt_tokens: int = 16384  # in one forward, unless a single prompt is longer
     # Prompts are padded to multiples, so that kernels see, and compile for, few sizes
     padded_prompts: int = 1
     padded_tokens: int = 1
 
 
-ON_CPU = Pace(steps=2, behind=0)
-ON_DEVICE = Pace(steps=8, behind=1, padded_prompts=16, padded_tokens=512)
+ON_CPU = Pace(steps=2, unread=0)
+ON_DEVICE = Pace(steps=8, unread=1, padded_prompts=16, padded_tokens=512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ class LockstepTarget:
                 self._run_step()
             self.num_steps += self._pace.steps
             self._look()
-            if len(self._looks) > self._pace.behind:
+            if len(self._looks) > self._pace.unread:
                 self._collect(self._looks.popleft())
 
     def _captured(self) -> Callable[[], object]:

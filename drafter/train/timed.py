@@ -75,6 +75,7 @@ class Pool:
         self._answers = target.answers(interview.ask)
         self.examples: list[Example] = []
         self.lengths: list[int] = []  # tokens of each example
+        self.num_tokens = 0  # of all examples
         self.is_complete = False  # every prompt has been answered as often as it will be
 
     @property
@@ -88,6 +89,7 @@ class Pool:
             if example is not None:
                 self.examples.append(example)
                 self.lengths.append(len(example.token_ids))
+                self.num_tokens += len(example.token_ids)
             if enough():
                 return
         self.is_complete = True

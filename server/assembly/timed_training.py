@@ -89,7 +89,7 @@ def _lockstep(
         eos_ids,
         rows=data.rows or ROWS,
         max_new_tokens=data.max_new_tokens,
-        max_prompt_tokens=data.max_tokens - data.max_new_tokens,
+        max_prompt_tokens=_longest_prompt(config),
         seed=config.run.seed,
     )
 
@@ -97,9 +97,13 @@ def _lockstep(
 def _interview(
     config: HostTrainingConfig, codec: ChatCodec, prompts: list[Prompt], passes: int | None = None
 ) -> Interview:
-    data = config.data
-    limit = data.max_tokens - data.max_new_tokens
+    limit = _longest_prompt(config)
     return Interview(prompts, codec, limit, num_passes=passes, seed=config.run.seed)
+
+
+def _longest_prompt(config: HostTrainingConfig) -> int:
+    """Tokens that leave room for an answer."""
+    return config.data.max_tokens - config.data.max_new_tokens
 
 
 def _held_out(
@@ -115,7 +119,7 @@ def _begin(pool: Pool, clock: Clock, num_tokens: int) -> None:
     """The first examples: some `num_tokens`, or what can be had in FIRST_SHARE of the time."""
     pool.grow(
         lambda: (
-            bool(pool.lengths) and (sum(pool.lengths) >= num_tokens or clock.share() >= FIRST_SHARE)
+            bool(pool.lengths) and (pool.num_tokens >= num_tokens or clock.share() >= FIRST_SHARE)
         )
     )
 

@@ -80,7 +80,7 @@ def plainly(frozen: FrozenTarget, prompt: Sequence[int]) -> list[int]:
         ("reference", ON_CPU),
         ("native", ON_CPU),
         ("native", PADDED),
-        ("native", Pace(steps=1, behind=2, prompt_tokens=30)),
+        ("native", Pace(steps=1, unread=2, prompt_tokens=30)),
     ],
     ids=["reference", "cpu", "padded", "small"],
 )
@@ -104,7 +104,7 @@ def test_greedy_answers_are_those_of_whole_texts(
 def test_answers_wait_and_go_on_in_another_generator(native_ops: Ops) -> None:
     model = load(native_ops)
     whole = by_tag(lockstep(model, native_ops).answers(asking(questions(1.0))))
-    target = lockstep(model, native_ops, pace=replace(ON_CPU, behind=1))
+    target = lockstep(model, native_ops, pace=replace(ON_CPU, unread=1))
     ask, found = asking(questions(1.0)), {}
     for wanted in (1, 2, 4):
         part = target.answers(ask)
