@@ -71,7 +71,7 @@ def record_of(scope: Scope) -> RequestRecord:
 
 
 class NotedRoute:
-    """ASGI middleware: notes which route a request found. It must be the innermost one, as others may
+    """ASGI middleware: notes which route a request found. It must be the innermost one: others may
     hand on a copy of the scope."""
 
     def __init__(self, app: ASGIApp) -> None:
