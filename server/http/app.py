@@ -41,7 +41,7 @@ from server.http.middleware import (
     load_api_keys,
     warn_of_readable_keys,
 )
-from server.http.request_log import WARNING_HEADER, RequestLog, record_of
+from server.http.request_log import WARNING_HEADER, NotedRoute, RequestLog, record_of
 from server.http.state import ServerState
 from server.text.answer.forms import answer_form
 from server.text.chat_template import ChatTemplate
@@ -97,6 +97,7 @@ def _add_middlewares(app: FastAPI, context: ServerContext, routes: Sequence[Rout
     limits, keys = context.config.server, load_api_keys(context.config.server)
     open_paths = OPEN_PATHS.union(*(each.open_paths for each in routes))
     own_queries = tuple(path for each in routes for path in each.own_queries)
+    app.add_middleware(NotedRoute)
     app.add_middleware(BodyLimit, limits=limits, metrics=context.metrics)
     app.add_middleware(
         KnownQuery, unknown=limits.unknown_fields, open_paths=open_paths, own=own_queries
@@ -116,7 +117,12 @@ def _add_middlewares(app: FastAPI, context: ServerContext, routes: Sequence[Rout
         app.add_middleware(KnownHosts, hosts=hosts)
     if limits.root_path:
         app.add_middleware(RootPath, root_path=limits.root_path)
-    app.add_middleware(RequestLog, state=context.state, manner_of=_manners(limits, routes))
+    app.add_middleware(
+        RequestLog,
+        state=context.state,
+        manner_of=_manners(limits, routes),
+        count=context.metrics.answer,
+    )
 
 
 def _manners(limits: ServerConfig, routes: Sequence[Routes]) -> Callable[[str], ErrorManner]:

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from engine.messages import DraftSwapped, EngineInfo, EngineStats, Finished, Tokens
 from engine.request import Request
+
+
+class StepSizes:
+    """How many tokens steps computed, of all engines of this process so far."""
+
+    BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # as in vLLM
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._num_steps = 0
+
+    def observe(self, stats: EngineStats) -> None:
+        """Take the statistics after a step; those between steps change nothing."""
+        if stats.num_steps != self._num_steps and stats.last_step_tokens:
+            self.num_tokens += stats.last_step_tokens
+            self._counts[bisect_left(self.BOUNDS, stats.last_step_tokens)] += 1
+        self._num_steps = stats.num_steps
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Steps of at most so many tokens as each bound says, and more than the one before; then
+        those above the last."""
+        return self._counts
 
 
 class EngineClient(Protocol):
@@ -21,6 +46,11 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats | None:
         """The newest statistics, None before the first step. After the engine's death they keep its
         counts, and show nothing running or waiting."""
+        ...
+
+    @property
+    def step_sizes(self) -> StepSizes:
+        """Tokens of the steps so far."""
         ...
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:

@@ -44,8 +44,11 @@ OF_VLLM = frozenset(
         "spec_decode_num_draft_tokens",
         "spec_decode_num_accepted_tokens",
         "spec_decode_num_accepted_tokens_per_pos",
+        "iteration_tokens_total",
     }
 )
+# What other programs call so, too: it has no prefix.
+STANDARD = ("http_requests", "process_", "python_info")
 
 
 # Names that vLLM had earlier, which published dashboards ask for.
@@ -60,10 +63,14 @@ class Named:
 
     def __init__(self, metrics: Iterable[Metric], prefixes: Sequence[str]) -> None:
         """`metrics` have names without a prefix."""
-        self._metrics = list(metrics)
+        metrics = list(metrics)
+        self._standard = [each for each in metrics if each.name.startswith(STANDARD)]
+        self._metrics = [each for each in metrics if not each.name.startswith(STANDARD)]
         self._prefixes = prefixes
 
     def collect(self) -> Iterator[Metric]:
+        for metric in self._standard:
+            yield _renamed(metric, metric.name, {})
         if OWN in self._prefixes:
             for metric in self._metrics:
                 yield _renamed(metric, f"{OWN}:{metric.name}", {})
@@ -76,9 +83,12 @@ class Named:
 
 
 def _renamed(metric: Metric, name: str, labels: dict[str, str]) -> Metric:
+    """The metric under a name. When a series began is left out: the client library writes it as a
+    series of its own, which nobody asks for."""
     found = Metric(name, metric.documentation, metric.type)
     found.samples = [
         Sample(name + each.name.removeprefix(metric.name), labels | each.labels, *each[2:])
         for each in metric.samples
+        if not each.name.endswith("_created")
     ]
     return found

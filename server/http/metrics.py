@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from configs.schema import CacheConfig
 from engine.messages import EngineInfo, EngineStats, Finished
 from engine.request import FinishReason
 from server.http.engine_client import EngineClient
 from server.http.metric_names import OWN, Named
+from server.version import version
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5)
@@ -25,6 +35,8 @@ DRAINING, ENGINE_NOT_READY = "draining", "engine_not_ready"
 CONNECTIONS = "connections"  # too many are open
 REJECTIONS = (REQUESTS, CHOICES, TOKENS, BODIES, DRAINING, ENGINE_NOT_READY, CONNECTIONS)
 LABEL = "model_name"
+METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS"))
+OTHER = "other"
 # Where prompt tokens come from, and why requests wait; vLLM has the same values.
 COMPUTED, CACHED, TRANSFERRED = "local_compute", "local_cache_hit", "external_kv_transfer"
 CAPACITY, DEFERRED = "capacity", "deferred"
@@ -98,6 +110,7 @@ class EngineCollector(Collector):
         yield from self._counters(stats)
         yield from self._labelled_counters(stats)
         yield self._acceptance_length()
+        yield self._step_sizes()
 
     def _gauges(self, stats: EngineStats | None) -> Iterator[Metric]:
         ready = self._client.info is not None
@@ -143,6 +156,17 @@ class EngineCollector(Collector):
                 counter.add_metric([self._model_name, value], total)
             yield counter
 
+    def _step_sizes(self) -> Metric:
+        """A histogram, in spite of its name, which is vLLM's."""
+        found = HistogramMetricFamily(
+            "iteration_tokens_total", "Tokens computed in an engine step", labels=[LABEL]
+        )
+        sizes = self._client.step_sizes
+        bounds = [*map(floatToGoString, sizes.BOUNDS), "+Inf"]
+        buckets = list(zip(bounds, itertools.accumulate(sizes.counts), strict=True))
+        found.add_metric([self._model_name], buckets, sizes.num_tokens)
+        return found
+
     def _acceptance_length(self) -> Metric:
         """From the counters as last read; 1 if there were no drafts."""
         text = "Mean tokens per step with a draft, the target's own included, since the start"
@@ -173,6 +197,16 @@ def _labelled(stats: EngineStats) -> dict[str, Mapping[str, float]]:
         STEPS: stats.steps_by_tree,
         PARTS: stats.seconds_by_part,
     }
+
+
+class _Constant(Collector):
+    """One metric that does not change."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._metric
 
 
 class _Monotone:
@@ -223,7 +257,20 @@ class Metrics:
         self._registry.register(EngineCollector(client, model_name, cache))
         self._model_name = model_name
         self._prefixes = prefixes
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests")
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        build = GaugeMetricFamily("build_info", "The version of Aerie", labels=["version"])
+        build.add_metric([version()], 1)
+        self._registry.register(_Constant(build))
+        self._answered = Counter(
+            "http_requests",
+            "HTTP requests that were answered, by route and class of status",
+            ["handler", "method", "status"],
+            registry=self._registry,
+        )
+        self._prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens of requests that have begun to answer or have ended"
+        )
         self._generated = self._counter("generation_tokens", "Tokens sent by the engine")
         self._histograms = {name: self._histogram(name, *rest) for name, rest in HISTOGRAMS.items()}
         self._from_cache = self._counter("prompt_tokens_cached", "Prompt tokens not computed again")
@@ -256,8 +303,14 @@ class Metrics:
         """An HTTP request was refused admission; `reason` is one of REJECTIONS."""
         self._rejected.labels(self._model_name, reason).inc()
 
-    def first_tokens(self, num_tokens: int, seconds: float) -> None:
+    def answer(self, route: str | None, method: str, status: int) -> None:
+        """An HTTP request was answered. `route`: the path of its route; None without one."""
+        known = method if method in METHODS else OTHER
+        self._answered.labels(route or OTHER, known, f"{status // 100}xx").inc()
+
+    def first_tokens(self, num_tokens: int, seconds: float, num_prompt: int) -> None:
         """The first tokens of a request came, `seconds` after its arrival."""
+        self._prompt_tokens.inc(num_prompt)
         self._generated.inc(num_tokens)
         self._observe(FIRST, seconds)
 
@@ -266,9 +319,12 @@ class Metrics:
         self._generated.inc(num_tokens)
         self._observe(BETWEEN, seconds / num_tokens)
 
-    def finish(self, event: Finished, reason: str, arrival: float) -> None:
-        """A request ended. `reason` is a FinishReason; times are those of time.time()."""
+    def finish(self, event: Finished, reason: str, arrival: float, answered: bool) -> None:
+        """A request ended. `reason` is a FinishReason; times are those of time.time(). `answered`:
+        its first tokens came."""
         now = time.time()
+        if not answered:
+            self._prompt_tokens.inc(event.num_prompt)
         self._count_tokens(event)
         self._ended.labels(self._model_name, reason).inc()
         self._observe(WHOLE, max(now - arrival, 0))
@@ -297,7 +353,6 @@ class Metrics:
 
     def _count_tokens(self, event: Finished) -> None:
         num_cached = min(event.num_cached, event.num_prompt)
-        self._prompt_tokens.inc(event.num_prompt)
         self._from_cache.inc(num_cached)
         self._sources.labels(self._model_name, CACHED).inc(num_cached)
         self._sources.labels(self._model_name, COMPUTED).inc(event.num_prompt - num_cached)

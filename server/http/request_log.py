@@ -43,6 +43,7 @@ class RequestRecord:
     not_used: list[str] = field(default_factory=list)  # what was sent but has no effect
     prompt: str | None = None  # these two only with log.prompts
     output: str | None = None
+    handler: str | None = None  # path of the route, with names in braces; None: no route
 
     def fields(self, scope: Scope) -> dict[str, Any]:
         """The content of the log line, without unknown values."""
@@ -69,16 +70,37 @@ def record_of(scope: Scope) -> RequestRecord:
     return record
 
 
+class NotedRoute:
+    """ASGI middleware: notes which route a request found. It must be the innermost one: others may
+    hand on a copy of the scope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if scope["type"] == "http" and "route" in scope:
+                record_of(scope).handler = scope["route"].path
+
+
 class RequestLog:
     """ASGI middleware. Sets `x-request-id` and the warning header, counts open requests, answers
     500 when the application fails before it has answered, and logs one line when the response is
     complete."""
 
     def __init__(
-        self, app: ASGIApp, state: ServerState, manner_of: Callable[[str], ErrorManner]
+        self,
+        app: ASGIApp,
+        state: ServerState,
+        manner_of: Callable[[str], ErrorManner],
+        count: Callable[[str | None, str, int], None],
     ) -> None:
-        """`manner_of`: how the route of a path tells of errors."""
+        """`manner_of`: how the route of a path tells of errors. `count` is told of each answer:
+        path of the route, method, status."""
         self._app = app
+        self._count = count
         self._state = state
         self._manner_of = manner_of
 
@@ -115,6 +137,8 @@ class RequestLog:
                     message = f"Internal error; its request id is {record.request_id}"
                     await send_error(server_error(message), scope, send_with_id)
             finally:
+                if record.status is not None and scope["path"] not in QUIET:
+                    self._count(record.handler, scope["method"], record.status)
                 _write(record, scope)
 
 

@@ -103,6 +103,7 @@ class Choice:
         self._unsent: list[int] = []  # tokens since the last delta
         self._rounds: list[Round] = []  # the same of rounds
         self._newest: float | None = None  # time of the last tokens
+        self._answered = False  # its first tokens were counted
 
     @property
     def started(self) -> bool:
@@ -242,13 +243,14 @@ class Choice:
         now = time.time()
         if self._newest is None:
             if num_tokens:  # not for prompts that ask for no token, such as those of embeddings
-                self._metrics.first_tokens(num_tokens, max(now - self.request.arrival_time, 0))
+                seconds, self._answered = max(now - self.request.arrival_time, 0), True
+                self._metrics.first_tokens(num_tokens, seconds, len(self.request.prompt_ids))
         elif num_tokens:
             self._metrics.next_tokens(num_tokens, max(now - self._newest, 0))
         self._newest = now
 
     def _measure_end(self, event: Finished, reason: str) -> None:
-        self._metrics.finish(event, reason, self.request.arrival_time)
+        self._metrics.finish(event, reason, self.request.arrival_time, self._answered)
 
 
 def _origins(

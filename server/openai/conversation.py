@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from server.text.rendering import Renderer
 
 TO_TEMPLATE = "Handed to the chat template."
 HERE = "the text of the conversation does not contain it."
+FRAME = 8  # characters that stand around a text, at least
 
 
 class TextPart(Fields):
@@ -125,6 +127,15 @@ class ChatMessage(Fields):
         kept = {name: value for name, value in known.items() if value is not None}
         tests_null = content is None and template.tests_null_content
         return kept | ({"content": None} if tests_null else {})
+
+    @property
+    def size(self) -> int:
+        """About the characters that a template writes for it."""
+        texts = [self.content] if isinstance(self.content, str) else []
+        texts += [part.text for part in self.content or () if isinstance(part, TextPart)]
+        texts += [self.reasoning_content or self.reasoning or ""]
+        calls = [str(call.function.arguments) for call in self.tool_calls or ()]
+        return sum(len(text) + FRAME for text in (*texts, *calls))
 
     def last_words(self, template: ChatTemplate) -> str:
         """The text that a template shows last; empty where there is none."""
@@ -239,15 +250,14 @@ def _without(text: str, parts: Sequence[str]) -> str:
 def check_results(messages: Sequence[ChatMessage]) -> None:
     """ApiError 400 for the result of a tool that answers no call of the assistant before it, or
     for calls that their ids do not tell apart."""
-    calls: Sequence[ToolCall] = ()
+    ids: dict[str | None, None] = {}  # of the calls before; a message may have very many
     for index, message in enumerate(messages):
         if message.role != "tool":
-            calls = message.tool_calls or ()
-            _check_ids(calls, f"messages[{index}]")
+            ids = _ids_of(message.tool_calls or (), f"messages[{index}]")
             continue
-        ids = [call.id for call in calls]
         if message.tool_call_id not in ids and None not in ids:
-            known = ", ".join(shorten(known) for known in ids[:8]) or "there is none"
+            some = itertools.islice(ids, 8)
+            known = ", ".join(shorten(known) for known in some) or "there is none"
             raise bad_value(
                 f"messages[{index}].tool_call_id",
                 message.tool_call_id,
@@ -255,14 +265,15 @@ def check_results(messages: Sequence[ChatMessage]) -> None:
             )
 
 
-def _check_ids(calls: Sequence[ToolCall], place: str) -> None:
-    seen: set[str] = set()
+def _ids_of(calls: Sequence[ToolCall], place: str) -> dict[str | None, None]:
+    """In order. ApiError 400 if two calls have the same."""
+    seen: dict[str | None, None] = {}
     for index, call in enumerate(calls):
-        if call.id in seen:
+        if call.id is not None and call.id in seen:
             allowed = "another call of this message has this id; they must differ"
             raise bad_value(f"{place}.tool_calls[{index}].id", call.id, allowed)
-        if call.id is not None:
-            seen.add(call.id)
+        seen[call.id] = None
+    return seen
 
 
 def _object(arguments: str | dict[str, Any] | None) -> Any:

@@ -28,6 +28,7 @@ from server.text.tokenizer import Tokenizer
 DEFAULT_COMPLETION_TOKENS = 16
 RANDOM_SEED = -1  # as in other servers: draw one
 PROBED = 8  # characters for each token of the context: texts rarely have so many
+PIECE = 64 * 1024  # characters that are tokenised at a time, to see whether a text is too long
 CUT = 64  # tokens
 
 
@@ -73,10 +74,21 @@ def _check_length(tokenizer: Tokenizer, max_model_len: int, text: str, param: st
         return
     fewest = tokenizer.fewest_tokens(text)
     if fewest <= max_model_len and len(text) > PROBED * max_model_len:
-        # Where a text is cut may change the last tokens, but not their number by much.
-        fewest = len(tokenizer.encode(text[: PROBED * max_model_len], False)) - CUT
+        fewest = _fewest_of_begin(tokenizer, max_model_len, text)
     if fewest > max_model_len:
         raise _prompt_overflow(max_model_len, f"at least {fewest} tokens", param)
+
+
+def _fewest_of_begin(tokenizer: Tokenizer, max_model_len: int, text: str) -> int:
+    """A number of tokens that the text has at least, from as much of its begin as shows that it is
+    too long: some tokens stand for so many spaces that the whole would take very long."""
+    found = 0
+    for begin in range(0, len(text), PIECE):
+        # Where a text is cut may change the tokens around it, but not their number by much.
+        found += max(len(tokenizer.encode(text[begin : begin + PIECE], False)) - CUT, 0)
+        if found > max_model_len:
+            break
+    return found
 
 
 def _prompt_overflow(max_model_len: int, length: str, param: str) -> ApiError:

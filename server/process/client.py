@@ -27,6 +27,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
+from server.http.engine_client import StepSizes
 from server.process.wire import decode_engine, encode, share_prompts, unbounded
 
 ENGINE_LOST = "the engine stopped unexpectedly"
@@ -51,6 +52,7 @@ class ZmqEngineClient:
         self._swap_ids = itertools.count()
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
+        self.step_sizes = StepSizes()
         self._ready = asyncio.Event()
         self.was_ready = False  # whether the attached engine, or the last one, ever was
         self.num_heard = 0  # batches of messages
@@ -177,6 +179,7 @@ class ZmqEngineClient:
             self._close_for_requests()
         elif isinstance(message, EngineStats):
             self._stats = message
+            self.step_sizes.observe(message)
         elif isinstance(message, DraftSwapped):
             self._answer(message)
         else:

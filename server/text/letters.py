@@ -106,9 +106,9 @@ class SpecialLetters:
             yield found.start()
 
     def _unused(self, texts: Iterable[str]) -> Iterator[str]:
-        known = [*texts, self._template]
+        known = set(self._template).union(*texts)
         for number in STAND_INS:
-            if not any(chr(number) in text for text in known):
+            if chr(number) not in known:
                 yield chr(number)
 
 
@@ -117,8 +117,8 @@ class _Borders:
 
     def __init__(self, texts: Iterable[str], template: str) -> None:
         texts = list(texts)
-        self._starts = {text[:2] for text in texts} | {text for text in texts if len(text) == 1}
-        self._ends = {text[-2:] for text in texts}
+        self._starts = _Parts(text[:2] for text in texts)
+        self._ends = _Parts(text[-2:] for text in texts)
         self._template = template
 
     def after(self, parts: Iterable[str]) -> bool:
@@ -129,10 +129,18 @@ class _Borders:
         """Whether one of `parts` may precede."""
         return any(self._known(part, part[-1:], self._ends) for part in parts)
 
-    def _known(self, part: str, near: str, borders: set[str]) -> bool:
-        if part in borders or near in borders or part in self._template:
+    def _known(self, part: str, near: str, borders: _Parts) -> bool:
+        if part in borders.texts or near in borders.texts or part in borders.letters:
             return True
-        return len(part) == 1 and any(part in (text[:1], text[-1:]) for text in borders)
+        return part in self._template
+
+
+class _Parts:
+    """Texts of one or two letters, and their letters: there may be very many."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = set(texts)
+        self.letters = {letter for text in self.texts for letter in text}
 
 
 class LetterEncoder:

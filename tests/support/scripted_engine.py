@@ -21,6 +21,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
+from server.http.engine_client import StepSizes
 
 Event = Tokens | Finished
 Script = Callable[[Request], Sequence[Event]]
@@ -44,6 +45,7 @@ class ScriptedEngine:
         self.script = script
         self.info = info
         self.stats: EngineStats | None = None
+        self.step_sizes = StepSizes()
         self.submitted: list[Request] = []
         self.aborted: list[str] = []
         self.swapped: list[str | None] = []  # paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from server.http.errors import ApiError
 from server.http.validation import validation_error
 from server.openai.conversation import ChatMessage
 from server.openai.convert import Prompt, chat_prompts
-from server.openai.responses.items import Conversation, InputItem
+from server.openai.responses.items import SYSTEM, Conversation, InputItem
 from server.openai.responses.request import ChosenFunctions, FunctionTool, ResponsesRequest
 from server.openai.schema import ChatRequest
 from server.openai.structured import JsonSchemaFormat, ResponseFormat
@@ -53,7 +54,6 @@ NAMES: Names = (
     ("response_format", "text.format"),
     ("max_completion_tokens", "max_output_tokens"),
 )
-SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,35 +126,75 @@ def shortened_prompts(context: ServerContext, info: EngineInfo, body: ChatReques
     """The prompt with as many of the newest turns as leave room for the output, and the system
     messages at the start. A turn begins with a user's message; the last one always stays."""
     room = info.max_model_len - (body.token_limit or 1)
-    starts = _turns(body.messages)
-    lead, fewest, most = body.messages[: starts[0]], 0, len(starts) - 1
-    while fewest < most:  # the smallest number of turns to leave out
-        middle = (fewest + most) // 2
-        if _fits(context, info, _without(body, lead, starts[middle]), room):
-            most = middle
-        else:
-            fewest = middle + 1
-    return chat_prompts(context, info, _without(body, lead, starts[fewest]))
+    turns = Turns(body.messages)
+    lead = body.messages[: turns.starts[0]]
+
+    def prompts(turn: int) -> list[Prompt]:
+        return chat_prompts(context, info, _without(body, lead, turns.starts[turn]))
+
+    def fits(turn: int) -> bool:
+        try:
+            (prompt,) = prompts(turn)
+        except ApiError as error:
+            if error.detail.code != "context_length_exceeded":
+                raise
+            return False
+        return len(prompt.token_ids) <= room
+
+    return prompts(turns.first_that(fits, room))
 
 
-def _turns(messages: Sequence[ChatMessage]) -> list[int]:
-    """Where the messages after the leading ones of the system begin, then every turn."""
-    lead = 0
-    while lead < len(messages) - 1 and messages[lead].role in SYSTEM:
-        lead += 1
-    after = range(lead + 1, len(messages))
-    return [lead, *(index for index in after if messages[index].role == "user")]
+class Turns:
+    """The turns of a conversation after the system's messages at its start."""
+
+    def __init__(self, messages: Sequence[ChatMessage]) -> None:
+        lead = 0
+        while lead < len(messages) - 1 and messages[lead].role in SYSTEM:
+            lead += 1
+        after = range(lead + 1, len(messages))
+        # Where the messages after the leading ones begin, then every turn.
+        self.starts = [lead, *(index for index in after if messages[index].role == "user")]
+        self._sizes = [0]  # of the last i messages
+        for message in reversed(messages):
+            self._sizes.append(self._sizes[-1] + message.size)
+
+    def first_that(self, fits: Callable[[int], bool], room: int) -> int:
+        """The first turn from which on the conversation fits, or the last one. What does not fit is
+        never much longer than what does, so that the time does not depend on what is left out.
+
+        Args:
+            fits: whether it fits from a turn on.
+            room: characters that are tried first.
+        """
+        last = len(self.starts) - 1
+        fewest, most = 0, last
+        while fewest < most:  # `most` fits, or is the last turn
+            tried = self._turn_of(room, fewest, most)
+            if not fits(tried):
+                fewest = tried + 1
+                break
+            most, room = tried, 2 * room
+        if most == last and fewest < last and not fits(last):
+            return last  # what always stays is too long
+        while fewest < most:
+            half = (self._size(fewest) + self._size(most)) // 2
+            tried = self._turn_of(half, fewest, most)
+            if fits(tried):
+                most = tried
+            else:
+                fewest = tried + 1
+        return fewest
+
+    def _size(self, turn: int) -> int:
+        """Characters from a turn on."""
+        return self._sizes[len(self._sizes) - 1 - self.starts[turn]]
+
+    def _turn_of(self, size: int, fewest: int, most: int) -> int:
+        """The first turn, from `fewest` to before `most`, from which on there are at most so many
+        characters; the last of them if all have more."""
+        turns = range(fewest, most)
+        return min(bisect_left(turns, -size, key=lambda turn: -self._size(turn)) + fewest, most - 1)
 
 
 def _without(body: ChatRequest, lead: Sequence[ChatMessage], begin: int) -> ChatRequest:
     return body.model_copy(update={"messages": [*lead, *body.messages[begin:]]})
-
-
-def _fits(context: ServerContext, info: EngineInfo, body: ChatRequest, room: int) -> bool:
-    try:
-        (prompt,) = chat_prompts(context, info, body)
-    except ApiError as error:
-        if error.detail.code != "context_length_exceeded":
-            raise
-        return False
-    return len(prompt.token_ids) <= room

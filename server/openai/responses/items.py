@@ -14,6 +14,7 @@ from server.openai.fields import HARMLESS
 from server.openai.wording import Names
 
 SHOWN = "the text of the conversation does not contain it."
+SYSTEM = ("system", "developer")  # roles
 # Kind of item -> fields that it must have, and further ones of its own.
 KINDS: Kinds = {
     "message": (("role", "content"), ()),

@@ -26,6 +26,7 @@ from server.openai.responses.bodies import DeletedResponse, ItemList, ResponseEv
 from server.openai.responses.convert import Asked, chat_request, shortened_prompts
 from server.openai.responses.request import ResponsesRequest
 from server.openai.responses.stored import (
+    bounded_line,
     head_of,
     items_of,
     keep,
@@ -146,8 +147,10 @@ def _owner(http: HttpRequest) -> str:
 async def _asked(http: HttpRequest, request: ResponsesRequest) -> Asked:
     context = context_of(http)
     line = line_before(context, _owner(http), request)
+    limit, may_shorten = context.config.server.max_body_bytes, request.truncation == "auto"
     size = body_size(http) + sum(kept.num_bytes for kept in line)
-    return await context.in_pool(size, chat_request, request, lambda: items_of(line))
+    earlier = lambda: items_of(bounded_line(line, limit, may_shorten))  # noqa: E731
+    return await context.in_pool(size, chat_request, request, earlier)
 
 
 def _wanted(http: HttpRequest, request: ResponsesRequest) -> Wanted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +11,10 @@ from typing import Any
 import msgspec
 
 from server.http.context import ServerContext
-from server.http.errors import ApiError, bad_value
+from server.http.errors import ApiError, bad_value, invalid
 from server.http.kept import Kept
 from server.openai.responses.bodies import ResponseObject, Status
-from server.openai.responses.items import InputItem
+from server.openai.responses.items import SYSTEM, InputItem
 from server.openai.responses.request import ResponsesRequest
 
 PREFIXES = {
@@ -21,6 +23,7 @@ PREFIXES = {
     "function_call_output": "fco_",
     "reasoning": "rs_",
 }
+NO_OUTPUT = b'{"status": "completed", "background": false, "output": []}'
 HAS_OUTPUT: Sequence[Status] = ("completed", "incomplete")
 
 
@@ -62,6 +65,36 @@ def line_before(context: ServerContext, owner: str, request: ResponsesRequest) -
         return context.kept.line(owner, request.previous_response_id)
     except KeyError as error:
         raise not_found(error.args[0], "previous_response_id") from error
+
+
+def bounded_line(line: list[Kept], limit: int, may_shorten: bool) -> list[Kept]:
+    """As many of the newest responses as have `limit` bytes, and of the first one's request the
+    system messages at its start.
+
+    Raises:
+        ApiError: 400; it is more than that, and must not be shortened.
+    """
+    total, kept_from = 0, len(line)
+    while kept_from and (total := total + line[kept_from - 1].num_bytes) <= limit:
+        kept_from -= 1
+    if kept_from == 0:
+        return line
+    if not may_shorten:
+        raise _line_too_long(limit)
+    is_system = lambda item: item.get("role") in SYSTEM  # noqa: E731
+    lead = list(itertools.takewhile(is_system, msgspec.json.decode(line[0].asked)))
+    first = dataclasses.replace(line[0], asked=msgspec.json.encode(lead), answer=NO_OUTPUT)
+    return [first, *line[kept_from:]]
+
+
+def _line_too_long(limit: int) -> ApiError:
+    """400: a conversation is longer than what one request could hold."""
+    return invalid(
+        f"The conversation before has more than {limit} bytes of JSON (server.max_body_bytes): "
+        'begin a new one, or let truncation "auto" leave out its oldest turns',
+        "previous_response_id",
+        "context_length_exceeded",
+    )
 
 
 def items_of(line: Sequence[Kept]) -> list[InputItem]:

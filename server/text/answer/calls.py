@@ -110,7 +110,7 @@ class CallReader:
         self._is_inside = False  # a call
         self._marker = ""  # of this attempt
         self._opening = ""  # the marker, with the space before it, as content
-        self._tried = ""  # what followed it, or the last call
+        self._tried: list[str] = []  # letters that followed it, or the last call
 
     def feed(self, text: str) -> Sequence[Part]:
         begin = 0
@@ -131,7 +131,7 @@ class CallReader:
             if self._attempt is None:
                 self._parts.add(Content, self._scanner.finish())
             elif not self._has_begun:
-                self._parts.add(Content, self._opening + self._tried)
+                self._parts.add(Content, self._opening + "".join(self._tried))
         return self._parts.take()
 
     def _begins_a_call(self) -> bool:
@@ -156,7 +156,7 @@ class CallReader:
 
     def complete(self) -> None:
         self._num_complete += 1
-        self._is_inside, self._tried = False, ""
+        self._is_inside, self._tried = False, []
         self.has_called = True
 
     def _push(self, letter: str) -> None:
@@ -179,11 +179,11 @@ class CallReader:
     def _try(self, letter: str) -> str:
         assert self._attempt is not None
         if not self._is_inside:
-            self._tried += letter
+            self._tried.append(letter)
         try:
             self._attempt.send(letter)
         except NotACall:
-            back = self._tried
+            back = "".join(self._tried)
         except StopIteration as end:
             back = str(end.value)
         else:
@@ -194,6 +194,6 @@ class CallReader:
         else:
             self._parts.add(Content, self._opening)
             self._scanner.resume()
-        self._attempt, self._tried = None, ""
+        self._attempt, self._tried = None, []
         self._has_begun = self._is_inside = False
         return back

@@ -51,22 +51,23 @@ def with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     """The conversation with one call in a message, each followed by its result, for templates that
     take no more."""
     found: list[dict[str, Any]] = []
-    rest = list(messages)
-    while rest:
-        message = rest.pop(0)
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
         calls = message.get("tool_calls") or ()
         if len(calls) < 2:
             found.append(message)
             continue
-        results = list(itertools.takewhile(lambda each: each["role"] == "tool", rest))
-        del rest[: len(results)]
+        results: dict[Any, list[dict[str, Any]]] = {}  # by the id of their call
+        while at < len(messages) and messages[at]["role"] == "tool":
+            results.setdefault(messages[at].get("tool_call_id"), []).append(messages[at])
+            at += 1
         for number, call in enumerate(calls):
             words = {} if number == 0 or "content" not in message else {"content": ""}
             found.append({**message, **words, "tool_calls": [call]})
-            mine = [each for each in results if each.get("tool_call_id") == call["id"]]
-            found += mine
-            results = [each for each in results if each not in mine]
-        found += results
+            found += results.pop(call["id"], ())
+        found += itertools.chain.from_iterable(results.values())
     return found
 
 

@@ -32,10 +32,12 @@ def expect(wanted: str) -> Generator[None, str, None]:
 
 def closing(back: str, mark: str) -> Attempt:
     """Skip space and then `mark`, if it comes; give back anything else. `back` was read already."""
+    space: list[str] = []  # there may be very much
     while (rest := back.lstrip()) != mark:
+        space.append(back[: len(back) - len(rest)])
         if not mark.startswith(rest):
-            return back
-        back += yield
+            return "".join(space) + rest
+        back = rest + (yield)
     return ""
 
 
@@ -140,11 +142,12 @@ def _object(sink: CallSink) -> Attempt:
 
 def _tail() -> Attempt:
     """Skip what follows the arguments: members that mean nothing, and the brace."""
-    nesting, back = _Nesting(), ""
+    nesting, space = _Nesting(), list[str]()
+    while (letter := (yield)).isspace():
+        space.append(letter)
+    if letter not in ",}":
+        return "".join(space) + letter
+    nesting.take(letter)
     while nesting.depth:
-        letter = yield
-        back += letter
-        if back.lstrip()[:1] not in ("", ",", "}"):
-            return back
-        nesting.take(letter)
+        nesting.take((yield))
     return ""

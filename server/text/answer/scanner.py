@@ -33,13 +33,15 @@ class MarkerScanner:
         self._space = SPACE
         self._begins_line = True
         self._is_after_call = False  # and nothing but space has followed
-        self._held = ""
+        self._gap: list[str] = []  # space that is held back; an answer may be nothing else
+        self._gap_breaks = False  # it has a line break
+        self._rest = ""  # what is held back after it
         firsts = {marker[0] for marker in [*markers, line_marker] if marker}
         self._plain = re.compile(f"[^{re.escape(SPACE + ''.join(sorted(firsts)))}]*")
 
     def plain(self, text: str, begin: int) -> int:
         """Where the text from `begin` on first has a letter that must be pushed."""
-        if self._held or self._is_after_call:
+        if self._gap or self._rest or self._is_after_call:
             return begin
         found = self._plain.match(text, begin)
         assert found is not None
@@ -48,21 +50,16 @@ class MarkerScanner:
 
     def push(self, letter: str) -> Found:
         """Take the next letter."""
-        self._held += letter
+        self._rest += letter
         released = ""
-        while self._held:
-            rest = self._held.lstrip(self._space)
-            space = self._held[: len(self._held) - len(rest)]
-            if rest in self._markers or (rest and self._opens_line(rest, space)):
-                self._held = ""
-                return Found(released, space, rest)
-            if any(marker.startswith(rest) for marker in self._markers):
-                break  # it is the begin of a marker, or there is only space
-            if not rest:
-                break
-            cut = len(space) + 1
-            released += self._held[:cut]
-            self._held = self._held[cut:]
+        while self._skip_space():
+            if self._rest in self._markers or self._opens_line():
+                marker, self._rest = self._rest, ""
+                return Found(released, self._take_gap(), marker)
+            if any(marker.startswith(self._rest) for marker in self._markers):
+                break  # it is the begin of a marker
+            released += self._take_gap() + self._rest[0]
+            self._rest = self._rest[1:]
             self.resume()
         return Found(released) if released else NOTHING
 
@@ -80,8 +77,25 @@ class MarkerScanner:
     def finish(self) -> str:
         """The text still held back; call it after the last letter. Space after the last call is no
         text."""
-        held, self._held = self._held, ""
-        return "" if self._is_after_call and not held.strip(self._space) else held
+        is_space = self._is_after_call and not self._rest
+        held, self._rest = self._take_gap() + self._rest, ""
+        return "" if is_space else held
 
-    def _opens_line(self, rest: str, space: str) -> bool:
-        return rest == self._line_marker and (self._begins_line or "\n" in space)
+    def _skip_space(self) -> str:
+        """What is held back after space."""
+        rest = self._rest.lstrip(self._space)
+        if len(rest) < len(self._rest):
+            self._gap.append(self._rest[: len(self._rest) - len(rest)])
+            self._gap_breaks = self._gap_breaks or "\n" in self._gap[-1]
+            self._rest = rest
+        return rest
+
+    def _take_gap(self) -> str:
+        gap = "".join(self._gap)
+        self._gap.clear()
+        self._gap_breaks = False
+        return gap
+
+    def _opens_line(self) -> bool:
+        is_mark = self._rest == self._line_marker
+        return is_mark and (self._begins_line or self._gap_breaks)

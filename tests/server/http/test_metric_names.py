@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
+import httpx
+import msgspec
 import pytest
 
 from engine.messages import EngineStats
-from tests.support.http_server import Server
+from engine.request import FinishReason
+from server.http.metric_names import STANDARD
+from server.version import version
+from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.scripted_engine import finished, tokens
 
 MakeServer = Callable[..., Server]
 STATS = EngineStats(
@@ -62,12 +69,63 @@ def test_vllm_names_have_its_labels_and_the_same_values(make_server: MakeServer)
     own = samples(server, "aerie:")
     for name, value in found.items():
         known = name.replace('engine="0",', "")
-        assert name.startswith("request") or "_created" in name or own[known] == value
-    assert not any(name.startswith(("iteration", "steps", "captured")) for name in found)
+        assert name.startswith("request") or own[known] == value
+    assert not any(name.startswith(("iterations", "steps", "captured")) for name in found)
+    assert not any("_created" in name for name in found)
 
 
 @pytest.mark.parametrize("prefix", ["aerie", "vllm"])
 def test_the_operator_chooses_the_names_of_metrics(make_server: MakeServer, prefix: str) -> None:
     text = make_server(metrics_prefixes=(prefix,)).get("/metrics").text
-    names = {line.partition(":")[0] for line in text.splitlines() if not line.startswith("#")}
-    assert names == {prefix}
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert {line.partition(":")[0] for line in lines if not line.startswith(STANDARD)} == {prefix}
+
+
+def test_what_programs_have_in_common_has_the_usual_names(make_server: MakeServer) -> None:
+    server = make_server(root_path="/llm")
+    server.chat()
+    server.get("/llm/v1/responses/none")
+    server.request("PURGE", "/nowhere")
+    text = server.get("/metrics").text
+    for line in (
+        'http_requests_total{handler="/v1/chat/completions",method="POST",status="2xx"} 1.0',
+        'http_requests_total{handler="/v1/responses/{response_id}",method="GET",status="4xx"} 1.0',
+        'http_requests_total{handler="other",method="other",status="4xx"} 1.0',
+    ):
+        assert f"\n{line}\n" in text
+    for name in ("process_resident_memory_bytes ", "process_cpu_seconds_total ", "python_info{"):
+        assert f"\n{name}" in text
+    assert f'\naerie:build_info{{version="{version()}"}} 1.0\n' in text
+
+
+def test_steps_are_counted_by_their_tokens(make_server: MakeServer) -> None:
+    server = make_server()
+    for num_steps, num_tokens in ((1, 8), (2, 9), (2, 9), (3, 0), (1, 20_000)):
+        stats = msgspec.structs.replace(STATS, num_steps=num_steps, last_step_tokens=num_tokens)
+        server.engine.step_sizes.observe(stats)
+    found = samples(server, "vllm:iteration_tokens_total")
+    bucket = '_bucket{{engine="0",le="{}",model_name="tiny"}}'
+    bounds = {bound: found[bucket.format(bound)] for bound in ("1.0", "8.0", "16.0", "+Inf")}
+    assert bounds == {"1.0": 0, "8.0": 1, "16.0": 2, "+Inf": 3}
+    rest = 'engine="0",model_name="tiny"'
+    assert found[f"_count{{{rest}}}"] == 3
+    assert found[f"_sum{{{rest}}}"] == 20_017
+
+
+def test_prompt_tokens_are_counted_while_the_request_runs(make_server: MakeServer) -> None:
+    server = make_server(script=lambda request: [tokens(request, [5])])
+    name = 'prompt_tokens_total{model_name="tiny"}'
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        asked = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
+        while not server.engine.submitted:
+            await asyncio.sleep(0)
+        (request,) = server.engine.submitted
+        while f"aerie:{name} 0.0" in (text := (await client.get("/metrics")).text):
+            await asyncio.sleep(0)
+        assert f"aerie:{name} {len(request.prompt_ids)}.0" in text
+        server.engine.feed(finished(request, FinishReason.LENGTH))
+        await asked
+        assert f"aerie:{name} {len(request.prompt_ids)}.0" in (await client.get("/metrics")).text
+
+    server.run(ask)

@@ -395,6 +395,50 @@ def test_truncation_leaves_out_the_oldest_turns(make_server: MakeServer) -> None
     assert error_of(ask(server, items, truncation="auto"), 400)["param"] == "input"
 
 
+def test_what_truncation_leaves_out_costs_nothing(make_server: MakeServer) -> None:
+    server = make_server(max_model_len=160)
+    rendered: list[int] = []
+    render = server.context.renderer.render
+
+    def counted(messages: Any, *how: Any) -> Any:
+        rendered.append(len(messages))
+        return render(messages, *how)
+
+    server.context.renderer.render = counted  # type: ignore[method-assign]
+    turns = [{"role": "user", "content": f"turn {number}"} for number in range(3000)]
+    cases: list[tuple[list[dict[str, Any]], int]] = [
+        (turns, 200),
+        ([{"role": "user", "content": "y" * 9000}, *turns[:9]], 200),
+        ([{"role": "system", "content": "y" * 9000}, *turns], 400),
+        ([*turns, {"role": "user", "content": "y" * 9000}], 400),
+    ]
+    for items, status in cases:
+        rendered.clear()
+        assert ask(server, items, truncation="auto", max_output_tokens=8).status_code == status
+        assert sum(rendered) < 200, rendered
+    ask(server, turns, truncation="auto", max_output_tokens=8)
+    shown = prompt_of(server)
+    assert 2 < shown.count("user\nturn ") < 20
+    assert shown.count("user\nturn 2999") == 1
+
+
+def test_a_conversation_is_no_longer_than_a_body(make_server: MakeServer) -> None:
+    server = make_server(max_body_bytes=10_000)
+    system = {"role": "system", "content": "Be kind."}
+    id = ask(server, [system, {"role": "user", "content": "x" * 1900}]).json()["id"]
+    for number in range(3):
+        fields = {"previous_response_id": id, "truncation": "auto"}
+        id = ask(server, f"{number} " + "z" * 1900, **fields).json()["id"]
+    error = error_of(ask(server, previous_response_id=id), 400)
+    assert (error["param"], error["code"]) == ("previous_response_id", "context_length_exceeded")
+    assert "server.max_body_bytes" in error["message"]
+    assert ask(server, previous_response_id=id, truncation="auto").status_code == 200
+    shown = prompt_of(server)
+    assert "Be kind." in shown
+    assert "xxx" not in shown
+    assert "2 zzz" in shown
+
+
 async def status_after(client: httpx.AsyncClient, path: str, status: str) -> dict[str, Any]:
     """The response once it no longer has this status."""
     for _ in range(1000):

@@ -53,6 +53,14 @@ CALLS: list[tuple[str, str, list[Any]]] = [
     ("llama4_pythonic", "[f(a=b)]", [["f", '{"a": '], "b)]"]),
 ]  # fmt: skip
 
+SPACED = [
+    ("hermes", ""),
+    ("hermes", HERMES),
+    ("hermes", HERMES.removesuffix("</tool_call>")),
+    ("llama3_json", '{"name": "f", "parameters": {}'),
+    ("llama4_pythonic", f"[{PYTHON}]"),
+]
+
 NO_CALLS: list[tuple[str, str]] = [
     ("hermes", "<tool_call>{'name': 'f'}</tool_call>"),
     ("hermes", '<tool_call>{"name": "g", "arguments": {}}</tool_call>'),
@@ -225,3 +233,13 @@ def test_long_answers_take_time_in_proportion() -> None:
     text = '{"name": "f"' * 4_000 + " " * 4_000
     assert read(found, [text]) == [text]
     assert joined([Content("a"), Content("b")]) == ["ab"]
+
+
+@pytest.mark.parametrize(("name", "begin"), SPACED)
+def test_much_space_takes_time_in_proportion(name: str, begin: str) -> None:
+    """Each letter once: all that is held back is not looked at again for each."""
+    space = " " * 100_000
+    written = "".join(
+        part if isinstance(part, str) else "" for part in read(reader(name), [begin + space])
+    )
+    assert written in (begin + space, "")
