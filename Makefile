@@ -5,6 +5,7 @@
 # make syncspec | test-syncspec (syncspec/README.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 # make page | test-page (the page at /)
+# make test-pythons | check-image (the wheel and the image, as users have them)
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
 # environment that has it: make install TORCH= VENV=path/to/that/venv
@@ -25,7 +26,7 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: page test-page install serve chat test test-extended test-parallel test-clients test-triton \
+.PHONY: page test-page test-pythons check-image docs install serve chat test test-extended test-parallel test-clients test-triton \
 	lint bench compare tables gpu-check gpu-train syncspec test-syncspec clean
 .DELETE_ON_ERROR:
 
@@ -57,6 +58,12 @@ test-clients: $(VENV)/.client-tools
 test-page: $(VENV)/.test-tools
 	$(PIP) -e ".[browser]"
 	$(BIN)/python -m pytest -m browser $(TEST_ARGS) tests/server/page
+
+# A wheel in fresh environments, with each of the Pythons that this machine has; those that are
+# missing are named (`uv python install 3.13` fetches one). Downloads torch for each: some GB.
+PYTHONS ?= 3.11 3.12 3.13 3.14
+test-pythons:
+	$(PYTHON) scripts/check_wheel.py $(PYTHONS)
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .
