@@ -43,6 +43,7 @@ from server.http.middleware import (
 )
 from server.http.request_log import WARNING_HEADER, RequestLog, record_of
 from server.http.state import ServerState
+from server.http.tracing import open_tracing
 from server.text.answer.forms import answer_form
 from server.text.chat_template import ChatTemplate
 from server.text.grammars import GrammarChecker
@@ -116,7 +117,12 @@ def _add_middlewares(app: FastAPI, context: ServerContext, routes: Sequence[Rout
         app.add_middleware(KnownHosts, hosts=hosts)
     if limits.root_path:
         app.add_middleware(RootPath, root_path=limits.root_path)
-    app.add_middleware(RequestLog, state=context.state, manner_of=_manners(limits, routes))
+    app.add_middleware(
+        RequestLog,
+        state=context.state,
+        manner_of=_manners(limits, routes),
+        tracing=context.tracing,
+    )
 
 
 def _manners(limits: ServerConfig, routes: Sequence[Routes]) -> Callable[[str], ErrorManner]:
@@ -160,6 +166,7 @@ def _context(
         kept=kept,
         background=background,
         admin_keys=KeyRing(load_admin_keys(config.server)),
+        tracing=open_tracing(config.server.otlp_endpoint),
     )
 
 
@@ -168,6 +175,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     context: ServerContext = app.state.context
     context.background.close()
+    if context.tracing is not None:
+        context.tracing.close()
     context.renderer.close()
     context.grammars.close()
     context.lanes.close()

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import OPENAI, ApiError, ErrorManner, server_error
 from server.http.state import ServerState
+from server.http.tracing import CURRENT_TRACE, RequestSpan, Tracing, trace_of
 
 ID_HEADER = b"x-request-id"
 MAX_ID_LENGTH = 128
@@ -43,6 +44,8 @@ class RequestRecord:
     not_used: list[str] = field(default_factory=list)  # what was sent but has no effect
     prompt: str | None = None  # these two only with log.prompts
     output: str | None = None
+    trace_id: str | None = None  # of the client's `traceparent`, or of this server's span
+    span: RequestSpan | None = None  # with server.otlp_endpoint
 
     def fields(self, scope: Scope) -> dict[str, Any]:
         """The content of the log line, without unknown values."""
@@ -56,6 +59,7 @@ class RequestRecord:
             "finish_reason": ",".join(dict.fromkeys(self.finish_reasons)) or None,
             "error": self.error,
             "not_used": ",".join(self.not_used) or None,
+            "trace_id": self.trace_id,
             "prompt": self.prompt,
             "output": self.output,
         }
@@ -75,12 +79,17 @@ class RequestLog:
     complete."""
 
     def __init__(
-        self, app: ASGIApp, state: ServerState, manner_of: Callable[[str], ErrorManner]
+        self,
+        app: ASGIApp,
+        state: ServerState,
+        manner_of: Callable[[str], ErrorManner],
+        tracing: Tracing | None = None,
     ) -> None:
-        """`manner_of`: how the route of a path tells of errors."""
+        """`manner_of`: how the route of a path tells of errors; `tracing`: None for no spans."""
         self._app = app
         self._state = state
         self._manner_of = manner_of
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,6 +97,7 @@ class RequestLog:
             return
         manner = self._manner_of(scope["path"])
         record = scope[RECORD] = RequestRecord(request_id(scope["headers"]), manner)
+        self._trace(record, scope)
 
         async def receive_all() -> Message:
             message = await receive()
@@ -115,7 +125,17 @@ class RequestLog:
                     message = f"Internal error; its request id is {record.request_id}"
                     await send_error(server_error(message), scope, send_with_id)
             finally:
+                if record.span is not None:
+                    record.span.end(record.status, record.error)
                 _write(record, scope)
+
+    def _trace(self, record: RequestRecord, scope: Scope) -> None:
+        """Note the trace of this request, and begin its span if spans are wanted."""
+        record.trace_id = trace_of(scope["headers"])
+        if self._tracing is not None and scope["path"] not in QUIET:
+            record.span = self._tracing.begin(scope)
+            record.trace_id = record.span.trace_id
+        CURRENT_TRACE.set(record.trace_id)
 
 
 def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.env import quiet_libraries
 from configs.schema import LogConfig
+from server.http.tracing import CURRENT_TRACE
 
 PACKAGES = __package__.removesuffix("server.process")  # "aerie." where it is installed
 DETAILS = ("engine.runner", "drafter", "server.assembly.compose")  # of a start
@@ -75,6 +76,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
         }
         fields = getattr(record, "fields", None)
+        if (trace := CURRENT_TRACE.get()) is not None:
+            entry["trace_id"] = trace
         entry |= fields if fields is not None else {"message": record.getMessage()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
