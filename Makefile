@@ -73,12 +73,10 @@ lint: $(VENV)/.lint-tools
 	$(BIN)/python -m pytest -q tests/configs/test_deploy.py
 
 bench: $(VENV)/.installed
-	$(PIP) httpx
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
 
 # Aerie beside other servers, those that are installed: BENCH_ARGS="--peers xllamacpp --rounds 5"
 compare: $(VENV)/.installed
-	$(PIP) httpx
 	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
 
 # The tables in README.md and docs/, from benchmarks/results.
