@@ -5,6 +5,7 @@
 # make syncspec | test-syncspec (syncspec/README.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 # make page | test-page (the page at /)
+# make test-pythons | check-image (the wheel and the image, as users have them)
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
 # environment that has it: make install TORCH= VENV=path/to/that/venv
@@ -25,7 +26,7 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: page test-page install serve chat test test-extended test-parallel test-clients test-triton \
+.PHONY: page test-page test-pythons check-image docs install serve chat test test-extended test-parallel test-clients test-triton \
 	lint bench compare tables gpu-check gpu-train syncspec test-syncspec clean
 .DELETE_ON_ERROR:
 
@@ -58,6 +59,12 @@ test-page: $(VENV)/.test-tools
 	$(PIP) -e ".[browser]"
 	$(BIN)/python -m pytest -m browser $(TEST_ARGS) tests/server/page
 
+# A wheel in fresh environments, with each of the Pythons that this machine has; those that are
+# missing are named (`uv python install 3.13` fetches one). Downloads torch for each: some GB.
+PYTHONS ?= 3.11 3.12 3.13 3.14
+test-pythons:
+	$(PYTHON) scripts/check_wheel.py $(PYTHONS)
+
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -66,12 +73,10 @@ lint: $(VENV)/.lint-tools
 	$(BIN)/python -m pytest -q tests/configs/test_deploy.py
 
 bench: $(VENV)/.installed
-	$(PIP) httpx
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
 
 # Aerie beside other servers, those that are installed: BENCH_ARGS="--peers xllamacpp --rounds 5"
 compare: $(VENV)/.installed
-	$(PIP) httpx
 	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
 
 # The tables in README.md and docs/, from benchmarks/results.

@@ -32,9 +32,9 @@ from engine.models.place import Place
 from kernels.registry import build_ops
 from server.assembly.drafting import torch_dtype
 from server.assembly.rank import weight_form
+from server.measuring.open_load import TEXT
 from server.text.chat_codec import load_codec
 
-TEXT = Path(__file__).parent / "data" / "alice.txt"
 WINDOW = 512  # tokens
 LLAMA_CPP = "llama-cpp-python"
 REFERENCE = ("model.weights=plain", "model.dtype=float32")

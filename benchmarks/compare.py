@@ -26,14 +26,14 @@ import typer
 
 from benchmarks import machine
 from benchmarks.agreement import Agreement, agreements
-from benchmarks.answers import Answer, Endpoint, ask_all
 from benchmarks.peers.known import PEERS, Peer, Server, Setting, aerie
 from benchmarks.plots import plot_compare
 from benchmarks.running import free_port, started
 from benchmarks.tables import write_results
-from benchmarks.timing import Spread
 from configs.host import host_config
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
+from server.measuring.answers import Answer, Endpoint, ask_all
+from server.measuring.timing import Spread
 from server.text.chat_codec import load_codec
 
 BASE = "aerie-plain"  # ratios are relative to it

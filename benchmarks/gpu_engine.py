@@ -18,7 +18,6 @@ from benchmarks.bars import Verdict
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.peers.aerie import AerieTarget
 from benchmarks.step_times import Load, time_steps
-from benchmarks.timing import measure
 from configs.host import host_config
 from configs.resolve import ResolvedConfig, with_sizes
 from drafter.checkpoint import save_eagle3
@@ -38,6 +37,7 @@ from kernels.registry import build_ops
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, HeadLoader, LoadedDraft, Target, drafting_with
 from server.assembly.offline import OfflineEngine
+from server.measuring.timing import measure
 
 LLAMA_8B = LlamaArch(
     vocab_size=128256,

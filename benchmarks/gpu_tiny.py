@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.parts import print_result
 from benchmarks.peers.aerie import AerieTarget
-from benchmarks.timing import measure
 from configs.host import host_config
 from engine.request import Grammar, Request, SamplingParams
 from server.assembly.offline import OfflineEngine
+from server.measuring.timing import measure
 from tests.support.copied_head import write_copied_head
 from tests.support.greedy import greedy_margins
 from tests.support.tiny_heads import write_tiny_head, write_tiny_llama4_head

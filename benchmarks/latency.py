@@ -24,7 +24,6 @@ from benchmarks import machine
 from benchmarks.floor import read_seconds, weight_bytes
 from benchmarks.peers.aerie import AerieTarget
 from benchmarks.peers.openai_url import UrlTarget
-from benchmarks.timing import Measured, Spread, Target, measure
 from configs.host import host_config
 from configs.resolve import HostConfig
 from engine.checkpoints.checkpoint import open_checkpoint
@@ -32,6 +31,7 @@ from engine.checkpoints.source import resolve_source
 from server.assembly.compose import build_engine
 from server.assembly.drafting import torch_dtype
 from server.assembly.offline import OfflineEngine
+from server.measuring.timing import Measured, Spread, Target, measure
 
 METRICS = ("ttft", "ttit_p50", "ttit_p99", "tokens_per_second")
 BASE = "transformers"  # ratios are relative to this target, if it runs

@@ -16,7 +16,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import Spread
 from configs.host import host_config
 from configs.resolve import HostConfig
 from drafter.train.conversations import read_prompts
@@ -25,6 +24,7 @@ from engine.request import Request, SamplingParams
 from server.assembly.compose import build_engine
 from server.assembly.evaluation import sample_prompts
 from server.assembly.offline import OfflineEngine
+from server.measuring.timing import Spread
 from server.text.chat_codec import load_codec
 
 DRAFTED, PLAIN = "drafted", "plain"

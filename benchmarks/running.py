@@ -14,9 +14,9 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.answers import Endpoint, ask_all
 from benchmarks.peers.known import Server, Setting
 from configs.env import environment
+from server.measuring.answers import Endpoint, ask_all
 
 POLL = 0.1  # seconds between questions whether a server is there
 STOP = 20.0  # seconds for a server to end by itself

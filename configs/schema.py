@@ -273,6 +273,11 @@ class ServerConfig(Section):
         description="names of the metrics: aerie: for all of them, vllm: for those that vLLM has, "
         "with its labels",
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="where to send an OpenTelemetry span for each request, as OTLP over HTTP, such "
+        "as http://collector:4318; needs the extra [otel]; null: no spans",
+    )
     tls_certificate: Path | None = Field(
         None, description="certificate chain in PEM; with tls_key the server speaks HTTPS"
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 
-from benchmarks.timing import RequestTimes
 from engine.messages import Tokens
 from engine.request import Request, SamplingParams
 from server.assembly.offline import OfflineEngine
+from server.measuring.timing import RequestTimes
 
 
 class AerieTarget:

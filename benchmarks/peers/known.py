@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.answers import Stopless
 from benchmarks.peers.converted import converted_folder
+from server.measuring.answers import Stopless
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 1024  # tokens of one stream, where a server wants to know

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from benchmarks.answers import Endpoint, ask_all
-from benchmarks.timing import RequestTimes
+from server.measuring.answers import Endpoint, ask_all
+from server.measuring.timing import RequestTimes
 
 
 class UrlTarget:

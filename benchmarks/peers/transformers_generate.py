@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.timing import RequestTimes
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.rope_scaling import json_positions, rope_json
+from server.measuring.timing import RequestTimes
 
 
 class TransformersTarget:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,21 +122,29 @@ def fetch_from_hub(
     """The directory of a downloaded snapshot, without pickled weights. FileNotFoundError with the
     reason if the download fails."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with asking_hub(hub_id, revision, "no such path, and "):
         folder = snapshot_download(
             hub_id, revision=revision, allow_patterns=list(patterns), etag_timeout=HUB_TIMEOUT
         )
-    except (HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(_unreachable(hub_id, revision, error)) from error
     return Path(folder)
 
 
-def _unreachable(hub_id: str, revision: str | None, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"no such path, and the hub gave no {hub_id!r} (revision {revision or 'main'}): "
-        f"{reason}. Without a network, download it elsewhere and pass the directory (set "
-        "HF_HUB_OFFLINE=1 to use only what was downloaded before)"
-    )
+@contextlib.contextmanager
+def asking_hub(hub_id: str, revision: str | None, but: str = "") -> Iterator[None]:
+    """FileNotFoundError, with the reason after `but`, where the hub gives nothing."""
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The hub's client is httpx or httpx2, by its version.
+    http = sys.modules[type(get_session()).__module__.partition(".")[0]]
+    try:
+        yield
+    except (HfHubHTTPError, OSError, http.HTTPError) as error:
+        said = str(error).strip()
+        reason = said.splitlines()[0] if said else type(error).__name__
+        raise FileNotFoundError(
+            f"{but}the hub gave no {hub_id!r} (revision {revision or 'main'}): {reason}. Without a "
+            "network, download it elsewhere and pass the directory (set HF_HUB_OFFLINE=1 to use "
+            "only what was downloaded before)"
+        ) from error

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from server.commands.options import ConfigFile, Overrides, failed
-
-DEFAULT_URL = "http://127.0.0.1:8000"
+from server.commands.options import ApiKey, ConfigFile, Overrides, Url, failed
 
 
 def register(app: typer.Typer) -> None:
@@ -22,21 +18,11 @@ def register(app: typer.Typer) -> None:
 def chat(
     overrides: Overrides = None,
     config: ConfigFile = None,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Any server of the OpenAI API. Default: {DEFAULT_URL}, and a server of its own "
-            "if none answers there.",
-            show_default=False,
-        ),
-    ] = None,
+    url: Url = None,
     model: Annotated[
         str | None, typer.Option(help="Default: the server's first.", show_default=False)
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="OPENAI_API_KEY", help="Key of the server.", show_default=False),
-    ] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -54,23 +40,15 @@ def chat(
     """
     from rich.console import Console
 
-    from server.terminal.background import BackgroundServer
-    from server.terminal.remote import Remote, RemoteError
+    from server.commands.reaching import reached
+    from server.terminal.remote import RemoteError
     from server.terminal.session import Session
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # also when the window closes, end the server
-        signal.signal(number, _leave)
     console = Console(highlight=False)
     with contextlib.ExitStack() as stack:
         try:
-            remote = Remote(url or DEFAULT_URL, api_key)
-            if overrides or config is not None or (url is None and not remote.answers()):
-                if url is not None:
-                    raise ValueError("--url names a server that runs: its settings are its own")
-                chosen = [] if config is None else ["--config", str(config)]
-                with console.status("Loading the model"):
-                    own = stack.enter_context(BackgroundServer([*chosen, *(overrides or ())]))
-                remote = Remote(own.url, api_key)
+            server = reached(url, api_key, overrides, config, console)
+            remote = stack.enter_context(server)
             session = Session(remote, model or remote.models()[0], console)
         except (ValueError, OSError, RemoteError) as error:
             raise failed(error) from None
@@ -78,7 +56,3 @@ def chat(
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # lines can be edited
         session.run(lambda: console.input("[bold]> [/bold]"))
-
-
-def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(0)

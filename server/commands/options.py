@@ -29,6 +29,20 @@ Overrides = Annotated[
     ),
 ]
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Any server of the OpenAI API. Default: {DEFAULT_URL}, and a server of its own if "
+        "none answers there.",
+        show_default=False,
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="OPENAI_API_KEY", help="Key of the server.", show_default=False),
+]
+
 
 def failed(error: Exception) -> typer.Exit:
     """Print the error on one line; return the exit to raise."""

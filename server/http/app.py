@@ -43,6 +43,7 @@ from server.http.middleware import (
 )
 from server.http.request_log import WARNING_HEADER, NotedRoute, RequestLog, record_of
 from server.http.state import ServerState
+from server.http.tracing import open_tracing
 from server.text.answer.forms import answer_form
 from server.text.chat_template import ChatTemplate
 from server.text.grammars import GrammarChecker
@@ -122,6 +123,7 @@ def _add_middlewares(app: FastAPI, context: ServerContext, routes: Sequence[Rout
         state=context.state,
         manner_of=_manners(limits, routes),
         count=context.metrics.answer,
+        tracing=context.tracing,
     )
 
 
@@ -166,6 +168,7 @@ def _context(
         kept=kept,
         background=background,
         admin_keys=KeyRing(load_admin_keys(config.server)),
+        tracing=open_tracing(config.server.otlp_endpoint),
     )
 
 
@@ -174,6 +177,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     context: ServerContext = app.state.context
     context.background.close()
+    if context.tracing is not None:
+        context.tracing.close()
     context.renderer.close()
     context.grammars.close()
     context.lanes.close()

@@ -22,6 +22,7 @@ from server.http.lanes import Lanes
 from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
 from server.http.state import ServerState
+from server.http.tracing import Tracing
 from server.text.answer.forms import AnswerForm
 from server.text.generation_config import SamplingDefaults
 from server.text.grammars import GrammarChecker
@@ -71,6 +72,7 @@ class ServerContext:
     kept: KeptAnswers
     background: Background
     admin_keys: KeyRing
+    tracing: Tracing | None
 
     async def in_pool(
         self,

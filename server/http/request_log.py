@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import OPENAI, ApiError, ErrorManner, server_error
 from server.http.state import ServerState
+from server.http.tracing import CURRENT_TRACE, RequestSpan, Tracing, trace_of
 
 ID_HEADER = b"x-request-id"
 MAX_ID_LENGTH = 128
@@ -44,6 +45,8 @@ class RequestRecord:
     prompt: str | None = None  # these two only with log.prompts
     output: str | None = None
     handler: str | None = None  # path of the route, with names in braces; None: no route
+    trace_id: str | None = None  # of the client's `traceparent`, or of this server's span
+    span: RequestSpan | None = None  # with server.otlp_endpoint
 
     def fields(self, scope: Scope) -> dict[str, Any]:
         """The content of the log line, without unknown values."""
@@ -57,6 +60,7 @@ class RequestRecord:
             "finish_reason": ",".join(dict.fromkeys(self.finish_reasons)) or None,
             "error": self.error,
             "not_used": ",".join(self.not_used) or None,
+            "trace_id": self.trace_id,
             "prompt": self.prompt,
             "output": self.output,
         }
@@ -96,13 +100,15 @@ class RequestLog:
         state: ServerState,
         manner_of: Callable[[str], ErrorManner],
         count: Callable[[str | None, str, int], None],
+        tracing: Tracing | None = None,
     ) -> None:
         """`manner_of`: how the route of a path tells of errors. `count` is told of each answer:
-        path of the route, method, status."""
+        path of the route, method, status. `tracing`: None for no spans."""
         self._app = app
         self._count = count
         self._state = state
         self._manner_of = manner_of
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,6 +116,7 @@ class RequestLog:
             return
         manner = self._manner_of(scope["path"])
         record = scope[RECORD] = RequestRecord(request_id(scope["headers"]), manner)
+        self._trace(record, scope)
 
         async def receive_all() -> Message:
             message = await receive()
@@ -139,7 +146,17 @@ class RequestLog:
             finally:
                 if record.status is not None and scope["path"] not in QUIET:
                     self._count(record.handler, scope["method"], record.status)
+                if record.span is not None:
+                    record.span.end(record.status, record.error)
                 _write(record, scope)
+
+    def _trace(self, record: RequestRecord, scope: Scope) -> None:
+        """Note the trace of this request, and begin its span if spans are wanted."""
+        record.trace_id = trace_of(scope["headers"])
+        if self._tracing is not None and scope["path"] not in QUIET:
+            record.span = self._tracing.begin(scope)
+            record.trace_id = record.span.trace_id
+        CURRENT_TRACE.set(record.trace_id)
 
 
 def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:

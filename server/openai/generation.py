@@ -19,6 +19,7 @@ from server.openai.bodies import ReplyMetrics, SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, cache_salt, stream_options, with_seed_of_choice
 from server.openai.schema import SamplingFields
+from server.openai.spans import describe_generation
 from server.openai.usage import count_drafts, count_so_far, count_tokens, draft_metrics
 from server.text.answer.forms import Reading
 
@@ -111,6 +112,10 @@ class Generation:
         self._record.finish_reasons = [
             str(choice.finish_reason or FinishReason.ABORT.value) for choice in self.choices
         ]
+        if self._record.span is not None:
+            describe_generation(
+                self._record.span, self.id, self.model, len(self.prompts), self.choices
+            )
         self._record.output_tokens = sum(choice.num_output for choice in self.choices)
         if self._keeps_text:
             self._record.output = "".join(self._output)

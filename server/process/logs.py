@@ -12,6 +12,10 @@ from typing import Any
 
 from configs.env import quiet_libraries
 from configs.schema import LogConfig
+from server.http.tracing import CURRENT_TRACE
+
+PACKAGES = __package__.removesuffix("server.process")  # "aerie." where it is installed
+DETAILS = ("engine.runner", "drafter", "server.assembly.compose")  # of a start
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +28,24 @@ def set_up_logging(config: LogConfig) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(config.level.upper())
-    quiet = ["httpx", "urllib3", "asyncio", "uvicorn.access"]
-    if not config.configuration:
-        quiet.append("uvicorn.error")  # tells of each part of the start
-    for name in quiet:
+    for name in quiet(config):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if config.format == "json":
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_uncaught_in_thread
         quiet_libraries()
+
+
+def quiet(config: LogConfig) -> list[str]:
+    """Loggers that say only what is wrong. A person who starts a server reads a few lines; the
+    parts of the start are told with --verbose, at level debug, and in a log for machines."""
+    found = ["httpx", "urllib3", "asyncio", "uvicorn.access"]
+    if not config.configuration:
+        found.append("uvicorn.error")  # tells of each part of the start
+        if config.format == "text" and config.level == "info":
+            found += [f"{PACKAGES}{name}" for name in DETAILS]
+    return found
 
 
 def _log_uncaught(
@@ -64,6 +76,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
         }
         fields = getattr(record, "fields", None)
+        if (trace := CURRENT_TRACE.get()) is not None:
+            entry["trace_id"] = trace
         entry |= fields if fields is not None else {"message": record.getMessage()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)

@@ -47,10 +47,13 @@ FLOORS: dict[str, Table] = {
         "apis": frozenset({"openai", "anthropic"}),
         "page": frozenset({"http"}),
         "terminal": frozenset(),
+        "measuring": frozenset(),
         "planning": frozenset(),
         "assembly": frozenset({"text", "planning"}),
         "process": frozenset({"text", "http", "openai", "apis", "page", "assembly"}),
-        "commands": frozenset({"text", "planning", "assembly", "process", "terminal"}),
+        "commands": frozenset(
+            {"text", "planning", "assembly", "process", "terminal", "measuring", "version"}
+        ),
         "cli": frozenset({"version", "commands"}),
     },
 }

@@ -11,10 +11,10 @@ import typer
 
 from benchmarks import compare
 from benchmarks.agreement import agreements, common_length
-from benchmarks.answers import Answer
 from benchmarks.compare import Figures, Plan, Results, contents, measure_all
 from benchmarks.peers.known import PEERS, Server, Setting
 from benchmarks.tables import ROOT, markdown
+from server.measuring.answers import Answer
 from tests.support import scripted_server
 
 PLAN = Plan((1, 2), min_prompts=3, num_tokens=4, rounds=2, threads=1, patience=20.0)

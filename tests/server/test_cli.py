@@ -16,7 +16,7 @@ from server.version import UNKNOWN, version
 from tests.architecture.source_tree import modules
 from tests.support.live_server import aerie_command, child_environment, run_aerie
 
-COMMANDS = ("serve", "chat", "config", "prepare", "plan", "version")
+COMMANDS = ("serve", "chat", "bench", "models", "pull", "config", "prepare", "plan", "version")
 HEAVY = ("torch", "transformers", "kernels", "drafter", "zmq", "fastapi")
 
 

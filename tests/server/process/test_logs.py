@@ -12,7 +12,7 @@ import yaml
 
 from configs.schema import LogConfig
 from server.process.launch import announcement
-from server.process.logs import log_formatter
+from server.process.logs import log_formatter, quiet
 
 
 def test_json_log_lines_are_objects() -> None:
@@ -35,6 +35,14 @@ def test_the_announcement_is_lines_of_json_where_the_log_is() -> None:
     first, last, _ = announcement(facts, "http://a:1", "text").rpartition("READY ")
     assert yaml.safe_load(first) == facts
     assert last == "READY "
+
+
+def test_a_person_reads_a_few_lines_of_a_start_and_all_of_them_on_demand() -> None:
+    parts = {"engine.runner", "drafter", "uvicorn.error"}
+    assert parts <= set(quiet(LogConfig()))
+    for config in (LogConfig(configuration=True), LogConfig(level="debug")):
+        assert not {"engine.runner", "drafter"} & set(quiet(config))
+    assert not {"engine.runner", "drafter"} & set(quiet(LogConfig(format="json")))
 
 
 FAILING = """

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from benchmarks.answers import Answer, Endpoint, Stopless, ask_all
 from benchmarks.peers.openai_url import UrlTarget
+from server.measuring.answers import Answer, Endpoint, Stopless, ask_all
 from tests.support.scripted_server import NO_USAGE, REFUSAL, USAGE, scripted
 
 

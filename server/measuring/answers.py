@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import httpx
 
-from benchmarks.timing import RequestTimes
+from server.measuring.timing import RequestTimes
 
 TIMEOUT = 600.0  # seconds for one request
 # The field that keeps a server from ending an answer early.
