@@ -26,6 +26,7 @@ from server.process.listening import address_of, check_tls, open_listener
 from server.process.logs import machine_line, set_up_logging
 from server.process.open_files import raise_limit
 from server.process.socket_folder import remove_stale_folders
+from server.process.suspects import Suspects
 
 if TYPE_CHECKING:
     from server.http.context import ServerContext
@@ -59,7 +60,7 @@ def serve(config: HostConfig) -> int:
 
 async def _serve(config: HostConfig, listener: socket.socket) -> int:
     stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
-    client = ZmqEngineClient()
+    client = ZmqEngineClient(Suspects(config.server.refuse_suspects))
     engine = EngineKeeper(config, client)
     engine.start()
     try:

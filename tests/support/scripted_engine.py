@@ -44,6 +44,7 @@ class ScriptedEngine:
         self.script = script
         self.info = info
         self.stats: EngineStats | None = None
+        self.num_restarts = 0
         self.submitted: list[Request] = []
         self.aborted: list[str] = []
         self.swapped: list[str | None] = []  # paths
