@@ -340,7 +340,20 @@ class ServerConfig(Section):
     )
     retry_after: Positive = Field(1, description="seconds, sent with 429 and 503")
     drain_timeout: Number = Field(30.0, ge=0, description="seconds for open requests on SIGTERM")
-    restart_engine: StrictBool = Field(True, description="restart the engine when it dies")
+    restart_engine: StrictBool = Field(
+        True, description="start the engine, or the HTTP process, again when it dies"
+    )
+    max_restarts: Positive | None = Field(
+        20,
+        description="such starts in a row, after pauses from 0.5 to 30 s, before the server ends "
+        "with exit code 1; a row ends when a process has served for 20 s; null: no limit",
+    )
+    refuse_suspects: Number = Field(
+        3600.0,
+        ge=0,
+        description="seconds for which a request is refused after it was running at two deaths of "
+        "the engine in a row; 0: none is refused",
+    )
     engine_timeout: Number = Field(
         300.0,
         gt=0,

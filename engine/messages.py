@@ -113,6 +113,7 @@ class ErrorCode(enum.StrEnum):
     INVALID = "invalid"  # the engine cannot carry it out, whatever its length
     STOPPING = "stopping"  # the server is stopping
     UNSOUND = "unsound"  # the model's logits are NaN or infinite
+    REFUSED = "refused"  # requests like it may be what kills the engine
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):

@@ -31,6 +31,7 @@ from kernels.native.build import NativeUnavailableError, build_library
 from server.assembly.drafting import Drafting, LoadedDraft, Target
 from server.assembly.followers import Followers, device_of
 from server.assembly.rank import Rank, build_rank, runner_parts, step_settings, threads_per_rank
+from server.assembly.running import Recorded
 from server.assembly.swaps import DraftSwapper
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def build_swappable_engine(
         with followers.progress.step():
             group = followers.meet(config, device)
             rank = build_rank(config, group, device)
-        engine = _engine(rank, followers, capture)
+        engine = _engine(rank, followers, capture, folder)
     except BaseException:
         followers.stop()
         raise
@@ -84,7 +85,9 @@ def build_swappable_engine(
     return engine
 
 
-def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> Engine:
+def _engine(
+    rank: Rank, followers: Followers, capture: CaptureWriter | None, folder: Path | None
+) -> Engine:
     executor = _on_all_ranks(rank.executor, followers)
     drafting = rank.drafting
     if rank.draft is not None:
@@ -93,7 +96,14 @@ def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> 
         drafting = replace(drafting, planner=planner)
     steps = step_settings(rank.config, rank.place)
     core = _core(
-        rank.config, rank.target, rank.place, drafting, executor, steps, capture, rank.grammars
+        rank.config,
+        rank.target,
+        rank.place,
+        drafting,
+        _recorded(executor, folder),
+        steps,
+        capture,
+        rank.grammars,
     )
 
     def scratch(draft: LoadedDraft) -> WarmUp:
@@ -104,6 +114,17 @@ def _engine(rank: Rank, followers: Followers, capture: CaptureWriter | None) -> 
     return Engine(
         core, DraftSwapper(core, rank, followers.orders, scratch), followers, rank.place.group
     )
+
+
+def _recorded(executor: Executor, folder: Path | None) -> Executor:
+    """With a record of what runs in `folder`, for the launcher."""
+    if folder is None:
+        return executor
+    try:
+        return Recorded(executor, folder)
+    except OSError as error:
+        logger.warning("requests that may kill the engine will not be known: %s", error)
+        return executor
 
 
 def _on_all_ranks(own: Executor, followers: Followers, *, scratch: bool = False) -> Executor:

@@ -53,6 +53,11 @@ class EngineClient(Protocol):
         """Tokens of the steps so far."""
         ...
 
+    @property
+    def num_restarts(self) -> int:
+        """Starts of the engine after the first."""
+        ...
+
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         """Submit a request at once and stream its events; the last one is its `Finished`.
 

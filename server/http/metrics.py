@@ -105,6 +105,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
         yield from self._gauges(stats)
+        yield self._restarts()
         yield self._waiting(stats)
         yield self._cache_config()
         yield from self._counters(stats)
@@ -119,6 +120,12 @@ class EngineCollector(Collector):
             value = getattr(stats, attribute) if stats is not None and ready else 0
             gauge.add_metric([self._model_name], value)
             yield gauge
+
+    def _restarts(self) -> Metric:
+        text = "Starts of the engine process after the first"
+        counter = CounterMetricFamily("engine_restarts", text, labels=[LABEL])
+        counter.add_metric([self._model_name], self._client.num_restarts)
+        return counter
 
     def _waiting(self, stats: EngineStats | None) -> Metric:
         """Those that wait for room, and those whose grammar is not compiled yet."""

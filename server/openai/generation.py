@@ -25,7 +25,11 @@ from server.text.answer.forms import Reading
 
 Event = Tokens | Finished
 # Why the engine refuses a request -> the code of the client's error.
-REFUSALS = {ErrorCode.CONTEXT_LENGTH: "context_length_exceeded", ErrorCode.INVALID: None}
+REFUSALS = {
+    ErrorCode.CONTEXT_LENGTH: "context_length_exceeded",
+    ErrorCode.INVALID: None,
+    ErrorCode.REFUSED: "request_refused",
+}
 
 
 class Generation:

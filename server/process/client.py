@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Collection
 
 import msgspec
 import zmq
@@ -28,6 +29,8 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from server.http.engine_client import StepSizes
+from server.assembly.running import mark
+from server.process.suspects import Suspects
 from server.process.wire import decode_engine, encode, share_prompts, unbounded
 
 ENGINE_LOST = "the engine stopped unexpectedly"
@@ -42,7 +45,9 @@ class ZmqEngineClient:
     """Implements `EngineClient`. Outlives engines: `attach` one, and `detach` it when it has
     ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, suspects: Suspects | None = None) -> None:
+        """`suspects`: which requests are refused after deaths of the engine; None: none."""
+        self._suspects = suspects or Suspects(0)
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -54,7 +59,9 @@ class ZmqEngineClient:
         self._stats: EngineStats | None = None
         self.step_sizes = StepSizes()
         self._ready = asyncio.Event()
-        self.was_ready = False  # whether the attached engine, or the last one, ever was
+        self._ready_at: float | None = None  # of the attached engine, or the last one
+        self._interrupted: list[Request] = []  # open when the engine said that it fails
+        self.num_restarts = 0
         self.num_heard = 0  # batches of messages
 
     @property
@@ -64,6 +71,16 @@ class ZmqEngineClient:
     @property
     def stats(self) -> EngineStats | None:
         return self._stats
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether the attached engine, or the last one, ever was ready."""
+        return self._ready_at is not None
+
+    @property
+    def served(self) -> float:
+        """Seconds since that engine was ready; 0 if it never was."""
+        return 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
 
     @property
     def has_failed(self) -> bool:
@@ -84,7 +101,7 @@ class ZmqEngineClient:
     def attach(self, endpoint: str) -> None:
         """Listen at `endpoint` for a new engine to connect."""
         assert self._socket is None
-        self.was_ready = False
+        self._ready_at = None
         self._socket = self._context.socket(zmq.PAIR)
         unbounded(self._socket)
         self._socket.bind(endpoint)
@@ -106,6 +123,13 @@ class ZmqEngineClient:
             if not answer.done():
                 answer.set_exception(ConnectionError(reason))
 
+    def suspect(self, running: Collection[bytes]) -> None:
+        """The engine has died; `running` are the marks of what it ran. Call it before `detach`."""
+        open_now = [stream.request for stream in self._streams.values()]
+        found = [*self._interrupted, *open_now]
+        self._suspects.engine_died(each for each in found if mark(each.request_id) in running)
+        self._interrupted = []
+
     def _close_for_requests(self) -> None:
         self._info = None
         self._ready.clear()
@@ -118,6 +142,8 @@ class ZmqEngineClient:
         self._streams[request.request_id] = stream
         if self._info is None:
             self._deliver(stream.failed(NO_ENGINE))
+        elif (refusal := self._suspects.refusal(request)) is not None:
+            self._deliver(stream.failed(refusal, ErrorCode.REFUSED))
         else:
             self._send(Submit(request))
         return stream.events()
@@ -173,9 +199,10 @@ class ZmqEngineClient:
     def _take(self, message: EngineMessage) -> None:
         if isinstance(message, EngineInfo):
             self._info = message
-            self.was_ready = True
+            self._ready_at = time.monotonic()
             self._ready.set()
         elif isinstance(message, EngineFailed):
+            self._interrupted = [stream.request for stream in self._streams.values()]
             self._close_for_requests()
         elif isinstance(message, EngineStats):
             self._stats = message
@@ -218,7 +245,7 @@ class _Stream:
     """The unread events of one request."""
 
     def __init__(self, request: Request) -> None:
-        self._request = request
+        self.request = request
         self._queue: asyncio.Queue[Tokens | Finished] = asyncio.Queue()
         self._is_given_up = False
 
@@ -246,9 +273,9 @@ class _Stream:
     def failed(self, reason: str, code: ErrorCode | None = None) -> Finished:
         """The last event of a request whose engine is lost."""
         return Finished(
-            request_id=self._request.request_id,
+            request_id=self.request.request_id,
             reason=FinishReason.ERROR,
-            num_prompt=len(self._request.prompt_ids),
+            num_prompt=len(self.request.prompt_ids),
             num_output=0,
             error=reason,
             error_code=code,

@@ -16,13 +16,14 @@ import zmq
 from configs.env import engine_environment
 from configs.resolve import HostConfig
 from engine.messages import ErrorCode
+from server.assembly.running import marks_in
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
-from server.process.socket_folder import private_endpoint
+from server.process.restarts import Restarts
+from server.process.socket_folder import folder_of, private_endpoint
 
 LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
 GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
-FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between engine restarts
 WATCH_POLL = 1.0  # seconds between looks at a running engine
 FAILED_END = 10.0  # seconds for the process of a failed engine to end
 # What a machine may lack for a moment.
@@ -49,6 +50,7 @@ class EngineKeeper:
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._was_ever_ready = False
+        self._restarts = Restarts(config.server.max_restarts)
         self.exit_code = 0
 
     def start(self) -> None:
@@ -78,35 +80,48 @@ class EngineKeeper:
             self._process.kill()
 
     async def _keep(self) -> None:
-        backoff = FIRST_BACKOFF
         while not self._stopping.is_set():
-            was_ready, may_go_on = await self._try_once()
+            served, may_go_on = await self._try_once()
             if self._stopping.is_set():
                 return
-            if not (may_go_on and self._config.server.restart_engine):
+            pause = self._pause_after(served) if may_go_on else None
+            if pause is None:
                 self.exit_code = 1
                 return
-            backoff = FIRST_BACKOFF if was_ready else min(backoff * 2, LONGEST_BACKOFF)
-            logger.info("starting the engine again in %.1f s", backoff)
+            logger.info("starting the engine again in %.1f s", pause)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff)
+                await asyncio.wait_for(self._stopping.wait(), pause)
+            self._client.num_restarts += 1
 
-    async def _try_once(self) -> tuple[bool, bool]:
-        """Run one engine to its end, if it can be started. Returns whether it was ready, and
-        whether another may be."""
+    def _pause_after(self, served: float) -> float | None:
+        """Seconds before the next start; None if there must be none."""
+        if not self._config.server.restart_engine:
+            return None
+        pause = self._restarts.died(served)
+        if pause is None:
+            logger.error(
+                "the engine was started again %d times in a row (server.max_restarts): the server "
+                "ends",
+                self._config.server.max_restarts,
+            )
+        return pause
+
+    async def _try_once(self) -> tuple[float, bool]:
+        """Run one engine to its end, if it can be started. Returns for how many seconds it was
+        ready, and whether another may be started."""
         try:
-            code, was_ready = await self._run_once()
+            code, served = await self._run_once()
         except (OSError, zmq.ZMQError) as error:
             if not self._stopping.is_set():
                 logger.error("the engine process cannot be started: %s", error)
-            return False, self._was_ever_ready or error.errno in SHORTAGES
+            return 0.0, self._was_ever_ready or error.errno in SHORTAGES
         if not self._stopping.is_set():
             logger.error("the engine process ended with exit code %d", code)
         # What was set up well once may lack memory, files or a disk now, and get them back.
-        return was_ready, code != EXIT_BAD_SETUP or self._was_ever_ready
+        return served, code != EXIT_BAD_SETUP or self._was_ever_ready
 
-    async def _run_once(self) -> tuple[int, bool]:
-        """Run one engine to its end; return its exit code and whether it was ever ready.
+    async def _run_once(self) -> tuple[int, float]:
+        """Run one engine to its end; return its exit code and for how many seconds it was ready.
 
         Raises:
             OSError, zmq.ZMQError: its process or socket cannot be created.
@@ -117,14 +132,15 @@ class EngineKeeper:
                 self._process = process = await _spawn(endpoint)
                 code = await self._run_to_end(process)
             finally:
-                was_ready = self._client.was_ready
-                self._was_ever_ready |= was_ready
+                served = self._client.served
+                self._was_ever_ready |= self._client.was_ready
                 if self._stopping.is_set():
                     self._client.detach(STOPPING, ErrorCode.STOPPING)
                 else:
+                    self._client.suspect(marks_in(folder_of(endpoint)))
                     self._client.detach(ENGINE_LOST)
             await end_group(process.pid)
-            return code, was_ready
+            return code, served
 
     async def _run_to_end(self, process: asyncio.subprocess.Process) -> int:
         """Tell the engine its configuration; return its exit code once it has ended."""

@@ -1,16 +1,17 @@
-"""The HTTP process: opens the port at once, keeps an engine process running, and drains on
-SIGTERM."""
+"""The HTTP process: keeps an engine process running, answers on the port that the launcher has
+opened, and drains when it is told to stop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import signal
+import os
 import socket
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from io import FileIO
 from typing import TYPE_CHECKING, Any
 
 import uvloop
@@ -25,7 +26,10 @@ from server.process.keeper import LAST_WORDS, EngineKeeper
 from server.process.listening import address_of, check_tls, open_listener
 from server.process.logs import machine_line, set_up_logging
 from server.process.open_files import raise_limit
+from server.process.restarts import Restarts
 from server.process.socket_folder import remove_stale_folders
+from server.process.supervisor import CRASHED, Leash, supervise
+from server.process.suspects import Suspects
 
 if TYPE_CHECKING:
     from server.http.context import ServerContext
@@ -48,29 +52,51 @@ def serve(config: HostConfig) -> int:
     remove_stale_folders()
     check_tls(config.server)
     listener = open_listener(config.server)
-    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    limit = Restarts(config.server.max_restarts) if config.server.restart_engine else None
+    launcher = os.getpid()
     try:
-        with contextlib.closing(listener), runner:
-            return runner.run(_serve(config, listener))
+        with contextlib.closing(listener):
+            return supervise(lambda pipe: _serve_in_child(config, listener, pipe), limit)
     finally:
-        if config.server.socket is not None:
+        if config.server.socket is not None and os.getpid() == launcher:
             config.server.socket.unlink(missing_ok=True)
 
 
-async def _serve(config: HostConfig, listener: socket.socket) -> int:
-    stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
-    client = ZmqEngineClient()
+def _serve_in_child(config: HostConfig, listener: socket.socket, pipe: FileIO) -> int:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, listener, Leash(pipe)))
+
+
+async def _serve(config: HostConfig, listener: socket.socket, leash: Leash) -> int:
+    stop = _stop_event(leash)  # first of all: a signal may come at any time
+    client = ZmqEngineClient(Suspects(config.server.refuse_suspects))
     engine = EngineKeeper(config, client)
     engine.start()
     try:
         preparing = asyncio.create_task(asyncio.to_thread(_prepare, config, client))
         await _first(stop.wait(), preparing)
         if not stop.is_set():
-            await _run(config, await preparing, client, engine, listener, stop)
+            web = await preparing
+            try:
+                await _run(config, web, client, engine, listener, stop)
+            except Exception:
+                logger.exception("the HTTP process fails")
+                return CRASHED
     finally:
         await engine.stop()
         client.close()
     return engine.exit_code
+
+
+def _stop_event(leash: Leash) -> asyncio.Event:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(stop.set)
+
+    leash.call_at_stop(ask)
+    return stop
 
 
 def _prepare(config: HostConfig, client: ZmqEngineClient) -> WebServer:
@@ -172,11 +198,3 @@ async def _first(*awaitables: object) -> None:
     await asyncio.wait([*own, *tasks], return_when=asyncio.FIRST_COMPLETED)
     for task in own:
         task.cancel()
-
-
-def _stop_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from server.assembly.meeting import RANKS, holds_nothing_else
+from server.assembly.running import RUNNING
 
 PREFIX = "aerie-engine-"
 SOCKET = "engine"
@@ -56,7 +57,7 @@ def remove_stale_folders() -> int:
 
 
 def _remove_if_stale(folder: Path) -> bool:
-    """Remove the folder only if it is ours, unlocked, and holds only a socket and stores."""
+    """Remove the folder only if it is ours, unlocked, and holds only what engines leave."""
     try:
         with _opened(folder) as handle:
             status = os.fstat(handle)
@@ -67,7 +68,7 @@ def _remove_if_stale(folder: Path) -> bool:
             if not all(_is_ours(name, handle) for name in names):
                 return False
             for name in names:
-                if name == SOCKET:
+                if name in (SOCKET, RUNNING):
                     os.unlink(name, dir_fd=handle)
                 else:
                     shutil.rmtree(name, dir_fd=handle)
@@ -78,10 +79,13 @@ def _remove_if_stale(folder: Path) -> bool:
 
 
 def _is_ours(name: str, parent: int) -> bool:
-    """Whether it is our socket, or a meeting folder of ranks that holds nothing else."""
+    """Whether it is our socket, our record of what runs, or a meeting folder of ranks that holds
+    nothing else."""
     mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
     if name == SOCKET:
         return stat.S_ISSOCK(mode)
+    if name == RUNNING:
+        return stat.S_ISREG(mode)
     if not (name.startswith(RANKS) and stat.S_ISDIR(mode)):
         return False
     with _opened(name, parent) as handle:

@@ -41,6 +41,17 @@ def check_failure_of_open_requests(
     assert (caught.value.status_code, caught.value.code) == (500, "internal_error")
 
 
+def check_refusal_of_what_ran_at_two_deaths(server: LiveServer, before: str) -> None:
+    """`check_failure_of_open_requests` has sent the same requests before the first death."""
+    check_failure_of_open_requests(server)
+    server.wait_status("/ready", 200)
+    with pytest.raises(openai.BadRequestError, match="both times when the engine") as caught:
+        server.client().completions.create(**ENDLESS)
+    assert caught.value.code == "request_refused"
+    assert "running at two deaths of the engine in a row" in server.log.text()
+    assert text_of(server) == before
+
+
 def test_a_killed_engine_is_started_again_and_a_killed_server_takes_its_engine_along(
     make_server: MakeServer,
 ) -> None:
@@ -56,8 +67,10 @@ def test_a_killed_engine_is_started_again_and_a_killed_server_takes_its_engine_a
         server.wait_status("/ready", 200)
         assert server.engine_pid != first_pid
         assert text_of(server) == before
-        assert server.metrics()["request_success_total"] == 4
-        busy = server.client().completions.create(**ENDLESS, stream=True)
+        found = server.metrics()
+        assert (found["request_success_total"], found["engine_restarts_total"]) == (4, 1)
+        check_refusal_of_what_ran_at_two_deaths(server, before)
+        busy = server.client().completions.create(**ENDLESS | {"prompt": "a"}, stream=True)
         next(iter(busy))
         engine = os.pidfd_open(server.engine_pid)
         server.signal(signal.SIGKILL)

@@ -177,9 +177,15 @@ class LiveServer:
         return self.process.pid
 
     @property
+    def http_pid(self) -> int:
+        """The child that answers requests now."""
+        (pid,) = children(self.pid)
+        return pid
+
+    @property
     def engine_pid(self) -> int:
-        """The child that runs the engine now."""
-        (pid,) = [pid for pid in children(self.pid) if "engine_process" in command_line(pid)]
+        """Its child that runs the engine now."""
+        (pid,) = [pid for pid in children(self.http_pid) if "engine_process" in command_line(pid)]
         return pid
 
     def signal(self, number: signal.Signals) -> None:

@@ -46,6 +46,7 @@ class ScriptedEngine:
         self.info = info
         self.stats: EngineStats | None = None
         self.step_sizes = StepSizes()
+        self.num_restarts = 0
         self.submitted: list[Request] = []
         self.aborted: list[str] = []
         self.swapped: list[str | None] = []  # paths

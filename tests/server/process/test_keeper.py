@@ -18,6 +18,7 @@ from configs.resolve import HostConfig
 from configs.schema import Config, ServerConfig
 from engine.messages import EngineFailed, ErrorCode, Finished
 from server.process import keeper as keeping
+from server.process import restarts
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.keeper import EngineKeeper
@@ -38,7 +39,7 @@ def stub_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         script.write_text(f'#!/bin/sh\ntrace="{trace}"\n{body}\n')
         script.chmod(0o755)
         monkeypatch.setattr(keeping.sys, "executable", str(script))
-        monkeypatch.setattr(keeping, "FIRST_BACKOFF", 0.0)
+        monkeypatch.setattr(restarts, "FIRST_PAUSE", 0.0)
         return trace
 
     return install
@@ -80,6 +81,15 @@ def test_an_engine_that_dies_is_started_again(stub_engine: Callable[[str], Path]
     trace = stub_engine(lives)
     assert keep(Config(), EngineKeeper.failed) == 1
     assert trace.read_text() == "\n" * 3
+
+
+def test_an_engine_that_dies_again_and_again_is_the_end(
+    stub_engine: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = stub_engine('echo >> "$trace"; exit 1')
+    assert keep(Config(server=ServerConfig(max_restarts=3)), EngineKeeper.failed) == 1
+    assert trace.read_text() == "\n" * 4
+    assert "started again 3 times in a row (server.max_restarts)" in caplog.text
 
 
 def test_an_engine_that_dies_is_the_end_without_restarts(
@@ -195,8 +205,8 @@ def test_the_wait_for_the_next_engine_ends_with_the_server(
     stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_engine("exit 1")
-    monkeypatch.setattr(keeping, "FIRST_BACKOFF", 1e6)
-    monkeypatch.setattr(keeping, "LONGEST_BACKOFF", 1e6)
+    monkeypatch.setattr(restarts, "FIRST_PAUSE", 1e6)
+    monkeypatch.setattr(restarts, "LONGEST_PAUSE", 1e6)
 
     async def work(_: EngineKeeper) -> None:
         said = Said("starting the engine again")

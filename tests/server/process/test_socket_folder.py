@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.assembly.meeting import RANKS, STORE
+from server.assembly.running import RUNNING
 from server.process.socket_folder import (
     FRESH,
     PREFIX,
@@ -40,6 +41,7 @@ def left_behind(temporary: Path, name: str = PREFIX + "abc", fresh: bool = False
     folder.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / SOCKET))
+    (folder / RUNNING).write_bytes(b"")
     if not fresh:
         age(folder)
     return folder
