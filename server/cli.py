@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands import chat, drafts, plan, serve
+from server.commands import chat, deploy, drafts, plan, serve
 from server.version import version as own_version
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for commands in (serve, chat, plan, drafts):
+for commands in (serve, chat, deploy, plan, drafts):
     commands.register(app)
 
 

@@ -48,9 +48,11 @@ FLOORS: dict[str, Table] = {
         "page": frozenset({"http"}),
         "terminal": frozenset(),
         "planning": frozenset(),
+        "routing": frozenset(),
         "assembly": frozenset({"text", "planning"}),
         "process": frozenset({"text", "http", "openai", "apis", "page", "assembly"}),
-        "commands": frozenset({"text", "planning", "assembly", "process", "terminal"}),
+        "ray": frozenset({"routing", "process"}),
+        "commands": frozenset({"text", "planning", "assembly", "process", "ray", "terminal"}),
         "cli": frozenset({"version", "commands"}),
     },
 }
