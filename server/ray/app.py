@@ -1,11 +1,10 @@
 """The application of Ray Serve: `aerie deploy ray` runs it, and so does `serve run`.
 
-serve run server.ray.app:build config=smollm2 replicas=2
+serve run aerie:ray config=smollm2 replicas=2
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -16,13 +15,12 @@ from ray.serve.config import (
     RequestRouterConfig,
 )
 
-from configs.env import environment, num_cpus
-from configs.load import load_config
 from configs.schema import Config
 from server.ray.engine import EngineReplica
 from server.ray.front import Front
 from server.ray.router import EngineRouter
-from server.ray.scaling import engines_for
+from server.ray.scaling import EnginesForLoad
+from server.routing.settings import config_of, engine_cpus, with_threads
 
 ENGINE, FRONT = "engine", "front"
 HEALTH_PERIOD = 1.0  # seconds between looks of Ray Serve at a replica
@@ -39,22 +37,8 @@ MAX_CONNECTIONS = 100_000  # requests in a front end; its own limits are lower
 
 
 def build(arguments: dict[str, str]) -> serve.Application:
-    """The application, from the arguments of `serve run` or of a Serve config file.
-
-    Args:
-        arguments: `config`: a YAML file or the name of a shipped one; all others are keys of the
-            configuration, such as `model.source`. `replicas` is short for `fleet.replicas`.
-
-    Raises:
-        ConfigError: an argument is unknown, or its value is not allowed.
-    """
-    settings = dict(arguments)
-    path = settings.pop("config", None)
-    if "replicas" in settings:
-        settings["fleet.replicas"] = settings.pop("replicas")
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    config = load_config(None if path is None else Path(path), overrides, environment())
-    return application(config, cluster_gpus())
+    """The application, for arguments as in `config_of`. ConfigError as there."""
+    return application(config_of(arguments), cluster_gpus())
 
 
 def cluster_gpus() -> float:
@@ -78,25 +62,6 @@ def application(config: Config, num_gpus: float) -> serve.Application:
     engines = serve.deployment(**engine_options(config, num_gpus))(EngineReplica)
     fronts = serve.deployment(**front_options(config))(Front)
     return fronts.bind(config.model_dump_json(), engines.bind(engine_side.model_dump_json()))
-
-
-def with_threads(config: Config) -> Config:
-    """With threads for kernels that leave room for the other engines."""
-    if config.kernels.threads is not None:
-        return config
-    threads = int(engine_cpus(config)) or 1
-    kernels = config.kernels.model_copy(update={"threads": threads})
-    return config.model_copy(update={"kernels": kernels})
-
-
-def engine_cpus(config: Config) -> float:
-    """Cores that an engine with all its ranks gets."""
-    fleet = config.fleet
-    if fleet.cpus is not None:
-        return fleet.cpus
-    if config.kernels.threads is not None:
-        return float(config.kernels.threads * config.parallel.tensor)
-    return float(max(1, num_cpus() // (fleet.max_replicas or fleet.replicas)))
 
 
 def engine_options(config: Config, num_gpus: float) -> dict[str, Any]:
@@ -138,7 +103,7 @@ def _autoscaling(config: Config) -> AutoscalingConfig:
         downscale_delay_s=fleet.scale_down_delay,
         look_back_period_s=fleet.load_window,
         policy=AutoscalingPolicy(
-            policy_function=engines_for,
+            policy_function=EnginesForLoad,
             policy_kwargs={
                 "waiting_target": fleet.waiting_target,
                 "use_target": fleet.use_target,

@@ -36,6 +36,7 @@ from server.ray.messages import (
 from server.routing.chain import prefix_chain
 
 FAILURES = (RayError, RayServeException, asyncio.CancelledError)
+EAGER_PERIOD = 0.1  # seconds between looks while no engine answers
 LONGEST_LOOK = 5.0  # seconds that engines have to tell their status
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class RayEngineClient:
         self._engine_statuses: Sequence[EngineStatus] = ()
         self._counted: dict[str, EngineStats] = {}  # by engine, also those that have ended
         self._head = Head()
+        self._ready = asyncio.Event()
         self._pushing: asyncio.Task[None] | None = None
 
     @property
@@ -72,16 +74,15 @@ class RayEngineClient:
     def stats(self) -> EngineStats | None:
         return total(self._counted.values(), len(self._engine_statuses))
 
-    @property
-    def num_engines(self) -> int:
-        """Engines that answered the last look."""
-        return len(self._engine_statuses)
+    async def wait_ready(self) -> None:
+        """Return once an engine takes requests."""
+        await self._ready.wait()
 
     async def watch(self) -> None:
         """Look at the engines until cancelled."""
         while True:
-            self._take([status async for status in self._look()])
-            await asyncio.sleep(self._period)
+            await self._look()
+            await asyncio.sleep(self._period if self._engine_statuses else EAGER_PERIOD)
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         assert request.request_id not in self._calls, "request ids are used once"
@@ -112,6 +113,7 @@ class RayEngineClient:
         errors = [answer.error for answer in answers if answer.error is not None]
         if not errors:
             self._head = head
+            await self._look()
             return answers[0]
         if len(errors) < len(answers):
             old = None if before.draft is None else before.draft.path
@@ -126,11 +128,9 @@ class RayEngineClient:
             logger.warning("an engine did not take the draft head: %s", _first_line(error))
         return [decode_swapped(answer) for answer in answers if isinstance(answer, bytes)]
 
-    async def _look(self) -> AsyncIterator[EngineStatus]:
+    async def _look(self) -> None:
         answers = await self._ask_all("status", at_most=LONGEST_LOOK)
-        for answer in answers:
-            if isinstance(answer, bytes):
-                yield decode_status(answer)
+        self._take([decode_status(answer) for answer in answers if isinstance(answer, bytes)])
 
     async def _ask_all(
         self, method: str, *arguments: object, at_most: float | None = None
@@ -144,7 +144,13 @@ class RayEngineClient:
             return []
 
     def _take(self, statuses: Sequence[EngineStatus]) -> None:
+        if len(statuses) != len(self._engine_statuses):
+            logger.info("engines that take requests: %d", len(statuses))
         self._engine_statuses = statuses
+        if statuses:
+            self._ready.set()
+        else:
+            self._ready.clear()
         self._counted = {name: at_rest(stats) for name, stats in self._counted.items()}
         self._counted |= {each.engine_id: each.stats for each in statuses if each.stats is not None}
         self._head = max([self._head, *(each.head for each in statuses)], key=lambda h: h.version)
@@ -154,9 +160,12 @@ class RayEngineClient:
 
     async def _push(self, head: Head) -> None:
         """Engines that started after the choice of a head learn of it."""
-        for answer in await self._draft_with(head):
-            if answer.error is not None:
-                logger.warning("an engine keeps its draft head: %s", answer.error)
+        answers = await self._draft_with(head)
+        errors = [answer.error for answer in answers if answer.error is not None]
+        for error in errors:
+            logger.warning("an engine keeps its draft head: %s", error)
+        if not errors:
+            logger.info("all %d engines draft with %s", len(answers), head.path)
 
     def _route(self, request: Request) -> Route:
         info = self.info

@@ -65,7 +65,8 @@ def start(config: Config) -> str:
         "ssl_keyfile": _text(config.server.tls_key),
     }
     serve.start(proxy_location="EveryNode", http_options=http)
-    serve.run(application(config, cluster_gpus()), name=NAME, route_prefix="/")
+    front = serve.run(application(config, cluster_gpus()), name=NAME, route_prefix="/")
+    front.wait_ready.remote().result()
     return url
 
 

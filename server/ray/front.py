@@ -35,6 +35,10 @@ class Front:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._config, self._client)
 
+    async def wait_ready(self) -> None:
+        """Return once /ready is 200."""
+        await self._client.wait_ready()
+
     def check_health(self) -> None:
         """RuntimeError when the engines are not looked at any more."""
         if self._watching.done():

@@ -8,15 +8,20 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 
-def engines_for(
-    context: AutoscalingContext, waiting_target: float, use_target: float
-) -> tuple[int, dict[str, Any]]:
+class EnginesForLoad:
     """A policy of Ray Serve's autoscaler, which applies delays and limits afterwards."""
-    found = context.aggregated_metrics or {}
-    waiting = sum(found.get("waiting", {}).values())
-    used = list(found.get("used", {}).values())
-    current = context.current_num_replicas
-    return num_engines(current, waiting, used, waiting_target, use_target), {}
+
+    def __init__(self, waiting_target: float, use_target: float) -> None:
+        self._waiting_target = waiting_target
+        self._use_target = use_target
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """How many engines there should be, and no state."""
+        found = context.aggregated_metrics or {}
+        waiting = sum(found.get("waiting", {}).values())
+        used = list(found.get("used", {}).values())
+        current = context.current_num_replicas
+        return num_engines(current, waiting, used, self._waiting_target, self._use_target), {}
 
 
 def num_engines(

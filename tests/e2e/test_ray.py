@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
 
+from benchmarks.running import free_port
+from tests.architecture.source_tree import ROOT
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import DEADLINE, LiveServer, children, command_line
+from tests.support.live_server import (
+    DEADLINE,
+    LiveServer,
+    child_environment,
+    children,
+    command_line,
+)
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
 
@@ -215,12 +226,51 @@ def test_a_head_is_swapped_in_all_engines_also_in_those_that_start_later(
     assert refused.status_code == 400
     swapped = fleet.post("/admin/draft", {"path": str(head)}, headers=ADMIN)
     assert swapped.json()["draft"]["path"] == str(head)
-    os.kill(fleet.wait_engines(2)[0], signal.SIGKILL)
-    end = time.monotonic() + DEADLINE
-    # Of the first engine and of the one that takes the place of the killed one.
-    while fleet.log.text().count("draft head") < 3 and time.monotonic() < end:
-        time.sleep(0.1)
     assert fleet.get("/info").json()["engine"]["draft"]["path"] == str(head)
+    old = fleet.wait_engines(2)
+    os.kill(old[0], signal.SIGKILL)
+    fleet.log.wait_for(f"all 2 engines draft with {head}")
+    os.kill(old[1], signal.SIGKILL)  # the other one has it from its front end only
+    fleet.wait_status("/ready", 200)
+    assert fleet.get("/info").json()["engine"]["draft"]["path"] == str(head)
+
+
+def test_serve_run_takes_the_same_application_from_a_file(
+    make_fleet: MakeServer, tmp_path: Path
+) -> None:
+    content = yaml.safe_load((ROOT / "configs/deploy/ray/serve.yaml").read_text(encoding="utf-8"))
+    port = free_port()
+    content["http_options"]["port"] = port
+    keys = dict(each.split("=", 1) for each in make_fleet().overrides)
+    content["applications"][0]["args"] = keys | {"replicas": "1"}
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    extra = QUICK | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(path)],
+        env=child_environment(extra),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        end = time.monotonic() + DEADLINE
+        while not is_ready(port):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        body = {"model": MODEL, "prompt": "a", "max_tokens": 3}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, verify=False)
+        assert answer.json()["object"] == "text_completion"
+    finally:
+        process.terminate()
+        process.wait(DEADLINE)
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ready", verify=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_engines_come_and_go_with_the_load_and_no_request_fails(make_fleet: MakeServer) -> None:

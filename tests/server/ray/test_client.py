@@ -189,9 +189,10 @@ def swap(*answers: Any) -> tuple[DraftSwapped, list[Any]]:
     """The answer to a swap that the engines answer so, and the paths that they were told."""
     engines = FakeEngines()
     engines.answers["draft_with"] = lambda *_: list(answers)
+    engines.answers["status"] = list
     client = client_of(engines, EngineStatus("e", INFO, None, Head()))
     swapped = asyncio.run(client.swap_draft("/new"))
-    return swapped, [call[2] for call in engines.calls]
+    return swapped, [call[2] for call in engines.calls if call[0] == "draft_with"]
 
 
 def test_a_head_is_swapped_in_all_engines_or_in_none() -> None:
