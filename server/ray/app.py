@@ -15,6 +15,7 @@ from ray.serve.config import (
     RequestRouterConfig,
 )
 
+from configs.redact import without_secrets
 from configs.schema import Config
 from server.ray.engine import EngineReplica
 from server.ray.front import Front
@@ -51,17 +52,11 @@ def cluster_gpus() -> float:
 def application(config: Config, num_gpus: float) -> serve.Application:
     """The application for this configuration, in a cluster with so many GPUs."""
     config = with_threads(config)
-    # Engines need no keys of clients.
-    engine_server = config.server.model_copy(
-        update={
-            **dict.fromkeys(("api_keys", "admin_keys", "priority_keys"), ()),
-            **dict.fromkeys(("api_key_file", "admin_key_file", "tls_key")),
-        }
-    )
-    engine_side = config.model_copy(update={"server": engine_server})
     engines = serve.deployment(**engine_options(config, num_gpus))(EngineReplica)
     fronts = serve.deployment(**front_options(config))(Front)
-    return fronts.bind(config.model_dump_json(), engines.bind(engine_side.model_dump_json()))
+    return fronts.bind(
+        config.model_dump_json(), engines.bind(without_secrets(config).model_dump_json())
+    )
 
 
 def engine_options(config: Config, num_gpus: float) -> dict[str, Any]:
