@@ -4,6 +4,7 @@
 # make bench | compare | tables (docs/benchmarks.md)
 # make syncspec | test-syncspec (syncspec/README.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
+# make test-ray (several engines: docs/scaling.md)
 # make page | test-page (the page at /)
 # make test-pythons | check-image (the wheel and the image, as users have them)
 #
@@ -26,7 +27,8 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: page test-page test-pythons check-image docs install serve chat test test-extended test-parallel test-clients test-triton \
+.PHONY: page test-page test-ray test-pythons check-image docs install serve chat test test-extended \
+	test-parallel test-clients test-triton \
 	lint bench compare tables gpu-check gpu-train syncspec test-syncspec clean
 .DELETE_ON_ERROR:
 
@@ -53,6 +55,11 @@ test-parallel: $(VENV)/.test-tools
 # Frameworks that people use, against a running server; those that are missing are skipped.
 test-clients: $(VENV)/.client-tools
 	$(BIN)/python -m pytest -m clients -p no:unraisableexception $(TEST_ARGS) tests/e2e/test_clients.py
+
+# Several engines in a Ray cluster on this machine, for some minutes.
+test-ray: $(VENV)/.test-tools
+	$(PIP) -e ".[ray]"
+	$(BIN)/python -m pytest -m ray $(TEST_ARGS) tests/server/ray tests/e2e/test_ray.py
 
 # The page in a headless Chromium, if the machine has one: apt install chromium
 test-page: $(VENV)/.test-tools

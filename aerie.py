@@ -11,6 +11,13 @@ def main() -> None:
     run()
 
 
+def ray(arguments: dict[str, str]) -> object:
+    """For Ray Serve: `serve run aerie:ray config=smollm2 replicas=2`."""
+    from server.ray.app import build
+
+    return build(arguments)
+
+
 def syncspec() -> None:
     """The command `syncspec`, a system of its own."""
     from syncspec.cli import main as run

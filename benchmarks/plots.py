@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,38 @@ def plot_serving(content: Mapping[str, Any], output: Path) -> str:
     axes[1].set(xlabel="offered requests/s", ylabel="ms", yscale="log")
     for part in axes:
         part.legend()
+    return _save(figure, output)
+
+
+def plot_fleet(content: Mapping[str, Any], output: Path) -> str:
+    """Goodput of an engine and p99 over the offered rate, by routing and size of the fleet, beside
+    `output`; says what was done."""
+    figure, axes = _figure(2)
+    if figure is None:
+        return MISSING
+    styles = {"prefix": "o-", "round_robin": "x--"}
+    sizes = list(dict.fromkeys(row["replicas"] for row in content["rows"]))
+    for place, number in enumerate(sizes):
+        for routing, style in styles.items():
+            rows = [
+                row
+                for row in content["rows"]
+                if (row["replicas"], row["routing"]) == (number, routing)
+            ]
+            rates = [row["rate"] for row in rows]
+            label, look = f"{number}, {routing}", {"color": f"C{place}", "markersize": 4}
+            goodput = [row["goodput"] / number for row in rows]
+            axes[0].plot(rates, goodput, style, label=label, **look)
+            firsts = [row["ttft_p99"] for row in rows]
+            axes[1].plot(rates, [math.nan if f is None else f for f in firsts], style, **look)
+    axes[0].set(ylabel="good requests/s and engine", title=f"simulated from {content['measured']}")
+    axes[0].legend(title="engines, routing")
+    axes[1].axhline(content["ttft"] * 1e3, color="grey", linestyle=":")
+    axes[1].set(
+        xlabel="offered requests/s and engine",
+        ylabel="p99 of the time to first token, ms",
+        yscale="log",
+    )
     return _save(figure, output)
 
 

@@ -73,6 +73,8 @@ def markdown(kind: str, *contents: Content) -> str:
         "acceptance": _acceptance,
         "speed": _speed,
         "planned": _planned,
+        "fleet": _fleet,
+        "routing": _routing,
     }
     if kind not in known:
         raise ValueError(f"there is no table of kind {kind!r}; there are {', '.join(known)}")
@@ -239,6 +241,62 @@ def _serving_cells(row: Content) -> list[str]:
     shown = ["" if time is None else f"{time:.0f}" for time in times]
     rates = [f"{row['rate']:.2f}", f"{row['goodput']:.2f}", f"{row['good']:.0%}"]
     return [*rates, *shown, f"{row['tokens_per_second']:.0f}"]
+
+
+def _fleet(content: Content) -> Iterable[str]:
+    traffic, limits = content["traffic"], content["limits"]
+    yield (
+        f"Simulated from {content['measured']}. {content['about']} Engines of "
+        f"{limits['max_rows']} rows, {limits['max_tokens']} tokens per step and "
+        f"{limits['cache_tokens']} cached tokens; conversations of {traffic['turns']} questions "
+        f"after one of {traffic['num_systems']} system prompts of {traffic['system_tokens']} "
+        f"tokens. The most requests/s of which 99 % are good: first token within "
+        f"{content['ttft']:g} s, then {content['ttit'] * 1e3:g} ms per token. Cached: share of "
+        "prompt tokens that were not computed, at the highest rate that both carry."
+    )
+    yield ""
+    head = ("engines", "by prefix", "in turns", "x", "cached by prefix", "in turns", "TTFT p99")
+    numbers = dict.fromkeys(row["replicas"] for row in content["rows"])
+    yield from _table(head, [_fleet_cells(content["rows"], number) for number in numbers])
+
+
+def _fleet_cells(rows: Sequence[Content], number: int) -> list[str]:
+    """Of fleets of this size."""
+    by_routing = {
+        routing: {
+            row["rate"]: row
+            for row in rows
+            if (row["replicas"], row["routing"]) == (number, routing)
+        }
+        for routing in ("prefix", "round_robin")
+    }
+    most = {
+        routing: max((rate for rate, row in found.items() if row["good"] >= 0.99), default=0.0)
+        for routing, found in by_routing.items()
+    }
+    low = min(most.values())
+    at = [found.get(low) for found in by_routing.values()]
+    cached = ["" if row is None else f"{row['cached']:.0%}" for row in at]
+    firsts = ["" if row is None else f"{row['ttft_p99']:.0f}" for row in at]
+    ratio = f"{most['prefix'] / low:.2f}" if low else ""
+    rates = [f"{rate * number:g}" for rate in most.values()]
+    return [str(number), *rates, ratio, *cached, " / ".join(firsts) + " ms"]
+
+
+def _routing(content: Content) -> Iterable[str]:
+    yield (
+        f"{content['model']} on {_machine(content)}: {content['replicas']} engines of "
+        f"{content['cached_tokens']} cached tokens, {content['conversations']} conversations of "
+        f"{content['turns']} questions, {content['streams']} at a time. Times in ms."
+    )
+    yield ""
+    head = ("routing", "prompt tokens from a cache", "TTFT p50", "p99", "seconds")
+    yield from _table(head, [_routing_cells(row) for row in content["rows"]])
+
+
+def _routing_cells(row: Content) -> list[str]:
+    times = [f"{row[name]:.0f}" for name in ("ttft_p50", "ttft_p99")]
+    return [row["routing"], f"{row['cached']:.0%}", *times, f"{row['seconds']:.1f}"]
 
 
 def _latency(content: Content) -> Iterable[str]:

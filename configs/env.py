@@ -28,6 +28,11 @@ def quiet_libraries() -> None:
     os.environ["TQDM_DISABLE"] = "1"
 
 
+def without_usage_reports() -> None:
+    """Call it before Ray starts: it sends nothing to its makers, unless the operator wants that."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/aerie, or ~/.cache/aerie (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_CACHE_HOME")

@@ -362,6 +362,61 @@ class ServerConfig(Section):
     )
 
 
+class FleetConfig(Section):
+    """Several engines with one API: `aerie deploy ray`."""
+
+    replicas: Positive = Field(1, description="engines at the start, and the fewest")
+    max_replicas: Positive | None = Field(
+        None, description="most engines, started as the load needs them; default: `replicas`"
+    )
+    fronts: Positive = Field(1, description="processes with the API and the tokenizer")
+    cpus: Number | None = Field(
+        None,
+        gt=0,
+        description="cores that Ray reserves for an engine, which sets kernels.threads if that is "
+        "open; default: kernels.threads, else an equal share of this machine's",
+    )
+    gpus: Literal["auto", "none"] = Field(
+        "auto", description="auto: a GPU for each rank if the cluster has GPUs; none: only CPUs"
+    )
+    routing: Literal["prefix", "round_robin"] = Field(
+        "prefix",
+        description="prefix: to the engine of the session (prompt_cache_key), else to the one that "
+        "has computed most of the prompt before; round_robin: to one after the other",
+    )
+    load_bound: Number = Field(
+        1.5, ge=1, description="engines with more than this times the mean load are passed over"
+    )
+    prefix_blocks: Positive = Field(
+        100_000, description="newest blocks of prompts that routing remembers for each engine"
+    )
+    waiting_target: Number = Field(
+        8.0, gt=0, description="waiting requests for which another engine starts"
+    )
+    use_target: Number = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="share of blocks and rows in use at which there are enough engines",
+    )
+    scale_up_delay: Number = Field(
+        30.0, ge=0, description="seconds of too much load before engines start"
+    )
+    scale_down_delay: Number = Field(
+        600.0, ge=0, description="seconds of too little load before engines drain and end"
+    )
+    load_window: Number = Field(30.0, gt=0, description="seconds over which the load is averaged")
+
+    @model_validator(mode="after")
+    def _limits_have_an_order(self) -> FleetConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"fleet.max_replicas is {self.max_replicas}: not less than fleet.replicas, "
+                f"{self.replicas}"
+            )
+        return self
+
+
 class CaptureConfig(Section):
     """Storage of live sequences as token ids, for training; ids can be turned back into text."""
 
@@ -402,7 +457,7 @@ class CacheDirConfig(Section):
 
 
 class Config(Section):
-    """All settings of `aerie serve`."""
+    """All settings of `aerie serve` and `aerie deploy`."""
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
@@ -411,6 +466,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
     server: ServerConfig = ServerConfig()
+    fleet: FleetConfig = FleetConfig()
     capture: CaptureConfig = CaptureConfig()
     log: LogConfig = LogConfig()
     files: CacheDirConfig = CacheDirConfig()

@@ -57,6 +57,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     priority: int = 0  # lower runs first
     client: str = ""  # opaque label of who pays; work is shared fairly between clients
     cache_salt: str = ""  # prefixes are shared only between requests with the same salt
+    session: str = ""  # where there are several engines, requests of one session go to the same one
     prediction: list[int] = msgspec.field(default_factory=list)  # tokens that the client expects
     max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
     trace: bool = False  # report the verified trees with the tokens

@@ -196,6 +196,7 @@ def start_generation(
                 priority=body.priority or 0,
                 client=caller.label,
                 cache_salt=salt,
+                session=body.prompt_cache_key or "",
                 max_draft_nodes=body.max_draft_nodes,
                 prediction=prompt.prediction,
                 trace=body.include_trace,

@@ -134,7 +134,7 @@ class ZmqEngineClient:
         self._info = None
         self._ready.clear()
         if self._stats is not None:
-            self._stats = _at_rest(self._stats)
+            self._stats = at_rest(self._stats)
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         assert request.request_id not in self._streams, "request ids are used once"
@@ -228,7 +228,7 @@ class ZmqEngineClient:
             del self._streams[event.request_id]
 
 
-def _at_rest(stats: EngineStats) -> EngineStats:
+def at_rest(stats: EngineStats) -> EngineStats:
     """The counts of an ended engine, in which nothing runs any more."""
     return msgspec.structs.replace(
         stats,

@@ -14,6 +14,7 @@ import time
 import zmq
 
 from configs.env import engine_environment
+from configs.redact import without_secrets
 from configs.resolve import HostConfig
 from engine.messages import ErrorCode
 from server.assembly.running import marks_in
@@ -147,7 +148,7 @@ class EngineKeeper:
         if self._stopping.is_set():
             self._kill()
         assert process.stdin is not None
-        process.stdin.write(_without_secrets(self._config).encode() + b"\n")
+        process.stdin.write(without_secrets(self._config).model_dump_json().encode() + b"\n")
         watching = asyncio.create_task(self._watch())
         try:
             return await process.wait()
@@ -204,11 +205,3 @@ async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(f"{program}: {reason}") from error
-
-
-def _without_secrets(config: HostConfig) -> str:
-    """What the engine is told: everything but the keys."""
-    lists = dict.fromkeys(("api_keys", "admin_keys", "priority_keys"), ())
-    files = dict.fromkeys(("api_key_file", "admin_key_file", "tls_key"))
-    server = config.server.model_copy(update=lists | files)
-    return config.model_copy(update={"server": server}).model_dump_json()

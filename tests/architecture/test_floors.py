@@ -49,10 +49,12 @@ FLOORS: dict[str, Table] = {
         "terminal": frozenset(),
         "measuring": frozenset(),
         "planning": frozenset(),
+        "routing": frozenset(),
         "assembly": frozenset({"text", "planning"}),
         "process": frozenset({"text", "http", "openai", "apis", "page", "assembly"}),
+        "ray": frozenset({"routing", "process"}),
         "commands": frozenset(
-            {"text", "planning", "assembly", "process", "terminal", "measuring", "version"}
+            {"text", "planning", "assembly", "process", "ray", "terminal", "measuring", "version"}
         ),
         "cli": frozenset({"version", "commands"}),
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -15,12 +16,14 @@ import yaml
 
 from configs.schema import Config
 from engine.messages import EngineStats
+from server.routing.settings import config_of
 from server.text.tokenizer import Tokenizer
 from tests.support.http_server import Server, tiny_tokenizer
 
 DEPLOY = Path(__file__).resolve().parents[2] / "configs" / "deploy"
 DOCUMENTS = sorted(path for path in DEPLOY.rglob("*.yaml"))
 KUBERNETES = DEPLOY / "kubernetes"
+RAY = DEPLOY / "ray"
 METRIC = re.compile(r"aerie:\w+")
 GROUPING = re.compile(r"by \(([^)]*)\)")
 OWN_LABELS = {"instance"}  # added by Prometheus
@@ -101,7 +104,7 @@ def test_panels_do_not_lie_on_each_other() -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_images_have_versions_and_mounted_files_exist(path: Path) -> None:
-    found = loaded(path)
+    found = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     for service in found.get("services", {}).values():
         image = service["image"]
         assert "build" in service or re.search(r":v?\d+\.\d+\.\d+$", image)
@@ -124,6 +127,38 @@ def test_the_kustomization_lists_every_manifest() -> None:
     listed = loaded(KUBERNETES / "kustomization.yaml")["resources"]
     manifests = {path.name for path in KUBERNETES.glob("*.yaml")} - {"kustomization.yaml"}
     assert set(listed) == manifests
+
+
+def pods_of_ray() -> Iterator[Any]:
+    """The pods of the manifests that start a Ray cluster."""
+    spec = loaded(RAY / "rayservice.yaml")["spec"]["rayClusterConfig"]
+    yield from (each["template"] for each in (spec["headGroupSpec"], *spec["workerGroupSpecs"]))
+    leaders = next(yaml.safe_load_all((RAY / "leaderworkerset.yaml").read_text(encoding="utf-8")))
+    group = leaders["spec"]["leaderWorkerTemplate"]
+    yield from (group["leaderTemplate"], group["workerTemplate"])
+
+
+def test_applications_of_ray_have_settings_that_exist() -> None:
+    embedded = yaml.safe_load(loaded(RAY / "rayservice.yaml")["spec"]["serveConfigV2"])
+    for serve in (loaded(RAY / "serve.yaml"), embedded):
+        (application,) = serve["applications"]
+        module, _, function = application["import_path"].partition(":")
+        assert function in vars(importlib.import_module(module))
+        config = config_of(application["args"])
+        assert config.server.host == serve["http_options"]["host"]
+        assert config.server.port == serve["http_options"]["port"]
+
+
+def test_the_pods_of_ray_are_valid_and_have_time_to_drain() -> None:
+    pods = list(pods_of_ray())
+    assert len(pods) == 4
+    for pod in pods[1:]:
+        assert pod["spec"]["terminationGracePeriodSeconds"] > Config().server.drain_timeout
+    checker = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
+    validate: Callable[..., object] = checker.validate
+    for pod in pods:
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, **pod}
+        validate(whole | {"metadata": {"name": "p"}}, checker.latest_version(), strict=True)
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

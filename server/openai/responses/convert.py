@@ -43,6 +43,7 @@ SAME = (
     "ignore_eos",
     "priority",
     "cache_salt",
+    "prompt_cache_key",
     "speculation",
     "chat_template_kwargs",
     "parallel_tool_calls",

@@ -196,8 +196,10 @@ class ResponsesRequest(Fields):
         None, description=HARMLESS + "end users are not distinguished."
     )
     service_tier: NotUsed[str] = Field(None, description=HARMLESS + "there is one tier.")
-    prompt_cache_key: NotUsed[str] = Field(
-        None, description=HARMLESS + "equal prefixes are found without a key."
+    prompt_cache_key: str | None = Field(
+        None,
+        description="Names a session. Where there are several engines, requests of one session go "
+        "to the same one; equal prefixes are found without a key.",
     )
     prompt_cache_retention: NotUsed[str] = Field(
         None, description=HARMLESS + "prefixes stay cached as long as there is room."

@@ -1,0 +1,1 @@
+"""Several engines with Ray Serve, which places, restarts, scales and counts them."""

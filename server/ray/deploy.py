@@ -1,0 +1,90 @@
+"""Deploys the application to a Ray cluster, or to one that ends with this process."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from urllib.parse import urlsplit
+
+import ray
+from ray import serve
+
+from configs.schema import Config, ServerConfig
+from server.process.listening import address_of, open_listener
+from server.process.logs import set_up_logging
+from server.ray.app import application, cluster_gpus
+
+NAME = "aerie"
+
+logger = logging.getLogger(__name__)
+
+
+def deploy(config: Config, address: str | None) -> int:
+    """Run the application; returns the exit code.
+
+    Without an `address`, a cluster on this machine is started, and this returns after SIGTERM or
+    SIGINT, when open requests have ended. Else the application goes to the cluster there, stays
+    there, and this returns when it is ready.
+
+    Raises:
+        ValueError: a setting has no meaning for Ray's HTTP server.
+        OSError: the port cannot be used.
+        ConnectionError: there is no cluster at `address`.
+        RuntimeError: the engines cannot start.
+    """
+    check_server(config.server)
+    set_up_logging(config.log)
+    ray.init(address=address or "local", include_dashboard=False, log_to_driver=True)
+    stop = _stop_signals()  # Ray has handlers of its own, which end the process at once
+    try:
+        url = start(config)
+        sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
+        sys.stdout.flush()
+        if address is None:
+            stop.wait()
+            logger.info("draining")
+            serve.delete(NAME)
+    finally:
+        if address is None:
+            serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def start(config: Config) -> str:
+    """Start the application in the cluster of this process; return its URL once it is ready."""
+    with open_listener(config.server) as listener:  # says what is wrong with host and port
+        url = address_of(config.server, listener)
+    port = urlsplit(url).port
+    http = {
+        "host": config.server.host,
+        "port": port,
+        "ssl_certfile": _text(config.server.tls_certificate),
+        "ssl_keyfile": _text(config.server.tls_key),
+    }
+    serve.start(proxy_location="EveryNode", http_options=http)
+    front = serve.run(application(config, cluster_gpus()), name=NAME, route_prefix="/")
+    front.wait_ready.remote().result()
+    return url
+
+
+def check_server(server: ServerConfig) -> None:
+    """ValueError for settings of a server that Ray's HTTP server cannot honour."""
+    if server.socket is not None:
+        raise ValueError(
+            f"server.socket is {str(server.socket)!r}: Ray's HTTP server listens on server.host "
+            "and server.port"
+        )
+
+
+def _text(path: object) -> str | None:
+    return None if path is None else str(path)
+
+
+def _stop_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
