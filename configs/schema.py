@@ -43,6 +43,7 @@ Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 WeightForm = Literal["stored", "plain", "q8", "q4"]  # how weights are kept
+ExpertCut = Literal["tensor", "expert"]  # what ranks share: widths of experts, or whole ones
 
 
 def _say_allowed_layers(value: object, check: ValidatorFunctionWrapHandler) -> object:
@@ -216,6 +217,11 @@ class ParallelConfig(Section):
     """Ranks that share the target, one process each; on GPUs, one device each."""
 
     tensor: Integer = Field(1, ge=1, le=64, description="ranks")
+    experts: ExpertCut = Field(
+        "tensor",
+        description="how the experts of Llama 4 are spread over ranks: tensor: each rank holds a "
+        "part of every expert's width; expert: whole experts, in equal numbers",
+    )
     timeout: Number = Field(
         10.0,
         gt=0,

@@ -53,6 +53,8 @@ class ExpertWeights:
 
     gate_up: tuple[LinearWeight, ...]  # H -> 2F, the gate first
     down: tuple[LinearWeight, ...]  # F -> H
+    # The experts that are here, of those that the router chooses from. None: all
+    held: range | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ class Ops:
     kv_move: Callable[[Sequence[Tensor], Tensor, Tensor], None]
     # (gate_up [T, 2F], gate first) -> [T, F] silu(gate) * up
     silu_and_mul: Callable[[Tensor], Tensor]
-    # (x [T, H], router logits [T, E], experts) -> [T, H]; see kernels/moe/reference.py
+    # (x [T, H], router logits [T, E], experts) -> [T, H], zeros for tokens whose expert is not
+    # held; see kernels/moe/reference.py
     moe: Callable[[Tensor, Tensor, ExpertWeights], Tensor]
     # (logits [R, V] float32) -> [R] int64
     argmax: Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ from engine.models.footprint import GIB, held_bytes, layers_with_progress
 from engine.models.layers import LMHead, RMSNorm, VocabParallelEmbedding, run_whole
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
-from engine.parallel.shard import check_degree
+from engine.parallel.shard import check_degree, check_experts
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.taps import LAST_OUTPUT
 from kernels.ops import PackedLayer
@@ -97,6 +97,7 @@ class LlamaLoader:
 
     def __init__(self, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> None:
         check_degree(arch, place.shard.size)
+        check_experts(arch, place.experts, place.shard.size)
         self._blocks = LayerLoader.of(arch, read, place, max_len)
 
     def load(self) -> Llama:

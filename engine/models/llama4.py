@@ -25,7 +25,7 @@ from engine.models.layers import (
 from engine.models.llama import Llama, load_decoder
 from engine.models.loading import ALL, LayerLoader
 from engine.models.place import Place
-from engine.parallel.shard import check_degree
+from engine.parallel.shard import check_degree, check_experts
 from engine.step.batch import ForwardBatch, ForwardContext
 from kernels.linear.quantised import Part, dense
 from kernels.ops import ExpertWeights, LinearWeight
@@ -82,7 +82,7 @@ class RoutedMLP:
     """A block that all tokens use, plus one that the router picks for each token."""
 
     router: LinearWeight  # H -> E
-    experts: ExpertWeights  # each rank holds a slice of every expert's width
+    experts: ExpertWeights  # a slice of every expert's width, or some whole experts
     shared: GatedMLP
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -140,6 +140,7 @@ class Llama4Loader:
 
     def __init__(self, arch: Llama4Arch, read: ReadStored, place: Place, max_len: int) -> None:
         check_degree(arch, place.shard.size)
+        check_experts(arch, place.experts, place.shard.size)
         self._arch, self._place, self._max_len = arch, place, max_len
         self._blocks = LayerLoader.of(arch, _halved_pairs(read, arch.head_dim), place, max_len)
         ones = torch.ones(arch.head_dim, device=place.device)
@@ -188,13 +189,18 @@ class Llama4Loader:
 
     def _experts(self, prefix: str) -> ExpertWeights:
         count, width = self._arch.num_experts, self._arch.intermediate_size
-        own = self._place.shard.even(width)
-        read = self._blocks.read
+        shard, own, held = self._place.shard, slice(0, width), range(count)
+        if self._place.experts == "expert":
+            held = held[shard.even(count)]
+        else:
+            own = shard.even(width)
         kind = SeparateExperts if self._arch.separate_experts else FusedExperts
-        experts, pack = kind(read, prefix, width, own), self._place.packer.pack_experts
+        experts = kind(self._blocks.read, prefix, width, own)
+        pack = self._place.packer.pack_experts
         return ExpertWeights(
-            gate_up=pack(map(experts.gate_up, range(count)), count),
-            down=pack(map(experts.down, range(count)), count),
+            gate_up=pack(map(experts.gate_up, held), len(held)),
+            down=pack(map(experts.down, held), len(held)),
+            held=None if len(held) == count else held,
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from configs.schema import WeightForm
+from configs.schema import ExpertCut, WeightForm
 from engine.models.weights import WeightPacker
 from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
@@ -23,6 +23,7 @@ class Place:
     shard: Shard = WHOLE  # this rank's part of a model
     group: TPGroup = field(default_factory=TPGroup)  # the ranks that compute steps together
     weights: WeightForm = "stored"
+    experts: ExpertCut = "tensor"  # what ranks share of experts: their widths, or their number
 
     @property
     def packer(self) -> WeightPacker:

@@ -295,17 +295,19 @@ class NativeOps:
         return out
 
     def moe(self, x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
-        """A call of a linear layer for each expert that has tokens. A token's result does not
+        """A call of a linear layer for each held expert that has tokens. A token's result does not
         depend on the others, because that of a linear layer does not."""
         x, logits = x.contiguous(), logits.contiguous()
         scaled, experts = torch.empty_like(x), torch.empty(len(x), dtype=torch.int64)
         places = (x.data_ptr(), x.shape[1], experts.data_ptr(), scaled.data_ptr())
         self._route(self._pool, logits.data_ptr(), *logits.shape, *places)
-        order = experts.argsort(stable=True)
+        held = weights.held or range(logits.shape[1])
         counts = experts.bincount(minlength=logits.shape[1]).tolist()
+        first, counts = sum(counts[: held.start]), counts[held.start : held.stop]
+        order = experts.argsort(stable=True)[first : first + sum(counts)]
         inner = self.silu_and_mul(self._linear_each(scaled[order], counts, weights.gate_up))
         outputs = self._linear_each(inner, counts, weights.down)
-        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+        return torch.zeros(len(x), outputs.shape[1]).index_copy_(0, order, outputs)
 
     def _linear_each(
         self, x: Tensor, counts: Sequence[int], weights: Sequence[LinearWeight]

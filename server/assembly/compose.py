@@ -130,13 +130,15 @@ def _log_ranks(config: HostConfig, group: TPGroup, rank: Rank) -> None:
     if not isinstance(group, DistributedGroup):
         return
     copies = ", each held by several ranks" if group.size > rank.target.arch.num_kv_heads else ""
+    whole = config.parallel.experts == "expert"
     logger.info(
         "%d ranks over %s, %d threads each: split are the attention and KV heads%s, the "
-        "feed-forward and the vocabulary; the draft head is %s",
+        "feed-forward%s and the vocabulary; the draft head is %s",
         group.size,
         group.backend,
         threads_per_rank(config),
         copies,
+        " (experts are whole, each on one rank)" if whole else "",
         "absent" if rank.draft is None else config.speculation.draft_parallel,
     )
 

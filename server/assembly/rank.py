@@ -171,7 +171,7 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
         (model.weights, model.dtype, head_place.weights),
         (backends, library, config.kernels.graphs),
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),
-        (config.speculation.draft_parallel, config.speculation.window),
+        (config.speculation.draft_parallel, config.parallel.experts, config.speculation.window),
         config.scheduler.max_num_seqs,
     )
     return repr(parts)
@@ -183,7 +183,8 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
     form = weight_form(config.model.weights, "model.weights", ops)
-    return Place(ops, dtype, device, Shard(group.rank, group.size), group, form)
+    shard = Shard(group.rank, group.size)
+    return Place(ops, dtype, device, shard, group, form, config.parallel.experts)
 
 
 def _head_form(speculation: SpeculationConfig, ops: Ops) -> WeightForm:
