@@ -238,6 +238,7 @@ def _core(
         },
         device=str(place.device),
         weights=bytes_by_form(target.model),
+        cache_dtype=config.cache.dtype if place.cache else config.model.dtype,
     )
     return EngineCore(
         scheduler,
