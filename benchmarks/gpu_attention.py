@@ -23,7 +23,7 @@ from benchmarks.kernel_cases import BLOCK, HEADS, KV_HEADS, TREE, D
 from engine.step.shape import ancestors_of, signed
 from kernels.attention import triton_kernel, triton_plan
 from kernels.attention.triton_plan import TilePlan
-from kernels.ops import AttentionMeta, Ops
+from kernels.ops import UNSCALED, AttentionMeta, Ops
 from kernels.registry import build_ops
 
 # (rows, nodes, keys, positions of the longest row)
@@ -108,7 +108,7 @@ def measured(ops: Ops, device: torch.device, mine: slice, timer: Timer) -> Itera
         q, k, v = inputs(rows, nodes, blocks, device)
         with planned(**changes):
             try:
-                seconds = timer(lambda: ops.attention(q, k, v, meta, D**-0.5))  # noqa: B023
+                seconds = timer(lambda: ops.attention(q, k, v, meta, D**-0.5, UNSCALED))  # noqa: B023
             except Exception as error:  # noqa: BLE001  (one plan's failure hides no other)
                 yield found | {"error": str(error)[:100]}
                 continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.step.shape import ancestors_of, signed
-from kernels.ops import AttentionMeta, Ops
+from kernels.ops import UNSCALED, AttentionMeta, Ops
 from kernels.sampling.pipeline_reference import (
     BiasEntries,
     DrawSettings,
@@ -105,7 +105,7 @@ class _Lab:
                 max_context=context + nodes,
             )
             queries = self._new(rows * nodes, HEADS, D)
-            return lambda: self.ops.attention(queries, keys, values, meta, D**-0.5)
+            return lambda: self.ops.attention(queries, keys, values, meta, D**-0.5, UNSCALED)
 
         return make
 
@@ -184,7 +184,7 @@ class _Lab:
         angles = self._new(TOKENS, D, dtype=torch.float32)
         slots, places = torch.randperm(TOKENS, device=self.device), torch.arange(TOKENS)
         at = places.to(self.device)
-        return lambda: self.ops.rope_kv_write(qkv, angles, at, slots, keys, values)
+        return lambda: self.ops.rope_kv_write(qkv, angles, at, slots, keys, values, UNSCALED)
 
     def _kv_move(self) -> Callable[[], object]:
         pages = [self._new(1024, BLOCK, KV_HEADS, D) for _ in range(2 * LAYERS)]

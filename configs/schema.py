@@ -43,6 +43,7 @@ Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 WeightForm = Literal["stored", "plain", "q8", "q4"]  # how weights are kept
+ExpertCut = Literal["tensor", "expert"]  # what ranks share: widths of experts, or whole ones
 
 
 def _say_allowed_layers(value: object, check: ValidatorFunctionWrapHandler) -> object:
@@ -76,8 +77,8 @@ class ModelConfig(Section):
     served_name: str | None = Field(None, description="name in the API; default: `source`")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
-        description="type of the KV cache and of weights that are not quantised; on a CPU "
-        "activations are float32",
+        description="type of weights that are not quantised and, unless cache.dtype says "
+        "otherwise, of the KV cache; on a CPU activations are float32",
     )
     weights: WeightForm = Field(
         "stored",
@@ -122,6 +123,12 @@ class CacheConfig(Section):
     """The paged key/value cache."""
 
     block_size: Literal[16] = Field(16, description="tokens per block")
+    dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="type of the target's keys and values; auto: model.dtype; fp8 (e4m3): half the "
+        "memory of bfloat16, with the checkpoint's scales if it has some. A draft head's stay in "
+        "model.dtype",
+    )
     num_blocks: Positive | None = Field(None, description="default: sized from memory_fraction")
     memory_fraction: Number = Field(
         0.3, gt=0, le=0.95, description="share of the free memory, used when num_blocks is unset"
@@ -216,6 +223,11 @@ class ParallelConfig(Section):
     """Ranks that share the target, one process each; on GPUs, one device each."""
 
     tensor: Integer = Field(1, ge=1, le=64, description="ranks")
+    experts: ExpertCut = Field(
+        "tensor",
+        description="how the experts of Llama 4 are spread over ranks: tensor: each rank holds a "
+        "part of every expert's width; expert: whole experts, in equal numbers",
+    )
     timeout: Number = Field(
         10.0,
         gt=0,

@@ -187,6 +187,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     device: str
     draft: DraftFacts | None = None  # None: no draft head
     weights: dict[str, int] = {}  # bytes of the target on rank 0, by form: float32, fp8, q4, ...
+    cache_dtype: str = "bfloat16"  # of the target's keys and values; or float32, fp8
 
     @property
     def ops_in_words(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,19 @@ class ExpertWeights:
 
     gate_up: tuple[LinearWeight, ...]  # H -> 2F, the gate first
     down: tuple[LinearWeight, ...]  # F -> H
+    # The experts that are here, of those that the router chooses from. None: all
+    held: range | None = None
+
+
+class CacheScales(NamedTuple):
+    """What the numbers of a layer's cache in FP8 are multiplied with to give keys and values. Other
+    caches hold keys and values themselves."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+UNSCALED = CacheScales()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +81,8 @@ class LayerWeights:
     down: LinearWeight
     cos_sin: Tensor  # [max_len, D] float32
     scale: float
+    cache: torch.dtype  # of keys and values
+    cache_scales: CacheScales
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +140,18 @@ class Ops:
     # (x [T, H], residual [T, H], weight [H] float32, eps) -> [T, H]; residual += x, in place
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     # (qkv [T, (Hq + 2 Hkv) D], cos_sin [max_len, D] float32, positions [T] int64, slots [T] int64,
-    #  k_cache, v_cache [num_blocks, S, Hkv, D]) -> rotated q [T, Hq, D]; k and v go to the cache
-    rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    # (q [T, Hq, D], k_cache, v_cache, meta, scale) -> [T, Hq * D]
-    attention: Callable[[Tensor, Tensor, Tensor, AttentionMeta, float], Tensor]
+    #  k_cache, v_cache [num_blocks, S, Hkv, D], scales of these) -> rotated q [T, Hq, D]; k and v
+    # go to the cache
+    rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, CacheScales], Tensor]
+    # (q [T, Hq, D], k_cache, v_cache, meta, scale, scales of the caches) -> [T, Hq * D]
+    attention: Callable[[Tensor, Tensor, Tensor, AttentionMeta, float, CacheScales], Tensor]
     # (pages of all layers, each [num_blocks, S, Hkv, D]; sources [M] int64, targets [M] int64):
     # slot targets[m] takes what slot sources[m] holds, for m in order
     kv_move: Callable[[Sequence[Tensor], Tensor, Tensor], None]
     # (gate_up [T, 2F], gate first) -> [T, F] silu(gate) * up
     silu_and_mul: Callable[[Tensor], Tensor]
-    # (x [T, H], router logits [T, E], experts) -> [T, H]; see kernels/moe/reference.py
+    # (x [T, H], router logits [T, E], experts) -> [T, H], zeros for tokens whose expert is not
+    # held; see kernels/moe/reference.py
     moe: Callable[[Tensor, Tensor, ExpertWeights], Tensor]
     # (logits [R, V] float32) -> [R] int64
     argmax: Callable[[Tensor], Tensor]

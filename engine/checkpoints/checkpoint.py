@@ -15,6 +15,7 @@ from torch import Tensor
 
 from configs.files import check_regular, read_text
 from engine.checkpoints.arch import LlamaArch, Shape, bos_token_id, eos_token_ids
+from engine.checkpoints.cache_scales import read_cache_scales, scale_names
 from engine.checkpoints.families import TextModel, read_text_model
 from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from engine.checkpoints.llama4_arch import with_stored_experts
@@ -23,12 +24,14 @@ from engine.checkpoints.manifest import (
     LM_HEAD,
     check_manifest,
     expected_tensors,
+    listed,
 )
 from engine.checkpoints.quantisation import Quantisation, read_quantisation
 from engine.checkpoints.quantised import QuantisedTensor, QuantisedWeights
 from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles, config_folder, resolve_source
 from engine.checkpoints.stored import Stored
 from kernels.linear.quantised import dense
+from kernels.ops import CacheScales
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SINGLE_FILE = "model.safetensors"
@@ -65,6 +68,11 @@ class Checkpoint(Protocol):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the model, read one at a time."""
+        ...
+
+    def cache_scales(self) -> dict[int, CacheScales]:
+        """Of keys and values in FP8, by layer; empty if the model has none. ValueError for scales
+        that are not one number for a layer."""
         ...
 
 
@@ -106,10 +114,23 @@ class SafetensorsCheckpoint:
         self.arch = text.arch
         self._prefix = text.prefix
         self._shards = _text_tensors(self._open_shards(_shard_paths(folder)), text, folder)
+        self._cache_scales = self._take_cache_scales(folder)
         self._quantised = self._take_quantised(read_quantisation(text.config), folder)
         self.arch = replace(self.arch, tie_word_embeddings=self._is_tied(folder))
         self.arch = with_stored_experts(self.arch, self._names())
         check_manifest(self.arch, self._shapes(), folder)
+
+    def _take_cache_scales(self, folder: Path) -> dict[str, Any]:
+        """Their tensors leave the others."""
+        views = {name: self._slice(name) for name in scale_names(self._shards)}
+        for name in views:
+            del self._shards[name]
+        if views:
+            logger.info("%s: %s are used with cache.dtype=fp8", folder, listed(list(views)))
+        return views
+
+    def cache_scales(self) -> dict[int, CacheScales]:
+        return read_cache_scales(self._cache_scales)
 
     def _take_quantised(
         self, quantisation: Quantisation | None, folder: Path

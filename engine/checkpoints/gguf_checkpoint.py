@@ -25,6 +25,7 @@ from engine.checkpoints.manifest import check_manifest, expected_tensors
 from engine.checkpoints.rope_scaling import DEFAULT_ROPE_THETA
 from engine.checkpoints.rotary import undo_rotary_permutation
 from kernels.linear.grouped import GroupedWeight
+from kernels.ops import CacheScales
 
 ARCHITECTURE = "llama"
 SUPPORTED_TYPES = (
@@ -117,6 +118,9 @@ class GGUFCheckpoint:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in expected_tensors(self.arch):
             yield name, self.tensor(name)
+
+    def cache_scales(self) -> dict[int, CacheScales]:
+        return {}
 
     def _bytes(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
         data = self._data[tensor.path]

@@ -33,10 +33,6 @@ PARTS: dict[Layout, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 INPUT_SCALES = ("input_scale", "input_scale_ub")
 FUSED = re.compile(r"(?P<stem>.*\.experts)\.(?P<part>gate_up|down)_proj")
-# Scales of a cache of keys and values in FP8
-CACHE_SCALES = re.compile(
-    r"\.self_attn\.((attn\.)?[qkv]_scale|[qkv]_proj\.([qkv]_scale|output_scale)|kv_scale)$"
-)
 
 logger = logging.getLogger(__name__)
 
@@ -149,14 +145,6 @@ class QuantisedWeights:
                 "of its own",
                 origin,
                 listed(inputs),
-            )
-        cache = sorted(name for name in self.views if CACHE_SCALES.search(name))
-        if cache:
-            self.used |= set(cache)
-            logger.warning(
-                "%s: %s are not used: keys and values are kept in model.dtype, not in FP8",
-                origin,
-                listed(cache),
             )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.step.batch import ForwardContext
-from kernels.ops import AttentionMeta, LayerWeights, LinearWeight, PackedLayer
+from kernels.ops import AttentionMeta, CacheScales, LayerWeights, LinearWeight, PackedLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +113,15 @@ class Attention:
     output: RowParallelLinear  # Hq D -> H
     cos_sin: Tensor  # [max_len, D] float32
     scale: float
+    cache: torch.dtype
+    cache_scales: CacheScales
 
     def __call__(self, x: Tensor, batch: AttentionInputs, ctx: ForwardContext) -> Tensor:
         keys, values = ctx.kv.keys[self.layer], ctx.kv.values[self.layer]
-        queries = ctx.ops.rope_kv_write(
-            self.qkv(x, ctx), self.cos_sin, batch.positions, batch.slots, keys, values
-        )  # [T, Hq, D]
-        mixed = ctx.ops.attention(queries, keys, values, batch.attention, self.scale)
+        places = (batch.positions, batch.slots, keys, values, self.cache_scales)
+        queries = ctx.ops.rope_kv_write(self.qkv(x, ctx), self.cos_sin, *places)  # [T, Hq, D]
+        pages = (keys, values, batch.attention, self.scale, self.cache_scales)
+        mixed = ctx.ops.attention(queries, *pages)
         return self.output(mixed, ctx)
 
 
@@ -160,6 +163,8 @@ class DecoderLayer:
             down=self.mlp.down.weight,
             cos_sin=self.attention.cos_sin,
             scale=self.attention.scale,
+            cache=self.attention.cache,
+            cache_scales=self.attention.cache_scales,
         )
 
     def __call__(

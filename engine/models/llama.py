@@ -17,10 +17,10 @@ from engine.models.footprint import GIB, held_bytes, layers_with_progress
 from engine.models.layers import LMHead, RMSNorm, VocabParallelEmbedding, run_whole
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
-from engine.parallel.shard import check_degree
+from engine.parallel.shard import check_degree, check_experts
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.taps import LAST_OUTPUT
-from kernels.ops import PackedLayer
+from kernels.ops import CacheScales, PackedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,17 @@ class LlamaLoader:
     """Builds a rank's part of a `Llama` from tensors by Hugging Face name; fuses and packs while
     it reads. ValueError if the model cannot be cut into `shard.size` parts."""
 
-    def __init__(self, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> None:
+    def __init__(
+        self,
+        arch: LlamaArch,
+        read: ReadStored,
+        place: Place,
+        max_len: int,
+        cache_scales: Mapping[int, CacheScales] | None = None,
+    ) -> None:
         check_degree(arch, place.shard.size)
-        self._blocks = LayerLoader.of(arch, read, place, max_len)
+        check_experts(arch, place.experts, place.shard.size)
+        self._blocks = LayerLoader.of(arch, read, place, max_len, cache_scales)
 
     def load(self) -> Llama:
         return load_decoder(self._blocks, self._blocks.decoder_layer)

@@ -3,6 +3,7 @@ of experts instead of some or all feed-forward blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,10 +26,10 @@ from engine.models.layers import (
 from engine.models.llama import Llama, load_decoder
 from engine.models.loading import ALL, LayerLoader
 from engine.models.place import Place
-from engine.parallel.shard import check_degree
+from engine.parallel.shard import check_degree, check_experts
 from engine.step.batch import ForwardBatch, ForwardContext
 from kernels.linear.quantised import Part, dense
-from kernels.ops import ExpertWeights, LinearWeight
+from kernels.ops import CacheScales, ExpertWeights, LinearWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Llama4Attention:
     temperatures: Tensor | None  # [max_len] float32: factors of the queries
     is_chunked: bool
     scale: float
+    cache_scales: CacheScales
 
     def __call__(self, x: Tensor, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
         keys, values = ctx.kv.keys[self.layer], ctx.kv.values[self.layer]
@@ -67,14 +69,15 @@ class Llama4Attention:
             num_heads = qkv.shape[1] // keys.shape[3] - keys.shape[2]
             qkv = self.norm(qkv, num_heads, ctx)
         positions = batch.positions if len(self.cos_sin) > 1 else torch.zeros_like(batch.positions)
-        places = (positions, batch.slots, keys, values)
+        places = (positions, batch.slots, keys, values, self.cache_scales)
         queries = ctx.ops.rope_kv_write(qkv, self.cos_sin, *places)  # [T, Hq, D]
         if self.temperatures is not None:
             queries.mul_(self.temperatures[batch.positions, None, None])
         meta = batch.attention
         if self.is_chunked and batch.chunked is not None:
             meta = batch.chunked
-        return self.output(ctx.ops.attention(queries, keys, values, meta, self.scale), ctx)
+        pages = (keys, values, meta, self.scale, self.cache_scales)
+        return self.output(ctx.ops.attention(queries, *pages), ctx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class RoutedMLP:
     """A block that all tokens use, plus one that the router picks for each token."""
 
     router: LinearWeight  # H -> E
-    experts: ExpertWeights  # each rank holds a slice of every expert's width
+    experts: ExpertWeights  # a slice of every expert's width, or some whole experts
     shared: GatedMLP
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -138,10 +141,19 @@ class Llama4Loader:
     """Builds a rank's part of a `Llama4` from tensors by Hugging Face name. ValueError if the model
     cannot be cut into `shard.size` parts."""
 
-    def __init__(self, arch: Llama4Arch, read: ReadStored, place: Place, max_len: int) -> None:
+    def __init__(
+        self,
+        arch: Llama4Arch,
+        read: ReadStored,
+        place: Place,
+        max_len: int,
+        cache_scales: Mapping[int, CacheScales] | None = None,
+    ) -> None:
         check_degree(arch, place.shard.size)
+        check_experts(arch, place.experts, place.shard.size)
         self._arch, self._place, self._max_len = arch, place, max_len
-        self._blocks = LayerLoader.of(arch, _halved_pairs(read, arch.head_dim), place, max_len)
+        read = _halved_pairs(read, arch.head_dim)
+        self._blocks = LayerLoader.of(arch, read, place, max_len, cache_scales)
         ones = torch.ones(arch.head_dim, device=place.device)
         self._norm = QKNorm(ones, arch.rms_norm_eps) if arch.qk_norm else None
         cosines_and_sines = torch.ones(2, arch.head_dim // 2) * torch.tensor([[1.0], [0.0]])
@@ -171,6 +183,7 @@ class Llama4Loader:
             temperatures=None if rotates else self._temperatures,
             is_chunked=index in arch.chunk_layers,
             scale=plain.scale,
+            cache_scales=plain.cache_scales,
         )
 
     def _feed_forward(self, index: int, prefix: str) -> GatedMLP | RoutedMLP:
@@ -188,13 +201,18 @@ class Llama4Loader:
 
     def _experts(self, prefix: str) -> ExpertWeights:
         count, width = self._arch.num_experts, self._arch.intermediate_size
-        own = self._place.shard.even(width)
-        read = self._blocks.read
+        shard, own, held = self._place.shard, slice(0, width), range(count)
+        if self._place.experts == "expert":
+            held = held[shard.even(count)]
+        else:
+            own = shard.even(width)
         kind = SeparateExperts if self._arch.separate_experts else FusedExperts
-        experts, pack = kind(read, prefix, width, own), self._place.packer.pack_experts
+        experts = kind(self._blocks.read, prefix, width, own)
+        pack = self._place.packer.pack_experts
         return ExpertWeights(
-            gate_up=pack(map(experts.gate_up, range(count)), count),
-            down=pack(map(experts.down, range(count)), count),
+            gate_up=pack(map(experts.gate_up, held), len(held)),
+            down=pack(map(experts.down, held), len(held)),
+            held=None if len(held) == count else held,
         )
 
 

@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,7 @@ from engine.models.place import Place
 from engine.models.rope import cos_sin_table
 from engine.models.weights import with_zero_rows
 from kernels.linear.quantised import Part, dense
-from kernels.ops import LinearWeight, PackedLayer
+from kernels.ops import UNSCALED, CacheScales, LinearWeight, PackedLayer
 
 ReadTensor = Callable[[str], Tensor]
 ALL = slice(None)
@@ -39,12 +39,20 @@ class LayerLoader:
     read: ReadStored
     place: Place
     cos_sin: Tensor  # [max_len, D] float32
+    cache_scales: Mapping[int, CacheScales]  # of layers, if the cache is in FP8
 
     @classmethod
-    def of(cls, arch: LlamaArch, read: ReadStored, place: Place, max_len: int) -> LayerLoader:
+    def of(
+        cls,
+        arch: LlamaArch,
+        read: ReadStored,
+        place: Place,
+        max_len: int,
+        cache_scales: Mapping[int, CacheScales] | None = None,
+    ) -> LayerLoader:
         """A loader of blocks for up to `max_len` positions."""
         table = cos_sin_table(arch.head_dim, max_len, arch.rope_theta, arch.rope_scaling)
-        return cls(arch, read, place, table.to(place.device))
+        return cls(arch, read, place, table.to(place.device), cache_scales or {})
 
     def decoder_layer(
         self, layer: int, prefix: str, *, with_input_norm: bool = True
@@ -80,6 +88,8 @@ class LayerLoader:
             output=RowParallelLinear(self.pack_columns(f"{prefix}.o_proj", queries, bias=bias)),
             cos_sin=self.cos_sin,
             scale=head_dim**-0.5,
+            cache=self.place.cache_dtype,
+            cache_scales=self.cache_scales.get(layer, UNSCALED),
         )
 
     def mlp(self, prefix: str, size: int | None = None) -> GatedMLP:

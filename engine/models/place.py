@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from configs.schema import WeightForm
+from configs.schema import ExpertCut, WeightForm
 from engine.models.weights import WeightPacker
 from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
@@ -18,11 +18,21 @@ class Place:
     """A rank's operations, dtype, device, shard and group. Loading needs no other rank."""
 
     ops: Ops
-    dtype: torch.dtype  # of the KV cache, and of weights that are not quantised
+    dtype: torch.dtype  # of weights that are not quantised
     device: torch.device
     shard: Shard = WHOLE  # this rank's part of a model
     group: TPGroup = field(default_factory=TPGroup)  # the ranks that compute steps together
     weights: WeightForm = "stored"
+    cache: torch.dtype | None = None  # of keys and values; None: dtype
+    experts: ExpertCut = "tensor"  # what ranks share of experts: their widths, or their number
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.cache or self.dtype
+
+    def of_head(self, shard: Shard) -> Place:
+        """For the pages of a draft head with this shard."""
+        return replace(self, shard=shard, cache=None)
 
     @property
     def packer(self) -> WeightPacker:

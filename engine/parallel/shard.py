@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from configs.schema import ExpertCut
 from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.llama4_arch import Llama4Arch
 
 MAX_RANKS = 64
 
@@ -86,3 +88,26 @@ def check_degree(arch: LlamaArch, size: int, setting: str = "parallel.tensor") -
     if fault is not None:
         allowed = ", ".join(str(degree) for degree in allowed_degrees(arch))
         raise ValueError(f"{setting} = {size}: {fault}; this model allows {allowed}")
+
+
+def check_experts(arch: LlamaArch, cut: ExpertCut, size: int) -> None:
+    """ValueError if the experts of `arch` cannot be spread over `size` ranks as whole ones."""
+    if cut == "tensor":
+        return
+    if not isinstance(arch, Llama4Arch) or not arch.moe_layers:
+        raise no_experts()
+    check_whole_experts(arch.num_experts, size)
+
+
+def no_experts() -> ValueError:
+    """The error for a dense model whose experts were to be spread."""
+    return ValueError("parallel.experts = expert: this model has no experts; tensor is possible")
+
+
+def check_whole_experts(num_experts: int, size: int) -> None:
+    """ValueError if `size` ranks cannot hold equally many experts."""
+    if num_experts % size:
+        raise ValueError(
+            f"parallel.experts = expert: {num_experts} experts do not divide by {size} ranks; "
+            "tensor is possible"
+        )

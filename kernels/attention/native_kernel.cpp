@@ -184,7 +184,7 @@ template <class C>
 void write_out(const Problem<C>& p, const Tile& tile, const Partial* totals) {
   for (int64_t r = 0; r < tile.num_queries * p.group(); ++r) {
     float* to = p.out + (query_row(p, tile, r) - p.queries);
-    for (int64_t d = 0; d < p.D; ++d) to[d] = totals[r].values[d] / totals[r].sum;
+    for (int64_t d = 0; d < p.D; ++d) to[d] = totals[r].values[d] / totals[r].sum * p.value_scale;
   }
 }
 
@@ -302,14 +302,16 @@ extern "C" {
             const int32_t* cu_q, const int32_t* prefix_lens, const int32_t* first_keys,          \
             int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,             \
             int64_t max_blocks, int64_t block_size, int64_t num_heads, int64_t num_kv_heads,     \
-            int64_t D, float scale, float* out) {                                                \
+            int64_t D, float scale, float value_scale, float* out) {                             \
     aerie::attention<CACHE>(*pool, {queries, keys, values, cu_q, prefix_lens, first_keys,        \
                                     block_tables, ancestors, num_rows, max_blocks, block_size,   \
-                                    num_heads, num_kv_heads, D, scale, out, PRODUCTS});          \
+                                    num_heads, num_kv_heads, D, scale, value_scale, out,         \
+                                    PRODUCTS});                                                  \
   }
 
 AERIE_ATTENTION(aerie_attention_f32, float, aerie::Products::kFloats)
 AERIE_ATTENTION(aerie_attention_bf16, uint16_t, aerie::Products::kFloats)
+AERIE_ATTENTION(aerie_attention_fp8, aerie::Fp8, aerie::Products::kFloats)
 #if AERIE_HAS_AMX
 AERIE_ATTENTION(aerie_attention_bf16_amx, uint16_t, aerie::Products::kTiles)
 #endif

@@ -38,7 +38,8 @@ struct Problem {
   const int32_t* block_tables;   // [B, max_blocks]
   const int64_t* ancestors;      // [T]
   int64_t num_rows, max_blocks, block_size, num_heads, num_kv_heads, D;
-  float scale;
+  float scale;                   // of the scores
+  float value_scale;             // of the results
   float* out;                    // [T, Hq, D]
   Products products;
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionMeta
+from kernels.ops import UNSCALED, AttentionMeta, CacheScales
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    scales: CacheScales = UNSCALED,
 ) -> Tensor:
     """Packed queries q [T, Hq, D] over caches [num_blocks, S, Hkv, D] -> [T, Hq * D].
 
@@ -28,7 +33,8 @@ def attention(
         keys = gather(k_cache, meta.block_tables[row], first_key, end)
         values = gather(v_cache, meta.block_tables[row], first_key, end)
         visible = torch.cat((suffix.new_ones(last - first, prefix - first_key), suffix), dim=1)
-        out[first:last] = attend(q[first:last], keys, values, visible, scale)
+        own = attend(q[first:last], keys, values, visible, scale * scales.key)
+        out[first:last] = own if scales.value == 1.0 else own * scales.value
     return out.flatten(1)
 
 

@@ -33,6 +33,7 @@ from kernels.attention.triton_lookup import (
     has_bit,
     is_seen,
 )
+from kernels.attention.triton_parts import merge_parts, write_part, write_rows
 from kernels.attention.triton_plan import (
     MAX_COUNTERS,
     MIN_SPLIT_KEYS,
@@ -40,7 +41,8 @@ from kernels.attention.triton_plan import (
     TilePlan,
     plan_tiles,
 )
-from kernels.ops import AttentionMeta
+from kernels.linear.scaled import FP8
+from kernels.ops import UNSCALED, AttentionMeta, CacheScales
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
 BLOCK_SIZE = 16
@@ -65,6 +67,7 @@ def attend_splits(
     block_tables_ptr,  # [B, max_blocks] int32
     ancestors_ptr,  # [T] int64
     scale,  # factor of the scores, times log2(e)
+    value_scale,  # factor of the results
     num_rows,
     tiles_per_row,
     fewest,  # the launch handles batch rows of fewest .. most queries
@@ -149,7 +152,7 @@ def attend_splits(
             D, BLOCK_SIZE, BLOCK_N, MASKED, PRODUCT,
         )  # fmt: skip
 
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
+    out = out / tl.where(total > 0, total, 1.0)[:, None] * value_scale
     own = tokens * out_stride + heads * D
     if SPLIT:
         first_part = (tile.to(tl.int64) * tl.num_programs(0) + kv_head) * tl.num_programs(1)
@@ -182,57 +185,6 @@ def attend_splits(
             )
     else:
         write_rows(out_ptr, own, out, wanted, columns)
-
-
-@triton.jit
-def write_rows(out_ptr, own, out, wanted, columns):
-    out_ptrs = out_ptr + own[:, None] + columns[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None])
-
-
-@triton.jit
-def write_part(
-    parts_ptr, log_sums_ptr, part, out, peak, total, wanted,
-    D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Store what a program found about its keys; `out` [BLOCK_M, D] only where it saw some."""
-    part_rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(log_sums_ptr + part_rows, peak + tl.log2(total), mask=wanted)
-    out_ptrs = parts_ptr + (part_rows * D)[:, None] + tl.arange(0, D)[None, :]
-    tl.store(out_ptrs, out, mask=(wanted & (total > 0))[:, None])
-
-
-@triton.jit
-def merge_parts(
-    parts_ptr, log_sums_ptr, first_part, num_parts, wanted,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, MAX_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """The average [BLOCK_M, D] of the parts of a tile, which other programs wrote."""
-    rows, places = tl.arange(0, BLOCK_M), tl.arange(0, MAX_SPLITS)
-    log_sums = tl.load(
-        log_sums_ptr + (first_part + places)[:, None] * BLOCK_M + rows[None, :],
-        mask=(places < num_parts)[:, None] & wanted[None, :],
-        other=float("-inf"),
-        cache_modifier=".cg",
-    )  # [MAX_SPLITS, BLOCK_M]
-    peak = tl.where(wanted, tl.max(log_sums, axis=0), 0.0)
-    total = tl.where(wanted, tl.sum(tl.exp2(log_sums - peak[None, :]), axis=0), 1.0)
-    merged = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    for first in range(0, num_parts, 8):
-        for place in tl.static_range(8):  # their loads wait together
-            part_rows = (first_part + first + place) * BLOCK_M + rows
-            inside = wanted & (part_rows < (first_part + num_parts) * BLOCK_M)
-            log_sum = tl.load(
-                log_sums_ptr + part_rows, mask=inside, other=float("-inf"), cache_modifier=".cg"
-            )
-            part = tl.load(
-                parts_ptr + (part_rows * D)[:, None] + tl.arange(0, D)[None, :],
-                mask=(log_sum > float("-inf"))[:, None],  # an empty part was not written
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            merged += part * tl.exp2(log_sum - peak)[:, None]
-    return merged / total[:, None]
 
 
 @triton.jit
@@ -341,12 +293,17 @@ def merge_splits(
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    scales: CacheScales = UNSCALED,
 ) -> Tensor:
     """As the reference: queries q [T, Hq, D] over caches [num_blocks, 16, Hkv, D] -> [T, Hq * D].
 
-    Tokens from cu_q[-1] on belong to no row and get no output. bfloat16 queries need bfloat16
-    caches. Products are summed in float32; softmax weights are rounded to the type of q.
+    Tokens from cu_q[-1] on belong to no row and get no output. bfloat16 queries need bfloat16 or
+    FP8 caches. Products are summed in float32; softmax weights are rounded to the type of q.
 
     Raises:
         ValueError: the kernel does not support a type or shape.
@@ -355,7 +312,8 @@ def attention(
     _check_layout(meta)
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-    for launch in _launches_of(q, k_cache, v_cache, meta, scale, out, _num_processors(q.device)):
+    factors = _Factors(scale * scales.key, scales.value)
+    for launch in _launches_of(q, k_cache, v_cache, meta, factors, out, _num_processors(q.device)):
         launch.run()
     return out
 
@@ -370,11 +328,12 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         raise ValueError(f"attention: {group} query heads of a KV head, at most {MAX_GROUP}")
     types = (q.dtype, k_cache.dtype)
     known = [(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16), (torch.float32,) * 2]
+    known += [(torch.bfloat16, FP8), (torch.float32, FP8)]
     if types not in known or v_cache.dtype != k_cache.dtype:
         raise ValueError(
             f"attention: queries of {q.dtype} with keys of {k_cache.dtype}, values of "
-            f"{v_cache.dtype}; allowed are bfloat16 throughout, or float32 queries with bfloat16 "
-            "or float32 caches"
+            f"{v_cache.dtype}; allowed are bfloat16 throughout, float32 queries with bfloat16 or "
+            "float32 caches, and either with float8_e4m3fn caches"
         )
     assert k_cache.stride(3) == v_cache.stride(3) == 1
 
@@ -398,7 +357,7 @@ def _launches_of(
     k_cache: Tensor,
     v_cache: Tensor,
     meta: AttentionMeta,
-    scale: float,
+    factors: _Factors,
     out: Tensor,
     num_processors: int,
 ) -> list[Launch]:
@@ -416,10 +375,15 @@ def _launches_of(
     launches = []
     for plan in plan_tiles(shape):
         parts = _Parts.of(plan, kv_heads, D, q.device) if plan.num_splits > 1 else None
-        launches.append(_attend(q, k_cache, v_cache, meta, scale, out, parts, plan))
+        launches.append(_attend(q, k_cache, v_cache, meta, factors, out, parts, plan))
         if parts is not None and not plan.merges:
             launches.append(_merge(out, *parts, meta, plan, shape.group))
     return launches
+
+
+class _Factors(NamedTuple):
+    scores: float
+    results: float
 
 
 class _Parts(NamedTuple):
@@ -447,7 +411,7 @@ def _attend(
     k_cache: Tensor,
     v_cache: Tensor,
     meta: AttentionMeta,
-    scale: float,
+    factors: _Factors,
     out: Tensor,
     parts: _Parts | None,
     plan: TilePlan,
@@ -457,8 +421,9 @@ def _attend(
     values, log_sums = parts or (None, None)
     # The interpreter cannot multiply bfloat16.
     exact = q.dtype == torch.float32 or q.device.type == "cpu"
+    kept = ", fp8 cache" if k_cache.dtype is FP8 else ""
     return Launch(
-        name=f"attend_splits[{_name(plan, group, D)}]",
+        name=f"attend_splits[{_name(plan, group, D)}{kept}]",
         kernel=attend_splits,
         grid=(kv_heads, plan.num_splits, plan.num_tiles),
         arguments={
@@ -474,7 +439,8 @@ def _attend(
             "first_keys_ptr": meta.first_keys,
             "block_tables_ptr": meta.block_tables,
             "ancestors_ptr": meta.ancestors,
-            "scale": scale / math.log(2),
+            "scale": factors.scores / math.log(2),
+            "value_scale": factors.results,
             "out_stride": out.stride(0),
             "q_stride_token": q.stride(0),
             "q_stride_head": q.stride(1),
@@ -552,6 +518,7 @@ def _name(plan: TilePlan, group: int, D: int) -> str:
 
 # SmolLM2, Llama 8B, an eighth of 70B and of Llama 4
 _KNOWN_HEADS = ((9, 3, 64), (32, 8, 128), (8, 1, 128), (5, 1, 128))
+_FP8_HEADS = ((9, 3, 64), (8, 1, 128))  # of these, also with caches in FP8
 _KNOWN_BATCHES = (  # rows, queries of each or None for a mixed batch, context
     (1, 1, 8192),
     (64, 1, 8192),
@@ -568,13 +535,16 @@ def launches() -> list[Launch]:
     """What the engine launches on a GPU of 132 processors, for the heads of the models we know."""
     found = {}
     for heads, kv_heads, D in _KNOWN_HEADS:
-        cache = torch.empty(4096, BLOCK_SIZE, kv_heads, D, dtype=torch.bfloat16, device="meta")
+        kinds = (torch.bfloat16, FP8) if (heads, kv_heads, D) in _FP8_HEADS else (torch.bfloat16,)
         for rows, queries, context in _KNOWN_BATCHES:
             T = 512 + rows if queries is None else rows * queries
             q = torch.empty(T, heads, D, dtype=torch.bfloat16, device="meta")
             meta = _known_meta(rows, T, queries or 512, context)
-            made = _launches_of(q, cache, cache, meta, D**-0.5, q.flatten(1), 132)
-            found.update({launch.name: launch for launch in made})
+            for dtype in kinds:
+                cache = torch.empty(4096, BLOCK_SIZE, kv_heads, D, dtype=dtype, device="meta")
+                factors = _Factors(D**-0.5, 1.0)
+                made = _launches_of(q, cache, cache, meta, factors, q.flatten(1), 132)
+                found.update({launch.name: launch for launch in made})
     return list(found.values())
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from kernels.linear.scaled import FP8, LARGEST
 
 
 def kv_move(pages: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
@@ -18,5 +21,23 @@ def kv_move(pages: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
         sources, targets: [M] int64 slots.
     """
     for page in pages:
-        slots = page.view(-1, *page.shape[2:])
+        slots = slots_of(page)
         slots[targets] = slots[sources]
+
+
+def slots_of(page: Tensor) -> Tensor:
+    """A page [num_blocks, S, Hkv, D] as slots, [num_blocks * S, Hkv, D]."""
+    return bits(page).view(-1, *page.shape[2:])
+
+
+def bits(x: Tensor) -> Tensor:
+    """FP8 numbers as bytes, because torch cannot index them everywhere; others as they are."""
+    return x.view(torch.uint8) if x.dtype is FP8 else x
+
+
+def as_kept(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Keys or values as numbers of a cache. In FP8 they are divided by their scale, and what does
+    not fit becomes the largest number."""
+    if dtype is not FP8:
+        return x.to(dtype)
+    return (x.float() * (1.0 / scale)).clamp(-LARGEST, LARGEST).to(FP8)

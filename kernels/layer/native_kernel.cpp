@@ -25,12 +25,13 @@ struct Functions {
                  const float* bias, float* out);
   void (*rope_kv_write)(Pool*, const float* qkv, int64_t T, int64_t num_heads, int64_t num_kv_heads,
                         int64_t D, const float* cos_sin, const int64_t* positions,
-                        const int64_t* slots, void* keys, void* values, float* queries);
+                        const int64_t* slots, void* keys, void* values, float key_inverse,
+                        float value_inverse, float* queries);
   void (*attention)(Pool*, const float* queries, const void* keys, const void* values,
                     const int32_t* cu_q, const int32_t* prefix_lens, const int32_t* first_keys,
                     int64_t num_rows, const int32_t* block_tables, const int64_t* ancestors,
                     int64_t max_blocks, int64_t block_size, int64_t num_heads,
-                    int64_t num_kv_heads, int64_t D, float scale, float* out);
+                    int64_t num_kv_heads, int64_t D, float scale, float value_scale, float* out);
 };
 
 struct Layer {
@@ -41,6 +42,7 @@ struct Layer {
   const float* cos_sin;
   int64_t input_size, hidden_size, inner_size, num_heads, num_kv_heads, head_dim;
   float eps, scale;
+  float key_inverse, value_inverse, value_scale;  // of the cache
 };
 
 struct Batch {
@@ -75,10 +77,11 @@ const float* attend(Pool* pool, const Layer& layer, const Batch& b, const float*
   float* mixed = pool->scratch<float>(kMixed, T * heads * D);
   multiply(pool, layer, layer.qkv, x, T, layer.input_size, qkv);
   layer.functions.rope_kv_write(pool, qkv, T, heads, layer.num_kv_heads, D, layer.cos_sin,
-                                b.positions, b.slots, keys, values, queries);
+                                b.positions, b.slots, keys, values, layer.key_inverse,
+                                layer.value_inverse, queries);
   layer.functions.attention(pool, queries, keys, values, b.cu_q, b.prefix_lens, b.first_keys,
                             b.num_rows, b.block_tables, b.ancestors, b.max_blocks, b.block_size,
-                            heads, layer.num_kv_heads, D, layer.scale, mixed);
+                            heads, layer.num_kv_heads, D, layer.scale, layer.value_scale, mixed);
   return mixed;
 }
 

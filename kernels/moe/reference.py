@@ -23,12 +23,16 @@ def moe(x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
         x: [T, H].
         logits: [T, E] of the router.
         weights: `ops.stacks_experts` is true here.
+
+    Returns:
+        [T, H]; zeros for tokens whose expert is not held.
     """
     scaled, experts = route(x, logits)
     (gate_up,), (down,) = weights.gate_up, weights.down
-    out = x.new_empty(len(x), down.out_features)
-    for expert in experts.unique().tolist():
-        rows = experts == expert
-        inner = silu_and_mul(scaled[rows] @ gate_up.data[expert].to(x.dtype))
-        out[rows] = inner @ down.data[expert].to(x.dtype)
+    held = weights.held or range(logits.shape[1])
+    out = x.new_zeros(len(x), down.out_features)
+    for expert in set(experts.tolist()).intersection(held):
+        rows, place = experts == expert, held.index(expert)
+        inner = silu_and_mul(scaled[rows] @ gate_up.data[place].to(x.dtype))
+        out[rows] = inner @ down.data[place].to(x.dtype)
     return out

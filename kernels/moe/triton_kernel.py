@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.attention.triton_lookup import find_tile
 from kernels.moe import triton_scaled
-from kernels.moe.triton_runs import Runs
+from kernels.moe.triton_runs import Runs, new_outputs
 from kernels.ops import ExpertWeights, LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
@@ -119,37 +119,35 @@ def down_kernel(
 
 
 def moe(x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
-    """As the reference: x [T, H], router logits [T, E] -> [T, H]. Sums are in float32."""
+    """As the reference. Sums are in float32."""
     if weights.gate_up[0].layout is not None:
         return triton_scaled.scaled_moe(x, logits, weights)
     best, chosen = logits.max(dim=-1)
     (gate_up,), (down,) = weights.gate_up, weights.down
-    runs = Runs.of(chosen, logits.shape[1])
+    runs = Runs.of(chosen, logits.shape[1], weights.held)
     inner = x.new_empty(len(x), down.in_features)
-    out = x.new_empty(len(x), down.out_features)
+    out = new_outputs(x, weights)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    _gate_up(inner, x, best.float().sigmoid(), runs, gate_up, logits.shape[1]).run()
-    _down(out, inner, runs, down, logits.shape[1]).run()
+    _gate_up(inner, x, best.float().sigmoid(), runs, gate_up).run()
+    _down(out, inner, runs, down).run()
     return out
 
 
-def _gate_up(
-    inner: Tensor, x: Tensor, scores: Tensor, runs: Runs, weight: LinearWeight, num_experts: int
-) -> Launch:
-    (T, H), F = x.shape, inner.shape[1]
+def _gate_up(inner: Tensor, x: Tensor, scores: Tensor, runs: Runs, weight: LinearWeight) -> Launch:
+    H, F = x.shape[1], inner.shape[1]
     assert weight.data.is_contiguous()
     assert weight.data.shape[1:] == (H, 2 * F)
     own = {"inner_ptr": inner, "x_ptr": x, "scores_ptr": scores, "weight_ptr": weight.data}
     own |= {"x_stride": x.stride(0), "H": H, "F": F}
-    return _launch("gate_up", gate_up_kernel, own, runs, x, (F, H), T // num_experts)
+    return _launch("gate_up", gate_up_kernel, own, runs, x, (F, H))
 
 
-def _down(out: Tensor, inner: Tensor, runs: Runs, weight: LinearWeight, num_experts: int) -> Launch:
-    (T, F), H = inner.shape, out.shape[1]
+def _down(out: Tensor, inner: Tensor, runs: Runs, weight: LinearWeight) -> Launch:
+    F, H = inner.shape[1], out.shape[1]
     assert weight.data.is_contiguous()
     assert weight.data.shape[1:] == (F, H)
     own = {"out_ptr": out, "inner_ptr": inner, "weight_ptr": weight.data, "H": H, "F": F}
-    return _launch("down", down_kernel, own, runs, inner, (H, F), T // num_experts)
+    return _launch("down", down_kernel, own, runs, inner, (H, F))
 
 
 def _launch(
@@ -159,11 +157,10 @@ def _launch(
     runs: Runs,
     inputs: Tensor,
     sizes: tuple[int, int],
-    per_expert: int,
 ) -> Launch:
-    """`sizes`: outputs and inputs of the product; `per_expert`: tokens of one, on average."""
+    """`sizes`: outputs and inputs of the product."""
     N, K = sizes
-    block_m = _MANY_ROWS if per_expert >= _MANY else _FEW_ROWS
+    block_m = _MANY_ROWS if runs.per_expert >= _MANY else _FEW_ROWS
     dtype = str(inputs.dtype).removeprefix("torch.")
     return Launch(
         name=f"moe_{name}[{K} to {N}, rows={block_m}, {dtype}]",
@@ -198,8 +195,8 @@ def launches() -> list[Launch]:
         for T in (64, 64 * E):
             index = torch.empty(T, dtype=torch.int64, device="meta")
             begins = torch.empty(min(T, E) + 1, dtype=torch.int32, device="meta")
-            runs, scores = Runs(index, index, begins), torch.empty(T, device="meta")
+            runs, scores = Runs(index, index, begins, T // E), torch.empty(T, device="meta")
             x, inner = torch.empty(T, H, **meta), torch.empty(T, F, **meta)
-            made = (_gate_up(inner, x, scores, runs, gate_up, E), _down(x, inner, runs, down, E))
+            made = (_gate_up(inner, x, scores, runs, gate_up), _down(x, inner, runs, down))
             found.update({launch.name: launch for launch in made})
     return [*found.values(), *triton_scaled.launches()]

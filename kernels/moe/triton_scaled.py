@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.attention.triton_lookup import find_tile
 from kernels.linear.scaled import FP8, ScaledLayout
 from kernels.linear.triton_scaled import product_type, round_rows
-from kernels.moe.triton_runs import Runs
+from kernels.moe.triton_runs import Runs, new_outputs
 from kernels.ops import ExpertWeights, LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
@@ -155,13 +155,13 @@ def scaled_down_kernel(
 
 
 def scaled_moe(x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
-    """As the reference: x [T, H], router logits [T, E] -> [T, H]. Sums are in float32."""
+    """As the reference. Sums are in float32."""
     best, chosen = logits.max(dim=-1)
     (gate_up,), (down,) = weights.gate_up, weights.down
     first, second = _layout(gate_up), _layout(down)
-    runs, scores = Runs.of(chosen, logits.shape[1]), best.float().sigmoid()
+    runs, scores = Runs.of(chosen, logits.shape[1], weights.held), best.float().sigmoid()
     inner = x.new_empty(len(x), down.in_features)
-    out = x.new_empty(len(x), down.out_features)
+    out = new_outputs(x, weights)
     values, scales = x.contiguous(), scores[:, None]
     if first.rounds_inputs:
         values, scales = round_rows(x, first, scores)
@@ -203,8 +203,8 @@ def _launch(
 ) -> Launch:
     """`N`: outputs that the grid covers."""
     assert weight.scales is not None
-    (T, K), (E, _, blocks) = inputs.shape, weight.scales.shape
-    block_m = _MANY_ROWS if T // E >= _MANY else _FEW_ROWS
+    K, blocks = inputs.shape[1], weight.scales.shape[2]
+    block_m = _MANY_ROWS if runs.per_expert >= _MANY else _FEW_ROWS
     kind = str(inputs.dtype).removeprefix("torch.")
     return Launch(
         name=f"moe_scaled_{name}[{K} to {N}, rows={block_m}, blocks={blocks}, {kind}]",
@@ -230,7 +230,7 @@ def launches() -> list[Launch]:
         for T in (64, 64 * E):
             index = torch.empty(T, dtype=torch.int64, device="meta")
             begins = torch.empty(min(T, E) + 1, dtype=torch.int32, device="meta")
-            runs, scales = Runs(index, index, begins), torch.empty(T, 1, device="meta")
+            runs, scales = Runs(index, index, begins, T // E), torch.empty(T, 1, device="meta")
             x, inner = (torch.empty(T, w, dtype=FP8, device="meta") for w in (H, F))
             outs = [torch.empty(T, w, dtype=torch.bfloat16, device="meta") for w in (F, H)]
             made = (

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.linear.scaled import FP8
 from kernels.native.library import NativeLibrary, pointer
-from kernels.ops import AttentionMeta, LayerWeights, LinearWeight
+from kernels.ops import AttentionMeta, CacheScales, LayerWeights, LinearWeight
 
 P, I, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # noqa: E741
 
@@ -19,6 +20,21 @@ SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ENDINGS = {None: "", "amx": "_amx", "avx512_bf16": "_dots"}
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads per KV head
+
+
+def cache_functions(suffix: str, products: str) -> dict[torch.dtype, tuple[str, str]]:
+    """The functions that write and that read a cache, by its dtype. `suffix` and `products` end the
+    names of those for caches of the storage dtype."""
+    storage = next(dtype for dtype, name in SUFFIXES.items() if name == suffix)
+    return {
+        storage: (f"aerie_rope_kv_write_{suffix}", f"aerie_attention_{products}"),
+        FP8: ("aerie_rope_kv_write_fp8", "aerie_attention_fp8"),
+    }
+
+
+def inverses(scales: CacheScales) -> tuple[float, float]:
+    """What keys and values are multiplied with before they are kept."""
+    return 1.0 / scales.key, 1.0 / scales.value
 
 
 class _Linear(ctypes.Structure):
@@ -41,8 +57,7 @@ class _Layer(ctypes.Structure):
         ("cos_sin", P),
         *((name, I) for name in ("input_size", "hidden_size", "inner_size")),
         *((name, I) for name in ("num_heads", "num_kv_heads", "head_dim")),
-        ("eps", R),
-        ("scale", R),
+        *((name, R) for name in ("eps", "scale", "key_inverse", "value_inverse", "value_scale")),
     )
 
 
@@ -99,10 +114,16 @@ class NativeLayer:
     """One layer's weights, ready to be run (implements `PackedLayer`)."""
 
     def __init__(
-        self, library: NativeLibrary, weights: LayerWeights, suffix: str, products: str
+        self,
+        library: NativeLibrary,
+        weights: LayerWeights,
+        products: str,
+        of_cache: tuple[str, str],
     ) -> None:
-        """`suffix` and `products` end the names of the functions for the storage dtype, and of
-        those among them that multiply."""
+        """`products` ends the names of functions that multiply; `of_cache`: see `cache_functions`.
+        Its cache always has the type and the scales of `weights`."""
+        write, attend = of_cache
+        scales = weights.cache_scales
         self._library, self._weights = library, weights  # keep what the structure points to
         linears = {
             name: _linear(getattr(weights, name)) for name in ("qkv", "output", "gate_up", "down")
@@ -110,8 +131,8 @@ class NativeLayer:
         self._linears = linears  # keeps the parts that follow a weight
         self._layer = _Layer(
             linear=library.address(f"aerie_linear_{products}"),
-            rope_kv_write=library.address(f"aerie_rope_kv_write_{suffix}"),
-            attention=library.address(f"aerie_attention_{products}"),
+            rope_kv_write=library.address(write),
+            attention=library.address(attend),
             input_norm=pointer(weights.input_norm),
             post_norm=weights.post_norm.data_ptr(),
             **linears,
@@ -121,8 +142,10 @@ class NativeLayer:
             inner_size=weights.down.in_features,
             head_dim=weights.cos_sin.shape[1],
             eps=weights.eps,
-            scale=weights.scale,
+            scale=weights.scale * scales.key,
+            value_scale=scales.value,
         )
+        self._layer.key_inverse, self._layer.value_inverse = inverses(scales)
         self._layer.num_heads = weights.output.in_features // self._layer.head_dim
         rows = weights.qkv.all_features // self._layer.head_dim
         self._layer.num_kv_heads = (rows - self._layer.num_heads) // 2

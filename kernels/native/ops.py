@@ -15,13 +15,17 @@ from kernels.native.layer import (
     LatestBatch,
     NativeLayer,
     addresses,
+    cache_functions,
     check_heads,
+    inverses,
 )
 from kernels.native.library import NativeLibrary, pointer
 from kernels.native.memory import HugePages
 from kernels.ops import (
+    UNSCALED,
     AttentionMeta,
     Backend,
+    CacheScales,
     ExpertWeights,
     LayerWeights,
     LinearWeight,
@@ -55,8 +59,11 @@ class NativeOps:
         self._embedding_groups = library.call("aerie_embedding_groups")
         self._decoder_layers = library.call("aerie_decoder_layers")
         self._rms_norm = library.call("aerie_rms_norm")
-        self._rope_kv_write = library.call(f"aerie_rope_kv_write_{suffix}")
-        self._attention = library.call(f"aerie_attention_{products}")
+        self._caches = cache_functions(suffix, products)
+        self._rope_kv_write, self._attention = (
+            {dtype: library.call(names[place]) for dtype, names in self._caches.items()}
+            for place in range(2)
+        )
         self._kv_move = library.call("aerie_kv_move")
         self._silu_and_mul = library.call("aerie_silu_and_mul")
         self._route = library.call("aerie_route")
@@ -163,7 +170,7 @@ class NativeOps:
         return out
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        return NativeLayer(self.library, weights, self._suffix, self._products)
+        return NativeLayer(self.library, weights, self._products, self._caches[weights.cache])
 
     def decoder_layers(
         self,
@@ -179,7 +186,7 @@ class NativeOps:
     ) -> Tensor:
         pages = (*k_caches, *v_caches)
         assert residual.is_contiguous()
-        assert all(page.is_contiguous() and page.dtype == self._dtype for page in pages)
+        assert all(page.is_contiguous() and page.dtype == pages[0].dtype for page in pages)
         x, out = x.contiguous(), torch.empty_like(residual)
         batch = self._batches.of(positions, slots, meta)
         self._decoder_layers(
@@ -220,6 +227,7 @@ class NativeOps:
         slots: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
+        scales: CacheScales = UNSCALED,
     ) -> Tensor:
         assert k_cache.is_contiguous()
         assert v_cache.is_contiguous()
@@ -227,7 +235,7 @@ class NativeOps:
         num_kv_heads, head_dim = k_cache.shape[2:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         queries = torch.empty(len(qkv), num_heads, head_dim)
-        self._rope_kv_write(
+        self._rope_kv_write[k_cache.dtype](
             self._pool,
             qkv.data_ptr(),
             len(qkv),
@@ -239,12 +247,19 @@ class NativeOps:
             slots.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
+            *inverses(scales),
             queries.data_ptr(),
         )
         return queries
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMeta,
+        scale: float,
+        scales: CacheScales = UNSCALED,
     ) -> Tensor:
         T, num_heads, head_dim = q.shape
         block_size, num_kv_heads = k_cache.shape[1:3]
@@ -252,7 +267,7 @@ class NativeOps:
         out = torch.empty(T, num_heads * head_dim)
         q, block_tables = q.contiguous(), meta.block_tables.contiguous()
         ancestors = meta.ancestors.contiguous()
-        self._attention(
+        self._attention[k_cache.dtype](
             self._pool,
             q.data_ptr(),
             k_cache.data_ptr(),
@@ -268,7 +283,8 @@ class NativeOps:
             num_heads,
             num_kv_heads,
             head_dim,
-            scale,
+            scale * scales.key,
+            scales.value,
             out.data_ptr(),
         )
         return out
@@ -295,17 +311,19 @@ class NativeOps:
         return out
 
     def moe(self, x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
-        """A call of a linear layer for each expert that has tokens. A token's result does not
+        """A call of a linear layer for each held expert that has tokens. A token's result does not
         depend on the others, because that of a linear layer does not."""
         x, logits = x.contiguous(), logits.contiguous()
         scaled, experts = torch.empty_like(x), torch.empty(len(x), dtype=torch.int64)
         places = (x.data_ptr(), x.shape[1], experts.data_ptr(), scaled.data_ptr())
         self._route(self._pool, logits.data_ptr(), *logits.shape, *places)
-        order = experts.argsort(stable=True)
+        held = weights.held or range(logits.shape[1])
         counts = experts.bincount(minlength=logits.shape[1]).tolist()
+        first, counts = sum(counts[: held.start]), counts[held.start : held.stop]
+        order = experts.argsort(stable=True)[first : first + sum(counts)]
         inner = self.silu_and_mul(self._linear_each(scaled[order], counts, weights.gate_up))
         outputs = self._linear_each(inner, counts, weights.down)
-        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+        return torch.zeros(len(x), outputs.shape[1]).index_copy_(0, order, outputs)
 
     def _linear_each(
         self, x: Tensor, counts: Sequence[int], weights: Sequence[LinearWeight]

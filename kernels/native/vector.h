@@ -20,11 +20,13 @@ constexpr int kParts = 16 / kLanes;
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 // The same type for unaligned memory.
 typedef float VecInMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t UVecInMemory __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+typedef uint8_t ByteVecInMemory __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint16_t HalfVecInMemory __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 #define AERIE_INLINE inline __attribute__((always_inline))
@@ -130,6 +132,34 @@ AERIE_INLINE float widen(uint16_t x) {
 
 AERIE_INLINE float widen(float x) { return x; }
 
+// 8-bit floating-point numbers with three bits of mantissa (float8_e4m3fn): 2^-9 to 448 and NaN.
+enum class Fp8 : uint8_t {};
+
+AERIE_INLINE F16 load(const Fp8* from) {
+  F16 out;
+  AERIE_EACH_PART {
+    const ByteVec bytes = *reinterpret_cast<const ByteVecInMemory*>(from + i * kLanes);
+    const UVec bits = __builtin_convertvector(bytes, UVec);
+    const UVec size = bits & 0x7fu;
+    const Vec normal = (Vec)((size << 20) + (120u << 23));
+    const Vec subnormal = __builtin_convertvector((IVec)size, Vec) * (1.0f / 512.0f);
+    Vec x = size < 8u ? subnormal : normal;
+    x = size == 0x7fu ? Vec{} + __builtin_nanf("") : x;
+    out.part[i] = (Vec)((UVec)x | ((bits & 0x80u) << 24));
+  }
+  return out;
+}
+
+AERIE_INLINE float widen(Fp8 number) {
+  const uint32_t bits = static_cast<uint8_t>(number), size = bits & 0x7fu;
+  uint32_t whole = (size << 20) + (120u << 23);
+  float x;
+  std::memcpy(&x, &whole, sizeof x);
+  if (size < 8u) x = static_cast<float>(size) * (1.0f / 512.0f);
+  if (size == 0x7fu) x = __builtin_nanf("");
+  return bits & 0x80u ? -x : x;
+}
+
 // Round to nearest, ties to even; NaN stays NaN.
 AERIE_INLINE uint16_t to_bfloat16(float x) {
   uint32_t bits;
@@ -140,6 +170,21 @@ AERIE_INLINE uint16_t to_bfloat16(float x) {
 
 AERIE_INLINE void narrow(float x, uint16_t* to) { *to = to_bfloat16(x); }
 AERIE_INLINE void narrow(float x, float* to) { *to = x; }
+
+// To the nearest, ties to even; what is too large becomes 448. NaN stays NaN.
+AERIE_INLINE void narrow(float x, Fp8* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = bits >> 24 & 0x80u;
+  float size = x < 0 ? -x : x;
+  size = size > 448.0f ? 448.0f : size;
+  std::memcpy(&bits, &size, sizeof bits);
+  uint32_t found = ((bits + 0x7ffffu + ((bits >> 20) & 1u)) >> 20) - (120u << 3);
+  // Below 2^-6 numbers are 2^-9 apart, as those from 2^14 to 2^15 are in float.
+  if (size < 0.015625f) found = static_cast<uint32_t>(((size + 16384.0f) - 16384.0f) * 512.0f);
+  if (x != x) found = 0x7fu;
+  *to = static_cast<Fp8>(sign | found);
+}
 
 // The same rounding per lane; the result is in the lower half of each lane.
 AERIE_INLINE U16 to_bfloat16(F16 x) {

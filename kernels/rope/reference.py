@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.kv.reference import as_kept, bits, slots_of
+from kernels.ops import UNSCALED, CacheScales
+
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     """Rotate pairs (i, i + D/2) by their position's angle (arXiv:2104.09864, rotate-half layout).
@@ -26,6 +29,7 @@ def rope_kv_write(
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    scales: CacheScales = UNSCALED,
 ) -> Tensor:
     """Split qkv [T, (Hq + 2 Hkv) D], rotate q and k, store k and v at `slots` [T].
 
@@ -35,8 +39,7 @@ def rope_kv_write(
     heads = qkv.view(len(qkv), -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    k_cache.view(-1, num_kv_heads, head_dim)[slots] = rotate(k, cos_sin, positions).to(
-        k_cache.dtype
-    )
-    v_cache.view(-1, num_kv_heads, head_dim)[slots] = v.to(v_cache.dtype)
+    rotated = (rotate(k, cos_sin, positions), v)
+    for cache, entries, scale in zip((k_cache, v_cache), rotated, scales, strict=True):
+        slots_of(cache)[slots] = bits(as_kept(entries, scale, cache.dtype))
     return rotate(q, cos_sin, positions)

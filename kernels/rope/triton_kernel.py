@@ -9,12 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.linear.scaled import FP8, LARGEST
+from kernels.ops import UNSCALED, CacheScales
 from kernels.triton_launch import WIDEST_LOAD, Launch
 
 _Pair = tuple[Tensor, Tensor]
 _VALUES_PER_WARP = 1024  # values of the query heads: 32 per thread
 # (Hq, Hkv, D): SmolLM2, Llama 1B, 8B, 70B, 70B and Llama 4 over 8 GPUs
 _KNOWN_HEADS = ((9, 3, 64), (32, 8, 64), (32, 8, 128), (64, 8, 128), (8, 1, 128), (5, 1, 128))
+
+
+@triton.jit
+def _as_kept(x, inverse, LARGEST: tl.constexpr):
+    """As the reference, before the conversion."""
+    if LARGEST is not None:
+        x = tl.clamp(x.to(tl.float32) * inverse, -LARGEST, LARGEST, tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit
@@ -32,6 +42,9 @@ def _rope_kv_write_kernel(
     k_head_stride,
     v_slot_stride,
     v_head_stride,
+    k_inverse,  # keys and values are multiplied with these, if there is a largest number
+    v_inverse,
+    LARGEST: tl.constexpr,  # number that the cache holds; None if it holds what is written
     Hq: tl.constexpr,
     Hkv: tl.constexpr,
     D: tl.constexpr,
@@ -66,14 +79,16 @@ def _rope_kv_write_kernel(
     v_row = k_row + Hkv * D
     low = tl.load(k_row, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(k_row + HALF, mask=inside, other=0.0).to(tl.float32)
-    v_low = tl.load(v_row, mask=inside, other=0.0)
-    v_high = tl.load(v_row + HALF, mask=inside, other=0.0)
+    v_low = _as_kept(tl.load(v_row, mask=inside, other=0.0), v_inverse, LARGEST)
+    v_high = _as_kept(tl.load(v_row + HALF, mask=inside, other=0.0), v_inverse, LARGEST)
+    k_low = _as_kept(low * cos - high * sin, k_inverse, LARGEST)
+    k_high = _as_kept(high * cos + low * sin, k_inverse, LARGEST)
     k_out = k_cache_ptr + slot * k_slot_stride + kv_head * k_head_stride + pair[None, :]
     v_out = v_cache_ptr + slot * v_slot_stride + kv_head * v_head_stride + pair[None, :]
     k_type = k_cache_ptr.dtype.element_ty
     v_type = v_cache_ptr.dtype.element_ty
-    tl.store(k_out, (low * cos - high * sin).to(k_type), mask=inside)
-    tl.store(k_out + HALF, (high * cos + low * sin).to(k_type), mask=inside)
+    tl.store(k_out, k_low.to(k_type), mask=inside)
+    tl.store(k_out + HALF, k_high.to(k_type), mask=inside)
     tl.store(v_out, v_low.to(v_type), mask=inside)
     tl.store(v_out + HALF, v_high.to(v_type), mask=inside)
 
@@ -85,16 +100,19 @@ def rope_kv_write(
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    scales: CacheScales = UNSCALED,
 ) -> Tensor:
     """As the reference: rotates q and k of qkv [T, (Hq + 2 Hkv) D], stores k and v at `slots`,
     returns the rotated q [T, Hq, D]. No two `slots` may be equal."""
     Hkv, D = k_cache.shape[2:]
     q = torch.empty(len(qkv), qkv.shape[1] // D - 2 * Hkv, D, dtype=qkv.dtype, device=qkv.device)
-    _launch(qkv, cos_sin, (positions, slots), (k_cache, v_cache), q).run()
+    _launch(qkv, cos_sin, (positions, slots), (k_cache, v_cache), q, scales).run()
     return q
 
 
-def _launch(qkv: Tensor, cos_sin: Tensor, places: _Pair, caches: _Pair, q: Tensor) -> Launch:
+def _launch(
+    qkv: Tensor, cos_sin: Tensor, places: _Pair, caches: _Pair, q: Tensor, scales: CacheScales
+) -> Launch:
     T, Hq, D = q.shape
     Hkv = caches[0].shape[2]
     q_block, half_block = triton.next_power_of_2(Hq), triton.next_power_of_2(D // 2)
@@ -105,9 +123,13 @@ def _launch(qkv: Tensor, cos_sin: Tensor, places: _Pair, caches: _Pair, q: Tenso
         "Q_BLOCK": q_block,
         "KV_BLOCK": triton.next_power_of_2(Hkv),
         "HALF_BLOCK": half_block,
+        "k_inverse": 1.0 / scales.key,
+        "v_inverse": 1.0 / scales.value,
+        "LARGEST": LARGEST if caches[0].dtype is FP8 else None,
     }
+    kinds = [str(x.dtype).removeprefix("torch.") for x in (q, *caches[:1])]
     return Launch(
-        name=f"rope_kv_write[Hq={Hq}, Hkv={Hkv}, D={D}, {str(q.dtype).removeprefix('torch.')}]",
+        name=f"rope_kv_write[Hq={Hq}, Hkv={Hkv}, D={D}, {' to '.join(dict.fromkeys(kinds))}]",
         kernel=_rope_kv_write_kernel,
         grid=(T,),
         arguments=_arguments(qkv, cos_sin, places, caches, q) | sizes,
@@ -149,7 +171,8 @@ def launches() -> list[Launch]:
         qkv = torch.empty(64, (Hq + 2 * Hkv) * D, dtype=torch.bfloat16, device="meta")
         cos_sin = torch.empty(8192, D, dtype=torch.float32, device="meta")
         index = torch.empty(64, dtype=torch.int64, device="meta")
-        cache = torch.empty(1024, 16, Hkv, D, dtype=torch.bfloat16, device="meta")
         q = torch.empty(64, Hq, D, dtype=torch.bfloat16, device="meta")
-        found.append(_launch(qkv, cos_sin, (index, index), (cache, cache), q))
+        for dtype in (torch.bfloat16, FP8):
+            cache = torch.empty(1024, 16, Hkv, D, dtype=dtype, device="meta")
+            found.append(_launch(qkv, cos_sin, (index, index), (cache, cache), q, UNSCALED))
     return found

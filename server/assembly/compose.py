@@ -151,13 +151,15 @@ def _log_ranks(config: HostConfig, group: TPGroup, rank: Rank) -> None:
     if not isinstance(group, DistributedGroup):
         return
     copies = ", each held by several ranks" if group.size > rank.target.arch.num_kv_heads else ""
+    whole = config.parallel.experts == "expert"
     logger.info(
         "%d ranks over %s, %d threads each: split are the attention and KV heads%s, the "
-        "feed-forward and the vocabulary; the draft head is %s",
+        "feed-forward%s and the vocabulary; the draft head is %s",
         group.size,
         group.backend,
         threads_per_rank(config),
         copies,
+        " (experts are whole, each on one rank)" if whole else "",
         "absent" if rank.draft is None else config.speculation.draft_parallel,
     )
 
@@ -257,6 +259,7 @@ def _core(
         },
         device=str(place.device),
         weights=bytes_by_form(target.model),
+        cache_dtype=config.cache.dtype if place.cache else config.model.dtype,
     )
     return EngineCore(
         scheduler,

@@ -142,7 +142,7 @@ def drafting_with(
     """A proposer with its own pages, and no trees yet. `late`: the cache already holds tokens for
     which this head has no entries; these read as zeros."""
     arch = draft.head.arch
-    pages = allocate(arch, config, replace(place, shard=draft.head.shard), zeroed=late)
+    pages = allocate(arch, config, place.of_head(draft.head.shard), zeroed=late)
     proposer = DraftProposer(
         draft.head,
         DraftContext(place.ops, pages, place.group),
@@ -255,7 +255,7 @@ def allocate(
         config.cache.block_size,
         place.shard.num_kv_heads(arch.num_kv_heads),
         arch.head_dim,
-        place.dtype,
+        place.cache_dtype,
         place.device,
         zeroed=zeroed,
     )
@@ -265,7 +265,7 @@ def block_bytes(arch: LlamaArch, config: Config, place: Place) -> int:
     """What a block of a rank's part of every layer of a model takes."""
     num_kv_heads = place.shard.num_kv_heads(arch.num_kv_heads)
     size = config.cache.block_size
-    return bytes_per_block(arch.num_layers, size, num_kv_heads, arch.head_dim, place.dtype)
+    return bytes_per_block(arch.num_layers, size, num_kv_heads, arch.head_dim, place.cache_dtype)
 
 
 def rank_free_bytes(place: Place) -> int:

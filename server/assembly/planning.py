@@ -115,7 +115,7 @@ def _deployment(config: HostConfig, gpu: Gpu, shapes: Shapes) -> Deployment:
 def read_shapes(config: HostConfig, options: PlanOptions) -> Shapes:
     """The sizes of the model and its head, cut over so many ranks."""
     ranks, plain = config.parallel.tensor, PLAIN[config.model.dtype]
-    target = _target(config, plain)
+    target = _target(config, plain).with_experts(config.parallel.experts)
     if options.weights != STORED:
         target = replace(target, formats=target.formats.with_linears(options.weights))
     target.check_ranks(ranks)

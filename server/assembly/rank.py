@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,10 @@ from configs.resolve import (
     context_length,
     resolve_model,
 )
-from configs.schema import Config, SpeculationConfig, WeightForm
+from configs.schema import CacheConfig, Config, SpeculationConfig, WeightForm
 from drafter.source import resolve_draft
 from engine.checkpoints.arch import LlamaArch
-from engine.checkpoints.checkpoint import open_checkpoint
+from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammars import Grammars
@@ -36,8 +37,9 @@ from engine.step.batch import ForwardContext
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from engine.step.shape import ROOT
+from kernels.linear.scaled import FP8
 from kernels.native.build import build_library, cpu_name
-from kernels.ops import Ops
+from kernels.ops import CacheScales, Ops
 from kernels.registry import build_ops
 from server.assembly.drafting import (
     AUTO,
@@ -56,6 +58,7 @@ from server.assembly.kept_costs import KeptCosts
 from server.text.chat_codec import ChatCodec, load_codec
 from server.text.tokenizer_files import has_tokenizer
 
+logger = logging.getLogger(__name__)
 SCRATCH_ROWS = 16  # most sequences per step when measuring beside a serving engine
 BAD_SETUP = (ValueError, OSError, RuntimeError, MemoryError)
 
@@ -148,10 +151,10 @@ def _load(
     grammars = None if codec is None or group.rank else _grammars(codec, arch, eos_token_ids)
     max_len = context_length(config, arch.max_position_embeddings)
     place = _place(config, group, device)
-    model = load_target(arch, checkpoint.stored, place, max_len)
+    model = load_target(arch, checkpoint.stored, place, max_len, _cache_scales(checkpoint, place))
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
-    head_place = replace(place, weights=_head_form(config.speculation, place.ops))
+    head_place = replace(place, weights=_head_form(config.speculation, place.ops), cache=None)
     whole, aux = replicated and group.size > 1, config.speculation.aux_layers
     loader = HeadLoader(target, head_place, max_len, whole, aux)
     kept = KeptCosts(config.files.dir, _identity(config, files.version(), target, head_place))
@@ -168,10 +171,10 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
     library = build_library(config.files.dir).name if ("linear", "native") in backends else ""
     parts = (
         (target.arch, weights),
-        (model.weights, model.dtype, head_place.weights),
+        (model.weights, model.dtype, config.cache.dtype, head_place.weights),
         (backends, library, config.kernels.graphs),
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),
-        (config.speculation.draft_parallel, config.speculation.window),
+        (config.speculation.draft_parallel, config.parallel.experts, config.speculation.window),
         config.scheduler.max_num_seqs,
     )
     return repr(parts)
@@ -183,7 +186,33 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
     form = weight_form(config.model.weights, "model.weights", ops)
-    return Place(ops, dtype, device, Shard(group.rank, group.size), group, form)
+    shard = Shard(group.rank, group.size)
+    cache = cache_type(config.cache, ops, device)
+    return Place(ops, dtype, device, shard, group, form, cache, config.parallel.experts)
+
+
+def cache_type(config: CacheConfig, ops: Ops, device: torch.device) -> torch.dtype | None:
+    """What keys and values of the target are kept in, None for `model.dtype`. ValueError for a GPU
+    that does not know it."""
+    if config.dtype == "auto":
+        return None
+    if device.type != "cpu" and "fp8" not in ops.reads:
+        raise ValueError(
+            "cache.dtype = fp8 needs Triton kernels and a GPU of compute capability 8.9 or more; "
+            "auto is possible"
+        )
+    return FP8
+
+
+def _cache_scales(checkpoint: Checkpoint, place: Place) -> dict[int, CacheScales]:
+    """Those of the checkpoint, if keys and values are kept in FP8."""
+    if place.cache_dtype is not FP8:
+        return {}
+    scales = checkpoint.cache_scales()
+    if place.shard.rank == 0:
+        found = f"the checkpoint's scales for {len(scales)} layers" if scales else "no scales"
+        logger.info("keys and values are kept in FP8, with %s", found)
+    return scales
 
 
 def _head_form(speculation: SpeculationConfig, ops: Ops) -> WeightForm:
@@ -250,7 +279,7 @@ def _model_facts(
     """Facts of the target and of what shares its block tables; of the rank with least memory."""
     block = block_bytes(target.arch, config, place)
     if draft is not None:
-        block += block_bytes(draft.head.arch, config, replace(place, shard=draft.head.shard))
+        block += block_bytes(draft.head.arch, config, place.of_head(draft.head.shard))
     step = largest_step(target.arch, config, place)
     free = max(0, smallest(rank_free_bytes(place), place.group) - step)
     return ModelFacts(target.arch.max_position_embeddings, block, free)

@@ -192,7 +192,7 @@ def _cache_labels(info: EngineInfo, config: CacheConfig) -> dict[str, str]:
         "num_gpu_blocks_override": str(config.num_blocks),
         "gpu_memory_utilization": str(config.memory_fraction),
         "enable_prefix_caching": str(config.prefix_caching),
-        "cache_dtype": "auto",
+        "cache_dtype": info.cache_dtype,
     }
 
 

@@ -67,7 +67,7 @@ class Machine:
     def product(self, product: Product, num_tokens: float) -> Cost:
         """All layers' products of one kind, on one GPU."""
         bits, per_layer = product.kept, product.inputs * product.outputs
-        tokens = num_tokens * product.used
+        tokens = product.tokens(num_tokens)
         moved = product.touched(round(num_tokens)) * per_layer * bits.bytes_per_weight
         moved += tokens * (product.inputs + product.outputs) * ACTIVATION
         peak = (

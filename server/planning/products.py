@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import comb
 
 from engine.parallel.shard import Shard
 from server.planning.formats import Format
@@ -23,6 +24,7 @@ class Product:
     count: int = 1
     copies: int = 1  # matrices of a layer of which a token uses some
     used: int = 1  # by one token
+    holders: int = 1  # GPUs that each hold other copies
 
     @property
     def num_bytes(self) -> int:
@@ -31,9 +33,32 @@ class Product:
         return int(self.count * self.copies * self.outputs * per_output)
 
     def touched(self, num_tokens: int) -> float:
-        """The expected number of copies that `num_tokens` tokens use, if each takes any copy with
-        the same chance; real routers prefer some, and touch fewer."""
-        return self.copies * (1 - (1 - self.used / self.copies) ** num_tokens)
+        """The expected number of copies that `num_tokens` tokens use on a GPU, if each takes any
+        copy with the same chance; real routers prefer some, and touch fewer. Where GPUs hold other
+        copies, on the one that uses most: the others wait for it."""
+        chance = 1 - (1 - self.used / (self.copies * self.holders)) ** num_tokens
+        if self.holders == 1:
+            return self.copies * chance
+        return max(1.0, largest_of(self.holders, self.copies, chance))
+
+    def tokens(self, num_tokens: float) -> float:
+        """Those that the GPU with most of them multiplies, each as often as it uses copies."""
+        evenly = num_tokens * self.used / self.holders
+        if self.holders == 1:
+            return evenly
+        alone = replace(self, copies=self.copies * self.holders, holders=1)
+        share = alone.touched(round(num_tokens)) / self.holders
+        return evenly * self.touched(round(num_tokens)) / share
+
+
+def largest_of(number: int, trials: int, chance: float) -> float:
+    """The expected largest of `number` binomial counts, as if they were independent."""
+    at_most, expected = 0.0, 0.0
+    for successes in range(trials):
+        others = chance**successes * (1 - chance) ** (trials - successes)
+        at_most += comb(trials, successes) * others
+        expected += 1 - min(at_most, 1.0) ** number
+    return expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +95,11 @@ def layer_products(sizes: ModelSizes, ranks: int) -> list[Product]:
 
 def _expert_products(sizes: ModelSizes, experts: Experts, ranks: int) -> list[Product]:
     hidden, count, width = sizes.hidden_size, experts.num_layers, experts.width // ranks
-    kept = sizes.formats
+    kept, holders = sizes.formats, ranks if experts.whole else 1
+    copies, own = experts.num_experts // holders, width * holders
     chosen = [
-        replace(product, copies=experts.num_experts, used=experts.per_token)
-        for product in _gated("experts", hidden, width, kept.experts, count)
+        replace(product, copies=copies, used=experts.per_token, holders=holders)
+        for product in _gated("experts", hidden, own, kept.experts, count)
     ]
     return [
         Product("router", hidden, experts.num_experts, kept.vocabulary, count),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from configs.schema import ExpertCut
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.config_values import flag, integer, number
-from engine.parallel.shard import allowed_degrees, degree_fault
+from engine.parallel.shard import allowed_degrees, check_whole_experts, degree_fault, no_experts
 from server.planning.formats import PartFormats, stored_formats, table
 
 Json = Mapping[str, Any]
@@ -24,6 +25,7 @@ class Experts:
     num_experts: int
     per_token: int
     width: int  # of each expert, and of the shared one
+    whole: bool = False  # whether GPUs hold whole ones, not a part of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +125,22 @@ class ModelSizes:
     def num_dense_layers(self) -> int:
         return self.num_layers - (self.experts.num_layers if self.experts else 0)
 
+    def with_experts(self, cut: ExpertCut) -> ModelSizes:
+        """With experts spread so over GPUs. ValueError if there are none to spread."""
+        if cut == "tensor":
+            return self
+        if self.experts is None:
+            raise no_experts()
+        return replace(self, experts=replace(self.experts, whole=True))
+
     def check_ranks(self, ranks: int) -> None:
         """ValueError with the possible numbers if the model cannot be cut over `ranks` GPUs."""
         fault = degree_fault(self.arch, ranks)
         width = self.experts.width if self.experts else 0
         if fault is None and width % ranks:
             fault = f"experts of width {width} do not divide by {ranks}"
+        if fault is None and self.experts and self.experts.whole:
+            check_whole_experts(self.experts.num_experts, ranks)
         if fault is not None:
             allowed = [n for n in allowed_degrees(self.arch) if width % n == 0]
             raise ValueError(

@@ -24,6 +24,7 @@ def test_a_llama4_is_served_with_drafts_on_two_ranks(tmp_path: Path, native_cach
         "cache.num_blocks=64",
         "kernels.threads=2",
         "parallel.tensor=2",
+        "parallel.experts=expert",
         "scheduler.max_num_seqs=8",
         "scheduler.max_num_batched_tokens=61",
         f"speculation.draft={head}",

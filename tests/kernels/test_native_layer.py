@@ -21,8 +21,10 @@ from engine.models.rope import cos_sin_table
 from engine.models.weights import WeightPacker
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.group import TPGroup
+from kernels.kv.reference import bits
 from kernels.linear.grouped import quantise
-from kernels.ops import AttentionMeta, LinearWeight, Ops
+from kernels.linear.scaled import FP8
+from kernels.ops import UNSCALED, AttentionMeta, CacheScales, LinearWeight, Ops
 
 H, F, HEADS, KV_HEADS, D, BLOCK = 64, 96, 4, 2, 16, 16
 CPU = torch.device("cpu")
@@ -40,7 +42,13 @@ def packed(ops: Ops, dtype: torch.dtype, form: str, N: int, K: int, seed: int) -
     return packer.pack(parts, N, torch.ones(N))
 
 
-def a_layer(ops: Ops, dtype: torch.dtype, form: str, input_size: int | None) -> DecoderLayer:
+def a_layer(
+    ops: Ops,
+    dtype: torch.dtype,
+    form: str,
+    input_size: int | None,
+    cache: torch.dtype | None = None,
+) -> DecoderLayer:
     width = input_size or H
     qkv = packed(ops, dtype, form, (HEADS + 2 * KV_HEADS) * D, width, 1)
     output = packed(ops, dtype, form, H, HEADS * D, 2)
@@ -54,6 +62,8 @@ def a_layer(ops: Ops, dtype: torch.dtype, form: str, input_size: int | None) -> 
             output=RowParallelLinear(output),
             cos_sin=cos_sin_table(D, 64, 10000.0, None),
             scale=D**-0.5,
+            cache=cache or dtype,
+            cache_scales=UNSCALED if cache is None else CacheScales(0.25, 2.0),
         ),
         post_attention_norm=norms[1],
         mlp=GatedMLP(ColumnParallelLinear(gate_up), RowParallelLinear(down)),
@@ -83,25 +93,29 @@ def a_batch() -> ForwardBatch:
 
 
 @pytest.mark.parametrize("form", ["plain", "grouped", "mixed"])
-@pytest.mark.parametrize("input_size", [None, 128], ids=["with-norm", "prepared-input"])
+@pytest.mark.parametrize(
+    ("input_size", "cache"),
+    [(None, None), (128, None), (None, FP8)],
+    ids=["with-norm", "prepared-input", "fp8-cache"],
+)
 def test_one_call_equals_the_operations(
-    native: Ops, dtype: torch.dtype, form: str, input_size: int | None
+    native: Ops, dtype: torch.dtype, form: str, input_size: int | None, cache: torch.dtype | None
 ) -> None:
     torch.manual_seed(0)
-    layer, batch = a_layer(native, dtype, form, input_size), a_batch()
+    layer, batch = a_layer(native, dtype, form, input_size, cache), a_batch()
     x, residual = torch.randn(9, input_size or H), torch.randn(9, H)
     results = []
     for each in (layer, whole(layer, native)):
-        kv = KVStorage.allocate(1, 4, BLOCK, KV_HEADS, D, dtype, CPU)
+        kv = KVStorage.allocate(1, 4, BLOCK, KV_HEADS, D, cache or dtype, CPU)
         for number, pages in enumerate((*kv.keys, *kv.values)):
             made = torch.Generator().manual_seed(number)
             pages.copy_(torch.randn(pages.shape, generator=made))
         stream = residual.clone()
         out = each(x.clone(), stream, batch, ForwardContext(native, kv, TPGroup()))
-        results.append((out, stream, kv.keys[0], kv.values[0]))
+        results.append((out, stream, bits(kv.keys[0]), bits(kv.values[0])))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
-        assert bool(got.isfinite().all())
+    assert bool(results[0][0].isfinite().all())
 
 
 def test_several_layers_in_one_call_equal_the_layers_in_turn(

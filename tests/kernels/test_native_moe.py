@@ -57,6 +57,15 @@ def test_a_token_is_the_same_in_every_company(native: Ops, dtype: torch.dtype, f
         assert torch.equal(native.moe(x[some], logits[some], weights), alone[some])
 
 
+@pytest.mark.parametrize("held", [range(2), range(2, E)])
+def test_tokens_of_experts_that_are_not_held_get_zeros(native: Ops, held: range) -> None:
+    x, logits, weights = numbers(23, H), numbers(23, E, seed=3), packed(native, torch.float32)
+    own = slice(held.start, held.stop)
+    part = ExpertWeights(weights.gate_up[own], weights.down[own], held)
+    mine = torch.isin(logits.argmax(dim=1), torch.tensor(held))
+    assert torch.equal(native.moe(x, logits, part), native.moe(x, logits, weights) * mine[:, None])
+
+
 def test_quantised_experts_are_near_the_plain_ones(native: Ops, dtype: torch.dtype) -> None:
     x, logits = numbers(9, H), numbers(9, E, seed=3)
     weights = packed(native, dtype, "q8")

@@ -17,7 +17,8 @@ from kernels.attention.triton_plan import (
     choose_splits,
     plan_tiles,
 )
-from kernels.ops import AttentionMeta
+from kernels.linear.scaled import FP8
+from kernels.ops import AttentionMeta, CacheScales
 from tests.kernels import triton_env
 from tests.kernels.triton_env import DEVICE, numbers, poison, poisoned_memory
 
@@ -112,6 +113,18 @@ def test_chunks_equal_the_reference(
 ) -> None:
     caches, meta = paged(rows, kv_heads, 64)
     check(numbers(len(meta.ancestors), heads, 64, seed=9, dtype=dtype), caches, meta)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_cache_of_fp8_equals_the_reference(dtype: torch.dtype) -> None:
+    caches, meta = paged([(70, 3), (0, 40), (300, 1)], 2, 64, torch.float32)
+    small = [page.float().to(FP8) for page in caches]
+    q, scales = numbers(len(meta.ancestors), 4, 64, seed=9, dtype=dtype), CacheScales(0.37, 1.9)
+    got = kernel.attention(q, *small, meta, 0.125, scales)
+    safe = replace(meta, block_tables=meta.block_tables.clamp(max=len(small[0]) - 1))
+    expected = reference.attention(q.float(), *small, safe, 0.125, scales)
+    loose = {torch.float32: {}, torch.bfloat16: {"atol": 4e-2}}
+    triton_env.close(got, expected, **loose[dtype])
 
 
 def test_a_cache_of_float32_equals_the_reference() -> None:

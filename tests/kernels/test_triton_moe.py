@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,16 @@ def in_float32(weights: ExpertWeights) -> ExpertWeights:
     return ExpertWeights((wide[0],), (wide[1],))
 
 
+def some_of(weights: ExpertWeights, held: range) -> ExpertWeights:
+    """Only the experts `held`."""
+    own = slice(held.start, held.stop)
+    parts = [
+        replace(part, data=part.data[own], scales=None if part.scales is None else part.scales[own])
+        for part in (*weights.gate_up, *weights.down)
+    ]
+    return ExpertWeights((parts[0],), (parts[1],), held)
+
+
 @pytest.mark.parametrize(
     ("T", "E", "H", "F", "dtype"),
     [
@@ -54,3 +66,13 @@ def test_rows_may_lie_apart_and_all_tokens_may_have_one_expert() -> None:
     logits = numbers(33, 5, seed=3)
     logits[:, 3] = 9.0
     close(kernel.moe(x, logits, weights), reference.moe(x, logits, weights))
+
+
+@pytest.mark.parametrize("held", [range(2), range(2, 5)])
+def test_tokens_of_experts_that_are_not_held_get_zeros(held: range) -> None:
+    x, logits, weights = numbers(37, 48), numbers(37, 5, seed=3), experts(5, 48, 16)
+    part = some_of(weights, held)
+    close(kernel.moe(x, logits, part), reference.moe(x, logits, part))
+    mine = torch.isin(logits.argmax(dim=1), torch.tensor(held, device=x.device))
+    whole = reference.moe(x, logits, weights) * mine[:, None]
+    close(reference.moe(x, logits, part), whole)

@@ -11,6 +11,7 @@ from kernels.linear.scaled import FP8, ScaledLayout, ScaledWeight
 from kernels.moe import reference
 from kernels.ops import ExpertWeights, LinearWeight
 from tests.kernels import triton_env
+from tests.kernels.test_triton_moe import some_of
 from tests.kernels.triton_env import DEVICE, close, numbers, spaced
 
 kernel = triton_env.load("kernels.linear.triton_kernel")
@@ -161,3 +162,12 @@ def test_fp8_experts_equal_the_reference(
     expected = reference.moe(x, logits, ExpertWeights(plain[:1], plain[1:]))
     # Rounded twice, each number by up to a sixteenth.
     assert (got - expected).abs().max() <= (0.1 if rounds else 1e-4) * expected.abs().max()
+
+
+def test_fp8_experts_that_are_not_held_give_zeros() -> None:
+    x, logits, held = numbers(33, 48), numbers(33, 5, seed=3), range(1, 3)
+    (gate_up, _), (down, _) = stack(5, 32, 48, 48, True), stack(5, 48, 16, 16, True)
+    every = ExpertWeights((gate_up,), (down,))
+    mine = torch.isin(logits.argmax(dim=1), torch.tensor(held, device=x.device))
+    got = experts.moe(x, logits, some_of(every, held))
+    assert torch.equal(got, experts.moe(x, logits, every) * mine[:, None])

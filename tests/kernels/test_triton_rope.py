@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.linear.scaled import FP8
+from kernels.ops import CacheScales
 from kernels.rope import reference
 from tests.kernels import triton_env
 from tests.kernels.triton_env import DEVICE, close, numbers, poison, spaced
@@ -67,3 +69,19 @@ def test_float32_activations_go_to_a_bfloat16_cache_of_wider_slots() -> None:
     base = k_cache._base
     assert base is not None
     assert base[:, :, 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_fp8_cache_takes_what_the_reference_gives_it(dtype: torch.dtype) -> None:
+    T, Hq, Hkv, D = 5, 8, 2, 64
+    qkv = (numbers(T, (Hq + 2 * Hkv) * D) * torch.logspace(-3, 3, T)[:, None]).to(dtype).to(DEVICE)
+    cos_sin, (positions, slots), scales = angles(D), places(T), CacheScales(0.37, 1.9)
+    empty = torch.zeros(BLOCKS, S, Hkv, D, dtype=FP8, device=DEVICE)
+    mine, theirs = ((empty.clone(), empty.clone()) for _ in "ab")
+    got = kernel.rope_kv_write(qkv, cos_sin, positions, slots, *mine, scales)
+    expected = reference.rope_kv_write(qkv.float(), cos_sin, positions, slots, *theirs, scales)
+    close(got, expected)
+    for page, wanted in zip(mine, theirs, strict=True):
+        assert wanted.float().abs().max() == 448.0  # too large a number
+        torch.testing.assert_close(page.float(), wanted.float(), atol=2**-9, rtol=2**-3)
+        assert (page.float() == wanted.float()).float().mean() > 0.999

@@ -1,4 +1,5 @@
-"""Two ranks, each with half of every expert's width, give the texts of one for a Llama 4."""
+"""Two ranks, each with half of every expert's width or with half of the experts, give the texts of
+one for a Llama 4."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from configs.resolve import HostConfig, HostFacts, resolve_host
 from engine.completion import Completion
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
-from engine.step.shape import chain
+from engine.step.shape import TreeShape, chain
 from tests.engine.test_engine_equality import prompt
 from tests.support.engines import ask
 from tests.support.head_lab import SHAPES
@@ -37,8 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def configure(folder: Path, head: str) -> HostConfig:
+def configure(folder: Path, head: str, experts: str = "tensor") -> HostConfig:
     settings = [
+        f"parallel.experts={experts}",
         f"model.source={folder / 'model'}",
         f"speculation.draft={head}",
         "speculation.tree=root",
@@ -66,14 +68,19 @@ def truth(folder: Path) -> dict[str, Completion]:
 
 
 @pytest.mark.parametrize(
-    ("way", "tree"),
-    [(Way(2, EXACT, lookup=True), chain(3)), (Way(2, PADDED, run_ahead=True), SHAPES["tree"])],
-    ids=["exact", "padded-ahead"],
+    ("way", "tree", "experts"),
+    [
+        (Way(2, EXACT, lookup=True), chain(3), "tensor"),
+        (Way(2, PADDED, run_ahead=True), SHAPES["tree"], "tensor"),
+        (Way(2, EXACT), SHAPES["tree"], "expert"),
+    ],
+    ids=["exact", "padded-ahead", "whole-experts"],
 )
 def test_two_ranks_that_draft_give_the_texts_of_one(
-    folder: Path, truth: dict[str, Completion], way: Way, tree: object
+    folder: Path, truth: dict[str, Completion], way: Way, tree: TreeShape, experts: str
 ) -> None:
-    heard = answer(configure(folder, str(folder / "head")), way, requests(), FixedPlanner(tree))
+    config = configure(folder, str(folder / "head"), experts)
+    heard = answer(config, way, requests(), FixedPlanner(tree))
     assert heard.stats.num_drafts > 0
     for name, record in truth.items():
         assert heard.texts[name].token_ids == record.token_ids, name

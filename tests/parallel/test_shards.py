@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.schema import ExpertCut
 from engine.checkpoints.arch import LlamaArch, Shape
 from engine.checkpoints.families import read_text_model
 from engine.checkpoints.llama4_arch import Llama4Arch
@@ -81,19 +82,42 @@ def test_every_published_tensor_is_read_once_over_all_ranks(
         assert taken.copies() == {copies}, key
 
 
-def test_experts_of_their_own_are_read_once_over_all_ranks(reference_ops: Ops) -> None:
-    arch = read_text_model(LLAMA4_MAVERICK).arch
-    assert isinstance(arch, Llama4Arch)
-    arch = dataclasses.replace(
-        arch, num_layers=2, num_experts=3, moe_layers=frozenset({1}), separate_experts=True
-    )
+@pytest.mark.parametrize("experts", ["tensor", "expert"])
+def test_experts_of_their_own_are_read_once_over_all_ranks(
+    experts: ExpertCut, reference_ops: Ops
+) -> None:
+    arch = few_experts(16, separate_experts=True)
     stored = {key: Taken(shape) for key, shape in expected_tensors(arch).items()}
     for rank in range(8):
-        place = Place(reference_ops, torch.bfloat16, META, Shard(rank, 8))
+        place = Place(reference_ops, torch.bfloat16, META, Shard(rank, 8), experts=experts)
         load_target(arch, stored.__getitem__, place, 32)
     for key, taken in stored.items():
         copies = 8 if "norm" in key or "router" in key else 1
         assert taken.copies() == {copies}, key
+
+
+def few_experts(count: int, **changes: Any) -> Llama4Arch:
+    """Two layers of Maverick, of which one has `count` experts."""
+    arch = read_text_model(LLAMA4_MAVERICK).arch
+    assert isinstance(arch, Llama4Arch)
+    changes |= {"num_layers": 2, "num_experts": count, "moe_layers": frozenset({1})}
+    return dataclasses.replace(arch, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"),
+    [
+        (few_experts(12), "expert: 12 experts do not divide by 8 ranks; tensor is possible"),
+        (LlamaArch.from_hf_config(LLAMA31_8B), "expert: this model has no experts"),
+    ],
+    ids=["12 experts", "none"],
+)
+def test_whole_experts_that_cannot_be_spread_are_refused(
+    arch: LlamaArch, reason: str, reference_ops: Ops
+) -> None:
+    place = Place(reference_ops, torch.bfloat16, META, Shard(0, 8), experts="expert")
+    with pytest.raises(ValueError, match=f"parallel.experts = {reason}"):
+        load_target(arch, {}.__getitem__, place, 32)
 
 
 def narrow(config: dict[str, Any]) -> LlamaArch:

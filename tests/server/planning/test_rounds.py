@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.planned import deployment_of
 from configs.planning import load_calibration, shipped_models
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from server.planning.costs import LIMITS, Cost, overlapped
 from server.planning.formats import BF16, FP8
-from server.planning.products import Product
+from server.planning.products import Product, layer_products
 from server.planning.rounds import (
     Deployment,
     frontiers,
@@ -51,6 +52,25 @@ def test_tokens_touch_the_expected_number_of_experts(tokens: int, touched: float
     experts = Product("experts", 64, 64, FP8, copies=128, used=1)
     assert experts.touched(tokens) == pytest.approx(touched, rel=1e-3)
     assert replace(experts, copies=1).touched(tokens) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 5000])
+def test_gpus_with_whole_experts_wait_for_the_one_that_uses_most(tokens: int) -> None:
+    experts = Product("experts", 64, 64, FP8, copies=16, used=1, holders=8)
+    draws = torch.randint(128, (500, tokens), generator=torch.Generator().manual_seed(1))
+    used = torch.zeros(500, 128).scatter_(1, draws, 1.0)
+    by_gpu = used.view(500, 8, 16).sum(dim=2).max(dim=1).values.mean().item()
+    assert experts.touched(tokens) == pytest.approx(by_gpu, rel=0.1)
+
+
+def test_whole_experts_take_as_much_memory_and_more_time_for_few_tokens() -> None:
+    cut = deployed(MAVERICK, 8)
+    whole = replace(cut, target=cut.target.with_experts("expert"))
+    sizes = [sum(p.num_bytes for p in layer_products(d.target, 8)) for d in (cut, whole)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=2e-3)  # scales of outputs are not cut
+    for rows in (1, 8):
+        times = [round_parts(d, rows, 8192, ROOT)["experts, products"] for d in (cut, whole)]
+        assert times[0].memory < times[1].memory < 9 * times[0].memory
 
 
 def test_reading_and_multiplying_overlap() -> None:

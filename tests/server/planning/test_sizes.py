@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,3 +138,14 @@ def test_numbers_of_ranks_that_do_not_divide_name_those_that_do() -> None:
         shipped("meta-llama/Llama-3.3-70B-Instruct").check_ranks(3)
     with pytest.raises(ValueError, match=r"parallel.tensor = 3: 40 attention .* allows 1, 2, 4, 8"):
         shipped("meta-llama/Llama-4-Scout-17B-16E-Instruct").check_ranks(3)
+
+
+def test_whole_experts_need_experts_in_equal_numbers() -> None:
+    with pytest.raises(ValueError, match=r"parallel.experts = expert: this model has no experts"):
+        shipped("meta-llama/Llama-3.1-8B-Instruct").with_experts("expert")
+    scout = shipped("meta-llama/Llama-4-Scout-17B-16E-Instruct").with_experts("expert")
+    scout.check_ranks(8)
+    assert scout.experts is not None
+    odd = replace(scout, experts=replace(scout.experts, num_experts=12))
+    with pytest.raises(ValueError, match=r"12 experts do not divide by 8 ranks; tensor is possib"):
+        odd.check_ranks(8)
