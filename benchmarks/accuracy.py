@@ -1,8 +1,9 @@
-"""What the forms of weights cost in accuracy: `python -m benchmarks.accuracy`.
+"""What forms of weights and cache cost in accuracy: `python -m benchmarks.accuracy`.
 
 The perplexity of a fixed text, and the divergence of each next token's distribution from that of
-float32 weights and cache, for each value of `model.weights`. Where llama-cpp-python is installed
-among the peers of `benchmarks.compare`, also llama.cpp's perplexity with the same file and tokens.
+float32 weights and cache, for each value of `model.weights`, and for an FP8 cache. Where
+llama-cpp-python is installed among the peers of `benchmarks.compare`, also llama.cpp's perplexity
+with the same file and tokens.
 """
 
 from __future__ import annotations
@@ -31,20 +32,23 @@ from engine.models.families import load_target
 from engine.models.place import Place
 from kernels.registry import build_ops
 from server.assembly.drafting import torch_dtype
-from server.assembly.rank import weight_form
+from server.assembly.rank import cache_scales, cache_type, weight_form
 from server.measuring.open_load import TEXT
 from server.text.chat_codec import load_codec
 
 WINDOW = 512  # tokens
 LLAMA_CPP = "llama-cpp-python"
 REFERENCE = ("model.weights=plain", "model.dtype=float32")
-FORMS = ("stored", "plain", "q8", "q4")
+FORMS: dict[str, tuple[str, ...]] = {
+    **{form: (f"model.weights={form}",) for form in ("stored", "plain", "q8", "q4")},
+    "plain, fp8 cache": ("model.weights=plain", "cache.dtype=fp8"),
+}
 Windows = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One form of weights. The divergence is None for llama.cpp, whose logits stay with it."""
+    """One form of weights and cache. llama.cpp tells no divergence."""
 
     name: str
     perplexity: float
@@ -69,7 +73,7 @@ def main(
         "benchmarks/out/accuracy.json"
     ),
 ) -> None:
-    """Measure perplexity and divergence of model.weights = stored, plain, q8 and q4."""
+    """Measure perplexity and divergence of the forms of weights, and of an FP8 cache."""
     given = [f"model.source={model}", *(overrides or ())]
     config = host_config(None, given)
     ids = load_codec(config).tokenizer.encode(text.read_text(encoding="utf-8"), False)
@@ -103,9 +107,9 @@ def compare_forms(given: Sequence[str], windows: Windows, notes: list[str]) -> l
     """The reference, then each form that this machine's kernels can compute."""
     reference = load(host_config(None, [*given, *REFERENCE]), len(windows[0]))
     targets = {"float32": reference}
-    for form in FORMS:
+    for form, settings in FORMS.items():
         try:
-            config = host_config(None, [*given, f"model.weights={form}"])
+            config = host_config(None, [*given, *settings])
             targets[form] = load(config, len(windows[0]))
         except ValueError as error:
             notes.append(str(error))
@@ -132,9 +136,11 @@ def load(config: HostConfig, length: int) -> FrozenTarget:
     dtype, device = torch_dtype(config.model.dtype), torch.device("cpu")
     ops = build_ops(config.kernels.backend, device, dtype, config.kernels.threads, config.files.dir)
     form = weight_form(config.model.weights, "model.weights", ops)
-    place = Place(ops, dtype, device, weights=form)
-    model = load_target(checkpoint.arch, checkpoint.stored, place, length)
-    return FrozenTarget(model, ops, (), dtype)
+    cache = cache_type(config.cache, ops, device)
+    place = Place(ops, dtype, device, weights=form, cache=cache)
+    scales = cache_scales(checkpoint, place)
+    model = load_target(checkpoint.arch, checkpoint.stored, place, length, scales)
+    return FrozenTarget(model, ops, (), place.cache_dtype)
 
 
 def scores(target: FrozenTarget, ids: Sequence[int]) -> Tensor:

@@ -22,12 +22,12 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from benchmarks.answers import Endpoint, ask_all
 from benchmarks.fleet import percentiles
 from benchmarks.machine import facts, load
 from benchmarks.peers.known import Server, Setting
 from benchmarks.running import free_port, started
 from benchmarks.tables import write_results
+from server.measuring.answers import Endpoint, ask_all
 
 ROUTINGS = ("prefix", "round_robin")
 SAMPLE = r"^aerie:{}_total\S* (\S+)$"

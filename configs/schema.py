@@ -170,10 +170,11 @@ class SpeculationConfig(Section):
         description="draft head: auto (the one that ships for the model, if there is one), a "
         "shipped name, a directory or a hub id; null: no drafting",
     )
-    draft_weights: Literal["auto", "plain", "q8", "q4"] = Field(
+    draft_weights: Literal["auto", "plain", "q8", "q4", "q4_mlp"] = Field(
         "auto",
         description="how the head is kept, as in model.weights; auto: q8 where the kernels read "
-        "quantised weights, else plain",
+        "quantised weights, else plain; q4_mlp: its feed-forward in 4 bits (arXiv:2508.08192), the "
+        "rest as with auto",
     )
     aux_layers: AuxLayers = Field(
         "auto",
@@ -181,7 +182,7 @@ class SpeculationConfig(Section):
         "config.json mean outputs of layers to some programs, and boundaries (state after so many "
         "layers, 0: the embedding) to others: outputs, boundaries, or auto (by their place in the "
         "file). A list gives the boundaries themselves. A wrong choice costs acceptance only: "
-        "`aerie eval-draft` with each shows which is right",
+        "`aerie eval-draft --compare-aux` says which is right",
     )
     tree: str = Field(
         "auto", description="auto, root, or one tree for every step: a name or file of configs/tree"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -44,6 +44,9 @@ class Report:
     output_tokens: int
     batch: int
     measurements: list[Measurement]
+    # The acceptance length by what the head's ids of target layers could mean, if it was measured:
+    # of the first tree, at the first temperature
+    by_aux_layers: dict[str, float] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

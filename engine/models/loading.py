@@ -96,9 +96,11 @@ class LayerLoader:
         """`size`: its width, if not `arch.intermediate_size`."""
         bias, inner = self.arch.mlp_bias, self.place.shard.even(size or self.arch.intermediate_size)
         parts = [(f"{prefix}.gate_proj", inner), (f"{prefix}.up_proj", inner)]
+        form = self.place.mlp_weights or self.place.weights
+        own = replace(self, place=replace(self.place, weights=form))
         return GatedMLP(
-            gate_up=ColumnParallelLinear(self.pack_rows(parts, bias=bias)),
-            down=RowParallelLinear(self.pack_columns(f"{prefix}.down_proj", inner, bias=bias)),
+            gate_up=ColumnParallelLinear(own.pack_rows(parts, bias=bias)),
+            down=RowParallelLinear(own.pack_columns(f"{prefix}.down_proj", inner, bias=bias)),
         )
 
     def norm(self, name: str) -> RMSNorm:

@@ -23,6 +23,7 @@ class Place:
     shard: Shard = WHOLE  # this rank's part of a model
     group: TPGroup = field(default_factory=TPGroup)  # the ranks that compute steps together
     weights: WeightForm = "stored"
+    mlp_weights: WeightForm | None = None  # of gated feed-forwards; None: as the others
     cache: torch.dtype | None = None  # of keys and values; None: dtype
     experts: ExpertCut = "tensor"  # what ranks share of experts: their widths, or their number
 

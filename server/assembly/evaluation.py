@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from configs.resolve import HostConfig
+from drafter.checkpoint import read_head_config
 from drafter.source import ACCEPTED, resolve_draft
 from drafter.train.conversations import Prompt, read_prompts, sample_file
 from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
 from drafter.train.report import Measurement, Report
+from engine.checkpoints.checkpoint import read_arch
 from engine.step.shape import ROOT, TreeShape
 from server.assembly.compose import backend_can_be_had, build_engine
 from server.assembly.drafting import tree_shape
@@ -23,6 +26,8 @@ from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 
 MAX_TEMPERATURE = 2  # as in the HTTP API
+MEANINGS: tuple[Literal["outputs", "boundaries"], ...] = ("outputs", "boundaries")
+SURE = 0.02  # relative difference of acceptance lengths from which one is better
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Evaluation:
     batch: int
     compare_ranking: bool  # also measure without shared noise
     with_lookup: bool  # measure every tree again with prompt lookup
+    compare_aux: bool = False  # also measure both meanings of the head's ids of target layers
 
     def __post_init__(self) -> None:
         for temperature in self.temperatures:
@@ -67,6 +73,8 @@ def evaluate_draft(config: HostConfig, evaluation: Evaluation) -> Report:
     head = resolve_draft(config.speculation.draft, config.model.source)
     if head is None:
         raise ValueError(f"there is no draft head to measure: speculation.draft must be {ACCEPTED}")
+    if evaluation.compare_aux:
+        _check_ids(config, head)
     engine = _engine(config, shared_noise=True)
     device = engine.info.device
     questions = list(_questions(config, engine, prompts, evaluation))
@@ -76,6 +84,8 @@ def evaluate_draft(config: HostConfig, evaluation: Evaluation) -> Report:
         engine = _engine(config, shared_noise=False)
         sampled = [part for part in questions if part[0].params.temperature]
         found += _told(_measurements(engine, sampled, shapes, evaluation, shared_noise=False))
+    del engine
+    by_aux = _by_aux(config, questions[0], shapes, evaluation) if evaluation.compare_aux else {}
     return Report(
         target=config.model.source,
         draft=head.name,
@@ -87,7 +97,34 @@ def evaluate_draft(config: HostConfig, evaluation: Evaluation) -> Report:
         output_tokens=evaluation.output_tokens,
         batch=evaluation.batch,
         measurements=found,
+        by_aux_layers=by_aux,
     )
+
+
+def _check_ids(config: HostConfig, head: Path) -> None:
+    """ValueError if the head names no layers that could be understood in two ways."""
+    target = read_arch(config.model.source, config.model.revision)
+    for meaning in MEANINGS:
+        read_head_config(head, target, meaning)
+
+
+def _by_aux(
+    config: HostConfig,
+    questions: Sequence[Question],
+    shapes: Sequence[TreeShape],
+    evaluation: Evaluation,
+) -> dict[str, float]:
+    """The acceptance length of the first tree for each meaning of the head's ids."""
+    found: dict[str, float] = {}
+    for meaning in MEANINGS:
+        speculation = config.speculation.model_copy(update={"aux_layers": meaning})
+        changed = config.model_copy(update={"speculation": speculation})
+        engine = _engine(changed, shared_noise=True)
+        *_, last = measure_trees(engine, questions, shapes[:1], evaluation.batch, True)
+        del engine
+        found[meaning] = last.acceptance_length
+        _tell(f"aux_layers {meaning}, {last.tree}: {last.acceptance_length:.2f} tokens per tree")
+    return found
 
 
 def show(report: Report) -> None:
@@ -110,6 +147,17 @@ def show(report: Report) -> None:
             " ".join(f"{share:.2f}" for share in line.conditional),
         )
     Console(width=150).print(table)
+    if report.by_aux_layers:
+        print(_verdict(report.by_aux_layers))
+
+
+def _verdict(by_aux: Mapping[str, float]) -> str:
+    """Which meaning of the head's ids of target layers is accepted more."""
+    more, less = sorted(by_aux, key=lambda meaning: -by_aux[meaning])
+    numbers = f"{by_aux[more]:.2f} tokens per tree, against {by_aux[less]:.2f} with {less}"
+    if by_aux[more] - by_aux[less] < SURE * by_aux[less]:
+        return f"Too close to tell: speculation.aux_layers={more} gives {numbers}."
+    return f"speculation.aux_layers={more} is accepted more: {numbers}."
 
 
 def _engine(config: HostConfig, shared_noise: bool) -> OfflineEngine:

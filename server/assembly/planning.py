@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+import torch
+
 from configs.load import ConfigError
 from configs.planning import Gpu, load_calibration, load_gpu, shipped_gpus, shipped_models
 from configs.resolve import HostConfig, ModelFacts, context_length, resolve_model
@@ -20,6 +22,7 @@ from engine.checkpoints.source import BUNDLED_ALIAS, config_folder
 from engine.kv.storage import SCRATCH_BLOCKS, bytes_per_block
 from engine.models.footprint import step_bytes
 from engine.parallel.shard import Shard, check_degree, kv_copies
+from kernels.linear.scaled import FP8
 from server.assembly.drafting import AUTO, torch_dtype, tree_shape
 from server.planning.acceptance import Acceptance
 from server.planning.costs import Machine
@@ -33,6 +36,7 @@ from server.planning.sizes import ModelSizes
 AssumedHead = Literal["eagle", "eagle3", "dense3"]
 STORED = "stored"
 DRAFT_VOCAB = 32000  # of published EAGLE-3 heads for Llama 3
+ROUNDED_HERE = 0.5 + 8 / 32  # bytes of a weight in groups of 32 with a scale and a minimum
 PLAIN = {"bfloat16": "bf16", "float32": "float32"}
 LABELS = {"plain": "plain_ms", "with drafts": "ms_per_token"}
 
@@ -100,6 +104,7 @@ def _title(config: HostConfig, options: PlanOptions) -> str:
     gpu = options.gpu.upper() if options.gpu in shipped_gpus() else Path(options.gpu).stem
     gpus = gpu if ranks == 1 else f"{ranks} x {gpu}"
     weights = "" if options.weights == STORED else f", {options.weights} weights"
+    weights += ", fp8 cache" if config.cache.dtype == "fp8" else ""
     return f"{config.model.source} on {gpus}{weights}, context {options.context}"
 
 
@@ -108,6 +113,7 @@ def _deployment(config: HostConfig, gpu: Gpu, shapes: Shapes) -> Deployment:
         machine=Machine(gpu, load_calibration(), config.parallel.tensor),
         target=shapes.target,
         head=shapes.head,
+        cache_bytes=_target_cache(config).itemsize,
         run_ahead=config.scheduler.run_ahead is not False,
     )
 
@@ -125,9 +131,21 @@ def read_shapes(config: HostConfig, options: PlanOptions) -> Shapes:
     head = head_sizes(found, target, replicated=config.speculation.draft_parallel == "replicated")
     if not head.replicated:
         check_degree(found.arch, ranks, "speculation.draft_parallel = sharded, parallel.tensor")
-    kept = format_named(plain)
-    formats = PartFormats(kept, kept, kept, kept, kept)
+    formats = _head_formats(config, plain)
     return Shapes(target, replace(head, layers=replace(head.layers, formats=formats)))
+
+
+def _head_formats(config: HostConfig, plain: str) -> PartFormats:
+    """On a GPU: plain, but for what `speculation.draft_weights` puts into 4 bits. ValueError for a
+    form that GPUs do not read."""
+    kept, form = format_named(plain), config.speculation.draft_weights
+    if form == "q8":
+        raise ValueError("speculation.draft_weights = q8 is for CPUs; plain, q4 and q4_mlp can be")
+    small = replace(format_named("int4"), bytes_per_weight=ROUNDED_HERE)
+    formats = PartFormats(kept, kept, kept, kept, kept)
+    if form == "q4":
+        return PartFormats(small, small, small, small, small)
+    return replace(formats, dense=small) if form == "q4_mlp" else formats
 
 
 def _target(config: HostConfig, plain: str) -> ModelSizes:
@@ -222,10 +240,11 @@ def plan_memory(config: HostConfig, shapes: Shapes, gpu_bytes: int) -> MemoryPla
     if shapes.head is not None:
         draft_weights = head_bytes(shapes.head, ranks, max_len)
         cut = 1 if shapes.head.replicated else ranks
-        draft_block = _block_bytes(config, shapes.head.layers, cut)
+        own = torch_dtype(config.model.dtype)
+        draft_block = _block_bytes(config, shapes.head.layers, cut, own)
     step = _step_bytes(config, target)
     free = check_fit(target_weights + draft_weights, step, gpu_bytes, ranks)
-    target_block = _block_bytes(config, target, ranks)
+    target_block = _block_bytes(config, target, ranks, _target_cache(config))
     num_blocks = _num_blocks(config, target, target_block + draft_block, (free, gpu_bytes))
     return MemoryPlan(
         num_gpus=ranks,
@@ -255,9 +274,13 @@ def _num_blocks(config: HostConfig, target: ModelSizes, block: int, memory: tupl
     return found
 
 
-def _block_bytes(config: HostConfig, sizes: ModelSizes, ranks: int) -> int:
+def _target_cache(config: HostConfig) -> torch.dtype:
+    """Of the target's keys and values."""
+    return FP8 if config.cache.dtype == "fp8" else torch_dtype(config.model.dtype)
+
+
+def _block_bytes(config: HostConfig, sizes: ModelSizes, ranks: int, dtype: torch.dtype) -> int:
     heads = Shard(0, ranks).num_kv_heads(sizes.num_kv_heads)
-    dtype = torch_dtype(config.model.dtype)
     block_size = config.cache.block_size
     return bytes_per_block(sizes.num_layers, block_size, heads, sizes.head_dim, dtype)
 

@@ -151,10 +151,10 @@ def _load(
     grammars = None if codec is None or group.rank else _grammars(codec, arch, eos_token_ids)
     max_len = context_length(config, arch.max_position_embeddings)
     place = _place(config, group, device)
-    model = load_target(arch, checkpoint.stored, place, max_len, _cache_scales(checkpoint, place))
+    model = load_target(arch, checkpoint.stored, place, max_len, cache_scales(checkpoint, place))
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
-    head_place = replace(place, weights=_head_form(config.speculation, place.ops), cache=None)
+    head_place = place_of_head(config.speculation, place)
     whole, aux = replicated and group.size > 1, config.speculation.aux_layers
     loader = HeadLoader(target, head_place, max_len, whole, aux)
     kept = KeptCosts(config.files.dir, _identity(config, files.version(), target, head_place))
@@ -171,7 +171,8 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
     library = build_library(config.files.dir).name if ("linear", "native") in backends else ""
     parts = (
         (target.arch, weights),
-        (model.weights, model.dtype, config.cache.dtype, head_place.weights),
+        (model.weights, model.dtype, config.cache.dtype),
+        (head_place.weights, head_place.mlp_weights),
         (backends, library, config.kernels.graphs),
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),
         (config.speculation.draft_parallel, config.parallel.experts, config.speculation.window),
@@ -186,9 +187,16 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
     form = weight_form(config.model.weights, "model.weights", ops)
-    shard = Shard(group.rank, group.size)
-    cache = cache_type(config.cache, ops, device)
-    return Place(ops, dtype, device, shard, group, form, cache, config.parallel.experts)
+    return Place(
+        ops,
+        dtype,
+        device,
+        Shard(group.rank, group.size),
+        group,
+        form,
+        cache=cache_type(config.cache, ops, device),
+        experts=config.parallel.experts,
+    )
 
 
 def cache_type(config: CacheConfig, ops: Ops, device: torch.device) -> torch.dtype | None:
@@ -204,7 +212,7 @@ def cache_type(config: CacheConfig, ops: Ops, device: torch.device) -> torch.dty
     return FP8
 
 
-def _cache_scales(checkpoint: Checkpoint, place: Place) -> dict[int, CacheScales]:
+def cache_scales(checkpoint: Checkpoint, place: Place) -> dict[int, CacheScales]:
     """Those of the checkpoint, if keys and values are kept in FP8."""
     if place.cache_dtype is not FP8:
         return {}
@@ -215,10 +223,15 @@ def _cache_scales(checkpoint: Checkpoint, place: Place) -> dict[int, CacheScales
     return scales
 
 
-def _head_form(speculation: SpeculationConfig, ops: Ops) -> WeightForm:
+def place_of_head(speculation: SpeculationConfig, place: Place) -> Place:
+    """Where and in which forms a draft head is kept. ValueError for a form that cannot be read."""
+    own, setting = replace(place, cache=None), "speculation.draft_weights"
+    best: WeightForm = "q8" if "q8" in place.ops.reads else "plain"
     if speculation.draft_weights == "auto":
-        return "q8" if "q8" in ops.reads else "plain"
-    return weight_form(speculation.draft_weights, "speculation.draft_weights", ops)
+        return replace(own, weights=best)
+    if speculation.draft_weights == "q4_mlp":
+        return replace(own, weights=best, mlp_weights=weight_form("q4", setting, place.ops))
+    return replace(own, weights=weight_form(speculation.draft_weights, setting, place.ops))
 
 
 def weight_form(wanted: WeightForm, setting: str, ops: Ops) -> WeightForm:

@@ -57,6 +57,14 @@ WithLookup = Annotated[
     bool,
     typer.Option("--with-lookup", help="Measure every tree again together with prompt lookup."),
 ]
+CompareAux = Annotated[
+    bool,
+    typer.Option(
+        "--compare-aux",
+        help="Also read the head's ids of target layers as outputs and as boundaries "
+        "(speculation.aux_layers), and say which is accepted more.",
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write the numbers there as JSON.", show_default=False),
@@ -91,6 +99,7 @@ def eval_draft(
     batch: Batch = 1,
     compare_ranking: CompareRanking = False,
     with_lookup: WithLookup = False,
+    compare_aux: CompareAux = False,
     output: Output = None,
 ) -> None:
     """Measure how many tokens of a draft head (speculation.draft) are accepted.
@@ -104,6 +113,8 @@ def eval_draft(
         aerie eval-draft speculation.draft=heads/mine --limit 20 --output acceptance.json
 
         aerie eval-draft speculation.draft=heads/mine --tree chain3 --tree tree8 --temperature 0
+
+        aerie eval-draft speculation.draft=heads/mine --tree chain3 --compare-aux
     """
     from server.assembly.evaluation import Evaluation, evaluate_draft, show
 
@@ -118,6 +129,7 @@ def eval_draft(
             batch=batch,
             compare_ranking=compare_ranking,
             with_lookup=with_lookup,
+            compare_aux=compare_aux,
         )
         report = evaluate_draft(host_config(config, overrides or ()), evaluation)
         show(report)

@@ -37,7 +37,7 @@ class Deployment:
     machine: Machine
     target: ModelSizes
     head: HeadSizes | None = None
-    cache_bytes: int = 2  # of a key or value entry
+    cache_bytes: int = ACTIVATION  # of a number of the target's keys and values
     run_ahead: bool = True  # the host works while the GPU does
 
 
@@ -189,9 +189,7 @@ def _level(
         yield part, machine.product(product, num_tokens)
     yield part, _between_products(replace(machine, ranks=ranks), layers, num_tokens)
     heads = Shard(0, ranks).num_kv_heads(layers.num_kv_heads)
-    cache = (
-        2 * heads * layers.head_dim * deployment.cache_bytes * layers.num_layers * rows * context
-    )
+    cache = 2 * heads * layers.head_dim * ACTIVATION * layers.num_layers * rows * context
     yield part, machine.attention(layers.num_layers, rows, cache, 0.0)
     lm_head = head_lm_head(head, machine.ranks)
     logits = parents * head.draft_vocab_size * LOGIT  # every GPU ranks all of them

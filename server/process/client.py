@@ -28,8 +28,8 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
-from server.http.engine_client import StepSizes
 from server.assembly.running import mark
+from server.http.engine_client import StepSizes
 from server.process.suspects import Suspects
 from server.process.wire import decode_engine, encode, share_prompts, unbounded
 

@@ -23,6 +23,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
+from server.http.engine_client import StepSizes
 from server.process.client import ENGINE_LOST, at_rest
 from server.ray.messages import (
     EngineStatus,
@@ -65,6 +66,9 @@ class RayEngineClient:
         self._head = Head()
         self._ready = asyncio.Event()
         self._pushing: asyncio.Task[None] | None = None
+        # Ray starts engines again, and they do not tell of single steps.
+        self.num_restarts = 0
+        self.step_sizes = StepSizes()
 
     @property
     def info(self) -> EngineInfo | None:

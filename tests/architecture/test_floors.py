@@ -52,7 +52,7 @@ FLOORS: dict[str, Table] = {
         "routing": frozenset(),
         "assembly": frozenset({"text", "planning"}),
         "process": frozenset({"text", "http", "openai", "apis", "page", "assembly"}),
-        "ray": frozenset({"routing", "process"}),
+        "ray": frozenset({"http", "routing", "process"}),
         "commands": frozenset(
             {"text", "planning", "assembly", "process", "ray", "terminal", "measuring", "version"}
         ),

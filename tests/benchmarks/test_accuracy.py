@@ -53,6 +53,7 @@ def test_the_command_measures_what_transformers_computes(
     assert content["notes"] == ["without llama.cpp: the model is no .gguf file"]
     if "q8" in rows:  # needs native kernels
         assert 0 < rows["plain"]["kl"] < rows["q4"]["kl"]
+    assert rows["plain"]["kl"] < rows["plain, fp8 cache"]["kl"] < 0.1
     assert "| float32 |" in markdown("accuracy", content)
 
 

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from configs.schema import WeightForm
+from engine.checkpoints.arch import LlamaArch
+from engine.models.loading import LayerLoader
+from engine.models.place import Place
 from engine.models.weights import WeightPacker, with_zero_rows
 from kernels.linear.grouped import GroupedWeight, quantise
 from kernels.linear.quantised import Part, dense
 from kernels.ops import LinearWeight, Ops
+from tests.support.tiny_llama import TinyLlama
 
 CPU = torch.device("cpu")
 
@@ -98,3 +102,18 @@ def test_padding_rows_are_zeros(bits: int) -> None:
     assert torch.equal(padded[:5], weight.dequantised())
     assert bool((padded[5:] == 0).all())
     assert with_zero_rows(numbers(5, 32), 8).shape == (8, 32)
+
+
+@pytest.mark.parametrize(("form", "others"), [("q8", 8), ("plain", None)])
+def test_feed_forwards_may_be_kept_in_fewer_bits_than_the_rest(
+    native_ops: Ops, form: WeightForm, others: int | None
+) -> None:
+    spec = TinyLlama(hidden_size=128, intermediate_size=256)
+    arch = LlamaArch.from_hf_config(spec.config().to_dict())
+    tensors = {f"model.{name}": torch.randn(s) for name, s in arch.layer_tensors(0).items()}
+    place = Place(native_ops, torch.float32, CPU, weights=form, mlp_weights="q4")
+    layer = LayerLoader.of(arch, tensors.__getitem__, place, 32).decoder_layer(0, "model")
+    weights = layer.weights
+    bits = [each.layout and each.layout.bits for each in (weights.qkv, weights.output)]
+    assert bits == [others, others]
+    assert [each.layout and each.layout.bits for each in (weights.gate_up, weights.down)] == [4, 4]

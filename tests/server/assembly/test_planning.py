@@ -287,3 +287,24 @@ def test_a_head_that_cannot_be_found_says_how_to_plan_without_it(tmp_path: Path)
         plan(config, PlanOptions())
     with pytest.raises(ValueError, match=r"--head 'medusa': known kinds are eagle, eagle3, dense3"):
         head_kind("medusa")
+
+
+def test_an_fp8_cache_takes_half_the_memory_of_the_target_alone(tmp_path: Path) -> None:
+    plain = plan_memory(shipped(tmp_path, "8B", "cache.num_blocks=1000"), H100)
+    small = plan_memory(in_same_place(tmp_path, "cache.dtype=fp8"), H100)
+    assert (small.target_kv * 2, small.draft_kv) == (plain.target_kv, plain.draft_kv)
+
+
+def test_a_feed_forward_of_four_bits_takes_less_memory(tmp_path: Path) -> None:
+    plain = plan_memory(shipped(tmp_path, "8B", "cache.num_blocks=1000"), H100)
+    small = plan_memory(in_same_place(tmp_path, "speculation.draft_weights=q4_mlp"), H100)
+    assert plain.draft_weights - small.draft_weights == 3 * 4096 * 14336 * (2 - 0.75)
+    with pytest.raises(ValueError, match=r"draft_weights = q8 is for CPUs; plain, q4 and q4_mlp"):
+        plan_memory(in_same_place(tmp_path, "speculation.draft_weights=q8"), H100)
+
+
+def in_same_place(folder: Path, *overrides: str) -> HostConfig:
+    """As `shipped`, of files that it has written."""
+    places = [f"model.source={folder / 'target'}", f"speculation.draft={folder / 'head'}"]
+    settings = [*places, "cache.num_blocks=1000", *overrides]
+    return hosted(load_config(Path(SHIPPED["8B"]), settings))

@@ -17,7 +17,7 @@ from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.train.conversations import read_prompts
 from drafter.train.report import Report
 from engine.checkpoints.arch import LlamaArch
-from server.assembly.evaluation import sample_prompts
+from server.assembly.evaluation import _verdict, sample_prompts
 from server.cli import app
 from server.commands.drafts import TREES
 from tests.support.live_server import run_aerie
@@ -90,6 +90,33 @@ def test_limits_and_one_temperature_are_respected(
     report = Report.read(output)
     assert (report.num_prompts, report.num_turns) == (1, 1)
     assert [(one.temperature, one.shared_noise) for one in report.measurements] == [(0.5, True)] * 2
+
+
+def test_both_meanings_of_layer_ids_are_compared(
+    folder: Path, native_cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    options: list[Any] = ["--limit", 1, "--temperature", 0, "--tree", "chain2", "--compare-aux"]
+    options += ["--output", output, f"speculation.draft={folder / 'head'}"]
+    done = eval_draft(folder, native_cache, *options)
+    assert done.exit_code == 0, done.output
+    report = Report.read(output)
+    assert set(report.by_aux_layers) == {"outputs", "boundaries"}
+    # The head's file names boundaries.
+    assert report.by_aux_layers["boundaries"] == report.measurements[-1].acceptance_length
+    assert "speculation.aux_layers=" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"outputs": 2.5, "boundaries": 1.4}, "speculation.aux_layers=outputs is accepted more: 2"),
+        ({"outputs": 1.0, "boundaries": 1.4}, "speculation.aux_layers=boundaries is accepted more"),
+        ({"outputs": 1.41, "boundaries": 1.4}, "Too close to tell: speculation.aux_layers=outputs"),
+    ],
+)
+def test_the_verdict_names_the_setting(found: dict[str, float], said: str) -> None:
+    assert said in _verdict(found)
 
 
 @pytest.mark.parametrize(
