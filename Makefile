@@ -2,6 +2,7 @@
 # make chat [CONFIG=...] [ARGS="..."]
 # make install | test | test-extended | test-parallel | test-clients | test-triton | lint | gpu-check | clean
 # make bench | compare | tables (docs/benchmarks.md)
+# make chaos ARGS="--minutes 20" (docs/operating.md)
 # make syncspec | test-syncspec (syncspec/README.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 # make test-ray (several engines: docs/scaling.md)
@@ -32,7 +33,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .PHONY: page test-page test-ray test-pythons check-image docs reference install serve chat test \
 	test-extended test-parallel test-clients test-triton \
-	lint bench compare tables gpu-check gpu-train syncspec test-syncspec clean
+	lint bench chaos compare tables gpu-check gpu-train syncspec test-syncspec clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -102,6 +103,11 @@ bench: $(VENV)/.installed
 # Aerie beside other servers, those that are installed: BENCH_ARGS="--peers xllamacpp --rounds 5"
 compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
+
+# Kills, starves and floods a server of two ranks under random traffic, and checks what it answers:
+# ARGS="--minutes 20 --seed 3 --only 'rank killed'"
+chaos: $(VENV)/.test-tools
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 # The tables in README.md and docs/, from benchmarks/results.
 tables: $(VENV)/.installed

@@ -22,12 +22,13 @@ class Progress:
     def __init__(self, limit: float) -> None:
         """`limit`: seconds that a step may take; it may be changed later."""
         self.limit = limit
-        self._since: float | None = None
+        self._since: tuple[float, float] | None = None  # the clock, and `_excused` then
+        self._excused = 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Wrap this around launching a step or waiting for it."""
-        self._since = time.monotonic()
+        self._since = time.monotonic(), self._excused
         try:
             yield
         finally:
@@ -37,7 +38,15 @@ class Progress:
     def overdue(self) -> bool:
         """Whether the current step has exceeded the limit."""
         since = self._since
-        return since is not None and time.monotonic() - since > self.limit
+        if since is None:
+            return False
+        began, excused_before = since
+        return time.monotonic() - began - (self._excused - excused_before) > self.limit
+
+    def excuse(self, seconds: float) -> None:
+        """For so long the whole process stood still (a machine that was paused, SIGSTOP): that is
+        not the step's time. Only the watchdog's thread calls it."""
+        self._excused += seconds
 
 
 class GroupExecutor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from engine.parallel.lockstep import Progress
@@ -46,7 +47,9 @@ class Watchdog:
         for handle in self._ranks:
             poller.register(handle, select.POLLIN)
         while not self._stopping.is_set():
+            began = time.monotonic()
             ended = poller.poll(POLL * 1000)
+            self._progress.excuse(max(0.0, time.monotonic() - began - 2 * POLL))
             reason = self._reason([self._ranks[handle] for handle, _ in ended])
             if reason is not None and not self._stopping.is_set():
                 self._on_loss(reason)

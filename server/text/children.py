@@ -20,6 +20,7 @@ from typing import IO
 import msgspec
 
 LENGTH = 8  # bytes that say how long a message is
+BY_OTHERS = {-signal.SIGKILL, -signal.SIGTERM}  # ends that its own limits do not cause
 
 
 class Child:
@@ -37,6 +38,12 @@ class Child:
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
+
+    @property
+    def killed(self) -> bool:
+        """Whether something else than its own limits has ended it, such as the system when memory
+        was short."""
+        return self._process.poll() in BY_OTHERS
 
     def ask(self, message: msgspec.Struct) -> bytes:
         """The answer, encoded. EOFError or BrokenPipeError when the process ended instead, as it
@@ -74,6 +81,22 @@ class Children:
         self._lock = threading.Lock()
         self._closed = False
         weakref.finalize(self, _end, self._running)
+
+    def ask(self, message: msgspec.Struct) -> bytes:
+        """As `Child.ask`, of a child that is free. If it is killed, which need not be the fault of
+        the message, another one is asked, once. Waits until one is free.
+
+        Raises:
+            ValueError: `close` was called.
+        """
+        with self.one() as child:
+            try:
+                return child.ask(message)
+            except (EOFError, BrokenPipeError):
+                if not child.killed:
+                    raise
+        with self.one() as child:
+            return child.ask(message)
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Child]:

@@ -39,8 +39,7 @@ class GrammarChecker:
         if known is not None:
             return known
         self._info = info
-        with self._children.one() as child:
-            answer = _asked(child, grammar)
+        answer = self._asked(grammar)
         if answer.grammar is None:
             raise ValueError(answer.error)
         self._keep(grammar, answer.grammar)
@@ -66,17 +65,16 @@ class GrammarChecker:
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
 
+    def _asked(self, grammar: Grammar) -> Checked:
+        try:
+            return msgspec.msgpack.decode(self._children.ask(grammar), type=Checked)
+        except UnicodeError as error:
+            raise ValueError("it is not valid Unicode (a lone surrogate?)") from error
+        except (EOFError, BrokenPipeError):
+            return Checked(error=TOO_COMPLEX)
+
     def _start(self) -> Child:
         info = self._info
         assert info is not None
         setup = Setup(self._tokenizer.to_json(), info.vocab_size, list(info.eos_token_ids))
         return Child(f"{__package__}.grammar_process", setup)
-
-
-def _asked(child: Child, grammar: Grammar) -> Checked:
-    try:
-        return msgspec.msgpack.decode(child.ask(grammar), type=Checked)
-    except UnicodeError as error:
-        raise ValueError("it is not valid Unicode (a lone surrogate?)") from error
-    except (EOFError, BrokenPipeError):
-        return Checked(error=TOO_COMPLEX)

@@ -35,31 +35,29 @@ class Renderer:
         if self.template.source is None or is_small(messages, kwargs):
             return self.template.render(messages, add_generation_prompt, **kwargs)
         asked = Conversation(list(map(dict, messages)), add_generation_prompt, dict(kwargs))
-        with self._children.one() as child:
-            return _rendered(child, asked)
+        return self._rendered(asked)
 
     def close(self) -> None:
         """End all processes, and with them what they render."""
         self._children.close()
+
+    def _rendered(self, asked: Conversation) -> Rendered:
+        """The prompt. ValueError when the template fails, or ends the process."""
+        try:
+            answer = msgspec.msgpack.decode(self._children.ask(asked), type=Prompt)
+        except OverflowError as error:
+            raise ValueError("chat template: numbers may have at most 64 bits") from error
+        except (EOFError, BrokenPipeError) as error:
+            raise ValueError(FAILED) from error
+        if answer.error is not None:
+            raise ValueError(answer.error)
+        return Rendered(answer.text, answer.letters)
 
 
 def _start(template: ChatTemplate) -> Child:
     assert template.source is not None
     setup = Setup(template.source, template.special_tokens, template.specials_in_content)
     return Child(f"{__package__}.render_process", setup)
-
-
-def _rendered(child: Child, asked: Conversation) -> Rendered:
-    """The prompt. ValueError when the template fails, or ends the process."""
-    try:
-        answer = msgspec.msgpack.decode(child.ask(asked), type=Prompt)
-    except OverflowError as error:
-        raise ValueError("chat template: numbers may have at most 64 bits") from error
-    except (EOFError, BrokenPipeError) as error:
-        raise ValueError(FAILED) from error
-    if answer.error is not None:
-        raise ValueError(answer.error)
-    return Rendered(answer.text, answer.letters)
 
 
 def is_small(messages: Messages, kwargs: Mapping[str, Any]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from engine.parallel.agreement import RefusedByAllError, check_all, smallest
 from engine.parallel.lockstep import DriftCheck, Following, GroupExecutor, Progress
 from engine.parallel.orders import DraftLoaded, LoadDraft, Order, Orders, RunStep, Stop
-from engine.parallel.watchdog import Watchdog
+from engine.parallel.watchdog import POLL, Watchdog
 from engine.step.executor import Executor, Launched, execute
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import chain
@@ -268,6 +270,37 @@ def test_an_idle_group_is_never_overdue() -> None:
         while not progress.overdue:
             pass
     assert not progress.overdue
+
+
+def test_time_in_which_rank_0_stood_still_is_not_the_time_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 15.0, 15.0, 21.0, 30.0, 41.0])
+    monkeypatch.setattr(
+        "engine.parallel.lockstep.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
+    progress = Progress(10.0)
+    with progress.step():  # at 0
+        assert progress.overdue  # at 15
+        progress.excuse(14.0)
+        assert not progress.overdue  # at 15
+    with progress.step():  # at 21; what was excused before does not count
+        assert not progress.overdue  # at 30
+        assert progress.overdue  # at 41
+
+
+def test_a_watchdog_that_stood_still_excuses_the_step(
+    sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, watchdog, _ = watch(sleepers, WAIT)
+    clock, excused = itertools.count(0.0, 100.0), queue.Queue[float]()
+    monkeypatch.setattr(
+        "engine.parallel.watchdog.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
+    monkeypatch.setattr(progress, "excuse", excused.put)
+    watchdog.start()
+    assert excused.get(timeout=WAIT) == 100.0 - 2 * POLL
+    watchdog.stop()
 
 
 def test_ends_that_were_asked_for_are_not_losses(sleepers: list[subprocess.Popen[bytes]]) -> None:

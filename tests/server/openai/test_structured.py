@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.request import Grammar
@@ -180,15 +182,40 @@ def test_text_that_is_not_unicode_is_refused(server: Server) -> None:
 
 def test_a_grammar_that_ends_its_process_is_refused_and_the_next_is_not(server: Server) -> None:
     sent(server, guided_regex="a")
-    with server.context.grammars._children.one() as child:
-        child._process.kill()  # as its own alarm would
-        assert grammars._asked(child, Grammar("regex", "b")).error == grammars.TOO_COMPLEX
+    checker = server.context.grammars
+    with checker._children.one() as child:
+        child._process.send_signal(signal.SIGPROF)  # as its own alarm
+        with pytest.raises(EOFError):
+            child.ask(Grammar("regex", "b"))
     assert sent(server, guided_regex="c") == Grammar("regex", "c")
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGPROF, grammars.TOO_COMPLEX), (signal.SIGKILL, None)]
+)
+def test_a_process_that_others_kill_is_not_the_fault_of_the_grammar(
+    server: Server, number: signal.Signals, error: str | None
+) -> None:
+    """The system kills processes when memory is short."""
+    sent(server, guided_regex="a")
+    checker = server.context.grammars
+    with checker._children.one() as child:
+        pass
+    send = child._send
+
+    def send_and_kill(message: msgspec.Struct) -> None:
+        child._process.send_signal(signal.SIGSTOP)  # it has no time to answer
+        send(message)
+        child._process.send_signal(number)
+        child._process.send_signal(signal.SIGCONT)
+
+    child._send = send_and_kill  # type: ignore[method-assign]
+    assert checker._asked(Grammar("regex", f"b{number.value}")).error == error
 
 
 def test_what_was_checked_once_needs_no_process(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent(server, guided_regex="known")
-    monkeypatch.setattr(grammars, "_asked", None)
+    monkeypatch.setattr(grammars.GrammarChecker, "_asked", None)
     assert sent(server, guided_regex="known") == Grammar("regex", "known")

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.live_server import wait_gone
 
 PROGRAM = """
-import logging, os, subprocess, sys, threading
+import logging, os, pathlib, subprocess, sys, threading
 from server.process import restarts, supervisor
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 restarts.FIRST_PAUSE, supervisor.LEAVE = {pause}, 0.0
@@ -34,10 +35,10 @@ def launch() -> Iterator[Launch]:
     """Starts a launcher whose child prints its process id and does `work`."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(work: str, pause: float = 0.0) -> subprocess.Popen[str]:
+    def start(work: str, *arguments: str, pause: float = 0.0) -> subprocess.Popen[str]:
         program = PROGRAM.format(work=work, pause=pause)
         process = subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -98,7 +99,7 @@ def test_a_child_dies_with_its_launcher(launch: Launch) -> None:
     wait_gone(child)
 
 
-def test_a_signal_ends_the_pause_before_the_next_start(launch: Launch) -> None:
+def test_a_signal_ends_the_pause_before_the_next_start(launch: Launch, tmp_path: Path) -> None:
     process = launch("os.kill(os.getpid(), 9)", pause=1e6)
     assert process.stderr is not None
     while "starting the HTTP process again" not in process.stderr.readline():
@@ -107,9 +108,16 @@ def test_a_signal_ends_the_pause_before_the_next_start(launch: Launch) -> None:
     assert process.wait() == 0
 
 
-def test_what_a_killed_child_leaves_is_killed_before_the_next_start(launch: Launch) -> None:
-    left = "print(subprocess.Popen(['sleep', '1e6'], stdout=2).pid, flush=True); "
-    process = launch(left + WAITS)
+def test_what_a_killed_child_leaves_is_killed_before_the_next_start(
+    launch: Launch, tmp_path: Path
+) -> None:
+    process = launch(
+        "if not pathlib.Path(sys.argv[1]).exists():\n"
+        "        pathlib.Path(sys.argv[1]).touch()\n"
+        "        print(subprocess.Popen(['sleep', '300']).pid, flush=True)\n"
+        f"    {WAITS}",
+        str(tmp_path / "left"),
+    )
     child, orphan = next_line(process), next_line(process)
     os.kill(orphan, signal.SIGSTOP)
     os.kill(child, signal.SIGKILL)
