@@ -65,17 +65,21 @@ def main(
     seed: int = 0,
     measured: Annotated[Path, typer.Option(help="File of measured step times.")] = MEASURED,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("out/fleet.json"),
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows of that file.")] = False,
 ) -> None:
     """Simulate, print a table, and draw it."""
     times, traffic = measured_times(measured), Traffic()
     rows: list[dict[str, Any]] = []
+    if add:
+        rows += json.loads(output.read_text(encoding="utf-8"))["rows"]
     for number in map(int, replicas.split(",")):
         for routing in ROUTINGS:
             for rate in map(float, rates.split(",")):
                 began = time.monotonic()
                 fleet = fleet_of(number, routing, times, traffic, rate * number, seed)
                 found = summary(fleet.run(warm_up, seconds), seconds, ttft, ttit)
-                rows.append({"replicas": number, "routing": routing, "rate": rate} | found)
+                place = {"replicas": number, "routing": routing, "rate": rate}
+                rows.append(place | {"warm_up": warm_up, "seconds": seconds} | found)
                 took = time.monotonic() - began
                 print(f"{rows[-1]}  ({took:.0f} s)", file=sys.stderr, flush=True)
                 if found["goodput"] < rate * number / 2:  # far beyond what it carries
@@ -88,8 +92,6 @@ def main(
         "limits": asdict(LIMITS),
         "ttft": ttft,
         "ttit": ttit,
-        "warm_up": warm_up,
-        "seconds": seconds,
         "seed": seed,
         "rows": rows,
     }

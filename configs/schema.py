@@ -418,7 +418,7 @@ class FleetConfig(Section):
     scale_down_delay: Number = Field(
         600.0, ge=0, description="seconds of too little load before engines drain and end"
     )
-    load_window: Number = Field(30.0, gt=0, description="seconds over which the load is averaged")
+    load_window: Number = Field(30.0, gt=10, description="seconds over which the load is averaged")
 
     @model_validator(mode="after")
     def _limits_have_an_order(self) -> FleetConfig:

@@ -27,12 +27,13 @@ ENGINE, FRONT = "engine", "front"
 HEALTH_PERIOD = 1.0  # seconds between looks of Ray Serve at a replica
 HEALTH_TIMEOUT = 30.0  # seconds; a busy machine is not a dead one
 START_TRIES = 3  # of a replica, until the deployment has failed
+QUIET = {"log_level": "WARNING", "enable_access_log": False}  # front ends log requests
 _COMMON = {
     "graceful_shutdown_wait_loop_s": 0.2,
     "health_check_period_s": HEALTH_PERIOD,
     "health_check_timeout_s": HEALTH_TIMEOUT,
     "max_constructor_retry_count": START_TRIES,
-    "logging_config": {"enable_access_log": False},  # the front end has its own
+    "logging_config": QUIET,
 }
 MAX_CONNECTIONS = 100_000  # requests in a front end; its own limits are lower
 

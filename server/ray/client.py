@@ -56,7 +56,7 @@ class RayEngineClient:
     """Implements `EngineClient` over all replicas of the engine's deployment."""
 
     def __init__(self, engines: DeploymentHandle[Any], period: float) -> None:
-        """`period`: seconds between looks at the engines."""
+        """`period`: seconds between looks at up to 100 engines."""
         self._engines = engines
         self._streams = engines.options(stream=True)
         self._period = period
@@ -86,7 +86,8 @@ class RayEngineClient:
         """Look at the engines until cancelled."""
         while True:
             await self._look()
-            await asyncio.sleep(self._period if self._engine_statuses else EAGER_PERIOD)
+            number = len(self._engine_statuses)
+            await asyncio.sleep(self._period * max(1, number / 100) if number else EAGER_PERIOD)
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         assert request.request_id not in self._calls, "request ids are used once"

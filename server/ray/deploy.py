@@ -12,9 +12,9 @@ import ray
 from ray import serve
 
 from configs.schema import Config, ServerConfig
-from server.process.listening import address_of, open_listener
+from server.process.listening import address_of, check_tls, open_listener
 from server.process.logs import set_up_logging
-from server.ray.app import application, cluster_gpus
+from server.ray.app import QUIET, application, cluster_gpus
 
 NAME = "aerie"
 
@@ -34,12 +34,14 @@ def deploy(config: Config, address: str | None) -> int:
         ConnectionError: there is no cluster at `address`.
         RuntimeError: the engines cannot start.
     """
-    check_server(config.server)
+    check_server(config.server, in_cluster=address is not None)
+    check_tls(config.server)
     set_up_logging(config.log)
     ray.init(address=address or "local", include_dashboard=False, log_to_driver=True)
     stop = _stop_signals()  # Ray has handlers of its own, which end the process at once
     try:
-        url = start(config)
+        url = own_url(config.server) if address is None else cluster_url(config.server)
+        start(config, url)
         sys.stdout.write(f"READY {url}  (OpenAI base URL: {url}/v1)\n")
         sys.stdout.flush()
         if address is None:
@@ -53,30 +55,41 @@ def deploy(config: Config, address: str | None) -> int:
     return 0
 
 
-def start(config: Config) -> str:
-    """Start the application in the cluster of this process; return its URL once it is ready."""
-    with open_listener(config.server) as listener:  # says what is wrong with host and port
-        url = address_of(config.server, listener)
-    port = urlsplit(url).port
+def own_url(server: ServerConfig) -> str:
+    """Where a cluster of this machine can listen. OSError, which says why, if it cannot."""
+    with open_listener(server) as listener:
+        return address_of(server, listener)
+
+
+def cluster_url(server: ServerConfig) -> str:
+    """Where the machines of a cluster listen; the application may be there already."""
+    scheme = "http" if server.tls_certificate is None else "https"
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    return f"{scheme}://{host}:{server.port}{server.root_path}"
+
+
+def start(config: Config, url: str) -> None:
+    """Start the application in the cluster of this process; returns once it is ready."""
     http = {
         "host": config.server.host,
-        "port": port,
+        "port": urlsplit(url).port,
         "ssl_certfile": _text(config.server.tls_certificate),
         "ssl_keyfile": _text(config.server.tls_key),
     }
-    serve.start(proxy_location="EveryNode", http_options=http)
+    serve.start(proxy_location="EveryNode", http_options=http, logging_config=QUIET)
     front = serve.run(application(config, cluster_gpus()), name=NAME, route_prefix="/")
     front.wait_ready.remote().result()
-    return url
 
 
-def check_server(server: ServerConfig) -> None:
+def check_server(server: ServerConfig, *, in_cluster: bool) -> None:
     """ValueError for settings of a server that Ray's HTTP server cannot honour."""
     if server.socket is not None:
         raise ValueError(
             f"server.socket is {str(server.socket)!r}: Ray's HTTP server listens on server.host "
             "and server.port"
         )
+    if not server.port and in_cluster:
+        raise ValueError("server.port is 0: name the port on which the cluster listens")
 
 
 def _text(path: object) -> str | None:

@@ -16,10 +16,13 @@ class EnginesForLoad:
         self._use_target = use_target
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """How many engines there should be, and no state."""
+        """How many engines there should be, and no state. As many as now while none has told its
+        load, which a busy machine may delay."""
         found = context.aggregated_metrics or {}
         waiting = sum(found.get("waiting", {}).values())
         used = list(found.get("used", {}).values())
+        if not used:
+            return context.target_num_replicas, {}
         current = context.current_num_replicas
         return num_engines(current, waiting, used, self._waiting_target, self._use_target), {}
 
@@ -28,6 +31,6 @@ def num_engines(
     current: int, waiting: float, used: list[float], waiting_target: float, use_target: float
 ) -> int:
     """So many that `use_target` of their blocks and rows would be in use, and one more for every
-    `waiting_target` requests that wait. `used`: shares of the engines that reported theirs."""
-    mean = sum(used) / len(used) if used else 0.0
+    `waiting_target` requests that wait. `used`: shares of the engines that told theirs."""
+    mean = sum(used) / len(used)
     return max(1, math.ceil(current * mean / use_target + waiting / waiting_target - 1e-9))

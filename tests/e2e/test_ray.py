@@ -277,8 +277,8 @@ def test_engines_come_and_go_with_the_load_and_no_request_fails(make_fleet: Make
     options = (
         "fleet.max_replicas=2",
         "fleet.scale_up_delay=0.5",
-        "fleet.scale_down_delay=1",
-        "fleet.load_window=2",
+        "fleet.scale_down_delay=3",
+        "fleet.load_window=11",
         "fleet.waiting_target=2",
         "scheduler.max_num_seqs=2",
     )

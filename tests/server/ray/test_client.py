@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from server.ray.messages import (
     decode_route,
     encode,
 )
-from server.ray.scaling import num_engines
+from server.ray.scaling import EnginesForLoad, num_engines
 
 pytestmark = pytest.mark.ray
 INFO = EngineInfo(
@@ -228,10 +229,15 @@ def test_an_engine_that_starts_later_is_told_the_head() -> None:
         (1, 20, [1.0], 4),
         (2, 0, [0.3, 0.3], 1),
         (2, 0, [1.0, 0.6], 2),
-        (4, 0, [], 1),
+        (4, 0, [0.1], 1),
     ],
 )
 def test_the_load_says_how_many_engines(
     current: int, waiting: float, used: list[float], wanted: int
 ) -> None:
     assert num_engines(current, waiting, used, 8.0, 0.8) == wanted
+
+
+def test_engines_stay_while_nobody_tells_the_load() -> None:
+    context = SimpleNamespace(aggregated_metrics={}, current_num_replicas=1, target_num_replicas=3)
+    assert EnginesForLoad(8.0, 0.8)(context) == (3, {})

@@ -1,0 +1,58 @@
+"""What Ray Serve is told of engines and front ends."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings(action="ignore"):  # Ray uses what its libraries deprecate
+    pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
+
+from server.ray.app import application, engine_options
+from server.ray.deploy import check_server
+from server.routing.settings import config_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+
+
+def options(num_gpus: float = 0, **keys: str) -> dict[str, Any]:
+    named = {name.replace("__", "."): value for name, value in keys.items()}
+    return engine_options(config_of(named), num_gpus)
+
+
+def test_one_bundle_holds_the_cores_and_gpus_of_all_ranks() -> None:
+    cpu = options(kernels__threads="3")
+    assert cpu["placement_group_bundles"] == [{"CPU": 3.0}]
+    gpu = options(8, kernels__threads="3", parallel__tensor="4")
+    assert gpu["placement_group_bundles"] == [{"CPU": 3.0, "GPU": 4.0}]
+    assert gpu["ray_actor_options"] == {"num_cpus": 3.0, "num_gpus": 4.0}
+    assert options(8, fleet__gpus="none")["ray_actor_options"]["num_gpus"] == 0
+
+
+def test_a_largest_number_makes_the_number_follow_the_load() -> None:
+    assert options(fleet__replicas="3")["num_replicas"] == 3
+    scaling = options(fleet__replicas="2", fleet__max_replicas="5", fleet__use_target="0.5")
+    found = scaling["autoscaling_config"]
+    assert (found.min_replicas, found.max_replicas, found.upscale_delay_s) == (2, 5, 30)
+    assert found.policy.get_policy()(1.0, 1.0)
+    assert found.policy.policy_kwargs == {"waiting_target": 8.0, "use_target": 0.5}
+
+
+def test_engines_get_no_keys(tmp_path: Path) -> None:
+    config = config_of({"server.api_keys": "[secret]", "server.admin_keys": "[root]"})
+    front = application(config, 0)._bound_deployment
+    ours, engines = front.init_args
+    theirs = engines._bound_deployment.init_args[0]
+    assert "secret" in ours
+    assert "secret" not in theirs
+    assert "root" not in theirs
+
+
+def test_what_the_http_server_of_ray_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"server\.socket is '/x'"):
+        check_server(config_of({"server.socket": "/x"}).server, in_cluster=False)
+    with pytest.raises(ValueError, match=r"server\.port is 0"):
+        check_server(config_of({"server.port": "0"}).server, in_cluster=True)
