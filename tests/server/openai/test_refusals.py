@@ -338,7 +338,7 @@ HONOURED = {
     "frequency_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
     "messages", "model", "n", "presence_penalty", "response_format", "seed", "stop", "stream",
     "stream_options", "temperature", "top_logprobs", "top_p", "prompt", "echo",
-    "tools", "tool_choice", "parallel_tool_calls", "prediction", "best_of",
+    "tools", "tool_choice", "parallel_tool_calls", "prediction", "best_of", "prompt_cache_key",
 }  # fmt: skip
 ONLY_ONE_VALUE = {"modalities"}
 
