@@ -174,5 +174,5 @@ $(VENV)/.docs-tools: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed
-	$(PIP) -e ".[test,lint]"
+	$(PIP) -e ".[test,lint,deploy]"
 	touch $@

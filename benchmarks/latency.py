@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -82,7 +83,7 @@ def main(
     ),
 ) -> None:
     """Measure decode latency: time to first token, time per output token, tokens per second."""
-    console = Console(width=max(120, Console().width))
+    console = Console()
     settings = host_config(config, overrides or ())
     console.print("loading ...")
     targets, vocab_size = build_targets(settings, url or (), in_process, transformers)
@@ -164,25 +165,35 @@ def floor_ms(config: HostConfig) -> float:
 
 
 def show(console: Console, rows: Sequence[Row], floor: float, plan: Plan) -> None:
-    """Print the table, with the range over repeats after each median."""
+    """Print the table: medians, and the range over repeats of the time per token. It fits 80
+    columns."""
     table = Table(
         title=f"{plan.prompt_tokens} prompt + {plan.output_tokens} output tokens, "
-        f"median of {plan.repeats} (low-high)",
-        caption=f"floor: all weights read once in {floor:.1f} ms",
+        f"median of {plan.repeats} (low-high), ms",
+        caption="TTFT: time to the first token; TTIT: time per token after it, which others call "
+        f"TPOT or ITL; x {BASE[:5]}: TTIT p50 relative to {BASE}, "
+        f"x floor: to {floor:.1f} ms, in which all weights are read once",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    headings = ("batch", "target", "TTFT ms", "TTIT p50 ms", "TTIT p99 ms", "tokens/s")
-    for heading in (*headings, f"x {BASE}", "x floor"):
+    headings = ("batch", "target", "TTFT", "TTIT p50", "p99", "tokens/s")
+    for heading in (*headings, f"x {BASE[:5]}", "x floor"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [_cell(row.metrics[name]) for name in METRICS]
+        cells = [_cell(row.metrics[name], name == "ttit_p50") for name in METRICS]
         ratio = "-" if row.step_ratio is None else f"{row.step_ratio.median:.2f}"
-        distance = f"{row.metrics['ttit_p50'].median / floor:.2f}"
+        distance = _short(row.metrics["ttit_p50"].median / floor)
         table.add_row(str(row.batch), row.target, *cells, ratio, distance)
     console.print(table)
 
 
-def _cell(spread: Spread) -> str:
-    return f"{spread.median:.1f} ({spread.low:.1f}-{spread.high:.1f})"
+def _cell(spread: Spread, ranged: bool) -> str:
+    median = _short(spread.median)
+    return f"{median} ({_short(spread.low)}-{_short(spread.high)})" if ranged else median
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def write_json(

@@ -161,6 +161,23 @@ def test_the_pods_of_ray_are_valid_and_have_time_to_drain() -> None:
         validate(whole | {"metadata": {"name": "p"}}, checker.latest_version(), strict=True)
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_the_overlay_for_cpus_needs_neither_gpus_nor_operators() -> None:
+    done = subprocess.run(
+        ["kubectl", "kustomize", "kubernetes-cpu"],
+        cwd=DEPLOY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    manifests = list(yaml.safe_load_all(done.stdout))
+    kinds = {manifest["kind"] for manifest in manifests}
+    assert kinds == {"Deployment", "Service", "PodDisruptionBudget"}
+    assert "nvidia.com/gpu" not in done.stdout
+    assert "image: aerie:latest" in done.stdout
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 @pytest.mark.parametrize(
     "arguments",
