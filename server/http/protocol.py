@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from httptools import HttpParserError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -17,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from configs.schema import ServerConfig
 from server.http.connections import PROBE_PATHS, Connections
-from server.http.errors import ApiError, invalid, unavailable
+from server.http.errors import ApiError, invalid, server_error, unavailable
 from server.http.outlet import Outlet
 from server.http.request_log import ID_HEADER, error_response, request_id
 
@@ -147,8 +149,16 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn calls this when its parser fails."""
-        self._refuse(self._refusal or invalid(msg, code="invalid_http"))
+        """uvicorn calls this while it handles an exception of its parser. That may come from what
+        our side does with the parts, such as storing them when memory is short: then the request
+        is not to blame."""
+        error = sys.exception()
+        cause = None if error is None else error.__context__
+        if self._refusal is None and not isinstance(cause, ValueError | HttpParserError | None):
+            logger.error("a request cannot be received: %r", cause)
+            self._refuse(server_error("The server failed to receive this request; send it again"))
+        else:
+            self._refuse(self._refusal or invalid(msg, code="invalid_http"))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         cycle.transport = _CycleOutlet(self, cycle)  # type: ignore[assignment]

@@ -259,6 +259,21 @@ def test_what_is_not_http_is_a_json_error(
     talk(server, scene)
 
 
+class Short(HttpProtocol):
+    """There is no memory for a body."""
+
+    def on_body(self, body: bytes) -> None:
+        raise MemoryError
+
+
+def test_a_request_that_cannot_be_stored_is_no_fault_of_the_client(server: Server) -> None:
+    async def scene(line: Line) -> None:
+        await line.send(POST + b"Content-Length: 2\r\n\r\n{}")
+        await refused(line, 500, "internal_error", "server_error")
+
+    talk(server, scene, Short)
+
+
 def test_a_refusal_carries_the_id_that_was_read_before(server: Server) -> None:
     async def scene(line: Line) -> None:
         await line.send(GET[:-2] + b"X-Request-ID: mine\r\nContent-Length: nine\r\n\r\n")
