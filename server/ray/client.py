@@ -134,17 +134,22 @@ class RayEngineClient:
         return [decode_swapped(answer) for answer in answers if isinstance(answer, bytes)]
 
     async def _look(self) -> None:
-        answers = await self._ask_all("status", at_most=LONGEST_LOOK)
+        try:
+            answers = await self._ask_all("status", at_most=LONGEST_LOOK)
+        except TimeoutError:  # one is slow, which says nothing of the others
+            logger.warning("an engine has not told its status for %.0f s", LONGEST_LOOK)
+            return
         self._take([decode_status(answer) for answer in answers if isinstance(answer, bytes)])
 
     async def _ask_all(
         self, method: str, *arguments: object, at_most: float | None = None
     ) -> list[Any]:
-        """The answer of every engine, or its exception."""
+        """The answer of every engine, or its exception; nothing without engines. TimeoutError if
+        one has not answered after `at_most` seconds."""
         try:
             asked = self._engines.broadcast(method, *arguments)
             return list(await asked.results_async(timeout_s=at_most, return_exceptions=True))
-        except (RayError, RayServeException, TimeoutError) as error:
+        except (RayError, RayServeException) as error:
             logger.debug("the engines cannot be asked: %s", _first_line(error))
             return []
 

@@ -42,13 +42,13 @@ def test_a_largest_number_makes_the_number_follow_the_load() -> None:
 
 
 def test_engines_get_no_keys(tmp_path: Path) -> None:
-    config = config_of({"server.api_keys": "[secret]", "server.admin_keys": "[root]"})
+    config = config_of({"server.api_keys": "[secret]", "server.admin_keys": "[hush]"})
     front = application(config, 0)._bound_deployment
     ours, engines = front.init_args
     theirs = engines._bound_deployment.init_args[0]
     assert "secret" in ours
     assert "secret" not in theirs
-    assert "root" not in theirs
+    assert "hush" not in theirs
 
 
 def test_what_the_http_server_of_ray_cannot_do_is_refused() -> None:

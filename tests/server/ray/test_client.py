@@ -14,6 +14,7 @@ with warnings.catch_warnings(action="ignore"):  # Ray uses what its libraries de
     pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
 
 from ray.exceptions import ActorDiedError, TaskCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from engine.messages import DraftFacts, DraftSwapped, EngineInfo, EngineStats, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
@@ -73,6 +74,7 @@ class FakeEngines:
     def __init__(self, *frames: Any) -> None:
         self.frames = list(frames)
         self.calls: list[Any] = []
+        self.failure: Exception | None = None
         self.answers: dict[str, Callable[..., list[Any]]] = {}
         self.generate = self.abort = self
 
@@ -90,6 +92,8 @@ class FakeEngines:
         return self
 
     async def results_async(self, **_: object) -> list[Any]:
+        if self.failure is not None:
+            raise self.failure
         return self._asked
 
 
@@ -181,6 +185,20 @@ def test_counts_of_an_ended_engine_are_kept_and_its_gauges_are_not() -> None:
     one = client.stats
     assert one is not None
     assert (one.num_running, one.kv_usage, one.num_steps) == (1, 0.25, 15)
+
+
+def test_a_slow_engine_does_not_close_the_others() -> None:
+    engines = FakeEngines()
+    engines.answers["status"] = lambda: [encode(EngineStatus("e", INFO, None, Head()))]
+    client = client_of(engines)
+    asyncio.run(client._look())
+    assert client.info == INFO
+    engines.failure = TimeoutError()
+    asyncio.run(client._look())
+    assert client.info == INFO
+    engines.failure = DeploymentUnavailableError("engine")  # there is none
+    asyncio.run(client._look())
+    assert client.info is None
 
 
 HEAD = DraftFacts("/new", "eagle3", 1, 9, 9)
