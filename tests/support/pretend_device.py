@@ -143,7 +143,9 @@ def _wrapped(value: Any) -> Any:
 
 def _parts(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)(change(part) for part in value)
+        parts = [change(part) for part in value]
+        is_named = hasattr(value, "_fields")  # a NamedTuple takes its parts one by one
+        return type(value)(*parts) if is_named else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: change(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
