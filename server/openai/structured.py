@@ -206,6 +206,13 @@ class AskedGrammar:
     parts: tuple[AskedGrammar, ...] = ()  # asked one by one to say which of them cannot be used
 
 
+def json_rule(schema: Schema, lenient: bool) -> str:
+    """JSON in llguidance's Lark. Where it is lenient, keywords that are not supported mean
+    nothing."""
+    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
 def asked_grammar(body: StructuredFields) -> AskedGrammar | None:
     """What the text must match; None: any text will do.
 
