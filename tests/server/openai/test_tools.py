@@ -396,6 +396,11 @@ def test_a_strict_function_must_have_a_schema_that_can_be_ensured(server: Server
     error = error_of(response, 400)
     assert error["param"] == "tools[1].function.parameters"
     assert 'is an object: of the function "h": the keyword "not" is not' in error["message"]
+    endless = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}
+    asked = {"tools": [F, function(parameters=endless, name="h")], "tool_choice": "required"}
+    error = error_of(server.chat(**asked), 400)
+    assert error["param"] == "tools[1].function.parameters"
+    assert 'of the function "h": its "$ref" "#/properties/a" leads back' in error["message"]
 
 
 def test_a_strict_function_that_may_be_called_is_ensured(make_server: MakeServer) -> None:
