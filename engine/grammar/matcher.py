@@ -45,7 +45,7 @@ class Matcher:
         self._min_tokens = params.min_tokens
         self._taken: list[int] = []
         self._overdue = False  # a call took too long
-        self._next: Mask | None = None  # tokens that may come next, if that is known
+        self._next: Mask | None = None  # tokens that the grammar allows next, if that is known
         # Tokens of the text that must follow, and how many of them have been taken. A long text is
         # tokenised once, not in each of its steps.
         self._must_follow: list[int] = []
@@ -65,12 +65,15 @@ class Matcher:
         were taken: fewer than all if the text is complete or a token is not allowed."""
         with self._timed():
             for number, token in enumerate(tokens):
+                ends = token in self._eos_token_ids
+                if number and (ends or not self._matcher.validate_tokens([token])):
+                    self.complete = self._is_complete()  # else a token that follows shows it
                 if self.complete or self._overdue or not self._consume(token):
                     return number
                 self._taken.append(token)
                 self._follow(token)
-                self._next = None
-                self.complete = token in self._eos_token_ids or self._is_complete()
+                self._next, self.complete = None, ends
+            self.complete = self.complete or self._is_complete()
         return len(tokens)
 
     def forced(self, most: int) -> list[int]:
@@ -79,6 +82,8 @@ class Matcher:
         if most < 1 or self.complete or self.error is not None:
             return []
         if self._num_followed == len(self._must_follow) and self._looks_ahead:
+            if self._matcher.is_accepting():
+                return []  # it may end here
             began = time.thread_time()
             self._must_follow, self._num_followed = self._matcher.compute_ff_tokens(), 0
             self._looks_ahead = time.thread_time() - began <= MOST_SECONDS
@@ -156,12 +161,16 @@ class Matcher:
     def _root(self, out: Mask) -> None:
         if self._next is None:
             self._next = np.empty(self._num_words, np.int32)
-            self._mask(self._next, 0)
+            compute_mask(self._matcher, self._next)
         out[:] = self._next
+        self._leave_wanted(out, 0)
 
     def _mask(self, out: Mask, depth: int) -> None:
         """The tokens that may follow `depth` drafted ones, the matcher being there."""
         compute_mask(self._matcher, out)
+        self._leave_wanted(out, depth)
+
+    def _leave_wanted(self, out: Mask, depth: int) -> None:
         if self._early is not None and len(self._taken) + depth < self._min_tokens:
             _narrow(out, self._early)
         if self._unwanted is not None:
@@ -170,9 +179,9 @@ class Matcher:
     def _is_complete(self) -> bool:
         if self._matcher.is_stopped() or not self._matcher.is_accepting():
             return self._matcher.is_stopped() and not self._matcher.is_error()
-        out = np.empty(self._num_words, np.int32)
-        compute_mask(self._matcher, out)
-        return not (out & self._ends).any()
+        self._next = np.empty(self._num_words, np.int32)  # the next step needs it, too
+        compute_mask(self._matcher, self._next)
+        return not (self._next & self._ends).any()
 
 
 def allows(mask: Mask, token: int) -> bool:

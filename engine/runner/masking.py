@@ -51,6 +51,8 @@ def cut_tree(tree: DraftTree, masks: Tensor) -> tuple[DraftTree, Tensor]:
     words = masks[above, tree.tokens.clamp(min=0) >> 5]
     reached = used & ((words >> (tree.tokens & 31)) & 1 == 1)
     reached[:, 0] = True
+    if bool((reached == used).all()):
+        return tree, masks
     for node in range(1, tree.tokens.shape[1]):
         parents = tree.parents[:, node].clamp(min=0)
         reached[:, node] &= reached.gather(1, parents[:, None])[:, 0]

@@ -16,19 +16,13 @@ from kernels.sampling.pipeline_reference import (
     LogitEdits,
     Penalties,
     Scores,
+    are_allowed,
     masked,
 )
 
 # The token of a row whose logits are unsound (`Ops.are_sound`): none is drawn from it, and its
 # request ends with an error. This is the rule for every backend, whose draws take NaN differently.
 UNSOUND = -1
-
-
-def are_allowed(tokens: Tensor, allowed: Tensor) -> Tensor:
-    """Whether the mask of each row [R, W] allows its token: [R] bool."""
-    tokens = tokens.clamp(min=0)
-    words = allowed.gather(1, (tokens >> 5)[:, None])[:, 0]
-    return (words >> (tokens & 31)) & 1 == 1
 
 
 @dataclass(frozen=True, slots=True)

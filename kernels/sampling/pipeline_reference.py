@@ -180,14 +180,21 @@ def masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
     """The logits, with -inf for tokens that a grammar mask forbids; unchanged without a mask."""
     if allowed is None:
         return logits
-    return logits.masked_fill(~_bits(allowed)[:, : logits.shape[1]], -torch.inf)
+    return logits.masked_fill(_bits(~allowed)[:, : logits.shape[1]], -torch.inf)
+
+
+def are_allowed(tokens: Tensor, allowed: Tensor) -> Tensor:
+    """Whether a mask allows each row's token, [R] bool; `allowed` as `DrawSettings.allowed`."""
+    tokens = tokens.clamp(min=0)
+    words = allowed.gather(1, (tokens >> 5)[:, None])[:, 0]
+    return (words >> (tokens & 31)) & 1 == 1
 
 
 def _bits(words: Tensor) -> Tensor:
     """[R, W] int32 -> [R, 32 * W] bool, the lowest bit of each word first."""
     if words.device.type == "cpu":  # five times as fast as shifts
         packed = words.contiguous().numpy().view(np.uint8)
-        return torch.from_numpy(np.unpackbits(packed, axis=1, bitorder="little")).bool()
+        return torch.from_numpy(np.unpackbits(packed, axis=1, bitorder="little").view(np.bool_))
     order = torch.arange(32, dtype=torch.int32, device=words.device)
     return ((words[:, :, None] >> order) & 1 == 1).flatten(1)
 

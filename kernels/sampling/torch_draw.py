@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import DrawSettings, masked
+from kernels.sampling.pipeline_reference import DrawSettings, are_allowed, masked
 from kernels.sampling.reference import noise_keys
 
 FIRST_WIDTH = 256  # candidates in the first search for the top-p mass
@@ -28,6 +28,8 @@ class TorchDraw:
 
     def __call__(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         """logits [R, V] float32, which stay unchanged -> [R] int64."""
+        if settings.allowed is not None and not settings.is_filtered:
+            return self._checked(logits, settings, settings.allowed)
         logits = masked(logits, settings.allowed)
         if not settings.any_sampled:
             return self.argmax(logits)
@@ -39,6 +41,22 @@ class TorchDraw:
         rows = (settings.temperature > 0).nonzero()[:, 0]
         if len(rows):
             drawn[rows] = self._sampled(logits[rows], settings, rows)
+        return drawn
+
+    def _checked(self, logits: Tensor, settings: DrawSettings, allowed: Tensor) -> Tensor:
+        """Draw among all tokens; the best one is also the best of those that are allowed, if it is
+        one of them. Only rows where it is not are drawn again."""
+        free = replace(settings, allowed=None)
+        drawn = self(logits, free)
+        rows = (~are_allowed(drawn, allowed)).nonzero()[:, 0]
+        if len(rows):
+            some = replace(
+                free,
+                temperature=settings.temperature[rows],
+                seeds=settings.seeds[rows],
+                positions=settings.positions[rows],
+            )
+            drawn[rows] = self(masked(logits[rows], allowed[rows]), some)
         return drawn
 
     def _sampled(self, logits: Tensor, settings: DrawSettings, rows: Tensor | slice) -> Tensor:

@@ -126,7 +126,7 @@ def chat_reading(context: ServerContext, body: ChatRequest) -> Reading:
     if syntax is None or not names:
         return Reading(thinks=thinks)
     if body.must_call or asked_grammar(body) is not None:  # then it is written as a grammar says
-        syntax, thinks = forced_syntax(syntax), False
+        syntax, thinks = forced_syntax(syntax, body.shown_tools), False
     hidden = frozenset[str]()
     if body.skip_special_tokens is not False:
         hidden = context.tokenizer.special_texts.intersection(syntax.marks)

@@ -20,6 +20,7 @@ from server.http.context import ServerContext
 from server.http.errors import ApiError, bad_value
 from server.http.validation import broken_rule, validation_error
 from server.openai.fields import HARMLESS, Unsupported
+from server.openai.references import endless_reference
 from server.openai.tag_formats import Holder, check_keywords, lark_of
 
 MAX_SCHEMA = 2**17  # characters of a JSON schema
@@ -206,6 +207,13 @@ class AskedGrammar:
     parts: tuple[AskedGrammar, ...] = ()  # asked one by one to say which of them cannot be used
 
 
+def json_rule(schema: Schema, lenient: bool) -> str:
+    """JSON in llguidance's Lark. Where it is lenient, keywords that are not supported mean
+    nothing."""
+    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
 def asked_grammar(body: StructuredFields) -> AskedGrammar | None:
     """What the text must match; None: any text will do.
 
@@ -306,6 +314,11 @@ def checked_grammar(context: ServerContext, info: EngineInfo, asked: AskedGramma
     Raises:
         ApiError: 400; the grammar cannot be used.
     """
+    for part in (asked, *asked.parts):
+        is_schema = part.grammar.kind == "json_schema"
+        endless = endless_reference(json.loads(part.grammar.text) if is_schema else part.value)
+        if endless is not None:
+            raise refusal(part, f'its "$ref" {json.dumps(endless)} leads back to itself')
     try:
         return context.grammars.check(asked.grammar, info)
     except ValueError as error:

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.grammar.compiler import WHITESPACE
 from engine.request import Grammar
 from server.http.context import ServerContext
 from server.http.errors import bad_value, shorten
+from server.openai.python_calls import call_rules, has_keywords, list_grammar
 from server.openai.schema import ChatRequest
-from server.openai.structured import MAX_SCHEMA, AskedGrammar, asked_grammar
+from server.openai.structured import MAX_SCHEMA, AskedGrammar, asked_grammar, json_rule
 from server.openai.tools import Tool
 from server.text.answer.calls import Syntax
 from server.text.answer.forms import SYNTAXES
@@ -26,7 +26,8 @@ HERE = "\0"  # stands for the arguments
 NAME = r'\{{\s*("type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"{name}"'
 ARGUMENTS = r'\s*,\s*"(arguments|parameters)"\s*:\s*'
 LINE_END = r"\n"
-JSON_SYNTAX = "llama3_json"  # stands in for Python, for which there is no grammar of a schema
+PYTHON = SYNTAXES["llama4_pythonic"]
+JSON_SYNTAX = SYNTAXES["llama3_json"]  # where arguments have schemas that are not those of keywords
 
 
 def chat_grammar(context: ServerContext, body: ChatRequest) -> AskedGrammar | None:
@@ -43,22 +44,24 @@ def chat_grammar(context: ServerContext, body: ChatRequest) -> AskedGrammar | No
             raise bad_value(
                 "tool_choice", body.tool_choice, f'with {asked.field} only "auto" and "none" are'
             )
-        text = call_grammar(forced_syntax(syntax), body.shown_tools, body.most_calls)
+        form = forced_syntax(syntax, body.shown_tools)
+        text = call_grammar(form, body.shown_tools, body.most_calls)
         return _checked(text, "tools", list(body.shown_tools), _parts(body))
     if asked is None:
         return _strict_calls(context, body, syntax)
     if asked.grammar.kind != "json_schema":
         raise bad_value("tools", list(body.shown_tools), f"not allowed with {asked.field}")
-    text = call_grammar(
-        forced_syntax(syntax), body.shown_tools, body.most_calls, json.loads(asked.grammar.text)
-    )
+    form, schema = forced_syntax(syntax, body.shown_tools), json.loads(asked.grammar.text)
+    text = call_grammar(form, body.shown_tools, body.most_calls, schema)
     return _checked(text, asked.field, asked.value, (asked, *_parts(body)))
 
 
 def _strict_calls(context: ServerContext, body: ChatRequest, syntax: Syntax) -> AskedGrammar | None:
     """What an answer must match that may call functions, some of them strict."""
     tools = [tool for tool in body.shown_tools if tool.function.strict]
-    if not tools or syntax is SYNTAXES["llama4_pythonic"]:
+    if syntax is PYTHON and tools:
+        tools = list(body.shown_tools)  # of one list
+    if not tools or (syntax is PYTHON and not all(map(has_keywords, tools))):
         return None
     thought = MARKS if context.answer_form.thinks else ()
     specials = {
@@ -91,9 +94,9 @@ def _parts(body: ChatRequest) -> tuple[AskedGrammar, ...]:
     )
 
 
-def forced_syntax(syntax: Syntax) -> Syntax:
+def forced_syntax(syntax: Syntax, tools: Sequence[Tool]) -> Syntax:
     """In which a grammar writes the calls of a model."""
-    return SYNTAXES[JSON_SYNTAX] if syntax is SYNTAXES["llama4_pythonic"] else syntax
+    return syntax if syntax is not PYTHON or all(map(has_keywords, tools)) else JSON_SYNTAX
 
 
 def call_grammar(
@@ -101,6 +104,9 @@ def call_grammar(
 ) -> str:
     """In llguidance's Lark: up to `most` calls, one after the other; or JSON that fits the schema
     `answer`."""
+    if syntax is PYTHON:
+        wanted = None if answer is None else json_rule(answer, lenient=False)
+        return list_grammar(tools, MAX_CALLS if most is None else most, wanted)
     more = (MAX_CALLS if most is None else most) - 1
     further = f" (between call){{0,{more}}}" if more else ""
     rules = [
@@ -110,7 +116,7 @@ def call_grammar(
     if more:
         rules.append(f"between: {json.dumps(syntax.between)}")
     if answer is not None:
-        rules.append(f"answer: {_json(answer, lenient=False)}")
+        rules.append(f"answer: {json_rule(answer, lenient=False)}")
     for index, tool in enumerate(tools):
         before, _, after = syntax.written([(tool.name, HERE)]).partition(HERE)
         rules.append(f"call_{index}: {json.dumps(before)} arguments_{index} {json.dumps(after)}")
@@ -121,7 +127,7 @@ def call_grammar(
 def strict_grammar(syntax: Syntax, tools: Sequence[Tool], specials: Mapping[str, int]) -> str:
     """In llguidance's Lark: free text, in which the arguments of these functions fit their schemas.
     A call begins where a reader of this syntax may see one, up to its name: from there on nothing
-    else may follow.
+    else may follow; in Python, up to the end of the list.
 
     Args:
         specials: the marks that are special tokens, and their ids. Free text has no others.
@@ -131,7 +137,7 @@ def strict_grammar(syntax: Syntax, tools: Sequence[Tool], specials: Mapping[str,
     parts = [f"TEXT <[{number}]>" for number in specials.values()]
     rules = []
     for index, tool in enumerate(tools):
-        head = NAME.format(name=re.escape(tool.name))
+        head = _head(syntax, tool)
         if begin is not None:
             parts.append(f"begin_{index} rest_{index}")
             rules.append(f"begin_{index}[lazy]: /{begin}{head}/")
@@ -139,11 +145,21 @@ def strict_grammar(syntax: Syntax, tools: Sequence[Tool], specials: Mapping[str,
             marks = " | ".join(f"<[{number}]>" for number in after)
             parts.append(f"TEXT ({marks}) marked_{index} rest_{index}")
             rules.append(f"marked_{index}[lazy]: /\\s*{head}/")
+        if syntax is PYTHON:
+            rules.append(f'rest_{index}: arguments_{index} ")" (", " call)* "]"')
+            continue
         bare = "" if tool.function.parameters else " | /\\s*\\}/"
         rules.append(f"rest_{index}: /{ARGUMENTS}/ arguments_{index} /\\s*\\}}/{bare}")
         rules.append(f"arguments_{index}: {_arguments(tool)}")
+    rules += call_rules(tools) if syntax is PYTHON else ()
     rules.append("part: " + " | ".join(parts))
     return "\n".join(["start: part* TEXT", "TEXT: /(.|\\n)*/", *rules])
+
+
+def _head(syntax: Syntax, tool: Tool) -> str:
+    """A regular expression for the begin of a call up to its name."""
+    name = re.escape(tool.name)
+    return rf"\[\s*{name}\(" if syntax is PYTHON else NAME.format(name=name)
 
 
 def _begin_of_call(syntax: Syntax, specials: Mapping[str, int]) -> str | None:
@@ -156,10 +172,4 @@ def _begin_of_call(syntax: Syntax, specials: Mapping[str, int]) -> str | None:
 
 def _arguments(tool: Tool) -> str:
     schema = {"type": "object", **(tool.function.parameters or NOTHING)}
-    return _json(schema, lenient=not tool.function.strict)
-
-
-def _json(schema: Any, lenient: bool) -> str:
-    """A rule for JSON. Where it is lenient, keywords that are not supported mean nothing."""
-    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
-    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+    return json_rule(schema, lenient=not tool.function.strict)

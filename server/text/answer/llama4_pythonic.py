@@ -17,7 +17,7 @@ from server.text.answer.scanner import SPACE
 
 CLOSE = "<|python_end|>"
 MAX_NAME = 64  # letters
-MAX_NUMBER = 64  # letters
+MAX_NUMBER = 4096  # letters
 MAX_DEPTH = 64
 WORDS = {
     "True": "true", "False": "false", "None": "null",

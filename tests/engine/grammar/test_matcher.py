@@ -282,3 +282,25 @@ def test_an_error_on_a_drafted_path_is_no_error_of_the_text(
     assert (found[0], found[2:]) == (expected[0], expected[2:])
     assert matcher.error is None
     assert matcher.take([b, c]) == 2
+
+
+def test_a_step_computes_no_mask_twice(
+    compiled: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a text may end, taking tokens looks for the end once, and the next step uses that."""
+    matcher, computed = follow(compiled, "[abc]*"), [0]
+
+    def counted(of: LLMatcher, into: Mask) -> None:
+        computed[0] += 1
+        compute_mask(of, into)
+
+    monkeypatch.setattr("engine.grammar.matcher.compute_mask", counted)
+    for _ in range(2):
+        assert matcher.take([*ids("a"), *ids("b"), *ids("c")]) == 3
+        assert matcher.forced(3) == []
+        masks_of(matcher, [0], [-1])
+        masks_of(matcher, [0], [-1])
+    assert computed == [2]
+    complete = follow(compiled, "ab")
+    assert complete.take([*ids("a"), *ids("b"), EOS]) == 2
+    assert complete.complete

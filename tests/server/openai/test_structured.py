@@ -122,7 +122,20 @@ IN_FORMAT = "response_format.json_schema.schema"
             IN_FORMAT,
             "oneOf needs schemas that exclude each other",
         ),
-        (of_schema({"$ref": "#"}), IN_FORMAT, "no text matches"),
+        (of_schema({"$ref": "#"}), IN_FORMAT, '"$ref" "#" leads back to itself'),
+        (
+            of_schema(
+                {
+                    "properties": {"a": {"$ref": "#/$defs/a~1"}},
+                    "$defs": {
+                        "a/": {"anyOf": [{"$ref": "#/$defs/b"}]},
+                        "b": {"$ref": "#/$defs/a~1"},
+                    },
+                }
+            ),
+            IN_FORMAT,
+            "leads back to itself",
+        ),
         (of_schema({"$ref": "https://example.com/a"}), IN_FORMAT, "registry"),
         (of_schema({"a": "x" * 2**17}), IN_FORMAT, "at most 131072 characters"),
         ({"structured_outputs": {}}, "structured_outputs", "needs one of"),

@@ -362,7 +362,7 @@ JSON_CALL = '{"name": "f", "parameters": {"a": 1}}'
 
 @pytest.mark.parametrize(
     ("template", "form", "written"),
-    [(CHAT_TEMPLATE, "hermes", CALL_F), (PYTHONIC, "llama3_json", JSON_CALL)],
+    [(CHAT_TEMPLATE, "hermes", CALL_F), (PYTHONIC, "llama4_pythonic", "[f(a=1)]")],
 )
 def test_a_grammar_ensures_calls_that_must_come(
     make_server: MakeServer, template: str, form: str, written: str
@@ -396,6 +396,11 @@ def test_a_strict_function_must_have_a_schema_that_can_be_ensured(server: Server
     error = error_of(response, 400)
     assert error["param"] == "tools[1].function.parameters"
     assert 'is an object: of the function "h": the keyword "not" is not' in error["message"]
+    endless = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}
+    asked = {"tools": [F, function(parameters=endless, name="h")], "tool_choice": "required"}
+    error = error_of(server.chat(**asked), 400)
+    assert error["param"] == "tools[1].function.parameters"
+    assert 'of the function "h": its "$ref" "#/properties/a" leads back' in error["message"]
 
 
 def test_a_strict_function_that_may_be_called_is_ensured(make_server: MakeServer) -> None:
@@ -410,8 +415,12 @@ def test_a_strict_function_that_may_be_called_is_ensured(make_server: MakeServer
         assert server.engine.submitted[-1].params.grammar is None
         server.context.grammars.close()
     server = make_server(model={"tool_parser": "llama4_pythonic"})
-    assert server.chat(tools=[strict]).status_code == 200
-    assert server.engine.submitted[-1].params.grammar is None
+    odd = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    for parameters, ensured in ((SCHEMA, True), (odd, False)):
+        h = {"type": "function", "function": {"name": "h", "parameters": parameters}}
+        assert server.chat(tools=[strict, h]).status_code == 200
+        assert (server.engine.submitted[-1].params.grammar is not None) is ensured
+    server.context.grammars.close()
 
 
 FREE: dict[str, list[tuple[str, bool]]] = {
@@ -437,6 +446,18 @@ FREE: dict[str, list[tuple[str, bool]]] = {
         (f"<|python_tag|>{JSON_CALL.replace('1', 'null')}", False),
         (f"as in {JSON_CALL.replace('1', 'null')}", True),
         (JSON_CALL.replace('"f"', '"fg"').replace("1", "null"), True),
+    ],
+    "llama4_pythonic": [
+        ("So: [1] and [f]", True),
+        ("[f(a=1)]", True),
+        ("Well:\n[ f(a=1), f(a=22)] so", True),
+        ("[f(a='1')]", False),
+        ("[f(a=1)", False),
+        ("[f()]", False),
+        ("<|python_start|>[f(a=1)]<|python_end|>", True),
+        ("<|python_start|>[f(a=None)]", False),
+        ("as in [f(a=None)]", True),
+        ("[fg(a=None)]", True),
     ],
 }
 
@@ -480,3 +501,51 @@ def test_a_grammar_takes_what_a_model_writes_and_nothing_else(tokenizer: Tokeniz
             ids = [*tokenizer.encode(text, add_special_tokens=False), 2]
             matcher = compiler.compile(grammar)
             assert (matcher.validate_tokens(ids) == len(ids)) is fits, (form, text)
+
+
+MANY = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "on": {"type": "boolean"},
+        "at": {"$ref": "#/$defs/place"},
+        "none": {"type": "null"},
+    },
+    "required": ["on"],
+    "$defs": {"place": {"type": "array", "items": {"enum": [1, True, "x\n"]}}},
+}
+PYTHON_CALLS: list[tuple[str, list[Any] | None]] = [
+    ("[f(on=True)]", [{"on": True}]),
+    ('[f(city="a/\\"b\\n\\té", on=False), f(on=True, none=None)]',
+     [{"city": 'a/"b\n\té', "on": False}, {"on": True, "none": None}]),
+    ('[f(on=True, at=[1, true, "x\\n"])]', [{"on": True, "at": [1, True, "x\n"]}]),
+    ("[f()]", None),
+    ("[f(on=1)]", None),
+    ("[f(on=True, city='a')]", None),
+    ("[f(at=[2], on=True)]", None),
+    ("[g()]", None),
+    ("f(on=True)", None),
+]  # fmt: skip
+
+
+def test_calls_in_python_are_ensured_and_read_as_their_values(make_server: MakeServer) -> None:
+    server = make_server(model={"tool_parser": "llama4_pythonic"})
+    tools = [function(parameters=MANY)]
+    assert server.chat(tools=tools, tool_choice="required").status_code == 200
+    grammar = server.engine.submitted[-1].params.grammar
+    compiler = GrammarCompiler.of(server.tokenizer.to_json(), INFO.vocab_size, INFO.eos_token_ids)
+    assert grammar is not None
+    start = compiler.compile(grammar)
+    for text, values in PYTHON_CALLS:
+        ids = [*server.ids(text), 2]
+        assert (start.deep_copy().validate_tokens(ids) == len(ids)) is (values is not None), text
+        if values is not None:
+            server.engine.script = say(ids)
+            whole, _ = answered(server, text, tools=tools, tool_choice="required")
+            found = [json.loads(call.function.arguments) for call in whole.message.tool_calls or ()]
+            assert found == values
+    odd = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    assert server.chat(tools=[function(parameters=odd)], tool_choice="required").status_code == 200
+    text = server.engine.submitted[-1].params.grammar.text  # type: ignore[union-attr]
+    assert '\\"parameters\\": ' in text  # as JSON
+    server.context.grammars.close()
