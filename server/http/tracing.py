@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TRACES_PATH = "/v1/traces"  # of a collector, where the endpoint names no path
 PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 LAST_SPANS = 2.0  # seconds in which a server that ends may send what it still has
-INSTALL = "pip install 'aerie[otel]'"
+INSTALL = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
 Value = str | bool | int | float | Sequence[str]
 # The trace of the request that the present task serves, for the lines of the log.
