@@ -135,3 +135,24 @@ def test_wrong_tensors_are_errors_that_name_them(
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with pytest.raises(ValueError, match=message):
         open_checkpoint(files(copied(folder, tmp_path, kept)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_local_experts": 8}, r"router.weight has shape \[4, 96\], .* asks for \[8, 96\]"),
+        ({"num_local_experts": 0}, "num_local_experts must be at least 1, not 0"),
+        (
+            {"architectures": ["Llama4ForConditionalGeneration"], "vision_config": {}},
+            "text_config is missing: a model for images only cannot be served",
+        ),
+        ({"architectures": ["Llama4VisionModel"]}, "Llama4VisionModel is not supported; Llama"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "'exl2'.* are not supported; compres"),
+    ],
+)
+def test_a_configuration_of_another_model_is_an_error(
+    folder: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(files(copied(folder, tmp_path, tensors, **config)))
