@@ -9,6 +9,7 @@ last one. It runs `aerie deploy ray` on this machine, and needs the extra `ray` 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import sys
@@ -66,13 +67,18 @@ def main(
         str, typer.Option(help="Further keys of the configuration, with spaces between.")
     ] = "",
     seed: int = 0,
+    routings: Annotated[str, typer.Option(help="Of these.")] = ",".join(ROUTINGS),
     output: Annotated[Path, typer.Option(help="Where results go.")] = Path("out/routing.json"),
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows of that file.")] = False,
 ) -> None:
     """Run both routings, and print a table."""
     before = load()
     talk = Conversations(conversations, turns)
-    rows, model = [], ""
-    for routing in ROUTINGS:
+    rows: list[dict[str, Any]] = []
+    if add:
+        rows += json.loads(output.read_text(encoding="utf-8"))["rows"]
+    model = ""
+    for routing in routings.split(","):
         keys = [f"fleet.routing={routing}", f"cache.num_blocks={cached_tokens // 16}"]
         keys += ["model.max_model_len=2048", "fleet.load_window=11", *overrides.split()]
         with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +98,7 @@ def main(
         "turns": turns,
         "streams": streams,
         "seed": seed,
-        "load": {"before": before, "after": load()},
+        "load": [before, load()],
         "rows": rows,
     }
     write_results("routing", output, content)

@@ -284,10 +284,11 @@ def _fleet_cells(rows: Sequence[Content], number: int) -> list[str]:
 
 
 def _routing(content: Content) -> Iterable[str]:
+    yield from (_machine(content), "")
     yield (
-        f"{content['model']} on {_machine(content)}: {content['replicas']} engines of "
-        f"{content['cached_tokens']} cached tokens, {content['conversations']} conversations of "
-        f"{content['turns']} questions, {content['streams']} at a time. Times in ms."
+        f"{content['model']}: {content['replicas']} engines of {content['cached_tokens']} cached "
+        f"tokens, {content['conversations']} conversations of {content['turns']} questions, "
+        f"{content['streams']} at a time. Times in ms."
     )
     yield ""
     head = ("routing", "prompt tokens from a cache", "TTFT p50", "p99", "seconds")
