@@ -1,9 +1,10 @@
 """Aerie beside other servers, over HTTP: `python -m benchmarks.compare`, or `make compare`.
 
-Every server is started, warmed, measured at each number of streams and stopped, one after the
-other; then comes the next round, in another order. So a noisy machine disturbs all of them alike,
-and ratios are taken within a round. The same questions go to all, as greedy requests for a fixed
-number of tokens. A peer that is not installed, or fails, is named in the results; it is no error.
+All servers are started and warmed. Then they take turns of a few seconds, for each number of
+streams in each round, in an order that changes; one works while the others wait. So a machine that
+is slow for a while disturbs all of them alike, and ratios are taken between neighbouring turns. The
+same questions go to all, as greedy requests for a fixed number of tokens. A peer that is not
+installed, or fails, is named in the results; it is no error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import asyncio
 import json
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -39,6 +42,8 @@ OWN = {"aerie": (), BASE: PLAIN}
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 FIGURES = ("tokens_per_second", "ttft", "ttit")
 WARM_UP = 16  # tokens
+PAUSE = 0.5  # seconds before a turn: threads of the server before may spin for a while
+MOST_BUSY = 0.05  # share of all processors that waiting servers may use together
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ class Results:
     figures: dict[tuple[str, int], dict[int, Figures]] = field(default_factory=dict)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)  # by server, by prompt
     notes: list[str] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)  # servers
 
     def take(self, server: str, streams: int, number: int, figures: Figures) -> None:
         self.figures.setdefault((server, streams), {})[number] = figures
@@ -96,9 +102,6 @@ class Results:
         known = self.texts.setdefault(server, {})
         for prompt, answer in zip(prompts, answers, strict=True):
             known.setdefault(prompt, answer.text)
-
-
-Start = Callable[[Server], Iterator[Endpoint]]
 
 
 def main(
@@ -179,42 +182,75 @@ def measure_all(
     folder: Path,
     results: Results,
 ) -> None:
-    """All rounds; the order of the servers rotates. One that fails is left out from then on."""
-    well = list(servers)
-    for number in range(plan.rounds):
-        turn = number % len(well) if well else 0
-        for server in [*well[turn:], *well[:turn]]:
-            print(f"round {number + 1} of {plan.rounds}: {server.name}", flush=True)
-            try:
-                measure_one(server, questions, plan, gguf, folder, number, results)
-            except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-                _note(results.notes, f"{server.name} failed in round {number + 1}: {error}")
-                well.remove(server)
+    """Start all servers, and measure them in turns. One that fails is left out from then on."""
+    with ExitStack() as running:
+        endpoints: list[Endpoint] = []
+        for server in servers:
+            print(f"starting {server.name}", flush=True)
+            with _failure_noted(server.name, results):
+                endpoints.append(running.enter_context(ready(server, plan, gguf, folder)))
+        _note_restless(results)
+        for number in range(plan.rounds):
+            for streams in plan.streams:
+                print(f"round {number + 1} of {plan.rounds}, {streams} streams", flush=True)
+                prompts = plan.prompts(questions, streams)
+                well = [one for one in endpoints if one.name not in results.failed]
+                for endpoint in rotated(well, number):
+                    with _failure_noted(endpoint.name, results):
+                        measure(endpoint, prompts, plan.num_tokens, streams, number, results)
 
 
-def measure_one(
-    server: Server,
-    questions: Sequence[str],
-    plan: Plan,
-    gguf: Path,
-    folder: Path,
-    number: int,
-    results: Results,
-) -> None:
-    """Start, warm, measure, stop."""
-    port, scratch = free_port(), (folder / "models").resolve()
-    setting = Setting(gguf, port, plan.threads, max(plan.streams), scratch)
+def rotated(endpoints: Sequence[Endpoint], number: int) -> list[Endpoint]:
+    """Another order in each round."""
+    turn = number % len(endpoints) if endpoints else 0
+    return [*endpoints[turn:], *endpoints[:turn]]
+
+
+@contextmanager
+def ready(server: Server, plan: Plan, gguf: Path, folder: Path) -> Iterator[Endpoint]:
+    """A server that has answered as many requests at a time as it will get."""
+    setting = Setting(
+        gguf, free_port(), plan.threads, max(plan.streams), (folder / "models").resolve()
+    )
     log = folder / f"{server.name}.log"
     with started(server, setting, log, plan.patience) as endpoint:
         warm = [f"Warm up number {i}." for i in range(max(plan.streams))]
         asyncio.run(ask_all(endpoint, warm, WARM_UP, len(warm)))
-        for streams in plan.streams:
-            prompts = plan.prompts(questions, streams)
-            answers = asyncio.run(ask_all(endpoint, prompts, plan.num_tokens, streams))
-            figures = Figures.of(answers, plan.num_tokens)
-            print(f"  {streams} streams: {figures.tokens_per_second:.1f} tokens/s", flush=True)
-            results.take(server.name, streams, number, figures)
-            results.take_texts(server.name, prompts, answers)
+        yield endpoint
+
+
+def measure(
+    endpoint: Endpoint,
+    prompts: Sequence[str],
+    num_tokens: int,
+    streams: int,
+    number: int,
+    results: Results,
+) -> None:
+    """One turn of one server."""
+    time.sleep(PAUSE)
+    answers = asyncio.run(ask_all(endpoint, prompts, num_tokens, streams))
+    figures = Figures.of(answers, num_tokens)
+    print(f"  {endpoint.name}: {figures.tokens_per_second:.1f} tokens/s", flush=True)
+    results.take(endpoint.name, streams, number, figures)
+    results.take_texts(endpoint.name, prompts, answers)
+
+
+@contextmanager
+def _failure_noted(name: str, results: Results) -> Iterator[None]:
+    """Turn what a server fails with into a note, and leave the server out from then on."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        _note(results.notes, f"{name} failed: {error}")
+        results.failed.add(name)
+
+
+def _note_restless(results: Results) -> None:
+    """Servers that only wait must not take time from the one that works."""
+    time.sleep(PAUSE)
+    if (busy := machine.busy(1.0)) > MOST_BUSY:
+        _note(results.notes, f"{busy:.0%} of the processors' time was used before the first turn")
 
 
 def _note(notes: list[str], text: str) -> None:

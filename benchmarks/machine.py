@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +33,20 @@ def load() -> tuple[float, float, float]:
     minutes: says whether the machine had other work."""
     one, five, fifteen = os.getloadavg()
     return round(one, 1), round(five, 1), round(fifteen, 1)
+
+
+def busy(seconds: float) -> float:
+    """The share of all processors' time that is used during the next `seconds`."""
+    before = _jiffies()
+    time.sleep(seconds)
+    idle, total = (after - old for after, old in zip(_jiffies(), before, strict=True))
+    return 1 - idle / total if total else 0.0
+
+
+def _jiffies() -> tuple[int, int]:
+    """The idle time of all processors since the start of the machine, and all time."""
+    counts = [int(count) for count in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return counts[3] + counts[4], sum(counts)
 
 
 def device_name() -> str:
