@@ -138,8 +138,10 @@ page:
 
 # Trains on generated shapes for a few minutes, and prints scores; pictures are in build/syncspec.
 syncspec: $(VENV)/.syncspec-tools
-	$(BIN)/syncspec compare --output build/syncspec --network "perceptron on xyz" \
-		--network "dilated kernels" --network "dilated kernels, transformer" $(ARGS)
+	$(BIN)/syncspec compare --output build/syncspec $(ARGS) --network "perceptron on xyz" \
+		--network "dilated kernels" --network "dilated kernels, transformer" \
+		--network "dilated kernels, no coordinates" \
+		--network "dilated kernels, transformer, no coordinates"
 
 test-syncspec: $(VENV)/.syncspec-tools
 	$(BIN)/python -m pytest $(TEST_ARGS) tests/syncspec

@@ -6,14 +6,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from syncspec.network import Design, build
 from syncspec.shapes import Category
 from syncspec.training import Model
 
-FORM = "syncspec-1"
+FORM = "syncspec-2"
 
 
 def save(model: Model, path: Path) -> None:
@@ -40,11 +40,16 @@ def load(path: Path) -> Model:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; `syncspec train` writes CATEGORY.safetensors")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("form") != FORM:
-            raise ValueError(f"{path} has form {metadata.get('form')!r}; it must be {FORM!r}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if metadata.get("form") != FORM:
+        raise ValueError(
+            f"{path} has form {metadata.get('form')!r}; it must be {FORM!r}: train it again"
+        )
     told = json.loads(metadata["model"])
     kind = told["category"]
     category = Category(kind["name"], tuple(kind["parts"]), tuple(kind["keypoints"]))

@@ -13,17 +13,18 @@ import numpy as np
 import typer
 
 from syncspec import checkpoint
-from syncspec.comparison import VARIANTS, Comparison, Sizes, compare, table
+from syncspec.comparison import TEST_SPLITS, VARIANTS, Comparison, Sizes, compare
 from syncspec.evaluation import evaluate as evaluate_models
 from syncspec.generator import generated_set
-from syncspec.graph import REFERENCE_POINTS, BasisCache
+from syncspec.graph import REFERENCE_POINTS, WEIGHTS, BasisCache
 from syncspec.network import PAPER, Design
-from syncspec.pictures import draw_courses, draw_shapes, write_ply
+from syncspec.pictures import draw_courses, draw_pck, draw_shapes, write_ply
 from syncspec.preparing import Prepared, prepare
 from syncspec.readers import read_points, shapenet
 from syncspec.segmentation import find_keypoints
 from syncspec.segmentation import segment as segment_points
 from syncspec.shapes import Dataset, resampled
+from syncspec.tables import mean_pck, table
 from syncspec.training import PAPER_SCHEDULE, Course, Model, Progress, Schedule
 from syncspec.training import train as train_model
 
@@ -63,7 +64,7 @@ def _errors_for_people() -> Iterator[None]:
     """Mistakes of the user as one line, without a traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except ModuleNotFoundError as error:
@@ -80,6 +81,7 @@ def train(
     preset: Annotated[Preset, typer.Option(help="Sizes and epochs.")] = Preset.small,
     epochs: Annotated[int | None, typer.Option(min=1, help="Else the preset's.")] = None,
     shapes: Annotated[int, typer.Option(min=1, help="Generated, by category.")] = Sizes().num_train,
+    weights: Annotated[str, typer.Option(help=f"Of edges: {' or '.join(WEIGHTS)}.")] = WEIGHTS[0],
     seed: Annotated[int, typer.Option(min=0)] = 0,
     cache: CacheOption = CACHE,
 ) -> None:
@@ -87,6 +89,7 @@ def train(
     with _errors_for_people():
         dataset = _dataset(data, tuple(category or ()), shapes)
         design, schedule = PRESETS[preset]
+        design = replace(design, weights=weights)
         schedule = replace(schedule, seed=seed, epochs=epochs or schedule.epochs)
         courses: dict[str, Course] = {}
         for name, kind in dataset.categories.items():
@@ -133,8 +136,10 @@ def segment(
         model = _model(models, category)
         cloud = read_points(file, points)
         labels = segment_points(model, cloud, BasisCache(cache))
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_ply(output, cloud, labels)
         if picture is not None:
+            picture.parent.mkdir(parents=True, exist_ok=True)
             draw_shapes(picture, [(file.name, cloud, labels)], columns=1)
         counts = np.bincount(labels, minlength=len(model.category.parts))
         for part, count in zip(model.category.parts, counts, strict=True):
@@ -182,8 +187,9 @@ def compare_networks(
         results, models, courses = compare(comparison, names, range(seeds), path)
         _draw(comparison, models, output / "shapes.png")
         draw_courses(output / "training.png", courses)
+        draw_pck(output / "pck.png", {split: mean_pck(results, split) for split in TEST_SPLITS})
         typer.echo(table(results))
-        typer.echo(f"{path}, shapes.png and training.png are in {output}")
+        typer.echo(f"results.json, shapes.png, training.png and pck.png are in {output}")
 
 
 def _draw(comparison: Comparison, models: dict[str, Model], path: Path) -> None:

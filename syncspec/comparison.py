@@ -16,19 +16,30 @@ from syncspec.evaluation import evaluate, seconds_per_shape
 from syncspec.generator import generate, generated_set
 from syncspec.graph import BasisCache
 from syncspec.network import Design
-from syncspec.preparing import Prepared, prepare
+from syncspec.preparing import (
+    Prepared,
+    for_keypoints,
+    joint_basis_of,
+    map_targets,
+    prepare,
+)
 from syncspec.shapes import Dataset, Shape, noisy
 from syncspec.training import Course, Model, Schedule, train
 
 PERCEPTRON_EPOCHS = 2  # times as many as the others
+BLIND = "no coordinates"  # only the transformer can tell where on the shape a point is
 VARIANTS: Mapping[str, Design] = {
-    "perceptron on xyz": Design(network="coordinates"),
+    "perceptron on xyz": Design(network="points", inputs="coordinates"),
     "perceptron on all features": Design(network="points"),
     "polynomial kernels": Design(kernel="polynomial", transformer=False),
     "dilated kernels": Design(transformer=False),
     "dilated kernels, transformer": Design(),
+    "dilated kernels, no coordinates": Design(transformer=False, inputs=BLIND),
+    "dilated kernels, transformer, no coordinates": Design(inputs=BLIND),
 }
 FULL = "dilated kernels, transformer"
+PLAIN = "dilated kernels"
+OF_KEYPOINTS = ("perceptron on xyz", PLAIN, FULL)  # those that are trained on keypoints, too
 TEST_SPLITS = ("seen", "unseen")
 DENSITIES = (500, 1000, 4000)
 NOISES = (0.01, 0.02, 0.04)
@@ -41,7 +52,7 @@ class Sizes:
     """How much to generate, by category."""
 
     num_train: int = 16
-    num_test: int = 6
+    num_test: int = 12
     num_points: int = 2000
     num_robust: int = 2
 
@@ -71,7 +82,9 @@ class Comparison:
             }
         return this
 
-    def train(self, design: Design, seed: int) -> tuple[Trained, dict[str, Course]]:
+    def train(
+        self, design: Design, seed: int, task: str = "parts"
+    ) -> tuple[Trained, dict[str, Course]]:
         """A model for each category."""
         schedule = replace(self.schedule, seed=seed)
         if design.network != "spectral":
@@ -79,8 +92,8 @@ class Comparison:
         models: Trained = {}
         courses = {}
         for name, category in self.data.categories.items():
-            shapes = self.shapes["train"][name]
-            models[name], courses[name] = train(category, shapes, design, schedule)
+            shapes = self._of("train", task)[name]
+            models[name], courses[name] = train(category, shapes, design, schedule, task)
         return models, courses
 
     def measure(self, models: Trained) -> dict[str, dict[str, float]]:
@@ -90,6 +103,31 @@ class Comparison:
             split: {"instance": result.instance_iou, "category": result.category_iou}
             for split, result in found.items()
         }
+
+    def pck(self, design: Design, seed: int) -> dict[str, dict[str, float]]:
+        """The share of keypoints within each distance, by test split."""
+        models, _ = self.train(design, seed, "keypoints")
+        return {split: evaluate(models, self._of(split, "keypoints")).pck for split in TEST_SPLITS}
+
+    def _of(self, split: str, task: str) -> dict[str, list[Prepared]]:
+        shapes = self.shapes[split]
+        if task == "parts":
+            return shapes
+        return {name: for_keypoints(found) for name, found in shapes.items()}
+
+    def map_errors(self, models: Trained) -> dict[str, float]:
+        """Squares of the errors of predicted maps over squares of the maps, by split."""
+        found = {}
+        for split, shapes in self.shapes.items():
+            errors, sizes = [], []
+            for name, model in models.items():
+                joint = joint_basis_of(self.shapes["train"][name], model.design)
+                targets = map_targets(shapes[name], joint, model.design)
+                maps = torch.stack([model.functional_map(one) for one in shapes[name]])
+                errors.append(float((maps - targets).square().sum()))
+                sizes.append(float(targets.square().sum()))
+            found[split] = sum(errors) / sum(sizes)
+        return found
 
     def robustness(self, models: Trained) -> dict[str, float]:
         """Instance mIoU on shapes of seen geometry, as they are, with other densities and noise."""
@@ -138,7 +176,11 @@ def compare(
             models, courses = comparison.train(VARIANTS[name], seed)
             run = {"network": name, "seed": seed, "scores": comparison.measure(models)}
             run["train_seconds"] = sum(course.seconds for course in courses.values())
-            if name == FULL:
+            if name in OF_KEYPOINTS:
+                run["pck"] = comparison.pck(VARIANTS[name], seed)
+            if VARIANTS[name].transformer and VARIANTS[name].network == "spectral":
+                run["map_errors"] = comparison.map_errors(models)
+            if name in (PLAIN, FULL):
                 run["robustness"] = comparison.robustness(models)
                 run["seconds_per_shape"] = _seconds(comparison, models)
             results["runs"].append(run)
@@ -157,40 +199,3 @@ def _seconds(comparison: Comparison, models: Trained) -> dict[str, float]:
 def _brief(run: Mapping[str, Any]) -> str:
     scores = ", ".join(f"{split} {run['scores'][split]['instance']:.3f}" for split in TEST_SPLITS)
     return f"mIoU {scores} ({run['train_seconds']:.0f} s)"
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: means over seeds, and the lowest and highest."""
-    lines = [
-        "| network | seen geometry: instance mIoU | category mIoU | unseen geometry: instance mIoU "
-        "| category mIoU | training, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in dict.fromkeys(run["network"] for run in results["runs"]):
-        runs = [run for run in results["runs"] if run["network"] == name]
-        cells = [
-            _spread([run["scores"][split][kind] for run in runs])
-            for split in TEST_SPLITS
-            for kind in ("instance", "category")
-        ]
-        seconds = np.mean([run["train_seconds"] for run in runs])
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
-    return "\n".join([*lines, "", *_robustness_table(results)])
-
-
-def _robustness_table(results: Mapping[str, Any]) -> list[str]:
-    runs = [run for run in results["runs"] if "robustness" in run]
-    if not runs:
-        return []
-    lines = [f"| {FULL}, on | instance mIoU |", "| --- | ---: |"]
-    for change in runs[0]["robustness"]:
-        lines.append(f"| {change} | {_spread([run['robustness'][change] for run in runs])} |")
-    seconds = [run["seconds_per_shape"] for run in runs]
-    told = [f"{part} {np.mean([each[part] for each in seconds]):.2f} s" for part in seconds[0]]
-    return [*lines, "", f"Time per shape: {', '.join(told)}."]
-
-
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"

@@ -10,8 +10,12 @@ from syncspec.shapes import Floats
 
 HEAT_TIMES = (5.0, 20.0, 80.0, 320.0)
 NORMAL_NEIGHBOURS = 12
-POSITION = slice(0, 3)  # the columns of the coordinates
 NUM_FEATURES = 3 + 4 + len(HEAT_TIMES)
+INPUTS = {  # columns that a network may see
+    "all": slice(0, NUM_FEATURES),
+    "coordinates": slice(0, 3),
+    "no coordinates": slice(3, NUM_FEATURES),
+}
 
 
 def point_features(points: Floats, basis: Basis) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -20,7 +21,9 @@ NUM_NEIGHBOURS = 5
 MOST_NEIGHBOURS = 200
 GROWTH = 1.2  # of the number of neighbours, until the graph is connected
 NEAREST = 1e-3  # distances below this, in mean distances to a neighbour, count as this
-WEIGHTS = ("inverse-square", "gaussian")
+# Of edges. The first is the default: an eigenvector is a smooth function times the square root of
+# the degree, and with 1/d^2 degrees jump from point to point: random points come in close pairs.
+WEIGHTS = ("gaussian", "inverse-square")
 DENSE_BELOW = 300  # points: LAPACK is faster there, and ARPACK cannot give all pairs
 REFERENCE_POINTS = 2000
 MEAN_FREQUENCY = 0.01
@@ -98,7 +101,7 @@ def connected_graph(
 def neighbour_graph(points: Floats, num_neighbours: int, weights: str) -> csr_array:
     """The symmetric weights of every point and its nearest neighbours. [N, N]
 
-    A weight is 1/d^2, or exp(-d^2 / (2 s^2)) with s the mean distance to a neighbour; a pair in
+    A weight is exp(-d^2 / (2 s^2)) with s the mean distance to a neighbour, or 1/d^2; a pair in
     which only one point has the other as a neighbour gets half of it.
     """
     if weights not in WEIGHTS:
@@ -171,7 +174,7 @@ class BasisCache:
 
     def _put(self, path: Path, basis: Basis) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
+        unfinished = path.with_suffix(f".{uuid4().hex}.tmp")  # others may compute the same
         vectors = np.ascontiguousarray(basis.vectors, dtype=np.float32)
         save_file({"values": basis.values, "vectors": vectors}, unfinished)
         unfinished.replace(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from syncspec.convolution import SpectralConvolution
-from syncspec.features import NUM_FEATURES, POSITION
+from syncspec.features import INPUTS, NUM_FEATURES
+from syncspec.graph import WEIGHTS
 from syncspec.transformer import SpectralTransformer
 
-NETWORKS = ("spectral", "points", "coordinates")
+NETWORKS = ("spectral", "points")
 
 
 @dataclass(frozen=True)
 class Design:
     """The sizes of a network. These are for small sets; `PAPER` has the paper's."""
 
-    network: str = "spectral"  # or a perceptron: on all features ("points"), on xyz ("coordinates")
+    network: str = "spectral"  # or "points", a perceptron
+    inputs: str = "all"  # of `INPUTS`
     kernel: str = "dilated"
     transformer: bool = True
     channels: int = 24
@@ -30,22 +32,34 @@ class Design:
     num_joint: int = 45
     grid: int = 12
     transformer_channels: int = 8
+    transformer_width: int = 256
     dropout: float = 0.0
+    weights: str = WEIGHTS[0]  # of the graph's edges
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
             raise ValueError(f"network is {self.network!r}; it must be one of {NETWORKS}")
+        if self.inputs not in INPUTS:
+            raise ValueError(f"inputs is {self.inputs!r}; it must be one of {list(INPUTS)}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights is {self.weights!r}; it must be one of {WEIGHTS}")
         if self.grid < 4 or self.grid % 4:
             raise ValueError(f"grid is {self.grid}; it must be a multiple of 4")
         if len(self.dilations) < 2:
             raise ValueError(f"dilations is {self.dilations}; there must be at least 2")
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
+    @property
+    def columns(self) -> slice:
+        """Of the features that the network sees."""
+        return INPUTS[self.inputs]
+
+    @property
+    def num_features(self) -> int:
+        return len(range(*self.columns.indices(NUM_FEATURES)))
 
 
 # As in the paper and its published code: 50 channels, voxels of a grid of 20.
-PAPER = Design(channels=50, grid=20, transformer_channels=50, dropout=0.2)
+PAPER = Design(channels=50, grid=20, transformer_channels=50, transformer_width=200, dropout=0.2)
 
 
 class Batch(NamedTuple):
@@ -120,21 +134,23 @@ class SpectralNetwork(nn.Module):
         super().__init__()
         self.design = design
         wide = 2 * design.channels
-        sizes = [NUM_FEATURES, *[design.channels] * (len(design.dilations) - 2), wide]
+        sizes = [design.num_features, *[design.channels] * (len(design.dilations) - 2), wide]
         steps = zip(pairwise(sizes), design.dilations[:-1], strict=True)
         self.blocks = nn.ModuleList(Block(a, b, g, design) for (a, b), g in steps)
         self.last = Block(wide, wide, design.dilations[-1], design)
         self.scores = nn.Linear(wide, num_outputs)
         if design.transformer:
             self.transformer = SpectralTransformer(
-                design.num_joint, design.grid, design.transformer_channels
+                design.num_joint, design.grid, design.transformer_channels, design.transformer_width
             )
-            self.synchronised = nn.ModuleList(
-                SynchronisedConvolution(wide, design.num_joint) for _ in range(3)
-            )
+            layers = [SynchronisedConvolution(wide, design.num_joint) for _ in range(3)]
+            # At the start the network is the one without them.
+            nn.init.zeros_(layers[-1].norm.weight)
+            self.synchronised = nn.ModuleList(layers)
+            self.dropout = nn.Dropout(design.dropout)
 
     def forward(self, batch: Batch) -> Prediction:
-        function = batch.features
+        function = batch.features[..., self.design.columns]
         for block in self.blocks:
             function = block(function, batch)
         maps = None
@@ -154,7 +170,7 @@ class SpectralNetwork(nn.Module):
         vectors = batch.vectors[..., : self.design.num_synchronised]
         inner = function
         for number, convolve in enumerate(self.synchronised):
-            inner = convolve(inner if number == 0 else inner.relu(), vectors, maps)
+            inner = convolve(self.dropout(inner.relu()) if number else inner, vectors, maps)
         return function + inner
 
 
@@ -163,8 +179,8 @@ class PointNetwork(nn.Module):
 
     def __init__(self, num_outputs: int, design: Design, width: int = 128) -> None:
         super().__init__()
-        self.columns = POSITION if design.network == "coordinates" else slice(0, NUM_FEATURES)
-        sizes = [3 if design.network == "coordinates" else NUM_FEATURES, width, width, width]
+        self.columns = design.columns
+        sizes = [design.num_features, width, width, width]
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), ChannelNorm(after), nn.ReLU()]

@@ -75,6 +75,22 @@ def draw_courses(path: Path, courses: Mapping[str, Course]) -> None:
     figure.savefig(path, dpi=80)
 
 
+def draw_pck(path: Path, curves: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """The share of keypoints found against the distance: axes by split, a line for each network."""
+    figure = _figure(4.5 * len(curves), 3.5)
+    for number, (split, networks) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), number + 1)
+        for name, shares in networks.items():
+            axes.plot([float(distance) for distance in shares], list(shares.values()), label=name)
+        axes.set_title(f"{split} geometry", fontsize=9)
+        axes.set_xlabel("distance (the longest half side is 1)")
+        axes.set_ylabel("keypoints found")
+        axes.set_ylim(0, 1)
+        if networks:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
 def _figure(width: float, height: float) -> Figure:
     """A figure without a window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

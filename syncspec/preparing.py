@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncspec.features import point_features
 from syncspec.graph import BasisCache
-from syncspec.joint import JointBasis, functional_map, voxel_cells
+from syncspec.joint import JointBasis, functional_map, joint_basis, voxel_cells
 from syncspec.network import Batch, Design
 from syncspec.shapes import Shape
 
@@ -30,6 +30,7 @@ class Prepared:
 
 def prepare(shape: Shape, design: Design, cache: BasisCache, task: str = "parts") -> Prepared:
     """Raises ValueError for points that have no basis (`syncspec.graph.eigenbasis`)."""
+    cache = replace(cache, weights=design.weights)
     basis = cache.get(shape.points, shape.name or "the shape")
     batch = Batch(
         features=_floats(point_features(shape.points, basis)),
@@ -38,6 +39,11 @@ def prepare(shape: Shape, design: Design, cache: BasisCache, task: str = "parts"
         cells=torch.from_numpy(voxel_cells(shape.points, design.grid))[None],
     )
     return Prepared(shape, batch, target_of(shape, task))
+
+
+def for_keypoints(prepared: Sequence[Prepared]) -> list[Prepared]:
+    """The same shapes with keypoints as targets."""
+    return [replace(one, target=target_of(one.shape, "keypoints")) for one in prepared]
 
 
 def target_of(shape: Shape, task: str) -> Tensor:
@@ -49,6 +55,12 @@ def target_of(shape: Shape, task: str) -> Tensor:
     if not len(shape.keypoints):
         raise ValueError(f"{shape.name or 'the shape'} has no keypoints")
     return torch.from_numpy(np.asarray(cKDTree(shape.points).query(shape.keypoints)[1]))[None]
+
+
+def joint_basis_of(prepared: Sequence[Prepared], design: Design) -> JointBasis:
+    """Of the training shapes of a category."""
+    points = [one.shape.points for one in prepared]
+    return joint_basis(points, design.grid, design.num_joint, design.weights)
 
 
 def map_targets(prepared: Sequence[Prepared], joint: JointBasis, design: Design) -> Tensor:

@@ -67,7 +67,11 @@ def _category(name: str, num_parts: int) -> Category:
 def _split_of_text(folder: Path, split: str, categories: tuple[str, ...]) -> Iterator[Shape]:
     path = folder / "train_test_split" / f"shuffled_{split}_file_list.json"
     names = {synset: name for name, synset, _ in SHAPENET}
-    for line in json.loads(path.read_text(encoding="utf-8")):
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must be a list of shapes as JSON: {error}") from error
+    for line in listed:
         synset, shape = str(line).split("/")[-2:]
         if names.get(synset) in categories:
             yield labelled_text(folder / synset / f"{shape}.txt", names[synset])
@@ -91,11 +95,24 @@ def _split_of_hdf5(folder: Path, split: str, categories: tuple[str, ...]) -> Ite
 def _shapes_of_hdf5(path: Path, categories: tuple[str, ...]) -> Iterator[Shape]:
     import h5py
 
-    with h5py.File(path) as file:
-        missing = sorted({"data", "label", "pid"} - set(file))
-        if missing:
-            raise ValueError(f"{path} lacks {missing}; it has {sorted(file)}")
-        data, kinds, parts = file["data"][:], file["label"][:].ravel(), file["pid"][:]
+    try:
+        with h5py.File(path) as file:
+            missing = sorted({"data", "label", "pid"} - set(file))
+            if missing:
+                raise ValueError(f"{path} lacks {missing}; it has {sorted(file)}")
+            data, kinds, parts = file["data"][:], file["label"][:].ravel(), file["pid"][:]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as HDF5: {error}") from error
+    if data.shape[:2] != parts.shape or len(kinds) != len(data):
+        raise ValueError(
+            f"{path} has data of shape {data.shape}, label of {len(kinds)} and pid of shape "
+            f"{parts.shape}; they must be [S, N, 3], [S, 1] and [S, N]"
+        )
+    if not set(kinds.tolist()) <= set(range(len(SHAPENET))):
+        raise ValueError(
+            f"{path} has categories {sorted(set(kinds.tolist()))}; they must be 0 to "
+            f"{len(SHAPENET) - 1}"
+        )
     for number, kind in enumerate(kinds):
         category = SHAPENET[int(kind)][0]
         if category in categories:
@@ -105,13 +122,13 @@ def _shapes_of_hdf5(path: Path, categories: tuple[str, ...]) -> Iterator[Shape]:
 def _shape(points: Floats, labels: Floats, category: str, source: str) -> Shape:
     """Checked and normalised, with labels that begin at 0."""
     number = [name for name, _, _ in SHAPENET].index(category)
-    own = labels.astype(np.int64) - FIRST_LABELS[number]
-    if own.min() < 0 or own.max() >= SHAPENET[number][2]:
-        low, high = FIRST_LABELS[number], FIRST_LABELS[number + 1] - 1
+    allowed = np.arange(FIRST_LABELS[number], FIRST_LABELS[number + 1])
+    if not np.isin(labels, allowed).all():
         raise ValueError(
-            f"{source} has labels {sorted({int(label) for label in labels})}; those of {category} "
-            f"are {low} to {high}"
+            f"{source} has labels {[f'{label:g}' for label in np.unique(labels)]}; those of "
+            f"{category} are {allowed[0]} to {allowed[-1]}"
         )
+    own = labels.astype(np.int64) - FIRST_LABELS[number]
     return normalised(
         Shape(category, checked_points(points, source), own, np.empty((0, 3)), source)
     )
@@ -131,13 +148,24 @@ def read_points(path: Path, num_points: int, seed: int = 0) -> Floats:
     if path.suffix.lower() in TEXT_ENDINGS:
         return checked_points(_rows(path)[:, :3], str(path))
     if path.suffix.lower() == ".npy":
-        array = np.load(path, allow_pickle=False)
-        return checked_points(array[:, :3] if array.ndim == 2 else array, str(path))
+        return checked_points(_from_numpy(path), str(path))
     return checked_points(_from_trimesh(path, num_points, seed), str(path))
 
 
+def _from_numpy(path: Path) -> Floats:
+    try:
+        array = np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an array of numbers: {error}") from error
+    return array[:, :3] if array.ndim == 2 else array
+
+
 def _rows(path: Path) -> Floats:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} has no points")
     try:
@@ -151,12 +179,13 @@ def _from_trimesh(path: Path, num_points: int, seed: int) -> Floats:
     import trimesh
 
     try:
-        scene = trimesh.load_scene(path)
+        scene = trimesh.load_scene(path, process=False)  # else it drops what is not finite
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read as a mesh or a point cloud: {error}") from error
-    meshes = [each for each in scene.dump() if isinstance(each, trimesh.Trimesh)]
+    meshes = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
     if meshes:
         whole = trimesh.util.concatenate(meshes)
+        checked_points(whole.vertices, str(path))
         points, _ = trimesh.sample.sample_surface(whole, num_points, seed=seed)
         return np.asarray(points)
     clouds = [np.asarray(each.vertices) for each in scene.dump() if hasattr(each, "vertices")]

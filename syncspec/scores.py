@@ -8,7 +8,16 @@ import numpy as np
 
 from syncspec.shapes import Floats, Ints
 
-PCK_DISTANCES = (0.02, 0.05, 0.1, 0.15, 0.2)  # of normalised shapes, whose longest half side is 1
+PCK_DISTANCES = (
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+)  # of normalised shapes, whose longest half side is 1
 
 
 def shape_iou(predicted: Ints, labels: Ints, num_parts: int) -> float:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from syncspec.joint import joint_basis
 from syncspec.network import (
     Batch,
     Design,
@@ -21,7 +20,7 @@ from syncspec.network import (
     build,
     stacked,
 )
-from syncspec.preparing import Prepared, map_targets
+from syncspec.preparing import Prepared, joint_basis_of, map_targets
 from syncspec.scores import shape_iou
 from syncspec.shapes import Category, Floats, Ints
 from syncspec.transformer import far_from_orthonormal
@@ -36,15 +35,22 @@ class Schedule:
 
     epochs: int = 10
     pretrain_epochs: int = 12
-    batch_shapes: int = 4
+    batch_shapes: int = 2
     learning_rate: float = 3e-3
+    pretrain_learning_rate: float = 1e-2
     map_learning_rate: float = 1e-4  # of the spectral transformer after pre-training
     orthonormal_weight: float = 0.1
     seed: int = 0
 
 
 # As published: 20 and 40 epochs, batches of 24 shapes, a transformer that hardly moves any more.
-PAPER_SCHEDULE = Schedule(epochs=40, pretrain_epochs=20, batch_shapes=24, map_learning_rate=1e-6)
+PAPER_SCHEDULE = Schedule(
+    epochs=40,
+    pretrain_epochs=20,
+    batch_shapes=24,
+    pretrain_learning_rate=3e-3,
+    map_learning_rate=1e-6,
+)
 
 
 @dataclass
@@ -76,6 +82,13 @@ class Model:
         with torch.inference_mode():
             prediction: Prediction = self.network(self.standardised(one.batch))
         return prediction.scores[0]
+
+    def functional_map(self, one: Prepared) -> Tensor:
+        """The map that the spectral transformer predicts. [D, J]"""
+        assert isinstance(self.network, SpectralNetwork)
+        self.network.eval()
+        with torch.inference_mode():
+            return self.network.functional_maps(one.batch)[0]
 
     def parts(self, one: Prepared) -> Ints:
         """The part of every point. [N]"""
@@ -132,22 +145,39 @@ def _pretrain(
     course: Course,
     report: Progress,
 ) -> None:
-    """The spectral transformer learns the maps into the joint basis, by mean squared error."""
+    """The spectral transformer learns the maps into the joint basis, by mean squared error.
+
+    A map is linear in the vectors, whatever orthonormal ones these are. So every step turns the
+    vectors of every shape at random, and their maps with them: a few shapes give endless pairs.
+    """
     design = network.design
-    joint = joint_basis([one.shape.points for one in shapes], design.grid, design.num_joint)
-    targets = map_targets(shapes, joint, design)
-    optimiser = torch.optim.Adam(network.transformer.parameters(), schedule.learning_rate)
+    targets = map_targets(shapes, joint_basis_of(shapes, design), design)
+    rate = schedule.pretrain_learning_rate
+    optimiser = torch.optim.Adam(network.transformer.parameters(), rate)
     generator = torch.Generator().manual_seed(schedule.seed)
+    pace = _pace(optimiser, schedule.pretrain_epochs * _num_batches(shapes, schedule))
     network.train()
     for epoch in range(schedule.pretrain_epochs):
         losses = []
         for chosen in _batches(shapes, schedule.batch_shapes, generator):
             batch = stacked([shapes[i].batch for i in chosen])
-            # Times J: the squared length of a row's error, and 1 at the start.
-            error = (network.functional_maps(batch) - targets[chosen]).square().mean()
-            losses.append(_step(optimiser, error * design.num_joint))
+            vectors, maps = turned(
+                batch.vectors[..., : targets.shape[1]], targets[chosen], generator
+            )
+            # The sum over J: the squared length of a row's error, and nearly 1 at the start.
+            error = (network.transformer(vectors, batch.cells) - maps).square().sum(dim=-1).mean()
+            losses.append(_step(optimiser, error))
+            pace.step()
         course.maps.append(float(np.mean(losses)))
         report(f"maps {epoch + 1}/{schedule.pretrain_epochs}: loss {course.maps[-1]:.3f}")
+
+
+def turned(vectors: Tensor, maps: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Other orthonormal vectors of the same space, and their maps. [B, N, D], [B, D, J]"""
+    count = vectors.shape[-1]
+    noise = torch.randn(len(vectors), count, count, generator=generator, dtype=vectors.dtype)
+    turn, _ = torch.linalg.qr(noise)
+    return vectors @ turn.transpose(1, 2), turn @ maps
 
 
 def _fit(
@@ -159,10 +189,7 @@ def _fit(
 ) -> None:
     """Everything together: cross-entropy, and maps that stay orthonormal."""
     optimiser = torch.optim.Adam(_groups(model.network, schedule))
-    steps = schedule.epochs * len(_batches(shapes, schedule.batch_shapes, torch.Generator()))
-    pace = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, [float(g["lr"]) for g in optimiser.param_groups], total_steps=max(steps, 2)
-    )
+    pace = _pace(optimiser, schedule.epochs * _num_batches(shapes, schedule))
     generator = torch.Generator().manual_seed(schedule.seed + 1)
     for epoch in range(schedule.epochs):
         model.network.train()
@@ -192,6 +219,16 @@ def _groups(network: Network, schedule: Schedule) -> list[dict[str, object]]:
     fast = [p for name, p in network.named_parameters() if not name.startswith("transformer.")]
     groups: list[dict[str, object]] = [{"params": fast, "lr": schedule.learning_rate}]
     return [*groups, {"params": slow, "lr": schedule.map_learning_rate}] if slow else groups
+
+
+def _pace(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Up to the learning rate of each group and down again."""
+    rates = [float(group["lr"]) for group in optimiser.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=max(steps, 2))
+
+
+def _num_batches(shapes: Sequence[Prepared], schedule: Schedule) -> int:
+    return len(_batches(shapes, schedule.batch_shapes, torch.Generator()))
 
 
 def _batches(shapes: Sequence[Prepared], size: int, generator: torch.Generator) -> list[list[int]]:

@@ -59,13 +59,15 @@ def test_the_hdf5_layout_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "categories", "named"),
     [
-        (0, ("mug",), r"a1.txt has labels \[0\]; those of mug are 36 to 37"),
+        (0, ("mug",), r"a1.txt has labels \['0'\]; those of mug are 36 to 37"),
+        (np.nan, ("mug",), r"a1.txt has labels \['nan'\]"),
+        (36.5, ("mug",), r"a1.txt has labels \['36.5'\]"),
         (36, ("spoon",), r"\['spoon'\]; ShapeNet's parts have"),
         (36, ("cap",), "has no shapes for training"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
-    tmp_path: Path, label: int, categories: tuple[str, ...], named: str
+    tmp_path: Path, label: float, categories: tuple[str, ...], named: str
 ) -> None:
     with pytest.raises(ValueError, match=named):
         shapenet(text_layout(tmp_path, np.full(50, label)), categories)
@@ -90,6 +92,62 @@ def test_files_without_points_are_refused(
         path.write_text(text)
     with pytest.raises(ValueError, match=named):
         read_points(path, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.txt", b"\x82\xff", "a.txt cannot be read as text"),
+        ("a.npy", b"", "a.npy cannot be read as an array"),
+        ("a.npy", b"\x82\xff", "a.npy cannot be read as an array"),
+        ("a.ply", b"", "a.ply cannot be read as a mesh"),
+        ("a.obj", b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "a.obj: 1 of 3 points are not finite"),
+        ("a.what", b"1 2 3", "a.what cannot be read as a mesh"),
+    ],
+)
+def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, named: str) -> None:
+    pytest.importorskip("trimesh", reason="not installed")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=named):
+        read_points(tmp_path / name, 100)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"label": np.array([[16]])}, r"categories \[16\]; they must be 0 to 15"),
+        ({"pid": np.zeros((1, 49))}, r"pid of shape \(1, 49\)"),
+        ({"pid": None}, r"lacks \['pid'\]"),
+        (None, "cannot be read as HDF5"),
+    ],
+)
+def test_broken_hdf5_is_refused(
+    tmp_path: Path, changed: dict[str, np.ndarray | None] | None, named: str
+) -> None:
+    h5py = pytest.importorskip("h5py", reason="not installed")
+    (tmp_path / "train_hdf5_file_list.txt").write_text("data/a.h5\n")
+    whole = {"data": POINTS[None], "label": np.array([[11]]), "pid": np.full((1, 50), MUG)}
+    if changed is not None:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            for key, value in {**whole, **changed}.items():
+                if value is not None:
+                    file[key] = value
+    with pytest.raises(ValueError, match=named):
+        shapenet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("03797390/a1.txt", "a1.txt cannot be read as text"),
+        ("train_test_split/shuffled_val_file_list.json", "shuffled_val_file_list.json must be"),
+    ],
+)
+def test_text_that_is_missing_is_named(tmp_path: Path, file: str, named: str) -> None:
+    text_layout(tmp_path, np.full(50, MUG))
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match=named):
+        shapenet(tmp_path, ("mug",))
 
 
 def test_rows_and_arrays_are_points(tmp_path: Path) -> None:

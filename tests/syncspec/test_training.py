@@ -12,17 +12,20 @@ pytest.importorskip("scipy", reason="syncspec needs scipy: pip install .[syncspe
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import syncspec
 from syncspec import checkpoint
 from syncspec.cli import app
-from syncspec.comparison import VARIANTS, Comparison, Sizes, compare, table
+from syncspec.comparison import FULL, VARIANTS, Comparison, Sizes, compare
+from syncspec.features import INPUTS, NUM_FEATURES
 from syncspec.generator import CATEGORIES, generate
 from syncspec.graph import BasisCache
-from syncspec.network import Design, build, stacked
+from syncspec.network import NETWORKS, Design, build, stacked
 from syncspec.preparing import Prepared, prepare
 from syncspec.segmentation import find_keypoints, segment
+from syncspec.tables import mean_pck, table
 from syncspec.training import Model, Schedule, train
 
 TINY = Design(channels=8, grid=8, num_synchronised=6, num_joint=12, transformer_channels=4)
@@ -81,20 +84,52 @@ def test_no_shapes_are_refused() -> None:
         train(CATEGORIES["mug"], [], TINY, QUICK)
 
 
-def test_the_network_does_not_see_signs_of_eigenvectors(cache: BasisCache) -> None:
+def test_the_network_does_not_see_signs_and_order_of_eigenvectors(cache: BasisCache) -> None:
     torch.manual_seed(0)
     network = build(2, TINY).double().eval()
+    torch.nn.init.ones_(network.synchronised[-1].norm.weight)
     batch = stacked([one.batch for one in mugs(cache)[:2]])
     batch = batch._make(t.double() if t.is_floating_point() else t for t in batch)
     signs = torch.where(torch.arange(30) % 2 == 0, 1.0, -1.0).double()
+    expected = network(batch).scores
     turned = batch._replace(vectors=batch.vectors * signs)
-    torch.testing.assert_close(network(turned).scores, network(batch).scores)
+    torch.testing.assert_close(network(turned).scores, expected)
+    order = torch.cat([torch.randperm(6), 6 + torch.randperm(24)])  # 6 are synchronised
+    other = batch._replace(
+        vectors=batch.vectors[..., order], frequencies=batch.frequencies[..., order]
+    )
+    torch.testing.assert_close(network(other).scores, expected)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_sees_its_inputs_alone(cache: BasisCache, network: str) -> None:
+    batch = mugs(cache)[0].batch
+    for inputs, columns in INPUTS.items():
+        seen = build(2, replace(TINY, network=network, inputs=inputs)).eval()
+        hidden = torch.ones(NUM_FEATURES, dtype=torch.bool)
+        hidden[columns] = False
+        other = batch._replace(features=torch.where(hidden, 7.0, batch.features))
+        assert torch.equal(seen(other).scores, seen(batch).scores)
+
+
+def test_synchronised_convolutions_change_nothing_at_the_start(cache: BasisCache) -> None:
+    torch.manual_seed(0)
+    network = build(2, TINY)
+    batch = mugs(cache)[0].batch
+    function = torch.randn(1, 250, 2 * TINY.channels)
+    maps = network.functional_maps(batch)
+    torch.testing.assert_close(network._synchronise(function, batch, maps), function)
+    torch.nn.init.ones_(network.synchronised[-1].norm.weight)
+    changes = network._synchronise(function, batch, maps) - function
+    assert changes.square().mean() > 0.5  # as large as the function itself
 
 
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
         ({"network": "graph"}, "'graph'"),
+        ({"inputs": "normals"}, "'normals'.*no coordinates"),
+        ({"weights": "cubic"}, "'cubic'.*gaussian"),
         ({"grid": 10}, "multiple of 4"),
         ({"dilations": (4.0,)}, "2"),
     ],
@@ -115,6 +150,12 @@ def test_a_checkpoint_gives_the_same_scores(
     torch.testing.assert_close(loaded.scores(one), model.scores(one), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"gone.safetensors is not a file"):
         checkpoint.load(tmp_path / "gone.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"mug.safetensors cannot be read as safetensors"):
+        checkpoint.load(path)
+    save_file({"a": torch.zeros(1)}, path, metadata={"form": "syncspec-1"})
+    with pytest.raises(ValueError, match="form 'syncspec-1'; it must be 'syncspec-2': train it"):
+        checkpoint.load(path)
 
 
 def test_all_points_of_a_large_shape_get_labels(cache: BasisCache, model: Model) -> None:
@@ -124,17 +165,25 @@ def test_all_points_of_a_large_shape_get_labels(cache: BasisCache, model: Model)
     assert set(labels) <= {0, 1}
 
 
-def test_results_are_kept_and_become_a_table(tmp_path: Path, cache: BasisCache) -> None:
+def test_results_are_kept_and_become_a_table(
+    tmp_path: Path, cache: BasisCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("syncspec.comparison.DENSITIES", (150,))
+    monkeypatch.setattr("syncspec.comparison.NOISES", (0.02,))
     sizes = Sizes(num_train=2, num_test=1, num_points=200, num_robust=1)
     lines: list[str] = []
-    schedule = Schedule(epochs=1)
+    schedule = Schedule(epochs=1, pretrain_epochs=1)
     comparison = Comparison.on_generated(sizes, schedule, cache, lines.append)
-    names = ["perceptron on xyz", "dilated kernels"]
-    results, models, _ = compare(comparison, names, [0, 1], tmp_path / "new" / "results.json")
+    names = ["polynomial kernels", FULL]
+    results, models, _ = compare(comparison, names, [0], tmp_path / "new" / "results.json")
     assert set(models) == set(CATEGORIES)
-    assert len(results["runs"]) == 4
+    plain, full = results["runs"]
+    assert set(full) - set(plain) == {"map_errors", "pck", "robustness", "seconds_per_shape"}
+    assert set(full["robustness"]) == {"200 points", "150 points", "noise 0.02"}
+    assert set(full["map_errors"]) == {"train", "seen", "unseen"}
     assert (tmp_path / "new" / "results.json").is_file()
-    assert "| dilated kernels | " in table(results)
+    assert "| polynomial kernels | " in table(results)
+    assert set(mean_pck(results, "unseen")) == {FULL}
 
 
 def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
@@ -147,7 +196,7 @@ def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
     assert (tmp_path / "m" / "training.png").is_file()
     file = tmp_path / "a.xyz"
     np.savetxt(file, generate("mug", 400, 3).points)
-    colours, picture = tmp_path / "out.ply", tmp_path / "out.png"
+    colours, picture = tmp_path / "new" / "out.ply", tmp_path / "other" / "out.png"
     written = ["--output", str(colours), "--picture", str(picture)]
     done = CliRunner().invoke(
         app, ["segment", str(file), "--category", "mug", *written, *models, *cache]
