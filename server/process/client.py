@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import zmq
@@ -54,6 +54,7 @@ class ZmqEngineClient:
         self._ready = asyncio.Event()
         self.was_ready = False  # whether the attached engine, or the last one, ever was
         self.num_heard = 0  # batches of messages
+        self.on_busy: Callable[[bool], None] | None = None  # told when streams begin, and are over
 
     @property
     def info(self) -> EngineInfo | None:
@@ -113,6 +114,8 @@ class ZmqEngineClient:
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         assert request.request_id not in self._streams, "request ids are used once"
         stream = _Stream(request)
+        if not self._streams and self.on_busy is not None:
+            self.on_busy(True)
         self._streams[request.request_id] = stream
         if self._info is None:
             self._deliver(stream.failed(NO_ENGINE))
@@ -196,6 +199,8 @@ class ZmqEngineClient:
             self.abort(event.request_id)
         if isinstance(event, Finished):
             del self._streams[event.request_id]
+            if not self._streams and self.on_busy is not None:
+                self.on_busy(False)
 
 
 def _at_rest(stats: EngineStats) -> EngineStats:
