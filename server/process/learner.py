@@ -147,6 +147,7 @@ class Learner:
         self._training: TrainingProcess | None = None
         self._is_busy = client.awaits_engine
         self._timer: asyncio.TimerHandle | None = None
+        self._shortcoming: str | None = None  # of the newest round
         self._since = Counts()  # counts when the head in use began to draft
         self._round = max(map(_number, self._folder.glob("round-*")), default=0)
         client.on_busy = self._note_busy
@@ -166,11 +167,10 @@ class Learner:
         shards = await self._new_text()
         info = self._client.info
         base = None if info is None else info.draft
-        problem = self._problem(info)
-        self._learning.problem = problem
-        if info is None or base is None or problem is not None:
+        if info is None or base is None or self._problem(info) is not None:
             await asyncio.sleep(self._poll)
             return
+        self._shortcoming = self._learning.problem = None
         self._seen.update(shards)
         self._round += 1
         folder = self._folder / f"round-{self._round:05}"
@@ -178,6 +178,11 @@ class Learner:
             text = await asyncio.to_thread(prepare, shards[-NEWEST:], folder)
             if text.is_enough:
                 await self._learn(base, info, text, folder)
+            else:
+                self._shortcoming = (
+                    f"too few sequences: {text.num_training} to learn from and "
+                    f"{text.num_held_out} to measure on; more are awaited"
+                )
         except (OSError, ValueError) as error:
             self._failed(str(error))
         finally:
@@ -188,6 +193,7 @@ class Learner:
         """All complete shards, once one is new and nobody has paused learning."""
         assert self._config.capture.dir is not None
         while True:
+            self._learning.problem = self._problem(self._client.info) or self._shortcoming
             found = complete_shards(self._config.capture.dir)
             if not self._learning.paused and set(found) - self._seen:
                 return found
@@ -225,7 +231,6 @@ class Learner:
             return
         before, after = measured(folder / "run" / "history.jsonl")
         self._learning.held_out_before, self._learning.held_out_after = before, after
-        self._learning.problem = None
         better = after >= before * (1 + self._config.speculation.learn_gain)
         logger.info(
             "a round of learning: %.3f -> %.3f tokens per step on %d held-out sequences%s",
@@ -317,7 +322,7 @@ class Learner:
 
     def _failed(self, reason: str) -> None:
         self._learning.num_failed += 1
-        self._learning.problem = reason
+        self._shortcoming = self._learning.problem = reason
         logger.error("the draft head did not learn: %s", reason)
 
     def _note_busy(self, is_busy: bool) -> None:

@@ -285,6 +285,21 @@ def test_why_there_is_no_learning_is_said(lab: Lab, facts: Facts, problem: str) 
     assert lab.configs == []
 
 
+def test_too_little_text_is_said_and_more_is_awaited(lab: Lab) -> None:
+    async def body() -> None:
+        learner = lab.learner()
+        lab.capture(0, num_lines=1)
+        await lab.until(
+            lambda: (lab.learning.problem or "").startswith("too few sequences: "), learner
+        )
+        lab.capture(1)
+        await lab.until(lambda: idle_after_round(lab), learner)
+
+    asyncio.run(body())
+    assert lab.learning.num_adopted == 1
+    assert lab.learning.problem is None
+
+
 def test_what_is_held_out_depends_on_the_line_alone(lab: Lab) -> None:
     lab.capture(0, 400)
     shards = complete_shards(lab.folder)
