@@ -213,6 +213,23 @@ class SpeculationConfig(Section):
     window: Positive | None = Field(
         None, description="the head attends only to so many of the newest positions; default: all"
     )
+    learn: StrictBool = Field(
+        False,
+        description="train the head on captured sequences while no request runs, and draft with it "
+        "once it is better on sequences held out; needs capture.dir, an EAGLE-3 head and a CPU",
+    )
+    learn_tokens: Positive = Field(
+        50_000, description="learn: captured tokens after which a round of training begins"
+    )
+    learn_steps: Positive = Field(100, description="learn: optimizer steps of a round")
+    learn_gain: Number = Field(
+        0.01, ge=0, description="learn: by what share a new head must accept more held-out tokens"
+    )
+    learn_trial: Positive = Field(
+        2000,
+        description="learn: draft trees of live requests after which a new head is judged; the one "
+        "before it returns if fewer tokens are accepted",
+    )
 
     @property
     def looks_up(self) -> bool:
@@ -483,3 +500,17 @@ class Config(Section):
     capture: CaptureConfig = CaptureConfig()
     log: LogConfig = LogConfig()
     files: CacheDirConfig = CacheDirConfig()
+
+    @model_validator(mode="after")
+    def _learns_from_something(self) -> Config:
+        if self.speculation.learn and self.capture.dir is None:
+            raise ValueError(
+                "speculation.learn is true, but capture.dir is not set: the head learns from "
+                "captured sequences, so set capture.dir and capture.consent"
+            )
+        if self.speculation.learn and self.speculation.draft is None:
+            raise ValueError(
+                "speculation.learn is true, but speculation.draft is null: there is no head to "
+                "train; name one, or 'auto'"
+            )
+        return self

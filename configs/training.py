@@ -50,6 +50,9 @@ class DataConfig(Section):
         None, gt=0, lt=1, description="run.minutes: share of the time for answers; default: 0.5"
     )
     held_out: Positive = Field(64, description="examples kept from training, to measure the head")
+    measure_on: tuple[Path, ...] = Field(
+        (), description="files like data.conversations to measure the head on; replaces held_out"
+    )
     cache_dir: Path | None = Field(
         None, description="keep the target's features here after the first epoch; null: recompute"
     )
@@ -61,8 +64,10 @@ class DataConfig(Section):
 class HeadConfig(Section):
     """Shape of the head."""
 
-    kind: Literal["eagle3", "eagle", "dense"] = Field(
-        "eagle3", description="eagle: EAGLE-1/2; dense: several ordinary layers, arXiv:2508.08192"
+    kind: Literal["eagle3", "peagle", "eagle", "dense"] = Field(
+        "eagle3",
+        description="peagle: P-EAGLE, which drafts all tokens at once; eagle: EAGLE-1/2; dense: "
+        "several ordinary layers, arXiv:2508.08192",
     )
     num_layers: Positive = 1
     draft_vocab_size: Positive | None = Field(
@@ -72,11 +77,17 @@ class HeadConfig(Section):
     aux_layers: tuple[Integer, ...] | None = Field(
         None, description="eagle3: target layers whose input is read; default: low, middle, high"
     )
+    mask_token_id: Integer | None = Field(
+        None,
+        ge=0,
+        description="peagle: stands for tokens to be guessed, and is none that texts hold; "
+        "default: the last of the vocabulary",
+    )
     init: str = Field(
         "target",
         description="first weights: target, that is from its last layers (eagle3); random (default "
         "of the other kinds); or the directory of a published head to train further, which may "
-        "have fewer layers (eagle3)",
+        "have fewer layers (eagle3); a peagle head can begin from an EAGLE-3 head",
     )
 
 
@@ -85,8 +96,17 @@ class LossConfig(Section):
 
     unroll_steps: Positive = Field(5, description="tokens drafted ahead, on the head's own states")
     decay: Number = Field(0.8, gt=0, le=1, description="factor of the weight from step to step")
+    kind: Literal["cross_entropy", "acceptance", "lk", "top_k"] = Field(
+        "cross_entropy",
+        description="how the head's distribution q is held to the target's p. cross_entropy; "
+        "acceptance: -log of the sum of min(p, q), the share of drafts that sampling accepts; lk: "
+        "cross-entropy that passes into that share (arXiv:2602.23881); top_k: cross-entropy with "
+        "the target's likeliest tokens alone",
+    )
+    eta: Number = Field(3.0, gt=0, description="lk: how early it turns to the accepted share")
+    top_k: Positive = Field(16, description="top_k: how many of the target's tokens count")
     tokens: Number = Field(
-        1.0, ge=0, description="cross-entropy with the target's distribution; eagle, dense: 0.1"
+        1.0, ge=0, description="weight of that loss for each token; eagle, dense: 0.1"
     )
     features: Number = Field(0.0, ge=0, description="smooth L1 to its features; eagle, dense: 1.0")
     feature_noise: Number = Field(
@@ -198,14 +218,19 @@ class TrainingConfig(Section):
                 raise ValueError(f"data.{key} is for runs with run.minutes, which is not set")
         if not self.loss.tokens and not self.loss.features:
             raise ValueError("loss.tokens and loss.features are both 0: nothing would be learnt")
-        if self.head.kind != "eagle3":
+        if self.head.kind not in ("eagle3", "peagle"):
             self._check_no_eagle3_keys()
+        if self.head.kind != "peagle" and self.head.mask_token_id is not None:
+            raise ValueError(
+                f"head.mask_token_id is for peagle heads; head.kind is {self.head.kind!r}"
+            )
         return self
 
     def _check_clock(self) -> None:
         data = self.data
         for key, value in (
             ("data.conversations", data.conversations),
+            ("data.measure_on", data.measure_on),
             ("data.cache_dir", data.cache_dir),
             ("run.max_seconds", self.run.max_seconds),
         ):
@@ -223,9 +248,13 @@ class TrainingConfig(Section):
         kind = self.head.kind
         for key in ("draft_vocab_size", "aux_layers"):
             if getattr(self.head, key) is not None:
-                raise ValueError(f"head.{key} is for eagle3 heads; head.kind is {kind!r}")
+                raise ValueError(
+                    f"head.{key} is for eagle3 and peagle heads; head.kind is {kind!r}"
+                )
         if self.head.init == "target":
-            raise ValueError(f"head.init 'target' is for eagle3 heads; head.kind is {kind!r}")
+            raise ValueError(
+                f"head.init 'target' is for eagle3 and peagle heads; head.kind is {kind!r}"
+            )
 
 
 class HostTrainingConfig(TrainingConfig):

@@ -51,7 +51,7 @@ def _warn(path: Path, config: HeadConfig, target: LlamaArch, max_len: int) -> No
             stored,
             stored,
         )
-    if config.kind == "eagle3" and config.use_aux and not config.guesses_taps:
+    if config.kind != "eagle" and config.use_aux and not config.guesses_taps:
         places = list(config.aux_layers or ())
         logger.info("%s: the head reads the target after %s layers", path.name, places)
     if config.guesses_taps:

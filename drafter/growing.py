@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
+from drafter.heads.interface import Block, DraftBatch, DraftContext, DraftHead, ParallelHead
 from drafter.ranking import best_child, best_children
 from drafter.static_levels import StaticLevels
 from engine.kv.slots import Scratch, seen_of, slots_of
@@ -49,23 +49,38 @@ class Grower:
         Returns:
             Two [B, n, count] tensors.
         """
+        return self.ranked_children(states, self._drawn_at(depth, states.shape[1]), count)
+
+    def ranked_children(
+        self, states: Tensor, drawn_at: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same for nodes of any depth, after which the target draws tokens at the positions
+        `drawn_at` [B * n]."""
         ids, ops = self.head.target_ids, self.ctx.ops
-        found = [best_children(ranked, count, ids, ops) for ranked in self._ranked(states, depth)]
+        ranks = self._ranked(states, drawn_at)
+        found = [best_children(ranked, count, ids, ops) for ranked in ranks]
         tokens, scores = (_joined(parts) for parts in zip(*found, strict=True))
         shape = (*states.shape[:2], tokens.shape[1])
         return tokens.view(shape), scores.view(shape)
 
     def best_child(self, states: Tensor, depth: int) -> Tensor:
         """The best token after each node of one depth, [B, n, 1]: faster, as it needs no score."""
+        return self.ranked_child(states, self._drawn_at(depth, states.shape[1]))
+
+    def ranked_child(self, states: Tensor, drawn_at: Tensor) -> Tensor:
+        """The same for nodes of any depth; see `ranked_children`."""
         ids, ops = self.head.target_ids, self.ctx.ops
-        found = [best_child(ranked, ids, ops) for ranked in self._ranked(states, depth)]
+        found = [best_child(ranked, ids, ops) for ranked in self._ranked(states, drawn_at)]
         return _joined(found).view(*states.shape[:2], 1)
 
-    def _ranked(self, states: Tensor, depth: int) -> Iterator[Tensor]:
-        """The logits after nodes of one depth, some rows at a time, with the noise of the draw."""
+    def _drawn_at(self, depth: int, per_row: int) -> Tensor:
+        return _repeated(self.roots.positions + depth + 1, per_row)
+
+    def _ranked(self, states: Tensor, drawn_at: Tensor) -> Iterator[Tensor]:
+        """The logits after nodes, some rows at a time, with the noise of the draw."""
         nodes = states.flatten(0, 1).contiguous()
         noisy = self.limits.any_sampled
-        settings = self._settings(depth, states.shape[1]) if noisy else None
+        settings = self._settings(drawn_at, states.shape[1]) if noisy else None
         for some in logit_slices(len(nodes)):
             logits = self.head.logits(nodes[some], self.ctx)
             if settings is None:
@@ -88,12 +103,27 @@ class Grower:
         Returns:
             [B, n, H] states.
         """
+        alive = nodes < self.num_slots[:, None]
+        positions = _repeated(self._positions(depth), tokens.shape[1])
+        batch = self._batch(tokens, positions, nodes, masks, alive, self.limits.max_context)
+        states = self.head.forward(features.flatten(0, 1).contiguous(), batch, self.ctx)
+        return states.view(*tokens.shape, -1)
+
+    def _batch(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        nodes: Tensor,
+        masks: Tensor,
+        alive: Tensor,
+        max_context: int,
+    ) -> DraftBatch:
+        """Entries of nodes [B, n]; those that are not `alive` have no slot of their own."""
         num_rows, per_row = tokens.shape
         roots = self.roots
-        alive = nodes < self.num_slots[:, None]
-        batch = DraftBatch(
+        return DraftBatch(
             token_ids=tokens.flatten().contiguous(),
-            positions=_repeated(self._positions(depth), per_row),
+            positions=positions,
             slots=self._slots(nodes, alive).flatten(),
             attention=AttentionMeta(
                 cu_q=self.levels.starts(num_rows, per_row),
@@ -103,14 +133,33 @@ class Grower:
                 # With one node per row, a static shape's masks are a view that repeats one number.
                 ancestors=seen_of(masks, alive).flatten().contiguous(),
                 max_q=per_row,
-                max_context=self.limits.max_context,
+                max_context=max_context,
             ),
         )
-        states = self.head.forward(features.flatten(0, 1).contiguous(), batch, self.ctx)
-        return states.view(num_rows, per_row, -1)
 
-    def _settings(self, depth: int, per_row: int) -> DrawSettings:
-        """How the target will draw the tokens after the nodes of one depth."""
+    def all_at_once(self, head: ParallelHead, root_states: Tensor, depth: int) -> Tensor:
+        """States [B, depth, H] for the tokens after the roots, from one forward of a head that
+        drafts in parallel."""
+        block = head.block(self.roots.tokens, depth)
+        batch = None if block is None else self._block_batch(block)
+        return head.draft(root_states, batch, depth, self.ctx)
+
+    def _block_batch(self, block: Block) -> DraftBatch:
+        """Entry j is node j + 1. The last one may lie in the slot that a proposer has after those
+        of the nodes."""
+        first = self.roots.positions[:, None]
+        places = torch.arange(block.token_ids.shape[1], device=first.device)
+        nodes = (places + 1).expand_as(block.token_ids)
+        alive = (nodes <= self.num_slots[:, None]) & (first + nodes < self.limits.max_len)
+        last = nodes if block.causal else nodes[:, -1:]
+        last = last.minimum(alive.sum(dim=1, keepdim=True))  # of the nodes that an entry sees
+        masks = torch.full_like(nodes, -1) ^ (torch.full_like(nodes, -2) << last)
+        positions = (first + block.first_position + places).clamp(max=self.limits.max_len - 1)
+        reach = self.limits.max_context + int(self.limits.exact)  # the slot after the nodes
+        return self._batch(block.token_ids, positions.flatten(), nodes, masks, alive, reach)
+
+    def _settings(self, drawn_at: Tensor, per_row: int) -> DrawSettings:
+        """How the target will draw the tokens after nodes, at the positions `drawn_at` [B * n]."""
         roots, is_filtered = self.roots, self.limits.is_filtered
 
         def spread(values: Tensor) -> Tensor:
@@ -119,7 +168,7 @@ class Grower:
         return DrawSettings(
             temperature=spread(roots.temperatures),
             seeds=spread(roots.seeds),
-            positions=spread(roots.positions + depth + 1),
+            positions=drawn_at,
             top_k=spread(roots.top_k) if is_filtered else None,
             top_p=spread(roots.top_p) if is_filtered else None,
             min_p=spread(roots.min_p) if is_filtered else None,

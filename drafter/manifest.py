@@ -19,6 +19,8 @@ FIRST_NORM = "layers.0.input_layernorm.weight"
 INPUT_NORM = "input_norm.weight"  # over all that `fc` reads
 HIDDEN_NORM = "layers.0.hidden_norm.weight"
 D2T, T2D = "d2t", "t2d"
+MASK_HIDDEN = "mask_hidden"  # P-EAGLE: stands for the features of masked tokens, before `fc`
+FUSED_NORM = "hidden_norm.weight"  # DFlash: of what `fc` makes of the target's features
 
 FLOATS = ("F32", "F16", "BF16")
 DTYPES = {D2T: ("I64", "I32"), T2D: ("BOOL", "U8")}  # all others: FLOATS
@@ -96,8 +98,10 @@ def head_tensors(config: HeadConfig, target: LlamaArch, found: Collection[str]) 
         EMBEDDING: (arch.vocab_size, hidden),
         LM_HEAD: (config.draft_vocab_size, hidden),
     }
-    if config.kind == "eagle3":
+    if config.like_eagle3:
         _add_eagle3(config, target, required, optional)
+    elif config.kind == "dflash":
+        _add_dflash(config, target, required, optional)
     elif not {FINAL_NORM, FIRST_NORM} & set(found):
         del required[FINAL_NORM], required[FIRST_NORM]
     return HeadTensors(required, optional)
@@ -109,7 +113,7 @@ def _add_eagle3(
     required: dict[str, Shape],
     optional: dict[str, Shape],
 ) -> None:
-    arch, hidden = config.arch, config.arch.hidden_size
+    hidden = config.arch.hidden_size
     for part in "qkv":
         name = f"layers.0.self_attn.{part}_proj.weight"
         required[name] = (required[name][0], 2 * hidden)
@@ -118,6 +122,32 @@ def _add_eagle3(
         required[INPUT_NORM] = (config.feature_size,)
     if config.use_aux and config.fc_norm:
         required |= {fc_norm(k): (target.hidden_size,) for k in range(config.num_taps)}
+    if config.kind == "peagle":
+        required[MASK_HIDDEN] = (1, 1, config.feature_size)
+    _add_vocabulary(config, target, required, optional)
+
+
+def _add_dflash(
+    config: HeadConfig,
+    target: LlamaArch,
+    required: dict[str, Shape],
+    optional: dict[str, Shape],
+) -> None:
+    """Layers as in Qwen3: with norms of each head's queries and keys."""
+    for index in range(config.arch.num_layers):
+        for part in "qk":
+            required[f"layers.{index}.self_attn.{part}_norm.weight"] = (config.arch.head_dim,)
+    required[FUSED_NORM] = (config.arch.hidden_size,)
+    _add_vocabulary(config, target, required, optional)
+
+
+def _add_vocabulary(
+    config: HeadConfig,
+    target: LlamaArch,
+    required: dict[str, Shape],
+    optional: dict[str, Shape],
+) -> None:
+    arch, hidden = config.arch, config.arch.hidden_size
     optional |= {D2T: (config.draft_vocab_size,), T2D: (arch.vocab_size,)}
     whole_vocab = config.draft_vocab_size == arch.vocab_size
     if not whole_vocab:

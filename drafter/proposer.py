@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from drafter.growing import Grower, grow
-from drafter.heads.interface import DraftBatch, DraftContext, DraftHead
+from drafter.heads.interface import DraftBatch, DraftContext, DraftHead, ParallelHead
+from drafter.marginals import Marginals, PathTables, grow_at_once
 from drafter.pending import Features, Part, Pending
 from drafter.static_levels import StaticLevels
 from drafter.taps import FeatureCollector
@@ -62,12 +63,14 @@ class DraftProposer:
         self.tap = FeatureCollector(head.tap_layers)
         self.failed = False
         self._head = head
+        self._parallel = head if isinstance(head, ParallelHead) else None
         self._ctx = ctx
         self._window = window
         self._shared_noise = shared_noise
         self._scratch = Scratch(ctx.kv.num_blocks - 1, ctx.kv.block_size)
         device = ctx.kv.device
         self._levels = StaticLevels(device)
+        self._paths = PathTables(device)
         # By line; padding rows use the last line.
         self._states = torch.zeros(
             num_lines + 1, hidden_size, dtype=ctx.ops.activation_dtype, device=device
@@ -179,7 +182,10 @@ class DraftProposer:
             scratch=self._scratch,
             levels=self._levels,
         )
-        tree = grow(shape, grower, states)
+        if self._parallel is None:
+            tree = grow(shape, grower, states)
+        else:
+            tree = grow_at_once(shape, Marginals(grower, self._parallel, states), self._paths)
         return tree.cut(torch.where(ready, roots.max_nodes, roots.max_nodes.clamp(max=1)))
 
     def _take(self, committed: Committed) -> None:

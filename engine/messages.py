@@ -149,6 +149,7 @@ class DraftFacts(msgspec.Struct, frozen=True):
     # Target layers whose input the head reads; the number of layers means the final norm's output,
     # -1 the last layer's.
     tap_layers: tuple[int, ...] = ()
+    max_depth: int | None = None  # tokens after a root that it can draft; None: any number
 
 
 class DraftSwapped(msgspec.Struct, frozen=True, tag="draft_swapped"):

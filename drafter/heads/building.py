@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from drafter import manifest, vocab
 from drafter.heads.config import HeadConfig
+from drafter.heads.dflash import BlockAttention, BlockLayer, DFlashHead
 from drafter.heads.eagle import EagleHead
 from drafter.heads.eagle3 import Eagle3Head, Fusion
+from drafter.heads.peagle import PEagleHead
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.stored import ReadStored
 from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabParallelEmbedding
@@ -23,7 +26,7 @@ from kernels.ops import LinearWeight, Ops
 
 COMPARED_ROWS = 4096  # rows of a vocabulary per comparison
 
-LoadedHead = EagleHead | Eagle3Head
+LoadedHead = EagleHead | Eagle3Head | PEagleHead | DFlashHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,15 @@ class _Parts:
     tables: LayerLoader  # of what has a row for every token
 
     def head(self) -> LoadedHead:
-        return self._eagle() if self.config.kind == "eagle" else self._eagle3()
+        match self.config.kind:
+            case "eagle":
+                return self._eagle()
+            case "eagle3":
+                return self._eagle3()
+            case "peagle":
+                return self._peagle()
+            case "dflash":
+                return self._dflash()
 
     def _eagle(self) -> EagleHead:
         return EagleHead(
@@ -102,6 +113,72 @@ class _Parts:
             norm=self.blocks.norm("norm"),
             norm_output=self.config.norm_output,
             lm_head=self._lm_head(),
+        )
+
+    def _peagle(self) -> PEagleHead:
+        assert self.config.mask_token_id is not None
+        return PEagleHead(self._eagle3(), self.config.mask_token_id, self._mask_feature())
+
+    def _mask_feature(self) -> Tensor:
+        """`fuse` of the learnt hidden states, in plain torch: it is the same for every token, so
+        it is computed once, here, where operations must not run."""
+        x = self._plain(manifest.MASK_HIDDEN).flatten()
+        if not self.config.use_aux:
+            return self._as_feature(x)
+        eps = self.config.arch.rms_norm_eps
+        if self.config.fc_norm:
+            parts = x.chunk(self.config.num_taps)
+            norms = [self._plain(manifest.fc_norm(index)) for index in range(len(parts))]
+            pairs = zip(parts, norms, strict=True)
+            x = torch.cat([functional.rms_norm(p, p.shape, norm, eps) for p, norm in pairs])
+        if self.config.norm_before_fc:
+            x = functional.rms_norm(x, x.shape, self._plain(manifest.INPUT_NORM), eps)
+        bias = self._plain(manifest.FC_BIAS) if manifest.FC_BIAS in self.names else None
+        return self._as_feature(functional.linear(x, self._plain(manifest.FC), bias))
+
+    def _plain(self, name: str) -> Tensor:
+        return dense(self.blocks.read(name)[:]).float()
+
+    def _as_feature(self, x: Tensor) -> Tensor:
+        place = self.blocks.place
+        return x.to(place.device, place.ops.activation_dtype)
+
+    def _dflash(self) -> DFlashHead:
+        assert self.config.mask_token_id is not None
+        return DFlashHead(
+            arch=self.config.arch,
+            shard=self.blocks.place.shard,
+            tap_layers=self.config.tap_layers(self.target.arch),
+            target_ids=self._target_ids(),
+            embedding=self._embedding(),
+            fc=self._fc(),
+            fused_norm=self.blocks.norm("hidden_norm"),
+            layers=tuple(self._block_layer(k) for k in range(self.config.arch.num_layers)),
+            norm=self.blocks.norm("norm"),
+            lm_head=self._lm_head(),
+            mask_token=self.config.mask_token_id,
+        )
+
+    def _block_layer(self, index: int) -> BlockLayer:
+        name, blocks = f"layers.{index}", self.blocks
+        return BlockLayer(
+            input_norm=blocks.norm(f"{name}.input_layernorm"),
+            attention=self._block_attention(index, f"{name}.self_attn"),
+            post_attention_norm=blocks.norm(f"{name}.post_attention_layernorm"),
+            mlp=blocks.mlp(f"{name}.mlp"),
+        )
+
+    def _block_attention(self, layer: int, name: str) -> BlockAttention:
+        queries, keys_values, output = self.blocks.split_attention(name)
+        return BlockAttention(
+            layer=layer,
+            queries=queries,
+            keys_values=keys_values,
+            query_norm=self.blocks.norm(f"{name}.q_norm"),
+            key_norm=self.blocks.norm(f"{name}.k_norm"),
+            output=output,
+            cos_sin=self.blocks.cos_sin,
+            scale=self.config.arch.head_dim**-0.5,
         )
 
     def _fusion(self) -> Fusion:

@@ -11,7 +11,7 @@ from engine.checkpoints.arch import ARCHITECTURE, LlamaArch
 from engine.step.taps import LAST_OUTPUT
 
 Json = Mapping[str, Any]
-Kind = Literal["eagle", "eagle3"]
+Kind = Literal["eagle", "eagle3", "peagle", "dflash"]
 T = TypeVar("T", int, bool)
 
 # Names used by the reference, SGLang, SpecForge, NVIDIA, vLLM (old: EAGLEModel, with the layers'
@@ -34,11 +34,20 @@ FC_BIAS_KEYS = ("fusion_bias", "eagle_fc_bias", "bias")
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 DEFAULT_AUX = 3  # target layers that are read if the file names none
 
-# Families that draft in parallel: what their names contain, and keys that only they have
-PARALLEL: dict[str, tuple[str, tuple[str, ...]]] = {
-    "DFlash": ("dflash", ("dflash_config",)),
-    "DSpark": ("dspark", ("markov_rank",)),
-    "P-EAGLE": ("peagle", ("parallel_drafting", "mask_token_id")),
+# Heads that draft several tokens at once. vLLM's layout of P-EAGLE is that of EAGLE-3 with these
+# keys; DFlash heads of z-lab keep theirs in `dflash_config`.
+MASK_IDS = ("mask_token_id", "ptd_token_id")
+DFLASH_ARCHITECTURES = frozenset({"DFlashDraftModel", "DFlashSpeculator"})
+DFLASH_KEYS = ("mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal")
+MOST_AT_ONCE = 61  # tokens: one mask of 64 bits names them, the root and what is before it
+# Families of such heads that are not implemented: what their names or keys contain
+OTHERS: dict[str, str] = {
+    "dspark": "DSpark",
+    "markov_rank": "DSpark",
+    "dflash2": "DFlash 2",
+    "selector_rank": "DFlash 2",
+    "domino": "Domino",
+    "projector_type": "Domino or DSpark",
 }
 # Options of some heads, with the only value that is implemented here.
 ONLY = {
@@ -73,8 +82,17 @@ class HeadConfig:
     norm_before_fc: bool = False  # EAGLE-3: one norm over all that `fc` reads
     fc_norm: bool = False  # EAGLE-3: a norm for each layer that `fc` reads
     norm_output: bool = False  # EAGLE-3: the next entry's feature is the output of the final norm
+    # Heads that draft in parallel: the token that stands for those to be guessed
+    mask_token_id: int | None = None
+    block_size: int | None = None  # DFlash: the root, and the tokens that are drafted after it
 
     def __post_init__(self) -> None:
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.arch.vocab_size:
+            raise ValueError(
+                f"mask_token_id {self.mask_token_id} must be 0 to {self.arch.vocab_size - 1}"
+            )
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"block_size {self.block_size} must be at least 2")
         if not 1 <= self.draft_vocab_size <= self.arch.vocab_size:
             raise ValueError(
                 f"draft_vocab_size {self.draft_vocab_size} must be 1 to vocab_size "
@@ -96,8 +114,10 @@ class HeadConfig:
     def from_json(cls, config: Json, aux: AuxLayers = "auto") -> HeadConfig:
         """Read a config.json; `aux`: what the ids of target layers mean, or these layers.
         ValueError for an option that is not implemented."""
-        _refuse_parallel(config)
+        _refuse_others(config)
         kind = _kind(config)
+        if kind == "dflash":
+            return cls(**_dflash(config, aux))
         _refuse_unsupported(config)
         layers = _layers(config)
         _refuse_unsupported(layers)
@@ -110,13 +130,29 @@ class HeadConfig:
             arch,
             draft_vocab_size=_typed(config, "draft_vocab_size", arch.vocab_size),
             target_hidden_size=_typed(config, "target_hidden_size", arch.hidden_size),
-            norm_before_residual=_option(config, "norm_before_residual", _is_speculators(config)),
+            norm_before_residual=_option(
+                config, "norm_before_residual", kind == "eagle3" and _is_speculators(config)
+            ),
             aux_layers=_aux_layers(config, aux),
             use_aux=_option(config, "use_aux_hidden_state", True),
             norm_before_fc=_option(config, "norm_before_fc", False),
             fc_norm=_option(config, "fc_norm", False),
             norm_output=_option(config, "norm_output", False),
+            mask_token_id=_mask_token(config) if kind == "peagle" else None,
         )
+
+    @property
+    def like_eagle3(self) -> bool:
+        """Whether it has the layers of an EAGLE-3 head."""
+        return self.kind in ("eagle3", "peagle")
+
+    @property
+    def max_depth(self) -> int | None:
+        """How many tokens it can draft after a root; None: any number, one after the other."""
+        if self.kind == "dflash":
+            assert self.block_size is not None
+            return min(self.block_size - 1, MOST_AT_ONCE)
+        return MOST_AT_ONCE if self.kind == "peagle" else None
 
     @property
     def feature_size(self) -> int:
@@ -133,7 +169,7 @@ class HeadConfig:
     @property
     def guesses_taps(self) -> bool:
         """Whether the configuration leaves open which target layers the head reads."""
-        return self.kind == "eagle3" and self.use_aux and self.aux_layers is None
+        return self.like_eagle3 and self.use_aux and self.aux_layers is None
 
     def tap_layers(self, target: LlamaArch) -> tuple[int, ...]:
         """Places in the target that the head reads (see `engine.step.taps`)."""
@@ -142,6 +178,11 @@ class HeadConfig:
         layers = self.aux_layers
         if layers is None:
             layers = (2, target.num_layers // 2, target.num_layers - 3)
+        if self.kind == "dflash" and target.num_layers in layers:
+            raise ValueError(
+                f"the head reads the output of the target's last layer {target.num_layers - 1}; "
+                "layouts of DFlash differ in whether that is before or after the final norm"
+            )
         for layer in layers:
             if not 0 <= layer <= target.num_layers:
                 raise ValueError(
@@ -152,33 +193,111 @@ class HeadConfig:
 
 
 def _kind(config: Json) -> Kind:
-    declared = config.get("speculators_model_type")
-    if declared == "eagle" or declared == "eagle3":
-        return "eagle" if declared == "eagle" else "eagle3"
-    names = config.get("architectures") or []
+    declared, names = config.get("speculators_model_type"), config.get("architectures") or []
+    for kind in ("eagle", "peagle", "dflash"):
+        if declared == kind:
+            return kind
+    if declared == "eagle3":
+        return _eagle3_or_parallel(config)
     if declared is None and len(names) == 1:
+        if names[0] in DFLASH_ARCHITECTURES:
+            return "dflash"
         if names[0] in EAGLE3_ARCHITECTURES:
-            return "eagle3"
+            return _eagle3_or_parallel(config)
         if names[0] in EAGLE_ARCHITECTURES:
             has_keys = any(config.get(key) is not None for key in EAGLE3_KEYS)
-            return "eagle3" if has_keys and names[0] == ARCHITECTURE else "eagle"
+            has_keys = has_keys and names[0] == ARCHITECTURE
+            return _eagle3_or_parallel(config) if has_keys else "eagle"
+    known = EAGLE_ARCHITECTURES | EAGLE3_ARCHITECTURES | DFLASH_ARCHITECTURES
     raise ValueError(
         f"draft head {declared or list(names) or config.get('model_type')} is not supported; "
-        f"{', '.join(sorted(EAGLE_ARCHITECTURES | EAGLE3_ARCHITECTURES))} are"
+        f"{', '.join(sorted(known))} are"
     )
 
 
-def _refuse_parallel(config: Json) -> None:
-    """Heads that draft several tokens in one pass need another proposer."""
+def _eagle3_or_parallel(config: Json) -> Kind:
+    """vLLM's P-EAGLE heads differ from EAGLE-3 heads by what they say of masked tokens."""
+    if config.get("dflash_config") is not None:
+        raise ValueError("dflash_config belongs to DFlashDraftModel, not to an EAGLE-3 head")
+    masked = any(config.get(key) is not None for key in MASK_IDS)
+    return "peagle" if masked or config.get("parallel_drafting") is True else "eagle3"
+
+
+def _refuse_others(config: Json) -> None:
+    """Heads of families that would need other arithmetic."""
     names = [config.get("speculators_model_type"), *(config.get("architectures") or [])]
-    said = " ".join(str(name).lower().replace("-", "").replace("_", "") for name in names)
-    for family, (mark, keys) in PARALLEL.items():
-        tables = (config, _table(config, "eagle_config"))
-        if mark in said or any(table.get(key) for key in keys for table in tables):
+    tables = (config, _table(config, "eagle_config"), _table(config, "dflash_config"))
+    said = [str(name).lower().replace("-", "").replace("_", "") for name in names]
+    said += [key for table in tables for key, value in table.items() if value]
+    for mark, family in OTHERS.items():
+        if any(mark in each for each in said):
             raise ValueError(
-                f"{family} heads, which draft several tokens at once, are not supported; EAGLE and "
-                "EAGLE-3 heads are"
+                f"{family} heads are not supported; EAGLE, EAGLE-3, P-EAGLE and DFlash heads are"
             )
+
+
+def _mask_token(config: Json) -> int:
+    found = {key: config[key] for key in MASK_IDS if config.get(key) is not None}
+    if not found:
+        raise ValueError(
+            "a P-EAGLE head needs mask_token_id (or ptd_token_id), the token that stands for those "
+            "to be guessed"
+        )
+    if len(set(map(str, found.values()))) > 1:
+        raise ValueError(f"{found} must be the same token")
+    return _typed(found, next(iter(found)), 0)
+
+
+def _dflash(config: Json, aux: AuxLayers) -> dict[str, Any]:
+    """The fields of a DFlash head. z-lab lists layers whose output is read, speculators layers
+    whose input is read."""
+    own, layers = _table(config, "dflash_config"), _layers(config)
+    unknown = sorted(set(own) - set(DFLASH_KEYS))
+    if unknown:
+        raise ValueError(f"dflash_config has {unknown}; {', '.join(DFLASH_KEYS)} are supported")
+    for table, key in ((own, "causal"), (config, "sample_from_anchor")):
+        if _typed(table, key, False):
+            raise ValueError(f"{key} true is not supported for DFlash heads; false is")
+    if layers.get("model_type", "qwen3") not in ("qwen3", "llama"):
+        raise ValueError(f"model_type {layers['model_type']!r} is not supported; 'qwen3' is")
+    if layers.get("quantization_config") is not None:
+        raise ValueError("heads of quantised weights are not supported; F32, F16, BF16 are")
+    arch = LlamaArch.from_hf_config({**layers, "architectures": [ARCHITECTURE]})
+    width = _typed(config, "target_hidden_size", arch.hidden_size)
+    if width != arch.hidden_size:
+        raise ValueError(f"target_hidden_size {width} must be hidden_size {arch.hidden_size}")
+    return {
+        "kind": "dflash",
+        "arch": arch,
+        "draft_vocab_size": _typed(config, "draft_vocab_size", arch.vocab_size),
+        "target_hidden_size": width,
+        "fc_bias": False,
+        "aux_layers": _dflash_layers(config, aux),
+        "mask_token_id": _needed(config, own, "mask_token_id"),
+        "block_size": _needed(config, own, "block_size"),
+    }
+
+
+def _dflash_layers(config: Json, aux: AuxLayers) -> tuple[int, ...]:
+    if isinstance(aux, tuple):
+        return aux
+    _refuse_aux(aux, "DFlash heads say themselves what their ids mean")
+    outputs = _ids(_table(config, "dflash_config").get("target_layer_ids"), "target_layer_ids")
+    inputs = _ids(config.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids")
+    if (outputs is None) == (inputs is None):
+        raise ValueError(
+            "a DFlash head needs either dflash_config.target_layer_ids or "
+            "aux_hidden_state_layer_ids, which name the target layers that it reads"
+        )
+    return inputs or tuple(layer + 1 for layer in outputs or ())
+
+
+def _needed(config: Json, own: Json, key: str) -> int:
+    """An integer at the top level or in `dflash_config`."""
+    for table in (own, config):
+        if table.get(key) is not None:
+            return _typed(table, key, 0)
+    raise ValueError(f"a DFlash head needs {key}")
 
 
 def _is_speculators(config: Json) -> bool:
@@ -265,11 +384,11 @@ def _named_layers(config: Json) -> tuple[int, ...] | None:
     return behind
 
 
-def _ids(value: object) -> tuple[int, ...] | None:
+def _ids(value: object, key: str = AUX_IDS) -> tuple[int, ...] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValueError(f"{AUX_IDS} must be a list of layer numbers, not {value!r}")
+        raise ValueError(f"{key} must be a list of layer numbers, not {value!r}")
     return tuple(value)
 
 

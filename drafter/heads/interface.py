@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,16 @@ class DraftContext:
     ops: Ops
     kv: KVStorage  # the head's own pages, one pair of tensors per layer of the head
     group: TPGroup = field(default_factory=TPGroup)  # the target's
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """How a head lays out the entries of one forward that drafts all tokens after the roots. Entry
+    j of a row lies in the slot j + 1 places after the root's."""
+
+    token_ids: Tensor  # [B, n] int64
+    first_position: int  # of entry 0, counted from the root's position
+    causal: bool  # whether an entry sees only those before it, and not those after it
 
 
 class DraftHead(Protocol):
@@ -69,4 +79,26 @@ class DraftHead(Protocol):
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
         """[C, H] -> [C, Vd] float32 over the draft vocabulary, for the token after each entry."""
+        ...
+
+
+@runtime_checkable
+class ParallelHead(DraftHead, Protocol):
+    """A head that guesses all tokens after a root in one forward, each without knowing the others.
+    `forward` only takes committed tokens."""
+
+    @property
+    def mask_token(self) -> int:
+        """The token that stands for those to be guessed."""
+        ...
+
+    def block(self, root_tokens: Tensor, depth: int) -> Block | None:
+        """The entries that draft `depth` tokens after the roots [B]; None where none is needed."""
+        ...
+
+    def draft(
+        self, root_states: Tensor, batch: DraftBatch | None, depth: int, ctx: DraftContext
+    ) -> Tensor:
+        """[B, depth, H] states, for the tokens 1, 2, ... after the roots, from the roots' states
+        [B, H] and the packed entries of `block`."""
         ...

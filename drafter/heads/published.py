@@ -14,16 +14,17 @@ NORMS = ("norm_before_fc", "fc_norm", "norm_output")  # written only where they 
 
 
 def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
-    """For the reference, vLLM and SGLang; `HeadConfig.from_json` reads it back. ValueError for a
-    head of another kind, or one that reads layers which `target` does not have."""
-    if config.kind != "eagle3":
+    """For the reference, vLLM and SGLang; P-EAGLE heads for vLLM. `HeadConfig.from_json` reads it
+    back. ValueError for a head of another kind, or one that reads layers which `target` does not
+    have."""
+    if not config.like_eagle3:
         raise ValueError(f"a head of kind {config.kind!r} cannot be written as 'eagle3'")
     places = config.tap_layers(target) if config.use_aux else ()
     inputs = [target.num_layers if place == LAST_OUTPUT else place for place in places]
     return {
         "architectures": [EAGLE3_ARCHITECTURE],
         "model_type": "llama",
-        **_layers_json(config.arch),
+        **layers_json(config.arch),
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,
@@ -34,6 +35,7 @@ def eagle3_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
             "use_aux_hidden_state": config.use_aux,
         },
         **{name: True for name in NORMS if getattr(config, name)},
+        **({} if config.mask_token_id is None else {"ptd_token_id": config.mask_token_id}),
     }
 
 
@@ -51,12 +53,13 @@ def eagle_json(config: HeadConfig, target: LlamaArch) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        **_layers_json(config.arch),
+        **layers_json(config.arch),
         "bias": bool(config.fc_bias),  # of `fc`
     }
 
 
-def _layers_json(arch: LlamaArch) -> dict[str, Any]:
+def layers_json(arch: LlamaArch) -> dict[str, Any]:
+    """What describes decoder layers."""
     return {
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.hidden_size,

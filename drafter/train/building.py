@@ -16,7 +16,7 @@ from drafter.heads.config import HeadConfig, Kind
 from drafter.heads.published import NORMS
 from drafter.heads.untrained import eagle3_config, random_tensors
 from drafter.train.initial import deepened, weights_from_target
-from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
+from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork, PEagleNetwork
 from engine.checkpoints.arch import LlamaArch
 from engine.models.loading import ReadTensor
 
@@ -54,12 +54,24 @@ def head_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
     config = eagle3_config(target, size, settings.num_layers)
     width = settings.intermediate_size or target.intermediate_size
     arch = dataclasses.replace(config.arch, intermediate_size=width)
-    kind: Kind = "eagle3" if settings.kind == "eagle3" else "eagle"
+    kind: Kind = settings.kind if settings.kind in ("eagle3", "peagle") else "eagle"
     config = dataclasses.replace(
-        config, kind=kind, arch=arch, fc_bias=False, aux_layers=settings.aux_layers
+        config,
+        kind=kind,
+        arch=arch,
+        fc_bias=False,
+        aux_layers=settings.aux_layers,
+        mask_token_id=_mask_token(settings, target),
     )
     config.tap_layers(target)
     return config
+
+
+def _mask_token(settings: HeadSettings, target: LlamaArch) -> int | None:
+    if settings.kind != "peagle":
+        return None
+    given = settings.mask_token_id
+    return target.vocab_size - 1 if given is None else given
 
 
 def build_network(
@@ -79,8 +91,9 @@ def build_network(
     """
     embedding = target.embedding.to(dtype)
     network: DraftNetwork
-    if config.kind == "eagle3":
-        network = Eagle3Network(config, embedding, max_len)
+    if config.like_eagle3:
+        kind = PEagleNetwork if config.kind == "peagle" else Eagle3Network
+        network = kind(config, embedding, max_len)
     else:
         head, dense = target.lm_head.to(dtype), settings.kind == "dense"
         network = EagleNetwork(config, embedding, head, max_len, dense)
@@ -90,6 +103,8 @@ def build_network(
         weights = weights_from_target(weights, config, target.arch, target.read, target_ids)
     elif settings.init != RANDOM:
         given = published_weights(_published(settings), config, target)
+        if config.kind == "peagle":  # an EAGLE-3 head has none
+            given.setdefault(manifest.MASK_HIDDEN, weights[manifest.MASK_HIDDEN])
         weights = deepened(given, weights, config, target.arch, target.read)
     network.load_state_dict(weights)
     return network
@@ -109,7 +124,10 @@ def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
         raise ValueError(f"head.init {path} reads no layers of the target; it cannot be trained")
     arch, vocab_size = config.arch, settings.draft_vocab_size or target.vocab_size
     num_layers = arch.num_layers
-    if config.kind == "eagle3" and settings.num_layers > num_layers:
+    if settings.kind == "peagle" and config.kind == "eagle3":
+        mask = _mask_token(settings, target)
+        config = dataclasses.replace(config, kind="peagle", mask_token_id=mask)
+    if config.like_eagle3 and settings.num_layers > num_layers:
         num_layers = settings.num_layers  # see `deepened`
     for name, own, wanted in (
         ("kind", "dense" if dense else config.kind, settings.kind),
@@ -117,6 +135,7 @@ def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
         ("draft_vocab_size", config.draft_vocab_size, vocab_size),
         ("intermediate_size", arch.intermediate_size, settings.intermediate_size),
         ("aux_layers", config.tap_layers(target), settings.aux_layers),
+        ("mask_token_id", config.mask_token_id, settings.mask_token_id),
     ):
         if wanted not in (None, own):
             raise ValueError(f"head.init {path} has {name} {own!r}; head.{name} is {wanted!r}")
@@ -147,7 +166,7 @@ def published_weights(path: Path, config: HeadConfig, target: TargetTensors) -> 
         for name, stored in found.items()
         if name not in dropped and not manifest.is_harmless(name)
     }
-    if config.kind == "eagle3":
+    if config.like_eagle3:
         weights.setdefault(manifest.LM_HEAD, target.lm_head.float())
     return weights
 

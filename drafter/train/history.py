@@ -17,7 +17,7 @@ class Entry:
     step: int
     num_answer_tokens: int  # learnt from so far
     seconds: float  # of training so far
-    loss: float  # cross-entropy per predicted token, mean over unrolled steps
+    loss: float  # of loss.kind, per predicted token, mean over unrolled steps
     accuracy: list[float]  # [L] share of drafts that are the target's likeliest token
     acceptance_length: float  # of a chain of L greedy drafts, the bonus counted
     gradient_norm: float

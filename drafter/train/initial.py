@@ -82,8 +82,10 @@ def _copy_layer(weights: dict[str, Tensor], index: int, source: int, read: ReadT
 
 
 def _check_widths(config: HeadConfig, target: LlamaArch) -> None:
-    if config.kind != "eagle3":
-        raise ValueError(f"layers of the target are for eagle3 heads, not {config.kind!r}")
+    if not config.like_eagle3:
+        raise ValueError(
+            f"layers of the target are for eagle3 and peagle heads, not {config.kind!r}"
+        )
     if target != target.as_plain_llama:
         raise ValueError(
             "a head's layers are those of a plain Llama and cannot begin as layers of this target; "

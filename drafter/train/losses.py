@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +29,79 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, len(rows), size))
 
 
-def soft_cross_entropy(
-    inputs: Tensor, head: Tensor, teacher: Tensor, rows: Tensor, dtype: torch.dtype
+TokenLossKind = Literal["cross_entropy", "acceptance", "lk", "top_k"]
+LEAST_OVERLAP = 1e-5  # bounds the gradient of -log of the overlap
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """What is made smaller for each token to predict, p being the target's distribution over the
+    draft vocabulary, q the head's, and a = sum of min(p, q) their overlap: the share of drafts that
+    rejection sampling accepts.
+
+    cross_entropy: -sum p log q.
+    acceptance: -log a (arXiv:2602.23881).
+    lk: w KL(p, q) + (1 - w) (1 - a), in which w = exp(-eta a) is a constant for gradients (hybrid
+    loss of the same paper): like cross-entropy while little is accepted, then the overlap itself.
+    top_k: cross-entropy with the `top_k` likeliest tokens of p alone, which then sum to 1.
+    """
+
+    kind: TokenLossKind = "cross_entropy"
+    eta: float = 3.0
+    top_k: int = 16
+
+    def of(self, log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over rows, and its gradient for the logits [N, V]; `log_q` may be overwritten."""
+        match self.kind:
+            case "cross_entropy":
+                return _cross_entropy(log_q, p)
+            case "top_k":
+                return _cross_entropy(log_q, _likeliest(p, self.top_k))
+            case "acceptance":
+                overlap, rise = _overlap(log_q.exp(), p)
+                bounded = overlap.clamp(min=LEAST_OVERLAP)
+                return -bounded.log().sum(), -rise / bounded[:, None]
+            case "lk":
+                q = log_q.exp()
+                overlap, rise = _overlap(q, p)
+                weight = torch.exp(-self.eta * overlap)
+                divergence = (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
+                loss = weight * divergence + (1 - weight) * (1 - overlap)
+                weight = weight[:, None]
+                return loss.sum(), weight * (q - p) - (1 - weight) * rise
+
+
+CROSS_ENTROPY = TokenLoss()
+
+
+def _cross_entropy(log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    loss = -torch.dot(p.flatten(), log_q.flatten())
+    return loss, log_q.exp_().sub_(p)
+
+
+def _likeliest(p: Tensor, count: int) -> Tensor:
+    """The `count` likeliest tokens of each row, which then sum to 1; zeros elsewhere."""
+    best = p.topk(min(count, p.shape[1]), dim=-1)
+    kept = torch.zeros_like(p).scatter_(1, best.indices, best.values)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def _overlap(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """a = sum of min(p, q) [N], and its gradient for the logits [N, V]: q (b - sum of b q), in
+    which b is 1 where q is below p."""
+    below = q * (q < p)
+    return torch.minimum(p, q).sum(dim=-1), below - q * below.sum(dim=-1, keepdim=True)
+
+
+def token_loss(
+    inputs: Tensor,
+    head: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    dtype: torch.dtype,
+    loss: TokenLoss = CROSS_ENTROPY,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows of the cross-entropy between `teacher[rows]` and the head's distribution.
+    """Sum over rows of the loss between `teacher[rows]` and the head's distribution.
 
     Args:
         inputs: [N, H] what the LM head reads.
@@ -45,13 +115,13 @@ def soft_cross_entropy(
     """
     if not torch.is_grad_enabled():  # `forward` would compute gradients even so
         inputs, head = inputs.detach(), head.detach()
-    found: tuple[Tensor, Tensor] = _SoftCrossEntropy.apply(inputs, head, teacher, rows, dtype)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _TokenLoss.apply(inputs, head, teacher, rows, dtype, loss)  # type: ignore[no-untyped-call]
     return found
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+class _TokenLoss(torch.autograd.Function):
     """Product, softmax, loss and both gradients in one pass over chunks of rows, so the float32
-    logits of all rows never exist at once. d loss / d logits = softmax(logits) - teacher."""
+    logits of all rows never exist at once."""
 
     @staticmethod
     def forward(
@@ -61,6 +131,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         teacher: Tensor,
         rows: Tensor,
         dtype: torch.dtype,
+        kind: TokenLoss,
     ) -> tuple[Tensor, Tensor]:
         narrow, weight = inputs.to(dtype), head.to(dtype)
         slopes = narrow @ weight.T  # logits first; each chunk is then replaced by its gradient
@@ -71,8 +142,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
             wanted = teacher[rows[part]].float()
             best[part] = logits.argmax(dim=-1)
             log_q = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
-            loss -= torch.dot(wanted.flatten(), log_q.flatten())
-            slopes[part] = log_q.exp_().sub_(wanted)
+            some, slopes[part] = kind.of(log_q, wanted)
+            loss += some
         needs_inputs, needs_head = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
             (slopes @ weight).float() if needs_inputs else None,
@@ -86,7 +157,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, _best: Tensor) -> tuple[Tensor | None, ...]:
         to_inputs, to_head = ctx.saved_tensors
         found = [None if one is None else one * slope for one in (to_inputs, to_head)]
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def feature_distance(states: Tensor, features: Tensor) -> Tensor:

@@ -156,6 +156,11 @@ class DraftNetwork(nn.Module, ABC):
     def enter(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer's input and the residual stream [B, N, H]."""
 
+    def next_entry(self, token_ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens [B, N] and features [B, N, H] of unrolled entries, from the tokens there and
+        the states before them."""
+        return token_ids, states
+
     @abstractmethod
     def leave(self, stream: Tensor) -> tuple[Tensor, Tensor]:
         """The state and the input of the LM head, each [B, N, H]."""
@@ -213,6 +218,20 @@ class Eagle3Network(DraftNetwork):
     @property
     def head_weight(self) -> Tensor:
         return self.lm_head.weight
+
+
+class PEagleNetwork(Eagle3Network):
+    """P-EAGLE (arXiv:2602.01469): unrolled entries do not know the tokens and states before."""
+
+    def __init__(self, config: HeadConfig, embedding: Tensor, max_len: int) -> None:
+        super().__init__(config, embedding, max_len)
+        assert config.mask_token_id is not None
+        self._mask_token = config.mask_token_id
+        self.mask_hidden = nn.Parameter(torch.zeros(1, 1, config.feature_size))
+
+    def next_entry(self, token_ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        feature = self.fuse(self.mask_hidden).expand_as(states)
+        return torch.full_like(token_ids, self._mask_token), feature
 
 
 class EagleNetwork(DraftNetwork):

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafter.train.losses import feature_distance, soft_cross_entropy, teacher_probabilities
+from drafter.train.losses import (
+    CROSS_ENTROPY,
+    TokenLoss,
+    feature_distance,
+    teacher_probabilities,
+    token_loss,
+)
 from drafter.train.network import DraftNetwork
 from drafter.train.unroll import TrainBatch, UnrolledStep, unroll
 
@@ -18,15 +24,16 @@ class LossWeights:
 
     num_steps: int  # unrolled steps
     decay: float = 0.8  # step j has weight decay ** j (EAGLE-3)
-    tokens: float = 1.0  # cross-entropy against the target's distribution
+    tokens: float = 1.0  # loss against the target's distribution
     features: float = 0.0  # smooth L1 against the target's features (EAGLE-1)
+    kind: TokenLoss = CROSS_ENTROPY
 
 
 @dataclass(slots=True)
 class Tally:
     """Sums over answer tokens, per step [L] float64, to be added over batches and processes."""
 
-    loss: Tensor  # cross-entropy
+    loss: Tensor  # against the target's distribution, of the kind that is trained with
     num: Tensor  # tokens to predict
     correct: Tensor  # drafts that are the target's likeliest token
     chained: Tensor  # correct drafts for which all drafts before are correct, too
@@ -106,8 +113,9 @@ class Objective:
         wanted = batch.best.flatten()[flat]
         known = self._is_draft[wanted]  # the teacher knows only draft tokens
         inputs, rows = step.head_inputs[step.counts], flat
-        loss, best = soft_cross_entropy(
-            inputs[known], self.network.head_weight, teacher, rows[known], self._dtype
+        weight = self.network.head_weight
+        loss, best = token_loss(
+            inputs[known], weight, teacher, rows[known], self._dtype, self.weights.kind
         )
         right = torch.zeros_like(step.counts)
         hits = torch.zeros_like(known)

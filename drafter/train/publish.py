@@ -51,7 +51,7 @@ def publish(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         folder = Path(scratch) / "new"
-        if config.kind == "eagle3":
+        if config.like_eagle3:
             save_eagle3(folder, config, target, stored, target_ids, max_shard_bytes)
         elif target_ids is None:
             save_eagle(folder, config, target, stored, max_shard_bytes)

@@ -18,6 +18,7 @@ from drafter.train.draft_vocabulary import DraftVocabulary, choose, count_answer
 from drafter.train.encoding import Example
 from drafter.train.feature_cache import CachedFeatures, LiveFeatures
 from drafter.train.history import History
+from drafter.train.losses import TokenLoss
 from drafter.train.objective import LossWeights, Objective
 from drafter.train.optimizer import HeadOptimizer, Rate, by_steps
 from drafter.train.run_record import RunRecord
@@ -37,7 +38,13 @@ FREE_KEYS: dict[str, set[str] | bool] = {
         "keep_checkpoints",
         "max_seconds",
     },
-    "data": {"conversations", "prompts", "cache_dir", "cache_bytes"},  # examples are hashed
+    "data": {
+        "conversations",
+        "prompts",
+        "measure_on",
+        "cache_dir",
+        "cache_bytes",
+    },  # examples are hashed
     "card": True,
     "kernels": True,
     "files": True,
@@ -69,16 +76,24 @@ def prepare(
     target: LoadedTarget,
     examples: Sequence[Example],
     worker: Worker,
+    measured: Sequence[Example] = (),
 ) -> Run:
-    """A run that is ready to train, but not resumed yet.
+    """A run that is ready to train, but not resumed yet. It is measured on `measured`, or on
+    examples that are drawn from the others.
 
     Raises:
         ValueError: the configuration does not fit the target or the examples.
         OSError: the feature cache cannot be made.
     """
-    training, held_out = split(examples, config.data.held_out, config.run.seed)
-    text = Text(training, held_out, max(len(example.token_ids) for example in examples))
-    fingerprint = fingerprint_of(config, examples, worker)
+    if measured:
+        training, held_out = list(examples), list(measured)
+        if not training:
+            raise ValueError("data.conversations hold no example to train on")
+    else:
+        training, held_out = split(examples, config.data.held_out, config.run.seed)
+    every = [*examples, *measured]
+    text = Text(training, held_out, max(len(example.token_ids) for example in every))
+    fingerprint = fingerprint_of(config, every, worker)
     return assemble(
         config, target, text, by_steps(config.optimizer, config.run.steps), worker, fingerprint
     )
@@ -104,6 +119,7 @@ def assemble(
     """The trainer of a head. Draft vocabulary and coverage follow from `text.training` as it is
     now. Raises as `prepare`."""
     arch, loss = target.tensors.arch, config.loss
+    kind = TokenLoss(loss.kind, loss.eta, loss.top_k)
     head = building.head_config(config.head, arch)
     vocabulary = _vocabulary(config, text.training, target)
     ids = None if vocabulary is None else vocabulary.target_ids
@@ -115,7 +131,7 @@ def assemble(
         network,
         target.tensors.lm_head.to(target.device),
         None if ids is None else ids.to(target.device),
-        LossWeights(loss.unroll_steps, loss.decay, loss.tokens, loss.features),
+        LossWeights(loss.unroll_steps, loss.decay, loss.tokens, loss.features, kind),
         torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32,
     )
     output = config.run.output

@@ -3,7 +3,8 @@
 Entry i of a head is computed from token i and the feature of token i - 1; it predicts token i + 1.
 In step j, the row with base position t computes entry t + j from token t + j and the state of step
 j - 1, as if the last j tokens were drafted and accepted. It sees the true entries up to t, then its
-own entries of steps 1 to j (arXiv:2503.01840).
+own entries of steps 1 to j (arXiv:2503.01840). A P-EAGLE head sees the same, but its entries of
+steps 1 to j are made from a mask token and a learnt feature (`DraftNetwork.next_entry`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def unroll(network: DraftNetwork, batch: TrainBatch, num_steps: int) -> Iterator
     yield _step(states, inputs, batch, rows, 0)
     for step in range(1, num_steps):
         places = (rows + step).clamp(max=batch.token_ids.shape[1] - 1)
-        x, stream = network.enter(batch.token_ids.gather(1, places), states)
+        x, stream = network.enter(*network.next_entry(batch.token_ids.gather(1, places), states))
         rotary = network.rotary[rows + step]
         for index, keys in enumerate(seen):
             layer = network.layer(index)

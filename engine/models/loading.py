@@ -77,20 +77,41 @@ class LayerLoader:
 
     def attention(self, layer: int, prefix: str) -> Attention:
         """`layer` is its index in the KV cache; `prefix` ends in `self_attn`."""
-        bias, head_dim = self.arch.attention_bias, self.arch.head_dim
-        queries = _scaled(self.place.shard.even(self.arch.num_heads), head_dim)
-        keys = _scaled(self.place.shard.kv_heads(self.arch.num_kv_heads), head_dim)
+        queries, keys = self._attention_rows()
         taken = {"q": queries, "k": keys, "v": keys}
         parts = [(f"{prefix}.{part}_proj", rows) for part, rows in taken.items()]
         return Attention(
             layer=layer,
-            qkv=ColumnParallelLinear(self.pack_rows(parts, bias=bias)),
-            output=RowParallelLinear(self.pack_columns(f"{prefix}.o_proj", queries, bias=bias)),
+            qkv=ColumnParallelLinear(self.pack_rows(parts, bias=self.arch.attention_bias)),
+            output=self._attention_output(prefix, queries),
             cos_sin=self.cos_sin,
-            scale=head_dim**-0.5,
+            scale=self.arch.head_dim**-0.5,
             cache=self.place.cache_dtype,
             cache_scales=self.cache_scales.get(layer, UNSCALED),
         )
+
+    def split_attention(
+        self, prefix: str
+    ) -> tuple[ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear]:
+        """The weights of attention, where keys and values are also made without queries: of
+        queries, of keys and values together, and of the output."""
+        bias, (queries, keys) = self.arch.attention_bias, self._attention_rows()
+        both = [(f"{prefix}.{part}_proj", keys) for part in "kv"]
+        return (
+            ColumnParallelLinear(self.pack_rows([(f"{prefix}.q_proj", queries)], bias=bias)),
+            ColumnParallelLinear(self.pack_rows(both, bias=bias)),
+            self._attention_output(prefix, queries),
+        )
+
+    def _attention_rows(self) -> tuple[slice, slice]:
+        """This rank's rows of queries, and of keys and values."""
+        shard, head_dim = self.place.shard, self.arch.head_dim
+        queries = _scaled(shard.even(self.arch.num_heads), head_dim)
+        return queries, _scaled(shard.kv_heads(self.arch.num_kv_heads), head_dim)
+
+    def _attention_output(self, prefix: str, queries: slice) -> RowParallelLinear:
+        bias = self.arch.attention_bias
+        return RowParallelLinear(self.pack_columns(f"{prefix}.o_proj", queries, bias=bias))
 
     def mlp(self, prefix: str, size: int | None = None) -> GatedMLP:
         """`size`: its width, if not `arch.intermediate_size`."""

@@ -116,6 +116,7 @@ class HeadLoader:
             draft_vocab_size=config.draft_vocab_size,
             num_parameters=sum(math.prod(t.shape) for name, t in tensors if name not in (D2T, T2D)),
             tap_layers=config.tap_layers(self.target.arch),
+            max_depth=config.max_depth,
         )
 
     def check_room(self, path: Path, config: ResolvedConfig) -> None:
@@ -175,6 +176,7 @@ class TreeChooser:
                 _static(shape)
         for shape in shapes:
             _check_vocabulary(shape, facts, setting)
+            _check_depth(shape, facts, setting)
         return shapes
 
     def choose(
@@ -232,6 +234,14 @@ def _check_vocabulary(shape: TreeShape, facts: DraftFacts, setting: str) -> None
             f"{setting} names {shape.name!r}, in which a node has up to {shape.most_children} "
             f"children: the draft vocabulary of {facts.path} has {facts.draft_vocab_size} tokens, "
             "and no more can be told apart"
+        )
+
+
+def _check_depth(shape: TreeShape, facts: DraftFacts, setting: str) -> None:
+    if facts.max_depth is not None and shape.max_depth > facts.max_depth:
+        raise ValueError(
+            f"{setting} names {shape.name!r}, which is {shape.max_depth} tokens deep: the head "
+            f"{facts.path} drafts at most {facts.max_depth} at once"
         )
 
 

@@ -204,18 +204,20 @@ def assumed_head(kind: AssumedHead, target: ModelSizes) -> HeadConfig:
 
 def head_sizes(head: HeadConfig, target: ModelSizes, *, replicated: bool) -> HeadSizes:
     """Tensors that a head may share with the target count as shared."""
-    arch, hidden, third = head.arch, head.arch.hidden_size, head.kind == "eagle3"
+    arch, hidden, third = head.arch, head.arch.hidden_size, head.kind != "eagle"
     narrow = head.draft_vocab_size != arch.vocab_size
     norms = (2 * arch.num_layers - 1) * hidden  # layer 0 has none before attention
     if third:
         norms += 3 * hidden  # of the embedding, of the feature, and the last one
         norms += head.feature_size if head.norm_before_fc else 0
         norms += head.num_taps * target.hidden_size if head.fc_norm else 0
+        norms += head.feature_size if head.kind == "peagle" else 0  # `mask_hidden`
+        norms += 2 * arch.num_layers * arch.head_dim if head.kind == "dflash" else 0
     other_width = hidden != target.hidden_size
     fc_inputs = head.feature_size + (0 if third else hidden)
     return HeadSizes(
         layers=ModelSizes.of_arch(arch),
-        first_inputs=2 if third else 1,
+        first_inputs=2 if head.like_eagle3 else 1,
         feature_inputs=fc_inputs if head.use_aux else 0,
         draft_vocab_size=head.draft_vocab_size,
         owns_lm_head=third and (narrow or other_width),

@@ -98,7 +98,13 @@ def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
     examples: list[Example] = []
     for found in conversations:
         examples += encode_conversations(found, codec.encode, settings, coverage)
-    run = prepare(config, target, examples, worker)
+    measured: list[Example] = []
+    for path in config.data.measure_on:
+        found = read_conversations(_found(path))
+        measured += encode_conversations(found, codec.encode, settings, Coverage())
+    if config.data.measure_on and not measured:
+        raise ValueError("data.measure_on holds no answer within data.max_tokens to measure on")
+    run = prepare(config, target, examples, worker, measured)
     tell(worker, _facts(coverage, run, target))
     return run
 

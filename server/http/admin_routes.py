@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Field, StrictBool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -15,6 +15,7 @@ from server.http.body import Fields, read_body
 from server.http.context import context_of
 from server.http.docs import Routes, operation
 from server.http.errors import ApiError, bad_value
+from server.http.learning import Learning, LearningStatus
 from server.http.middleware import bearer_token, unauthorized
 from server.http.sse import StructResponse
 
@@ -36,17 +37,23 @@ class DraftInUse(msgspec.Struct, frozen=True, kw_only=True):
     draft: DraftFacts | None
 
 
+class LearningRequest(Fields):
+    """POST /admin/learning."""
+
+    paused: StrictBool = Field(description="Whether the draft head stops learning until told else.")
+
+
 router = APIRouter(prefix="/admin")
-ROUTES = Routes(router, (SwapDraftRequest,), (DraftInUse,))
+ROUTES = Routes(router, (SwapDraftRequest, LearningRequest), (DraftInUse, LearningStatus))
 
 
-def _documented() -> dict[str, Any]:
-    documented = operation(SwapDraftRequest, DraftInUse)
+def _documented(request: type[Fields] | None, answer: type[msgspec.Struct]) -> dict[str, Any]:
+    documented = operation(request, answer)
     documented["responses"][403] = {"description": "There is no admin key: the routes are off"}
     return documented
 
 
-@router.post("/draft", **_documented())
+@router.post("/draft", **_documented(SwapDraftRequest, DraftInUse))
 async def swap_draft(http: HttpRequest) -> Response:
     """Draft with another head from now on. Open requests continue, and no text changes. An engine
     that is restarted begins with the configured head."""
@@ -61,6 +68,35 @@ async def swap_draft(http: HttpRequest) -> Response:
     if swapped.error is not None:
         raise bad_value("path", body.path, swapped.error)
     return StructResponse(DraftInUse(draft=swapped.draft))
+
+
+@router.get("/learning", **_documented(None, LearningStatus))
+async def read_learning(http: HttpRequest) -> Response:
+    """How the head learns from live requests (`speculation.learn`)."""
+    check_admin(http)
+    return StructResponse(_learning(http).status)
+
+
+@router.post("/learning", **_documented(LearningRequest, LearningStatus))
+async def pause_learning(http: HttpRequest) -> Response:
+    """Pause learning, or let it go on. A head that is in use stays."""
+    check_admin(http)
+    learning = _learning(http)
+    body = await read_body(http, LearningRequest)
+    learning.pause(paused=body.paused)
+    return StructResponse(learning.status)
+
+
+def _learning(http: HttpRequest) -> Learning:
+    learning = context_of(http).learning
+    if learning is None:
+        raise ApiError(
+            404,
+            "The draft head does not learn on this server: set speculation.learn",
+            "invalid_request_error",
+            code="learning_off",
+        )
+    return learning
 
 
 def check_admin(http: HttpRequest) -> None:

@@ -32,6 +32,7 @@ from server.http.guards import (
 )
 from server.http.kept import KeptAnswers
 from server.http.lanes import Lanes
+from server.http.learning import Learning, LearningCollector
 from server.http.metrics import Metrics
 from server.http.middleware import (
     OPEN_PATHS,
@@ -148,6 +149,9 @@ def _context(
 ) -> ServerContext:
     state, limits = ServerState(), config.server
     metrics = Metrics(client, info.model_name, config.cache, limits.metrics_prefixes)
+    learning = Learning() if config.speculation.learn else None
+    if learning is not None:
+        metrics.add(functools.partial(LearningCollector, learning))
     background = Background(state, limits.max_background_responses, limits.retry_after)
     kept = KeptAnswers(
         limits.max_stored_responses, limits.max_stored_response_bytes, background.is_running
@@ -169,6 +173,7 @@ def _context(
         background=background,
         admin_keys=KeyRing(load_admin_keys(config.server)),
         tracing=open_tracing(config.server.otlp_endpoint),
+        learning=learning,
     )
 
 

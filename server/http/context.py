@@ -19,6 +19,7 @@ from server.http.engine_client import EngineClient
 from server.http.errors import model_not_found
 from server.http.kept import KeptAnswers
 from server.http.lanes import Lanes
+from server.http.learning import Learning
 from server.http.metrics import Metrics
 from server.http.middleware import KeyRing
 from server.http.state import ServerState
@@ -73,6 +74,7 @@ class ServerContext:
     background: Background
     admin_keys: KeyRing
     tracing: Tracing | None
+    learning: Learning | None = None  # None: the head does not learn
 
     async def in_pool(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -305,6 +305,10 @@ class Metrics:
             self._ended.labels(model_name, finished_reason.value)
         for reason in REJECTIONS:
             self._rejected.labels(model_name, reason)
+
+    def add(self, collector: Callable[[str, str], Collector]) -> None:
+        """Export what else a server counts; `collector` takes the label and its value."""
+        self._registry.register(collector(LABEL, self._model_name))
 
     def reject(self, reason: str) -> None:
         """An HTTP request was refused admission; `reason` is one of REJECTIONS."""

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 
 import msgspec
 import zmq
@@ -63,6 +63,7 @@ class ZmqEngineClient:
         self._interrupted: list[Request] = []  # open when the engine said that it fails
         self.num_restarts = 0
         self.num_heard = 0  # batches of messages
+        self.on_busy: Callable[[bool], None] | None = None  # told when streams begin, and are over
 
     @property
     def info(self) -> EngineInfo | None:
@@ -139,6 +140,8 @@ class ZmqEngineClient:
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         assert request.request_id not in self._streams, "request ids are used once"
         stream = _Stream(request)
+        if not self._streams and self.on_busy is not None:
+            self.on_busy(True)
         self._streams[request.request_id] = stream
         if self._info is None:
             self._deliver(stream.failed(NO_ENGINE))
@@ -226,6 +229,8 @@ class ZmqEngineClient:
             self.abort(event.request_id)
         if isinstance(event, Finished):
             del self._streams[event.request_id]
+            if not self._streams and self.on_busy is not None:
+                self.on_busy(False)
 
 
 def at_rest(stats: EngineStats) -> EngineStats:

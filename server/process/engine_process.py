@@ -15,7 +15,6 @@ from typing import Protocol
 import zmq
 
 from configs.resolve import HostConfig
-from configs.schema import CaptureConfig
 from engine.capture import CaptureWriter, ShardWriter
 from engine.core import EngineCore
 from engine.messages import (
@@ -125,7 +124,7 @@ def main() -> None:
         from server.assembly.compose import build_swappable_engine
         from server.assembly.swaps import DraftSwaps
 
-        capture = open_capture(config.capture)
+        capture = open_capture(config)
         engine = build_swappable_engine(config, folder_of(endpoint), capture)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         logger.error("the engine cannot start: %s", error)
@@ -153,13 +152,15 @@ def _serve(endpoint: str, core: EngineCore, swaps: Swaps, capture: CaptureWriter
         channel.close()
 
 
-def open_capture(config: CaptureConfig) -> CaptureWriter | None:
-    """What writes sequences down, None unless the operator wants it. ValueError when the directory
-    cannot be used."""
-    if config.dir is None:
+def open_capture(config: HostConfig) -> CaptureWriter | None:
+    """What writes sequences down, None unless the operator wants it. A head that learns from them
+    reads complete shards. ValueError when the directory cannot be used."""
+    capture, learning = config.capture, config.speculation
+    if capture.dir is None:
         return None
-    shards = ShardWriter(config.dir, config.max_bytes, config.shard_tokens)
-    return CaptureWriter(shards, config.sample_rate)
+    size = min(capture.shard_tokens, learning.learn_tokens) if learning.learn else None
+    shards = ShardWriter(capture.dir, capture.max_bytes, size or capture.shard_tokens)
+    return CaptureWriter(shards, capture.sample_rate)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from engine.messages import EngineInfo
 from server.http.state import ServerState
 from server.process.client import ZmqEngineClient
 from server.process.keeper import LAST_WORDS, EngineKeeper
+from server.process.learner import Learner
 from server.process.listening import address_of, check_tls, open_listener
 from server.process.logs import machine_line, set_up_logging
 from server.process.open_files import raise_limit
@@ -117,8 +118,11 @@ async def _run(
     """Answer requests until a signal comes or the engine cannot be restarted."""
     running = asyncio.create_task(web.serve(sockets=[listener]))
     announcing = asyncio.create_task(_announce(web.context, client, listener))
+    learning = _learn(config, web.context, client)
     await _first(stop.wait(), engine.failed(), running)
     announcing.cancel()
+    if learning is not None:
+        learning.cancel()
     if stop.is_set():
         await _drain(web.context.state, config.server.drain_timeout, stop)
     await engine.stop()
@@ -128,6 +132,22 @@ async def _run(
             await asyncio.wait_for(asyncio.shield(running), LAST_WORDS)
         last_resort()
     await running
+
+
+def _learn(
+    config: HostConfig, context: ServerContext, client: ZmqEngineClient
+) -> asyncio.Task[None] | None:
+    """Let the draft head learn, if the operator wants it."""
+    if context.learning is None:
+        return None
+    task = asyncio.create_task(Learner(config, client, context.learning).run())
+    task.add_done_callback(_tell_of_failure)
+    return task
+
+
+def _tell_of_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("the draft head learns no more, serving continues", exc_info=error)
 
 
 async def _announce(

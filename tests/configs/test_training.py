@@ -57,8 +57,14 @@ def test_eagle3_heads_learn_tokens() -> None:
         ([], "configuration: data.conversations or data.prompts must name at least one file"),
         ([DATA, "data.limit=5"], "data.limit 5 is for data.prompts, of which there are none"),
         ([DATA, "head.kind=eagle", "head.init=target"], "configuration: head.init 'target' is for"),
-        ([DATA, "head.kind=dense", "head.aux_layers=[1]"], "head.aux_layers is for eagle3 heads"),
-        ([DATA, "head.kind=hawk"], "head.kind = 'hawk': Input should be 'eagle3', 'eagle' or"),
+        (
+            [DATA, "head.kind=dense", "head.aux_layers=[1]"],
+            "head.aux_layers is for eagle3 and peagle heads",
+        ),
+        (
+            [DATA, "head.kind=hawk"],
+            "head.kind = 'hawk': Input should be 'eagle3', 'peagle', 'eagle' or",
+        ),
         ([DATA, "loss.decay=0"], "loss.decay = 0: Input should be greater than 0"),
         ([DATA, "run.steps=true"], "run.steps = 'true': Input should be a valid integer"),
         ([DATA, "head.kind=eagle", "loss.x=1"], "unknown key 'loss.x'; known here: unroll_steps"),

@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.checkpoints.arch import LlamaArch
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import LiveServer, idle, run_aerie
+from tests.support.parallel_heads import write_parallel_head
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
 
@@ -27,11 +29,14 @@ SHARED = "a server answers many clients at once and never loses a token " * 2
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two heads of different shapes."""
+    """Two heads of different shapes, and two that draft in parallel."""
     base = tmp_path_factory.mktemp("heads")
+    target = LlamaArch.from_hf_config(SPEC.config().to_dict())
     return [
         write_tiny_head(base / "first", SPEC),
         write_tiny_head(base / "second", SPEC, draft_vocab=97, num_layers=2, seed=2),
+        write_parallel_head(base / "third", target, "peagle", draft_vocab=200),
+        write_parallel_head(base / "fourth", target, "dflash", draft_vocab=120),
     ]
 
 
@@ -72,18 +77,19 @@ def test_swapping_heads_changes_none_of_twenty_running_streams(
 ) -> None:
     assert server.get("/info").json()["engine"]["draft"] is None
     expected = texts(server)
-    first, second = heads
+    first, second, peagle, dflash = heads
     options = (f"speculation.draft={first}", "speculation.tree=tree8", "server.admin_keys=[root]")
     with make_server(*options) as drafting:
         streaming = Event()
         with ThreadPoolExecutor(1) as thread:
             heard = thread.submit(texts, drafting, streaming=streaming)
             assert streaming.wait(60)
-            for path in (second, None, first, tmp_path / "none", second):
+            for path in (second, None, peagle, first, tmp_path / "none", dflash):
                 answer = swap(drafting, path)
                 assert answer.status_code == (400 if path == tmp_path / "none" else 200)
             assert heard.result() == expected
-        assert answer.json()["draft"]["path"] == str(second)
+        assert answer.json()["draft"]["path"] == str(dflash)
+        assert answer.json()["draft"]["kind"] == "dflash"
         engine = drafting.get("/info").json()["engine"]
         assert engine["draft"] == answer.json()["draft"]
         found = drafting.wait_metrics(idle)
@@ -144,3 +150,36 @@ def test_capture_without_consent_is_an_error_at_start(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "capture.consent is not true" in done.stderr
     assert "--capture-consent" in done.stderr
+
+
+def test_the_head_learns_from_what_the_server_answers(
+    make_server: MakeServer, heads: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "captured"
+    options = (
+        f"speculation.draft={heads[0]}",
+        "speculation.tree=chain3",
+        "speculation.learn=true",
+        "speculation.learn_tokens=2000",
+        "speculation.learn_steps=2",
+        "speculation.learn_gain=0",
+        f"capture.dir={folder}",
+        "capture.consent=true",
+        "capture.sample_rate=1.0",
+        "server.admin_keys=[root]",
+    )
+    with make_server(*options) as server:
+        path = "/admin/learning"
+        assert server.get(path).status_code == 401
+        expected = texts(server)
+        paused = server.post(path, {"paused": True}, headers=ADMIN).json()
+        assert paused["paused"]
+        assert server.post(path, {"paused": 1}, headers=ADMIN).status_code == 400
+        server.post(path, {"paused": False}, headers=ADMIN)
+        assert texts(server) == expected, "now enough of the same sequences are held out"
+        server.wait_metrics(lambda found: found["learning_rounds_total"] > 0)
+        status = server.get(path, headers=ADMIN).json()
+        assert status["num_failed"] == 0, status
+        assert status["held_out_before"] >= 1
+        assert texts(server) == expected
+        assert server.stop() == 0

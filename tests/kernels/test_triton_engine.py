@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from _pytest.mark import ParameterSet
 
+from engine.checkpoints.arch import LlamaArch
 from engine.completion import Completion
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -19,6 +21,7 @@ from tests.support.engines import ask, generate
 from tests.support.guarded_memory import check_guards, guard
 from tests.support.head_lab import HeadLab, write_head
 from tests.support.kernel_count import counted_steps
+from tests.support.parallel_heads import ParallelKind, write_parallel_head
 from tests.support.tiny_engine import TinyEngine, random_llama
 
 triton_env.load("kernels.norm.triton_kernel")
@@ -29,6 +32,7 @@ pytestmark = [
         not triton_env.INTERPRETED, reason="on a GPU: python -m benchmarks.gpu_check"
     ),
 ]
+KINDS: tuple[ParallelKind, ...] = ("peagle", "dflash")
 SHAPES: tuple[TreeShape, ...] = (
     ROOT,
     chain(2),
@@ -92,6 +96,21 @@ def test_tokens_and_drafts_are_those_of_the_reference(
         assert_same(name, record, expected[name])
     assert drafts_here == drafts
     assert (drafts > 0) == (shape is not ROOT)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.extended) for k in KINDS])
+def test_heads_that_draft_in_parallel_draft_as_with_the_reference(
+    lab: HeadLab, reference_ops: object, kind: ParallelKind, tmp_path: Path
+) -> None:
+    target = LlamaArch.from_hf_config(lab.engine.oracle.config.to_dict())
+    head = write_parallel_head(tmp_path / kind, target, kind, draft_vocab=90)
+    lab = replace(lab, head_folder=head)
+    usual = replace(lab, engine=replace(lab.engine, ops=reference_ops))  # type: ignore[arg-type]
+    expected, drafts = texts(usual, chain(3))
+    heard, drafts_here = texts(replace(lab, engine=replace(lab.engine, padded=True)), chain(3))
+    for name, record in heard.items():
+        assert_same(name, record, expected[name])
+    assert drafts_here == drafts > 0
 
 
 def test_no_kernel_reads_beyond_the_tables_of_a_row_at_its_last_position(

@@ -19,8 +19,10 @@ from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
 from kernels.ops import LinearWeight, Ops
+from tests.drafter.parallel_heads import PARALLEL_LAYOUTS
 from tests.drafter.published_heads import CPU, HIDDEN, LAYOUTS, TARGET, VOCAB, TargetWeights
 from tests.drafter.test_head_forward import MAX_LEN, PagedHead, run_chunks
+from tests.drafter.test_parallel_heads import drafted, take_chunks
 from tests.support.thread_group import ThreadGroup, run_ranks
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
@@ -52,6 +54,13 @@ class Loading:
         width = shard.padded_width(VOCAB)
         filled = F.pad(table, (0, 0, 0, width * shard.size - VOCAB))
         return self.weights.ops.pack_linear(filled.split(width)[shard.rank], None)
+
+    def draft(self, group: TPGroup) -> Tensor:
+        """States of tokens that are drafted all at once."""
+        paged = PagedHead(self.load(Shard(group.rank, group.size)), self.weights.ops, group)
+        with torch.inference_mode():
+            take_chunks(paged)
+            return drafted(paged)
 
     def run(self, group: TPGroup) -> Ran:
         """States and logits of every chunk, by row."""
@@ -156,3 +165,15 @@ def test_a_head_that_cannot_be_cut_says_why(reference_ops: Ops, tmp_path: Path) 
     message = r"draft_parallel = sharded, parallel.tensor = 3: 2 KV heads .* allows 1, 2$"
     with pytest.raises(ValueError, match=message):
         Loading(path, TARGET, weights, replicated=False).load(Shard(0, 3))
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+@pytest.mark.parametrize("name", ["speculators-peagle", "z-lab-dflash"])
+def test_heads_that_draft_in_parallel_do_so_over_ranks(
+    name: str, replicated: bool, reference_ops: Ops, tmp_path: Path
+) -> None:
+    path, weights = PARALLEL_LAYOUTS[name].write(tmp_path), TargetWeights.of(reference_ops)
+    loading = Loading(path, TARGET, weights, replicated)
+    expected = loading.draft(TPGroup())
+    for found in run_ranks(2, loading.draft):
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)

@@ -93,7 +93,7 @@ def test_heads_of_other_shapes_are_refused(change: dict[str, int], message: str)
 
 def test_other_kinds_are_refused() -> None:
     config = dataclasses.replace(eagle3_config(TARGET), kind="eagle")
-    with pytest.raises(ValueError, match="for eagle3 heads, not 'eagle'"):
+    with pytest.raises(ValueError, match="for eagle3 and peagle heads, not 'eagle'"):
         weights_from_target({}, config, TARGET, target_tensors().__getitem__, None)
 
 

@@ -9,9 +9,11 @@ from torch.nn import functional
 
 from drafter.train.losses import (
     CHUNKS,
+    TokenLoss,
+    TokenLossKind,
     feature_distance,
-    soft_cross_entropy,
     teacher_probabilities,
+    token_loss,
 )
 
 HIDDEN, VOCAB, TEACHERS = 24, 53, 40
@@ -33,13 +35,13 @@ def expected_loss(inputs: Tensor, head: Tensor, teacher: Tensor, rows: Tensor) -
 
 
 @pytest.mark.parametrize("num", SIZES)
-def test_soft_cross_entropy_and_its_gradients_equal_plain_torch(num: int) -> None:
+def test_cross_entropy_and_its_gradients_equal_plain_torch(num: int) -> None:
     inputs, head, teacher, rows = problem(num)
     exact = [inputs.double().requires_grad_(True), head.double().requires_grad_(True)]
     expected = expected_loss(*exact, teacher.double(), rows)
     torch.autograd.backward(expected * -2.5)
     ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
-    loss, best = soft_cross_entropy(*ours, teacher, rows, torch.float32)
+    loss, best = token_loss(*ours, teacher, rows, torch.float32)
     torch.autograd.backward(loss * -2.5)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(ours, exact, strict=True):
@@ -59,7 +61,7 @@ def test_gradients_equal_finite_differences() -> None:
 
     slope = (at(inputs + moved) - at(inputs - moved)) / (2 * step)
     inputs.requires_grad_(True)
-    torch.autograd.backward(soft_cross_entropy(inputs, head, teacher, rows, torch.float32)[0])
+    torch.autograd.backward(token_loss(inputs, head, teacher, rows, torch.float32)[0])
     assert inputs.grad is not None
     torch.testing.assert_close(inputs.grad[1, 4].double(), slope, rtol=1e-3, atol=1e-4)
 
@@ -70,7 +72,7 @@ def test_bfloat16_products_give_the_loss_and_gradients_nearly() -> None:
     expected = expected_loss(*exact, teacher.double(), rows)
     torch.autograd.backward(expected)
     ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
-    loss, _ = soft_cross_entropy(*ours, teacher.bfloat16(), rows, torch.bfloat16)
+    loss, _ = token_loss(*ours, teacher.bfloat16(), rows, torch.bfloat16)
     torch.autograd.backward(loss)
     torch.testing.assert_close(loss.double(), expected, rtol=5e-3, atol=0)
     for mine, theirs in zip(ours, exact, strict=True):
@@ -83,7 +85,7 @@ def test_bfloat16_products_give_the_loss_and_gradients_nearly() -> None:
 
 def test_a_frozen_head_takes_no_gradient() -> None:
     inputs, head, teacher, rows = problem(5)
-    loss, _ = soft_cross_entropy(inputs.requires_grad_(True), head, teacher, rows, torch.float32)
+    loss, _ = token_loss(inputs.requires_grad_(True), head, teacher, rows, torch.float32)
     torch.autograd.backward(loss)
     assert inputs.grad is not None
     assert head.grad is None
@@ -92,9 +94,9 @@ def test_a_frozen_head_takes_no_gradient() -> None:
 def test_measuring_without_gradients_gives_the_same_loss() -> None:
     inputs, head, teacher, rows = problem(5)
     inputs.requires_grad_(True)
-    loss, best = soft_cross_entropy(inputs, head, teacher, rows, torch.float32)
+    loss, best = token_loss(inputs, head, teacher, rows, torch.float32)
     with torch.no_grad():
-        measured, found = soft_cross_entropy(inputs, head, teacher, rows, torch.float32)
+        measured, found = token_loss(inputs, head, teacher, rows, torch.float32)
     assert not measured.requires_grad
     assert torch.equal(measured, loss)
     assert torch.equal(found, best)
@@ -119,3 +121,89 @@ def test_feature_distance_is_the_mean_over_the_width_summed_over_rows() -> None:
     torch.autograd.backward(loss)
     assert states.grad is not None
     assert states.grad.tolist() == [[0.25, 0.5], [0.0, -0.5]]
+
+
+def plain_loss(kind: TokenLossKind, logits: Tensor, p: Tensor, eta: float, top_k: int) -> Tensor:
+    """The formulas of `TokenLoss`, for torch to differentiate."""
+    log_q = logits.log_softmax(dim=-1)
+    overlap = torch.minimum(log_q.exp(), p).sum(dim=-1)
+    if kind == "acceptance":
+        return -overlap.log().sum()
+    if kind == "lk":
+        weight = torch.exp(-eta * overlap.detach())
+        divergence = functional.kl_div(log_q, p, reduction="none").sum(dim=-1)
+        return (weight * divergence + (1 - weight) * (1 - overlap)).sum()
+    if kind == "top_k":
+        p = p * (p >= p.topk(top_k, dim=-1).values[:, -1:])
+        p = p / p.sum(dim=-1, keepdim=True)
+    return -(p * log_q).sum()
+
+
+KINDS: tuple[TokenLossKind, ...] = ("cross_entropy", "acceptance", "lk", "top_k")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_loss_and_its_gradients_equal_those_that_torch_derives(kind: TokenLossKind) -> None:
+    inputs, head, teacher, rows = problem(CHUNK + 3)
+    exact = [inputs.double().requires_grad_(True), head.double().requires_grad_(True)]
+    logits = exact[0] @ exact[1].T
+    expected = plain_loss(kind, logits, teacher[rows].double(), 2.0, 5)
+    torch.autograd.backward(expected * -2.5)
+    ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
+    loss, best = token_loss(*ours, teacher, rows, torch.float32, TokenLoss(kind, 2.0, 5))
+    torch.autograd.backward(loss * -2.5)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(best, logits.argmax(dim=-1))
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-3)
+
+
+def of(kind: TokenLossKind, logits: Tensor, p: Tensor, **settings: float) -> tuple[float, Tensor]:
+    loss = TokenLoss(kind, **settings)  # type: ignore[arg-type]
+    value, slope = loss.of(logits.log_softmax(dim=-1), p)
+    return float(value), slope
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_targets_own_distribution_is_a_minimum(kind: TokenLossKind) -> None:
+    """The losses of the paper are 0 there, and have an edge: the slope's sign depends on the side
+    from which it is reached."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 7, generator=generator)
+    p = logits.softmax(dim=-1)
+    value, slope = of(kind, logits, p, top_k=7)
+    if kind in ("acceptance", "lk"):
+        assert value == pytest.approx(0.0, abs=1e-5)
+    else:
+        torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)
+    for _ in range(4):
+        moved = logits + 0.1 * torch.randn(3, 7, generator=generator)
+        assert of(kind, moved, p, top_k=7)[0] > value
+
+
+def test_for_a_certain_target_acceptance_is_cross_entropy() -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
+    certain = functional.one_hot(torch.tensor([3, 0, 8, 1]), 9).float()
+    value, slope = of("acceptance", logits, certain)
+    expected, wanted = of("cross_entropy", logits, certain)
+    assert value == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(slope, wanted)
+
+
+def test_lk_is_divergence_at_first_and_the_share_that_is_refused_at_last() -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    p = torch.randn(4, 9, generator=torch.Generator().manual_seed(4)).softmax(dim=-1)
+    _, slope = of("lk", logits, p, eta=1e-9)
+    torch.testing.assert_close(slope, logits.softmax(dim=-1) - p)
+    value, _ = of("lk", logits, p, eta=1e9)
+    refused = 1 - torch.minimum(logits.softmax(dim=-1), p).sum(dim=-1)
+    assert value == pytest.approx(float(refused.sum()), rel=1e-5)
+
+
+def test_without_overlap_the_gradient_stays_finite() -> None:
+    logits = torch.tensor([[200.0, 0.0, 0.0]])
+    for kind in KINDS:
+        value, slope = of(kind, logits, torch.tensor([[0.0, 0.5, 0.5]]))
+        assert torch.tensor(value).isfinite()
+        assert slope.isfinite().all()

@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafter.heads.config import HeadConfig
+from drafter.train.network import PEagleNetwork
 from drafter.train.unroll import TrainBatch, UnrolledStep, base_rows, unroll
 from kernels.ops import Ops
 from tests.drafter.head_formulas import HeadFormulas
+from tests.drafter.parallel_heads import PARALLEL_LAYOUTS, formulas_of
 from tests.drafter.published_heads import HIDDEN, TargetWeights
 from tests.drafter.train.networks import (
+    MAX_LEN,
     ONE_OF_EACH_KIND,
     TRAINABLE,
     network_of,
@@ -138,3 +142,33 @@ def test_gradients_stay_finite_where_nothing_can_be_drafted(reference_ops: Ops) 
         assert not step.counts.any()
         torch.autograd.backward(step.states.sum(), retain_graph=True)
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+@torch.no_grad()
+def test_steps_of_a_parallel_head_are_the_tokens_it_drafts_at_once(reference_ops: Ops) -> None:
+    layout, target = PARALLEL_LAYOUTS["vllm-peagle"], TargetWeights.of(reference_ops)
+    formulas = formulas_of(layout, target)
+    weights = layout.tensors()
+    network = PEagleNetwork(HeadConfig.from_json(layout.config), target.embedding, MAX_LEN)
+    network.load_state_dict(weights)
+    batch = random_batch(layout, LENGTHS, ANSWERS)
+    fused = [formulas.fuse(taps.split(HIDDEN, dim=-1)) for taps in batch.taps]
+    for index, step in enumerate(unroll(network, batch, STEPS)):
+        places = counted(step, index)
+        assert places
+        for (text, base), at in places.items():
+            ids = batch.token_ids[text, 1 : base + 1]
+            expected = formulas.draft(fused[text][:base], ids, index + 1)[-1]
+            assert_close(step.states[at], expected)
+
+
+def test_every_parameter_of_a_parallel_head_learns(reference_ops: Ops) -> None:
+    layout, target = PARALLEL_LAYOUTS["vllm-peagle"], TargetWeights.of(reference_ops)
+    network = PEagleNetwork(HeadConfig.from_json(layout.config), target.embedding, MAX_LEN)
+    network.load_state_dict(layout.tensors())
+    for step in unroll(network, random_batch(layout, LENGTHS, ANSWERS), 2):
+        loss = (step.head_inputs @ network.head_weight.T)[step.counts].square().sum()
+        torch.autograd.backward(loss, retain_graph=True)
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.abs().sum() > 0), name

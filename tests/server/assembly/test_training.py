@@ -122,6 +122,24 @@ def test_the_head_serves_and_changes_no_text(folder: Path, run: Path, native_cac
     assert texts(folder, native_cache, run / "head") == texts(folder, native_cache, None)
 
 
+def test_a_parallel_head_begins_from_an_eagle3_head_and_changes_no_text(
+    folder: Path, run: Path, native_cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    changes: dict[str, object] = {
+        "head__kind": "peagle",
+        "head__init": run / "head",
+        "loss__kind": "lk",
+        "data__measure_on": f"[{folder / 'talk.jsonl'}]",
+        "run__steps": 2,
+    }
+    done = train(folder, native_cache, output, **changes)
+    assert done.exit_code == 0, done.stderr
+    assert "peagle head of " in done.stderr
+    assert json.loads((output / "head" / "config.json").read_text())["ptd_token_id"] == 383
+    assert texts(folder, native_cache, output / "head") == texts(folder, native_cache, None)
+
+
 def test_training_again_changes_nothing(folder: Path, run: Path, native_cache: Path) -> None:
     before = weights_of(run)
     done = train(folder, native_cache, run)
@@ -244,7 +262,7 @@ def test_a_head_learns_to_draft_what_its_target_says(
         ({"head__init": "OTHER"}, "the head is for a target of hidden_size 64, this one has 48"),
         ({"head__aux_layers": "[0, 9]"}, "this target has layers 0 to 2"),
         ({"head__colour": "red"}, "unknown key 'head.colour'; known here: kind, num_layers"),
-        ({"head__kind": "eagle"}, "head.draft_vocab_size is for eagle3 heads"),
+        ({"head__kind": "eagle"}, "head.draft_vocab_size is for eagle3 and peagle heads"),
         ({"loss__tokens": 0}, "loss.tokens and loss.features are both 0"),
         ({"data__rows": 4}, "data.rows is for runs with run.minutes, which is not set"),
         ({"run__minutes": 1}, "run.minutes trains on answers to data.prompts alone: unset data.co"),

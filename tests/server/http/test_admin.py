@@ -76,6 +76,7 @@ def test_facts_of_the_head_in_use_are_answered(server: Server, key: str) -> None
             "draft_vocab_size": 32,
             "num_parameters": 1000,
             "tap_layers": [1, 4],
+            "max_depth": None,
         }
     }
     assert server.post(PATH, {"path": None}, headers=headers).json() == {"draft": None}

@@ -91,6 +91,7 @@ def test_document_describes_every_route(server: Server) -> None:
         "/info",
         "/version",
         "/admin/draft",
+        "/admin/learning",
     }
 
 
