@@ -21,6 +21,7 @@ from engine.models.layers import (
 )
 from engine.parallel.shard import Shard
 from engine.step.batch import ForwardContext
+from kernels.ops import UNSCALED
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class BlockAttention:
         queries = _each_head(self.query_norm, self.queries(x, ctx), ctx)
         rotated = self._write(queries, x, batch, ctx)
         pages = ctx.kv.keys[self.layer], ctx.kv.values[self.layer]
-        return self.output(ctx.ops.attention(rotated, *pages, batch.attention, self.scale), ctx)
+        meta, scale = batch.attention, self.scale
+        return self.output(ctx.ops.attention(rotated, *pages, meta, scale, UNSCALED), ctx)
 
     def _write(self, queries: Tensor, x: Tensor, batch: DraftBatch, ctx: ForwardContext) -> Tensor:
         """Store keys and values of `x` [C, H]; return the rotated queries."""
@@ -59,6 +61,7 @@ class BlockAttention:
             batch.slots,
             ctx.kv.keys[self.layer],
             ctx.kv.values[self.layer],
+            UNSCALED,
         )
 
 
