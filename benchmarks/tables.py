@@ -250,7 +250,7 @@ def _fleet(content: Content) -> Iterable[str]:
         f"{limits['max_rows']} rows, {limits['max_tokens']} tokens per step and "
         f"{limits['cache_tokens']} cached tokens; conversations of {traffic['turns']} questions "
         f"after one of {traffic['num_systems']} system prompts of {traffic['system_tokens']} "
-        f"tokens. The most requests/s of which 99 % are good: first token within "
+        f"tokens. The highest simulated requests/s of which 99 % are good: first token within "
         f"{content['ttft']:g} s, then {content['ttit'] * 1e3:g} ms per token. Cached: share of "
         "prompt tokens that were not computed, at the highest rate that both carry."
     )
