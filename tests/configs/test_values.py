@@ -29,6 +29,11 @@ ALONGSIDE = {
     Config: {"capture.consent": "true"},
     TrainingConfig: {"data.prompts": "[p]", "loss.features": "1"},
 }
+# What some keys need besides.
+NEEDED_BY_KEY = {
+    "speculation.learn": {"capture.dir": "captured"},
+    "head.mask_token_id": {"head.kind": "peagle"},
+}
 SOURCES = ("override", "variable", "file")
 
 
@@ -115,7 +120,8 @@ def bounds(key: Key, number: type) -> tuple[Any, Any]:
 def load(key: Key, text: str, source: str, folder: Path) -> object:
     """The key's value, set to `text` by one source; the other keys come from overrides."""
     name = f"{key.section}.{key.name}"
-    around = [f"{k}={v}" for k, v in ALONGSIDE[key.schema].items() if k != name]
+    alongside = ALONGSIDE[key.schema] | NEEDED_BY_KEY.get(name, {})
+    around = [f"{k}={v}" for k, v in alongside.items() if k != name]
     if key.schema is TrainingConfig and key.name in CLOCK_KEYS:
         around.append("run.minutes=1")
     environment, path = {}, None
