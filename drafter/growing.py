@@ -175,6 +175,31 @@ class Grower:
             any_sampled=self.limits.any_sampled,
         )
 
+    def selected(
+        self, shape: DynamicShape, found: Tensor, above: Tensor, scores: Tensor
+    ) -> DraftTree:
+        """The best candidates of each row, as its tree.
+
+        Args:
+            found: [B, C] tokens.
+            above: [B, C] their parents, -1 for the root.
+            scores: [B, C].
+        """
+        ops, roots = self.ctx.ops, self.roots
+        num_nodes = min(shape.num_nodes, found.shape[1] + 1)
+        tokens, parents = ops.tree_select(
+            found, above, scores, roots.tokens, roots.max_nodes, num_nodes
+        )
+        masks, depths = ops.tree_ancestors(parents)
+        return DraftTree(
+            tokens=tokens.clamp(min=0),
+            parents=parents,
+            depths=depths,
+            ancestors=masks,
+            sizes=torch.full_like(roots.tokens, num_nodes),
+            max_depth=min(shape.max_depth, num_nodes - 1),
+        )
+
     def _positions(self, depth: int) -> Tensor:
         """Positions of the nodes of one depth, [B]. They are clamped to a sequence's last position,
         where rotary tables end; nodes beyond it are useless anyway."""
@@ -227,14 +252,7 @@ def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> Draf
             best, _ = grower.children(above, depth, level.most_children)
         nodes, candidates = grower.levels.children(shape, depth, best.shape[2])
         tokens[:, nodes] = best.flatten(1)[:, candidates]
-    return DraftTree(
-        tokens=tokens,
-        parents=plan.parents.expand_as(tokens),
-        depths=plan.depths.expand_as(tokens),
-        ancestors=plan.masks.expand_as(tokens),
-        sizes=torch.full_like(tokens[:, 0], shape.num_nodes),
-        max_depth=shape.max_depth,
-    )
+    return plan.tree(tokens)
 
 
 @grow.register
@@ -243,7 +261,7 @@ def grow_dynamic(shape: DynamicShape, grower: Grower, root_states: Tensor) -> Dr
 
     While drafting, frontier node j of level d has the number 1 + (d - 1) * top_k + j.
     """
-    ops, roots, k = grower.ctx.ops, grower.roots, shape.top_k
+    k = shape.top_k
     drafted = _Drafted.start(grower, root_states, k)
     for depth in range(1, shape.max_depth):
         numbers = torch.arange(k, device=root_states.device) + 1 + (depth - 1) * k
@@ -251,18 +269,7 @@ def grow_dynamic(shape: DynamicShape, grower: Grower, root_states: Tensor) -> Dr
     found, above, scores = (
         torch.cat(levels, dim=1) for levels in (drafted.tokens, drafted.parents, drafted.scores)
     )  # [B, C]
-    num_nodes = min(shape.num_nodes, found.shape[1] + 1)
-    limits = roots.max_nodes
-    tokens, parents = ops.tree_select(found, above, scores, roots.tokens, limits, num_nodes)
-    masks, depths = ops.tree_ancestors(parents)
-    return DraftTree(
-        tokens=tokens.clamp(min=0),
-        parents=parents,
-        depths=depths,
-        ancestors=masks,
-        sizes=torch.full_like(roots.tokens, num_nodes),
-        max_depth=min(shape.max_depth, num_nodes - 1),
-    )
+    return grower.selected(shape, found, above, scores)
 
 
 @dataclass(slots=True)

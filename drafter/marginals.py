@@ -144,43 +144,19 @@ def grow_static(shape: StaticShape, marginals: Marginals, tables: PathTables) ->
     if shape.max_depth:
         found, _ = marginals.candidates(shape.max_depth, shape.most_children)
         tokens = torch.cat((roots, found.flatten(1)[:, tables.static(shape)]), dim=1)
-    return DraftTree(
-        tokens=tokens,
-        parents=plan.parents.expand_as(tokens),
-        depths=plan.depths.expand_as(tokens),
-        ancestors=plan.masks.expand_as(tokens),
-        sizes=torch.full_like(tokens[:, 0], shape.num_nodes),
-        max_depth=shape.max_depth,
-    )
+    return plan.tree(tokens)
 
 
 @grow_at_once.register
 def grow_dynamic(shape: DynamicShape, marginals: Marginals, tables: PathTables) -> DraftTree:
     """Best-first: the likeliest paths by the product of their tokens' probabilities."""
     grower, paths = marginals.grower, tables.dynamic(shape)
-    ops, roots = grower.ctx.ops, grower.roots
     found, local = marginals.candidates(shape.max_depth, shape.top_k)  # [B, D, k]
     if local is None:
         local = torch.zeros_like(found, dtype=torch.float32)
     scores = _path_scores(local, paths)
-    num_nodes = min(shape.num_nodes, scores.shape[1] + 1)
-    tokens, parents = ops.tree_select(
-        found.flatten(1)[:, paths.last],
-        paths.parents.expand(len(scores), -1).contiguous(),
-        scores,
-        roots.tokens,
-        roots.max_nodes,
-        num_nodes,
-    )
-    masks, depths = ops.tree_ancestors(parents)
-    return DraftTree(
-        tokens=tokens.clamp(min=0),
-        parents=parents,
-        depths=depths,
-        ancestors=masks,
-        sizes=torch.full_like(roots.tokens, num_nodes),
-        max_depth=min(shape.max_depth, num_nodes - 1),
-    )
+    parents = paths.parents.expand(len(scores), -1).contiguous()
+    return grower.selected(shape, found.flatten(1)[:, paths.last], parents, scores)
 
 
 def _path_scores(local: Tensor, paths: Paths) -> Tensor:

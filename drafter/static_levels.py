@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.step.shape import StaticShape, signed
+from engine.step.tree import DraftTree
 
 # A slice, where places follow each other: it needs no kernel
 Places = slice | Tensor
@@ -33,6 +34,17 @@ class Levels:
     depths: Tensor
     masks: Tensor  # of ancestors
     levels: tuple[Level, ...]  # by depth
+
+    def tree(self, tokens: Tensor) -> DraftTree:
+        """Trees of this shape with these tokens, [B, N]."""
+        return DraftTree(
+            tokens=tokens,
+            parents=self.parents.expand_as(tokens),
+            depths=self.depths.expand_as(tokens),
+            ancestors=self.masks.expand_as(tokens),
+            sizes=torch.full_like(tokens[:, 0], tokens.shape[1]),
+            max_depth=len(self.levels),
+        )
 
 
 class Children(NamedTuple):
