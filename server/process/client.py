@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -21,10 +22,17 @@ from engine.messages import (
     EngineStats,
     ErrorCode,
     Finished,
+    HandedOver,
+    PagesSent,
+    PeerLost,
+    Reserved,
+    Resume,
     Shutdown,
     Submit,
     SwapDraft,
+    TakePages,
     Tokens,
+    TransferEvent,
 )
 from engine.request import FinishReason, Request
 from server.process.wire import decode_engine, encode, share_prompts, unbounded
@@ -37,6 +45,22 @@ MAX_UNREAD = 8192  # events of one request
 logger = logging.getLogger(__name__)
 
 
+class Listener(Protocol):
+    """Takes the events of one request; `Stream` and the legs of a route do."""
+
+    def put(self, event: Tokens | Finished) -> bool:
+        """Take an event. False if the engine must be told to stop."""
+        ...
+
+    def transfer(self, event: TransferEvent) -> None:
+        """Take what an engine says to engines of the other role."""
+        ...
+
+    def failed(self, reason: str, code: ErrorCode | None = None) -> Finished:
+        """The last event of a request whose engine is lost."""
+        ...
+
+
 class ZmqEngineClient:
     """Implements `EngineClient`. Outlives engines: `attach` one, and `detach` it when it has
     ended."""
@@ -46,7 +70,7 @@ class ZmqEngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._reader: asyncio.Task[None] | None = None
         self._outbox: list[ClientMessage] = []
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Listener] = {}
         self._swaps: dict[str, asyncio.Future[DraftSwapped]] = {}
         self._swap_ids = itertools.count()
         self._info: EngineInfo | None = None
@@ -110,15 +134,34 @@ class ZmqEngineClient:
         if self._stats is not None:
             self._stats = _at_rest(self._stats)
 
+    @property
+    def num_open(self) -> int:
+        """Requests without their last event."""
+        return len(self._streams)
+
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
-        assert request.request_id not in self._streams, "request ids are used once"
-        stream = _Stream(request)
-        self._streams[request.request_id] = stream
-        if self._info is None:
-            self._deliver(stream.failed(NO_ENGINE))
-        else:
-            self._send(Submit(request))
+        stream = Stream(request)
+        self.open(Submit(request), stream)
         return stream.events()
+
+    def open(self, message: Submit, listener: Listener) -> None:
+        """Submit one request, whose events `listener` takes."""
+        request_id = message.request.request_id
+        assert request_id not in self._streams, "request ids are used once"
+        self._streams[request_id] = listener
+        if self._info is None:
+            self._deliver(listener.failed(NO_ENGINE))
+        else:
+            self._send(message)
+
+    def forget(self, request_id: str) -> None:
+        """A request has left the engine for another one: no event follows."""
+        del self._streams[request_id]
+
+    def tell(self, message: TakePages | Resume | PeerLost) -> None:
+        """What an engine of the other role has said, if the engine lives."""
+        if self._info is not None:
+            self._send(message)
 
     def abort(self, request_id: str) -> None:
         if request_id in self._streams and self._info is not None:
@@ -179,6 +222,8 @@ class ZmqEngineClient:
             self._stats = message
         elif isinstance(message, DraftSwapped):
             self._answer(message)
+        elif isinstance(message, Reserved | PagesSent | HandedOver):
+            self._streams[message.request_id].transfer(message)
         else:
             self._deliver(message)
 
@@ -211,7 +256,7 @@ def _at_rest(stats: EngineStats) -> EngineStats:
     )
 
 
-class _Stream:
+class Stream:
     """The unread events of one request."""
 
     def __init__(self, request: Request) -> None:
@@ -232,6 +277,10 @@ class _Stream:
             self._queue.get_nowait()
         self._queue.put_nowait(self.failed(UNREAD))
         return False
+
+    def transfer(self, event: TransferEvent) -> None:
+        """Engines without roles hand nothing over."""
+        raise AssertionError(f"{event} of an engine without a role")
 
     async def events(self) -> AsyncIterator[Tokens | Finished]:
         while True:

@@ -18,6 +18,7 @@ import yaml
 
 from configs.redact import redacted
 from configs.resolve import HostConfig
+from configs.schema import role_counts
 from engine.messages import EngineInfo
 from server.http.state import ServerState
 from server.process.client import ZmqEngineClient
@@ -25,10 +26,13 @@ from server.process.keeper import LAST_WORDS, EngineKeeper
 from server.process.listening import address_of, check_tls, open_listener
 from server.process.logs import machine_line, set_up_logging
 from server.process.open_files import raise_limit
+from server.process.role_engines import RoleEngines
+from server.process.roles import RolesClient
 from server.process.socket_folder import remove_stale_folders
 
 if TYPE_CHECKING:
     from server.http.context import ServerContext
+    from server.http.engine_client import EngineClient
     from server.process.web import WebServer
 
 SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
@@ -59,8 +63,7 @@ def serve(config: HostConfig) -> int:
 
 async def _serve(config: HostConfig, listener: socket.socket) -> int:
     stop = _stop_signals()  # first of all: as PID 1 of a container no other handler exists
-    client = ZmqEngineClient()
-    engine = EngineKeeper(config, client)
+    client, engine = _engines(config)
     engine.start()
     try:
         preparing = asyncio.create_task(asyncio.to_thread(_prepare, config, client))
@@ -73,7 +76,18 @@ async def _serve(config: HostConfig, listener: socket.socket) -> int:
     return engine.exit_code
 
 
-def _prepare(config: HostConfig, client: ZmqEngineClient) -> WebServer:
+def _engines(
+    config: HostConfig,
+) -> tuple[ZmqEngineClient | RolesClient, EngineKeeper | RoleEngines]:
+    """The engine, or one for each role, and how requests come there."""
+    if config.parallel.roles is not None:
+        engines = RoleEngines(config, role_counts(config.parallel.roles))
+        return engines.client, engines
+    client = ZmqEngineClient()
+    return client, EngineKeeper(config, client)
+
+
+def _prepare(config: HostConfig, client: EngineClient) -> WebServer:
     """The web server, while the engine loads: its modules and the tokenizer take a second."""
     from server.process.web import WebServer, build_app
 
@@ -83,8 +97,8 @@ def _prepare(config: HostConfig, client: ZmqEngineClient) -> WebServer:
 async def _run(
     config: HostConfig,
     web: WebServer,
-    client: ZmqEngineClient,
-    engine: EngineKeeper,
+    client: ZmqEngineClient | RolesClient,
+    engine: EngineKeeper | RoleEngines,
     listener: socket.socket,
     stop: asyncio.Event,
 ) -> None:
@@ -105,7 +119,7 @@ async def _run(
 
 
 async def _announce(
-    context: ServerContext, client: ZmqEngineClient, listener: socket.socket
+    context: ServerContext, client: ZmqEngineClient | RolesClient, listener: socket.socket
 ) -> None:
     """Print what is served, then where."""
     info = await client.wait_ready()
@@ -137,11 +151,13 @@ def summary(config: HostConfig, info: EngineInfo) -> dict[str, str]:
     drafts = [] if info.draft is None else [f"{info.draft.kind} head {info.draft.path}"]
     drafts += ["lookup"] if config.speculation.looks_up else []
     tree = f"; tree {config.speculation.tree}" if info.draft is not None else ""
+    roles = {} if config.parallel.roles is None else {"engines": config.parallel.roles}
     return {
         "model": f"{config.model.served_name}, {info.max_model_len} tokens of context",
         "device": f"{info.device}, {config.kernels.threads} threads",
         "kernels": ", ".join(f"{name} ({count})" for name, count in kernels.most_common()),
         "drafts": (", ".join(drafts) or "none") + tree,
+        **roles,
         "cache": f"{info.num_blocks * info.block_size} tokens",
         "more": "--verbose, /info, aerie config"
         + ("; a page to chat at /" if config.server.page else ""),

@@ -16,15 +16,15 @@ from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.connections import Connections
 from server.http.context import ServerContext, ServerInfo
+from server.http.engine_client import EngineClient
 from server.http.protocol import protocol_with
 from server.page.routes import page_routes
-from server.process.client import ZmqEngineClient
 from server.process.loaded import spare_loaded
 from server.process.open_files import connection_limit
 from server.text.chat_codec import load_codec
 
 
-def build_app(config: HostConfig, client: ZmqEngineClient) -> FastAPI:
+def build_app(config: HostConfig, client: EngineClient) -> FastAPI:
     """The application, with the model's tokenizer and template.
 
     Raises:
