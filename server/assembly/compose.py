@@ -74,6 +74,10 @@ def build_swappable_engine(
         NativeUnavailableError: native kernels were asked for and cannot be built.
         OSError: there is no process for a rank.
     """
+    if config.parallel.roles is not None and role is None:
+        raise ValueError(
+            f"parallel.roles = {config.parallel.roles}: only aerie serve can have roles"
+        )
     device = device_of(0, config)
     followers = Followers.start(config, folder)
     try:

@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 class Listener(Protocol):
     """Takes the events of one request; `Stream` and the legs of a route do."""
 
+    @property
+    def request(self) -> Request: ...
+
     def put(self, event: Tokens | Finished) -> bool:
         """Take an event. False if the engine must be told to stop."""
         ...
@@ -260,7 +263,7 @@ class Stream:
     """The unread events of one request."""
 
     def __init__(self, request: Request) -> None:
-        self._request = request
+        self.request = request
         self._queue: asyncio.Queue[Tokens | Finished] = asyncio.Queue()
         self._is_given_up = False
 
@@ -292,9 +295,9 @@ class Stream:
     def failed(self, reason: str, code: ErrorCode | None = None) -> Finished:
         """The last event of a request whose engine is lost."""
         return Finished(
-            request_id=self._request.request_id,
+            request_id=self.request.request_id,
             reason=FinishReason.ERROR,
-            num_prompt=len(self._request.prompt_ids),
+            num_prompt=len(self.request.prompt_ids),
             num_output=0,
             error=reason,
             error_code=code,

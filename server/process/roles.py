@@ -67,8 +67,15 @@ class RolesClient:
 
     @property
     def info(self) -> EngineInfo | None:
-        """Facts of an engine that is ready, of one that decodes if there is one."""
-        return next((client.info for client in self._clients if client.info), None)
+        """Facts of an engine that is ready, of one that decodes if there is one. Requests must fit
+        into all of them."""
+        found = [client.info for client in self._clients if client.info is not None]
+        if not found:
+            return None
+        shortest = min(info.max_model_len for info in found)
+        if shortest == found[0].max_model_len:
+            return found[0]
+        return msgspec.structs.replace(found[0], max_model_len=shortest)
 
     @property
     def stats(self) -> EngineStats | None:
@@ -233,6 +240,10 @@ class _Leg:
     def __init__(self, route: _Route, peer: Peer) -> None:
         self.peer = peer
         self._route = route
+
+    @property
+    def request(self) -> Request:
+        return self._route.request
 
     def put(self, event: Tokens | Finished) -> bool:
         return self._route.heard(self, event)
