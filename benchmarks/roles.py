@@ -58,6 +58,7 @@ class Watch:
     calm: float  # seconds before the prompts arrive
     prompts: int
     length: int  # tokens of each prompt
+    most: float  # seconds after their arrival
 
 
 @dataclass(slots=True)
@@ -77,7 +78,12 @@ def prompt(length: int, seed: int) -> list[int]:
 async def stream(client: httpx.AsyncClient, model: str, seed: int, seen: Watched) -> None:
     """One long answer; runs until it is cancelled."""
     body = {"model": model, "prompt": prompt(STREAM_PROMPT, seed), "stream": True}
-    body |= {"max_tokens": 6000, "ignore_eos": True, "temperature": 0, "max_draft_nodes": 0}
+    body |= {
+        "max_tokens": 6000,
+        "ignore_eos": True,
+        "temperature": 0,
+        "speculation": {"enabled": False},
+    }
     async with client.stream("POST", "/completions", json=body) as response:
         response.raise_for_status()
         before = None
@@ -109,26 +115,30 @@ async def measure(endpoint: Endpoint, watch: Watch) -> dict[str, Any]:
             for seed in range(watch.streams)
         ]
         while seen.num_started < watch.streams:
-            await asyncio.sleep(0.01)
+            await asyncio.wait(own, timeout=0.01)
+            for each in own:
+                if each.done():
+                    each.result()  # raises: a stream lasts longer than this
         began = time.perf_counter()
         await asyncio.sleep(watch.calm)
         arrival = time.perf_counter()
         asked = [
-            first_token(client, endpoint.model, watch.length, 1000 + number)
+            asyncio.create_task(first_token(client, endpoint.model, watch.length, 1000 + number))
             for number in range(watch.prompts)
         ]
-        firsts = await asyncio.gather(*asked)
+        done, late = await asyncio.wait(asked, timeout=watch.most)
         end = time.perf_counter()
-        for task in own:
+        for task in (*own, *late):
             task.cancel()
-        await asyncio.gather(*own, return_exceptions=True)
+        await asyncio.gather(*own, *late, return_exceptions=True)
     undisturbed = Gaps.of([gap for at, gap in seen.gaps if began <= at < arrival])
     beside = Gaps.of([gap for at, gap in seen.gaps if arrival <= at < end])
     return {
         "undisturbed_ms": asdict(undisturbed),
         "beside_prompts_ms": asdict(beside),
         "p99_ratio": round(beside.p99 / undisturbed.p99, 2),
-        "first_tokens_s": [round(first, 2) for first in firsts],
+        "first_tokens_s": sorted(round(task.result(), 2) for task in done),
+        "unfinished_prompts": len(late),
     }
 
 
@@ -161,6 +171,7 @@ def main(
     calm: Annotated[float, typer.Option(help="Seconds before the prompts arrive.")] = 6.0,
     prompts: Annotated[int, typer.Option(min=1, help="Long prompts.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 6000,
+    most: Annotated[float, typer.Option(help="Seconds to watch after they arrive.")] = 600.0,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
 ) -> None:
     """Measure one engine and an engine for each role, one after the other."""
@@ -168,7 +179,7 @@ def main(
     if engines not in (*settings, "both"):
         raise typer.BadParameter(f"engines is {engines!r}; allowed: one, roles, both")
     chosen = settings if engines == "both" else {engines: settings[engines]}
-    watch, before = Watch(streams, calm, prompts, length), machine.load()
+    watch, before = Watch(streams, calm, prompts, length, most), machine.load()
     found = {
         name: _measured([*(overrides or ()), *own], output.parent, watch)
         for name, own in chosen.items()
