@@ -59,32 +59,45 @@ class Planner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FixedPlanner:
-    """Always the same shape for every row. Its costs say what a looked-up node is worth."""
+    """Always the same shape for every row. Its costs say what a looked-up node is worth; they are
+    looked at once in a while, because that takes time, too."""
 
     shape: TreeShape = ROOT
     costs: StepCosts = field(default_factory=StepCosts.guessed, compare=False)
     padding: Padding = field(default_factory=Padding)
-    _accepted: list[float] = field(default_factory=lambda: [0.0], compare=False)
+    _accepted: float = field(default=0.0, compare=False)  # lately, of a tree
+    _prices: tuple[float, float] = field(default=(0.0, 0.0), compare=False)  # of a node; of a start
+    _num_rows: int = field(default=0, compare=False)  # for which these hold
+    _num_standing: int = field(default=0, compare=False)  # steps for which they hold
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
         able = [row for row in rows if row.most]
         if not able:
             return Choice()
-        roots = self.padding.work([0] * len(rows), ROOT, sum(row.context for row in rows))
-        price = node_price(self.costs, roots)
+        if self._num_standing == 0 or self._num_rows != len(rows):
+            self._set_prices(rows)
+        price, entry = self._prices
         if self.shape == ROOT:
-            return Choice(price=price, entry=entry_price(self.costs, roots))
-        net = self._accepted[0] - price * (self.shape.num_nodes - 1)
+            return Choice(price=price, entry=entry)
+        net = self._accepted - price * (self.shape.num_nodes - 1)
         return Choice(self.shape, None, price, promises={row.line: net for row in able})
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         for row, result in zip(plan.rows, outcome.rows, strict=True):
             if row.is_drafted:  # counts 0 if the head has failed or knows nothing of the row
-                self._accepted[0] += 0.02 * (len(result.path) - self._accepted[0])
+                self._accepted += 0.02 * (len(result.path) - self._accepted)
+        self._num_standing = max(0, self._num_standing - 1)
+        if self._num_standing:
+            return
         if sample := sample_of(plan, outcome, seconds, self.padding):
             self.costs.observe(sample)
+
+    def _set_prices(self, rows: Sequence[Candidate]) -> None:
+        roots = self.padding.work([0] * len(rows), ROOT, sum(row.context for row in rows))
+        self._prices = node_price(self.costs, roots), entry_price(self.costs, roots)
+        self._num_rows, self._num_standing = len(rows), STANDING
 
 
 CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
