@@ -29,6 +29,12 @@ ALONGSIDE = {
     Config: {"capture.consent": "true"},
     TrainingConfig: {"data.prompts": "[p]", "loss.features": "1"},
 }
+# What single keys need besides.
+BESIDE = {
+    "learn": {"capture.dir": "shards"},
+    "mask_token_id": {"head.kind": "peagle"},
+}
+FORMS = {"roles": ("prefill:1,decode:1", "decode:16, prefill:2")}  # texts of certain forms
 SOURCES = ("override", "variable", "file")
 
 
@@ -85,6 +91,8 @@ def good_values(key: Key) -> Iterator[tuple[str, object]]:
         middle = low + (high - low) / 2
         yield from ((str(middle), middle), (f"{middle:e}", float(f"{middle:e}")))
         yield from ((text, 1000.0) for text in ("1e3", "1_000", "1000.") if high >= 1000)
+    elif key.name in FORMS:
+        yield from ((text, text) for text in FORMS[key.name])
     elif str in kinds or Path in kinds:
         make = Path if Path in kinds else str
         yield from ((text, make(text)) for text in TREACHEROUS)
@@ -115,7 +123,8 @@ def bounds(key: Key, number: type) -> tuple[Any, Any]:
 def load(key: Key, text: str, source: str, folder: Path) -> object:
     """The key's value, set to `text` by one source; the other keys come from overrides."""
     name = f"{key.section}.{key.name}"
-    around = [f"{k}={v}" for k, v in ALONGSIDE[key.schema].items() if k != name]
+    needed = ALONGSIDE[key.schema] | BESIDE.get(key.name, {})
+    around = [f"{k}={v}" for k, v in needed.items() if k != name]
     if key.schema is TrainingConfig and key.name in CLOCK_KEYS:
         around.append("run.minutes=1")
     environment, path = {}, None
