@@ -29,10 +29,10 @@ ALONGSIDE = {
     Config: {"capture.consent": "true"},
     TrainingConfig: {"data.prompts": "[p]", "loss.features": "1"},
 }
-# What single keys need besides.
-BESIDE = {
-    "learn": {"capture.dir": "shards"},
-    "mask_token_id": {"head.kind": "peagle"},
+# What some keys need besides.
+NEEDED_BY_KEY = {
+    "speculation.learn": {"capture.dir": "captured"},
+    "head.mask_token_id": {"head.kind": "peagle"},
 }
 FORMS = {"roles": ("prefill:1,decode:1", "decode:16, prefill:2")}  # texts of certain forms
 SOURCES = ("override", "variable", "file")
@@ -123,8 +123,8 @@ def bounds(key: Key, number: type) -> tuple[Any, Any]:
 def load(key: Key, text: str, source: str, folder: Path) -> object:
     """The key's value, set to `text` by one source; the other keys come from overrides."""
     name = f"{key.section}.{key.name}"
-    needed = ALONGSIDE[key.schema] | BESIDE.get(key.name, {})
-    around = [f"{k}={v}" for k, v in needed.items() if k != name]
+    alongside = ALONGSIDE[key.schema] | NEEDED_BY_KEY.get(name, {})
+    around = [f"{k}={v}" for k, v in alongside.items() if k != name]
     if key.schema is TrainingConfig and key.name in CLOCK_KEYS:
         around.append("run.minutes=1")
     environment, path = {}, None
