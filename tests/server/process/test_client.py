@@ -169,7 +169,7 @@ def test_an_engine_that_says_it_failed_gets_no_more_requests(
         assert not pair.client.has_failed
         assert pair.client.stats is None
         await peer.say(STATS)
-        end = finished(request("c"))
+        end = finished(request("c"), FinishReason.LENGTH)
         stream = pair.client.submit(request("c"))
         await peer.say(end)
         await collect(stream)

@@ -210,8 +210,7 @@ def test_stats_of_several_engines_are_added_up() -> None:
 def test_what_was_running_when_two_engines_ended_is_refused(tmp_path: Path) -> None:
     async def scene(prefill: Pair, decode: Pair) -> None:
         router = RolesClient([prefill.client], [decode.client])
-        await prefill.engine()
-        await decode.engine()
+        peers = [await prefill.engine(), await decode.engine()]
         stream = router.submit(ask("a", PROMPT))
         for pair in (decode, prefill):
             pair.client.suspect({mark("a")})
@@ -220,8 +219,7 @@ def test_what_was_running_when_two_engines_ended_is_refused(tmp_path: Path) -> N
         (lost,) = [event async for event in stream]
         assert isinstance(lost, Finished)
         assert lost.error == ENGINE_LOST
-        for pair in (prefill, decode):
-            await pair.engine()
+        peers += [await prefill.engine(), await decode.engine()]
         (refused,) = [event async for event in router.submit(ask("b", PROMPT))]
         assert isinstance(refused, Finished)
         assert refused.error_code is ErrorCode.REFUSED
@@ -230,6 +228,8 @@ def test_what_was_running_when_two_engines_ended_is_refused(tmp_path: Path) -> N
             pair.client.step_sizes.observe(EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7))
         assert router.step_sizes.num_tokens == 14
         assert list(router.step_sizes.counts)[:3] == [0, 2, 0]
+        for peer in peers:
+            peer.close()
 
     async def main() -> None:
         suspects = Suspects(60)
