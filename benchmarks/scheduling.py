@@ -11,7 +11,8 @@ import time
 
 from engine.kv.manager import KVManager
 from engine.request import Request, SamplingParams
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 
 BLOCK = 16

@@ -134,6 +134,18 @@ def with_sizes(config: HostConfig, *, max_model_len: int, num_blocks: int) -> Re
     return ResolvedConfig.model_validate(_filled(config, sizes))
 
 
+def shared_out(config: HostConfig, num_engines: int) -> HostConfig:
+    """The configuration of one of several engines on this machine: its share of the cores, and of
+    the memory for caches. What passes between engines takes as much as a cache, at most."""
+    threads = max(1, config.kernels.threads // num_engines)
+    fraction = config.cache.memory_fraction / (num_engines + 1)
+    shares: dict[str, dict[str, Any]] = {
+        "kernels": {"threads": threads},
+        "cache": {"memory_fraction": fraction},
+    }
+    return HostConfig.model_validate(_filled(config, shares))
+
+
 def _filled(config: Config, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The keys and values of `config`, with what was found for some of its sections."""
     tree = config.model_dump()

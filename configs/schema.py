@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -60,6 +60,47 @@ AuxLayers = Annotated[
     Literal["auto", "outputs", "boundaries"] | tuple[Annotated[Integer, Field(ge=0)], ...],
     WrapValidator(_say_allowed_layers),
 ]
+
+
+ROLES = ("prefill", "decode")
+ROLES_AS = "write prefill:N,decode:M, as prefill:1,decode:1"
+MAX_ENGINES = 16  # of a role
+
+
+class RoleCounts(NamedTuple):
+    """How many engines have each role."""
+
+    prefill: int
+    decode: int
+
+
+def role_counts(text: str) -> RoleCounts:
+    """The meaning of `parallel.roles`, such as `prefill:1,decode:1`.
+
+    Raises:
+        ValueError: a role is unknown, missing or there twice, or its number is not possible.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, colon, count = (piece.strip() for piece in part.partition(":"))
+        if not colon or name not in ROLES:
+            raise ValueError(
+                f"{part!r} is no role: write prefill:N,decode:M, as prefill:1,decode:1"
+            )
+        if name in found:
+            raise ValueError(f"{name} is there twice")
+        if not (count.isascii() and count.isdigit()) or not 1 <= int(count) <= MAX_ENGINES:
+            raise ValueError(f"{name}:{count}: the number of engines is 1 to {MAX_ENGINES}")
+        found[name] = int(count)
+    for name in ROLES:
+        if name not in found:
+            raise ValueError(f"{name} is missing: {ROLES_AS}")
+    return RoleCounts(**found)
+
+
+def _check_roles(text: str) -> str:
+    role_counts(text)
+    return text
 
 
 class Section(BaseModel):
@@ -258,6 +299,21 @@ class ParallelConfig(Section):
     check_every: Integer = Field(
         0, ge=0, description="steps between checks that all ranks did the same; 0: never"
     )
+    roles: Annotated[str, AfterValidator(_check_roles)] | None = Field(
+        None,
+        description="separate engines for prompts and for decoding, as prefill:1,decode:1, so that "
+        "long prompts do not slow running streams down. Each has its own copy of the model and an "
+        "equal share of kernels.threads and of cache.memory_fraction. Default: one engine for both",
+    )
+
+    @model_validator(mode="after")
+    def _one_rank_per_role(self) -> ParallelConfig:
+        if self.roles is not None and self.tensor != 1:
+            raise ValueError(
+                f"parallel.roles = {self.roles}: its engines have one rank each, but "
+                f"parallel.tensor is {self.tensor}; only 1 is possible"
+            )
+        return self
 
 
 class KernelsConfig(Section):
@@ -512,5 +568,22 @@ class Config(Section):
             raise ValueError(
                 "speculation.learn is true, but speculation.draft is null: there is no head to "
                 "train; name one, or 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> Config:
+        roles = self.parallel.roles
+        if roles is None:
+            return self
+        if self.speculation.learn:
+            raise ValueError(
+                f"parallel.roles = {roles}, but speculation.learn is true: with roles the draft "
+                "head cannot change while the server runs; only false is possible"
+            )
+        if self.capture.dir is not None and role_counts(roles).decode != 1:
+            raise ValueError(
+                f"parallel.roles = {roles}: only one engine can write to capture.dir, so decode:1 "
+                "is needed with it"
             )
         return self

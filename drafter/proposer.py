@@ -17,6 +17,7 @@ from drafter.pending import Features, Part, Pending
 from drafter.static_levels import StaticLevels
 from drafter.taps import FeatureCollector
 from engine.kv.slots import Scratch
+from engine.messages import DraftState
 from engine.speculation.planner import LATE_STEPS
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles
 from engine.step.shape import TreeShape
@@ -56,10 +57,13 @@ class DraftProposer:
         window: int | None = None,
         shared_noise: bool = True,
         late_steps: int = LATE_STEPS,
+        *,
+        eager: bool = False,
     ) -> None:
         """`window`: number of newest entries that the head attends to; None: all. Without
         `shared_noise` drafts are ranked by likelihood alone, as if all requests were greedy.
-        `late_steps`: for so many steps, tokens of rows that do not draft are kept."""
+        `late_steps`: for so many steps, tokens of rows that do not draft are kept. `eager`: prompts
+        are taken at once even while no row drafts, for another engine."""
         self.tap = FeatureCollector(head.tap_layers)
         self.failed = False
         self._head = head
@@ -83,6 +87,7 @@ class DraftProposer:
         self._ends: dict[int, int] = {}  # by line: position after the newest entry
         self._nexts: dict[int, int] = {}  # by line: position after the newest token
         self._drafting: set[int] = set()  # lines that this step grew trees for
+        self._eager = eager
         self._activity = 1.0  # share of the rows that draft, lately
 
     def admit(self, lines: Sequence[int]) -> None:
@@ -108,6 +113,28 @@ class DraftProposer:
             self._settle([line for line in lines if self._pending.is_whole(line)])
         except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
             self._give_up()
+
+    @property
+    def pages(self) -> Sequence[Tensor]:
+        kv = self._ctx.kv
+        return *kv.keys, *kv.values, self._has_entry.view(kv.num_blocks, kv.block_size)
+
+    def hand_over(self, line: int) -> DraftState | None:
+        self._complete([line])
+        position = int(self._positions[line])
+        if self.failed or position < 0:
+            return None
+        state = self._states[line].cpu().contiguous().view(torch.uint8)
+        return DraftState(position, state.numpy().tobytes())
+
+    def adopt(self, line: int, state: DraftState, blocks: Sequence[int]) -> None:
+        like = self._states[line]
+        known = torch.frombuffer(bytearray(state.state), dtype=like.dtype)
+        self._states[line] = known.to(like.device)
+        self._positions[line] = state.position
+        self._ends[line] = self._nexts[line] = state.position + 1
+        has_entry = self._has_entry.view(-1, self._ctx.kv.block_size)[list(blocks)].flatten()
+        self._firsts[line] = self._first_of(has_entry[: state.position])
 
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
         if not self.failed:
@@ -200,7 +227,7 @@ class DraftProposer:
             return
         self._follow(committed, counts.tolist())
         at_once = torch.tensor([line in drafting for line in committed.lines.tolist()])
-        if self._activity > RESTING:  # prompts, too
+        if self._eager or self._activity > RESTING:  # prompts, too
             at_once |= counts > 1
         part = Part(committed, features)
         at_once &= counts > 0
@@ -280,12 +307,17 @@ class DraftProposer:
                 before = torch.arange(start)
                 table = committed.block_tables[row].long()
                 slots = table[before // block_size] * block_size + before % block_size
-                missing = (~self._has_entry[slots]).nonzero()
-                self._firsts[line] = max(FIRST_ENTRY, int(missing[-1]) + 1 if len(missing) else 0)
+                self._firsts[line] = self._first_of(self._has_entry[slots])
             elif self._ends[line] != start:
                 self._firsts[line] = start
             self._ends[line] = start + counts[row]
         self._has_entry[committed.slots] = True
+
+    @staticmethod
+    def _first_of(has_entry: Tensor) -> int:
+        """The first position after which no entry is missing."""
+        missing = (~has_entry).nonzero()
+        return max(FIRST_ENTRY, int(missing[-1]) + 1 if len(missing) else 0)
 
     def _first_keys(self, lines: Tensor, prefix_lens: Tensor) -> Tensor:
         """The first entry that is attended to, [B] int32; padding rows have no prefix."""

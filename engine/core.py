@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from engine.grammar.gate import Gate, Opened
-from engine.messages import Abort, EngineInfo, EngineMessage, EngineStats, ErrorCode, Submit
+from engine.messages import (
+    Abort,
+    DraftState,
+    EngineInfo,
+    EngineMessage,
+    EngineStats,
+    ErrorCode,
+    PagesSent,
+    PeerLost,
+    Resume,
+    Submit,
+    TakePages,
+)
+from engine.scheduler.handovers import Pages
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.pace import Pace
 from engine.speculation.policy import DraftPolicy
@@ -29,6 +42,25 @@ class SequenceCounts(Protocol):
     def num_dropped(self) -> int: ...
 
 
+class Peers(Protocol):
+    """Sends pages to engines of the other role, and takes theirs; see `KVTransfer`."""
+
+    def send(self, pages: Pages) -> None:
+        """Send what a step has computed."""
+        ...
+
+    def receive(self, peer: int, blocks: Sequence[int]) -> None:
+        """Take the pages of these blocks."""
+        ...
+
+    def draft_state(self, line: int) -> DraftState | None:
+        """What the draft head knows of a running row besides its pages."""
+        ...
+
+
+Request = Submit | Abort | TakePages | Resume | PeerLost
+
+
 class EngineCore:
     """Messages in, events out. Not thread-safe: one thread calls `add` and `step`.
 
@@ -46,6 +78,7 @@ class EngineCore:
         run_ahead: bool = False,
         captured: SequenceCounts | None = None,
         gate: Gate | None = None,
+        peers: Peers | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._scheduler = scheduler
@@ -54,6 +87,7 @@ class EngineCore:
         self._run_ahead = run_ahead
         self._captured = captured
         self._gate = gate or Gate(None)
+        self._peers = peers
         self._clock = clock
         self._pace = Pace()
         self._collected_at: float | None = None  # time of the last collect; None while idle
@@ -70,12 +104,19 @@ class EngineCore:
     def info(self) -> EngineInfo:
         return msgspec.structs.replace(self._info, draft=self._policy.facts)
 
-    def add(self, message: Submit | Abort) -> None:
+    def add(self, message: Request) -> None:
         """Take a message; the next `step` returns the events that it causes."""
         if isinstance(message, Submit):
             opened = self._gate.take(message)
             if opened is not None:
                 self._submit(opened)
+        elif isinstance(message, Resume):
+            self._scheduler.resume(message)
+        elif isinstance(message, TakePages):
+            self._take_pages(message)
+        elif isinstance(message, PeerLost):
+            self._gate.forget_peer(message.peer)
+            self._scheduler.handovers.forget_peer(message.peer)
         elif not self._gate.abort(message.request_id):
             self._scheduler.abort(message.request_id)
 
@@ -84,6 +125,11 @@ class EngineCore:
         if self._gate.busy:
             return True
         return self._works()
+
+    @property
+    def awaits_peers(self) -> bool:
+        """Whether requests wait for other engines."""
+        return bool(self._scheduler.handovers.reserved)
 
     def step(self) -> list[EngineMessage]:
         """Run one step and return its events for clients, stats last."""
@@ -142,7 +188,14 @@ class EngineCore:
         return self._scheduler.has_work() or self._flight is not None or bool(self._landed)
 
     def _submit(self, opened: Opened) -> None:
-        self._scheduler.submit(*opened.requests, problem=opened.problem)
+        message = opened.message
+        self._scheduler.submit(
+            *opened.requests,
+            problem=opened.problem,
+            output_ids=message.output_ids,
+            reserve=message.reserve,
+            handover=message.handover,
+        )
         for request_id in opened.aborted:
             self._scheduler.abort(request_id)
 
@@ -176,6 +229,25 @@ class EngineCore:
             self._observe_pace(plan, outcome, seconds)
         self._planner.observe(plan, outcome, seconds)
         self._landed += self._scheduler.update(plan, outcome)
+        if self._peers is not None:
+            self._send_pages(self._peers)
+
+    def _send_pages(self, peers: Peers) -> None:
+        for pages in self._scheduler.pages_to_send():
+            draft = peers.draft_state(pages.line)  # first: it completes the pages
+            if pages.blocks:
+                peers.send(pages)
+                sent = PagesSent(pages.request_id, pages.first_block, len(pages.blocks))
+                self._landed.append(sent)
+            if pages.handed is not None:
+                self._landed.append(msgspec.structs.replace(pages.handed, draft=draft))
+
+    def _take_pages(self, message: TakePages) -> None:
+        assert self._peers is not None, "only engines with peers reserve blocks"
+        first, count = message.first_block, message.num_blocks
+        blocks = self._scheduler.handovers.take_pages(message.request_id, first, count)
+        if blocks:
+            self._peers.receive(message.peer, blocks)
 
     def _since_last_collect(self) -> float | None:
         """Seconds since the step before was collected, None if the engine was idle."""

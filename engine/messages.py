@@ -53,11 +53,26 @@ class Choice(msgspec.Struct, frozen=True, array_like=True):
     choice: int
 
 
+class Handover(msgspec.Struct, frozen=True, array_like=True):
+    """Where an engine puts the pages of a prompt for the engine `peer` that will decode: those of
+    block `first_block` + i of the sequence go to place `places[i]`."""
+
+    peer: int
+    first_block: int
+    places: tuple[int, ...]
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """Requests for one prompt, which is sent once."""
+    """Requests for one prompt, which is sent once. `output_ids`: tokens that another engine has
+    drawn for it already. With `reserve`, another engine will compute a prompt that is long enough:
+    `Reserved` tells it where to; then comes `Resume`. With `handover`, the request leaves this
+    engine after its first token, with `HandedOver`."""
 
     request: Request
     others: tuple[Choice, ...] = ()
+    output_ids: tuple[int, ...] = ()
+    reserve: bool = False
+    handover: Handover | None = None
 
     def requests(self) -> list[Request]:
         """One per choice, all with the same list of prompt ids."""
@@ -78,6 +93,51 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
+
+
+class DraftState(msgspec.Struct, frozen=True, array_like=True):
+    """What a draft head knows of a sequence besides its entries: the hidden state of the newest
+    token, which is at `position`, as bytes."""
+
+    position: int
+    state: bytes
+
+
+class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
+    """The prompt of a request and `output_ids` are computed, and their pages were sent: the engine
+    that reserved them goes on. Times are those of `Finished`."""
+
+    request_id: str
+    output_ids: tuple[int, ...]
+    num_cached: int
+    first_scheduled_time: float | None
+    first_token_time: float | None
+    draft: DraftState | None = None
+
+
+class TakePages(msgspec.Struct, frozen=True, tag="take_pages"):
+    """Engine `peer` has put the pages of `num_blocks` blocks of a sequence where `Reserved` said,
+    from block `first_block` on."""
+
+    request_id: str
+    peer: int
+    first_block: int
+    num_blocks: int
+
+
+class Resume(msgspec.Struct, frozen=True, tag="resume"):
+    """Go on with a request that was reserved. Without `handed` the other engine is lost: what it
+    has not sent is computed here, and `output_ids` are known already."""
+
+    request_id: str
+    output_ids: tuple[int, ...] = ()
+    handed: HandedOver | None = None
+
+
+class PeerLost(msgspec.Struct, frozen=True, tag="peer_lost"):
+    """The engine `peer` has ended: requests that were to be handed over to it stay."""
+
+    peer: int
 
 
 class SwapDraft(msgspec.Struct, frozen=True, tag="swap_draft"):
@@ -104,6 +164,23 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     round: Round | None = None
     pooled: bytes | None = None
+
+
+class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
+    """Blocks for a prompt are reserved; `places` are those from its block `first_block` on. What is
+    before is in the cache already."""
+
+    request_id: str
+    first_block: int
+    places: tuple[int, ...]
+
+
+class PagesSent(msgspec.Struct, frozen=True, tag="pages_sent"):
+    """The pages of so many blocks of a sequence are where its `Handover` says."""
+
+    request_id: str
+    first_block: int
+    num_blocks: int
 
 
 class ErrorCode(enum.StrEnum):
@@ -226,5 +303,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_unsound: int = 0  # requests that ended because the model's logits were NaN or infinite
 
 
-ClientMessage = Submit | Abort | SwapDraft | Shutdown
-EngineMessage = Tokens | Finished | EngineInfo | EngineFailed | EngineStats | DraftSwapped
+TransferEvent = Reserved | PagesSent | HandedOver
+ClientMessage = Submit | Abort | TakePages | Resume | PeerLost | SwapDraft | Shutdown
+EngineMessage = (
+    Tokens | Finished | TransferEvent | EngineInfo | EngineFailed | EngineStats | DraftSwapped
+)

@@ -68,6 +68,7 @@ class Status(enum.Enum):
     """The state of a sequence. A preempted sequence is WAITING again."""
 
     WAITING = "waiting"
+    RESERVED = "reserved"  # has blocks and a line; another engine computes its prompt
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -129,6 +130,13 @@ class Sequence:
         """Copy the prompt, so that tokens can be added to it."""
         if self.token_ids is self.request.prompt_ids:
             self.token_ids = list(self.token_ids)
+
+    @property
+    def uses_prefix_cache(self) -> bool:
+        """Whether cached tokens help: scores of prompt tokens, and the mean of their states, need
+        every one of them computed."""
+        params = self.request.params
+        return params.prompt_logprobs is None and params.pooling != "mean"
 
     @property
     def request_id(self) -> str:

@@ -7,6 +7,8 @@ from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from engine.messages import ErrorCode, Submit
 from engine.request import Request
 
@@ -30,6 +32,7 @@ class Opened:
     """Requests for one prompt whose grammar is compiled, or why they cannot run; `aborted` are the
     ids of those that ended meanwhile."""
 
+    message: Submit
     requests: list[Request]
     problem: Problem | None = None
     aborted: tuple[str, ...] = ()
@@ -57,9 +60,9 @@ class Gate:
         """The requests of a message, if they need not wait."""
         grammar = message.request.params.grammar
         if grammar is None:
-            return Opened(message.requests())
+            return Opened(message, message.requests())
         if self._grammars is None:
-            return Opened(message.requests(), (NO_TOKENIZER, ErrorCode.INVALID))
+            return Opened(message, message.requests(), (NO_TOKENIZER, ErrorCode.INVALID))
         self._waiting.append(_Waiting(message, self._grammars.ask(grammar)))
         return None
 
@@ -70,6 +73,13 @@ class Gate:
                 waiting.aborted.append(request_id)
                 return True
         return False
+
+    def forget_peer(self, peer: int) -> None:
+        """No request is handed over to this engine."""
+        for waiting in self._waiting:
+            handover = waiting.message.handover
+            if handover is not None and handover.peer == peer:
+                waiting.message = msgspec.structs.replace(waiting.message, handover=None)
 
     def ready(self, at_most: float = 0.0) -> Iterator[Opened]:
         """Requests whose grammar is ready; first waits for one, no longer than so many seconds."""
@@ -82,15 +92,20 @@ class Gate:
     def all(self) -> Iterator[Opened]:
         """All requests that wait, ready or not, to be ended."""
         left, self._waiting = self._waiting, []
-        return (Opened(each.message.requests(), None, tuple(each.aborted)) for each in left)
+        return (
+            Opened(each.message, each.message.requests(), None, tuple(each.aborted))
+            for each in left
+        )
 
     def _opened(self, waiting: _Waiting) -> Opened:
-        requests = waiting.message.requests()
+        message, requests = waiting.message, waiting.message.requests()
         assert self._grammars is not None
         try:
             compiled = waiting.compiled.result()
         except ValueError as error:
-            return Opened(requests, (f"the grammar cannot be used: {error}", ErrorCode.INVALID))
+            return Opened(
+                message, requests, (f"the grammar cannot be used: {error}", ErrorCode.INVALID)
+            )
         for request in requests:
             self._grammars.open(request, compiled)
-        return Opened(requests, None, tuple(waiting.aborted))
+        return Opened(message, requests, None, tuple(waiting.aborted))

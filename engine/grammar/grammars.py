@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from llguidance import LLMatcher
@@ -58,6 +58,12 @@ class Grammars:
         size = self._compiler.result().vocab_size
         matcher = Matcher(compiled, size, self._eos_token_ids, request.params)
         self._matchers[request.request_id] = matcher
+
+    def take(self, request_id: str, output_ids: Sequence[int]) -> None:
+        """Another engine has drawn these tokens of a request, which may have no grammar."""
+        matcher = self._matchers.get(request_id)
+        if matcher is not None:
+            matcher.take(output_ids)
 
     def close(self, request_id: str) -> None:
         """The request has ended. It may have had no grammar."""

@@ -37,6 +37,11 @@ class KVManager:
         self.prefix_hits = 0  # prompt tokens found
 
     @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self._block_size
+
+    @property
     def capacity(self) -> int:
         """Slots of all blocks together: the length of the longest sequence that can run."""
         return self._pool.num_blocks * self._block_size

@@ -13,6 +13,7 @@ import torch
 
 from engine.grammar.grammars import Grammars
 from engine.kv.slots import Scratch
+from engine.kv.storage import KVStorage
 from engine.models.interface import TargetModel
 from engine.runner.graphs import DeviceSteps, HostSteps, Outputs, StepRunner
 from engine.runner.inputs import InputBuilder, Sizes, StepForm, StepInputs, TableChanges
@@ -97,6 +98,15 @@ class ModelRunner:
         self._steps = self._step_runner(self._body)
         self._next: _Next | None = None
         self._num_faults = 0  # trees that the current head could not grow
+
+    @property
+    def kv(self) -> KVStorage:
+        """The target's pages."""
+        return self._parts.context.kv
+
+    @property
+    def proposer(self) -> Proposer:
+        return self._body.proposer
 
     @torch.inference_mode()
     def draft_with(self, proposer: Proposer) -> None:
@@ -184,6 +194,10 @@ class ModelRunner:
                 self._body.state.counts[admission.line].copy_(torch.from_numpy(seen))
         if plan.admitted:
             self._body.proposer.admit([admission.line for admission in plan.admitted])
+        for admission in plan.admitted:
+            if admission.draft is not None:
+                (row,) = (row for row in plan.rows if row.line == admission.line)
+                self._body.proposer.adopt(admission.line, admission.draft, row.new_blocks)
 
     def _write_early(self, changes: TableChanges) -> None:
         """Write the block table entries that do not fit into the step."""

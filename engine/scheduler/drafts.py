@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.kv.manager import KVManager
 from engine.messages import DraftSource, Round
@@ -172,6 +172,19 @@ class DraftCounts:
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     num_faults: int = 0  # as the runner counts them
     failed: bool = False
+
+    def stats(self) -> dict[str, Any]:
+        """Fields of `EngineStats`."""
+        return {
+            "num_drafts": self.num_drafts,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "accepted_per_position": tuple(self.accepted_per_position),
+            "steps_by_tree": dict(self.steps_by_tree),
+            "seconds_by_part": dict(self.seconds_by_part),
+            "num_draft_faults": self.num_faults,
+            "draft_failed": self.failed,
+        }
 
     def add_step(self, tree: str, seconds: Mapping[str, float]) -> None:
         """Count a step that verified trees of this shape, and the time of its parts."""

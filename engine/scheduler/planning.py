@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from engine.messages import DraftState
 from engine.request import Sequence
 from engine.scheduler.pacing import PromptTime
 from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan
@@ -61,13 +62,14 @@ class PlanDraft:
         they take is spent."""
         return wanted if self._time is None else self._time.spend(wanted, context)
 
-    def admit(self, seq: Sequence, num_tokens: int) -> None:
-        """Add a row of a sequence that starts or starts over in this step."""
+    def admit(self, seq: Sequence, num_tokens: int, state: DraftState | None = None) -> None:
+        """Add a row of a sequence that starts or starts over in this step. `state`: what a draft
+        head may know of it, if it comes from another engine."""
         output_ids = tuple(seq.token_ids[seq.num_prompt :])
         request = seq.request
         if request.prediction:  # only the scheduler needs it
             request = msgspec.structs.replace(request, prediction=[])
-        self.admitted[seq.line] = Admission(seq.line, request, output_ids)
+        self.admitted[seq.line] = Admission(seq.line, request, output_ids, state)
         self.num_admitted_blocks += len(seq.block_ids)
         self.add(seq, num_tokens)
 
@@ -88,7 +90,7 @@ class PlanDraft:
             row.num_draft, row.found = 0, ()
 
     def take_out(self, seq: Sequence) -> None:
-        assert seq.line not in self.admitted, "the executor does not know the line yet"
+        self.admitted.pop(seq.line, None)
         row = self.rows.pop(seq.line, None)
         if row is not None:
             self.budget += row.num_tokens + row.num_draft

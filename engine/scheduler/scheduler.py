@@ -21,19 +21,31 @@ import bisect
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.kv.manager import KVManager
-from engine.messages import EngineStats, ErrorCode, Finished, TokenLogprob, Tokens
+from engine.messages import (
+    EngineStats,
+    ErrorCode,
+    Finished,
+    Handover,
+    Reserved,
+    Resume,
+    TokenLogprob,
+    Tokens,
+)
 from engine.request import FinishReason, Rank, Request, Sequence, Status
 from engine.scheduler.ahead import only, plan_ahead
-from engine.scheduler.cutting import cut_emitted
+from engine.scheduler.cutting import TextEnds
 from engine.scheduler.drafts import DraftCounts, DraftRoom, count_draft
+from engine.scheduler.ending import finished_event
+from engine.scheduler.handovers import Handovers, Pages
+from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.pacing import PromptTime, StepTimes
 from engine.scheduler.planning import PlanDraft
 from engine.scheduler.pooling import Pools
 from engine.scheduler.preempting import choose_outranked, choose_victim
+from engine.scheduler.refusing import why_impossible
 from engine.scheduler.waiting import WaitingQueue
 from engine.speculation.lookup import Lookup, tree_name
 from engine.speculation.planner import Candidate, Choice
@@ -41,31 +53,14 @@ from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 
 if TYPE_CHECKING:
     from engine.grammar.grammars import Grammars
-    from engine.grammar.matcher import Matcher
 
 ADMITTED_BLOCKS = 4096  # no more sequences start in a step whose new ones got as many blocks
 HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others run
 OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
 PLAIN = Choice()
+Event = Tokens | Finished | Reserved
 GRAMMAR_FAILED = "the text cannot go on as its grammar says: "
 UNSOUND_LOGITS = "the model's logits for the next token are NaN or infinite"
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Limits of one step and of one sequence."""
-
-    max_num_seqs: int  # running sequences
-    max_num_batched_tokens: int  # tokens in one step
-    max_model_len: int  # prompt + output tokens of one sequence
-    token_time: float | None = None  # seconds: goal for steps that decode and compute prompts
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, max_num_seqs is "
-                f"{self.max_num_seqs}: a step must have room for one token of every sequence"
-            )
 
 
 class Scheduler:
@@ -86,10 +81,10 @@ class Scheduler:
         are open before they are submitted; None: no request has one."""
         self._limits = limits
         self._kv = kv
-        self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._clock = clock
         self._max_len = min(limits.max_model_len, kv.capacity)
+        self._ends = TextEnds(eos_token_ids, self._max_len, grammars)
         self._drafts = DraftRoom(kv, self._max_len, 0, None, grammars)
         self._live: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
@@ -97,9 +92,12 @@ class Scheduler:
         self._free_lines = list(range(limits.max_num_seqs - 1, -1, -1))
         self._by_line: dict[int, Sequence] = {}
         self._released: list[int] = []  # lines given back since the last plan
-        self._events: list[Tokens | Finished] = []  # from outside a step: aborts, rejections
+        # From outside a step: aborts, rejections; and reservations
+        self._events: list[Event] = []
+        self._leaving: list[Pages] = []  # of sequences that left in this step
         self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
         self._pools = Pools()
+        self.handovers = Handovers(kv.block_size)
         self._counts = DraftCounts()
         self._times = StepTimes()
         self._on_finish = on_finish
@@ -111,9 +109,17 @@ class Scheduler:
         self._num_unsound = 0
         self._num_looked_back = 0  # cached tokens that were computed again
 
-    def submit(self, *requests: Request, problem: tuple[str, ErrorCode] | None = None) -> None:
+    def submit(
+        self,
+        *requests: Request,
+        problem: tuple[str, ErrorCode] | None = None,
+        output_ids: Rows[int] = (),
+        reserve: bool = False,
+        handover: Handover | None = None,
+    ) -> None:
         """Queue the requests for one prompt, which have one list of prompt ids. Requests that can
-        never run get their `Finished` at once, as do those with a `problem`.
+        never run get their `Finished` at once, as do those with a `problem`. `output_ids`,
+        `reserve` and `handover`: see `Submit`.
 
         Raises:
             ValueError: an id belongs to a live request.
@@ -123,13 +129,15 @@ class Scheduler:
             if request.request_id in self._live or request.request_id in new:
                 raise ValueError(f"request_id {request.request_id!r} is in use by a live request")
             new.add(request.request_id)
-        problem = problem or self._impossible(requests[0])
+        problem = problem or why_impossible(requests[0], self._max_len, self._vocab_size)
         prompt_hashes: list[bytes] = []
         for request in requests:
             seq = Sequence.from_request(request)
             seq.rank, seq.prompt_hashes = self._next_rank(request), prompt_hashes
             self._live[request.request_id] = seq
             if problem is None:
+                self._add_output(seq, output_ids)
+                self.handovers.open(seq, reserve=reserve, handover=handover)
                 self._waiting.push(seq)
             else:
                 self._finish(seq, FinishReason.ERROR, *problem)
@@ -147,9 +155,26 @@ class Scheduler:
         events, self._events = self._events, []
         return [event for event in events if isinstance(event, Finished)]
 
+    def resume(self, message: Resume) -> None:
+        """Run a sequence that was reserved. It may have ended."""
+        if not self.handovers.is_reserved(message.request_id):
+            return
+        seq, num_computed, output_ids = self.handovers.resume(message)
+        self._add_output(seq, output_ids)
+        if message.handed is None:
+            num_computed = self._looked_back(seq, min(num_computed, len(seq.token_ids) - 1))
+        self._run(seq, num_computed)
+        self._kv.publish(seq)
+        self._blocked = None
+
+    def pages_to_send(self) -> list[Pages]:
+        """What the last step has computed for other engines. It is there until the next plan."""
+        leaving, self._leaving = self._leaving, []
+        return [*self.handovers.to_send(), *leaving]
+
     def has_work(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._live or self._events or self._released)
+        return bool(self._running or self._events or self._released) or self._may_start()
 
     def draft_with(self, lookahead: int, lookup: Lookup | None) -> None:
         """From the next step on, plan for another proposer, also for running rows.
@@ -186,6 +211,7 @@ class Scheduler:
         else:
             self._admit(draft)
             self._drafts.grow(draft, self._running, choice.shape)
+        self.handovers.admitted(draft.rows.keys())
         released, self._released = self._released, []
         return draft.finished(released, choice.shape)
 
@@ -202,7 +228,7 @@ class Scheduler:
         budget = self._limits.max_num_batched_tokens
         return plan_ahead(before, self._running, self._drafts, budget, choose)
 
-    def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Tokens | Finished]:
+    def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Event]:
         """Apply the outcome of a step whose rows all still run (see `living`); returns events for
         clients, in order."""
         if self._drafts.lookup is not None:
@@ -238,24 +264,19 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             last_step_tokens=self._last_tokens,
-            num_drafts=self._counts.num_drafts,
-            num_draft_tokens=self._counts.num_draft_tokens,
-            num_accepted_tokens=self._counts.num_accepted_tokens,
-            accepted_per_position=tuple(self._counts.accepted_per_position),
-            steps_by_tree=dict(self._counts.steps_by_tree),
-            seconds_by_part=dict(self._counts.seconds_by_part),
-            num_draft_faults=self._counts.num_faults,
             num_unsound=self._num_unsound,
-            draft_failed=self._counts.failed,
+            **self._counts.stats(),
         )
 
     def audit(self) -> None:
         """Assert that sequences, queue and blocks are consistent."""
-        self._kv.audit(self._running)
-        assert len(self._live) == len(self._running) + len(self._waiting)
+        reserved = self.handovers.reserved
+        self._kv.audit([*self._running, *reserved])
+        assert len(self._live) == len(self._running) + len(self._waiting) + len(reserved)
         assert self._running == sorted(self._running, key=_rank)
         assert self._by_line == {seq.line: seq for seq in self._running}
-        assert sorted([*self._by_line, *self._free_lines]) == list(range(self._limits.max_num_seqs))
+        lines = [*self._by_line, *self._free_lines, *(seq.line for seq in reserved)]
+        assert sorted(lines) == list(range(self._limits.max_num_seqs))
         for seq in self._running:
             assert 0 <= seq.num_computed < len(seq.token_ids)
             assert len(seq.block_ids) >= self._kv.blocks_for(seq.num_computed)
@@ -264,34 +285,6 @@ class Scheduler:
         self._num_submitted += 1
         self._num_requests += request.choice == 0
         return request.priority, self._num_requests + request.choice, self._num_submitted
-
-    def _impossible(self, request: Request) -> tuple[str, ErrorCode] | None:
-        """Why this request can never run, even alone; None if it can."""
-        num_prompt = len(request.prompt_ids)
-        if num_prompt == 0:
-            return "the prompt is empty", ErrorCode.INVALID
-        if num_prompt + min(request.params.max_tokens, 1) > self._max_len:
-            return (
-                f"This model's maximum context length is {self._max_len} tokens, but the prompt "
-                f"has {num_prompt} tokens and at least one more is to be generated",
-                ErrorCode.CONTEXT_LENGTH,
-            )
-        unknown = self._unknown_id(request)
-        return None if unknown is None else (unknown, ErrorCode.INVALID)
-
-    def _unknown_id(self, request: Request) -> str | None:
-        """An error for a token id outside the vocabulary: it would fail a whole step."""
-        params = request.params
-        for name, ids in (
-            ("prompt_ids", request.prompt_ids),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-            ("prediction", request.prediction),
-        ):
-            for token_id in (min(ids, default=0), max(ids, default=0)):
-                if not 0 <= token_id < self._vocab_size:
-                    return f"{name} has token id {token_id}; ids end at {self._vocab_size - 1}"
-        return None
 
     def _new_draft(self) -> PlanDraft:
         """An empty plan. Beside decoding rows, prompts get only so much time that these reach the
@@ -321,7 +314,7 @@ class Scheduler:
         seq = self._blocked
         if seq is None or self._waiting.peek() is not seq:
             return False
-        return not (_uses_prefix_cache(seq) and self._kv.may_match_more(seq))
+        return not (seq.uses_prefix_cache and self._kv.may_match_more(seq))
 
     def _plan_prompt(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
         """Plan a chunk of a running prompt, after the waiting ones that are more important."""
@@ -345,7 +338,10 @@ class Scheduler:
             self._preempt(draft, victim)
             if victim is seq:
                 return
-        draft.add(seq, num_tokens)
+        if self.handovers.is_new(seq.line):
+            draft.admit(seq, num_tokens, self.handovers.state(seq.line))
+        else:
+            draft.add(seq, num_tokens)
 
     def _reclaim(self, draft: PlanDraft) -> bool:
         """Free blocks that sequences hold only for draft nodes of earlier steps."""
@@ -375,7 +371,8 @@ class Scheduler:
             cached = self._give_first_blocks(draft, seq)
             if cached is not None:
                 self._waiting.pop()
-                self._start(draft, seq, cached)
+                if not self._reserve(seq, cached):
+                    self._start(draft, seq, cached)
             elif not (self._reclaim(draft) or self._make_way(draft, best, seq.num_lacking_blocks)):
                 self._blocked = seq
                 return
@@ -383,7 +380,7 @@ class Scheduler:
     def _is_hashed(self, seq: Sequence) -> bool:
         """Whether a sequence can be looked up in the prefix cache; a long one is hashed in several
         steps, so that no running row waits for it."""
-        if not self._running or not _uses_prefix_cache(seq):
+        if not self._running or not seq.uses_prefix_cache:
             return True
         return self._kv.hash_prefix(seq, HASHED_BLOCKS)
 
@@ -397,34 +394,70 @@ class Scheduler:
 
     def _give_first_blocks(self, draft: PlanDraft, seq: Sequence) -> int | None:
         """The number of tokens found in the prefix cache; None if there are too few blocks."""
+        handed = self.handovers.wants(seq)  # it needs all its blocks, and one for its first root
+        lookahead = self._drafts.lookahead + handed
         return self._kv.start(
             seq,
-            draft.budget,
-            match=_uses_prefix_cache(seq),
+            len(seq.token_ids) if handed else draft.budget,
+            match=seq.uses_prefix_cache,
             # one spare block per running row, so that growth does not preempt it at once
             spare=len(self._running),
-            lookahead=min(self._drafts.lookahead, self._max_len - len(seq.token_ids)),
+            lookahead=min(lookahead, self._max_len - len(seq.token_ids)),
         )
+
+    def _reserve(self, seq: Sequence, cached: int) -> bool:
+        """Whether a sequence that has its blocks waits for another engine from now on."""
+        if not self.handovers.wants(seq):
+            return False
+        num_slots = min(len(seq.token_ids) + self._drafts.lookahead, self._max_len)
+        event = self.handovers.reserve(seq, cached, num_slots)
+        if event is not None:
+            self._take_line(seq, cached)
+            seq.status = Status.RESERVED
+            self._events.append(event)
+        return event is not None
 
     def _start(self, draft: PlanDraft, seq: Sequence, cached: int) -> None:
         """Let a sequence run whose first blocks hold `cached` computed tokens."""
-        looked_back = min(cached, self._drafts.lookahead)
-        self._num_looked_back += looked_back
-        cached -= looked_back
-        seq.own_tokens()
-        seq.status = Status.RUNNING
-        seq.num_computed = cached
-        seq.line = self._free_lines.pop()
-        self._by_line[seq.line] = seq
-        if self._grammars is not None:
-            self._grammars.start(seq.line, seq.request_id)
+        cached = self._looked_back(seq, cached)
         missing = len(seq.token_ids) - cached
+        self._take_line(seq, cached)
+        self._run(seq, cached)
+        draft.admit(seq, max(1, draft.chunk(min(missing, draft.budget), cached)))
+
+    def _take_line(self, seq: Sequence, cached: int) -> None:
+        """A sequence that has blocks waits no longer."""
+        seq.own_tokens()
+        seq.line = self._free_lines.pop()
         if seq.first_scheduled_time is None:
             seq.first_scheduled_time = self._clock()
             seq.num_cached = cached
-            self._waiting.charge(seq.request.client, missing)
+            self._waiting.charge(seq.request.client, len(seq.token_ids) - cached)
+
+    def _looked_back(self, seq: Sequence, cached: int) -> int:
+        """How many cached tokens need not be computed again."""
+        if not seq.uses_prefix_cache:
+            return 0
+        looked_back = min(cached, self._drafts.lookahead)
+        self._num_looked_back += looked_back
+        return cached - looked_back
+
+    def _run(self, seq: Sequence, num_computed: int) -> None:
+        """A sequence that has a line is running from now on."""
+        seq.status = Status.RUNNING
+        seq.num_computed = num_computed
+        self._by_line[seq.line] = seq
+        if self._grammars is not None:
+            self._grammars.start(seq.line, seq.request_id)
         bisect.insort(self._running, seq, key=_rank)
-        draft.admit(seq, max(1, draft.chunk(min(missing, draft.budget), cached)))
+
+    def _add_output(self, seq: Sequence, output_ids: Rows[int]) -> None:
+        """Tokens that another engine has drawn."""
+        if output_ids:
+            seq.own_tokens()
+            seq.token_ids += output_ids
+            if self._grammars is not None:
+                self._grammars.take(seq.request_id, output_ids)
 
     def _preempt(self, draft: PlanDraft, seq: Sequence) -> None:
         """Free a sequence's blocks; later it starts over from the prefix that is still cached."""
@@ -440,7 +473,8 @@ class Scheduler:
         self._running.remove(seq)
         del self._by_line[seq.line]
         self._free_lines.append(seq.line)
-        self._released.append(seq.line)
+        if not self.handovers.forget_line(seq.line):
+            self._released.append(seq.line)
         if self._drafts.lookup is not None:
             self._drafts.lookup.forget(seq.line)
         if self._grammars is not None:
@@ -452,8 +486,8 @@ class Scheduler:
 
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
         """Account for a computed chunk and the tokens emitted after it."""
-        kept, reason = self._kept(seq, result.emitted)
-        if result.unsound or self._grammar_error(seq) is not None:
+        kept, reason = self._ends.cut(seq, result.emitted)
+        if result.unsound or self._ends.grammar_error(seq) is not None:
             self._end_failed(seq, row, result, kept, reason)
             return
         seq.num_computed += len(row.token_ids)
@@ -478,6 +512,25 @@ class Scheduler:
         self._events.append(Tokens(seq.request_id, kept, logprobs, scores, traced, pooled))
         if reason is not None:
             self._finish(seq, reason)
+        else:
+            self._hand_over(seq, kept)
+
+    def _hand_over(self, seq: Sequence, output_ids: Rows[int]) -> None:
+        """Let a sequence leave for the engine that decodes it, if there is one."""
+        num_slots = min(len(seq.token_ids) - 1 + self._drafts.lookahead, self._max_len)
+        pages = self.handovers.leaving(seq, tuple(output_ids), num_slots)
+        if pages is not None:
+            self._leaving.append(pages)
+            self._stop_running(seq)
+            self._close(seq)
+
+    def _close(self, seq: Sequence) -> None:
+        """Forget a sequence that has ended here."""
+        seq.status = Status.FINISHED
+        del self._live[seq.request_id]
+        self.handovers.close(seq)
+        if self._grammars is not None:
+            self._grammars.close(seq.request_id)
 
     def _end_failed(
         self,
@@ -496,7 +549,7 @@ class Scheduler:
             traced = self._drafts.round_of(row, result)
             self._events.append(Tokens(seq.request_id, kept, logprobs, round=traced))
         self._kv.forget(seq)
-        grammar_error = self._grammar_error(seq)
+        grammar_error = self._ends.grammar_error(seq)
         self._num_unsound += grammar_error is None
         if reason is not None:
             self._finish(seq, reason)
@@ -504,24 +557,6 @@ class Scheduler:
             self._finish(seq, FinishReason.ERROR, GRAMMAR_FAILED + grammar_error, ErrorCode.INVALID)
         else:
             self._finish(seq, FinishReason.ERROR, UNSOUND_LOGITS, ErrorCode.UNSOUND)
-
-    def _kept(self, seq: Sequence, emitted: Rows[int]) -> tuple[list[int], FinishReason | None]:
-        """As `cut_emitted`; a text also ends where its grammar is complete."""
-        matcher = self._matcher(seq)
-        if matcher is not None:
-            emitted = emitted[: matcher.take(emitted)]
-        kept, reason = cut_emitted(seq, emitted, self._eos_token_ids, self._max_len)
-        if matcher is not None and matcher.complete and len(kept) == len(emitted):
-            return kept, FinishReason.STOP
-        return kept, reason
-
-    def _grammar_error(self, seq: Sequence) -> str | None:
-        """Why the text of a sequence cannot go on as its grammar says."""
-        matcher = self._matcher(seq)
-        return None if matcher is None else matcher.error
-
-    def _matcher(self, seq: Sequence) -> Matcher | None:
-        return None if self._grammars is None else self._grammars.of_line(seq.line)
 
     def _count_draft(self, seq: Sequence, row: RowPlan, result: RowOutcome, num_kept: int) -> None:
         num_accepted = min(num_kept, max(len(result.emitted) - 1, 0))
@@ -539,44 +574,18 @@ class Scheduler:
     ) -> None:
         if seq.status is Status.RUNNING:
             self._stop_running(seq)
+        elif seq.status is Status.RESERVED:
+            self._free_lines.append(seq.line)
+            self._kv.release(seq)
+            self._blocked = None
         elif seq in self._waiting:
             self._waiting.remove(seq)
             self._blocked = None
-        seq.status = Status.FINISHED
-        del self._live[seq.request_id]
-        if self._grammars is not None:
-            self._grammars.close(seq.request_id)
+        self._close(seq)
         if self._on_finish is not None:
             self._on_finish(seq, reason)
-        self._events.append(
-            Finished(
-                request_id=seq.request_id,
-                reason=reason,
-                num_prompt=seq.num_prompt,
-                num_output=seq.num_output,
-                num_cached=seq.num_cached,
-                num_preemptions=seq.num_preemptions,
-                num_drafts=seq.num_drafts,
-                num_drafted=seq.num_drafted,
-                num_accepted=seq.num_accepted,
-                num_predicted=seq.num_predicted,
-                num_predicted_accepted=seq.num_predicted_accepted,
-                most_drafted=seq.most_drafted,
-                accepted_counts=tuple(seq.accepted_counts),
-                first_scheduled_time=seq.first_scheduled_time,
-                first_token_time=seq.first_token_time,
-                error=error,
-                error_code=code,
-            )
-        )
+        self._events.append(finished_event(seq, reason, error, code))
 
 
 def _rank(seq: Sequence) -> Rank:
     return seq.rank
-
-
-def _uses_prefix_cache(seq: Sequence) -> bool:
-    """Whether cached tokens help: scores of prompt tokens, and the mean of their states, need every
-    one of them computed."""
-    params = seq.request.params
-    return params.prompt_logprobs is None and params.pooling != "mean"

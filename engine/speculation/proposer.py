@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.messages import DraftState
 from engine.step.batch import FeatureTap
 from engine.step.shape import TreeShape
 from engine.step.tree import DraftTree
@@ -125,6 +126,20 @@ class Proposer(Protocol):
         """New sequences take these lines; earlier state of the lines is stale."""
         ...
 
+    def adopt(self, line: int, state: DraftState, blocks: Sequence[int]) -> None:
+        """A line that was just admitted has its first `blocks` from another engine, with whatever
+        `pages` keep for them, and this state."""
+        ...
+
+    def hand_over(self, line: int) -> DraftState | None:
+        """Complete the entries of a running row in its pages; its state, if it has one."""
+        ...
+
+    @property
+    def pages(self) -> Sequence[Tensor]:
+        """What it keeps for each block, each [num_blocks, ...]."""
+        ...
+
     def draft(self, roots: Roots, shape: TreeShape, limits: DraftLimits) -> Drafted:
         """One tree per row, of at most `max_nodes` nodes. A row without state gets only its
         root."""
@@ -147,6 +162,14 @@ class RootProposer:
     lookahead = 0
     tap: FeatureTap | None = None
     failed = False
+
+    pages: Sequence[Tensor] = ()
+
+    def adopt(self, line: int, state: DraftState, blocks: Sequence[int]) -> None:
+        """There is no state."""
+
+    def hand_over(self, line: int) -> DraftState | None:  # noqa: ARG002
+        return None
 
     def release(self, lines: Sequence[int]) -> None:
         """There is no state."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.messages import DraftNodes, TokenLogprob
+from engine.messages import DraftNodes, DraftState, TokenLogprob
 from engine.request import Request
 from engine.step.shape import ROOT, DynamicShape, StaticShape
 
@@ -19,11 +19,13 @@ UNKNOWN = -1  # stands for a token that a step in flight draws
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
     """A sequence enters the running set and takes a line. `output_ids` is not empty if the
-    sequence was preempted before."""
+    sequence was preempted before, or comes from another engine; then `draft` is what a head may
+    know of it."""
 
     line: int
     request: Request
     output_ids: tuple[int, ...] = ()
+    draft: DraftState | None = None
 
 
 class RowPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.resolve import HostConfig, ResolvedConfig
 from configs.schema import Config, KernelsConfig
 from engine.capture import CaptureWriter
-from engine.core import EngineCore
+from engine.core import EngineCore, Peers
 from engine.grammar.gate import Gate
 from engine.grammar.grammars import Grammars
 from engine.kv.manager import KVManager
@@ -23,14 +23,17 @@ from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import GroupExecutor
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.runner.warmup import WarmUp
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from kernels.native.build import NativeUnavailableError, build_library
 from server.assembly.drafting import Drafting, LoadedDraft, Target
 from server.assembly.followers import Followers, device_of
+from server.assembly.peers import peers_of
 from server.assembly.rank import Rank, build_rank, runner_parts, step_settings, threads_per_rank
+from server.assembly.role import Role
 from server.assembly.running import Recorded
 from server.assembly.swaps import DraftSwapper
 
@@ -58,23 +61,32 @@ def build_engine(config: HostConfig) -> EngineCore:
 
 
 def build_swappable_engine(
-    config: HostConfig, folder: Path | None = None, capture: CaptureWriter | None = None
+    config: HostConfig,
+    folder: Path | None = None,
+    capture: CaptureWriter | None = None,
+    role: Role | None = None,
 ) -> Engine:
     """Load the model that `config` names and put an engine around it. Its ranks meet in `folder`,
-    or in one of their own. `capture` is shown every sequence that ends.
+    or in one of their own. `capture` is shown every sequence that ends. `role`: among engines that
+    hand prompts over; None for one that does all.
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
         NativeUnavailableError: native kernels were asked for and cannot be built.
         OSError: there is no process for a rank.
     """
+    if config.parallel.roles is not None and role is None:
+        raise ValueError(
+            f"parallel.roles = {config.parallel.roles}: only aerie serve can have roles"
+        )
     device = device_of(0, config)
     followers = Followers.start(config, folder)
     try:
         with followers.progress.step():
             group = followers.meet(config, device)
-            rank = build_rank(config, group, device)
-        engine = _engine(rank, followers, capture, folder)
+            eager = role is not None and role.computes_prompts
+            rank = build_rank(config, group, device, eager=eager)
+        engine = _engine(rank, followers, capture, folder, role)
     except BaseException:
         followers.stop()
         raise
@@ -86,7 +98,11 @@ def build_swappable_engine(
 
 
 def _engine(
-    rank: Rank, followers: Followers, capture: CaptureWriter | None, folder: Path | None
+    rank: Rank,
+    followers: Followers,
+    capture: CaptureWriter | None,
+    folder: Path | None,
+    role: Role | None,
 ) -> Engine:
     executor = _on_all_ranks(rank.executor, followers)
     drafting = rank.drafting
@@ -104,6 +120,7 @@ def _engine(
         steps,
         capture,
         rank.grammars,
+        None if role is None else peers_of(role, rank.runner),
     )
 
     def scratch(draft: LoadedDraft) -> WarmUp:
@@ -230,6 +247,7 @@ def _core(
     steps: StepSettings,
     capture: CaptureWriter | None = None,
     grammars: Grammars | None = None,
+    peers: Peers | None = None,
 ) -> EngineCore:
     cache = config.cache
     limits = SchedulerLimits(
@@ -269,4 +287,5 @@ def _core(
         run_ahead=runs_ahead(config, steps),
         captured=capture,
         gate=Gate(grammars),
+        peers=peers,
     )

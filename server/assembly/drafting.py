@@ -138,10 +138,15 @@ class HeadLoader:
 
 
 def drafting_with(
-    config: ResolvedConfig, draft: LoadedDraft, place: Place, *, late: bool = False
+    config: ResolvedConfig,
+    draft: LoadedDraft,
+    place: Place,
+    *,
+    late: bool = False,
+    eager: bool = False,
 ) -> Drafting:
     """A proposer with its own pages, and no trees yet. `late`: the cache already holds tokens for
-    which this head has no entries; these read as zeros."""
+    which this head has no entries; these read as zeros. `eager`: as in `DraftProposer`."""
     arch = draft.head.arch
     pages = allocate(arch, config, place.of_head(draft.head.shard), zeroed=late)
     proposer = DraftProposer(
@@ -151,6 +156,7 @@ def drafting_with(
         arch.hidden_size,
         config.speculation.window,
         config.speculation.shared_noise,
+        eager=eager,
     )
     return Drafting(proposer, facts=draft.facts)
 

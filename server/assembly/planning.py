@@ -92,6 +92,8 @@ def _check_can_be_timed(config: HostConfig) -> None:
         raise ConfigError(f"model.dtype = {config.model.dtype} cannot be planned; bfloat16 can")
     if config.kernels.graphs == "off":
         raise ConfigError("kernels.graphs = off cannot be planned; auto can")
+    if config.parallel.roles is not None:
+        raise ConfigError(f"parallel.roles = {config.parallel.roles} cannot be planned; null can")
 
 
 def _trees(config: HostConfig) -> tuple[str, ...]:

@@ -112,9 +112,11 @@ class Rank:
         return DriftCheck(runner, group, check_every)
 
 
-def build_rank(config: HostConfig, group: TPGroup, device: torch.device) -> Rank:
+def build_rank(
+    config: HostConfig, group: TPGroup, device: torch.device, *, eager: bool = False
+) -> Rank:
     """Load this rank's part of what `config` names. All ranks call it, and all of them raise if one
-    of them has to.
+    of them has to. `eager`: the draft head takes all prompts at once, for other engines.
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
@@ -129,7 +131,9 @@ def build_rank(config: HostConfig, group: TPGroup, device: torch.device) -> Rank
     check_all(None, group)
     place, target, loader, trees, draft, grammars = loaded
     resolved = resolve_model(config, _model_facts(config, target, place, draft))
-    drafting = Drafting() if draft is None else drafting_with(resolved, draft, place)
+    drafting = Drafting()
+    if draft is not None:
+        drafting = drafting_with(resolved, draft, place, eager=eager)
     runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer, grammars))
     _check_reserve(runner, resolved, target, place)
     runner.prepare([] if draft is None else trees.shapes(draft.facts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Protocol
 
 from engine.messages import DraftSwapped, EngineInfo, EngineStats, Finished, Tokens
@@ -26,6 +26,17 @@ class StepSizes:
             self.num_tokens += stats.last_step_tokens
             self._counts[bisect_left(self.BOUNDS, stats.last_step_tokens)] += 1
         self._num_steps = stats.num_steps
+
+    @classmethod
+    def together(cls, parts: Iterable[StepSizes]) -> StepSizes:
+        """Those of several engines at once."""
+        found = cls()
+        for part in parts:
+            found.num_tokens += part.num_tokens
+            found._counts = [
+                own + other for own, other in zip(found._counts, part._counts, strict=True)
+            ]
+        return found
 
     @property
     def counts(self) -> Sequence[int]:

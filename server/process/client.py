@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -22,15 +23,23 @@ from engine.messages import (
     EngineStats,
     ErrorCode,
     Finished,
+    HandedOver,
+    PagesSent,
+    PeerLost,
+    Reserved,
+    Resume,
     Shutdown,
     Submit,
     SwapDraft,
+    TakePages,
     Tokens,
+    TransferEvent,
 )
 from engine.request import FinishReason, Request
 from server.assembly.running import mark
 from server.http.engine_client import StepSizes
 from server.process.suspects import Suspects
+from server.process.totals import total
 from server.process.wire import decode_engine, encode, share_prompts, unbounded
 
 ENGINE_LOST = "the engine stopped unexpectedly"
@@ -39,6 +48,25 @@ UNREAD = "the client reads too slowly"
 MAX_UNREAD = 8192  # events of one request
 
 logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Takes the events of one request; `Stream` and the legs of a route do."""
+
+    @property
+    def request(self) -> Request: ...
+
+    def put(self, event: Tokens | Finished) -> bool:
+        """Take an event. False if the engine must be told to stop."""
+        ...
+
+    def transfer(self, event: TransferEvent) -> None:
+        """Take what an engine says to engines of the other role."""
+        ...
+
+    def failed(self, reason: str, code: ErrorCode | None = None) -> Finished:
+        """The last event of a request whose engine is lost."""
+        ...
 
 
 class ZmqEngineClient:
@@ -52,11 +80,12 @@ class ZmqEngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._reader: asyncio.Task[None] | None = None
         self._outbox: list[ClientMessage] = []
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Listener] = {}
         self._swaps: dict[str, asyncio.Future[DraftSwapped]] = {}
         self._swap_ids = itertools.count()
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
+        self._ended_stats: EngineStats | None = None  # counts of engines before this one
         self.step_sizes = StepSizes()
         self._ready = asyncio.Event()
         self._ready_at: float | None = None  # of the attached engine, or the last one
@@ -72,6 +101,11 @@ class ZmqEngineClient:
     @property
     def stats(self) -> EngineStats | None:
         return self._stats
+
+    @property
+    def stats_so_far(self) -> EngineStats | None:
+        """Those with the counts of earlier engines."""
+        return total([each for each in (self._ended_stats, self._stats) if each is not None])
 
     @property
     def was_ready(self) -> bool:
@@ -137,19 +171,40 @@ class ZmqEngineClient:
         if self._stats is not None:
             self._stats = at_rest(self._stats)
 
+    @property
+    def num_open(self) -> int:
+        """Requests without their last event."""
+        return len(self._streams)
+
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
-        assert request.request_id not in self._streams, "request ids are used once"
-        stream = _Stream(request)
+        stream = Stream(request)
+        self.open(Submit(request), stream)
+        return stream.events()
+
+    def open(self, message: Submit, listener: Listener) -> None:
+        """Submit one request, whose events `listener` takes."""
+        request_id = message.request.request_id
+        assert request_id not in self._streams, "request ids are used once"
         if not self._streams and self.on_busy is not None:
             self.on_busy(True)
-        self._streams[request.request_id] = stream
+        self._streams[request_id] = listener
         if self._info is None:
-            self._deliver(stream.failed(NO_ENGINE))
-        elif (refusal := self._suspects.refusal(request)) is not None:
-            self._deliver(stream.failed(refusal, ErrorCode.REFUSED))
+            self._deliver(listener.failed(NO_ENGINE))
+        elif (refusal := self._suspects.refusal(message.request)) is not None:
+            self._deliver(listener.failed(refusal, ErrorCode.REFUSED))
         else:
-            self._send(Submit(request))
-        return stream.events()
+            self._send(message)
+
+    def forget(self, request_id: str) -> None:
+        """No event follows: a request has ended, or has left the engine for another one."""
+        del self._streams[request_id]
+        if not self._streams and self.on_busy is not None:
+            self.on_busy(False)
+
+    def tell(self, message: TakePages | Resume | PeerLost) -> None:
+        """What an engine of the other role has said, if the engine lives."""
+        if self._info is not None:
+            self._send(message)
 
     def abort(self, request_id: str) -> None:
         if request_id in self._streams and self._info is not None:
@@ -201,6 +256,7 @@ class ZmqEngineClient:
 
     def _take(self, message: EngineMessage) -> None:
         if isinstance(message, EngineInfo):
+            self._ended_stats, self._stats = self.stats_so_far, None
             self._info = message
             self._ready_at = time.monotonic()
             self._ready.set()
@@ -212,6 +268,8 @@ class ZmqEngineClient:
             self.step_sizes.observe(message)
         elif isinstance(message, DraftSwapped):
             self._answer(message)
+        elif isinstance(message, Reserved | PagesSent | HandedOver):
+            self._streams[message.request_id].transfer(message)
         else:
             self._deliver(message)
 
@@ -228,9 +286,7 @@ class ZmqEngineClient:
         if not stream.put(event):
             self.abort(event.request_id)
         if isinstance(event, Finished):
-            del self._streams[event.request_id]
-            if not self._streams and self.on_busy is not None:
-                self.on_busy(False)
+            self.forget(event.request_id)
 
 
 def at_rest(stats: EngineStats) -> EngineStats:
@@ -246,7 +302,7 @@ def at_rest(stats: EngineStats) -> EngineStats:
     )
 
 
-class _Stream:
+class Stream:
     """The unread events of one request."""
 
     def __init__(self, request: Request) -> None:
@@ -267,6 +323,10 @@ class _Stream:
             self._queue.get_nowait()
         self._queue.put_nowait(self.failed(UNREAD))
         return False
+
+    def transfer(self, event: TransferEvent) -> None:
+        """Engines without roles hand nothing over."""
+        raise AssertionError(f"{event} of an engine without a role")
 
     async def events(self) -> AsyncIterator[Tokens | Finished]:
         while True:

@@ -1,7 +1,8 @@
 """The engine process: builds an engine, then serves messages until told to stop.
 
-Run as `python -m server.process.engine_process ENDPOINT` with the configuration as JSON in the
-first line of standard input. The engine ends when this pipe closes, that is, with its parent.
+Run as `python -m server.process.engine_process ENDPOINT [ROLE]` with the configuration as JSON in
+the first line of standard input; ROLE is the text of a `Role`, whose handles are open. The engine
+ends when this pipe closes, that is, with its parent.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.messages import (
     Shutdown,
     SwapDraft,
 )
+from server.assembly.role import Role
 from server.process.loaded import spare_loaded
 from server.process.logs import set_up_logging
 from server.process.parent import die_with_parent, open_pipe
@@ -32,7 +34,7 @@ from server.process.socket_folder import folder_of
 from server.process.wire import decode_client, encode, unbounded
 
 EXIT_BAD_SETUP = 3  # the configuration or the model is invalid: starting again would not help
-BEAT = 1.0  # seconds between signs of life while a draft head is loaded
+BEAT = 1.0  # seconds between signs of life while a draft head is loaded or a prompt awaited
 LOADING_POLL = 0.02  # seconds between polls of a draft head that is being loaded, when idle
 STOPPING = "the server is shutting down"
 
@@ -89,7 +91,8 @@ def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
     sent_at = time.monotonic()
     try:
         while True:
-            at_most = LOADING_POLL if swaps.busy else None
+            idle_for = BEAT if core.awaits_peers else None
+            at_most = LOADING_POLL if swaps.busy else idle_for
             for message in channel.receive(wait=not core.has_work(), at_most=at_most):
                 if isinstance(message, Shutdown):
                     channel.send(encode(core.abort_all(STOPPING, ErrorCode.STOPPING)))
@@ -103,7 +106,7 @@ def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
             if core.has_work():
                 channel.send(encode(core.step()))
                 sent_at = time.monotonic()
-            elif swaps.busy and time.monotonic() - sent_at > BEAT:
+            elif (swaps.busy or core.awaits_peers) and time.monotonic() - sent_at > BEAT:
                 channel.send(encode([core.stats()]))
                 sent_at = time.monotonic()
     except Exception as error:
@@ -124,8 +127,10 @@ def main() -> None:
         from server.assembly.compose import build_swappable_engine
         from server.assembly.swaps import DraftSwaps
 
-        capture = open_capture(config)
-        engine = build_swappable_engine(config, folder_of(endpoint), capture)
+        role = Role.from_text(sys.argv[2]) if len(sys.argv) > 2 else None
+        writes = role is None or not role.computes_prompts
+        capture = open_capture(config) if writes else None
+        engine = build_swappable_engine(config, folder_of(endpoint), capture, role)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         logger.error("the engine cannot start: %s", error)
         logger.debug("", exc_info=True)

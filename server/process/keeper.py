@@ -17,6 +17,7 @@ from configs.env import engine_environment
 from configs.redact import without_secrets
 from configs.resolve import HostConfig
 from engine.messages import ErrorCode
+from server.assembly.role import Role
 from server.assembly.running import marks_in
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
@@ -44,9 +45,13 @@ logger = logging.getLogger(__name__)
 class EngineKeeper:
     """Starts the engine process, ends it when it hangs, and restarts it when it has ended."""
 
-    def __init__(self, config: HostConfig, client: ZmqEngineClient) -> None:
+    def __init__(
+        self, config: HostConfig, client: ZmqEngineClient, role: Role | None = None
+    ) -> None:
+        """`role`: among engines that hand prompts over."""
         self._config = config
         self._client = client
+        self._role = role
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -130,7 +135,7 @@ class EngineKeeper:
         with private_endpoint() as endpoint:
             try:
                 self._client.attach(endpoint)
-                self._process = process = await _spawn(endpoint)
+                self._process = process = await _spawn(endpoint, self._role)
                 code = await self._run_to_end(process)
             finally:
                 served = self._client.served
@@ -192,12 +197,14 @@ async def end_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-async def _spawn(endpoint: str) -> asyncio.subprocess.Process:
+async def _spawn(endpoint: str, role: Role | None) -> asyncio.subprocess.Process:
     """Start an engine process. OSError, naming the program, when it cannot be started."""
     program = sys.executable
+    told = [] if role is None else [role.to_text()]
     try:
         return await asyncio.create_subprocess_exec(
-            *(program, "-P", "-m", f"{__package__}.engine_process", endpoint),
+            *(program, "-P", "-m", f"{__package__}.engine_process", endpoint, *told),
+            pass_fds=() if role is None else tuple(role.areas.values()),
             stdin=asyncio.subprocess.PIPE,
             env=engine_environment(),
             start_new_session=True,  # this process handles a terminal's Ctrl-C

@@ -19,6 +19,7 @@ import yaml
 
 from configs.redact import redacted
 from configs.resolve import HostConfig
+from configs.schema import role_counts
 from engine.messages import EngineInfo
 from server.http.state import ServerState
 from server.process.client import ZmqEngineClient
@@ -28,12 +29,15 @@ from server.process.listening import address_of, check_tls, open_listener
 from server.process.logs import machine_line, set_up_logging
 from server.process.open_files import raise_limit
 from server.process.restarts import Restarts
+from server.process.role_engines import RoleEngines
+from server.process.roles import RolesClient
 from server.process.socket_folder import remove_stale_folders
 from server.process.supervisor import CRASHED, Leash, supervise
 from server.process.suspects import Suspects
 
 if TYPE_CHECKING:
     from server.http.context import ServerContext
+    from server.http.engine_client import EngineClient
     from server.process.web import WebServer
 
 SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
@@ -70,8 +74,7 @@ def _serve_in_child(config: HostConfig, listener: socket.socket, pipe: FileIO) -
 
 async def _serve(config: HostConfig, listener: socket.socket, leash: Leash) -> int:
     stop = _stop_event(leash)  # first of all: a signal may come at any time
-    client = ZmqEngineClient(Suspects(config.server.refuse_suspects))
-    engine = EngineKeeper(config, client)
+    client, engine = _engines(config)
     engine.start()
     try:
         preparing = asyncio.create_task(asyncio.to_thread(_prepare, config, client))
@@ -100,7 +103,18 @@ def _stop_event(leash: Leash) -> asyncio.Event:
     return stop
 
 
-def _prepare(config: HostConfig, client: ZmqEngineClient) -> WebServer:
+def _engines(
+    config: HostConfig,
+) -> tuple[ZmqEngineClient | RolesClient, EngineKeeper | RoleEngines]:
+    """The engine, or one for each role, and how requests come there."""
+    if config.parallel.roles is not None:
+        engines = RoleEngines(config, role_counts(config.parallel.roles))
+        return engines.client, engines
+    client = ZmqEngineClient(Suspects(config.server.refuse_suspects))
+    return client, EngineKeeper(config, client)
+
+
+def _prepare(config: HostConfig, client: EngineClient) -> WebServer:
     """The web server, while the engine loads: its modules and the tokenizer take a second."""
     from server.process.web import WebServer, build_app
 
@@ -110,8 +124,8 @@ def _prepare(config: HostConfig, client: ZmqEngineClient) -> WebServer:
 async def _run(
     config: HostConfig,
     web: WebServer,
-    client: ZmqEngineClient,
-    engine: EngineKeeper,
+    client: ZmqEngineClient | RolesClient,
+    engine: EngineKeeper | RoleEngines,
     listener: socket.socket,
     stop: asyncio.Event,
 ) -> None:
@@ -135,11 +149,12 @@ async def _run(
 
 
 def _learn(
-    config: HostConfig, context: ServerContext, client: ZmqEngineClient
+    config: HostConfig, context: ServerContext, client: ZmqEngineClient | RolesClient
 ) -> asyncio.Task[None] | None:
     """Let the draft head learn, if the operator wants it."""
     if context.learning is None:
         return None
+    assert isinstance(client, ZmqEngineClient), "the configuration refuses learning with roles"
     task = asyncio.create_task(Learner(config, client, context.learning).run())
     task.add_done_callback(_tell_of_failure)
     return task
@@ -151,7 +166,7 @@ def _tell_of_failure(task: asyncio.Task[None]) -> None:
 
 
 async def _announce(
-    context: ServerContext, client: ZmqEngineClient, listener: socket.socket
+    context: ServerContext, client: ZmqEngineClient | RolesClient, listener: socket.socket
 ) -> None:
     """Print what is served, then where."""
     info = await client.wait_ready()
@@ -183,11 +198,13 @@ def summary(config: HostConfig, info: EngineInfo) -> dict[str, str]:
     drafts = [] if info.draft is None else [f"{info.draft.kind} head {info.draft.path}"]
     drafts += ["lookup"] if config.speculation.looks_up else []
     tree = f"; tree {config.speculation.tree}" if info.draft is not None else ""
+    roles = {} if config.parallel.roles is None else {"engines": config.parallel.roles}
     return {
         "model": f"{config.model.served_name}, {info.max_model_len} tokens of context",
         "device": f"{info.device}, {config.kernels.threads} threads",
         "kernels": ", ".join(f"{name} ({count})" for name, count in kernels.most_common()),
         "drafts": (", ".join(drafts) or "none") + tree,
+        **roles,
         "cache": f"{info.num_blocks * info.block_size} tokens",
         "more": "--verbose, /info, aerie config"
         + ("; a page to chat at /" if config.server.page else ""),

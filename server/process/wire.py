@@ -31,14 +31,22 @@ def share_prompts(batch: Sequence[ClientMessage]) -> list[ClientMessage]:
             isinstance(message, Submit)
             and isinstance(last, Submit)
             and not message.others
+            and _is_new(last)
+            and _is_new(message)
+            and last.reserve == message.reserve
             and _differ_as_choices(last.request, message.request)
         ):
             one = message.request
             choice = Choice(one.request_id, one.params.seed, one.choice)
-            found[-1] = Submit(last.request, (*last.others, choice))
+            found[-1] = Submit(last.request, (*last.others, choice), reserve=last.reserve)
         else:
             found.append(message)
     return found
+
+
+def _is_new(message: Submit) -> bool:
+    """Whether it differs from others for the same prompt by nothing but its choices."""
+    return not message.output_ids and message.handover is None
 
 
 def _differ_as_choices(first: Request, other: Request) -> bool:

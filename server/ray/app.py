@@ -21,7 +21,7 @@ from server.ray.engine import EngineReplica
 from server.ray.front import Front
 from server.ray.router import EngineRouter
 from server.ray.scaling import EnginesForLoad
-from server.routing.settings import config_of, engine_cpus, with_threads
+from server.routing.settings import check_one_engine, config_of, engine_cpus, with_threads
 
 ENGINE, FRONT = "engine", "front"
 HEALTH_PERIOD = 1.0  # seconds between looks of Ray Serve at a replica
@@ -51,7 +51,9 @@ def cluster_gpus() -> float:
 
 
 def application(config: Config, num_gpus: float) -> serve.Application:
-    """The application for this configuration, in a cluster with so many GPUs."""
+    """The application for this configuration, in a cluster with so many GPUs. ConfigError if a
+    replica cannot have it."""
+    check_one_engine(config)
     config = with_threads(config)
     engines = serve.deployment(**engine_options(config, num_gpus))(EngineReplica)
     fronts = serve.deployment(**front_options(config))(Front)

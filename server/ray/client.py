@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from engine.messages import (
 from engine.request import FinishReason, Request
 from server.http.engine_client import StepSizes
 from server.process.client import ENGINE_LOST, at_rest
+from server.process.totals import total
 from server.ray.messages import (
     EngineStatus,
     Head,
@@ -76,7 +77,14 @@ class RayEngineClient:
 
     @property
     def stats(self) -> EngineStats | None:
-        return total(self._counted.values(), len(self._engine_statuses))
+        """Counts of all engines, also of those that have ended, and the mean use of the caches of
+        those that have not."""
+        found = list(self._counted.values())
+        stats = total(found)
+        if stats is None:
+            return None
+        usage = sum(each.kv_usage for each in found) / max(1, len(self._engine_statuses))
+        return msgspec.structs.replace(stats, kv_usage=usage)
 
     async def wait_ready(self) -> None:
         """Return once an engine takes requests."""
@@ -215,31 +223,6 @@ def failed(request: Request, reason: FinishReason, error: str | None = None) -> 
         num_output=0,
         error=error,
     )
-
-
-def total(found: Iterable[EngineStats], num_running: int) -> EngineStats | None:
-    """The statistics of several engines as those of one: sums, and the mean use of the caches of
-    the `num_running` engines that have not ended."""
-    every = list(found)
-    if not every:
-        return None
-    sums: dict[str, Any] = {}
-    for name in EngineStats.__struct_fields__:
-        sums[name] = _sum([getattr(each, name) for each in every])
-    sums["kv_usage"] /= max(1, num_running)
-    sums["draft_failed"] = any(each.draft_failed for each in every)
-    return msgspec.structs.replace(every[0], **sums)
-
-
-def _sum(values: list[Any]) -> Any:
-    first = values[0]
-    if isinstance(first, dict):
-        names = dict.fromkeys(name for each in values for name in each)
-        return {name: sum(each.get(name, 0) for each in values) for name in names}
-    if isinstance(first, tuple):
-        length = max(map(len, values))
-        return tuple(sum(each[i] for each in values if i < len(each)) for i in range(length))
-    return sum(values)
 
 
 def _is_cancelled() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from configs.env import environment, num_cpus
-from configs.load import load_config
+from configs.load import ConfigError, load_config
 from configs.schema import Config
 
 
@@ -26,6 +26,15 @@ def config_of(arguments: Mapping[str, str]) -> Config:
         settings["fleet.replicas"] = settings.pop("replicas")
     overrides = [f"{key}={value}" for key, value in settings.items()]
     return load_config(None if path is None else Path(path), overrides, environment())
+
+
+def check_one_engine(config: Config) -> None:
+    """ConfigError if a replica would need several engines."""
+    if config.parallel.roles is not None:
+        raise ConfigError(
+            f"parallel.roles = {config.parallel.roles}: a replica of Ray Serve has one engine; "
+            "null is possible"
+        )
 
 
 def with_threads(config: Config) -> Config:

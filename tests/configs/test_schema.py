@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from configs.schema import Config
+from configs.schema import CaptureConfig, Config, ParallelConfig, SpeculationConfig, role_counts
 
 # Keys whose names say what they mean.
 OBVIOUS = {
@@ -71,3 +73,35 @@ def test_a_dumped_configuration_loads_again() -> None:
     config = Config()
     assert Config.model_validate(config.model_dump()) == config
     assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        ("prefill:1", "decode is missing: write prefill:N,decode:M"),
+        ("prefill:1,decode:0", "decode:0: the number of engines is 1 to 16"),
+        ("prefill:17,decode:1", "prefill:17: the number of engines is 1 to 16"),
+        ("prefill:-1,decode:1", "prefill:-1: the number of engines is 1 to 16"),
+        ("prefill:1,encode:1", "'encode:1' is no role: write prefill:N,decode:M"),
+        ("prefill:1,prefill:1", "prefill is there twice"),
+        ("", "'' is no role"),
+    ],
+)
+def test_impossible_roles_are_refused_with_what_is_possible(roles: str, reason: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(reason)):
+        ParallelConfig(roles=roles)
+
+
+def test_roles_have_one_rank_and_one_writer_of_captures() -> None:
+    roles = ParallelConfig(roles="prefill:1, decode:2")
+    assert role_counts(str(roles.roles)) == (1, 2)
+    with pytest.raises(ValidationError, match="tensor is 2; only 1 is possible"):
+        ParallelConfig(roles="prefill:1,decode:1", tensor=2)
+    with pytest.raises(ValidationError, match="so decode:1 is needed"):
+        Config(parallel=roles, capture=CaptureConfig(dir=Path("shards"), consent=True))
+    with pytest.raises(ValidationError, match="learn is true: with roles"):
+        Config(
+            parallel=ParallelConfig(roles="prefill:1,decode:1"),
+            speculation=SpeculationConfig(learn=True, draft="auto"),
+            capture=CaptureConfig(dir=Path("shards"), consent=True),
+        )

@@ -34,6 +34,7 @@ NEEDED_BY_KEY = {
     "speculation.learn": {"capture.dir": "captured"},
     "head.mask_token_id": {"head.kind": "peagle"},
 }
+FORMS = {"roles": ("prefill:1,decode:1", "decode:16, prefill:2")}  # texts of certain forms
 SOURCES = ("override", "variable", "file")
 
 
@@ -90,6 +91,8 @@ def good_values(key: Key) -> Iterator[tuple[str, object]]:
         middle = low + (high - low) / 2
         yield from ((str(middle), middle), (f"{middle:e}", float(f"{middle:e}")))
         yield from ((text, 1000.0) for text in ("1e3", "1_000", "1000.") if high >= 1000)
+    elif key.name in FORMS:
+        yield from ((text, text) for text in FORMS[key.name])
     elif str in kinds or Path in kinds:
         make = Path if Path in kinds else str
         yield from ((text, make(text)) for text in TREACHEROUS)

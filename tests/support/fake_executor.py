@@ -18,7 +18,8 @@ from engine.kv.manager import KVManager
 from engine.messages import Finished, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from engine.request import Sequence as SequenceState
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import Choice
 from engine.step.executor import Launched, execute

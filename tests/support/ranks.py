@@ -11,7 +11,8 @@ from configs.load import load_config
 from configs.resolve import HostFacts, resolve_host
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy

@@ -24,7 +24,8 @@ from engine.parallel.transport import Broadcast, Inbox
 from engine.request import Request
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.runner.warmup import WarmUp
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import Planner
 from engine.step.group import TPGroup

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from engine.kv.manager import KVManager
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Found
 from engine.speculation.planner import Choice
 from engine.step.plan import UNKNOWN, RowOutcome, StepOutcome, StepPlan

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from engine.kv.manager import KVManager
 from engine.request import Sequence
 from engine.scheduler.drafts import DraftRoom
+from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.planning import PlanDraft
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import Choice
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan

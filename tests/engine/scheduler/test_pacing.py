@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.kv.manager import KVManager
+from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.pacing import LEAST_CHUNK, PromptTime, StepTimes, pairs_of, prompt_work
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from tests.support.engines import ask
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.messages import ErrorCode
 from engine.request import FinishReason
-from engine.scheduler.scheduler import SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
 from engine.step.executor import execute
 from tests.support.fake_executor import FakeEngine, prompt_of, request, shape
 

@@ -9,7 +9,8 @@ from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.messages import Submit
 from engine.runner.warmup import WarmUp
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.costs import StepCosts
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy, Measuring

@@ -9,7 +9,8 @@ import pytest
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.messages import Abort, Submit
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
 from engine.speculation.pace import MIN_WEIGHT, PROBE_EVERY, PROBE_STEPS, Pace, Rate
 from engine.speculation.policy import DraftPolicy

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-import zmq
-import zmq.asyncio
 
 from engine.messages import (
     Abort,
-    ClientMessage,
     DraftFacts,
     DraftSwapped,
     EngineFailed,
-    EngineMessage,
     EngineStats,
     Finished,
     Shutdown,
@@ -28,58 +23,13 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from server.process import client as client_module
-from server.process.client import ENGINE_LOST, NO_ENGINE, UNREAD, ZmqEngineClient
-from server.process.wire import decode_client, encode, unbounded
+from server.process.client import ENGINE_LOST, NO_ENGINE, UNREAD
+from server.process.wire import decode_client
+from tests.support.engine_pair import Pair
 from tests.support.engines import ask
-from tests.support.scripted_engine import INFO, finished, tokens
+from tests.support.scripted_engine import finished, tokens
 
 STATS = EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7)
-
-
-class Peer:
-    """The engine's end of the ZeroMQ pair."""
-
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
-        self._socket = context.socket(zmq.PAIR)
-        unbounded(self._socket)
-        self._socket.connect(endpoint)
-        self._heard: list[ClientMessage] = []
-
-    async def say(self, *messages: EngineMessage) -> None:
-        await self._socket.send(encode(messages))
-
-    async def hear(self, count: int) -> list[ClientMessage]:
-        """The next `count` messages, in any batches."""
-        while len(self._heard) < count:
-            self._heard += decode_client(await self._socket.recv())
-        found, self._heard = self._heard[:count], self._heard[count:]
-        return found
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-class Pair:
-    """A client and its engines, one after the other."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._numbers = itertools.count()
-        self._context = zmq.asyncio.Context()
-        self.client = ZmqEngineClient()
-
-    async def engine(self) -> Peer:
-        """Attach a new engine that is ready."""
-        endpoint = f"ipc://{self._folder}/{next(self._numbers)}"
-        self.client.attach(endpoint)
-        peer = Peer(self._context, endpoint)
-        await peer.say(INFO)
-        assert await self.client.wait_ready() == INFO
-        return peer
-
-    def close(self) -> None:
-        self.client.close()
-        self._context.destroy(linger=0)
 
 
 Play = Callable[[Pair], Awaitable[None]]
@@ -217,6 +167,16 @@ def test_an_engine_that_says_it_failed_gets_no_more_requests(
         peer.close()
         peer = await pair.engine()
         assert not pair.client.has_failed
+        assert pair.client.stats is None
+        await peer.say(STATS)
+        end = finished(request("c"), FinishReason.LENGTH)
+        stream = pair.client.submit(request("c"))
+        await peer.say(end)
+        await collect(stream)
+        both = pair.client.stats_so_far
+        assert both is not None
+        assert (both.num_running, both.num_waiting) == (STATS.num_running, STATS.num_waiting)
+        assert (both.num_steps, both.prefix_hits) == (2 * STATS.num_steps, 2 * STATS.prefix_hits)
         peer.close()
 
     play(scene)

@@ -6,7 +6,7 @@ import pytest
 
 from configs.env import num_cpus
 from configs.load import ConfigError
-from server.routing.settings import config_of, engine_cpus, with_threads
+from server.routing.settings import check_one_engine, config_of, engine_cpus, with_threads
 
 
 def test_arguments_are_a_file_and_keys() -> None:
@@ -14,6 +14,8 @@ def test_arguments_are_a_file_and_keys() -> None:
     assert (config.model.dtype, config.fleet.replicas, config.server.port) == ("float32", 3, 1)
     with pytest.raises(ConfigError, match=r"fleet\.replica"):
         config_of({"fleet.replica": "3"})
+    with pytest.raises(ConfigError, match=r"parallel\.roles = prefill:1,decode:1: .* null"):
+        check_one_engine(config_of({"parallel.roles": "prefill:1,decode:1"}))
 
 
 @pytest.mark.parametrize(

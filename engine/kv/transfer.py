@@ -1,0 +1,74 @@
+"""How pages of the cache come from the engine that computes a prompt to the one that decodes it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class KVTransfer(Protocol):
+    """Carries whole blocks between engines with equal pages. Peers are engines of the other role,
+    by number.
+
+    A place belongs to the block of the receiver that has its number, and to one sender: the
+    receiver names it (`Reserved`) before anything is sent, and names it again only after the sender
+    was told that the sequence has ended. So no place is written for two sequences at a time. Both
+    calls return when their bytes are read: `send` may be announced, and blocks may be reused.
+    """
+
+    def send(self, peer: int, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """Put the pages of own blocks into places of this peer, in order."""
+        ...
+
+    def receive(self, peer: int, blocks: Sequence[int]) -> None:
+        """Take what this peer has put into the places of these blocks."""
+        ...
+
+
+class SharedMemory:
+    """`KVTransfer` between processes of one machine: an area of memory for each pair of engines,
+    open in both. Only places that were used take memory."""
+
+    def __init__(self, pages: Sequence[Tensor], areas: Mapping[int, int], num_places: int) -> None:
+        """`pages`: all that belongs to a block, each tensor [num_blocks, ...]. `areas`: handles of
+        memory files, by peer. `num_places`: blocks that this engine receives into; 0 for one that
+        sends only."""
+        self._pages = [page.flatten(1).view(torch.uint8) for page in pages]
+        self._width = sum(page.shape[1] for page in self._pages)
+        self._areas = areas
+        self._views: dict[int, Tensor] = {}  # [num_places, bytes of a block]
+        for peer, area in areas.items():
+            needed = num_places * self._width
+            if os.fstat(area).st_size < needed:
+                os.ftruncate(area, needed)
+            if num_places:
+                self._views[peer] = self._view(peer)
+
+    def send(self, peer: int, blocks: Sequence[int], places: Sequence[int]) -> None:
+        there = self._views.get(peer)
+        if there is None or max(places) >= len(there):  # the receiver started again with more
+            there = self._views[peer] = self._view(peer)
+        for rows, column, page in self._parts(there):
+            rows[list(places), column] = page[list(blocks)].cpu()
+
+    def receive(self, peer: int, blocks: Sequence[int]) -> None:
+        for rows, column, page in self._parts(self._views[peer]):
+            page[list(blocks)] = rows[list(blocks), column].to(page.device)
+
+    def _parts(self, there: Tensor) -> list[tuple[Tensor, slice, Tensor]]:
+        """The area, the bytes in it that belong to a page tensor, and this tensor."""
+        found, first = [], 0
+        for page in self._pages:
+            found.append((there, slice(first, first + page.shape[1]), page))
+            first += page.shape[1]
+        return found
+
+    def _view(self, peer: int) -> Tensor:
+        area = self._areas[peer]
+        size = os.fstat(area).st_size // self._width * self._width
+        return torch.frombuffer(mmap.mmap(area, size), dtype=torch.uint8).view(-1, self._width)
