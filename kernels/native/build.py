@@ -57,6 +57,10 @@ class NativeUnavailableError(RuntimeError):
     """The native kernels cannot be built here; the message says why."""
 
 
+class NativeCompileError(NativeUnavailableError):
+    """There is a compiler, and it refuses the kernels."""
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """A kind of CPU: compiler flags, and the features that /proc/cpuinfo must list to run it."""
@@ -224,7 +228,7 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], target: Path) -> Non
 def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if done.returncode != 0:
-        raise NativeUnavailableError(_failure(command, done.stderr))
+        raise NativeCompileError(_failure(command, done.stderr))
 
 
 def _failure(command: Sequence[str], stderr: str) -> str:

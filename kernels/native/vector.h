@@ -20,13 +20,13 @@ constexpr int kParts = 16 / kLanes;
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
-typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef uint8_t LaneBytes __attribute__((vector_size(kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 // The same type for unaligned memory.
 typedef float VecInMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t UVecInMemory __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
-typedef uint8_t ByteVecInMemory __attribute__((vector_size(kLanes), aligned(1), may_alias));
+typedef uint8_t LaneBytesInMemory __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint16_t HalfVecInMemory __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 #define AERIE_INLINE inline __attribute__((always_inline))
@@ -138,7 +138,7 @@ enum class Fp8 : uint8_t {};
 AERIE_INLINE F16 load(const Fp8* from) {
   F16 out;
   AERIE_EACH_PART {
-    const ByteVec bytes = *reinterpret_cast<const ByteVecInMemory*>(from + i * kLanes);
+    const LaneBytes bytes = *reinterpret_cast<const LaneBytesInMemory*>(from + i * kLanes);
     const UVec bits = __builtin_convertvector(bytes, UVec);
     const UVec size = bits & 0x7fu;
     const Vec normal = (Vec)((size << 20) + (120u << 23));

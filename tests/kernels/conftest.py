@@ -9,6 +9,7 @@ import torch
 
 from kernels.native.build import (
     AVX512,
+    NativeCompileError,
     NativeUnavailableError,
     Variant,
     build_library,
@@ -40,6 +41,8 @@ def library(request: pytest.FixtureRequest, native_cache: Path) -> NativeLibrary
         path = (
             build_library(native_cache) if variant is None else share_variant(variant, native_cache)
         )
+    except NativeCompileError:
+        raise  # every instruction set must compile where there is a compiler
     except NativeUnavailableError as error:
         pytest.skip(f"no native kernels here: {error}")
     return NativeLibrary(path, 3)
