@@ -17,6 +17,7 @@ import uvloop
 from configs.resolve import HostConfig
 from configs.schema import Config, ServerConfig
 from engine.messages import EngineFailed, ErrorCode, Finished
+from server.assembly.role import Role
 from server.process import keeper as keeping
 from server.process import restarts
 from server.process.client import ENGINE_LOST, ZmqEngineClient
@@ -308,12 +309,12 @@ def test_an_engine_that_cannot_be_started_for_a_moment_is_started_later(
     stub_engine(f"exit {EXIT_BAD_SETUP}")
     spawn, tries = keeping._spawn, 0
 
-    async def starved(endpoint: str) -> asyncio.subprocess.Process:
+    async def starved(endpoint: str, role: Role | None) -> asyncio.subprocess.Process:
         nonlocal tries
         tries += 1
         if code is not None and tries < 3:
             raise OSError(code, os.strerror(code))
-        return await spawn(endpoint)
+        return await spawn(endpoint, role)
 
     async def work(_: EngineKeeper) -> None:
         while tries < 3:
