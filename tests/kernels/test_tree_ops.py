@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafter.growing import grow_dynamic
+from drafter.growing import Grower, grow_dynamic
 from drafter.ranking import best_children
 from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
 from kernels.ops import Ops
@@ -46,6 +46,8 @@ class ScriptedGrower:
     logits: Tensor  # [depths, B, K, W]
     roots: Roots
     ctx: Context
+
+    selected = Grower.selected
 
     @property
     def num_rows(self) -> int:
