@@ -17,6 +17,8 @@ from tests.support.live_server import LiveServer, children, command_line, idle
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
 
+pytestmark = pytest.mark.extended
+
 MakeServer = Callable[..., LiveServer]
 LONG = "the quick brown fox jumps over the lazy dog " * 12
 SEVERAL = {"n": 3, "temperature": 1.0, "seed": 5}
