@@ -36,7 +36,7 @@ def open_stream(server: LiveServer, num_tokens: int, **client: Any) -> openai.St
 
 
 def test_sigterm_lets_open_streams_end_and_refuses_new_requests(make_server: MakeServer) -> None:
-    with make_server() as server:
+    with make_server("server.drain_timeout=140") as server:
         stream = open_stream(server, LENGTH)
         server.signal(signal.SIGTERM)
         server.log.wait_for(DRAINING)
