@@ -16,7 +16,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.chaos_traffic import MODEL, Traffic
-from tests.support.live_server import LiveServer, children, command_line, post
+from server.process.process_table import children_of
+from tests.support.live_server import LiveServer, command_line, post
 
 STOPPED = 15.0  # seconds that the engine stands still
 SHORTAGE = 6.0  # seconds that files, disk or memory are short
@@ -42,7 +43,9 @@ async def kill_engine(scene: Scene) -> None:
 
 
 async def kill_rank(scene: Scene) -> None:
-    (rank,) = [pid for pid in children(scene.server.engine_pid) if "follower" in command_line(pid)]
+    (rank,) = [
+        pid for pid in children_of(scene.server.engine_pid) if "follower" in command_line(pid)
+    ]
     os.kill(rank, signal.SIGKILL)
     await asyncio.sleep(3)
 
@@ -50,7 +53,7 @@ async def kill_rank(scene: Scene) -> None:
 async def kill_helpers(scene: Scene) -> None:
     """Processes that compile grammars or render templates, where there are any."""
     parents = scene.server.http_pid, scene.server.engine_pid
-    for pid in [pid for parent in parents for pid in children(parent)]:
+    for pid in [pid for parent in parents for pid in children_of(parent)]:
         if "_process" in command_line(pid) and "engine_process" not in command_line(pid):
             scene.notes.append(f"killed: {command_line(pid).split()[-1]}")
             os.kill(pid, signal.SIGKILL)
@@ -67,7 +70,7 @@ async def kill_http(scene: Scene) -> None:
 async def stop_engine(scene: Scene) -> None:
     """All processes of the engine stand still."""
     leader = scene.server.engine_pid
-    group = [leader, *children(leader)]
+    group = [leader, *children_of(leader)]
     for pid in group:
         os.kill(pid, signal.SIGSTOP)
     await asyncio.sleep(STOPPED)

@@ -444,7 +444,8 @@ class ServerConfig(Section):
         300.0,
         gt=0,
         description="seconds without a sign of life from an engine that has work, until it is "
-        "killed and restarted; more than the longest step takes, compilation included",
+        "killed and restarted; more than the longest step takes, compilation included. While it "
+        "loads, processor time is such a sign",
     )
 
 

@@ -123,6 +123,11 @@ class ZmqEngineClient:
         return self.was_ready and self._info is None
 
     @property
+    def is_loading(self) -> bool:
+        """Whether an engine is attached that never was ready."""
+        return self._socket is not None and not self.was_ready
+
+    @property
     def awaits_engine(self) -> bool:
         """Whether the engine has work, so that it must send something before long."""
         return self.has_failed or bool(self._info and (self._streams or self._swaps))

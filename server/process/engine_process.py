@@ -28,7 +28,7 @@ from engine.messages import (
 )
 from server.assembly.role import Role
 from server.process.loaded import spare_loaded
-from server.process.logs import set_up_logging
+from server.process.logs import set_up_logging, show_stacks_on_request
 from server.process.parent import die_with_parent, open_pipe
 from server.process.socket_folder import folder_of
 from server.process.wire import decode_client, encode, unbounded
@@ -117,6 +117,7 @@ def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
 
 def main() -> None:
     """Entry point of the process."""
+    show_stacks_on_request()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles a terminal's Ctrl-C
     endpoint = sys.argv[1]
     pipe = open_pipe()

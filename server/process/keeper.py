@@ -21,13 +21,16 @@ from server.assembly.role import Role
 from server.assembly.running import marks_in
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
+from server.process.process_table import ticks_of_group
 from server.process.restarts import Restarts
 from server.process.socket_folder import folder_of, private_endpoint
 
 LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
 GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
 WATCH_POLL = 1.0  # seconds between looks at a running engine
+STACKS_TIME = 0.2  # seconds for an engine to write where it hangs
 FAILED_END = 10.0  # seconds for the process of a failed engine to end
+HAS_SENT_NOTHING = "has work and has sent nothing"
 # What a machine may lack for a moment.
 SHORTAGES = {
     errno.EMFILE,
@@ -154,32 +157,45 @@ class EngineKeeper:
             self._kill()
         assert process.stdin is not None
         process.stdin.write(without_secrets(self._config).model_dump_json().encode() + b"\n")
-        watching = asyncio.create_task(self._watch())
+        watching = asyncio.create_task(self._watch(process))
         try:
             return await process.wait()
         finally:
             watching.cancel()
 
-    async def _watch(self) -> None:
-        """Kill an engine that owes messages and sends none for `server.engine_timeout` seconds.
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill an engine that gives no sign of life for `server.engine_timeout` seconds. When it
+        owes messages, these are the signs; while it loads, the processor time that it uses.
 
         Only time in which this process could have heard it counts: both may have been stopped.
         """
         client, limit = self._client, self._config.server.engine_timeout
         poll = min(WATCH_POLL, limit / 4)
-        silence, num_heard = 0.0, client.num_heard
+        silence, sign = 0.0, self._sign_of_life(process)
         while silence < (min(FAILED_END, limit) if client.has_failed else limit):
             began = time.monotonic()
             await asyncio.sleep(poll)
-            if client.num_heard != num_heard or not client.awaits_engine:
-                silence, num_heard = 0.0, client.num_heard
+            before, sign = sign, self._sign_of_life(process)
+            if sign != before or not (client.awaits_engine or client.is_loading):
+                silence = 0.0
             else:
                 silence += min(time.monotonic() - began, 2 * poll)
         logger.error(
-            "the engine has work and has sent nothing for %.1f s (server.engine_timeout): it is "
-            "killed",
+            "the engine %s for %.1f s (server.engine_timeout): it is killed",
+            "is loading and has done nothing" if client.is_loading else HAS_SENT_NOTHING,
             silence,
         )
+        await self._kill_with_stacks(process)
+
+    def _sign_of_life(self, process: asyncio.subprocess.Process) -> tuple[int, int]:
+        ticks = ticks_of_group(process.pid) if self._client.is_loading else 0
+        return self._client.num_heard, ticks
+
+    async def _kill_with_stacks(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the engine, after it has told the log where it hangs, if it can."""
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGUSR1)
+        await asyncio.sleep(STACKS_TIME)
         self._kill()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from configs.schema import LogConfig
 from server.http.tracing import CURRENT_TRACE
 
 PACKAGES = __package__.removesuffix("server.process")  # "aerie." where it is installed
+STANDARD_ERROR = 2
 DETAILS = ("engine.runner", "drafter", "server.assembly.compose")  # of a start
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 def set_up_logging(config: LogConfig) -> None:
     """Send the records of this process to standard error, in the configured format: also warnings,
     and exceptions that nothing catches."""
+    show_stacks_on_request()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(log_formatter(config))
     root = logging.getLogger()
@@ -35,6 +39,11 @@ def set_up_logging(config: LogConfig) -> None:
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_uncaught_in_thread
         quiet_libraries()
+
+
+def show_stacks_on_request() -> None:
+    """Let `kill -USR1` make this process write where each of its threads is to standard error."""
+    faulthandler.register(signal.SIGUSR1, STANDARD_ERROR, all_threads=True)
 
 
 def quiet(config: LogConfig) -> list[str]:

@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from io import FileIO
-from pathlib import Path
 
+from server.process.process_table import children_of
 from server.process.restarts import Restarts
 
 CRASHED = 70  # exit code of an HTTP process that an unexpected exception has ended
@@ -143,7 +143,7 @@ def _bury_children() -> None:
     """Wait for the engine of a dead HTTP process to end, so that its memory is free for the next
     one; kill what does not end."""
     end = time.monotonic() + LEAVE
-    while (left := _children_of(os.getpid())) and time.monotonic() < end:
+    while (left := children_of(os.getpid())) and time.monotonic() < end:
         for _ in _ended_children():
             pass
         time.sleep(POLL)
@@ -151,12 +151,3 @@ def _bury_children() -> None:
         logger.warning("process %d of the engine does not end: it is killed", pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _children_of(parent: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
-    return found

@@ -19,13 +19,13 @@ import pytest
 import yaml
 
 from benchmarks.running import free_port
+from server.process.process_table import children_of
 from tests.architecture.source_tree import ROOT
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import (
     DEADLINE,
     LiveServer,
     child_environment,
-    children,
     command_line,
 )
 from tests.support.tiny_heads import write_tiny_head
@@ -66,7 +66,7 @@ class LiveFleet(LiveServer):
 
 
 def descendants(pid: int) -> Iterator[int]:
-    for child in children(pid):
+    for child in children_of(pid):
         yield child
         yield from descendants(child)
 

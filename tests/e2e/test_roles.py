@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from server.process.process_table import children_of
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import LiveServer, children, command_line, idle
+from tests.support.live_server import LiveServer, command_line, idle
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
 
@@ -83,7 +84,7 @@ def expected(make_server: MakeServer, settings: tuple[str, ...]) -> dict[str, An
 def engines(server: LiveServer) -> dict[str, int]:
     """The process of each role."""
     found = {}
-    for pid in children(server.http_pid):
+    for pid in children_of(server.http_pid):
         for role in ("prefill", "decode"):
             if f'"kind":"{role}"' in command_line(pid):
                 found[role] = pid

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from kernels.registry import build_ops
-from tests.support.live_server import DEADLINE, LiveServer, children, wait_gone
+from server.process.process_table import children_of
+from tests.support.live_server import DEADLINE, LiveServer, wait_gone
 from tests.support.starved_rank import starving
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
@@ -70,7 +71,7 @@ def server(
 
 def ranks(server: LiveServer) -> list[int]:
     """Process ids of rank 0 (the engine process) and its followers."""
-    return [server.engine_pid, *sorted(children(server.engine_pid))]
+    return [server.engine_pid, *sorted(children_of(server.engine_pid))]
 
 
 def text_of(server: LiveServer) -> str:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -23,7 +23,9 @@ import openai
 import yaml
 
 from configs.env import environment
+from server.process.process_table import children_of
 
+STACKS_TIME = 2  # seconds for a process to write them
 DEADLINE = 150  # seconds; the native kernels may have to be compiled in it
 READY = re.compile(
     r"READY (?P<url>http://\S+)  \(OpenAI base URL: (?P<base>\S+)\)\n"
@@ -77,12 +79,14 @@ class _Lines:
         with self._changed:
             return "".join(self._lines)
 
-    def wait_for(self, pattern: str | re.Pattern[str], since: int = 0) -> re.Match[str] | None:
+    def wait_for(
+        self, pattern: str | re.Pattern[str], since: int = 0, within: float = DEADLINE
+    ) -> re.Match[str] | None:
         """The first match after character `since` of the text; None when the pipe ended."""
         find = re.compile(pattern).search
         with self._changed:
             known = lambda: find("".join(self._lines)[since:]) or self._ended  # noqa: E731
-            assert self._changed.wait_for(known, DEADLINE), f"{pattern!r} never came"
+            assert self._changed.wait_for(known, within), f"{pattern!r} never came"
             return find("".join(self._lines)[since:])
 
     def close(self) -> None:
@@ -159,6 +163,7 @@ class LiveServer:
             match = self.out.wait_for(READY)
             assert match is not None, "the server ended instead"
         except AssertionError as error:
+            self.show_stacks()
             self.__exit__(type(error), error, None)
             raise
         self.url = match["url"] or match["url_json"]
@@ -179,13 +184,15 @@ class LiveServer:
     @property
     def http_pid(self) -> int:
         """The child that answers requests now."""
-        (pid,) = children(self.pid)
+        (pid,) = children_of(self.pid)
         return pid
 
     @property
     def engine_pid(self) -> int:
         """Its child that runs the engine now."""
-        (pid,) = [pid for pid in children(self.http_pid) if "engine_process" in command_line(pid)]
+        (pid,) = [
+            pid for pid in children_of(self.http_pid) if "engine_process" in command_line(pid)
+        ]
         return pid
 
     def signal(self, number: signal.Signals) -> None:
@@ -250,8 +257,18 @@ class LiveServer:
         """Poll until the answer has this status."""
         end = time.monotonic() + DEADLINE
         while (response := self.get(path)).status_code != status:
-            assert time.monotonic() < end, f"{path} stayed at {response.status_code}"
+            if time.monotonic() > end:
+                self.show_stacks()
+                raise AssertionError(f"{path} stayed at {response.status_code}")
         return response
+
+    def show_stacks(self) -> None:
+        """Have each process of the server say in the log what its threads do."""
+        for pid in descendants(self.pid):
+            before = len(self.log.text())
+            with contextlib.suppress(ProcessLookupError, AssertionError):
+                os.kill(pid, signal.SIGUSR1)
+                self.log.wait_for("most recent call first", before, within=STACKS_TIME)
 
 
 def idle(metrics: Mapping[str, float]) -> bool:
@@ -281,17 +298,11 @@ def wait_gone(pidfd: int) -> None:
     os.close(pidfd)
 
 
-def children(pid: int) -> Sequence[int]:
-    """Processes whose parent is `pid`."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
+def descendants(pid: int) -> Iterator[int]:
+    """`pid`, its children, theirs, and so on."""
+    yield pid
+    for child in children_of(pid):
+        yield from descendants(child)
 
 
 def command_line(pid: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import tempfile
@@ -23,6 +24,7 @@ from server.process import restarts
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.keeper import EngineKeeper
+from server.process.process_table import PROC
 from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.live_server import wait_gone
@@ -234,6 +236,7 @@ def test_an_engine_that_is_not_ready_is_killed(
 
 
 HANGS = "exec sleep 1000000"
+WAITS = "while :; do read more || sleep 1000000; done"
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["silent", "failed"])
@@ -265,12 +268,27 @@ def test_an_engine_that_owes_messages_and_sends_none_is_killed_and_started_again
     assert "has sent nothing for 0." in caplog.text
 
 
+@pytest.mark.skipif(not PROC.is_dir(), reason="processor time is read from /proc")
+def test_an_engine_that_does_nothing_while_it_loads_is_killed_and_started_again(
+    stub_engine: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = stub_engine(
+        f'trap \'echo stacks >> "$trace"\' USR1; echo start >> "$trace"\n'
+        f'[ $(grep -c start "$trace") -lt 2 ] || exit {EXIT_BAD_SETUP}; read config; {WAITS}'
+    )
+    assert keep(Config(server=ServerConfig(engine_timeout=0.5)), EngineKeeper.failed) == 1
+    assert trace.read_text().split() == ["start", "stacks", "start"]
+    assert "the engine is loading and has done nothing for 0." in caplog.text
+
+
 @pytest.mark.parametrize("state", ["loading", "idle", "talking"])
 def test_an_engine_that_owes_nothing_is_left_alone(
     stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     stub_engine(HANGS)
     monkeypatch.setattr(keeping, "LAST_WORDS", 0.0)
+    used = itertools.count()  # the loading one is at work
+    monkeypatch.setattr(keeping, "ticks_of_group", lambda _: next(used))
 
     async def main() -> int:
         client = ZmqEngineClient()
