@@ -24,6 +24,11 @@ ACCEPTED = (
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 CONFIG = ["config.json"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+NO_NETWORK = (
+    "Without a network, download it elsewhere and pass the directory (set HF_HUB_OFFLINE=1 to use "
+    "only what was downloaded before)"
+)
+STILL_OFFLINE = "With HF_HUB_OFFLINE set, only what was downloaded before can be had"
 HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as unreachable
 
 
@@ -133,7 +138,7 @@ def fetch_from_hub(
 @contextlib.contextmanager
 def asking_hub(hub_id: str, revision: str | None, but: str = "") -> Iterator[None]:
     """FileNotFoundError, with the reason after `but`, where the hub gives nothing."""
-    from huggingface_hub import get_session
+    from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HfHubHTTPError
 
     # The hub's client is httpx or httpx2, by its version.
@@ -142,9 +147,8 @@ def asking_hub(hub_id: str, revision: str | None, but: str = "") -> Iterator[Non
         yield
     except (HfHubHTTPError, OSError, http.HTTPError) as error:
         said = str(error).strip()
-        reason = said.splitlines()[0] if said else type(error).__name__
+        reason = said.splitlines()[0].rstrip(".") if said else type(error).__name__
+        hint = STILL_OFFLINE if constants.HF_HUB_OFFLINE else NO_NETWORK
         raise FileNotFoundError(
-            f"{but}the hub gave no {hub_id!r} (revision {revision or 'main'}): {reason}. Without a "
-            "network, download it elsewhere and pass the directory (set HF_HUB_OFFLINE=1 to use "
-            "only what was downloaded before)"
+            f"{but}the hub gave no {hub_id!r} (revision {revision or 'main'}): {reason}. {hint}"
         ) from error
