@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 MAX_HIDDEN = 16384
 _VALUES_PER_THREAD = 16  # two 128-bit loads of bfloat16 in flight
@@ -28,6 +29,7 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,  # a power of two, at least H
 ):
     """Row t: out = y / sqrt(mean(y^2) + eps) * weight; y is x, or residual + x, stored there."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < H
