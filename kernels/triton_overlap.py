@@ -16,7 +16,8 @@ between the kernels of a CUDA graph keep this, and a graph starts after all that
 it.
 
 A kernel may load constants, such as the weights of a norm, between `begin_early()`, which is only
-the first part, and `await_inputs()`. Whoever writes such constants must synchronise afterwards.
+the first part, and `await_inputs()`. Whoever loads such constants must wait for the device
+(`Place.await_weights`).
 
 In Triton's interpreter, and on GPUs older than Hopper, both do nothing.
 """

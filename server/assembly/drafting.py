@@ -106,7 +106,9 @@ class HeadLoader:
     def load(self, path: Path) -> LoadedDraft:
         """Load a head. ValueError that names the invalid file and its tensor or key."""
         facts = self.facts(path)
-        return LoadedDraft(load_head(path, self._builder, self.aux), facts)
+        head = load_head(path, self._builder, self.aux)
+        self.place.await_weights()
+        return LoadedDraft(head, facts)
 
     def facts(self, path: Path) -> DraftFacts:
         """Facts of the head in `path`, without reading weights. Raises as `load`."""
