@@ -134,7 +134,10 @@ def load(config: HostConfig, length: int) -> FrozenTarget:
     serve it. ValueError if they cannot compute with these weights."""
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
     dtype, device = torch_dtype(config.model.dtype), torch.device("cpu")
-    ops = build_ops(config.kernels.backend, device, dtype, config.kernels.threads, config.files.dir)
+    kernels = config.kernels
+    ops = build_ops(
+        kernels.backend, device, dtype, kernels.threads, config.files.dir, overlap=kernels.overlap
+    )
     form = weight_form(config.model.weights, "model.weights", ops)
     cache = cache_type(config.cache, ops, device)
     place = Place(ops, dtype, device, weights=form, cache=cache)

@@ -7,7 +7,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.step_times import WARM_UP, Load, device_spans, steps, time_steps
 from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
+from kernels.ops import Ops
 from kernels.registry import build_ops
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, LoadedDraft, Target, tree_shape
@@ -39,6 +40,8 @@ LOADS: dict[str, tuple[TreeShape, Load]] = {
     "root, 64 rows, the same, run-ahead": (ROOT, Load(rows=64, params=EDITED, run_ahead=True)),
 }
 PROFILED_LOADS = ("root", "chain3", "dynamic16")
+NO_OVERLAP = ", without overlap"  # after the name of a load: with `kernels.overlap=false`
+NAMES = ("root", f"root{NO_OVERLAP}", "chain3", f"chain3{NO_OVERLAP}", *list(LOADS)[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,10 @@ class Rounds:
     large: Large
     target: Target
     head: LoadedDraft | None = None
+
+    def without_overlap(self, ops: Ops) -> Rounds:
+        """The same with operations that do not overlap."""
+        return replace(self, large=replace(self.large, ops=ops))
 
     def core(self, shape: TreeShape, load: Load) -> EngineCore:
         if shape == ROOT:
@@ -59,21 +66,25 @@ class Rounds:
         return assemble(config, self.target, self.large.place, drafting)
 
 
-def rounds(names: Iterable[str] = LOADS) -> Found:
+def rounds(names: Iterable[str] = NAMES) -> Found:
     """Times and kernels of the rounds of LOADS, printed after every one."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth()
     found: Found = {"copy": bandwidth, "floor_ms": floor_ms(bandwidth), "rounds": {}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
-        ops = build_ops("triton", device, torch.bfloat16, 1, Path(folder))
+        ops, plain = (
+            build_ops("triton", device, torch.bfloat16, 1, Path(folder), overlap=overlap)
+            for overlap in (True, False)
+        )
         large = Large(ops, device, Path(folder), rows=64)
         running = Rounds(large, large.target())
         for name in names:
-            shape, load = LOADS[name]
+            shape, load = LOADS[name.removesuffix(NO_OVERLAP)]
             if shape != ROOT and running.head is None:
                 running = Rounds(large, running.target, large.head(running.target))
+            used = running.without_overlap(plain) if name.endswith(NO_OVERLAP) else running
             found["rounds"][name] = measured(
-                lambda s=shape, o=load: running.core(s, o),  # type: ignore[misc]  # noqa: B023
+                lambda r=used, s=shape, o=load: r.core(s, o),  # type: ignore[misc]
                 load,
                 profiled=name in PROFILED_LOADS,
             )
@@ -146,6 +157,11 @@ def verdicts(found: Found) -> list[Verdict]:
             more = kernels[name] - kernels["root"]
             made.append(Verdict(f"{name} adds, ms", most, times[name] - times["root"]))
             made.append(Verdict(f"{name} adds, kernels", launches, more))
+    for name in ("root", "chain3"):
+        without = f"{name}{NO_OVERLAP}"
+        if without in times:
+            verdict = f"{name} / {without}"
+            made.append(Verdict(verdict, 1.0, times[name] / times[without]))
     for name, round_ in found["rounds"].items():
         if "64 rows" in name:
             made.append(Verdict(f"host's time in a step, us: {name}", 100, round_["gap_us"]))

@@ -35,7 +35,14 @@ def target_of(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch_dtype(config.model.dtype)
     threads = config.kernels.threads
-    ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
+    ops = build_ops(
+        config.kernels.backend,
+        device,
+        dtype,
+        threads,
+        config.files.dir,
+        overlap=config.kernels.overlap,
+    )
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
     place = Place(ops, dtype, device)

@@ -328,6 +328,11 @@ class KernelsConfig(Section):
     graphs: Literal["auto", "off"] = Field(
         "auto", description="auto: steps are CUDA graphs on CUDA devices; off: eager"
     )
+    overlap: StrictBool = Field(
+        True,
+        description="CUDA devices of capability 9.0 or more: a Triton kernel is made ready while "
+        "the one before it runs",
+    )
 
 
 class ServerConfig(Section):

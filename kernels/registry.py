@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ OPERATIONS = (
 # The native backend runs these in plain torch
 TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
+OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -60,6 +62,8 @@ def build_ops(
     storage_dtype: torch.dtype,
     num_threads: int,
     cache_dir: Path,
+    *,
+    overlap: bool = True,
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -70,6 +74,7 @@ def build_ops(
         storage_dtype: type of the weights and the KV cache.
         num_threads: CPU threads of the native operations.
         cache_dir: folder of the compiled native library.
+        overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
 
     Raises:
         ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
@@ -83,7 +88,7 @@ def build_ops(
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
     if backend == "triton" or device.type != "cpu":
-        return _triton_or_reference(backend, device, storage_dtype)
+        return _triton_or_reference(backend, device, storage_dtype, overlap=overlap)
     return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
 
@@ -99,10 +104,13 @@ def _native_or_reference(
     return native_ops(NativeOps(library, storage_dtype))
 
 
-def _triton_or_reference(backend: str, device: torch.device, storage_dtype: torch.dtype) -> Ops:
+def _triton_or_reference(
+    backend: str, device: torch.device, storage_dtype: torch.dtype, *, overlap: bool
+) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        return triton_ops(storage_dtype, device)
+        ops = triton_ops(storage_dtype, device)
+        return _with_overlap(ops) if overlap and _can_overlap(device) else ops
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
     return reference_ops(device, storage_dtype, reason)
@@ -117,6 +125,27 @@ def _why_not_triton(device: torch.device) -> str | None:
     if device.type == "cuda" or triton.knobs.runtime.interpret:
         return None
     return f"Triton kernels are for CUDA devices, not for {device}"
+
+
+def _can_overlap(device: torch.device) -> bool:
+    from kernels.triton_overlap import CAPABILITY
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def _with_overlap(ops: Ops) -> Ops:
+    """The operations with launches that overlap; `Ops.backends` says so of Triton's."""
+    from kernels.triton_launch import overlapped
+
+    values = {field.name: getattr(ops, field.name) for field in fields(ops)}
+    launching = {name: overlapped(value) for name, value in values.items() if callable(value)}
+    backends = {
+        name: Backend("triton", OVERLAPPING) if backend == Backend("triton") else backend
+        for name, backend in ops.backends.items()
+    }
+    return replace(ops, **launching, backends=backends)
 
 
 def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:

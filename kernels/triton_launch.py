@@ -7,13 +7,15 @@ for sm_90a what the engine launches.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -39,6 +41,25 @@ _POINTEES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+# Whether launches overlap here, because an operation of `overlapped` is running
+_OVERLAPS: ContextVar[bool] = ContextVar("overlaps", default=False)
+
+
+def overlapped(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The operation with launches that overlap with the kernels before them, as
+    kernels/triton_overlap.py explains."""
+
+    @functools.wraps(operation, updated=())
+    def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        token = _OVERLAPS.set(True)
+        try:
+            return operation(*args, **options)
+        finally:
+            _OVERLAPS.reset(token)
+
+    return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +89,7 @@ class Launch:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
+            "launch_pdl": _OVERLAPS.get(),
         }
 
 
@@ -82,6 +104,7 @@ class Resources:
     wgmma: int  # instructions
     mma: int  # matrix instructions of older GPUs
     load_bits: dict[str, int]  # width of a load from global memory -> instructions
+    waits: int  # instructions that wait for the kernel before (kernels/triton_overlap.py)
 
     @property
     def widest_load(self) -> int:
@@ -110,6 +133,8 @@ def problems(launch: Launch, found: Resources) -> list[str]:
         lines.append(f"no wgmma, {found.mma} older matrix instructions")
     if found.widest_load < launch.min_load_bits:
         lines.append(f"widest load {found.widest_load} bits, not {launch.min_load_bits}")
+    if found.waits != 1:
+        lines.append(f"waits for the kernel before {found.waits} times, not once")
     return [f"{launch.name}: {line}" for line in lines]
 
 
@@ -173,10 +198,11 @@ def _resources(cubin: bytes, shared_bytes: int) -> Resources:
         wgmma=count["HGMMA"] + count["QGMMA"] + count["IGMMA"],
         mma=count["HMMA"] + count["QMMA"] + count["IMMA"],
         load_bits=dict(sorted(widths.items())),
+        waits=count["ACQBULK"],
     )
 
 
-_COUNTED = ("STL", "LDL", "HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA")
+_COUNTED = ("STL", "LDL", "HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "ACQBULK")
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

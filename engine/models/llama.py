@@ -115,6 +115,7 @@ def load_decoder(blocks: LayerLoader, layer: Callable[[int, str], Layer]) -> Lla
     """A decoder of the layers that `layer` builds from an index and a prefix of names."""
     place, started = blocks.place, time.monotonic()
     model, num_ranks = _load(blocks, layer), place.shard.size
+    place.await_weights()
     if place.shard.rank == 0 and place.device.type != "meta":
         logger.info(
             "loaded %.2f GiB of weights in %.1f s%s",

@@ -35,6 +35,12 @@ class Place:
         """For the pages of a draft head with this shard."""
         return replace(self, shard=shard, cache=None)
 
+    def await_weights(self) -> None:
+        """Wait until loaded weights lie in the device's memory: kernels may read some before they
+        wait for earlier work of the device (kernels/triton_overlap.py)."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     @property
     def packer(self) -> WeightPacker:
         return WeightPacker(self.ops, self.dtype, self.device, self.weights)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _BLOCK = 1024  # columns per program: one 128-bit load of each half per thread
 _KNOWN_SIZES = (1536, 8192, 14336, 28672)  # SmolLM2, Llama 1B, 8B, 70B
@@ -22,6 +23,7 @@ def _silu_and_mul_kernel(
     BLOCK: tl.constexpr,
 ):
     """Program (t, b): columns b * BLOCK .. of row t, silu(gate) * up in float32."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F

@@ -44,6 +44,7 @@ from kernels.attention.triton_plan import (
 from kernels.linear.scaled import FP8
 from kernels.ops import UNSCALED, AttentionMeta, CacheScales
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 BLOCK_SIZE = 16
 HEAD_DIMS = (16, 32, 64, 128)
@@ -96,6 +97,7 @@ def attend_splits(
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """One part of the keys of one tile for one KV head. Grid (Hkv, splits, tiles)."""
+    await_inputs()
     kv_head, split = tl.program_id(0), tl.program_id(1)
     # The last tiles of a causal chunk see the most keys, so they start first.
     tile = tl.num_programs(2) - 1 - tl.program_id(2)
@@ -259,6 +261,7 @@ def merge_splits(
     SEARCH: tl.constexpr,
 ):
     """Merge the parts of MERGED_ROWS rows of a tile. Grid (groups of rows, Hkv, tiles)."""
+    await_inputs()
     kv_head, tile = tl.program_id(1), tl.program_id(2)
     row, first_query = find_tile(tile, cu_q_ptr, num_rows, tiles_per_row, BLOCK_M // GROUP, SEARCH)
     start = tl.load(cu_q_ptr + row)

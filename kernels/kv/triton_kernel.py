@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _COLUMN_BYTES = 256  # bytes of a slot per program
 _TILE_BYTES = 16384  # per tile of moves: 128 bytes per thread
@@ -47,6 +48,7 @@ def _kv_move_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Program (p, c): columns c * COLUMNS .. of page p, all moves in order."""
+    await_inputs()
     page = tl.load(addresses_ptr + tl.program_id(0)).to(tl.pointer_type(WORD))
     page = tl.multiple_of(page, 16)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]

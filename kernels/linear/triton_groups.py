@@ -15,6 +15,7 @@ from kernels.linear.grouped import GroupedWeight, GroupLayout
 from kernels.linear.triton_scaled import product_type
 from kernels.ops import LinearWeight
 from kernels.triton_launch import Launch
+from kernels.triton_overlap import await_inputs
 
 _FEW_ROWS, _MANY_ROWS = 16, 64  # of a tile
 _MOST_INPUTS = 128  # of a tile
@@ -42,6 +43,7 @@ def grouped_linear_kernel(
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """A tile of outputs. Grid (blocks of N, blocks of T)."""
+    await_inputs()
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     some_rows, some_columns = rows < T, columns < N

@@ -23,6 +23,7 @@ from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout, ScaledWeight
 from kernels.ops import LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _BLOCK = 1024  # columns per program: one 128-bit load per thread
 _KNOWN_SIZES = (576, 2048, 4096, 5120, 8192)  # SmolLM2, Llama 1B, 8B, Llama 4, 70B
@@ -76,6 +77,7 @@ def _gather_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """Program (t, b): columns b * BLOCK .. of row ids[t]."""
+    await_inputs()
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + token)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.linear.scaled import FP8, LARGEST, ScaledLayout, ScaledWeight
 from kernels.ops import LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _CHUNK = 2048  # numbers of a row that are rounded at once
 _FEW_ROWS, _SOME_ROWS, _MANY_ROWS = 16, 64, 128  # of a tile
@@ -48,6 +49,7 @@ def round_rows_kernel(
     LARGEST: tl.constexpr,
 ):
     """Round a block of a row, times its factor. Grid (T, blocks)."""
+    await_inputs()
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = block * BLOCK
     end = tl.minimum(first + BLOCK, K)
@@ -85,6 +87,7 @@ def scaled_linear_kernel(
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """A tile of outputs. Grid (blocks of N, blocks of T)."""
+    await_inputs()
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     some_rows, some_columns = rows < T, columns < N

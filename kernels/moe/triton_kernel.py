@@ -21,6 +21,7 @@ from kernels.moe import triton_scaled
 from kernels.moe.triton_runs import Runs, new_outputs
 from kernels.ops import ExpertWeights, LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _FEW_ROWS, _MANY_ROWS = 16, 64  # of a tile
 _MANY = 32  # tokens per expert from which tiles have many rows
@@ -47,6 +48,7 @@ def gate_up_kernel(
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """silu(gate) * up of a tile. Grid (blocks of F, tiles)."""
+    await_inputs()
     run, first = find_tile(tl.program_id(1), begins_ptr, num_runs, 1, BLOCK_M, True)
     begin = tl.load(begins_ptr + run)
     end = tl.load(begins_ptr + run + 1)
@@ -94,6 +96,7 @@ def down_kernel(
     PRODUCT: tl.constexpr,
 ):
     """The outputs of a tile. Grid (blocks of H, tiles)."""
+    await_inputs()
     run, first = find_tile(tl.program_id(1), begins_ptr, num_runs, 1, BLOCK_M, True)
     begin = tl.load(begins_ptr + run)
     end = tl.load(begins_ptr + run + 1)

@@ -19,6 +19,7 @@ from kernels.linear.triton_scaled import product_type, round_rows
 from kernels.moe.triton_runs import Runs, new_outputs
 from kernels.ops import ExpertWeights, LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _FEW_ROWS, _MANY_ROWS = 16, 64  # of a tile
 _MANY = 32  # tokens per expert from which tiles have many rows
@@ -48,6 +49,7 @@ def scaled_gate_up_kernel(
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """silu(gate) * up of a tile. Grid (blocks of F, tiles)."""
+    await_inputs()
     run, first = find_tile(tl.program_id(1), begins_ptr, num_runs, 1, BLOCK_M, True)
     begin = tl.load(begins_ptr + run)
     end = tl.load(begins_ptr + run + 1)
@@ -119,6 +121,7 @@ def scaled_down_kernel(
     PRODUCT: tl.constexpr,
 ):
     """The outputs of a tile. Grid (blocks of H, tiles)."""
+    await_inputs()
     run, first = find_tile(tl.program_id(1), begins_ptr, num_runs, 1, BLOCK_M, True)
     begin = tl.load(begins_ptr + run)
     end = tl.load(begins_ptr + run + 1)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs, begin_early
 
 MAX_HIDDEN = 16384
 _VALUES_PER_THREAD = 16  # two 128-bit loads of bfloat16 in flight
@@ -28,9 +29,12 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,  # a power of two, at least H
 ):
     """Row t: out = y / sqrt(mean(y^2) + eps) * weight; y is x, or residual + x, stored there."""
-    row = tl.program_id(0).to(tl.int64)
+    begin_early()
     columns = tl.arange(0, BLOCK)
     inside = columns < H
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    await_inputs()
+    row = tl.program_id(0).to(tl.int64)
     values = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         residual_row = residual_ptr + row * residual_stride + columns
@@ -38,7 +42,6 @@ def _rms_norm_kernel(
         stored = values.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row, stored, mask=inside)
         values = stored.to(tl.float32)  # normalise the rounded sum, which later layers read
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / H + eps)
     normed = (values * scale * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * H + columns, normed, mask=inside)

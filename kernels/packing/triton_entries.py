@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.packing.entries import PackedEntries, Walks
 from kernels.triton_launch import Launch
+from kernels.triton_overlap import await_inputs
 
 _BLOCK = 32  # places of one program
 MAX_ROWS = 4096
@@ -49,6 +50,7 @@ def _pack_entries_kernel(
     BLOCK: tl.constexpr,
 ):
     """Places p * BLOCK .. of the entries, grid (programs,)."""
+    await_inputs()
     rows = tl.arange(0, ROWS)
     exists = rows < B
     starts = tl.load(starts_ptr + rows, mask=exists, other=0)

@@ -14,6 +14,7 @@ from kernels.packing import triton_entries
 from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.packing.triton_entries import pointers
 from kernels.triton_launch import Launch
+from kernels.triton_overlap import await_inputs
 
 _BLOCK = 32  # places of one program
 MAX_ROWS = 4096
@@ -66,6 +67,7 @@ def _pack_nodes_kernel(
     BLOCK: tl.constexpr,
 ):
     """Places p * BLOCK .. of the packed nodes and of all [B, N] nodes, grid (programs,)."""
+    await_inputs()
     rows = tl.arange(0, ROWS)
     exists = rows < B
     limits = tl.load(limits_ptr + rows, mask=exists, other=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.linear.scaled import FP8, LARGEST
 from kernels.ops import UNSCALED, CacheScales
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _Pair = tuple[Tensor, Tensor]
 _VALUES_PER_WARP = 1024  # values of the query heads: 32 per thread
@@ -54,6 +55,7 @@ def _rope_kv_write_kernel(
 ):
     """Program t: token t. Heads are the rows of a tile; each half of D is a tile of its own,
     because rotation pairs (i, i + D/2)."""
+    await_inputs()
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     slot = tl.load(slots_ptr + token)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.sampling.pipeline_reference import BiasEntries, LogitEdits, Penalties
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 TILE = 2048  # tokens of one program
 _ENTRIES = 128  # bias entries of one program
@@ -37,6 +38,7 @@ def _penalise_kernel(
     TILE: tl.constexpr,
 ):
     """One tile of one row, grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
     inside = ids < V
@@ -72,6 +74,7 @@ def _bias_kernel(
     ENTRIES: tl.constexpr,
 ):
     """Some entries of one row, grid (ceil(M / ENTRIES), R)."""
+    await_inputs()
     row = tl.program_id(1).to(tl.int64)
     entries = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entries < M

@@ -27,6 +27,7 @@ from kernels.sampling.triton_draw import (
     best_plain,
 )
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 TILE = 2048  # tokens of one program
 _EXAMPLE_VOCABULARY = 202048  # Llama 4, the largest
@@ -43,6 +44,7 @@ def _best_of_tile_kernel(
     TILE: tl.constexpr,
 ):
     """The best token of one tile of one row, grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = tile * TILE
     ids = first + tl.arange(0, TILE)
@@ -67,6 +69,7 @@ def _best_of_row_kernel(
     TILES: tl.constexpr,  # a power of two, at least num_tiles
 ):
     """The best of a row's tiles, grid (R,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, TILES)
     inside = tiles < num_tiles

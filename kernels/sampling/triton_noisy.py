@@ -20,6 +20,7 @@ from kernels.sampling.noisy_reference import BINS, BINS_PER_NAT, OUTSIDE
 from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.triton_draw import MINUS_INFINITY, noise_bits, noise_key, uniform
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 TILE = 2048  # tokens of one program
 _BINS: tl.constexpr = tl.constexpr(BINS)
@@ -54,6 +55,7 @@ def _highest_of_tile_kernel(
     TILE: tl.constexpr,
 ):
     """The highest scaled logit of one tile of one row, grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
     values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)
@@ -80,6 +82,7 @@ def _count_bins_kernel(
     TILES: tl.constexpr,  # a power of two, at least the number of tiles
 ):
     """Count the tokens of one tile of one row by their bins, grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(temperature_ptr + row) > 0.0:
         ids = tile * TILE + tl.arange(0, TILE)
@@ -99,6 +102,7 @@ def _num_kept_kernel(
     num_kept_ptr,  # [R] int32 out
 ):
     """How many of the best bins a row keeps, grid (R,); see `noisy_reference.num_kept_bins`."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     bins = tl.arange(0, _BINS)
     counts = tl.load(counts_ptr + row * _BINS + bins)
@@ -144,6 +148,7 @@ def _add_noise_kernel(
     TILES: tl.constexpr,
 ):
     """One tile of one row, grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
     values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)

@@ -22,6 +22,7 @@ from kernels.sampling.triton_draw import (
     packed_value,
 )
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 TILE = 2048  # tokens of one program
 MAX_TOP = 64  # the most children of a node
@@ -39,6 +40,7 @@ def _sums_of_tile_kernel(
     TILE: tl.constexpr,
 ):
     """One tile of one row, grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
     values = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < V, other=MINUS_INFINITY)
@@ -86,6 +88,7 @@ def _scores_of_row_kernel(
     CANDIDATES: tl.constexpr,  # a power of two, at least num_tiles * num_top
 ):
     """Joins the tiles of one row, grid (R,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     normaliser = _join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES)
     logit = tl.load(logits_ptr + row * logits_stride + tl.load(tokens_ptr + row))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.sampling.triton_draw import MINUS_INFINITY
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 TILE = 4096  # tokens of one program
 # What a tile holds; the highest counts
@@ -32,6 +33,7 @@ def _sound_tile_kernel(
     TILE: tl.constexpr,
 ):
     """Grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
     values = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < V, other=MINUS_INFINITY)
@@ -48,6 +50,7 @@ def _sound_row_kernel(
     TILES: tl.constexpr,  # a power of two, at least the number of tiles
 ):
     """Grid (R,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, TILES)
     found = tl.load(found_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=_NOTHING)

@@ -19,6 +19,7 @@ from kernels.sampling.triton_draw import (
     noise_key,
     sort_key,
 )
+from kernels.triton_overlap import await_inputs
 
 STATE_SIZE = 16
 BINS = 2048
@@ -190,6 +191,7 @@ def draw_kernel(
     TILE: tl.constexpr,
 ):
     """Draw in one tile of one row, grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if FIRST:
         pivot = _LOWEST
@@ -228,6 +230,7 @@ def decide_kernel(
     TILES: tl.constexpr,  # a power of two, at least num_tiles
 ):
     """Decide after a draw, grid (R,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     phase = _VERIFY if FIRST else tl.load(state_ptr + row * _SIZE + _PHASE)
     if phase != _DONE:
@@ -264,6 +267,7 @@ def finish_kernel(
 ):
     """Draw and decide until the row is done, grid (R,). Every round leaves fewer tokens, and the
     highest is always kept."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * _SIZE
     phase = tl.load(state + _PHASE)
@@ -306,6 +310,7 @@ def count_digits_kernel(
 ):
     """Count the next digit of the values whose leading digits are those found so far,
     grid (tiles, R)."""
+    await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     state = state_ptr + row * _SIZE
     if tl.load(state + _PHASE) == _TOP_K:
@@ -347,6 +352,7 @@ def choose_digit_kernel(
 ):
     """The next digit of the k-th highest value, grid (R,). After the last digit, set the next draw
     to the tokens from that value up."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * _SIZE
     if tl.load(state + _PHASE) == _TOP_K:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.sampling.triton_draw import NO_KEY, packed_id, packed_key, packed_value
 from kernels.triton_launch import Launch
+from kernels.triton_overlap import await_inputs
 
 TILE = 2048  # tokens of one program
 MAX_NODES = 64  # one 64-bit ancestor mask per node
@@ -33,6 +34,7 @@ def _best_of_tile_kernel(
     TILE: tl.constexpr,
 ):
     """The best children within one tile of tokens, grid (tiles, K, B)."""
+    await_inputs()
     tile, node, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     tokens = tile * TILE + tl.arange(0, TILE)
     inside = tokens < W
@@ -59,6 +61,7 @@ def _best_of_node_kernel(
     KEYS: tl.constexpr,  # a power of two, at least num_keys
 ):
     """The best children of one node from those of its tiles, grid (B * K,)."""
+    await_inputs()
     node = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, KEYS)
     keys = tl.load(keys_ptr + node * num_keys + lanes, mask=lanes < num_keys, other=NO_KEY)
@@ -86,6 +89,7 @@ def _next_frontier_kernel(
     CHILDREN: tl.constexpr,  # a power of two, at least num_children
 ):
     """The best of all children of one row, grid (B,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, CHILDREN)
     keys = _load_keys(cumulative_ptr + row * num_children, lanes, num_children)
@@ -110,6 +114,7 @@ def _select_kernel(
     NODES: tl.constexpr,  # a power of two, at least num_nodes
 ):
     """The best candidates of one row as a tree, grid (B,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     limit = tl.maximum(tl.minimum(tl.load(limits_ptr + row), num_nodes), 1).to(tl.int32)
     lanes = tl.arange(0, CANDIDATES)
@@ -148,6 +153,7 @@ def _ancestors_kernel(
 ):
     """Masks and depths of one tree, grid (B,). Each turn doubles the reach of the masks."""
 
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     nodes = tl.arange(0, NODES)
     inside = nodes < N
@@ -180,6 +186,7 @@ def _walk_kernel(
     NODES: tl.constexpr,  # a power of two, at least N
 ):
     """The walk down one tree, grid (B,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     nodes = tl.arange(0, NODES)
     inside = nodes < N

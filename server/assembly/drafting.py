@@ -95,7 +95,10 @@ class HeadLoader:
         place, ops = self.place, self.place.ops
         if ops.backends["linear"].name == "reference":
             return self  # plain torch; to try for native operations again would take long
-        own = build_ops(config.kernels.backend, place.device, place.dtype, 1, config.files.dir)
+        kernels = config.kernels
+        own = build_ops(
+            kernels.backend, place.device, place.dtype, 1, config.files.dir, overlap=kernels.overlap
+        )
         assert own.backends == ops.backends, "weights would be packed for other kernels"
         ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)
         return replace(self, place=replace(place, ops=ops))
@@ -103,7 +106,9 @@ class HeadLoader:
     def load(self, path: Path) -> LoadedDraft:
         """Load a head. ValueError that names the invalid file and its tensor or key."""
         facts = self.facts(path)
-        return LoadedDraft(load_head(path, self._builder, self.aux), facts)
+        head = load_head(path, self._builder, self.aux)
+        self.place.await_weights()
+        return LoadedDraft(head, facts)
 
     def facts(self, path: Path) -> DraftFacts:
         """Facts of the head in `path`, without reading weights. Raises as `load`."""

@@ -34,7 +34,14 @@ def load_frozen(config: HostTrainingConfig, worker: Worker) -> tuple[LoadedTarge
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
     with backend_can_be_had(config.kernels):
-        ops = build_ops(config.kernels.backend, device, dtype, threads, config.files.dir)
+        ops = build_ops(
+            config.kernels.backend,
+            device,
+            dtype,
+            threads,
+            config.files.dir,
+            overlap=config.kernels.overlap,
+        )
     torch.set_num_threads(threads)
     arch, read = checkpoint.arch, checkpoint.tensor
     place = Place(ops, dtype, device)

@@ -52,9 +52,11 @@ def test_bars_of_rounds_need_only_what_was_measured() -> None:
     chain3 = {"device_ms": 6.5, "gap_us": 10.0, "kernels": 942.0}
     many = {"device_ms": 6.0, "gap_us": 1300.0}
     found = {"floor_ms": 4.0, "rounds": {"root": root, "chain3": chain3, "root, 64 rows": many}}
+    found["rounds"]["root, without overlap"] = root | {"device_ms": 10.0}
     values = {verdict.name: verdict.value for verdict in verdicts(found)}
     assert values["round of the 8B shape / reading its weights"] == 1.25
     assert values["chain3 adds, ms"] == 1.5
+    assert values["root / root, without overlap"] == 0.5
     assert values["chain3 adds, kernels"] == 500
     assert values["host's time in a step, us: root, 64 rows"] == 1300
     assert verdicts({"floor_ms": 4.0, "rounds": {}}) == []
