@@ -16,6 +16,17 @@ import typer
 from benchmarks import machine
 from benchmarks.plots import plot_serving
 from benchmarks.tables import write_results
+from server.commands.bench import (
+    RATES,
+    Drain,
+    Range,
+    Rates,
+    Seconds,
+    Seed,
+    Share,
+    TpotGoal,
+    TtftGoal,
+)
 from server.measuring.answers import Endpoint
 from server.measuring.open_load import Goal, Plan, Row, check, measure, saturation
 
@@ -24,27 +35,26 @@ def main(
     url: Annotated[str, typer.Option(help="Ends with /v1 or the like.")],
     name: Annotated[str, typer.Option(help="Of the server, in the results.")] = "server",
     api_key: Annotated[str | None, typer.Option()] = None,
-    rate: Annotated[list[float] | None, typer.Option(help="Requests/s; in rising order.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of arrivals, per rate.")] = 60.0,
-    drain: Annotated[float, typer.Option(help="Seconds for the last requests.")] = 60.0,
-    ttft: Annotated[float, typer.Option(help="Goal, ms.")] = 1000.0,
-    ttit: Annotated[float, typer.Option(help="Goal, ms.")] = 100.0,
-    share: Annotated[float, typer.Option(min=0, max=1, help="Goal: share of good ones.")] = 0.9,
-    prompt_words: Annotated[tuple[int, int], typer.Option(help="Least and most.")] = (16, 192),
-    output_tokens: Annotated[tuple[int, int], typer.Option(help="Least and most.")] = (16, 128),
-    seed: Annotated[int, typer.Option()] = 0,
+    rates: Rates = None,
+    seconds: Seconds = 60.0,
+    drain: Drain = 60.0,
+    ttft: TtftGoal = 1000.0,
+    tpot: TpotGoal = 100.0,
+    share: Share = 0.9,
+    prompt_words: Range = (16, 192),
+    output_tokens: Range = (16, 128),
+    seed: Seed = 0,
     output: Annotated[Path, typer.Option(help="JSON; .md and .png are written beside it.")] = Path(
         "benchmarks/out/serving.json"
     ),
 ) -> None:
     """Find how many requests per second a server answers in time."""
-    rates = tuple(rate or (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0))
-    plan = Plan(rates, seconds, drain, prompt_words, output_tokens, seed)
+    plan = Plan(tuple(rates or RATES), seconds, drain, prompt_words, output_tokens, seed)
     try:
         check(plan)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    goal = Goal(ttft, ttit, share)
+    goal = Goal(ttft, tpot, share)
     before = machine.load()
     rows = asyncio.run(measure(Endpoint.discover(name, url, api_key), plan, goal, _say))
     content: dict[str, object] = {

@@ -25,6 +25,21 @@ JsonFile = Annotated[
     typer.Option("--json", metavar="FILE", help="Write all numbers there.", show_default=False),
 ]
 Seed = Annotated[int, typer.Option(help="Of the prompts and the times of arrival.")]
+Rates = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--rate",
+        help="Requests per second, rising; may be repeated. Default: 0.25, 0.5, 1 ... 16.",
+        show_default=False,
+    ),
+]
+Seconds = Annotated[float, typer.Option(min=0.1, help="Of arrivals, at each rate.")]
+Drain = Annotated[float, typer.Option(help="Seconds for the last requests.")]
+TtftGoal = Annotated[float, typer.Option(help="Goal: ms to the first token.")]
+TpotGoal = Annotated[float, typer.Option(help="Goal: ms per token after it.")]
+Share = Annotated[float, typer.Option(min=0, max=1, help="Goal: of good requests.")]
+Range = Annotated[tuple[int, int], typer.Option(help="Least and most.")]
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # requests per second
 TERMS = """\
 TTFT: time to the first token. TPOT (also called TTIT): mean time per token
 after it, of each answer. ITL: time from one arrival to the next, which may
@@ -93,20 +108,14 @@ def serving(
     config: ConfigFile = None,
     url: Url = None,
     api_key: ApiKey = None,
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Requests per second, rising; may be repeated. Default: 0.25, 0.5, 1 ... 16.",
-            show_default=False,
-        ),
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of arrivals, at each rate.")] = 30.0,
-    drain: Annotated[float, typer.Option(help="Seconds for the last requests.")] = 60.0,
-    ttft: Annotated[float, typer.Option(help="Goal: ms to the first token.")] = 1000.0,
-    tpot: Annotated[float, typer.Option(help="Goal: ms per token after it.")] = 100.0,
-    share: Annotated[float, typer.Option(min=0, max=1, help="Goal: of good requests.")] = 0.9,
-    prompt_words: Annotated[tuple[int, int], typer.Option(help="Least and most.")] = (16, 192),
-    output_tokens: Annotated[tuple[int, int], typer.Option(help="Least and most.")] = (16, 128),
+    rates: Rates = None,
+    seconds: Seconds = 30.0,
+    drain: Drain = 60.0,
+    ttft: TtftGoal = 1000.0,
+    tpot: TpotGoal = 100.0,
+    share: Share = 0.9,
+    prompt_words: Range = (16, 192),
+    output_tokens: Range = (16, 128),
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -121,8 +130,7 @@ def serving(
     """
     from server.measuring import open_load
 
-    rates = tuple(rate or (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0))
-    plan = open_load.Plan(rates, seconds, drain, prompt_words, output_tokens, seed)
+    plan = open_load.Plan(tuple(rates or RATES), seconds, drain, prompt_words, output_tokens, seed)
     goal = open_load.Goal(ttft, tpot, share)
     with _endpoint(url, api_key, overrides, config) as endpoint:
         open_load.check(plan)

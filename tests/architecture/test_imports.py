@@ -57,6 +57,7 @@ HTTP_SIDE = (
     "server.process.client",
 )
 HEAVY = frozenset({"torch", "transformers", "triton", "kernels"})
+WEB = {"fastapi", "starlette", "uvicorn", "httptools", "jinja2"}
 
 
 def wrong_directions(module: Module) -> list[str]:
@@ -135,6 +136,14 @@ def test_planning_reaches_no_torch(name: str) -> None:
     known = by_name(modules())
     assert name in known
     assert heavy_chains(name, known) == []
+
+
+def test_the_engine_process_loads_nothing_of_the_web() -> None:
+    code = f"import sys, server.process.engine_process\nprint(sorted({WEB} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stderr, done.stdout.strip()) == ("", "[]")
 
 
 @pytest.mark.parametrize("name", HTTP_SIDE)
