@@ -8,6 +8,7 @@ a CPU both return the bundle itself.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -73,8 +74,23 @@ class Fetch:
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of tensors on one device, concatenated, [bytes] uint8."""
-    return torch.cat([_flat(tensor).view(torch.uint8) for tensor in tensors])
+    """The bytes of tensors on one device, concatenated, [bytes] uint8; a view of them if they lie
+    one after the other in memory."""
+    parts = [_flat(tensor).view(torch.uint8) for tensor in tensors if tensor.numel()]
+    if not parts:
+        return torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+    if _are_adjacent(parts):
+        return parts[0].as_strided((sum(map(len, parts)),), (1,))
+    return torch.cat(parts)
+
+
+def _are_adjacent(parts: Sequence[Tensor]) -> bool:
+    """Whether each of these tensors of bytes begins where the one before ends."""
+    return all(
+        part.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+        and part.data_ptr() == before.data_ptr() + len(before)
+        for before, part in itertools.pairwise(parts)
+    )
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout
 from kernels.packing.entries import PackedEntries, Walks
 from kernels.packing.nodes import NodeTrees, PackedNodes
+from kernels.packing.rows import LineRows, StartedRows
+from kernels.packing.settling import DrawnTrees, SettledTrees
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 
 
@@ -186,8 +188,12 @@ class Ops:
     # bit for bit what the operations of all layers give in turn. Tensors [T, H] in `taps` take the
     # stream that enters the layers of these places
     decoder_layers: Callable[..., Tensor] | None
-    # (trees) -> their nodes, packed. None, as the next: the layout of a step does it with torch
+    # (rows) -> their roots and block tables. None, as the next three: the step does it with torch
+    start_rows: Callable[[LineRows], StartedRows] | None
+    # (trees) -> their nodes, packed
     pack_nodes: Callable[[NodeTrees], PackedNodes] | None
+    # (trees) -> the walks down them
+    settle: Callable[[DrawnTrees], SettledTrees] | None
     # (walks) -> what they emitted, packed for a draft head
     pack_entries: Callable[[Walks], PackedEntries] | None
     # In which forms weights may stay quantised: q4 and q8 (integers in groups), fp8

@@ -181,7 +181,9 @@ def native_ops(native: NativeOps) -> Ops:
         tree_walk=native.tree_walk,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
+        start_rows=None,
         pack_nodes=None,
+        settle=None,
         pack_entries=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
@@ -202,6 +204,8 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.norm import triton_kernel as norm
     from kernels.packing import triton_entries as entries
     from kernels.packing import triton_kernel as packing
+    from kernels.packing import triton_rows as rows
+    from kernels.packing import triton_settle as settling
     from kernels.rope import triton_kernel as rope
     from kernels.sampling import triton_edit as edit
     from kernels.sampling import triton_kernel as sampling
@@ -234,7 +238,9 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         tree_walk=tree.walk,
         pack_layer=None,
         decoder_layers=None,
+        start_rows=rows.start_rows,
         pack_nodes=packing.pack_nodes,
+        settle=settling.settle,
         pack_entries=entries.pack_entries,
         reads=_triton_reads(device),
         stacks_experts=True,
@@ -280,7 +286,9 @@ def reference_ops(
         tree_walk=tree.walk,
         pack_layer=None,
         decoder_layers=None,
+        start_rows=None,
         pack_nodes=None,
+        settle=None,
         pack_entries=None,
         reads=frozenset(),
         stacks_experts=True,

@@ -121,11 +121,12 @@ class Layout:
 
     def at_nodes(self, values: Tensor) -> Tensor:
         """Picks from values [T, ...] of tokens those of the nodes, [R, ...]; zeros for padding,
-        where kernels may leave NaN."""
+        where kernels may leave NaN. If nodes are `packed`, padding keeps its values, which nothing
+        reads."""
         if self.nodes is not self.tokens:
             roots = self.tokens.cu[:-1] + self.inputs.lens - 1
             values = values[self.nodes.keep(self.nodes.of_row(roots) + self.nodes.place, 0)]
-        if self.nodes.used is None:
+        if self.nodes.used is None or self.packed is not None:
             return values
         return torch.where(self.nodes.used.view(-1, *[1] * (values.dim() - 1)), values, 0)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from engine.step.group import TPGroup
 from engine.step.plan import COMMIT, DRAFT, VERIFY
 from engine.step.shape import ROOT
 from engine.step.tree import DraftTree, VerifyResult
+from kernels.packing.rows import LineRows, StartedRows
+from kernels.packing.settling import DrawnTrees, Report, SettledTrees
 from kernels.sampling.pipeline_reference import (
     BiasEntries,
     DrawSettings,
@@ -38,6 +41,15 @@ from kernels.sampling.pipeline_reference import (
 )
 
 Score = Callable[[Tensor, Tensor, int], Scores]  # as `SpreadLogits.score`
+StartRows = Callable[[LineRows], StartedRows]
+
+
+class _Started(NamedTuple):
+    """The rows of a step. Where positions and limits are None, they are in the inputs."""
+
+    tables: Tensor  # [B, columns] int32 block tables
+    positions: Tensor | None = None  # [B] int64, see `Roots`, as the next
+    max_nodes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,9 @@ class LineState:
     tokens: Tensor  # [lines + 1] int64, the last step's bonus token: the next root
     positions: Tensor  # [lines + 1] int64, its position
     counts: Tensor  # [lines + 1, V] int32 occurrences of tokens, see `Penalties.counts`
+    # For steps without drafts: trees of the root only, whose tokens are arbitrary, and no faults
+    lone: DraftTree  # of `lines` rows
+    no_faults: Tensor  # [lines] bool
 
     @classmethod
     def allocate(
@@ -80,7 +95,9 @@ class LineState:
         tables = torch.full((num_lines + 1, columns), scratch.block, dtype=torch.int32)
         # On a CPU, untouched pages of `counts` cost no memory.
         counts = torch.zeros(num_lines + 1, vocab_size, dtype=torch.int32, device=device)
-        return cls(tables.to(device), tokens, positions, counts)
+        lone = DraftTree.roots(torch.zeros(num_lines, dtype=torch.int64, device=device))
+        no_faults = torch.zeros(num_lines, dtype=torch.bool, device=device)
+        return cls(tables.to(device), tokens, positions, counts, lone, no_faults)
 
     def follow(self, inputs: StepInputs) -> StepInputs:
         """`inputs` with the roots that the last step left, for rows that follow it. The only own
@@ -91,6 +108,38 @@ class LineState:
             own_tokens=torch.where(follows, self.tokens[lines], inputs.own_tokens),
             starts=torch.where(follows, self.positions[lines], inputs.starts),
         )
+
+    def start(self, inputs: StepInputs, start_rows: StartRows) -> tuple[StepInputs, StartedRows]:
+        """As `follow`, after the changes of the block tables. `start_rows`: as in `Ops`."""
+        rows = LineRows(
+            lines=inputs.lines,
+            follows=inputs.follows,
+            own_tokens=inputs.own_tokens,
+            own_starts=inputs.starts,
+            lens=inputs.lens,
+            limits=inputs.limits,
+            num_known=inputs.num_known,
+            places=inputs.table_places,
+            blocks=inputs.table_blocks,
+            line_tokens=self.tokens,
+            line_positions=self.positions,
+            line_tables=self.tables,
+        )
+        started = start_rows(rows)
+        return replace(inputs, own_tokens=started.tokens, starts=started.starts), started
+
+    def lone_roots(self, tokens: Tensor) -> Drafted:
+        """Trees of the roots `tokens` [B], without a kernel."""
+        count, lone = len(tokens), self.lone
+        tree = DraftTree(
+            tokens=tokens[:, None],
+            parents=lone.parents[:count],
+            depths=lone.depths[:count],
+            ancestors=lone.ancestors[:count],
+            sizes=lone.sizes[:count],
+            max_depth=0,
+        )
+        return Drafted(tree, self.no_faults[:count])
 
     def keep(self, lines: Tensor, root_positions: Tensor, result: VerifyResult) -> None:
         """Store the bonus tokens of a step and their positions. A row without a bonus token ends,
@@ -132,14 +181,10 @@ class StepBody:
         """The first half. Returns the layout of all tokens and nodes, which rows' trees the head
         could not grow, [B] bool, and if some rows have grammars, the tokens that may follow each
         node, as `DrawSettings.allowed`. In that case it waits for the device."""
-        state = self.state
-        if len(inputs.table_places):
-            state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
-        if form.follows and form.only_roots:
-            inputs = state.follow(inputs)
-        tables = state.tables[:, : form.num_columns][inputs.lines]  # [B, columns]
+        inputs, started = self._start(inputs, form)
+        tables = started.tables
         with laps.time(DRAFT):
-            drafted = self._draft(inputs, tables, form)
+            drafted = self._draft(inputs, started, form)
         with laps.time(VERIFY):
             tree, allowed = drafted.tree, None
             if form.is_masked:
@@ -147,6 +192,18 @@ class StepBody:
             pack_nodes = self.context.ops.pack_nodes
             layout = Layout.of(inputs, tree, form, tables, self.scratch, self.max_len, pack_nodes)
         return layout, drafted.faults, allowed
+
+    def _start(self, inputs: StepInputs, form: StepForm) -> tuple[StepInputs, _Started]:
+        """Change the block tables; find the roots of rows that follow the last step."""
+        state, start_rows = self.state, self.context.ops.start_rows
+        if start_rows is not None and form.follows and form.only_roots and not form.exact:
+            inputs, found = state.start(inputs, start_rows)
+            return inputs, _Started(found.tables, found.positions, found.max_nodes)
+        if len(inputs.table_places):
+            state.tables.view(-1).index_put_((inputs.table_places,), inputs.table_blocks)
+        if form.follows and form.only_roots:
+            inputs = state.follow(inputs)
+        return inputs, _Started(state.tables[:, : form.num_columns][inputs.lines])
 
     def _masked(
         self, inputs: StepInputs, tree: DraftTree, form: StepForm
@@ -169,18 +226,14 @@ class StepBody:
         with laps.time(VERIFY):
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
-            result, scores = self._verify(layout, hidden, allowed)
+            result, settled, scores = self._verify(layout, hidden, faults, allowed)
             echo, pooled = self._echo(layout, hidden), _pooled(layout, hidden)
         with laps.time(COMMIT):
-            self._commit(layout, batch.slots, result)
+            self._commit(layout, batch.slots, result, settled)
         with laps.time(DRAFT):
             self._take(layout, result, hidden)
         return StepOutputs(
-            emitted=result.emitted,
-            path=result.path,
-            sizes=layout.tree.sizes,
-            tree_tokens=layout.tree.tokens,
-            tree_parents=layout.tree.parents,
+            **_report(layout, result, faults, settled)._asdict(),
             top_ids=scores.top_ids,
             echo_top_ids=echo.top_ids,
             logprobs=scores.chosen,
@@ -188,19 +241,17 @@ class StepBody:
             echo_logprobs=echo.chosen,
             echo_top=echo.top,
             pooled=pooled,
-            faults=faults,
         )
 
-    def _draft(self, inputs: StepInputs, tables: Tensor, form: StepForm) -> Drafted:
+    def _draft(self, inputs: StepInputs, started: _Started, form: StepForm) -> Drafted:
         """A tree for every row: the proposer's, a known chain, or only the root."""
         tokens = inputs.own_tokens
         if not form.only_roots:
             tokens = tokens[(inputs.lens.cumsum(0) - 1).clamp(min=0)]
         if form.shape == ROOT:
-            nothing = torch.zeros_like(tokens, dtype=torch.bool)
-            drafted = Drafted(DraftTree.roots(tokens), nothing)
+            drafted = self.state.lone_roots(tokens)
         else:
-            roots = self._roots(inputs, tokens, tables)
+            roots = self._roots(inputs, tokens, started)
             found = self.proposer.draft(roots, form.shape, self._limits(roots, form))
             drafted = shared(found, self.context.group)
         tree = drafted.tree
@@ -214,14 +265,18 @@ class StepBody:
             tree = tree.narrowed()
         return Drafted(tree, drafted.faults)
 
-    def _roots(self, inputs: StepInputs, tokens: Tensor, tables: Tensor) -> Roots:
-        is_known = inputs.num_known > 0
+    def _roots(self, inputs: StepInputs, tokens: Tensor, started: _Started) -> Roots:
+        positions, max_nodes = started.positions, started.max_nodes
+        if positions is None or max_nodes is None:
+            positions = (inputs.starts + inputs.lens - 1).clamp(min=0)
+            is_known = inputs.num_known > 0
+            max_nodes = torch.where(is_known, inputs.limits.clamp(max=1), inputs.limits)
         return Roots(
             lines=inputs.lines,
             tokens=tokens,
-            positions=(inputs.starts + inputs.lens - 1).clamp(min=0),
-            max_nodes=torch.where(is_known, inputs.limits.clamp(max=1), inputs.limits),
-            block_tables=tables,
+            positions=positions,
+            max_nodes=max_nodes,
+            block_tables=started.tables,
             temperatures=inputs.temperatures,
             seeds=inputs.seeds,
             top_k=inputs.top_k,
@@ -236,13 +291,13 @@ class StepBody:
         return DraftLimits(form.exact, form.any_sampled, form.is_filtered, reach, self.max_len)
 
     def _verify(
-        self, layout: Layout, hidden: Tensor, allowed: Tensor | None
-    ) -> tuple[VerifyResult, Scores]:
+        self, layout: Layout, hidden: Tensor, faults: Tensor, allowed: Tensor | None
+    ) -> tuple[VerifyResult, SettledTrees | None, Scores]:
         """Draw the target's token at every node, LOGIT_ROWS nodes at a time, then walk."""
         inputs, form, context = layout.inputs, layout.form, self.context
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
-            return VerifyResult(column, column[:, 0], column - 1), _no_scores(hidden)
+            return VerifyResult(column, column[:, 0], column - 1), None, _no_scores(hidden)
         nodes, settings = layout.at_nodes(hidden), _draw_settings(layout, allowed)
         edits = self._edits(layout, settings.positions)
         drawn = []
@@ -251,9 +306,13 @@ class StepBody:
             part = None if edits is None else edits_of(edits, some)
             drawn.append(logits.draw(settings_of(settings, some), part))
         tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-        result = walk(layout.tree, layout.nodes_of(tokens), context.ops)
+        settled = self._settle(layout, tokens, faults)
+        if settled is None:
+            result = walk(layout.tree, layout.nodes_of(tokens), context.ops)
+        else:
+            result = VerifyResult(settled.path, settled.num_accepted, settled.emitted)
         if form.num_top < 0:
-            return result, _no_scores(hidden)
+            return result, settled, _no_scores(hidden)
 
         def again(at: Tensor, tokens: Tensor, num_top: int) -> Scores:
             masks = None if allowed is None else allowed[at]
@@ -261,7 +320,33 @@ class StepBody:
 
         once = partial(logits.score, allowed=allowed)
         score = once if len(drawn) == 1 else again
-        return result, _emitted_scores(layout, len(nodes), score, result)
+        return result, settled, _emitted_scores(layout, len(nodes), score, result)
+
+    def _settle(self, layout: Layout, drawn: Tensor, faults: Tensor) -> SettledTrees | None:
+        """Walk and keep the next roots in one launch, where that is possible."""
+        settle, packed = self.context.ops.settle, layout.packed
+        if settle is None or packed is None or not layout.form.follows:
+            return None
+        inputs, tree = layout.inputs, layout.tree
+        return settle(
+            DrawnTrees(
+                tokens=tree.tokens,
+                parents=tree.parents,
+                sizes=tree.sizes,
+                faults=faults,
+                drawn=drawn,
+                at=packed.at,
+                inside=packed.inside,
+                slots=packed.slots,
+                lines=inputs.lines,
+                starts=inputs.starts,
+                lens=inputs.lens,
+                line_tokens=self.state.tokens,
+                line_positions=self.state.positions,
+                max_depth=tree.max_depth,
+                first_scratch=self.scratch.first_slot,
+            )
+        )
 
     def _logits(self, hidden: Tensor) -> SpreadLogits:
         """Those after hidden states [R, H]."""
@@ -309,15 +394,21 @@ class StepBody:
         places = layout.tokens.cu[inputs.echo_rows] + inputs.echo_places
         return self._scores(hidden[places], inputs.echo_tokens, form.num_echo_top)
 
-    def _commit(self, layout: Layout, slots: Tensor, result: VerifyResult) -> None:
+    def _commit(
+        self, layout: Layout, slots: Tensor, result: VerifyResult, settled: SettledTrees | None
+    ) -> None:
         """Move the KV of accepted nodes, and store the drawn tokens."""
         if not layout.form.draws:
             return
         inputs, context = layout.inputs, self.context
-        if layout.tree.max_depth:
+        if settled is not None:
+            if layout.tree.max_depth:
+                pages = (*context.kv.keys, *context.kv.values)
+                context.ops.kv_move(pages, settled.sources, settled.targets)
+        elif layout.tree.max_depth:
             node_slots = layout.nodes_of(layout.at_nodes(slots), self.scratch.first_slot)
             commit(result, node_slots, context.kv, context.ops)
-        if layout.form.follows:
+        if settled is None and layout.form.follows:
             self.state.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
         if layout.form.is_penalised:
             self.state.count(inputs, result)
@@ -354,6 +445,15 @@ def shared(drafted: Drafted, group: TPGroup) -> Drafted:
     tokens, parents, depths, masks = packed[:, :-2].view(len(packed), len(nodes), width).unbind(1)
     tree = DraftTree(tokens, parents, depths, masks, packed[:, -2], tree.max_depth)
     return Drafted(tree, packed[:, -1] > 0)
+
+
+def _report(
+    layout: Layout, result: VerifyResult, faults: Tensor, settled: SettledTrees | None
+) -> Report:
+    if settled is not None:
+        return settled.reported()
+    tree = layout.tree
+    return Report(result.emitted, result.path, tree.sizes, tree.tokens, tree.parents, faults)
 
 
 def _draw_settings(layout: Layout, allowed: Tensor | None) -> DrawSettings:
@@ -433,5 +533,5 @@ def _parts(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _no_scores(like: Tensor) -> Scores:
-    nothing = torch.zeros(0, device=like.device)
-    return Scores(nothing, nothing.long(), nothing)
+    nothing = torch.empty(0, device=like.device)  # no kernel
+    return Scores(nothing, torch.empty(0, dtype=torch.int64, device=like.device), nothing)

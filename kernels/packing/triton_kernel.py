@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.packing import triton_entries
+from kernels.packing import triton_entries, triton_rows, triton_settle
 from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.packing.triton_entries import pointers
 from kernels.triton_launch import Launch
@@ -216,4 +216,9 @@ def launches() -> list[Launch]:
             floats, row, row, *filters,
         )  # fmt: skip
         found.append(_launch(trees, packed))
-    return found + triton_entries.example_launches()
+    return [
+        *found,
+        *triton_entries.example_launches(),
+        *triton_rows.example_launches(),
+        *triton_settle.example_launches(),
+    ]

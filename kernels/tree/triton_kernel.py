@@ -171,6 +171,13 @@ def _ancestors_kernel(
 
 
 @triton.jit
+def child_of(node, token, tokens, parents, nodes, inside, NODES: tl.constexpr):
+    """The first child of a node with this token, NODES if there is none."""
+    is_next = inside & (parents == node) & (tokens == token)
+    return tl.min(tl.where(is_next, nodes, NODES), axis=0)
+
+
+@triton.jit
 def _walk_kernel(
     tokens_ptr,  # [B, N] int64, rows tokens_stride apart
     parents_ptr,  # [B, N] int64, rows parents_stride apart
@@ -199,8 +206,7 @@ def _walk_kernel(
     tl.store(path_ptr + first, node.to(tl.int64))
     tl.store(emitted_ptr + first, token)
     for depth in range(1, max_depth + 1):
-        is_next = inside & (parents == node) & (tokens == token)
-        found = tl.min(tl.where(is_next, nodes, NODES), axis=0)
+        found = child_of(node, token, tokens, parents, nodes, inside, NODES)
         alive = (found < NODES) & (num_steps == depth - 1)
         node = tl.where(alive, found, node)
         num_steps += alive.to(tl.int32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.transfer import ALIGNMENT, download, pack, upload
+from engine.transfer import ALIGNMENT, download, join, pack, upload
 from tests.support.pretend_device import DEVICE, PretendDevice
 
 
@@ -64,3 +64,15 @@ def test_tensors_begin_at_aligned_addresses(size: int) -> None:
     _, firsts = pack([torch.zeros(size, dtype=torch.uint8), torch.zeros(2)], pinned=False)
     assert firsts[1] % ALIGNMENT == 0
     assert firsts[1] >= size
+
+
+def test_parts_that_lie_one_after_the_other_are_joined_without_a_copy() -> None:
+    whole = torch.arange(48, dtype=torch.uint8)
+    parts = [whole[:16].view(torch.int64), whole[16:16], whole[16:48].view(torch.int32).view(2, 4)]
+    joined = join(parts)
+    assert (joined.data_ptr(), joined.tolist()) == (whole.data_ptr(), whole.tolist())
+    swapped = join([parts[2], parts[0]])
+    assert swapped.tolist() == [*range(16, 48), *range(16)]
+    apart = join([whole[:8], whole[16:24]])
+    assert apart.tolist() == [*range(8), *range(16, 24)]
+    assert join([parts[1]]).shape == (0,)
