@@ -328,6 +328,12 @@ class KernelsConfig(Section):
     graphs: Literal["auto", "off"] = Field(
         "auto", description="auto: steps are CUDA graphs on CUDA devices; off: eager"
     )
+    products: Literal["auto", "cublas", "skinny"] = Field(
+        "auto",
+        description="what multiplies up to 16 tokens with weights of 16 bits on CUDA devices. "
+        "skinny: a kernel of Aerie that keeps all processors reading; auto: for each shape the "
+        "faster one, measured at the first start and kept in files.dir",
+    )
 
 
 class ServerConfig(Section):

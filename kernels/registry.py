@@ -29,6 +29,7 @@ from kernels.tree import reference as tree
 
 OPERATIONS = (
     "linear",
+    "gated_linear",
     "embedding",
     "rms_norm",
     "add_rms_norm",
@@ -52,6 +53,7 @@ OPERATIONS = (
 TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 BACKENDS = ("auto", "reference", "native", "triton")
+PRODUCTS = ("auto", "cublas", "skinny")
 
 
 def build_ops(
@@ -60,6 +62,8 @@ def build_ops(
     storage_dtype: torch.dtype,
     num_threads: int,
     cache_dir: Path,
+    *,
+    products: str = "cublas",
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -69,21 +73,26 @@ def build_ops(
             says why.
         storage_dtype: type of the weights and the KV cache.
         num_threads: CPU threads of the native operations.
-        cache_dir: folder of the compiled native library.
+        cache_dir: folder of the compiled native library, and of measured times.
+        products: with the Triton backend, what computes products of up to 16 rows with plain
+            weights: "cublas", "skinny" (our kernel) or "auto", the faster of both once
+            `Ops.products.choose` has measured them, cuBLAS before.
 
     Raises:
-        ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
-            other than CUDA or without Triton installed.
+        ValueError: unknown backend or products, "native" on a device other than a CPU, or "triton"
+            on a device other than CUDA or without Triton installed.
         NativeUnavailableError: "native" was asked for and cannot be built here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if products not in PRODUCTS:
+        raise ValueError(f"kernels.products {products!r} is not one of {', '.join(PRODUCTS)}")
     if backend == "reference":
         return reference_ops(device, storage_dtype)
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
     if backend == "triton" or device.type != "cpu":
-        return _triton_or_reference(backend, device, storage_dtype)
+        return _triton_or_reference(backend, device, storage_dtype, products, cache_dir)
     return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
 
@@ -99,10 +108,12 @@ def _native_or_reference(
     return native_ops(NativeOps(library, storage_dtype))
 
 
-def _triton_or_reference(backend: str, device: torch.device, storage_dtype: torch.dtype) -> Ops:
+def _triton_or_reference(
+    backend: str, device: torch.device, storage_dtype: torch.dtype, products: str, cache_dir: Path
+) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        return triton_ops(storage_dtype, device)
+        return triton_ops(storage_dtype, device, products, cache_dir)
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
     return reference_ops(device, storage_dtype, reason)
@@ -132,6 +143,7 @@ def native_ops(native: NativeOps) -> Ops:
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
+        gated_linear=linear.gated(native.linear, native.silu_and_mul),
         embedding=native.embedding,
         rms_norm=native.rms_norm,
         add_rms_norm=native.add_rms_norm,
@@ -154,6 +166,7 @@ def native_ops(native: NativeOps) -> Ops:
         decoder_layers=native.decoder_layers,
         pack_nodes=None,
         pack_entries=None,
+        products=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
@@ -163,12 +176,19 @@ def native_ops(native: NativeOps) -> Ops:
     )
 
 
-def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -> Ops:
-    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights."""
+def triton_ops(
+    storage_dtype: torch.dtype,
+    device: torch.device | None = None,
+    products: str = "cublas",
+    cache_dir: Path | None = None,
+) -> Ops:
+    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights, except
+    as `products` says."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
+    from kernels.linear.triton_products import Products
     from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
     from kernels.packing import triton_entries as entries
@@ -182,9 +202,11 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.sampling import triton_sound as sound
     from kernels.tree import triton_kernel as tree
 
+    chosen = Products(products, device or torch.device("cpu"), cache_dir)
     return Ops(
         pack_linear=linear.pack_linear,
-        linear=linear.linear,
+        linear=chosen.linear,
+        gated_linear=chosen.gated_linear,
         embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
@@ -207,11 +229,21 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         decoder_layers=None,
         pack_nodes=packing.pack_nodes,
         pack_entries=entries.pack_entries,
+        products=None if products == "cublas" else chosen,
         reads=_triton_reads(device),
         stacks_experts=True,
         activation_dtype=storage_dtype,
-        backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
+        backends=dict.fromkeys(OPERATIONS, Backend("triton"))
+        | dict.fromkeys(("linear", "gated_linear"), Backend("cublas", _FEW_ROWS[products])),
     )
+
+
+# Beside cuBLAS
+_FEW_ROWS = {
+    "cublas": None,
+    "auto": "up to 16 rows: where it is faster, triton-skinny",
+    "skinny": "up to 16 rows: triton-skinny",
+}
 
 
 def _triton_reads(device: torch.device | None) -> frozenset[str]:
@@ -231,6 +263,7 @@ def reference_ops(
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated(linear.linear, activation.silu_and_mul),
         embedding=linear.embedding_float32 if on_cpu else linear.embedding_as_stored,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
@@ -253,6 +286,7 @@ def reference_ops(
         decoder_layers=None,
         pack_nodes=None,
         pack_entries=None,
+        products=None,
         reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,

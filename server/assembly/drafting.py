@@ -95,7 +95,14 @@ class HeadLoader:
         place, ops = self.place, self.place.ops
         if ops.backends["linear"].name == "reference":
             return self  # plain torch; to try for native operations again would take long
-        own = build_ops(config.kernels.backend, place.device, place.dtype, 1, config.files.dir)
+        own = build_ops(
+            config.kernels.backend,
+            place.device,
+            place.dtype,
+            1,
+            config.files.dir,
+            products=config.kernels.products,
+        )
         assert own.backends == ops.backends, "weights would be packed for other kernels"
         ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)
         return replace(self, place=replace(place, ops=ops))

@@ -112,6 +112,6 @@ def test_every_operation_is_named() -> None:
     optional = {"pack_layer", "decoder_layers", "pack_nodes", "pack_entries"}
     assert known == {
         *(*OPERATIONS, *optional),
-        *("pack_linear", "reads", "stacks_experts", "activation_dtype", "backends"),
+        *("pack_linear", "products", "reads", "stacks_experts", "activation_dtype", "backends"),
     }
     assert len(set(BACKENDS)) == len(BACKENDS)
