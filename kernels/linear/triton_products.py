@@ -101,7 +101,7 @@ class Products:
         known = kept.load()
         new = {shape: group for shape, group in groups.items() if shape not in known}
         if new:
-            _compile(new)
+            compile_plans(new)
             known |= {shape: self._measured(shape, group) for shape, group in new.items()}
             kept.save(known)
             torch.cuda.empty_cache()
@@ -117,7 +117,7 @@ class Products:
         inputs = [torch.randn(rows, shape.inputs, **like) for rows in MEASURED_ROWS]
         micros = {}
         for name in (CUBLAS, *_BY_NAME):
-            times = [_try(name, x, weights, gated=shape.gated) for x in inputs]
+            times = [attempt(name, x, weights, gated=shape.gated) for x in inputs]
             if None not in times:
                 micros[name] = sum(filter(None, times)) / len(times)
         allowed = [name for name in micros if self._wanted == "auto" or name != CUBLAS]
@@ -137,18 +137,18 @@ def _gated_cublas(x: Tensor, weight: LinearWeight) -> Tensor:
     return silu_and_mul(linear(x, weight))
 
 
-def _try(name: str, x: Tensor, weights: Sequence[LinearWeight], *, gated: bool) -> float | None:
+def attempt(name: str, x: Tensor, weights: Sequence[LinearWeight], *, gated: bool) -> float | None:
     """Microseconds of one product with each weight. None if the device cannot run the plan of that
     name, or gives something else than cuBLAS."""
     cublas = _gated_cublas if gated else linear
     try:
         if name == CUBLAS:
-            return _micros(lambda: [cublas(x, each) for each in weights]) / len(weights)
+            return graph_micros(lambda: [cublas(x, each) for each in weights]) / len(weights)
         run, plan = gated_linear_few if gated else linear_few, _BY_NAME[name]
         if not _is_close(run(x, weights[0], plan), cublas(x, weights[0])):
             logger.warning("products: %s gives wrong results on this device", name)
             return None
-        return _micros(lambda: [run(x, each, plan) for each in weights]) / len(weights)
+        return graph_micros(lambda: [run(x, each, plan) for each in weights]) / len(weights)
     except (RuntimeError, TritonError) as error:
         logger.warning("products: %s cannot run on this device: %s", name, error)
         return None
@@ -165,7 +165,7 @@ def _up_to(num_bytes: int, weights: Sequence[LinearWeight]) -> Sequence[LinearWe
     return weights[: max(1, num_bytes // weights[0].data.nbytes)]
 
 
-def _compile(groups: Mapping[Shape, Sequence[LinearWeight]]) -> None:
+def compile_plans(groups: Mapping[Shape, Sequence[LinearWeight]]) -> None:
     """All plans for these shapes, several at once; what cannot be compiled fails later, too."""
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for shape, weights in groups.items():
@@ -182,7 +182,7 @@ def _is_close(got: Tensor, expected: Tensor) -> bool:
     return bool((got.float() - expected.float()).abs().max() <= bound)
 
 
-def _micros(run: Run) -> float:
+def graph_micros(run: Run) -> float:
     """Of one run in a CUDA graph, as the engine's steps run: the shortest of a few."""
     run()  # allocates workspaces
     torch.cuda.synchronize()

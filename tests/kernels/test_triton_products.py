@@ -85,8 +85,8 @@ def device(micros: dict[str, float | None]) -> Iterator[Device]:
     with pytest.MonkeyPatch.context() as patch:
         made = Device(micros)
         patch.setattr(products, "_identity", lambda _device: "a GPU")
-        patch.setattr(products, "_compile", lambda _groups: None)
-        patch.setattr(products, "_try", made.time)
+        patch.setattr(products, "compile_plans", lambda _groups: None)
+        patch.setattr(products, "attempt", made.time)
         yield made
 
 
