@@ -333,6 +333,12 @@ class KernelsConfig(Section):
         description="CUDA devices of capability 9.0 or more: a Triton kernel is made ready while "
         "the one before it runs",
     )
+    products: Literal["auto", "cublas", "skinny"] = Field(
+        "auto",
+        description="what multiplies up to 16 tokens with weights of 16 bits on CUDA devices. "
+        "skinny: a kernel of Aerie that keeps all processors reading; auto: for each shape the "
+        "faster one, measured at the first start and kept in files.dir",
+    )
 
 
 class ServerConfig(Section):

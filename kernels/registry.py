@@ -30,6 +30,7 @@ from kernels.tree import reference as tree
 
 OPERATIONS = (
     "linear",
+    "gated_linear",
     "embedding",
     "rms_norm",
     "add_rms_norm",
@@ -54,6 +55,7 @@ TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
+PRODUCTS = ("auto", "cublas", "skinny")
 
 
 def build_ops(
@@ -64,6 +66,7 @@ def build_ops(
     cache_dir: Path,
     *,
     overlap: bool = True,
+    products: str = "cublas",
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -73,22 +76,29 @@ def build_ops(
             says why.
         storage_dtype: type of the weights and the KV cache.
         num_threads: CPU threads of the native operations.
-        cache_dir: folder of the compiled native library.
+        cache_dir: folder of the compiled native library, and of measured times.
         overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
+        products: with the Triton backend, what computes products of up to 16 rows with plain
+            weights: "cublas", "skinny" (our kernel) or "auto", the faster of both once
+            `Ops.products.choose` has measured them, cuBLAS before.
 
     Raises:
-        ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
-            other than CUDA or without Triton installed.
+        ValueError: unknown backend or products, "native" on a device other than a CPU, or "triton"
+            on a device other than CUDA or without Triton installed.
         NativeUnavailableError: "native" was asked for and cannot be built here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if products not in PRODUCTS:
+        raise ValueError(f"kernels.products {products!r} is not one of {', '.join(PRODUCTS)}")
     if backend == "reference":
         return reference_ops(device, storage_dtype)
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
     if backend == "triton" or device.type != "cpu":
-        return _triton_or_reference(backend, device, storage_dtype, overlap=overlap)
+        return _triton_or_reference(
+            backend, device, storage_dtype, products, cache_dir, overlap=overlap
+        )
     return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
 
@@ -105,11 +115,17 @@ def _native_or_reference(
 
 
 def _triton_or_reference(
-    backend: str, device: torch.device, storage_dtype: torch.dtype, *, overlap: bool
+    backend: str,
+    device: torch.device,
+    storage_dtype: torch.dtype,
+    products: str,
+    cache_dir: Path,
+    *,
+    overlap: bool,
 ) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        ops = triton_ops(storage_dtype, device)
+        ops = triton_ops(storage_dtype, device, products, cache_dir)
         return _with_overlap(ops) if overlap and _can_overlap(device) else ops
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
@@ -161,6 +177,7 @@ def native_ops(native: NativeOps) -> Ops:
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
+        gated_linear=linear.gated(native.linear, native.silu_and_mul),
         embedding=native.embedding,
         rms_norm=native.rms_norm,
         add_rms_norm=native.add_rms_norm,
@@ -185,6 +202,7 @@ def native_ops(native: NativeOps) -> Ops:
         pack_nodes=None,
         settle=None,
         pack_entries=None,
+        products=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
@@ -194,12 +212,19 @@ def native_ops(native: NativeOps) -> Ops:
     )
 
 
-def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -> Ops:
-    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights."""
+def triton_ops(
+    storage_dtype: torch.dtype,
+    device: torch.device | None = None,
+    products: str = "cublas",
+    cache_dir: Path | None = None,
+) -> Ops:
+    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights, except
+    as `products` says."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
+    from kernels.linear.triton_products import Products
     from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
     from kernels.packing import triton_entries as entries
@@ -215,9 +240,11 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.sampling import triton_sound as sound
     from kernels.tree import triton_kernel as tree
 
+    chosen = Products(products, device or torch.device("cpu"), cache_dir)
     return Ops(
         pack_linear=linear.pack_linear,
-        linear=linear.linear,
+        linear=chosen.linear,
+        gated_linear=chosen.gated_linear,
         embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
@@ -242,11 +269,21 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         pack_nodes=packing.pack_nodes,
         settle=settling.settle,
         pack_entries=entries.pack_entries,
+        products=None if products == "cublas" else chosen,
         reads=_triton_reads(device),
         stacks_experts=True,
         activation_dtype=storage_dtype,
-        backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
+        backends=dict.fromkeys(OPERATIONS, Backend("triton"))
+        | dict.fromkeys(("linear", "gated_linear"), Backend("cublas", _FEW_ROWS[products])),
     )
+
+
+# Beside cuBLAS
+_FEW_ROWS = {
+    "cublas": None,
+    "auto": "up to 16 rows: where it is faster, triton-skinny",
+    "skinny": "up to 16 rows: triton-skinny",
+}
 
 
 def _triton_reads(device: torch.device | None) -> frozenset[str]:
@@ -266,6 +303,7 @@ def reference_ops(
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        gated_linear=linear.gated(linear.linear, activation.silu_and_mul),
         embedding=linear.embedding_float32 if on_cpu else linear.embedding_as_stored,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
@@ -290,6 +328,7 @@ def reference_ops(
         pack_nodes=None,
         settle=None,
         pack_entries=None,
+        products=None,
         reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,

@@ -83,6 +83,11 @@ class Launch:
         if 0 not in self.grid:
             self.kernel[self.grid](**self.arguments, **self.options())
 
+    def compile(self) -> None:
+        """Compile for the device of the tensors, without running. In triton.AsyncCompileMode, this
+        does not wait."""
+        self.kernel.warmup(**self.arguments, **self.options(), grid=self.grid)
+
     def options(self) -> dict[str, Any]:
         """Compiler options. They set fused multiply-add, because Triton's default varies."""
         return {

@@ -27,6 +27,7 @@ from engine.kv.sizing import check_reserve
 from engine.models.families import load_target
 from engine.models.footprint import return_freed_memory, step_bytes
 from engine.models.place import Place
+from engine.models.products import products
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
@@ -130,6 +131,8 @@ def build_rank(
         raise
     check_all(None, group)
     place, target, loader, trees, draft, grammars = loaded
+    if place.ops.products is not None:
+        place.ops.products.choose(products(target.model, None if draft is None else draft.head))
     resolved = resolve_model(config, _model_facts(config, target, place, draft))
     drafting = Drafting()
     if draft is not None:
@@ -178,6 +181,7 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
         (model.weights, model.dtype, config.cache.dtype),
         (head_place.weights, head_place.mlp_weights),
         (backends, library, config.kernels.graphs, config.kernels.overlap),
+        config.kernels.products,
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),
         (config.speculation.draft_parallel, config.parallel.experts, config.speculation.window),
         config.scheduler.max_num_seqs,
@@ -194,6 +198,7 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
         threads,
         config.files.dir,
         overlap=config.kernels.overlap,
+        products=config.kernels.products,
     )
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)

@@ -113,6 +113,6 @@ def test_every_operation_is_named() -> None:
     optional |= {"start_rows", "pack_nodes", "settle", "pack_entries"}
     assert known == {
         *(*OPERATIONS, *optional),
-        *("pack_linear", "reads", "stacks_experts", "activation_dtype", "backends"),
+        *("pack_linear", "products", "reads", "stacks_experts", "activation_dtype", "backends"),
     }
     assert len(set(BACKENDS)) == len(BACKENDS)
