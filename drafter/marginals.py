@@ -144,7 +144,7 @@ def grow_static(shape: StaticShape, marginals: Marginals, tables: PathTables) ->
     if shape.max_depth:
         found, _ = marginals.candidates(shape.max_depth, shape.most_children)
         tokens = torch.cat((roots, found.flatten(1)[:, tables.static(shape)]), dim=1)
-    return plan.tree(tokens)
+    return plan.tree(tokens, grower.sizes)
 
 
 @grow_at_once.register

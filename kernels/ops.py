@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.drafting.nodes import LaidNodes, LevelNodes, ReadyRoots, RootStates, RowPlaces
 from kernels.linear.grouped import GroupLayout
 from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout
@@ -179,6 +180,10 @@ class Ops:
     # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
     # emitted [B, max_depth + 1]
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    # (roots, and what is kept of lines) -> which rows can draft; see kernels/drafting/reference.py
+    ready_roots: Callable[[RootStates], ReadyRoots]
+    # (nodes, rows) -> positions, slots and masks of the nodes, for the forwards of a draft head
+    lay_levels: Callable[[LevelNodes, RowPlaces], LaidNodes]
     # The next two are None where layers are made of the operations above
     pack_layer: Callable[[LayerWeights], PackedLayer] | None
     # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and

@@ -10,6 +10,7 @@ import torch
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
+from kernels.drafting import reference as drafting
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
 from kernels.moe import reference as moe
@@ -27,6 +28,7 @@ from kernels.sampling.torch_edit import edit_logits
 from kernels.sampling.torch_score import TorchScore
 from kernels.tree import reference as tree
 
+DRAFTING_OPERATIONS = ("ready_roots", "lay_levels")
 OPERATIONS = (
     "linear",
     "embedding",
@@ -47,9 +49,13 @@ OPERATIONS = (
     "tree_select",
     "tree_ancestors",
     "tree_walk",
+    *DRAFTING_OPERATIONS,
 )
 # The native backend runs these in plain torch
-TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
+TORCH_OPERATIONS = (
+    *("edit_logits", "tree_expand", "tree_select", "tree_ancestors"),
+    *DRAFTING_OPERATIONS,
+)
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -150,6 +156,8 @@ def native_ops(native: NativeOps) -> Ops:
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=native.tree_walk,
+        ready_roots=drafting.ready_roots,
+        lay_levels=drafting.lay_levels,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         pack_nodes=None,
@@ -167,6 +175,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
+    from kernels.drafting import triton_kernel as drafting
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
     from kernels.moe import triton_kernel as moe
@@ -203,6 +212,8 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        ready_roots=drafting.ready_roots,
+        lay_levels=drafting.lay_levels,
         pack_layer=None,
         decoder_layers=None,
         pack_nodes=packing.pack_nodes,
@@ -249,6 +260,8 @@ def reference_ops(
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        ready_roots=drafting.ready_roots,
+        lay_levels=drafting.lay_levels,
         pack_layer=None,
         decoder_layers=None,
         pack_nodes=None,

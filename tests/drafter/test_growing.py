@@ -72,6 +72,7 @@ def grower_of(
         roots,
         torch.tensor(num_slots),
         first_keys,
+        roots.max_nodes,
         limits,
         Scratch(SCRATCH, BLOCK),
         StaticLevels(torch.device("cpu")),
@@ -171,7 +172,7 @@ def test_a_proposer_keeps_the_tensors_of_every_shape_it_has_grown() -> None:
 
     def addresses() -> list[int]:
         found = [levels.of(shape).masks for shape in shapes]
-        found += [level.nodes for shape in shapes for level in levels.of(shape).levels]
+        found += [levels.of(shape).inner.nodes for shape in shapes]
         found += [levels.starts(rows, 2) for rows in range(1, 60)]
         return [tensor.data_ptr() for tensor in found]
 
