@@ -4,17 +4,15 @@ device: tensor shapes depend only on the tree's shape and on numbers that the ho
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from drafter.heads.interface import Block, DraftBatch, DraftContext, DraftHead, ParallelHead
-from drafter.ranking import best_child, best_children
 from drafter.static_levels import StaticLevels
 from engine.kv.slots import Scratch
-from engine.sampling.spread import settings_of
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.batch import logit_slices
 from engine.step.shape import DynamicShape, StaticShape, TreeShape
@@ -23,6 +21,7 @@ from kernels.drafting.nodes import LaidNodes, LevelNodes, RowPlaces
 from kernels.drafting.reference import cache_slots, seen_of
 from kernels.ops import AttentionMeta
 from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.ranking import NodeDraws, Ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,54 +38,47 @@ class Grower:
     scratch: Scratch  # slots for nodes that have none of their own
     levels: StaticLevels
 
-    def children(self, states: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
-        """The best tokens after nodes of one depth, and their scores.
+    def children(self, states: Tensor, depth: int, count: int, *, scored: bool) -> Ranked:
+        """The best tokens after nodes of one depth.
 
         Args:
             states: [B, n, H].
+            scored: whether scores are wanted.
 
         Returns:
-            Two [B, n, count] tensors.
+            Tokens and scores [B, n, count]; fewer if there are no more.
         """
-        return self.ranked_children(states, self._drawn_at(depth, states.shape[1]), count)
+        return self.ranked(states, self._draws(states.shape[1], depth + 1, 0), count, scored)
 
-    def ranked_children(
-        self, states: Tensor, drawn_at: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same for nodes of any depth, after which the target draws tokens at the positions
-        `drawn_at` [B * n]."""
-        ids, ops = self.head.target_ids, self.ctx.ops
-        ranks = self._ranked(states, drawn_at)
-        found = [best_children(ranked, count, ids, ops) for ranked in ranks]
-        tokens, scores = (_joined(parts) for parts in zip(*found, strict=True))
-        shape = (*states.shape[:2], tokens.shape[1])
-        return tokens.view(shape), scores.view(shape)
-
-    def best_child(self, states: Tensor, depth: int) -> Tensor:
-        """The best token after each node of one depth, [B, n, 1]: faster, as it needs no score."""
-        return self.ranked_child(states, self._drawn_at(depth, states.shape[1]))
-
-    def ranked_child(self, states: Tensor, drawn_at: Tensor) -> Tensor:
-        """The same for nodes of any depth; see `ranked_children`."""
-        ids, ops = self.head.target_ids, self.ctx.ops
-        found = [best_child(ranked, ids, ops) for ranked in self._ranked(states, drawn_at)]
-        return _joined(found).view(*states.shape[:2], 1)
-
-    def _drawn_at(self, depth: int, per_row: int) -> Tensor:
-        return _repeated(self.roots.positions + depth + 1, per_row)
-
-    def _ranked(self, states: Tensor, drawn_at: Tensor) -> Iterator[Tensor]:
-        """The logits after nodes, some rows at a time, with the noise of the draw."""
-        nodes = states.flatten(0, 1).contiguous()
-        noisy = self.limits.any_sampled
-        settings = self._settings(drawn_at, states.shape[1]) if noisy else None
+    def ranked(self, states: Tensor, draws: NodeDraws, count: int, scored: bool) -> Ranked:
+        """The same for nodes of any depth."""
+        nodes, ids = states.flatten(0, 1).contiguous(), self.head.target_ids
+        found = []
         for some in logit_slices(len(nodes)):
             logits = self.head.logits(nodes[some], self.ctx)
-            if settings is None:
-                yield logits
-            else:
-                part = settings_of(settings, some)
-                yield self.ctx.ops.add_noise(logits, part, self.head.target_ids)
+            part = replace(draws, begin=some.start)
+            found.append(self.ctx.ops.rank_drafts(logits, part, ids, count, scored))
+        shape = (*states.shape[:2], -1)
+        scores = [part.scores for part in found if part.scores is not None]
+        tokens = _joined([part.tokens for part in found]).view(shape)
+        return Ranked(tokens, _joined(scores).view(shape) if scores else None)
+
+    def one_after_another(self, num_nodes: int) -> NodeDraws:
+        """How the tokens at the depths 1 to `num_nodes` are drawn."""
+        return self._draws(num_nodes, 1, 1)
+
+    def _draws(self, per_row: int, ahead: int, step: int) -> NodeDraws:
+        roots, is_filtered = self.roots, self.limits.is_filtered
+        rows = DrawSettings(
+            temperature=roots.temperatures,
+            seeds=roots.seeds,
+            positions=roots.positions,
+            top_k=roots.top_k if is_filtered else None,
+            top_p=roots.top_p if is_filtered else None,
+            min_p=roots.min_p if is_filtered else None,
+            any_sampled=self.limits.any_sampled,
+        )
+        return NodeDraws(rows, per_row, ahead, step)
 
     def lay(self, nodes: LevelNodes) -> LaidNodes:
         """Where all nodes that go through the head lie, and what they see."""
@@ -162,23 +154,6 @@ class Grower:
         reach = self.limits.max_context + int(self.limits.exact)  # the slot after the nodes
         return self._batch(block.token_ids, laid, reach)
 
-    def _settings(self, drawn_at: Tensor, per_row: int) -> DrawSettings:
-        """How the target will draw the tokens after nodes, at the positions `drawn_at` [B * n]."""
-        roots, is_filtered = self.roots, self.limits.is_filtered
-
-        def spread(values: Tensor) -> Tensor:
-            return _repeated(values, per_row)
-
-        return DrawSettings(
-            temperature=spread(roots.temperatures),
-            seeds=spread(roots.seeds),
-            positions=drawn_at,
-            top_k=spread(roots.top_k) if is_filtered else None,
-            top_p=spread(roots.top_p) if is_filtered else None,
-            min_p=spread(roots.min_p) if is_filtered else None,
-            any_sampled=self.limits.any_sampled,
-        )
-
     def selected(
         self, shape: DynamicShape, found: Tensor, above: Tensor, scores: Tensor
     ) -> DraftTree:
@@ -202,10 +177,6 @@ class Grower:
             sizes=self.sizes if num_nodes == shape.num_nodes else self.sizes.clamp(max=num_nodes),
             max_depth=min(shape.max_depth, num_nodes - 1),
         )
-
-
-def _repeated(values: Tensor, times: int) -> Tensor:
-    return values if times == 1 else values.repeat_interleave(times)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -236,10 +207,7 @@ def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> Draf
             tokens = candidates[-1][:, grower.levels.inner(shape, depth, widths[-1])]
             nodes = laid.level(level.first, level.width)
             states = grower.forward(tokens, states[:, level.above], nodes)
-        if level.most_children == 1:
-            best = grower.best_child(states, depth)
-        else:
-            best, _ = grower.children(states, depth, level.most_children)  # [B, n, width]
+        best = grower.children(states, depth, level.most_children, scored=False).tokens
         widths.append(best.shape[2])
         candidates.append(best.flatten(1))
     order = grower.levels.order(shape, tuple(widths))
@@ -277,7 +245,9 @@ class _Drafted:
 
     @classmethod
     def start(cls, grower: Grower, root_states: Tensor, k: int) -> _Drafted:
-        found, local = grower.children(root_states[:, None], 0, k)  # [B, 1, k]
+        best = grower.children(root_states[:, None], 0, k, scored=True)
+        found, local = best.tokens, best.scores  # [B, 1, k]
+        assert local is not None
         certain = torch.zeros_like(local[:, :, 0])
         places, scores, frontier = grower.ctx.ops.tree_expand(certain, local, k)
         return cls(
@@ -295,7 +265,9 @@ class _Drafted:
         tokens = self.tokens[-1].gather(1, self.frontier)
         nodes = replace(level, masks=masks.flatten())
         states = grower.forward(tokens, self.features, nodes)  # [B, k, H]
-        found, local = grower.children(states, depth, k)  # [B, k, k]
+        best = grower.children(states, depth, k, scored=True)
+        found, local = best.tokens, best.scores  # [B, k, k]
+        assert local is not None
         first = sum(level.shape[1] for level in self.tokens[:-1])
         self.parents.append((self.frontier + first).repeat_interleave(k, dim=1))
         above = self.scores[-1].gather(1, self.frontier)

@@ -24,6 +24,7 @@ from kernels.linear.scaled import ScaledLayout
 from kernels.packing.entries import PackedEntries, Walks
 from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
+from kernels.sampling.ranking import NodeDraws, Ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,10 @@ class Ops:
     # (draft logits [R, V] float32, settings, target's ids [V] int64 or None) -> [R, V] float32 to
     # rank drafts by, noise included; see kernels/sampling/noisy_reference.py
     add_noise: Callable[[Tensor, DrawSettings, Tensor | None], Tensor]
+    # (draft logits [R, V] of any float type, how the target draws the tokens after R nodes, its ids
+    # [V] int64 or None, count, whether scores are wanted) -> the best tokens after each node; see
+    # kernels/sampling/ranking.py
+    rank_drafts: Callable[[Tensor, NodeDraws, Tensor | None, int, bool], Ranked]
     # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
     # best under the raw logits
     score: Callable[[Tensor, Tensor, int], Scores]

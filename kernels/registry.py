@@ -23,6 +23,7 @@ from kernels.rope import reference as rope
 from kernels.sampling import noisy_reference as noisy
 from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference as sampling
+from kernels.sampling.ranking import ComposedRanking
 from kernels.sampling.torch_draw import TorchDraw
 from kernels.sampling.torch_edit import edit_logits
 from kernels.sampling.torch_score import TorchScore
@@ -44,6 +45,7 @@ OPERATIONS = (
     "draw",
     "are_sound",
     "add_noise",
+    "rank_drafts",
     "score",
     "tree_expand",
     "tree_select",
@@ -135,6 +137,7 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
 
 def native_ops(native: NativeOps) -> Ops:
     """C++ kernels for all operations except logit edits and growing trees, which are small."""
+    score = TorchScore(native.logsumexp)
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -151,7 +154,8 @@ def native_ops(native: NativeOps) -> Ops:
         draw=TorchDraw(native.argmax, native.gumbel_argmax, native.draw),
         are_sound=native.are_sound,
         add_noise=native.add_noise,
-        score=TorchScore(native.logsumexp),
+        rank_drafts=ComposedRanking(native.add_noise, native.argmax, score),
+        score=score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
@@ -187,6 +191,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.sampling import triton_kernel as sampling
     from kernels.sampling import triton_noisy as noisy
     from kernels.sampling import triton_pipeline as pipeline
+    from kernels.sampling import triton_rank as rank
     from kernels.sampling import triton_score as score
     from kernels.sampling import triton_sound as sound
     from kernels.tree import triton_kernel as tree
@@ -207,6 +212,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         draw=pipeline.draw,
         are_sound=sound.are_sound,
         add_noise=noisy.add_noise,
+        rank_drafts=rank.rank_drafts,
         score=score.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
@@ -239,6 +245,7 @@ def reference_ops(
     are float32 on a CPU, elsewhere of the storage dtype."""
     on_cpu = device.type == "cpu"
     draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else pipeline.draw
+    score = TorchScore(sampling.logsumexp) if on_cpu else pipeline.score
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
@@ -255,7 +262,8 @@ def reference_ops(
         draw=draw,
         are_sound=sampling.are_sound,
         add_noise=noisy.add_noise,
-        score=TorchScore(sampling.logsumexp) if on_cpu else pipeline.score,
+        rank_drafts=ComposedRanking(noisy.add_noise, sampling.argmax, score),
+        score=score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,

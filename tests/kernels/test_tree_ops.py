@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from drafter.growing import Grower, grow_dynamic
-from drafter.ranking import best_children
 from drafter.static_levels import StaticLevels
 from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
 from kernels.drafting.nodes import LaidNodes, LevelNodes, RowPlaces
 from kernels.drafting.reference import lay_levels
 from kernels.ops import Ops
 from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.ranking import NodeDraws, Ranked
 from kernels.tree import reference
 from tests.support.pretend_device import DEVICE, PretendDevice
 from tests.support.scripted_proposer import random_parents
@@ -62,15 +62,15 @@ class ScriptedGrower:
         tables = torch.zeros(self.num_rows, 8, dtype=torch.int32)
         return lay_levels(nodes, RowPlaces(self.sizes, room, tables, 16, 0, 999))
 
-    def children(self, states: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
+    def children(self, states: Tensor, depth: int, count: int, *, scored: bool) -> Ranked:
         nodes = states.shape[1]
         logits = self.logits[depth, :, :nodes].flatten(0, 1)
-        zeros = torch.zeros(len(logits), dtype=torch.int64)
+        zeros = torch.zeros(self.num_rows, dtype=torch.int64)
         greedy = DrawSettings(zeros.float(), zeros, zeros, any_sampled=False)
-        found = best_children(
-            self.ctx.ops.add_noise(logits, greedy, None), count, None, self.ctx.ops
-        )
-        return tuple(part.view(self.num_rows, nodes, count) for part in found)  # type: ignore[return-value]
+        found = self.ctx.ops.rank_drafts(logits, NodeDraws(greedy, nodes, 1), None, count, scored)
+        assert found.scores is not None
+        shape = (self.num_rows, nodes, count)
+        return Ranked(found.tokens.view(shape), found.scores.view(shape))
 
     def forward(self, tokens: Tensor, features: Tensor, level: LaidNodes) -> Tensor:
         return torch.zeros(*tokens.shape, 1)
