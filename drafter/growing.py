@@ -4,23 +4,24 @@ device: tensor shapes depend only on the tree's shape and on numbers that the ho
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from drafter.heads.interface import Block, DraftBatch, DraftContext, DraftHead, ParallelHead
-from drafter.ranking import best_child, best_children
 from drafter.static_levels import StaticLevels
-from engine.kv.slots import Scratch, seen_of, slots_of
-from engine.sampling.spread import settings_of
+from engine.kv.slots import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.batch import logit_slices
 from engine.step.shape import DynamicShape, StaticShape, TreeShape
 from engine.step.tree import DraftTree
+from kernels.drafting.nodes import LaidNodes, LevelNodes, RowPlaces
+from kernels.drafting.reference import cache_slots, seen_of
 from kernels.ops import AttentionMeta
 from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.ranking import NodeDraws, Ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,106 +33,94 @@ class Grower:
     roots: Roots
     num_slots: Tensor  # [B] int64 slots of a row for drafted nodes, the root's included
     first_keys: Tensor  # [B] int32, cache position of the first entry that is attended to
+    sizes: Tensor  # [B] int64 nodes that a row's tree keeps, root included
     limits: DraftLimits
     scratch: Scratch  # slots for nodes that have none of their own
     levels: StaticLevels
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.roots.tokens)
-
-    def children(self, states: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
-        """The best tokens after nodes of one depth, and their scores.
+    def children(self, states: Tensor, depth: int, count: int, *, scored: bool) -> Ranked:
+        """The best tokens after nodes of one depth.
 
         Args:
             states: [B, n, H].
+            scored: whether scores are wanted.
 
         Returns:
-            Two [B, n, count] tensors.
+            Tokens and scores [B, n, count]; fewer if there are no more.
         """
-        return self.ranked_children(states, self._drawn_at(depth, states.shape[1]), count)
+        return self.ranked(states, self._draws(states.shape[1], depth + 1, 0), count, scored)
 
-    def ranked_children(
-        self, states: Tensor, drawn_at: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same for nodes of any depth, after which the target draws tokens at the positions
-        `drawn_at` [B * n]."""
-        ids, ops = self.head.target_ids, self.ctx.ops
-        ranks = self._ranked(states, drawn_at)
-        found = [best_children(ranked, count, ids, ops) for ranked in ranks]
-        tokens, scores = (_joined(parts) for parts in zip(*found, strict=True))
-        shape = (*states.shape[:2], tokens.shape[1])
-        return tokens.view(shape), scores.view(shape)
-
-    def best_child(self, states: Tensor, depth: int) -> Tensor:
-        """The best token after each node of one depth, [B, n, 1]: faster, as it needs no score."""
-        return self.ranked_child(states, self._drawn_at(depth, states.shape[1]))
-
-    def ranked_child(self, states: Tensor, drawn_at: Tensor) -> Tensor:
-        """The same for nodes of any depth; see `ranked_children`."""
-        ids, ops = self.head.target_ids, self.ctx.ops
-        found = [best_child(ranked, ids, ops) for ranked in self._ranked(states, drawn_at)]
-        return _joined(found).view(*states.shape[:2], 1)
-
-    def _drawn_at(self, depth: int, per_row: int) -> Tensor:
-        return _repeated(self.roots.positions + depth + 1, per_row)
-
-    def _ranked(self, states: Tensor, drawn_at: Tensor) -> Iterator[Tensor]:
-        """The logits after nodes, some rows at a time, with the noise of the draw."""
-        nodes = states.flatten(0, 1).contiguous()
-        noisy = self.limits.any_sampled
-        settings = self._settings(drawn_at, states.shape[1]) if noisy else None
+    def ranked(self, states: Tensor, draws: NodeDraws, count: int, scored: bool) -> Ranked:
+        """The same for nodes of any depth."""
+        nodes, ids = states.flatten(0, 1).contiguous(), self.head.target_ids
+        found = []
         for some in logit_slices(len(nodes)):
             logits = self.head.logits(nodes[some], self.ctx)
-            if settings is None:
-                yield logits
-            else:
-                part = settings_of(settings, some)
-                yield self.ctx.ops.add_noise(logits, part, self.head.target_ids)
+            part = replace(draws, begin=some.start)
+            found.append(self.ctx.ops.rank_drafts(logits, part, ids, count, scored))
+        shape = (*states.shape[:2], -1)
+        scores = [part.scores for part in found if part.scores is not None]
+        tokens = _joined([part.tokens for part in found]).view(shape)
+        return Ranked(tokens, _joined(scores).view(shape) if scores else None)
 
-    def forward(
-        self, tokens: Tensor, features: Tensor, nodes: Tensor, masks: Tensor, depth: int
-    ) -> Tensor:
+    def one_after_another(self, num_nodes: int) -> NodeDraws:
+        """How the tokens at the depths 1 to `num_nodes` are drawn."""
+        return self._draws(num_nodes, 1, 1)
+
+    def _draws(self, per_row: int, ahead: int, step: int) -> NodeDraws:
+        roots, is_filtered = self.roots, self.limits.is_filtered
+        rows = DrawSettings(
+            temperature=roots.temperatures,
+            seeds=roots.seeds,
+            positions=roots.positions,
+            top_k=roots.top_k if is_filtered else None,
+            top_p=roots.top_p if is_filtered else None,
+            min_p=roots.min_p if is_filtered else None,
+            any_sampled=self.limits.any_sampled,
+        )
+        return NodeDraws(rows, per_row, ahead, step)
+
+    def lay(self, nodes: LevelNodes) -> LaidNodes:
+        """Where all nodes that go through the head lie, and what they see."""
+        roots, scratch = self.roots, self.scratch
+        places = RowPlaces(
+            positions=roots.positions,
+            num_slots=self.num_slots,
+            tables=roots.block_tables,
+            block_size=scratch.block_size,
+            first_scratch=scratch.first_slot,
+            max_len=self.limits.max_len,
+        )
+        return self.ctx.ops.lay_levels(nodes, places)
+
+    def forward(self, tokens: Tensor, features: Tensor, level: LaidNodes) -> Tensor:
         """Run nodes of one depth through the head.
 
         Args:
             tokens: [B, n].
             features: [B, n, H] states of their parents.
-            nodes: [B, n] their numbers.
-            masks: [B, n] int64 ancestor masks over node numbers, own bit included.
+            level: these nodes.
 
         Returns:
             [B, n, H] states.
         """
-        alive = nodes < self.num_slots[:, None]
-        positions = _repeated(self._positions(depth), tokens.shape[1])
-        batch = self._batch(tokens, positions, nodes, masks, alive, self.limits.max_context)
+        batch = self._batch(tokens, level, self.limits.max_context)
         states = self.head.forward(features.flatten(0, 1).contiguous(), batch, self.ctx)
         return states.view(*tokens.shape, -1)
 
-    def _batch(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        nodes: Tensor,
-        masks: Tensor,
-        alive: Tensor,
-        max_context: int,
-    ) -> DraftBatch:
-        """Entries of nodes [B, n]; those that are not `alive` have no slot of their own."""
+    def _batch(self, tokens: Tensor, laid: LaidNodes, max_context: int) -> DraftBatch:
+        """Entries of tokens [B, n]."""
         num_rows, per_row = tokens.shape
-        roots = self.roots
         return DraftBatch(
             token_ids=tokens.flatten().contiguous(),
-            positions=positions,
-            slots=self._slots(nodes, alive).flatten(),
+            positions=laid.positions,
+            slots=laid.slots,
             attention=AttentionMeta(
                 cu_q=self.levels.starts(num_rows, per_row),
-                prefix_lens=roots.positions.int(),
+                prefix_lens=laid.prefix_lens,
                 first_keys=self.first_keys,
-                block_tables=roots.block_tables,
-                # With one node per row, a static shape's masks are a view that repeats one number.
-                ancestors=seen_of(masks, alive).flatten().contiguous(),
+                block_tables=self.roots.block_tables,
+                ancestors=laid.masks,
                 max_q=per_row,
                 max_context=max_context,
             ),
@@ -155,25 +144,15 @@ class Grower:
         last = last.minimum(alive.sum(dim=1, keepdim=True))  # of the nodes that an entry sees
         masks = torch.full_like(nodes, -1) ^ (torch.full_like(nodes, -2) << last)
         positions = (first + block.first_position + places).clamp(max=self.limits.max_len - 1)
-        reach = self.limits.max_context + int(self.limits.exact)  # the slot after the nodes
-        return self._batch(block.token_ids, positions.flatten(), nodes, masks, alive, reach)
-
-    def _settings(self, drawn_at: Tensor, per_row: int) -> DrawSettings:
-        """How the target will draw the tokens after nodes, at the positions `drawn_at` [B * n]."""
-        roots, is_filtered = self.roots, self.limits.is_filtered
-
-        def spread(values: Tensor) -> Tensor:
-            return _repeated(values, per_row)
-
-        return DrawSettings(
-            temperature=spread(roots.temperatures),
-            seeds=spread(roots.seeds),
-            positions=drawn_at,
-            top_k=spread(roots.top_k) if is_filtered else None,
-            top_p=spread(roots.top_p) if is_filtered else None,
-            min_p=spread(roots.min_p) if is_filtered else None,
-            any_sampled=self.limits.any_sampled,
+        slots = cache_slots(self.roots.block_tables, first + nodes, self.scratch.block_size)
+        laid = LaidNodes(
+            prefix_lens=self.roots.positions.int(),
+            positions=positions.flatten(),
+            slots=self.scratch.instead_of(slots, alive, nodes).flatten(),
+            masks=seen_of(masks, alive).flatten(),
         )
+        reach = self.limits.max_context + int(self.limits.exact)  # the slot after the nodes
+        return self._batch(block.token_ids, laid, reach)
 
     def selected(
         self, shape: DynamicShape, found: Tensor, above: Tensor, scores: Tensor
@@ -187,32 +166,17 @@ class Grower:
         """
         ops, roots = self.ctx.ops, self.roots
         num_nodes = min(shape.num_nodes, found.shape[1] + 1)
-        tokens, parents = ops.tree_select(
-            found, above, scores, roots.tokens, roots.max_nodes, num_nodes
-        )
+        tokens, parents = ops.tree_select(found, above, scores, roots.tokens, self.sizes, num_nodes)
         masks, depths = ops.tree_ancestors(parents)
         return DraftTree(
             tokens=tokens.clamp(min=0),
             parents=parents,
             depths=depths,
             ancestors=masks,
-            sizes=torch.full_like(roots.tokens, num_nodes),
+            # Rows have room for the shape's nodes, of which there may be fewer candidates.
+            sizes=self.sizes if num_nodes == shape.num_nodes else self.sizes.clamp(max=num_nodes),
             max_depth=min(shape.max_depth, num_nodes - 1),
         )
-
-    def _positions(self, depth: int) -> Tensor:
-        """Positions of the nodes of one depth, [B]. They are clamped to a sequence's last position,
-        where rotary tables end; nodes beyond it are useless anyway."""
-        return (self.roots.positions + depth).clamp(max=self.limits.max_len - 1)
-
-    def _slots(self, nodes: Tensor, alive: Tensor) -> Tensor:
-        roots, block_size = self.roots, self.ctx.kv.block_size
-        slots = slots_of(roots.block_tables, roots.positions[:, None] + nodes, block_size)
-        return self.scratch.instead_of(slots, alive, nodes)
-
-
-def _repeated(values: Tensor, times: int) -> Tensor:
-    return values if times == 1 else values.repeat_interleave(times)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -233,26 +197,21 @@ def grow_static(shape: StaticShape, grower: Grower, root_states: Tensor) -> Draf
     Args:
         root_states: [B, H].
     """
-    plan = grower.levels.of(shape)
-    tokens = grower.roots.tokens[:, None].repeat(1, shape.num_nodes)  # [B, N]
-    states = root_states[:, None].repeat(1, shape.num_nodes, 1)  # [B, N, H]
+    plan, roots = grower.levels.of(shape), grower.roots.tokens[:, None]
+    states = root_states[:, None]  # [B, 1, H]
+    laid = grower.lay(plan.inner) if len(plan.inner.nodes) else None
+    candidates, widths = [roots], list[int]()
     for depth, level in enumerate(plan.levels):
         if depth:
-            states[:, level.nodes_at] = grower.forward(
-                tokens[:, level.nodes_at],
-                states[:, level.above_at],
-                level.nodes.expand(grower.num_rows, -1),
-                level.masks.expand(grower.num_rows, -1),
-                depth,
-            )
-        above = states[:, level.nodes_at]
-        if level.most_children == 1:
-            best = grower.best_child(above, depth)
-        else:
-            best, _ = grower.children(above, depth, level.most_children)
-        nodes, candidates = grower.levels.children(shape, depth, best.shape[2])
-        tokens[:, nodes] = best.flatten(1)[:, candidates]
-    return plan.tree(tokens)
+            assert laid is not None
+            tokens = candidates[-1][:, grower.levels.inner(shape, depth, widths[-1])]
+            nodes = laid.level(level.first, level.width)
+            states = grower.forward(tokens, states[:, level.above], nodes)
+        best = grower.children(states, depth, level.most_children, scored=False).tokens
+        widths.append(best.shape[2])
+        candidates.append(best.flatten(1))
+    order = grower.levels.order(shape, tuple(widths))
+    return plan.tree(torch.cat(candidates, dim=1)[:, order], grower.sizes)
 
 
 @grow.register
@@ -263,9 +222,10 @@ def grow_dynamic(shape: DynamicShape, grower: Grower, root_states: Tensor) -> Dr
     """
     k = shape.top_k
     drafted = _Drafted.start(grower, root_states, k)
-    for depth in range(1, shape.max_depth):
-        numbers = torch.arange(k, device=root_states.device) + 1 + (depth - 1) * k
-        drafted.widen(grower, depth, numbers.expand(grower.num_rows, k), k)
+    if shape.max_depth > 1:
+        laid = grower.lay(grower.levels.frontiers(shape))
+        for depth in range(1, shape.max_depth):
+            drafted.widen(grower, depth, laid.level((depth - 1) * k, k), k)
     found, above, scores = (
         torch.cat(levels, dim=1) for levels in (drafted.tokens, drafted.parents, drafted.scores)
     )  # [B, C]
@@ -285,7 +245,9 @@ class _Drafted:
 
     @classmethod
     def start(cls, grower: Grower, root_states: Tensor, k: int) -> _Drafted:
-        found, local = grower.children(root_states[:, None], 0, k)  # [B, 1, k]
+        best = grower.children(root_states[:, None], 0, k, scored=True)
+        found, local = best.tokens, best.scores  # [B, 1, k]
+        assert local is not None
         certain = torch.zeros_like(local[:, :, 0])
         places, scores, frontier = grower.ctx.ops.tree_expand(certain, local, k)
         return cls(
@@ -297,12 +259,15 @@ class _Drafted:
             masks=torch.ones_like(frontier),  # only the root
         )
 
-    def widen(self, grower: Grower, depth: int, numbers: Tensor, k: int) -> None:
+    def widen(self, grower: Grower, depth: int, level: LaidNodes, k: int) -> None:
         """Run the frontier through the head, add its children, choose the next frontier."""
-        masks = self.masks | (torch.ones_like(numbers) << numbers)
+        masks = self.masks | level.masks.view_as(self.masks)
         tokens = self.tokens[-1].gather(1, self.frontier)
-        states = grower.forward(tokens, self.features, numbers, masks, depth)  # [B, k, H]
-        found, local = grower.children(states, depth, k)  # [B, k, k]
+        nodes = replace(level, masks=masks.flatten())
+        states = grower.forward(tokens, self.features, nodes)  # [B, k, H]
+        best = grower.children(states, depth, k, scored=True)
+        found, local = best.tokens, best.scores  # [B, k, k]
+        assert local is not None
         first = sum(level.shape[1] for level in self.tokens[:-1])
         self.parents.append((self.frontier + first).repeat_interleave(k, dim=1))
         above = self.scores[-1].gather(1, self.frontier)

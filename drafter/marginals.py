@@ -121,11 +121,9 @@ class Marginals:
         several."""
         grower = self.grower
         states = grower.all_at_once(self.head, self.root_states, depth)
-        ahead = torch.arange(1, depth + 1, device=states.device)
-        drawn_at = (grower.roots.positions[:, None] + ahead).flatten()
-        if width == 1:
-            return grower.ranked_child(states, drawn_at), None
-        return grower.ranked_children(states, drawn_at, width)
+        draws = grower.one_after_another(depth)
+        best = grower.ranked(states, draws, width, scored=width > 1)
+        return best.tokens, best.scores
 
 
 @functools.singledispatch
@@ -144,7 +142,7 @@ def grow_static(shape: StaticShape, marginals: Marginals, tables: PathTables) ->
     if shape.max_depth:
         found, _ = marginals.candidates(shape.max_depth, shape.most_children)
         tokens = torch.cat((roots, found.flatten(1)[:, tables.static(shape)]), dim=1)
-    return plan.tree(tokens)
+    return plan.tree(tokens, grower.sizes)
 
 
 @grow_at_once.register

@@ -22,6 +22,8 @@ from engine.speculation.planner import LATE_STEPS
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles
 from engine.step.shape import TreeShape
 from engine.step.tree import DraftTree
+from kernels.drafting.nodes import ReadyRoots, RootStates
+from kernels.drafting.reference import first_keys
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # position 0 has no entry: no token is before it, so there is no feature
@@ -176,44 +178,49 @@ class DraftProposer:
             self._drafting = set(roots.lines[roots.max_nodes > 1].tolist())
             self._join()
             self._settle(self._drafting, newest=self._pending.most)
-        wanted = (roots.max_nodes > 1) & (self._positions[roots.lines] == roots.positions)
-        sound = self._states[roots.lines].isfinite().all(dim=1)
-        ready = wanted & sound
+        kept = RootStates(
+            lines=roots.lines,
+            positions=roots.positions,
+            max_nodes=roots.max_nodes,
+            states=self._states,
+            state_positions=self._positions,
+            firsts=self._firsts,
+            num_drafted=shape.slots_for(1),
+            window=self._window,
+        )
+        found = self._ctx.ops.ready_roots(kept)
         if not limits.exact:
-            return Drafted(self._grow(roots, ready, shape, limits), wanted & ~sound)
+            return Drafted(self._grow(roots, found, shape, limits), found.faults)
         # All ranks must run the head on the same rows.
-        ready = self._ctx.group.from_first(ready.long()).bool()
+        ready = self._ctx.group.from_first(found.ready.long()).bool()
+        found = replace(found, sizes=roots.max_nodes)
         if bool(ready.all()):
-            return Drafted(self._grow(roots, ready, shape, limits), wanted & ~sound)
+            return Drafted(self._grow(roots, found, shape, limits), found.faults)
         tree = DraftTree.roots(roots.tokens)
         if bool(ready.any()):
             rows = ready.nonzero()[:, 0]
-            grown = self._grow(roots.rows(rows), ready[rows], shape, limits)
+            grown = self._grow(roots.rows(rows), found.rows(rows), shape, limits)
             tree = _in_rows(grown, rows, tree)
-        return Drafted(tree, wanted & ~sound)
+        return Drafted(tree, found.faults)
 
     def _grow(
-        self, roots: Roots, ready: Tensor, shape: TreeShape, limits: DraftLimits
+        self, roots: Roots, found: ReadyRoots, shape: TreeShape, limits: DraftLimits
     ) -> DraftTree:
         """Trees of `shape`, cut to the nodes that each row has room for."""
-        states = self._states[roots.lines]
-        # A row that drafts also has slots for nodes that the shape drafts but does not keep.
-        room = torch.where(roots.max_nodes > 1, shape.slots_for(1), roots.max_nodes)
         grower = Grower(
             head=self._head,
             ctx=self._ctx,
             roots=roots if self._shared_noise else _all_greedy(roots),
-            num_slots=room.maximum(roots.max_nodes),
-            first_keys=self._first_keys(roots.lines, roots.positions),
+            num_slots=found.num_slots,
+            first_keys=found.first_keys,
+            sizes=found.sizes,
             limits=limits if self._shared_noise else replace(limits, any_sampled=False),
             scratch=self._scratch,
             levels=self._levels,
         )
         if self._parallel is None:
-            tree = grow(shape, grower, states)
-        else:
-            tree = grow_at_once(shape, Marginals(grower, self._parallel, states), self._paths)
-        return tree.cut(torch.where(ready, roots.max_nodes, roots.max_nodes.clamp(max=1)))
+            return grow(shape, grower, found.states)
+        return grow_at_once(shape, Marginals(grower, self._parallel, found.states), self._paths)
 
     def _take(self, committed: Committed) -> None:
         features = self.tap.take(committed.features)
@@ -285,7 +292,9 @@ class DraftProposer:
             attention=AttentionMeta(
                 cu_q=entries.cu_q,
                 prefix_lens=entries.prefix_lens,
-                first_keys=self._first_keys(committed.lines, entries.prefix_lens),
+                first_keys=first_keys(
+                    self._firsts, committed.lines, entries.prefix_lens, self._window
+                ),
                 block_tables=committed.block_tables,
                 ancestors=entries.masks,
                 max_q=committed.max_entries,
@@ -318,13 +327,6 @@ class DraftProposer:
         """The first position after which no entry is missing."""
         missing = (~has_entry).nonzero()
         return max(FIRST_ENTRY, int(missing[-1]) + 1 if len(missing) else 0)
-
-    def _first_keys(self, lines: Tensor, prefix_lens: Tensor) -> Tensor:
-        """The first entry that is attended to, [B] int32; padding rows have no prefix."""
-        first = self._firsts[lines]
-        if self._window is not None:
-            first = first.maximum(prefix_lens - self._window)
-        return first.minimum(prefix_lens).int()
 
 
 class _Entries(NamedTuple):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.step.shape import StaticShape, signed
+from engine.step.shape import DynamicShape, StaticShape, signed
 from engine.step.tree import DraftTree
+from kernels.drafting.nodes import LevelNodes
 
 # A slice, where places follow each other: it needs no kernel
 Places = slice | Tensor
@@ -17,12 +17,11 @@ Places = slice | Tensor
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The nodes of one depth that have children; only these go through the head."""
+    """The n nodes of one depth that have children; only these go through the head."""
 
-    nodes: Tensor  # [n] int64
-    masks: Tensor  # [n] int64, of their ancestors
-    nodes_at: Places  # the nodes, to index with
-    above_at: Places  # their parents; the root counts as its own parent
+    first: int  # the first of them among all such nodes after the root
+    width: int  # n
+    above: Places  # their parents among such nodes of the level above; the root counts as its own
     most_children: int
 
 
@@ -33,25 +32,20 @@ class Levels:
     parents: Tensor  # [N] int64, and so are the next two
     depths: Tensor
     masks: Tensor  # of ancestors
+    nodes: Tensor  # 0, 1, ...
+    inner: LevelNodes  # those with children, without the root
     levels: tuple[Level, ...]  # by depth
 
-    def tree(self, tokens: Tensor) -> DraftTree:
-        """Trees of this shape with these tokens, [B, N]."""
+    def tree(self, tokens: Tensor, sizes: Tensor) -> DraftTree:
+        """The first `sizes` [B] nodes of trees of this shape with these tokens, [B, N]."""
         return DraftTree(
             tokens=tokens,
-            parents=self.parents.expand_as(tokens),
+            parents=torch.where(self.nodes < sizes[:, None], self.parents, -1),
             depths=self.depths.expand_as(tokens),
             ancestors=self.masks.expand_as(tokens),
-            sizes=torch.full_like(tokens[:, 0], tokens.shape[1]),
+            sizes=sizes,
             max_depth=len(self.levels),
         )
-
-
-class Children(NamedTuple):
-    """The m nodes of a depth, and the candidate that each takes."""
-
-    nodes: Places  # m
-    candidates: Places  # m, indices among the n * width candidates of the level above
 
 
 class StaticLevels:
@@ -62,7 +56,9 @@ class StaticLevels:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._levels: dict[StaticShape, Levels] = {}
-        self._children: dict[tuple[StaticShape, int, int], Children] = {}
+        self._frontiers: dict[DynamicShape, LevelNodes] = {}
+        self._inner: dict[tuple[StaticShape, int, int], Places] = {}
+        self._orders: dict[tuple[StaticShape, tuple[int, ...]], Places] = {}
         self._starts: dict[tuple[int, int], Tensor] = {}
 
     def of(self, shape: StaticShape) -> Levels:
@@ -70,12 +66,32 @@ class StaticLevels:
             self._levels[shape] = _levels_of(shape, self._device)
         return self._levels[shape]
 
-    def children(self, shape: StaticShape, depth: int, width: int) -> Children:
-        """Which child takes which candidate, if each node of a depth has `width` candidates."""
+    def frontiers(self, shape: DynamicShape) -> LevelNodes:
+        """The frontiers of a dynamic shape. The mask of a node holds only its own bit."""
+        if shape not in self._frontiers:
+            depths = [depth for depth in range(1, shape.max_depth) for _ in range(shape.top_k)]
+            nodes = list(range(1, 1 + len(depths)))
+            masks = [1 << node for node in nodes]
+            self._frontiers[shape] = _level_nodes(nodes, depths, masks, self._device)
+        return self._frontiers[shape]
+
+    def inner(self, shape: StaticShape, depth: int, width: int) -> Places:
+        """Which candidates the nodes of a depth that have children take, if each such node of the
+        depth above has `width` candidates."""
         key = shape, depth, width
-        if key not in self._children:
-            self._children[key] = _children_of(shape, depth, width, self._device)
-        return self._children[key]
+        if key not in self._inner:
+            nodes = _with_children(shape, depth)
+            taken = [_candidate_of(shape, node, width) for node in nodes]
+            self._inner[key] = _places(taken, self._device)
+        return self._inner[key]
+
+    def order(self, shape: StaticShape, widths: tuple[int, ...]) -> Places:
+        """Which token each node takes, of the root and then, depth by depth, all candidates after
+        nodes that have children: `widths` of each."""
+        key = shape, widths
+        if key not in self._orders:
+            self._orders[key] = _places(_order_of(shape, widths), self._device)
+        return self._orders[key]
 
     def starts(self, num_rows: int, per_row: int) -> Tensor:
         """[num_rows + 1] int32: where the nodes of each row begin, if each has `per_row`."""
@@ -87,46 +103,69 @@ class StaticLevels:
 
 
 def _levels_of(shape: StaticShape, device: torch.device) -> Levels:
-    def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device)
-
     every_mask = [signed(mask) for mask in shape.ancestors]
-    levels = []
+    levels, inner, above = [], list[int](), [0]
     for depth in range(shape.max_depth):
         nodes = _with_children(shape, depth)
-        above = [max(shape.parents[node], 0) for node in nodes]
-        most = max(shape.parents.count(node) for node in nodes)
         levels.append(
             Level(
-                nodes=integers(nodes),
-                masks=integers([every_mask[node] for node in nodes]),
-                nodes_at=_places(nodes, device),
-                above_at=_places(above, device),
-                most_children=most,
+                first=len(inner),
+                width=len(nodes),
+                above=_places([above.index(max(shape.parents[n], 0)) for n in nodes], device),
+                most_children=max(shape.parents.count(node) for node in nodes),
             )
         )
+        inner, above = inner + (nodes if depth else []), nodes
+    depths = [shape.depths[node] for node in inner]
+    masks = [shape.ancestors[node] for node in inner]
     return Levels(
-        integers(list(shape.parents)),
-        integers(list(shape.depths)),
-        integers(every_mask),
+        _integers(list(shape.parents), device),
+        _integers(list(shape.depths), device),
+        _integers(every_mask, device),
+        _integers(list(range(shape.num_nodes)), device),
+        _level_nodes(inner, depths, masks, device),
         tuple(levels),
     )
+
+
+def _level_nodes(
+    nodes: list[int], depths: list[int], masks: list[int], device: torch.device
+) -> LevelNodes:
+    """Nodes in the order of their depths."""
+    firsts = [depths.index(depth) for depth in depths]
+    widths = [depths.count(depth) for depth in depths]
+    columns = (nodes, depths, [signed(mask) for mask in masks], firsts, widths)
+    return LevelNodes(*(_integers(column, device) for column in columns))
+
+
+def _integers(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device)
 
 
 def _places(numbers: list[int], device: torch.device) -> Places:
     if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return slice(numbers[0], numbers[0] + len(numbers))
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    return _integers(numbers, device)
 
 
-def _children_of(shape: StaticShape, depth: int, width: int, device: torch.device) -> Children:
-    nodes, candidates = [], []
-    for place, parent in enumerate(_with_children(shape, depth)):
-        children = [node for node, above in enumerate(shape.parents) if above == parent]
-        for rank, child in enumerate(children[:width]):
-            nodes.append(child)
-            candidates.append(place * width + rank)
-    return Children(_places(nodes, device), _places(candidates, device))
+def _candidate_of(shape: StaticShape, node: int, width: int) -> int:
+    """Which of the candidates after the depth above a node takes: siblings take the best in order,
+    and the last one again if there are too few."""
+    parent = shape.parents[node]
+    rank = shape.parents[:node].count(parent)
+    place = _with_children(shape, shape.depths[parent]).index(parent)
+    return place * width + min(rank, width - 1)
+
+
+def _order_of(shape: StaticShape, widths: tuple[int, ...]) -> list[int]:
+    firsts = [1]  # of the candidates at each depth
+    for depth, width in enumerate(widths):
+        firsts.append(firsts[-1] + len(_with_children(shape, depth)) * width)
+    order = [0]
+    for node in range(1, shape.num_nodes):
+        above = shape.depths[node] - 1
+        order.append(firsts[above] + _candidate_of(shape, node, widths[above]))
+    return order
 
 
 def _with_children(shape: StaticShape, depth: int) -> list[int]:

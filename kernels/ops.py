@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.drafting.nodes import LaidNodes, LevelNodes, ReadyRoots, RootStates, RowPlaces
 from kernels.linear.grouped import GroupLayout
 from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout
@@ -25,6 +26,7 @@ from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.packing.rows import LineRows, StartedRows
 from kernels.packing.settling import DrawnTrees, SettledTrees
 from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
+from kernels.sampling.ranking import NodeDraws, Ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,10 @@ class Ops:
     # (draft logits [R, V] float32, settings, target's ids [V] int64 or None) -> [R, V] float32 to
     # rank drafts by, noise included; see kernels/sampling/noisy_reference.py
     add_noise: Callable[[Tensor, DrawSettings, Tensor | None], Tensor]
+    # (draft logits [R, V] of any float type, how the target draws the tokens after R nodes, its ids
+    # [V] int64 or None, count, whether scores are wanted) -> the best tokens after each node; see
+    # kernels/sampling/ranking.py
+    rank_drafts: Callable[[Tensor, NodeDraws, Tensor | None, int, bool], Ranked]
     # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
     # best under the raw logits
     score: Callable[[Tensor, Tensor, int], Scores]
@@ -197,6 +203,10 @@ class Ops:
     # (tokens, parents, drawn [B, N] int64, max_depth) -> path [B, max_depth + 1], accepted [B],
     # emitted [B, max_depth + 1]
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    # (roots, and what is kept of lines) -> which rows can draft; see kernels/drafting/reference.py
+    ready_roots: Callable[[RootStates], ReadyRoots]
+    # (nodes, rows) -> positions, slots and masks of the nodes, for the forwards of a draft head
+    lay_levels: Callable[[LevelNodes, RowPlaces], LaidNodes]
     # The next two are None where layers are made of the operations above
     pack_layer: Callable[[LayerWeights], PackedLayer] | None
     # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and

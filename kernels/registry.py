@@ -11,6 +11,7 @@ import torch
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
+from kernels.drafting import reference as drafting
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
 from kernels.moe import reference as moe
@@ -23,11 +24,13 @@ from kernels.rope import reference as rope
 from kernels.sampling import noisy_reference as noisy
 from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference as sampling
+from kernels.sampling.ranking import ComposedRanking
 from kernels.sampling.torch_draw import TorchDraw
 from kernels.sampling.torch_edit import edit_logits
 from kernels.sampling.torch_score import TorchScore
 from kernels.tree import reference as tree
 
+DRAFTING_OPERATIONS = ("ready_roots", "lay_levels")
 OPERATIONS = (
     "linear",
     "gated_linear",
@@ -44,14 +47,19 @@ OPERATIONS = (
     "draw",
     "are_sound",
     "add_noise",
+    "rank_drafts",
     "score",
     "tree_expand",
     "tree_select",
     "tree_ancestors",
     "tree_walk",
+    *DRAFTING_OPERATIONS,
 )
 # The native backend runs these in plain torch
-TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
+TORCH_OPERATIONS = (
+    *("edit_logits", "tree_expand", "tree_select", "tree_ancestors"),
+    *DRAFTING_OPERATIONS,
+)
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -174,6 +182,7 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
 
 def native_ops(native: NativeOps) -> Ops:
     """C++ kernels for all operations except logit edits and growing trees, which are small."""
+    score = TorchScore(native.logsumexp)
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -191,11 +200,14 @@ def native_ops(native: NativeOps) -> Ops:
         draw=TorchDraw(native.argmax, native.gumbel_argmax, native.draw),
         are_sound=native.are_sound,
         add_noise=native.add_noise,
-        score=TorchScore(native.logsumexp),
+        rank_drafts=ComposedRanking(native.add_noise, native.argmax, score),
+        score=score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=native.tree_walk,
+        ready_roots=drafting.ready_roots,
+        lay_levels=drafting.lay_levels,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         start_rows=None,
@@ -222,6 +234,7 @@ def triton_ops(
     as `products` says."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
+    from kernels.drafting import triton_kernel as drafting
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
     from kernels.linear.triton_products import Products
@@ -236,6 +249,7 @@ def triton_ops(
     from kernels.sampling import triton_kernel as sampling
     from kernels.sampling import triton_noisy as noisy
     from kernels.sampling import triton_pipeline as pipeline
+    from kernels.sampling import triton_rank as rank
     from kernels.sampling import triton_score as score
     from kernels.sampling import triton_sound as sound
     from kernels.tree import triton_kernel as tree
@@ -258,11 +272,14 @@ def triton_ops(
         draw=pipeline.draw,
         are_sound=sound.are_sound,
         add_noise=noisy.add_noise,
+        rank_drafts=rank.rank_drafts,
         score=score.score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        ready_roots=drafting.ready_roots,
+        lay_levels=drafting.lay_levels,
         pack_layer=None,
         decoder_layers=None,
         start_rows=rows.start_rows,
@@ -300,6 +317,7 @@ def reference_ops(
     are float32 on a CPU, elsewhere of the storage dtype."""
     on_cpu = device.type == "cpu"
     draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else pipeline.draw
+    score = TorchScore(sampling.logsumexp) if on_cpu else pipeline.score
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
@@ -317,11 +335,14 @@ def reference_ops(
         draw=draw,
         are_sound=sampling.are_sound,
         add_noise=noisy.add_noise,
-        score=TorchScore(sampling.logsumexp) if on_cpu else pipeline.score,
+        rank_drafts=ComposedRanking(noisy.add_noise, sampling.argmax, score),
+        score=score,
         tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
+        ready_roots=drafting.ready_roots,
+        lay_levels=drafting.lay_levels,
         pack_layer=None,
         decoder_layers=None,
         start_rows=None,

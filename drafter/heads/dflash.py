@@ -119,7 +119,7 @@ class DFlashHead:
         return features
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
-        return self.lm_head(states, vocabulary(ctx)).float()
+        return self.lm_head(states, vocabulary(ctx))
 
     def block(self, root_tokens: Tensor, depth: int) -> Block | None:
         masks = torch.full_like(root_tokens, self.mask_token)[:, None].expand(-1, depth)

@@ -52,4 +52,4 @@ class EagleHead:
         return x + residual if self.norm is None else self.norm.add(x, residual, own)
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
-        return self.lm_head(states, vocabulary(ctx)).float()
+        return self.lm_head(states, vocabulary(ctx))

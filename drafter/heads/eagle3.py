@@ -74,7 +74,7 @@ class Eagle3Head:
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
         whole = vocabulary(ctx)
         normed = states if self.norm_output else self.norm(states, whole)
-        return self.lm_head(normed, whole).float()
+        return self.lm_head(normed, whole)
 
     def _enter(
         self, features: Tensor, batch: DraftBatch, ctx: DraftContext

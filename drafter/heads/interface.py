@@ -78,7 +78,8 @@ class DraftHead(Protocol):
         ...
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
-        """[C, H] -> [C, Vd] float32 over the draft vocabulary, for the token after each entry."""
+        """[C, H] -> [C, Vd] over the draft vocabulary, for the token after each entry; as precise
+        as its last product gives them."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""From cache positions to slots, on the device."""
+"""Slots that belong to no row."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-def slots_of(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Slots [B, n] int64 of cache positions [B, n], by block tables [B, max_blocks]; an arbitrary
-    slot for positions beyond the end of a table."""
-    columns = (positions // block_size).clamp(max=block_tables.shape[1] - 1)
-    blocks = block_tables.gather(1, columns).long()
-    return blocks * block_size + positions % block_size
-
-
-def seen_of(ancestors: Tensor, alive: Tensor) -> Tensor:
-    """Ancestor masks [B, n] in which nodes that are not `alive` see only the root. Their keys and
-    values went to the scratch block, so their own slots may hold NaN; zero times NaN is NaN, and
-    it would spread to all queries that a kernel computes together."""
-    return torch.where(alive, ancestors, 1)
 
 
 @dataclass(frozen=True, slots=True)

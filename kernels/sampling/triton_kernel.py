@@ -16,6 +16,7 @@ from kernels.sampling import (
     triton_edit,
     triton_noisy,
     triton_pipeline,
+    triton_rank,
     triton_score,
     triton_sound,
 )
@@ -146,6 +147,7 @@ def launches() -> list[Launch]:
         *triton_edit.example_launches(logits),
         *triton_noisy.example_launches(logits),
         *triton_pipeline.example_launches(logits),
+        *triton_rank.example_launches(logits.device),
         *triton_score.example_launches(logits),
         *triton_sound.example_launches(logits),
     ]

@@ -29,11 +29,17 @@ _OUTSIDE: tl.constexpr = tl.constexpr(OUTSIDE)
 
 
 @triton.jit
-def _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V):
-    """Logits after temperature, without NaN; -inf beyond the vocabulary."""
+def logits_of_tile(logits_ptr, row, ids, logits_stride, V):
+    """Logits in float32, without NaN; -inf beyond the vocabulary."""
     values = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < V, other=MINUS_INFINITY)
-    values = tl.where(values == values, values, MINUS_INFINITY)
-    temperature = tl.load(temperature_ptr + row)
+    values = values.to(tl.float32)
+    return tl.where(values == values, values, MINUS_INFINITY)
+
+
+@triton.jit
+def _scaled(logits_ptr, temperature, row, ids, logits_stride, V):
+    """Logits after temperature."""
+    values = logits_of_tile(logits_ptr, row, ids, logits_stride, V)
     return tl.div_rn(values, tl.where(temperature > 0.0, temperature, 1.0))
 
 
@@ -47,19 +53,26 @@ def _bins(values, highest):
 
 @triton.jit
 def _highest_of_tile_kernel(
-    logits_ptr,  # [R, V] float32, rows logits_stride apart
-    temperature_ptr,  # [R] float32
+    logits_ptr,  # [R, V] of any float type, rows logits_stride apart
+    temperature_ptr,  # [B] float32; row r has those of (begin + r) // PER_ROW, as of the rest
     highest_ptr,  # [R, tiles] float32 out
+    counts_ptr,  # [R, BINS] int32 out: zeros
     logits_stride,
     V,
+    begin,
+    PER_ROW: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The highest scaled logit of one tile of one row, grid (tiles, R)."""
     await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
-    values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)
+    temperature = tl.load(temperature_ptr + (begin + row) // PER_ROW)
+    values = _scaled(logits_ptr, temperature, row, ids, logits_stride, V)
     tl.store(highest_ptr + row * tl.num_programs(0) + tile, tl.max(values, axis=0))
+    if tile == 0:
+        bins = tl.arange(0, _BINS)
+        tl.store(counts_ptr + row * _BINS + bins, tl.zeros([_BINS], tl.int32))
 
 
 @triton.jit
@@ -78,15 +91,18 @@ def _count_bins_kernel(
     counts_ptr,  # [R, BINS] int32, zero before
     logits_stride,
     V,
+    begin,
+    PER_ROW: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,  # a power of two, at least the number of tiles
 ):
     """Count the tokens of one tile of one row by their bins, grid (tiles, R)."""
     await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if tl.load(temperature_ptr + row) > 0.0:
+    temperature = tl.load(temperature_ptr + (begin + row) // PER_ROW)
+    if temperature > 0.0:
         ids = tile * TILE + tl.arange(0, TILE)
-        values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)
+        values = _scaled(logits_ptr, temperature, row, ids, logits_stride, V)
         highest = _highest_of_row(highest_ptr, row, tl.num_programs(0), TILES)
         counts = tl.histogram(_bins(values, highest), _BINS, mask=ids < V)
         bins = tl.arange(0, _BINS)
@@ -96,30 +112,33 @@ def _count_bins_kernel(
 @triton.jit
 def _num_kept_kernel(
     counts_ptr,  # [R, BINS] int32
-    top_k_ptr,  # [R] int64 or int32; or None
-    top_p_ptr,  # [R] float32; or None
-    min_p_ptr,  # [R] float32; or None
+    top_k_ptr,  # [B] int64 or int32; or None
+    top_p_ptr,  # [B] float32; or None
+    min_p_ptr,  # [B] float32; or None
     num_kept_ptr,  # [R] int32 out
+    begin,
+    PER_ROW: tl.constexpr,
 ):
     """How many of the best bins a row keeps, grid (R,); see `noisy_reference.num_kept_bins`."""
     await_inputs()
     row = tl.program_id(0).to(tl.int64)
+    owner = (begin + row) // PER_ROW
     bins = tl.arange(0, _BINS)
     counts = tl.load(counts_ptr + row * _BINS + bins)
     before = tl.cumsum(counts, axis=0) - counts
     keeps = bins >= 0
     if top_k_ptr is not None:
-        top_k = tl.load(top_k_ptr + row).to(tl.int32)
+        top_k = tl.load(top_k_ptr + owner).to(tl.int32)
         keeps = before < top_k
         counts = tl.minimum(counts, tl.maximum(top_k - before, 0))
     if top_p_ptr is not None:
-        top_p = tl.load(top_p_ptr + row)
+        top_p = tl.load(top_p_ptr + owner)
         masses = counts.to(tl.float32) * tl.exp(-(bins.to(tl.float32) + 0.5) / _BINS_PER_NAT)
         upto = tl.cumsum(masses, axis=0)
         total = tl.sum(masses, axis=0)
         keeps = keeps & (upto - masses < tl.where(top_p < 1.0, top_p, 2.0) * total)
     if min_p_ptr is not None:
-        reach = -tl.log(tl.load(min_p_ptr + row)) * _BINS_PER_NAT + 1.0
+        reach = -tl.log(tl.load(min_p_ptr + owner)) * _BINS_PER_NAT + 1.0
         keeps = keeps & (bins.to(tl.float32) < reach)
     tl.store(num_kept_ptr + row, tl.maximum(tl.sum(keeps.to(tl.int32), axis=0), 1))
 
@@ -133,14 +152,47 @@ def _rough_gumbel(bits):
 
 
 @triton.jit
-def _add_noise_kernel(
+def noisy_tile(
     logits_ptr,  # as in `_highest_of_tile_kernel`
     temperature_ptr,
-    seeds_ptr,  # [R] int64
-    positions_ptr,  # [R] int64
+    seeds_ptr,  # [B] int64
     token_ids_ptr,  # [V] int64; None: 0, 1, ...
     highest_ptr,  # [R, tiles] float32; None: no filters, as for the next
     num_kept_ptr,  # [R] int32
+    position,  # int64, of the token to draw
+    row,
+    owner,
+    num_tiles,
+    ids,
+    logits_stride,
+    V,
+    TILES: tl.constexpr,
+):
+    """The logits of one tile of one row as the row ranks them."""
+    temperature = tl.load(temperature_ptr + owner)
+    values = _scaled(logits_ptr, temperature, row, ids, logits_stride, V)
+    if temperature > 0.0:
+        if highest_ptr is not None:
+            highest = _highest_of_row(highest_ptr, row, num_tiles, TILES)
+            outside = _bins(values, highest) >= tl.load(num_kept_ptr + row)
+            values = tl.where(outside, values - _OUTSIDE, values)
+        tokens = ids
+        if token_ids_ptr is not None:
+            tokens = tl.load(token_ids_ptr + ids, mask=ids < V, other=0).to(tl.int32)
+        key = noise_key(tl.load(seeds_ptr + owner), position)
+        values += _rough_gumbel(noise_bits(key, tokens))
+    return values
+
+
+@triton.jit
+def _add_noise_kernel(
+    logits_ptr,  # as in `noisy_tile`
+    temperature_ptr,
+    seeds_ptr,
+    positions_ptr,  # [R] int64
+    token_ids_ptr,
+    highest_ptr,
+    num_kept_ptr,
     noisy_ptr,  # [R, V] float32 out
     logits_stride,
     V,
@@ -151,17 +203,11 @@ def _add_noise_kernel(
     await_inputs()
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
-    values = _scaled(logits_ptr, temperature_ptr, row, ids, logits_stride, V)
-    if tl.load(temperature_ptr + row) > 0.0:
-        if highest_ptr is not None:
-            highest = _highest_of_row(highest_ptr, row, tl.num_programs(0), TILES)
-            outside = _bins(values, highest) >= tl.load(num_kept_ptr + row)
-            values = tl.where(outside, values - _OUTSIDE, values)
-        tokens = ids
-        if token_ids_ptr is not None:
-            tokens = tl.load(token_ids_ptr + ids, mask=ids < V, other=0).to(tl.int32)
-        key = noise_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
-        values += _rough_gumbel(noise_bits(key, tokens))
+    values = noisy_tile(
+        logits_ptr, temperature_ptr, seeds_ptr, token_ids_ptr, highest_ptr, num_kept_ptr,
+        tl.load(positions_ptr + row), row, row, tl.num_programs(0), ids, logits_stride, V,
+        TILES,
+    )  # fmt: skip
     tl.store(noisy_ptr + row * V + ids, values, mask=ids < V)
 
 
@@ -191,14 +237,11 @@ def _launches(
         "V": V,
         "TILE": tile,
     }
-    found: dict[str, Any] = {"highest_ptr": None, "num_kept_ptr": None}
-    if settings.is_filtered:
-        found = _new_filter_results(R, num_tiles, logits.device)
-        yield from _filter_launches(settings, shared, found)
-    filtered = ", filtered" if settings.is_filtered else ""
+    found, before = filter_launches(settings, shared, R, 0, 1)
+    yield from before
     mapped = "" if token_ids is None else ", mapped"
     yield Launch(
-        name=f"add_noise[V={V}{filtered}{mapped}]",
+        name=f"add_noise[V={V}{filtered(settings)}{mapped}]",
         kernel=_add_noise_kernel,
         grid=(num_tiles, R),
         arguments=shared
@@ -214,51 +257,57 @@ def _launches(
     )
 
 
-def _new_filter_results(num_rows: int, num_tiles: int, device: torch.device) -> dict[str, Any]:
-    """Buffers for what the filters find out."""
-    return {
-        "highest_ptr": torch.empty(num_rows, num_tiles, dtype=torch.float32, device=device),
-        "num_kept_ptr": torch.empty(num_rows, dtype=torch.int32, device=device),
-    }
+def filtered(settings: DrawSettings) -> str:
+    """Part of the name of a launch."""
+    return ", filtered" if settings.is_filtered else ""
 
 
-def _filter_launches(
-    settings: DrawSettings, shared: dict[str, Any], found: dict[str, Any]
-) -> Iterator[Launch]:
-    highest, num_kept, V = found["highest_ptr"], found["num_kept_ptr"], shared["V"]
-    R, num_tiles = highest.shape
-    counts = torch.zeros(R, BINS, dtype=torch.int32, device=highest.device)
-    yield Launch(
-        name=f"add_noise.highest[V={V}]",
-        kernel=_highest_of_tile_kernel,
-        grid=(num_tiles, R),
-        arguments=shared | {"highest_ptr": highest},
-        min_load_bits=WIDEST_LOAD,
-    )
-    yield Launch(
-        name=f"add_noise.count_bins[V={V}]",
-        kernel=_count_bins_kernel,
-        grid=(num_tiles, R),
-        arguments=shared
-        | {
-            "highest_ptr": highest,
-            "counts_ptr": counts,
-            "TILES": triton.next_power_of_2(num_tiles),
-        },
-        min_load_bits=WIDEST_LOAD,
-    )
-    yield Launch(
-        name=f"add_noise.num_kept[V={V}]",
-        kernel=_num_kept_kernel,
-        grid=(R,),
-        arguments={
-            "counts_ptr": counts,
-            "num_kept_ptr": num_kept,
-            "top_k_ptr": settings.top_k,
-            "top_p_ptr": settings.top_p,
-            "min_p_ptr": settings.min_p,
-        },
-    )
+def filter_launches(
+    settings: DrawSettings, shared: dict[str, Any], num_rows: int, begin: int, per_row: int
+) -> tuple[dict[str, Any], list[Launch]]:
+    """What `noisy_tile` needs to know of the filters of `num_rows` rows of logits, of which row r
+    has the settings of (begin + r) // per_row; and the launches that find it out."""
+    if not settings.is_filtered:
+        return {"highest_ptr": None, "num_kept_ptr": None}, []
+    device, V, tile = shared["logits_ptr"].device, shared["V"], shared["TILE"]
+    num_tiles = triton.cdiv(V, tile)
+    highest = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=device)
+    num_kept = torch.empty(num_rows, dtype=torch.int32, device=device)
+    counts = {"counts_ptr": torch.empty(num_rows, BINS, dtype=torch.int32, device=device)}
+    own = {"begin": begin, "PER_ROW": per_row}
+    kind = str(shared["logits_ptr"].dtype).removeprefix("torch.")
+    name = f"[V={V}, {kind}{'' if per_row == 1 else ', nodes'}]"
+    tiles = shared | own | counts | {"highest_ptr": highest}
+    launches = [
+        Launch(
+            name=f"add_noise.highest{name}",
+            kernel=_highest_of_tile_kernel,
+            grid=(num_tiles, num_rows),
+            arguments=tiles,
+            min_load_bits=WIDEST_LOAD,
+        ),
+        Launch(
+            name=f"add_noise.count_bins{name}",
+            kernel=_count_bins_kernel,
+            grid=(num_tiles, num_rows),
+            arguments=tiles | {"TILES": triton.next_power_of_2(num_tiles)},
+            min_load_bits=WIDEST_LOAD,
+        ),
+        Launch(
+            name=f"add_noise.num_kept{name}",
+            kernel=_num_kept_kernel,
+            grid=(num_rows,),
+            arguments=own
+            | counts
+            | {
+                "num_kept_ptr": num_kept,
+                "top_k_ptr": settings.top_k,
+                "top_p_ptr": settings.top_p,
+                "min_p_ptr": settings.min_p,
+            },
+        ),
+    ]
+    return {"highest_ptr": highest, "num_kept_ptr": num_kept}, launches
 
 
 def example_launches(logits: Tensor) -> list[Launch]:

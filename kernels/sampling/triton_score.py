@@ -29,6 +29,25 @@ MAX_TOP = 64  # the most children of a node
 
 
 @triton.jit
+def store_sums(values, at, highest_ptr, sums_ptr):
+    """Highest value of a tile without NaN, and the sum of exp(value - highest)."""
+    highest = tl.max(values, axis=0)
+    shift = tl.where(highest == MINUS_INFINITY, 0.0, highest)
+    tl.store(highest_ptr + at, highest)
+    tl.store(sums_ptr + at, tl.sum(tl.exp(values - shift), axis=0))
+
+
+@triton.jit
+def store_best(values, ids, at, best_ptr, count):
+    """Packed keys of the best tokens of a tile, the best first."""
+    keys = packed_key(values, ids)
+    for place in range(count):
+        best = tl.max(keys, axis=0)
+        keys = tl.where(keys == best, NO_KEY, keys)
+        tl.store(best_ptr + at * count + place, best)
+
+
+@triton.jit
 def _sums_of_tile_kernel(
     logits_ptr,  # [R, V] float32, rows logits_stride apart
     highest_ptr,  # [R, tiles] float32 out: highest logit of each tile
@@ -45,21 +64,14 @@ def _sums_of_tile_kernel(
     ids = tile * TILE + tl.arange(0, TILE)
     values = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < V, other=MINUS_INFINITY)
     values = tl.where(values == values, values, MINUS_INFINITY)
-    highest = tl.max(values, axis=0)
-    shift = tl.where(highest == MINUS_INFINITY, 0.0, highest)
     at = row * tl.num_programs(0) + tile
-    tl.store(highest_ptr + at, highest)
-    tl.store(sums_ptr + at, tl.sum(tl.exp(values - shift), axis=0))
+    store_sums(values, at, highest_ptr, sums_ptr)
     if best_ptr is not None:
-        keys = packed_key(values, ids)
-        for place in range(num_top):
-            best = tl.max(keys, axis=0)
-            keys = tl.where(keys == best, NO_KEY, keys)
-            tl.store(best_ptr + at * num_top + place, best)
+        store_best(values, ids, at, best_ptr, num_top)
 
 
 @triton.jit
-def _join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES: tl.constexpr):
+def join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES: tl.constexpr):
     """log(sum(exp(row))) from its tiles."""
     tiles = tl.arange(0, TILES)
     inside = tiles < num_tiles
@@ -90,7 +102,7 @@ def _scores_of_row_kernel(
     """Joins the tiles of one row, grid (R,)."""
     await_inputs()
     row = tl.program_id(0).to(tl.int64)
-    normaliser = _join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES)
+    normaliser = join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES)
     logit = tl.load(logits_ptr + row * logits_stride + tl.load(tokens_ptr + row))
     tl.store(chosen_ptr + row, logit - normaliser)
     if best_ptr is not None:

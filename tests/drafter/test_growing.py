@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch
-from drafter.ranking import best_child, best_children
 from drafter.static_levels import StaticLevels
 from engine.kv.slots import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.shape import StaticShape, ancestors_of, chain
 from kernels.ops import Ops
 from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.ranking import NodeDraws
 
 VOCAB, BLOCK, SCRATCH, MAX_LEN = 23, 4, 90, 30
 TREE = StaticShape("tree", (-1, 0, 0, 1, 1, 3))
@@ -72,6 +72,7 @@ def grower_of(
         roots,
         torch.tensor(num_slots),
         first_keys,
+        roots.max_nodes,
         limits,
         Scratch(SCRATCH, BLOCK),
         StaticLevels(torch.device("cpu")),
@@ -157,10 +158,10 @@ def test_a_draft_may_be_any_token_of_the_vocabulary(reference_ops: Ops) -> None:
     flat = torch.linspace(1, 0, 900).expand(40, -1).contiguous()
     settings = DrawSettings(torch.full((40,), 1.3), torch.arange(40), torch.arange(40) + 9)
     drawn = reference_ops.draw(flat, settings)
-    ranked = reference_ops.add_noise(flat, settings, None)
-    tokens, _ = best_children(ranked, 1, None, reference_ops)
-    assert torch.equal(best_child(ranked, None, reference_ops), tokens[:, 0])
-    assert tokens[:, 0].tolist() == drawn.tolist()
+    draws = NodeDraws(replace(settings, positions=settings.positions - 1), 1, 1)
+    for scored in (False, True):
+        ranked = reference_ops.rank_drafts(flat, draws, None, 1, scored)
+        assert ranked.tokens[:, 0].tolist() == drawn.tolist()
     assert (drawn > 64).float().mean() > 0.8
 
 
@@ -171,7 +172,7 @@ def test_a_proposer_keeps_the_tensors_of_every_shape_it_has_grown() -> None:
 
     def addresses() -> list[int]:
         found = [levels.of(shape).masks for shape in shapes]
-        found += [level.nodes for shape in shapes for level in levels.of(shape).levels]
+        found += [levels.of(shape).inner.nodes for shape in shapes]
         found += [levels.starts(rows, 2) for rows in range(1, 60)]
         return [tensor.data_ptr() for tensor in found]
 

@@ -107,6 +107,7 @@ def drafted(paged: PagedHead, num_slots: int = DEPTH + 1) -> Tensor:
         roots_after([len(ids) for ids in tokens], tokens),
         torch.full((len(tokens),), num_slots),
         torch.ones(len(tokens), dtype=torch.int32),
+        torch.full((len(tokens),), num_slots),
         DraftLimits(False, False, False, MAX_LEN, MAX_LEN),
         Scratch(NUM_BLOCKS - 1, BLOCK),
         StaticLevels(CPU),

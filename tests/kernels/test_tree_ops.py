@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from drafter.growing import Grower, grow_dynamic
-from drafter.ranking import best_children
+from drafter.static_levels import StaticLevels
 from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
+from kernels.drafting.nodes import LaidNodes, LevelNodes, RowPlaces
+from kernels.drafting.reference import lay_levels
 from kernels.ops import Ops
 from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.ranking import NodeDraws, Ranked
 from kernels.tree import reference
 from tests.support.pretend_device import DEVICE, PretendDevice
 from tests.support.scripted_proposer import random_parents
@@ -31,7 +34,6 @@ WIDTH = 100
 @dataclass
 class Roots:
     tokens: Tensor
-    max_nodes: Tensor
 
 
 @dataclass
@@ -45,7 +47,9 @@ class ScriptedGrower:
 
     logits: Tensor  # [depths, B, K, W]
     roots: Roots
+    sizes: Tensor
     ctx: Context
+    levels: StaticLevels
 
     selected = Grower.selected
 
@@ -53,19 +57,22 @@ class ScriptedGrower:
     def num_rows(self) -> int:
         return self.logits.shape[1]
 
-    def children(self, states: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
+    def lay(self, nodes: LevelNodes) -> LaidNodes:
+        room = torch.full_like(self.sizes, 64)
+        tables = torch.zeros(self.num_rows, 8, dtype=torch.int32)
+        return lay_levels(nodes, RowPlaces(self.sizes, room, tables, 16, 0, 999))
+
+    def children(self, states: Tensor, depth: int, count: int, *, scored: bool) -> Ranked:
         nodes = states.shape[1]
         logits = self.logits[depth, :, :nodes].flatten(0, 1)
-        zeros = torch.zeros(len(logits), dtype=torch.int64)
+        zeros = torch.zeros(self.num_rows, dtype=torch.int64)
         greedy = DrawSettings(zeros.float(), zeros, zeros, any_sampled=False)
-        found = best_children(
-            self.ctx.ops.add_noise(logits, greedy, None), count, None, self.ctx.ops
-        )
-        return tuple(part.view(self.num_rows, nodes, count) for part in found)  # type: ignore[return-value]
+        found = self.ctx.ops.rank_drafts(logits, NodeDraws(greedy, nodes, 1), None, count, scored)
+        assert found.scores is not None
+        shape = (self.num_rows, nodes, count)
+        return Ranked(found.tokens.view(shape), found.scores.view(shape))
 
-    def forward(
-        self, tokens: Tensor, features: Tensor, nodes: Tensor, masks: Tensor, depth: int
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, features: Tensor, level: LaidNodes) -> Tensor:
         return torch.zeros(*tokens.shape, 1)
 
 
@@ -108,8 +115,8 @@ def test_the_drafter_grows_what_growing_node_by_node_gives(
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape.max_depth, 3, shape.top_k, WIDTH, generator=generator) * 3
     roots = torch.tensor([5, 6, 7])
-    room = Roots(roots, torch.full_like(roots, shape.num_nodes))
-    grower = ScriptedGrower(logits, room, Context(reference_ops))
+    room, levels = torch.full_like(roots, shape.num_nodes), StaticLevels(roots.device)
+    grower = ScriptedGrower(logits, Roots(roots), room, Context(reference_ops), levels)
     tree = grow_dynamic(shape, grower, torch.zeros(3, 1))  # type: ignore[arg-type]
     scores = logits - logits.logsumexp(dim=-1, keepdim=True)  # [depths, B, K, W]
     for row, root in enumerate(roots.tolist()):

@@ -1,0 +1,1 @@
+"""The small steps between the forwards of a draft head."""

@@ -1,0 +1,85 @@
+"""The steps between the forwards of a draft head in plain torch. Nothing waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.drafting.nodes import (
+    LaidNodes,
+    LevelNodes,
+    ReadyRoots,
+    RootStates,
+    RowPlaces,
+    evenly,
+)
+
+
+def ready_roots(roots: RootStates) -> ReadyRoots:
+    """Which rows can draft, and what they begin with."""
+    lines, max_nodes = roots.lines, roots.max_nodes
+    states = roots.states[lines]
+    wanted = (max_nodes > 1) & (roots.state_positions[lines] == roots.positions)
+    sound = states.isfinite().all(dim=1)
+    # A row that drafts also has slots for nodes that the shape drafts but does not keep.
+    room = torch.where(max_nodes > 1, roots.num_drafted, max_nodes).maximum(max_nodes)
+    ready = wanted & sound
+    return ReadyRoots(
+        states=states,
+        ready=ready,
+        faults=wanted & ~sound,
+        num_slots=room,
+        first_keys=first_keys(roots.firsts, lines, roots.positions, roots.window),
+        sizes=torch.where(ready, max_nodes, max_nodes.clamp(max=1)),
+    )
+
+
+def first_keys(firsts: Tensor, lines: Tensor, prefix_lens: Tensor, window: int | None) -> Tensor:
+    """The first entry that each row attends to, [B] int32; padding rows have no prefix.
+
+    Args:
+        firsts: [L] int32 by line.
+        prefix_lens: [B] of any integer type.
+        window: number of newest entries that are attended to; None: all.
+    """
+    first = firsts[lines]
+    if window is not None:
+        first = first.maximum(prefix_lens - window)
+    return first.minimum(prefix_lens).int()
+
+
+def lay_levels(nodes: LevelNodes, rows: RowPlaces) -> LaidNodes:
+    """Positions, slots and masks of the nodes of all levels."""
+    (M,), (B,) = nodes.nodes.shape, rows.positions.shape
+    alive = nodes.nodes < rows.num_slots[:, None]  # [B, M]
+    slots = cache_slots(rows.tables, rows.positions[:, None] + nodes.nodes, rows.block_size)
+    scratch = rows.first_scratch + nodes.nodes % rows.block_size
+    positions = (rows.positions[:, None] + nodes.depths).clamp(max=rows.max_len - 1)
+    row = torch.arange(B, device=slots.device)[:, None]
+    place = torch.arange(M, device=slots.device) - nodes.firsts
+    at = (nodes.firsts * evenly(B) + row * nodes.widths + place).flatten()
+
+    def laid(values: Tensor) -> Tensor:
+        out = values.new_zeros(M * evenly(B))
+        return out.index_put_((at,), values.flatten())
+
+    return LaidNodes(
+        prefix_lens=rows.positions.int(),
+        positions=laid(positions),
+        slots=laid(torch.where(alive, slots, scratch)),
+        masks=laid(seen_of(nodes.masks, alive)),
+    )
+
+
+def cache_slots(tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Slots [B, n] int64 of cache positions [B, n], by block tables [B, columns]; an arbitrary
+    slot for positions beyond the end of a table."""
+    columns = (positions // block_size).clamp(max=tables.shape[1] - 1)
+    return tables.gather(1, columns).long() * block_size + positions % block_size
+
+
+def seen_of(masks: Tensor, alive: Tensor) -> Tensor:
+    """Ancestor masks [B, n] in which nodes that are not `alive` see only the root. Their keys and
+    values went to the scratch block, so their own slots may hold NaN; zero times NaN is NaN, and
+    it would spread to all queries that a kernel computes together."""
+    return torch.where(alive, masks, 1)
