@@ -140,6 +140,11 @@ class RunConfig(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="type of matrix products; weights and sums are float32"
     )
+    fused: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: on a GPU, Triton kernels compute the head's attention and loss, over "
+        "texts without padding; off: plain torch",
+    )
     seed: Integer = Field(0, ge=0)
     log_every: Positive = 10
     evaluate_every: Positive = 200

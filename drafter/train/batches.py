@@ -7,25 +7,30 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from drafter.train.encoding import Example
 from drafter.train.target import TargetFeatures
 from drafter.train.unroll import TrainBatch
+from engine.transfer import upload
 
+Integers = npt.NDArray[np.int64]
 POOL = 2048  # examples sorted by length together, so that batches need little padding
 
 
-def batch_stream(lengths: Sequence[int], max_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of example numbers. Each has at most `max_tokens` with padding, or is one
-    example; every example comes once per epoch."""
+def batch_stream(
+    lengths: Sequence[int], max_tokens: int, seed: int, packed: bool = False
+) -> Iterator[list[int]]:
+    """Endless batches of example numbers, as `cut` cuts them; every example comes once per
+    epoch."""
     for epoch in itertools.count():
-        yield from epoch_batches(lengths, max_tokens, seed, epoch)
+        yield from epoch_batches(lengths, max_tokens, seed, epoch, packed)
 
 
 def epoch_batches(
-    lengths: Sequence[int], max_tokens: int, seed: int, epoch: int
+    lengths: Sequence[int], max_tokens: int, seed: int, epoch: int, packed: bool = False
 ) -> list[list[int]]:
     """The batches of one epoch, in order."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
@@ -33,43 +38,71 @@ def epoch_batches(
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches: list[list[int]] = []
     for first in range(0, len(order), POOL):
-        pool = sorted(order[first : first + POOL], key=lambda number: lengths[number])
-        batches += cut(pool, lengths, max_tokens)
+        batches += cut(order[first : first + POOL], lengths, max_tokens, packed)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def cut(numbers: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut examples, in order of length, into batches of at most `max_tokens` with padding."""
+def cut(
+    numbers: Sequence[int], lengths: Sequence[int], max_tokens: int, packed: bool = False
+) -> list[list[int]]:
+    """Cut examples into batches of at most `max_tokens`, or of one example. Padding counts, so
+    examples of similar length come together; `packed` batches have none, and keep the order."""
     batches: list[list[int]] = []
-    for number in numbers:
-        if not batches or lengths[number] * (len(batches[-1]) + 1) > max_tokens:
+    used = 0
+    for number in numbers if packed else sorted(numbers, key=lengths.__getitem__):
+        length = lengths[number]
+        needed = used + length if packed or not batches else length * (len(batches[-1]) + 1)
+        if not batches or needed > max_tokens:
             batches.append([])
+            needed = length
         batches[-1].append(number)
+        used = needed
     return batches
 
 
 def collate(
-    examples: Sequence[Example], features: TargetFeatures, device: torch.device
+    examples: Sequence[Example],
+    features: TargetFeatures,
+    device: torch.device,
+    packed: bool = False,
 ) -> TrainBatch:
-    """Pad examples and the target's features of them; zeros follow each example."""
-    lengths = [len(example.token_ids) for example in examples]
-    ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
-    is_answer = np.zeros(ids.shape, dtype=np.bool_)
-    places = np.full(ids.shape, sum(lengths))  # past the last token: a row of zeros
-    first = 0
-    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-        ids[row, :length] = example.token_ids
-        is_answer[row, :length] = example.is_answer
-        places[row, :length] = np.arange(first, first + length)
-        first += length
-    index = torch.from_numpy(places).to(features.taps.device)
+    """Examples and the target's features of them: side by side, each followed by zeros, or
+    `packed`, in one row one after the other."""
+    lengths = np.array([len(example.token_ids) for example in examples])
+    ends = lengths.cumsum()
+    total = int(ends[-1])
+    ids = np.fromiter(itertools.chain.from_iterable(e.token_ids for e in examples), np.int64, total)
+    answers = itertools.chain.from_iterable(e.is_answer for e in examples)
+    is_answer = np.fromiter(answers, np.bool_, total)
+    if packed:
+        starts = (ends - lengths).repeat(lengths)[None]
+        there = (ids[None], is_answer[None])
+        parts = [part.to(device)[None] for part in (features.taps, features.hidden, features.best)]
+    else:
+        places = _side_by_side(lengths, ends)
+        starts = np.zeros(places.shape, dtype=np.int64)
+        there = (np.append(ids, 0)[places], np.append(is_answer, False)[places])
+        index = torch.from_numpy(places).to(features.taps.device)
+        parts = [
+            _padded(part, index).to(device)
+            for part in (features.taps, features.hidden, features.best)
+        ]
+    taps, hidden, best = parts
     return TrainBatch(
-        token_ids=torch.from_numpy(ids).to(device),
-        is_answer=torch.from_numpy(is_answer).to(device),
-        taps=_padded(features.taps, index).to(device),
-        hidden=_padded(features.hidden, index).to(device),
-        best=_padded(features.best, index).to(device).long(),
+        token_ids=upload(torch.from_numpy(there[0]), device),
+        is_answer=torch.from_numpy(there[1]),
+        starts=torch.from_numpy(starts),
+        taps=taps,
+        hidden=hidden,
+        best=best.long(),
     )
+
+
+def _side_by_side(lengths: Integers, ends: Integers) -> Integers:
+    """[B, S]: the place of each token among all, and past the last one, where a text has ended."""
+    columns = np.arange(lengths.max())
+    places = (ends - lengths)[:, None] + columns
+    return np.where(columns < lengths[:, None], places, ends[-1])
 
 
 def _padded(values: Tensor, index: Tensor) -> Tensor:
@@ -77,9 +110,11 @@ def _padded(values: Tensor, index: Tensor) -> Tensor:
     return torch.cat((values, torch.zeros_like(values[:1])))[index]
 
 
-def least_learnt(lengths: Sequence[int], max_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of at most `max_tokens`, while `lengths` may grow: always of the examples
-    that have been in the fewest batches so far, so new ones come first."""
+def least_learnt(
+    lengths: Sequence[int], max_tokens: int, seed: int, packed: bool = False
+) -> Iterator[list[int]]:
+    """Endless batches, as `cut` cuts them, while `lengths` may grow: always of the examples that
+    have been in the fewest batches so far, so new ones come first."""
     generator = np.random.default_rng(seed)
     counts = np.zeros(0, dtype=np.int64)
     while True:
@@ -87,6 +122,6 @@ def least_learnt(lengths: Sequence[int], max_tokens: int, seed: int) -> Iterator
         order = np.lexsort((generator.random(len(counts)), counts))
         chosen = order[:POOL]
         counts[chosen] += 1
-        batches = cut(sorted(chosen.tolist(), key=lengths.__getitem__), lengths, max_tokens)
+        batches = cut(chosen.tolist(), lengths, max_tokens, packed)
         for index in generator.permutation(len(batches)):
             yield batches[index]

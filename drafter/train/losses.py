@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,7 +51,8 @@ class TokenLoss:
     top_k: int = 16
 
     def of(self, log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over rows, and its gradient for the logits [N, V]; `log_q` may be overwritten."""
+        """The loss of each row [N], and its gradient for the logits [N, V]; `log_q` may be
+        overwritten."""
         match self.kind:
             case "cross_entropy":
                 return _cross_entropy(log_q, p)
@@ -60,7 +61,7 @@ class TokenLoss:
             case "acceptance":
                 overlap, rise = _overlap(log_q.exp(), p)
                 bounded = overlap.clamp(min=LEAST_OVERLAP)
-                return -bounded.log().sum(), -rise / bounded[:, None]
+                return -bounded.log(), -rise / bounded[:, None]
             case "lk":
                 q = log_q.exp()
                 overlap, rise = _overlap(q, p)
@@ -68,14 +69,14 @@ class TokenLoss:
                 divergence = (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
                 loss = weight * divergence + (1 - weight) * (1 - overlap)
                 weight = weight[:, None]
-                return loss.sum(), weight * (q - p) - (1 - weight) * rise
+                return loss, weight * (q - p) - (1 - weight) * rise
 
 
 CROSS_ENTROPY = TokenLoss()
 
 
 def _cross_entropy(log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    loss = -torch.dot(p.flatten(), log_q.flatten())
+    loss = -torch.linalg.vecdot(p, log_q)
     return loss, log_q.exp_().sub_(p)
 
 
@@ -93,21 +94,58 @@ def _overlap(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(p, q).sum(dim=-1), below - q * below.sum(dim=-1, keepdim=True)
 
 
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """How losses of rows of logits are computed: `teacher` makes of the target's hidden states what
+    `of` reads, as `teacher_probabilities` and `losses_of_rows` do."""
+
+    teacher: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    of: Callable[[Tensor, Tensor, Tensor, Tensor, TokenLoss], tuple[Tensor, Tensor]]
+
+
+def losses_of_rows(
+    logits: Tensor, teacher: Tensor, rows: Tensor, kept: Tensor, kind: TokenLoss
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, [N] float32, and its likeliest column, [N] int64. `logits` [N, V] are
+    replaced by the gradients of the losses.
+
+    Args:
+        teacher: [M, V] probabilities.
+        rows: [N] int64, the teacher's row of each row.
+        kept: [N] bool; the other rows have loss and gradient 0.
+    """
+    best = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    loss = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    for part in _chunks(logits):  # so the float32 logits of all rows never exist at once
+        best[part] = logits[part].argmax(dim=-1)
+        log_q = functional.log_softmax(logits[part], dim=-1, dtype=torch.float32)
+        found, slope = kind.of(log_q, teacher[rows[part]].float())
+        loss[part] = found * kept[part]
+        logits[part] = slope.mul_(kept[part, None])
+    return loss, best
+
+
+IN_TORCH = RowLoss(teacher_probabilities, losses_of_rows)
+
+
 def token_loss(
     inputs: Tensor,
     head: Tensor,
     teacher: Tensor,
     rows: Tensor,
+    kept: Tensor,
     dtype: torch.dtype,
     loss: TokenLoss = CROSS_ENTROPY,
+    by: RowLoss = IN_TORCH,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows of the loss between `teacher[rows]` and the head's distribution.
+    """Sum over kept rows of the loss between `teacher[rows]` and the head's distribution.
 
     Args:
         inputs: [N, H] what the LM head reads.
         head: [V, H] the LM head.
-        teacher: [M, V] probabilities.
+        teacher: [M, V], from `by.teacher`.
         rows: [N] int64, the teacher's row of each input.
+        kept: [N] bool, the rows that count.
         dtype: type of the matrix products; sums are float32.
 
     Returns:
@@ -115,13 +153,14 @@ def token_loss(
     """
     if not torch.is_grad_enabled():  # `forward` would compute gradients even so
         inputs, head = inputs.detach(), head.detach()
-    found: tuple[Tensor, Tensor] = _TokenLoss.apply(inputs, head, teacher, rows, dtype, loss)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _TokenLoss.apply(  # type: ignore[no-untyped-call]
+        inputs, head, teacher, rows, kept, dtype, loss, by
+    )
     return found
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Product, softmax, loss and both gradients in one pass over chunks of rows, so the float32
-    logits of all rows never exist at once."""
+    """Product, softmax, loss and both gradients at once."""
 
     @staticmethod
     def forward(
@@ -130,34 +169,28 @@ class _TokenLoss(torch.autograd.Function):
         head: Tensor,
         teacher: Tensor,
         rows: Tensor,
+        kept: Tensor,
         dtype: torch.dtype,
         kind: TokenLoss,
+        by: RowLoss,
     ) -> tuple[Tensor, Tensor]:
         narrow, weight = inputs.to(dtype), head.to(dtype)
-        slopes = narrow @ weight.T  # logits first; each chunk is then replaced by its gradient
-        best = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-        loss = torch.zeros((), device=inputs.device)
-        for part in _chunks(slopes):
-            logits = slopes[part]
-            wanted = teacher[rows[part]].float()
-            best[part] = logits.argmax(dim=-1)
-            log_q = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
-            some, slopes[part] = kind.of(log_q, wanted)
-            loss += some
+        slopes = narrow @ weight.T  # logits first, then their gradients
+        loss, best = by.of(slopes, teacher, rows, kept, kind)
         needs_inputs, needs_head = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
             (slopes @ weight).float() if needs_inputs else None,
             (slopes.T @ narrow).float() if needs_head else None,
         )
         ctx.mark_non_differentiable(best)
-        return loss, best
+        return loss.sum(), best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor, _best: Tensor) -> tuple[Tensor | None, ...]:
         to_inputs, to_head = ctx.saved_tensors
         found = [None if one is None else one * slope for one in (to_inputs, to_head)]
-        return *found, None, None, None, None
+        return *found, *(None,) * 6
 
 
 def feature_distance(states: Tensor, features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ holds and `load_state_dict` takes what `random_tensors` or a published file give
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +39,18 @@ class StepKeys:
 
     keys: Tensor  # [B, S, Hkv, D] of step 0
     values: Tensor
-    visible: Tensor  # [B, R, S] bool: the keys that each row sees
+    first: Tensor  # [B, R] int32: each row sees the keys from this one
+    last: Tensor  # ... to this one
     later: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # [B, R, Hkv, D] each
+
+    def visible(self) -> Tensor:
+        """[B, R, S] bool: the keys that each row sees."""
+        places = torch.arange(self.keys.shape[1], device=self.keys.device)
+        first, last = self.first.unsqueeze(-1), self.last.unsqueeze(-1)
+        return (places >= first) & (places <= last)
+
+
+Attend = Callable[[Tensor, StepKeys], Tensor]  # as `attend` below
 
 
 class TrainableAttention(nn.Module):
@@ -48,6 +59,7 @@ class TrainableAttention(nn.Module):
     def __init__(self, arch: LlamaArch, input_size: int) -> None:
         super().__init__()
         self._arch = arch
+        self.attend: Attend = attend
         bias, dim = arch.attention_bias, arch.head_dim
         self.q_proj = nn.Linear(input_size, arch.num_heads * dim, bias)
         self.k_proj = nn.Linear(input_size, arch.num_kv_heads * dim, bias)
@@ -56,11 +68,12 @@ class TrainableAttention(nn.Module):
 
     def keys_values(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, ...] inputs, [B, N, D] cosines and sines -> keys, values [B, N, Hkv, D]."""
+        x = narrowed(x)
         return rotate(self._heads(self.k_proj(x)), rotary), self._heads(self.v_proj(x))
 
     def forward(self, x: Tensor, rotary: Tensor, seen: StepKeys) -> Tensor:
         """[B, R, ...] inputs -> [B, R, H]."""
-        mixed: Tensor = self.o_proj(attend(rotate(self._heads(self.q_proj(x)), rotary), seen))
+        mixed: Tensor = self.o_proj(self.attend(rotate(self._heads(self.q_proj(x)), rotary), seen))
         return mixed
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -68,16 +81,16 @@ class TrainableAttention(nn.Module):
 
 
 def attend(queries: Tensor, seen: StepKeys) -> Tensor:
-    """[B, R, Hq, D] rotated queries -> [B, R, Hq D]. Row r sees the true entries that `visible`
-    marks, and only its own entry of each later step (EAGLE-3's training-time test)."""
+    """[B, R, Hq, D] rotated queries -> [B, R, Hq D]. Row r sees the true entries that `seen`
+    names, and only its own entry of each later step (EAGLE-3's training-time test)."""
     num_kv_heads, dim = seen.keys.shape[2:]
     batch_size, num_rows = queries.shape[:2]
     grouped = queries.view(batch_size, num_rows, num_kv_heads, -1, dim) * dim**-0.5
     keys, values = seen.keys.to(queries.dtype), seen.values.to(queries.dtype)
-    scores = torch.einsum("brkgd,bskd->bkgrs", grouped, keys).float()
-    scores = scores.masked_fill(~seen.visible[:, None, None], float("-inf"))
+    scores = wide(torch.einsum("brkgd,bskd->bkgrs", grouped, keys))
+    scores = scores.masked_fill(~seen.visible()[:, None, None], float("-inf"))
     own = [torch.einsum("brkgd,brkd->bkgr", grouped, k.to(queries.dtype)) for k, _ in seen.later]
-    scores = torch.cat((scores, *(o.float().unsqueeze(-1) for o in own)), dim=-1)
+    scores = torch.cat((scores, *(wide(o).unsqueeze(-1) for o in own)), dim=-1)
     weights = scores.softmax(dim=-1).to(queries.dtype)
     num_true = keys.shape[1]
     mixed = torch.einsum("bkgrs,bskd->brkgd", weights[..., :num_true], values)
@@ -85,6 +98,17 @@ def attend(queries: Tensor, seen: StepKeys) -> Tensor:
         weight = weights[..., num_true + step].permute(0, 3, 1, 2)  # [B, R, Hkv, G]
         mixed = mixed + weight.unsqueeze(-1) * value.to(queries.dtype).unsqueeze(3)
     return mixed.flatten(2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """In the type of the products that follow, so that several of them share one conversion."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -104,6 +128,7 @@ class TrainableMLP(nn.Module):
         self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, arch.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = narrowed(x)
         out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -182,6 +207,11 @@ class DraftNetwork(nn.Module, ABC):
         assert isinstance(found, TrainableLayer)
         return found
 
+    def choose_attention(self, attend: Attend) -> None:
+        """Let all layers attend with `attend`."""
+        for index in range(len(self.layers)):
+            self.layer(index).self_attn.attend = attend
+
     def embed(self, token_ids: Tensor) -> Tensor:
         return functional.embedding(token_ids, self.embedding).float()
 
@@ -209,7 +239,8 @@ class Eagle3Network(DraftNetwork):
     def enter(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         first = self.layer(0)
         normed: Tensor = first.hidden_norm(features)
-        x = torch.cat((first.input_layernorm(self.embed(token_ids)), normed), dim=-1)
+        embedded = first.input_layernorm(self.embed(token_ids))
+        x = torch.cat((narrowed(embedded), narrowed(normed)), dim=-1)
         return x, normed if self.config.norm_before_residual else features
 
     def leave(self, stream: Tensor) -> tuple[Tensor, Tensor]:

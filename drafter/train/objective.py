@@ -7,15 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafter.train.losses import (
-    CROSS_ENTROPY,
-    TokenLoss,
-    feature_distance,
-    teacher_probabilities,
-    token_loss,
-)
+from drafter.train.head_kernels import IN_TORCH, HeadKernels
+from drafter.train.losses import CROSS_ENTROPY, TokenLoss, feature_distance, token_loss
 from drafter.train.network import DraftNetwork
-from drafter.train.unroll import TrainBatch, UnrolledStep, unroll
+from drafter.train.unroll import Plan, TrainBatch, UnrolledStep, plan_unrolling, unroll
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +39,11 @@ class Tally:
     def zeros(cls, num_steps: int, device: torch.device) -> Tally:
         return cls(*(torch.zeros(num_steps, dtype=torch.float64, device=device) for _ in range(6)))
 
+    @classmethod
+    def of(cls, numbers: Tensor) -> Tally:
+        """Of the sums one after the other, [6 L], in the order of `tensors`."""
+        return cls(*numbers.view(6, -1))
+
     def add(self, other: Tally) -> None:
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine += theirs
@@ -62,6 +62,18 @@ class Tally:
         return 1 + float((self.chained / self.chains.clamp(min=1)).sum())
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the target gives at the M places before answer tokens."""
+
+    hidden: Tensor  # [M, H], after the final norm
+    best: Tensor  # [M] int64, its likeliest next token
+    is_draft: (
+        Tensor  # [M] bool: that one is in the draft vocabulary, which is all the teacher knows
+    )
+    teacher: Tensor  # [M, Vd], from `RowLoss.teacher`
+
+
 class Objective:
     """The loss of a network against its target."""
 
@@ -72,11 +84,14 @@ class Objective:
         target_ids: Tensor | None,
         weights: LossWeights,
         dtype: torch.dtype,
+        kernels: HeadKernels = IN_TORCH,
     ) -> None:
         """`target_head` [V, H]: the target's LM head. `target_ids` [Vd]: the draft vocabulary.
         `dtype`: type of matrix products."""
         self.network = network
         self.weights = weights
+        self.kernels = kernels
+        network.choose_attention(kernels.attend)
         self._dtype = dtype
         size = len(target_head)
         ids = torch.arange(size, device=target_head.device) if target_ids is None else target_ids
@@ -88,46 +103,54 @@ class Objective:
     def __call__(self, batch: TrainBatch) -> tuple[Tensor, Tally]:
         """The loss summed over answer tokens (not divided by their number), and the sums."""
         device = batch.token_ids.device
+        plan = plan_unrolling(batch, self.weights.num_steps)
         tally = Tally.zeros(self.weights.num_steps, device)
         total = torch.zeros((), device=device)
-        teacher = teacher_probabilities(batch.hidden.flatten(0, 1), self._teacher_head, self._dtype)
+        wanted = self._wanted(batch, plan)
         chain: Tensor | None = None
         inside: Tensor | None = None  # rows that have drafted only answer tokens
         with torch.autocast(device.type, torch.bfloat16, self._dtype == torch.bfloat16):
-            for index, step in enumerate(unroll(self.network, batch, self.weights.num_steps)):
-                loss, right = self._step(index, step, batch, teacher, tally)
+            for index, step in enumerate(unroll(self.network, batch, plan)):
+                loss, right = self._step(index, step, wanted, tally)
+                counts = step.plan.counts
                 chain = right if chain is None else chain & right
-                inside = step.counts if inside is None else inside & step.counts
+                inside = counts if inside is None else inside & counts
                 tally.chained[index] = chain.sum()
                 tally.chains[index] = inside.sum()
                 total = total + self.weights.decay**index * loss
         return total, tally
 
+    def _wanted(self, batch: TrainBatch, plan: Plan) -> Wanted:
+        hidden = batch.hidden.flatten(0, 1).index_select(0, plan.predicting)
+        best = batch.best.flatten().index_select(0, plan.predicting)
+        teacher = self.kernels.losses.teacher(hidden, self._teacher_head, self._dtype)
+        return Wanted(hidden, best, self._is_draft[best], teacher)
+
     def _step(
-        self, index: int, step: UnrolledStep, batch: TrainBatch, teacher: Tensor, tally: Tally
+        self, index: int, step: UnrolledStep, wanted: Wanted, tally: Tally
     ) -> tuple[Tensor, Tensor]:
         """The loss of one step, and the rows [B, R] that drafted the target's likeliest token."""
-        length = batch.token_ids.shape[1]
-        sequence = torch.arange(len(step.places), device=step.places.device).unsqueeze(1)
-        flat = (sequence * length + step.places)[step.counts]  # [N] of B * S
-        wanted = batch.best.flatten()[flat]
-        known = self._is_draft[wanted]  # the teacher knows only draft tokens
-        inputs, rows = step.head_inputs[step.counts], flat
-        weight = self.network.head_weight
+        picked, rows, counts = step.plan.picked, step.plan.predicting, step.plan.counts
         loss, best = token_loss(
-            inputs[known], weight, teacher, rows[known], self._dtype, self.weights.kind
+            step.head_inputs.flatten(0, 1).index_select(0, picked),
+            self.network.head_weight,
+            wanted.teacher,
+            rows,
+            wanted.is_draft[rows],
+            self._dtype,
+            self.weights.kind,
+            self.kernels.losses,
         )
-        right = torch.zeros_like(step.counts)
-        hits = torch.zeros_like(known)
-        hits[known] = self._target_ids[best] == wanted[known]
-        right[step.counts] = hits
-        tally.num[index] = len(flat)
+        hits = self._target_ids[best] == wanted.best[rows]
+        right = torch.zeros_like(counts).flatten().index_copy_(0, picked, hits).view_as(counts)
+        tally.num[index] = len(picked)
         tally.correct[index] = hits.sum()
         tally.loss[index] = loss.detach()
         loss = loss * self.weights.tokens
         if self.weights.features:
-            features = batch.hidden.flatten(0, 1)[flat].float()
-            distance = feature_distance(step.states[step.counts].float(), features)
+            features = wanted.hidden.index_select(0, rows).float()
+            states = step.states.flatten(0, 1).index_select(0, picked).float()
+            distance = feature_distance(states, features)
             tally.distance[index] = distance.detach()
             loss = loss + self.weights.features * distance
         return loss, right

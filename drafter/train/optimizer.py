@@ -43,6 +43,7 @@ class HeadOptimizer:
         self._config = config
         self._rate = rate
         self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self._on_cuda = all(p.device.type == "cuda" for p in self._named.values())
         by_muon, decayed, others = self._shared_out()
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [
             (
@@ -53,6 +54,7 @@ class HeadOptimizer:
                     ],
                     lr=config.learning_rate,
                     betas=(config.beta1, config.beta2),
+                    fused=self._on_cuda,
                 ),
                 1.0,
             )
@@ -75,13 +77,17 @@ class HeadOptimizer:
                 decayed.append(parameter)
         return by_muon, decayed, others
 
-    def step(self, index: int, num_tokens: float) -> float:
-        """Divide the summed gradients by `num_tokens`, clip them, and take step `index`. Returns
-        their norm before clipping. If it is not finite, no weight changes."""
+    def clip(self, num_tokens: Tensor) -> Tensor:
+        """Divide the summed gradients by `num_tokens` and clip them. Returns their norm before
+        clipping, where they are: the host does not wait."""
         for parameter in self._named.values():
             if parameter.grad is not None:
                 parameter.grad /= num_tokens
-        norm = float(nn.utils.clip_grad_norm_(self._named.values(), self._config.max_norm))
+        return nn.utils.clip_grad_norm_(self._named.values(), self._config.max_norm)
+
+    def step(self, index: int, norm: float) -> None:
+        """Take step `index` with clipped gradients of this norm, and drop them. If it is not
+        finite, no weight changes."""
         if math.isfinite(norm):
             rate = self._rate(index)
             for optimizer, factor in self._optimizers:
@@ -90,7 +96,6 @@ class HeadOptimizer:
                 optimizer.step()
         for optimizer, _ in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def state(self) -> dict[str, Tensor]:
         """Moments and counts by parameter name, flat."""
@@ -113,7 +118,8 @@ class HeadOptimizer:
                 raise ValueError(
                     f"optimizer state {name!r} has shape {list(tensor.shape)}, not {list(wanted)}"
                 )
-            place = "cpu" if key == "step" else self._named[owner].device
+            on_host = key == "step" and not self._on_cuda  # where AdamW keeps it
+            place = "cpu" if on_host else self._named[owner].device
             state[self._named[owner]][key] = tensor.to(place)
         for optimizer, _ in self._optimizers:
             for group in optimizer.param_groups:

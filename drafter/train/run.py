@@ -17,6 +17,7 @@ from drafter.train.checkpoints import CheckpointFolder
 from drafter.train.draft_vocabulary import DraftVocabulary, choose, count_answers
 from drafter.train.encoding import Example
 from drafter.train.feature_cache import CachedFeatures, LiveFeatures
+from drafter.train.head_kernels import choose_kernels
 from drafter.train.history import History
 from drafter.train.losses import TokenLoss
 from drafter.train.objective import LossWeights, Objective
@@ -127,19 +128,21 @@ def assemble(
     network = building.build_network(
         config.head, head, target.tensors, ids, max_len, target.dtype, config.run.seed
     ).to(target.device)
+    kernels = choose_kernels(config.run.fused, target.device, kind)
     objective = Objective(
         network,
         target.tensors.lm_head.to(target.device),
         None if ids is None else ids.to(target.device),
         LossWeights(loss.unroll_steps, loss.decay, loss.tokens, loss.features, kind),
         torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32,
+        kernels,
     )
     output = config.run.output
     trainer = Trainer(
         objective=objective,
         optimizer=HeadOptimizer(network, config.optimizer, rate),
-        corpus=_corpus(config, target, head, text.training),
-        held_out=_corpus(config, target, head, text.held_out),
+        corpus=_corpus(config, target, head, text.training, kernels.packed),
+        held_out=_corpus(config, target, head, text.held_out, kernels.packed),
         config=config.run,
         checkpoints=CheckpointFolder(output / CHECKPOINTS, config.run.keep_checkpoints),
         history=History(output / HISTORY if worker.rank == 0 else None),
@@ -187,19 +190,23 @@ def _vocabulary(
 
 
 def _corpus(
-    config: TrainingConfig, target: LoadedTarget, head: HeadConfig, examples: list[Example]
+    config: TrainingConfig,
+    target: LoadedTarget,
+    head: HeadConfig,
+    examples: list[Example],
+    packed: bool,
 ) -> Corpus:
     arch, data = target.tensors.arch, config.data
     frozen = FrozenTarget(target.model, target.ops, head.tap_layers(arch), target.dtype)
     live = LiveFeatures(frozen, examples)
     if data.cache_dir is None:
-        return Corpus(examples, live)
+        return Corpus(examples, live, packed)
     identity = f"{target.version} {head.tap_layers(arch)}"
     width = head.target_hidden_size * len(head.tap_layers(arch))
     cached = CachedFeatures(
         live, data.cache_dir, data.cache_bytes, width, arch.hidden_size, target.dtype, identity
     )
-    return Corpus(examples, cached)
+    return Corpus(examples, cached, packed)
 
 
 def fingerprint_of(config: TrainingConfig, examples: Sequence[Example], worker: Worker) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.training import RunConfig
 from drafter.train.batches import least_learnt
 from drafter.train.encoding import Example
 from drafter.train.history import Entry, write_whole
@@ -104,7 +105,7 @@ class TimedRun:
         self._pool = pool
         self._answering = answering
         self._clock = clock
-        self._batches = self._numbered(trainer.config.batch_tokens, trainer.config.seed)
+        self._batches = trainer.batches(self._numbered(trainer.config))
         self._measured = 0.0  # share of the time at the last measurement
         self._measured_step = -1
         self.spent = Spent(starting=clock.elapsed())
@@ -160,5 +161,6 @@ class TimedRun:
         self._measured, self._measured_step = self._clock.share(), self._trainer.step
         self.spent.measuring += seconds
 
-    def _numbered(self, max_tokens: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-        return enumerate(least_learnt(self._pool.lengths, max_tokens, seed))
+    def _numbered(self, config: RunConfig) -> Iterator[tuple[int, list[int]]]:
+        packed = self._trainer.corpus.packed
+        return enumerate(least_learnt(self._pool.lengths, config.batch_tokens, config.seed, packed))

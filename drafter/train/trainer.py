@@ -21,6 +21,7 @@ from drafter.train.history import Entry, History
 from drafter.train.objective import Objective, Tally
 from drafter.train.optimizer import HeadOptimizer, sum_over_processes
 from drafter.train.unroll import TrainBatch
+from engine.transfer import Fetch
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +40,38 @@ class Corpus:
 
     examples: Sequence[Example]
     source: FeatureSource
+    packed: bool = False  # as the head's kernels want batches, see `collate`
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> TrainBatch:
-        return collate(
-            [self.examples[number] for number in numbers], self.source.features(numbers), device
-        )
+        examples = [self.examples[number] for number in numbers]
+        return collate(examples, self.source.features(numbers), device, self.packed)
 
     @property
     def lengths(self) -> list[int]:
         return [len(example.token_ids) for example in self.examples]
+
+
+class Batches:
+    """Prepares batches of a stream: each when it is taken, or before."""
+
+    def __init__(
+        self,
+        stream: Iterator[tuple[int, list[int]]],
+        prepare: Callable[[int, list[int]], TrainBatch],
+    ) -> None:
+        """`stream`: numbers of batches, and of the examples in each."""
+        self._stream = stream
+        self._prepare = prepare
+        self._ready: TrainBatch | None = None
+
+    def take(self) -> TrainBatch:
+        found, self._ready = self._ready, None
+        return self._prepare(*next(self._stream)) if found is None else found
+
+    def look_ahead(self) -> None:
+        """Start to prepare the next batch."""
+        if self._ready is None:
+            self._ready = self._prepare(*next(self._stream))
 
 
 @dataclass(slots=True)
@@ -97,12 +121,12 @@ class Trainer:
         """Train until `config.steps` (True) or `config.max_seconds` (False). OSError if the log or
         a checkpoint cannot be written; earlier ones stay."""
         deadline = time.monotonic() + (self.config.max_seconds or float("inf"))
-        stream = self._own_batches()
+        batches = self.batches(self._own_batches())
         if self.step == 0:
             self.measure()
         last = self.step == self.config.steps
         while not last:
-            entry = self.learn(stream)
+            entry = self.learn(batches)
             if on_step is not None:
                 on_step(entry)
             done = self.step == self.config.steps
@@ -119,7 +143,7 @@ class Trainer:
         lengths = self.held_out.lengths
         order = sorted(range(len(lengths)), key=lambda number: lengths[number])
         with torch.no_grad():
-            for numbers in cut(order, lengths, self.config.batch_tokens):
+            for numbers in cut(order, lengths, self.config.batch_tokens, self.held_out.packed):
                 tally.add(self.objective(self.held_out.batch(numbers, self._device))[1])
         return tally
 
@@ -131,26 +155,41 @@ class Trainer:
         sum_over_processes([late])
         return bool(late)
 
-    def learn(self, stream: Iterator[tuple[int, list[int]]]) -> Entry:
-        """One optimizer step over the next `accumulation` batches of `stream`: numbers of batches,
-        and of the examples in each."""
+    def batches(self, stream: Iterator[tuple[int, list[int]]]) -> Batches:
+        """Batches for `learn` of numbers of batches, and of the examples in each."""
+        return Batches(
+            stream,
+            lambda number, some: self._noisy(self.corpus.batch(some, self._device), number),
+        )
+
+    def learn(self, batches: Batches) -> Entry:
+        """One optimizer step over the next `accumulation` batches. The host waits for the device
+        once, after it has given it the target's forward of the next batch to do."""
         started = time.monotonic()
         tally = Tally.zeros(self.objective.weights.num_steps, self._device)
-        for number, examples in itertools.islice(stream, self.config.accumulation):
-            batch = self._noisy(self.corpus.batch(examples, self._device), number)
-            loss, found = self.objective(batch)
+        for _ in range(self.config.accumulation):
+            loss, found = self.objective(batches.take())
             torch.autograd.backward(loss)
             tally.add(found)
         sum_over_processes([*self._gradients(), *tally.tensors()])
-        num_tokens = float(tally.num[0])
-        norm = self.optimizer.step(self.step, max(num_tokens, 1.0))
-        if not math.isfinite(norm):
+        norm = self.optimizer.clip(tally.num[0].clamp(min=1))
+        fetch = Fetch(torch.cat((norm.double()[None], *tally.tensors())))
+        if self._device.type == "cuda":
+            batches.look_ahead()
+        numbers = fetch.wait()
+        tally, found_norm = Tally.of(numbers[1:]), float(numbers[0])
+        self.optimizer.step(self.step, found_norm)
+        if not math.isfinite(found_norm):
             self.num_skipped += 1
-            logger.warning("step %d has a gradient of norm %s: no weight changes", self.step, norm)
+            logger.warning(
+                "step %d has a gradient of norm %s: no weight changes", self.step, found_norm
+            )
+        num_tokens = float(tally.num[0])
         self.step += 1
         self.num_answer_tokens += int(num_tokens)
-        self.seconds += time.monotonic() - started
-        entry = self._entry("train", tally, norm, num_tokens / (time.monotonic() - started))
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        entry = self._entry("train", tally, found_norm, num_tokens / seconds)
         if self.step % self.config.log_every == 0:
             self.history.add(entry)
         return entry

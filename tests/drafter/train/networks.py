@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from drafter import manifest
 from drafter.heads.config import HeadConfig
 from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
-from drafter.train.unroll import TrainBatch
+from drafter.train.unroll import TrainBatch, UnrolledStep, plan_unrolling, unroll
 from tests.drafter.published_heads import DRAFT_VOCAB, HIDDEN, LAYOUTS, VOCAB, Layout, named
 
 MAX_LEN = 40
@@ -65,7 +65,12 @@ def random_batch(
     return TrainBatch(
         token_ids=torch.randint(VOCAB, shape, generator=generator) * inside,
         is_answer=is_answer,
+        starts=torch.zeros(shape, dtype=torch.int64),
         taps=taps if layout.kind == "eagle3" else hidden.clone(),
         hidden=hidden,
         best=torch.randint(VOCAB, shape, generator=generator) * inside,
     )
+
+
+def unrolled(network: DraftNetwork, batch: TrainBatch, num_steps: int) -> Iterator[UnrolledStep]:
+    return unroll(network, batch, plan_unrolling(batch, num_steps))

@@ -53,8 +53,10 @@ def test_the_stream_goes_on_with_the_next_epoch() -> None:
     assert list(itertools.islice(batch_stream(LENGTHS, LIMIT, 5), len(expected))) == expected
 
 
-def test_cut_keeps_the_order_and_fills_batches() -> None:
-    assert cut([3, 0, 2, 1], [2, 5, 4, 2], 8) == [[3, 0], [2], [1]]
+def test_cut_fills_batches_by_length_or_in_order() -> None:
+    assert cut([1, 3, 2, 0], [2, 5, 4, 2], 8) == [[3, 0], [2], [1]]
+    assert cut([1, 3, 2, 0], [2, 5, 4, 2], 8, packed=True) == [[1, 3], [2, 0]]
+    assert cut([0, 1], [9, 1], 8, packed=True) == [[0], [1]]
     assert cut([0, 1], [4, 4], 8) == [[0, 1]]
     assert cut([0], [9], 8) == [[0]]
     assert cut([], [], 8) == []
@@ -73,11 +75,23 @@ def test_collate_pads_with_zeros_and_marks_nothing_there() -> None:
     batch = collate(examples, TargetFeatures.join(features), torch.device("cpu"))
     assert batch.token_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch.is_answer.tolist() == [[False, True, True], [False, True, False]]
+    assert batch.starts.tolist() == [[0, 0, 0], [0, 0, 0]]
     assert batch.taps[..., 0].tolist() == [[3, 3, 3], [2, 2, 0]]
     assert batch.hidden[..., 1].tolist() == [[-3, -3, -3], [-2, -2, 0]]
     assert batch.best.tolist() == [[3, 3, 3], [2, 2, 0]]
     assert (batch.taps.shape, batch.hidden.shape) == ((2, 3, 4), (2, 3, 2))
     assert (batch.taps.dtype, batch.best.dtype) == (torch.bfloat16, torch.int64)
+
+
+def test_packed_examples_follow_each_other_in_one_row() -> None:
+    examples = [Example([5, 6, 7], [False, True, True]), Example([8, 9], [False, True])]
+    features = TargetFeatures(torch.ones(5, 4), torch.ones(5, 2), torch.arange(5).int())
+    batch = collate(examples, features, torch.device("cpu"), packed=True)
+    assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.is_answer.tolist() == [[False, True, True, False, True]]
+    assert batch.starts.tolist() == [[0, 0, 0, 3, 3]]
+    assert batch.best.tolist() == [[0, 1, 2, 3, 4]]
+    assert batch.taps.shape == (1, 5, 4)
 
 
 def test_of_a_growing_list_the_examples_learnt_least_come_first(

@@ -21,10 +21,9 @@ from drafter.train.building import (
     published_vocabulary,
 )
 from drafter.train.network import DraftNetwork
-from drafter.train.unroll import unroll
 from engine.checkpoints.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, HIDDEN, LAYOUTS, TARGET, Layout
-from tests.drafter.train.networks import TRAINABLE, config_of, random_batch
+from tests.drafter.train.networks import TRAINABLE, config_of, random_batch, unrolled
 
 IDS = LAYOUTS["reference-eagle3"].target_ids()
 
@@ -158,7 +157,7 @@ def test_a_head_that_becomes_deeper_begins_with_the_same_states(
     write(tmp_path / "head", head_config(settings, TARGET), before.state_dict())
     after = build(settings.model_copy(update={"num_layers": 4, "init": str(tmp_path / "head")}))
     batch = random_batch(LAYOUTS["reference-eagle3"], (14, 9), ([range(4, 12)], [range(2, 9)]))
-    for expected, found in zip(unroll(before, batch, 3), unroll(after, batch, 3), strict=True):
+    for expected, found in zip(unrolled(before, batch, 3), unrolled(after, batch, 3), strict=True):
         assert torch.equal(found.states, expected.states)
         assert torch.equal(found.head_inputs, expected.head_inputs)
     theirs = target().read(f"model.layers.{TARGET.num_layers - 1}.self_attn.k_proj.weight")

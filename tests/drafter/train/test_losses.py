@@ -30,6 +30,10 @@ def problem(num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return inputs, head, teacher, torch.randint(TEACHERS, (num,), generator=generator)
 
 
+def every(rows: Tensor) -> Tensor:
+    return torch.ones_like(rows, dtype=torch.bool)
+
+
 def expected_loss(inputs: Tensor, head: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
     return -(teacher[rows] * functional.log_softmax(inputs @ head.T, dim=-1)).sum()
 
@@ -41,7 +45,7 @@ def test_cross_entropy_and_its_gradients_equal_plain_torch(num: int) -> None:
     expected = expected_loss(*exact, teacher.double(), rows)
     torch.autograd.backward(expected * -2.5)
     ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
-    loss, best = token_loss(*ours, teacher, rows, torch.float32)
+    loss, best = token_loss(*ours, teacher, rows, every(rows), torch.float32)
     torch.autograd.backward(loss * -2.5)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(ours, exact, strict=True):
@@ -61,7 +65,7 @@ def test_gradients_equal_finite_differences() -> None:
 
     slope = (at(inputs + moved) - at(inputs - moved)) / (2 * step)
     inputs.requires_grad_(True)
-    torch.autograd.backward(token_loss(inputs, head, teacher, rows, torch.float32)[0])
+    torch.autograd.backward(token_loss(inputs, head, teacher, rows, every(rows), torch.float32)[0])
     assert inputs.grad is not None
     torch.testing.assert_close(inputs.grad[1, 4].double(), slope, rtol=1e-3, atol=1e-4)
 
@@ -72,7 +76,7 @@ def test_bfloat16_products_give_the_loss_and_gradients_nearly() -> None:
     expected = expected_loss(*exact, teacher.double(), rows)
     torch.autograd.backward(expected)
     ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
-    loss, _ = token_loss(*ours, teacher.bfloat16(), rows, torch.bfloat16)
+    loss, _ = token_loss(*ours, teacher.bfloat16(), rows, every(rows), torch.bfloat16)
     torch.autograd.backward(loss)
     torch.testing.assert_close(loss.double(), expected, rtol=5e-3, atol=0)
     for mine, theirs in zip(ours, exact, strict=True):
@@ -85,7 +89,9 @@ def test_bfloat16_products_give_the_loss_and_gradients_nearly() -> None:
 
 def test_a_frozen_head_takes_no_gradient() -> None:
     inputs, head, teacher, rows = problem(5)
-    loss, _ = token_loss(inputs.requires_grad_(True), head, teacher, rows, torch.float32)
+    loss, _ = token_loss(
+        inputs.requires_grad_(True), head, teacher, rows, every(rows), torch.float32
+    )
     torch.autograd.backward(loss)
     assert inputs.grad is not None
     assert head.grad is None
@@ -94,9 +100,9 @@ def test_a_frozen_head_takes_no_gradient() -> None:
 def test_measuring_without_gradients_gives_the_same_loss() -> None:
     inputs, head, teacher, rows = problem(5)
     inputs.requires_grad_(True)
-    loss, best = token_loss(inputs, head, teacher, rows, torch.float32)
+    loss, best = token_loss(inputs, head, teacher, rows, every(rows), torch.float32)
     with torch.no_grad():
-        measured, found = token_loss(inputs, head, teacher, rows, torch.float32)
+        measured, found = token_loss(inputs, head, teacher, rows, every(rows), torch.float32)
     assert not measured.requires_grad
     assert torch.equal(measured, loss)
     assert torch.equal(found, best)
@@ -150,7 +156,9 @@ def test_every_loss_and_its_gradients_equal_those_that_torch_derives(kind: Token
     expected = plain_loss(kind, logits, teacher[rows].double(), 2.0, 5)
     torch.autograd.backward(expected * -2.5)
     ours = [inputs.requires_grad_(True), head.requires_grad_(True)]
-    loss, best = token_loss(*ours, teacher, rows, torch.float32, TokenLoss(kind, 2.0, 5))
+    loss, best = token_loss(
+        *ours, teacher, rows, every(rows), torch.float32, TokenLoss(kind, 2.0, 5)
+    )
     torch.autograd.backward(loss * -2.5)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(best, logits.argmax(dim=-1))
@@ -162,7 +170,7 @@ def test_every_loss_and_its_gradients_equal_those_that_torch_derives(kind: Token
 def of(kind: TokenLossKind, logits: Tensor, p: Tensor, **settings: float) -> tuple[float, Tensor]:
     loss = TokenLoss(kind, **settings)  # type: ignore[arg-type]
     value, slope = loss.of(logits.log_softmax(dim=-1), p)
-    return float(value), slope
+    return float(value.sum()), slope
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,13 +11,13 @@ from torch import Tensor
 from drafter import manifest
 from drafter.checkpoint import save_eagle, save_eagle3
 from drafter.train.network import DraftNetwork
-from drafter.train.unroll import TrainBatch, unroll
+from drafter.train.unroll import TrainBatch
 from kernels.ops import Ops
 from tests.drafter.head_formulas import HeadFormulas
 from tests.drafter.published_heads import HIDDEN, TARGET, Layout, TargetWeights
 from tests.drafter.test_head_checkpoint import load
 from tests.drafter.test_head_forward import PagedHead
-from tests.drafter.train.networks import TRAINABLE, config_of, network_of, random_batch
+from tests.drafter.train.networks import TRAINABLE, config_of, network_of, random_batch, unrolled
 
 TOLERANCE = 1e-4  # float32 through up to three layers against float64
 LENGTHS = (13, 9)
@@ -25,7 +25,7 @@ LENGTHS = (13, 9)
 
 def first_step(network: DraftNetwork, batch: TrainBatch) -> tuple[list[Tensor], list[Tensor]]:
     """States and logits of step 0, for entries 1 to S - 2 of each text."""
-    (step,) = unroll(network, batch, 1)
+    (step,) = unrolled(network, batch, 1)
     logits = step.head_inputs @ network.head_weight.T
     counts = [length - 2 for length in LENGTHS]
     states = [part[:n] for part, n in zip(step.states, counts, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drafter.train.network import DraftNetwork
 from drafter.train.objective import LossWeights, Objective, Tally
-from drafter.train.unroll import TrainBatch, unroll
+from drafter.train.unroll import TrainBatch
 from kernels.ops import Ops
 from tests.drafter.published_heads import TargetWeights
 from tests.drafter.train.networks import (
@@ -18,6 +18,7 @@ from tests.drafter.train.networks import (
     TRAINABLE,
     network_of,
     random_batch,
+    unrolled,
 )
 
 STEPS, DECAY = 3, 0.7
@@ -46,10 +47,10 @@ class Case:
         """The target's likeliest tokens: equal to the head's drafts along chains of three, two and
         one, and any tokens elsewhere, even outside the draft vocabulary."""
         best = self.batch.best.clone()
-        for index, step in enumerate(unroll(self.network, self.batch, STEPS)):
+        for index, step in enumerate(unrolled(self.network, self.batch, STEPS)):
             drafts = named(self.ids, step.head_inputs @ self.network.head_weight.T)
-            for text, row in step.counts.nonzero().tolist():
-                place = int(step.places[text, row])
+            for text, row in step.plan.counts.nonzero().tolist():
+                place = int(step.plan.places[text, row])
                 if (text, place - index) in CHAINS[index]:
                     best[text, place] = drafts[text, row]
         return best
@@ -69,11 +70,11 @@ def by_hand(case: Case, weights: LossWeights) -> tuple[float, Tally]:
     ids = torch.arange(len(case.head)) if case.ids is None else case.ids
     right: dict[tuple[int, int], bool] = {}  # (text, base): whether every draft so far is right
     with torch.no_grad():
-        steps = list(unroll(case.network, case.batch, weights.num_steps))
+        steps = list(unrolled(case.network, case.batch, weights.num_steps))
     for index, step in enumerate(steps):
         drafted: dict[tuple[int, int], bool] = {}
-        for text, row in step.counts.nonzero().tolist():
-            place = int(step.places[text, row])
+        for text, row in step.plan.counts.nonzero().tolist():
+            place = int(step.plan.places[text, row])
             log_q = (
                 step.head_inputs[text, row].double() @ case.network.head_weight.detach().double().T
             )

@@ -22,7 +22,8 @@ class FakeTime:
         self._answer, self._step, self._num_answers = answer, step, num_answers
         self._measure = measure
         self.num_tokens = self.num_answer_tokens = self.step = 0
-        self.config = self
+        self.config = self.corpus = self
+        self.packed = False
         self.batch_tokens, self.seed, self.checkpoint_every = 100, 0, 7
 
     def answers(self, _ask: Callable[[], None]) -> Iterator[int]:
@@ -37,6 +38,9 @@ class FakeTime:
 
     def take(self, number: int) -> Example | None:
         return Example([5, 6, 7], [False, True, True]) if number % 2 else None
+
+    def batches(self, stream: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int]]]:
+        return stream
 
     def learn(self, stream: Iterator[tuple[int, list[int]]]) -> None:
         number, examples = next(stream)

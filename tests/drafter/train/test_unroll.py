@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drafter.heads.config import HeadConfig
 from drafter.train.network import PEagleNetwork
-from drafter.train.unroll import TrainBatch, UnrolledStep, base_rows, unroll
+from drafter.train.unroll import TrainBatch, UnrolledStep, base_rows
 from kernels.ops import Ops
 from tests.drafter.head_formulas import HeadFormulas
 from tests.drafter.parallel_heads import PARALLEL_LAYOUTS, formulas_of
@@ -21,6 +21,7 @@ from tests.drafter.train.networks import (
     TRAINABLE,
     network_of,
     random_batch,
+    unrolled,
 )
 
 TOLERANCE = 1e-4  # of the largest value: streams without a norm grow with every step
@@ -49,8 +50,8 @@ def chain_of(formulas: HeadFormulas, ids: Tensor, fused: Tensor, base: int, step
 
 def counted(step: UnrolledStep, index: int) -> dict[tuple[int, int], tuple[int, int]]:
     """(text, base) of each row that counts -> its text and row in the step."""
-    found = step.counts.nonzero().tolist()
-    return {(text, int(step.places[text, row]) - index): (text, row) for text, row in found}
+    found = step.plan.counts.nonzero().tolist()
+    return {(text, int(step.plan.places[text, row]) - index): (text, row) for text, row in found}
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -60,7 +61,7 @@ def test_every_step_equals_a_chain_drafted_entry_by_entry(name: str, reference_o
     formulas, batch = HeadFormulas(layout, target), mixed_batch(name)
     network = network_of(layout, target.embedding, target.lm_head)
     fused = [formulas.fuse(taps.split(HIDDEN, dim=-1)) for taps in batch.taps]
-    for index, step in enumerate(unroll(network, batch, STEPS)):
+    for index, step in enumerate(unrolled(network, batch, STEPS)):
         places = counted(step, index)
         assert places  # every step compares some rows
         for (text, base), at in places.items():
@@ -77,8 +78,10 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 def test_every_answer_token_in_reach_is_predicted_once_per_step(reference_ops: Ops) -> None:
     target, name = TargetWeights.of(reference_ops), "reference-eagle3"
     network = network_of(TRAINABLE[name], target.embedding, target.lm_head)
-    for index, step in enumerate(unroll(network, mixed_batch(name), STEPS)):
-        found = [(text, int(step.places[text, row]) + 1) for text, row in step.counts.nonzero()]
+    for index, step in enumerate(unrolled(network, mixed_batch(name), STEPS)):
+        found = [
+            (text, int(step.plan.places[text, row]) + 1) for text, row in step.plan.counts.nonzero()
+        ]
         expected = [  # entry 1 is the first, so step j reaches tokens from j + 2 on
             (text, place)
             for text, spans in enumerate(ANSWERS)
@@ -109,10 +112,10 @@ def test_padding_after_a_text_changes_nothing(name: str, reference_ops: Ops) -> 
         taps=batch.taps.where(~behind[..., None], 1e4),
         hidden=batch.hidden.where(~behind[..., None], torch.nan),
     )
-    pairs = zip(unroll(network, batch, STEPS), unroll(network, changed, STEPS), strict=True)
+    pairs = zip(unrolled(network, batch, STEPS), unrolled(network, changed, STEPS), strict=True)
     for clean, other in pairs:
-        assert torch.equal(clean.counts, other.counts)
-        assert torch.equal(clean.states[clean.counts], other.states[clean.counts])
+        assert torch.equal(clean.plan.counts, other.plan.counts)
+        assert torch.equal(clean.states[clean.plan.counts], other.states[clean.plan.counts])
         assert other.states.isfinite().all()
 
 
@@ -124,7 +127,7 @@ def test_gradients_reach_the_features_before_the_base_and_no_others(
     network = network_of(TRAINABLE[name], target.embedding, target.lm_head)
     batch = mixed_batch(name)
     batch.taps.requires_grad_(True)
-    last = list(unroll(network, batch, STEPS))[-1]
+    last = list(unrolled(network, batch, STEPS))[-1]
     base = 6
     torch.autograd.backward(last.states[counted(last, STEPS - 1)[1, 4]].sum(), retain_graph=True)
     torch.autograd.backward(last.states[counted(last, STEPS - 1)[0, base + 2]].sum())
@@ -138,8 +141,8 @@ def test_gradients_reach_the_features_before_the_base_and_no_others(
 def test_gradients_stay_finite_where_nothing_can_be_drafted(reference_ops: Ops) -> None:
     target, layout = TargetWeights.of(reference_ops), TRAINABLE["reference-eagle3"]
     network = network_of(layout, target.embedding, target.lm_head)
-    for step in unroll(network, random_batch(layout, (2,), [[range(1, 2)]]), STEPS):
-        assert not step.counts.any()
+    for step in unrolled(network, random_batch(layout, (2,), [[range(1, 2)]]), STEPS):
+        assert not step.plan.counts.any()
         torch.autograd.backward(step.states.sum(), retain_graph=True)
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
@@ -153,7 +156,7 @@ def test_steps_of_a_parallel_head_are_the_tokens_it_drafts_at_once(reference_ops
     network.load_state_dict(weights)
     batch = random_batch(layout, LENGTHS, ANSWERS)
     fused = [formulas.fuse(taps.split(HIDDEN, dim=-1)) for taps in batch.taps]
-    for index, step in enumerate(unroll(network, batch, STEPS)):
+    for index, step in enumerate(unrolled(network, batch, STEPS)):
         places = counted(step, index)
         assert places
         for (text, base), at in places.items():
@@ -166,8 +169,8 @@ def test_every_parameter_of_a_parallel_head_learns(reference_ops: Ops) -> None:
     layout, target = PARALLEL_LAYOUTS["vllm-peagle"], TargetWeights.of(reference_ops)
     network = PEagleNetwork(HeadConfig.from_json(layout.config), target.embedding, MAX_LEN)
     network.load_state_dict(layout.tensors())
-    for step in unroll(network, random_batch(layout, LENGTHS, ANSWERS), 2):
-        loss = (step.head_inputs @ network.head_weight.T)[step.counts].square().sum()
+    for step in unrolled(network, random_batch(layout, LENGTHS, ANSWERS), 2):
+        loss = (step.head_inputs @ network.head_weight.T)[step.plan.counts].square().sum()
         torch.autograd.backward(loss, retain_graph=True)
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
