@@ -11,7 +11,6 @@ from typing import Protocol
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from engine.messages import (
     Abort,
@@ -38,9 +37,10 @@ from engine.messages import (
 from engine.request import FinishReason, Request
 from server.assembly.running import mark
 from server.http.engine_client import StepSizes
+from server.process.engine_socket import EngineSocket
 from server.process.suspects import Suspects
 from server.process.totals import total
-from server.process.wire import decode_engine, encode, share_prompts, unbounded
+from server.process.wire import decode_engine, encode, share_prompts
 
 ENGINE_LOST = "the engine stopped unexpectedly"
 NO_ENGINE = "the engine is not running"
@@ -76,9 +76,8 @@ class ZmqEngineClient:
     def __init__(self, suspects: Suspects | None = None) -> None:
         """`suspects`: which requests are refused after deaths of the engine; None: none."""
         self._suspects = suspects or Suspects(0)
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: EngineSocket | None = None
         self._outbox: list[ClientMessage] = []
         self._streams: dict[str, Listener] = {}
         self._swaps: dict[str, asyncio.Future[DraftSwapped]] = {}
@@ -139,23 +138,18 @@ class ZmqEngineClient:
         return self._info
 
     def attach(self, endpoint: str) -> None:
-        """Listen at `endpoint` for a new engine to connect."""
+        """Listen at `endpoint` for a new engine to connect. zmq.ZMQError if that cannot be."""
         assert self._socket is None
         self._ready_at = None
-        self._socket = self._context.socket(zmq.PAIR)
-        unbounded(self._socket)
-        self._socket.bind(endpoint)
-        self._reader = asyncio.create_task(self._read(self._socket))
+        self._socket = EngineSocket(self._context, endpoint, self._hear)
 
     def detach(self, reason: str = ENGINE_LOST, code: ErrorCode | None = None) -> None:
         """The engine has ended: every open stream ends with an error."""
         self._close_for_requests()
         self._outbox.clear()
-        if self._reader is not None:
-            self._reader.cancel()
         if self._socket is not None:
             self._socket.close()
-        self._socket = self._reader = None
+        self._socket = None
         for stream in list(self._streams.values()):
             self._deliver(stream.failed(reason, code))
         swaps, self._swaps = self._swaps, {}
@@ -242,21 +236,20 @@ class ZmqEngineClient:
     def _flush(self) -> None:
         batch, self._outbox = self._outbox, []
         if batch and self._socket is not None:
-            self._socket.send(
-                encode(share_prompts(batch))
-            )  # the queue has no limit: this never waits
+            self._socket.send(encode(share_prompts(batch)))
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
-        """Take messages until cancelled. If one is invalid, the engine is told to end: `detach`
-        follows, so that no client waits for ever."""
+    def _hear(self, frame: bytes) -> None:
+        """Take a batch of messages. If one is invalid, no more is taken and the engine is told to
+        end: `detach` follows, so that no client waits for ever."""
         try:
-            while True:
-                batch = decode_engine(await socket.recv())
-                self.num_heard += 1
-                for message in batch:
-                    self._take(message)
-        except Exception:  # nothing awaits this task: log it here
+            batch = decode_engine(frame)
+            self.num_heard += 1
+            for message in batch:
+                self._take(message)
+        except Exception:  # nothing awaits this call: log it here
             logger.exception("the engine sent an invalid message; it is told to end")
+            assert self._socket is not None
+            self._socket.stop_listening()
             self.shut_down()
 
     def _take(self, message: EngineMessage) -> None:
