@@ -29,7 +29,7 @@ from kernels.sampling.torch_edit import edit_logits
 from kernels.sampling.torch_score import TorchScore
 from kernels.tree import reference as tree
 
-DRAFTING_OPERATIONS = ("ready_roots", "lay_levels")
+DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level")
 OPERATIONS = (
     "linear",
     "embedding",
@@ -47,7 +47,6 @@ OPERATIONS = (
     "add_noise",
     "rank_drafts",
     "score",
-    "tree_expand",
     "tree_select",
     "tree_ancestors",
     "tree_walk",
@@ -55,7 +54,7 @@ OPERATIONS = (
 )
 # The native backend runs these in plain torch
 TORCH_OPERATIONS = (
-    *("edit_logits", "tree_expand", "tree_select", "tree_ancestors"),
+    *("edit_logits", "tree_select", "tree_ancestors"),
     *DRAFTING_OPERATIONS,
 )
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
@@ -156,14 +155,15 @@ def native_ops(native: NativeOps) -> Ops:
         add_noise=native.add_noise,
         rank_drafts=ComposedRanking(native.add_noise, native.argmax, score),
         score=score,
-        tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=native.tree_walk,
         ready_roots=drafting.ready_roots,
         lay_levels=drafting.lay_levels,
+        grow_level=drafting.grow_level,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
+        enter_head=None,
         pack_nodes=None,
         pack_entries=None,
         reads=frozenset({"q4", "q8"}),
@@ -179,6 +179,8 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
+    from kernels.drafting import triton_entry as entry
+    from kernels.drafting import triton_growth as growth
     from kernels.drafting import triton_kernel as drafting
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
@@ -214,14 +216,15 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         add_noise=noisy.add_noise,
         rank_drafts=rank.rank_drafts,
         score=score.score,
-        tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         ready_roots=drafting.ready_roots,
         lay_levels=drafting.lay_levels,
+        grow_level=growth.grow_level,
         pack_layer=None,
         decoder_layers=None,
+        enter_head=entry.enter_head,
         pack_nodes=packing.pack_nodes,
         pack_entries=entries.pack_entries,
         reads=_triton_reads(device),
@@ -264,14 +267,15 @@ def reference_ops(
         add_noise=noisy.add_noise,
         rank_drafts=ComposedRanking(noisy.add_noise, sampling.argmax, score),
         score=score,
-        tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         ready_roots=drafting.ready_roots,
         lay_levels=drafting.lay_levels,
+        grow_level=drafting.grow_level,
         pack_layer=None,
         decoder_layers=None,
+        enter_head=None,
         pack_nodes=None,
         pack_entries=None,
         reads=frozenset(),
