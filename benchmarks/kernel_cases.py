@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.step.shape import ancestors_of, signed
+from kernels.drafting.nodes import Candidates, Frontier
 from kernels.ops import UNSCALED, AttentionMeta, Ops
 from kernels.sampling.pipeline_reference import (
     BiasEntries,
@@ -268,7 +269,9 @@ class _Lab:
     def tree_cases(self) -> Iterator[Case]:
         """Hardly any bytes: the time is that of the launches."""
         B, k, C, N = 16, 10, 410, 60
-        above, local = self._new(B, k, dtype=torch.float32), self._new(B, k, k, dtype=torch.float32)
+        local = self._new(B, k, k, dtype=torch.float32)
+        children = torch.randint(VOCAB, (B, k, k), device=self.device)
+        above = torch.arange(B * k, device=self.device).view(B, k)
         tokens = torch.randint(VOCAB, (B, C), device=self.device)
         parents = (torch.arange(C, device=self.device) - k).clamp(min=-1).expand(B, C).contiguous()
         scores = self._new(B, C, dtype=torch.float32).sort(dim=1, descending=True).values
@@ -276,8 +279,14 @@ class _Lab:
         drawn = tokens[:, :N].contiguous()
         roots = tokens[:, 0].contiguous()
         limits = torch.full((B,), N, device=self.device)
+        room = Candidates(tokens.clone(), parents.clone(), scores.clone())
+        frontier = Frontier(above, local[:, :, 0].contiguous(), above, above, above.flatten())
         ops = self.ops
-        yield Case("tree_expand", 0, lambda: lambda: ops.tree_expand(above, local, k))
+        yield Case(
+            "grow_level",
+            0,
+            lambda: lambda: ops.grow_level(children, local, frontier, above.flatten(), room, k),
+        )
         yield Case(
             "tree_select",
             0,

@@ -17,7 +17,7 @@ from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.batch import logit_slices
 from engine.step.shape import DynamicShape, StaticShape, TreeShape
 from engine.step.tree import DraftTree
-from kernels.drafting.nodes import LaidNodes, LevelNodes, RowPlaces
+from kernels.drafting.nodes import Candidates, LaidNodes, LevelNodes, RowPlaces
 from kernels.drafting.reference import cache_slots, seen_of
 from kernels.ops import AttentionMeta
 from kernels.sampling.pipeline_reference import DrawSettings
@@ -93,18 +93,26 @@ class Grower:
         )
         return self.ctx.ops.lay_levels(nodes, places)
 
-    def forward(self, tokens: Tensor, features: Tensor, level: LaidNodes) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        level: LaidNodes,
+        feature_of: Tensor | None = None,
+    ) -> Tensor:
         """Run nodes of one depth through the head.
 
         Args:
             tokens: [B, n].
             features: [B, n, H] states of their parents.
             level: these nodes.
+            feature_of: [B * n], which of all features, [B, m, H], each node takes.
 
         Returns:
             [B, n, H] states.
         """
         batch = self._batch(tokens, level, self.limits.max_context)
+        batch = batch if feature_of is None else replace(batch, feature_of=feature_of)
         states = self.head.forward(features.flatten(0, 1).contiguous(), batch, self.ctx)
         return states.view(*tokens.shape, -1)
 
@@ -154,19 +162,13 @@ class Grower:
         reach = self.limits.max_context + int(self.limits.exact)  # the slot after the nodes
         return self._batch(block.token_ids, laid, reach)
 
-    def selected(
-        self, shape: DynamicShape, found: Tensor, above: Tensor, scores: Tensor
-    ) -> DraftTree:
-        """The best candidates of each row, as its tree.
-
-        Args:
-            found: [B, C] tokens.
-            above: [B, C] their parents, -1 for the root.
-            scores: [B, C].
-        """
-        ops, roots = self.ctx.ops, self.roots
-        num_nodes = min(shape.num_nodes, found.shape[1] + 1)
-        tokens, parents = ops.tree_select(found, above, scores, roots.tokens, self.sizes, num_nodes)
+    def selected(self, shape: DynamicShape, candidates: Candidates) -> DraftTree:
+        """The best candidates of each row, as its tree."""
+        ops, found = self.ctx.ops, candidates
+        num_nodes = min(shape.num_nodes, found.tokens.shape[1] + 1)
+        tokens, parents = ops.tree_select(
+            found.tokens, found.parents, found.scores, self.roots.tokens, self.sizes, num_nodes
+        )
         masks, depths = ops.tree_ancestors(parents)
         return DraftTree(
             tokens=tokens.clamp(min=0),
@@ -220,60 +222,25 @@ def grow_dynamic(shape: DynamicShape, grower: Grower, root_states: Tensor) -> Dr
 
     While drafting, frontier node j of level d has the number 1 + (d - 1) * top_k + j.
     """
-    k = shape.top_k
-    drafted = _Drafted.start(grower, root_states, k)
-    if shape.max_depth > 1:
-        laid = grower.lay(grower.levels.frontiers(shape))
-        for depth in range(1, shape.max_depth):
-            drafted.widen(grower, depth, laid.level((depth - 1) * k, k), k)
-    found, above, scores = (
-        torch.cat(levels, dim=1) for levels in (drafted.tokens, drafted.parents, drafted.scores)
-    )  # [B, C]
-    return grower.selected(shape, found, above, scores)
+    k, ops, levels = shape.top_k, grower.ctx.ops, range(shape.max_depth)
+    laid = grower.lay(grower.levels.frontiers(shape)) if shape.max_depth > 1 else None
+    candidates = _candidates(grower.roots.tokens, k + (shape.max_depth - 1) * k * k)
+    states, frontier, first = root_states[:, None], None, 0
+    for depth in levels:
+        if frontier is not None:
+            assert laid is not None
+            level = replace(laid.level((depth - 1) * k, k), masks=frontier.masks.flatten())
+            states = grower.forward(frontier.tokens, states, level, frontier.feature_of)
+        best = grower.children(states, depth, k, scored=True)  # [B, 1 or k, k]
+        assert best.scores is not None
+        bits = None if laid is None or depth == levels[-1] else laid.level(depth * k, k).masks
+        frontier = ops.grow_level(best.tokens, best.scores, frontier, bits, candidates, first)
+        first += best.tokens[0].numel()
+    return grower.selected(shape, candidates)
 
 
-@dataclass(slots=True)
-class _Drafted:
-    """All candidates so far, level by level, parents before children; and the frontier."""
-
-    tokens: list[Tensor]  # [B, C of the level] int64
-    parents: list[Tensor]  # index among all candidates, -1 for the root
-    scores: list[Tensor]  # float32 cumulative
-    frontier: Tensor  # [B, k] places within the newest level
-    features: Tensor  # [B, k, H] states of the frontier's parents
-    masks: Tensor  # [B, k] ancestor masks of the frontier's parents over node numbers
-
-    @classmethod
-    def start(cls, grower: Grower, root_states: Tensor, k: int) -> _Drafted:
-        best = grower.children(root_states[:, None], 0, k, scored=True)
-        found, local = best.tokens, best.scores  # [B, 1, k]
-        assert local is not None
-        certain = torch.zeros_like(local[:, :, 0])
-        places, scores, frontier = grower.ctx.ops.tree_expand(certain, local, k)
-        return cls(
-            tokens=[found.gather(2, places).flatten(1)],
-            parents=[torch.full_like(frontier, -1)],
-            scores=[scores.flatten(1)],
-            frontier=frontier,
-            features=root_states[:, None].expand(-1, k, -1),
-            masks=torch.ones_like(frontier),  # only the root
-        )
-
-    def widen(self, grower: Grower, depth: int, level: LaidNodes, k: int) -> None:
-        """Run the frontier through the head, add its children, choose the next frontier."""
-        masks = self.masks | level.masks.view_as(self.masks)
-        tokens = self.tokens[-1].gather(1, self.frontier)
-        nodes = replace(level, masks=masks.flatten())
-        states = grower.forward(tokens, self.features, nodes)  # [B, k, H]
-        best = grower.children(states, depth, k, scored=True)
-        found, local = best.tokens, best.scores  # [B, k, k]
-        assert local is not None
-        first = sum(level.shape[1] for level in self.tokens[:-1])
-        self.parents.append((self.frontier + first).repeat_interleave(k, dim=1))
-        above = self.scores[-1].gather(1, self.frontier)
-        places, scores, self.frontier = grower.ctx.ops.tree_expand(above, local, k)
-        self.tokens.append(found.gather(2, places).flatten(1))
-        self.scores.append(scores.flatten(1))
-        owner = self.frontier // k  # the frontier node above each
-        self.features = states.gather(1, owner[:, :, None].expand(-1, -1, states.shape[2]))
-        self.masks = masks.gather(1, owner)
+def _candidates(like: Tensor, count: int) -> Candidates:
+    """Room for `count` candidates of each row of `like` [B]."""
+    tokens, parents = (like.new_empty(len(like), count) for _ in range(2))
+    scores = torch.empty(tokens.shape, dtype=torch.float32, device=like.device)
+    return Candidates(tokens, parents, scores)

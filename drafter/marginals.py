@@ -16,6 +16,7 @@ from drafter.growing import Grower
 from drafter.heads.interface import ParallelHead
 from engine.step.shape import DynamicShape, StaticShape, TreeShape
 from engine.step.tree import DraftTree
+from kernels.drafting.nodes import Candidates
 
 MOST_PATHS = 1024  # that a dynamic tree chooses among
 
@@ -154,7 +155,8 @@ def grow_dynamic(shape: DynamicShape, marginals: Marginals, tables: PathTables) 
         local = torch.zeros_like(found, dtype=torch.float32)
     scores = _path_scores(local, paths)
     parents = paths.parents.expand(len(scores), -1).contiguous()
-    return grower.selected(shape, found.flatten(1)[:, paths.last], parents, scores)
+    candidates = Candidates(found.flatten(1)[:, paths.last], parents, scores)
+    return grower.selected(shape, candidates)
 
 
 def _path_scores(local: Tensor, paths: Paths) -> Tensor:

@@ -17,7 +17,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.drafting.nodes import LaidNodes, LevelNodes, ReadyRoots, RootStates, RowPlaces
+from kernels.drafting.nodes import (
+    Candidates,
+    Frontier,
+    HeadInput,
+    LaidNodes,
+    LevelNodes,
+    ReadyRoots,
+    RootStates,
+    RowPlaces,
+)
 from kernels.linear.grouped import GroupLayout
 from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout
@@ -192,9 +201,6 @@ class Ops:
     # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
     # best under the raw logits
     score: Callable[[Tensor, Tensor, int], Scores]
-    # (frontier scores [B, K], scores [B, K, W], n) -> tokens [B, K, n] int64 (places in W),
-    # cumulative scores [B, K, n], next frontier [B, n] int64; see kernels/tree/reference.py
-    tree_expand: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     # (candidates' tokens, parents, scores [B, C], root tokens [B], limits [B] int64, N) -> tokens,
     # parents [B, N]: of row b the root and its best limits[b] - 1 candidates, -1 after these
     tree_select: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -207,6 +213,11 @@ class Ops:
     ready_roots: Callable[[RootStates], ReadyRoots]
     # (nodes, rows) -> positions, slots and masks of the nodes, for the forwards of a draft head
     lay_levels: Callable[[LevelNodes, RowPlaces], LaidNodes]
+    # (tokens and log-probabilities [B, K, k], frontier of K nodes or None, own bits [B * k] or
+    # None, candidates, their first column) -> the next frontier; its children become candidates
+    grow_level: Callable[
+        [Tensor, Tensor, Frontier | None, Tensor | None, Candidates, int], Frontier | None
+    ]
     # The next two are None where layers are made of the operations above
     pack_layer: Callable[[LayerWeights], PackedLayer] | None
     # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and
@@ -214,6 +225,9 @@ class Ops:
     # bit for bit what the operations of all layers give in turn. Tensors [T, H] in `taps` take the
     # stream that enters the layers of these places
     decoder_layers: Callable[..., Tensor] | None
+    # (entries, embedding) -> what the first layer of an EAGLE-3 head reads [C, 2H], and the
+    # residual stream [C, H]. None: the head composes it of the operations above
+    enter_head: Callable[[HeadInput, LinearWeight], tuple[Tensor, Tensor]] | None
     # (rows) -> their roots and block tables. None, as the next three: the step does it with torch
     start_rows: Callable[[LineRows], StartedRows] | None
     # (trees) -> their nodes, packed

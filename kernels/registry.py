@@ -30,7 +30,7 @@ from kernels.sampling.torch_edit import edit_logits
 from kernels.sampling.torch_score import TorchScore
 from kernels.tree import reference as tree
 
-DRAFTING_OPERATIONS = ("ready_roots", "lay_levels")
+DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level")
 OPERATIONS = (
     "linear",
     "gated_linear",
@@ -49,7 +49,6 @@ OPERATIONS = (
     "add_noise",
     "rank_drafts",
     "score",
-    "tree_expand",
     "tree_select",
     "tree_ancestors",
     "tree_walk",
@@ -57,7 +56,7 @@ OPERATIONS = (
 )
 # The native backend runs these in plain torch
 TORCH_OPERATIONS = (
-    *("edit_logits", "tree_expand", "tree_select", "tree_ancestors"),
+    *("edit_logits", "tree_select", "tree_ancestors"),
     *DRAFTING_OPERATIONS,
 )
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
@@ -202,15 +201,16 @@ def native_ops(native: NativeOps) -> Ops:
         add_noise=native.add_noise,
         rank_drafts=ComposedRanking(native.add_noise, native.argmax, score),
         score=score,
-        tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=native.tree_walk,
         ready_roots=drafting.ready_roots,
         lay_levels=drafting.lay_levels,
+        grow_level=drafting.grow_level,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         start_rows=None,
+        enter_head=None,
         pack_nodes=None,
         settle=None,
         pack_entries=None,
@@ -234,6 +234,8 @@ def triton_ops(
     as `products` says."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
+    from kernels.drafting import triton_entry as entry
+    from kernels.drafting import triton_growth as growth
     from kernels.drafting import triton_kernel as drafting
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
@@ -274,15 +276,16 @@ def triton_ops(
         add_noise=noisy.add_noise,
         rank_drafts=rank.rank_drafts,
         score=score.score,
-        tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         ready_roots=drafting.ready_roots,
         lay_levels=drafting.lay_levels,
+        grow_level=growth.grow_level,
         pack_layer=None,
         decoder_layers=None,
         start_rows=rows.start_rows,
+        enter_head=entry.enter_head,
         pack_nodes=packing.pack_nodes,
         settle=settling.settle,
         pack_entries=entries.pack_entries,
@@ -337,15 +340,16 @@ def reference_ops(
         add_noise=noisy.add_noise,
         rank_drafts=ComposedRanking(noisy.add_noise, sampling.argmax, score),
         score=score,
-        tree_expand=tree.expand,
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         ready_roots=drafting.ready_roots,
         lay_levels=drafting.lay_levels,
+        grow_level=drafting.grow_level,
         pack_layer=None,
         decoder_layers=None,
         start_rows=None,
+        enter_head=None,
         pack_nodes=None,
         settle=None,
         pack_entries=None,

@@ -45,7 +45,7 @@ class EagleHead:
     def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
         own = inside(ctx, self.shard)
         embedded = self.embedding(batch.token_ids, vocabulary(ctx))
-        residual = self.fc(torch.cat((embedded, features), dim=-1), own)  # [C, H]
+        residual = self.fc(torch.cat((embedded, batch.own(features)), dim=-1), own)  # [C, H]
         x = residual if self.first_norm is None else self.first_norm(residual, own)
         for layer in self.layers:
             x = layer(x, residual, batch, own)

@@ -14,6 +14,7 @@ from engine.checkpoints.arch import LlamaArch
 from engine.models.layers import DecoderLayer, GatheredLinear, RMSNorm, VocabParallelEmbedding
 from engine.parallel.shard import Shard
 from engine.step.batch import ForwardContext
+from kernels.drafting.nodes import HeadInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,24 @@ class Eagle3Head:
         self, features: Tensor, batch: DraftBatch, ctx: DraftContext
     ) -> tuple[Tensor, Tensor]:
         """The first layer's input [C, 2H] and the residual stream [C, H]."""
-        whole = vocabulary(ctx)
+        whole, enter = vocabulary(ctx), ctx.ops.enter_head
+        if enter is not None and whole.group.size == 1 and self.embedding.weight.layout is None:
+            return enter(self._input(features, batch), self.embedding.weight)
         embedded = self.embedding_norm(self.embedding(batch.token_ids, whole), whole)
+        features = batch.own(features)
         normed = self.feature_norm(features, whole)
         x = torch.cat((embedded, normed), dim=-1)
         # Layers add to the stream in place, but the features belong to the caller.
         return x, normed if self.norm_before_residual else features.clone()
+
+    def _input(self, features: Tensor, batch: DraftBatch) -> HeadInput:
+        return HeadInput(
+            token_ids=batch.token_ids,
+            features=features,
+            feature_of=batch.feature_of,
+            embedding_norm=self.embedding_norm.weight,
+            embedding_eps=self.embedding_norm.eps,
+            feature_norm=self.feature_norm.weight,
+            feature_eps=self.feature_norm.eps,
+            normed_residual=self.norm_before_residual,
+        )

@@ -23,6 +23,11 @@ class DraftBatch:
     positions: Tensor  # [C] int64
     slots: Tensor  # [C] int64
     attention: AttentionMeta
+    feature_of: Tensor | None = None  # [C] int64, the row of each one's feature; None: its own
+
+    def own(self, features: Tensor) -> Tensor:
+        """The feature of each entry, [C, H]."""
+        return features if self.feature_of is None else features[self.feature_of]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +78,9 @@ class DraftHead(Protocol):
         ...
 
     def forward(self, features: Tensor, batch: DraftBatch, ctx: DraftContext) -> Tensor:
-        """[C, H] features -> [C, H] states. `logits` takes a state, and it is the feature of the
-        next drafted token. Writes the entries' keys and values to their slots."""
+        """Features as `batch.own` takes them -> [C, H] states. `logits` takes a state, and it is
+        the feature of the next drafted token. Writes the entries' keys and values to their
+        slots."""
         ...
 
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:

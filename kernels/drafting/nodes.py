@@ -77,6 +77,40 @@ class LaidNodes:
         return LaidNodes(self.prefix_lens, self.positions[some], self.slots[some], self.masks[some])
 
 
+@dataclass(frozen=True, slots=True)
+class HeadInput:
+    """What C entries give to an EAGLE-3 head besides their embedding."""
+
+    token_ids: Tensor  # [C] int64
+    features: Tensor  # [*, H]
+    feature_of: Tensor | None  # [C] int64, the row of each entry's feature; None: its own
+    embedding_norm: Tensor  # [H] float32
+    embedding_eps: float
+    feature_norm: Tensor  # [H] float32
+    feature_eps: float
+    normed_residual: bool  # whether the residual stream begins with the normalised feature
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """All nodes that a dynamic tree of B rows may keep, level by level, parents before children."""
+
+    tokens: Tensor  # [B, C] int64
+    parents: Tensor  # [B, C] int64 index of each one's parent, -1 for the root
+    scores: Tensor  # [B, C] float32 cumulative log-probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """The K nodes of each of B rows that get children."""
+
+    tokens: Tensor  # [B, K] int64
+    scores: Tensor  # [B, K] float32 cumulative log-probabilities
+    masks: Tensor  # [B, K] int64 ancestor masks, own bit included
+    places: Tensor  # [B, K] int64 index among the candidates
+    feature_of: Tensor  # [B * K] int64 index of the parent among the frontier before, of all rows
+
+
 def evenly(num_rows: int) -> int:
     """Rows for which a level has room."""
     return num_rows + num_rows % 2

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels.drafting.nodes import (
+    Candidates,
+    Frontier,
     LaidNodes,
     LevelNodes,
     ReadyRoots,
@@ -68,6 +70,55 @@ def lay_levels(nodes: LevelNodes, rows: RowPlaces) -> LaidNodes:
         positions=laid(positions),
         slots=laid(torch.where(alive, slots, scratch)),
         masks=laid(seen_of(nodes.masks, alive)),
+    )
+
+
+def grow_level(
+    tokens: Tensor,
+    local: Tensor,
+    frontier: Frontier | None,
+    bits: Tensor | None,
+    candidates: Candidates,
+    first: int,
+) -> Frontier | None:
+    """Make candidates of the children of all frontier nodes, from column `first` on, and choose the
+    next frontier of k nodes among them: the likeliest, and the lower index among equals.
+
+    Args:
+        tokens: [B, K, k] int64 the best tokens after each frontier node.
+        local: [B, K, k] float32 their log-probabilities; NaN counts as -inf, above 0 as 0: a child
+            never scores above its parent.
+        frontier: of K nodes; None: the root.
+        bits: [B * k] int64 the own bit of each node of the next frontier, or 1 if it has no slot;
+            None: there is no next frontier.
+    """
+    K, k = tokens.shape[1:]
+    scores = torch.where(local.isnan(), -torch.inf, local).clamp(max=0.0)
+    masks, places = torch.ones_like(tokens[:, :, 0]), torch.full_like(tokens[:, :, 0], -1)
+    if frontier is not None:
+        scores = frontier.scores[:, :, None] + scores
+        masks, places = frontier.masks, frontier.places
+    some = slice(first, first + K * k)
+    candidates.tokens[:, some] = tokens.flatten(1)
+    candidates.parents[:, some] = places.repeat_interleave(k, dim=1)
+    candidates.scores[:, some] = scores.flatten(1)
+    return None if bits is None else _best_children(tokens, scores, masks, bits, first)
+
+
+def _best_children(
+    tokens: Tensor, scores: Tensor, masks: Tensor, bits: Tensor, first: int
+) -> Frontier:
+    """Of children [B, K, k] of nodes with these masks [B, K]."""
+    B, K, k = tokens.shape
+    ordered = scores.flatten(1).sort(dim=1, descending=True, stable=True)
+    best = ordered.indices[:, :k]
+    row = torch.arange(B, device=best.device)[:, None]
+    return Frontier(
+        tokens=tokens.flatten(1).gather(1, best),
+        scores=ordered.values[:, :k].contiguous(),
+        masks=masks.gather(1, best // k) | bits.view(B, k),
+        places=best + first,
+        feature_of=(row * K + best // k).flatten(),
     )
 
 

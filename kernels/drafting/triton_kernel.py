@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.drafting import triton_entry, triton_growth
 from kernels.drafting.nodes import (
     LaidNodes,
     LevelNodes,
@@ -219,4 +220,5 @@ def launches() -> list[Launch]:
         found.append(_ready_launch(roots, ReadyRoots(states, flags, flags, row, small, row)))
     rows = RowPlaces(row, row, new(B, 512, dtype=torch.int32), 16, 1600, 8192)
     laid = LaidNodes(small, *(new(B * M),) * 3)
-    return [*found, _lay_launch(LevelNodes(*(new(M),) * 5), rows, laid)]
+    found.append(_lay_launch(LevelNodes(*(new(M),) * 5), rows, laid))
+    return [*found, *triton_growth.example_launches(), *triton_entry.example_launches()]

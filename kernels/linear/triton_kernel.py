@@ -4,7 +4,7 @@ torch calls cuBLAS for bfloat16 products of many rows. For few rows, the kernel 
 kernels/linear/triton_skinny.py may be faster: kernels/linear/triton_products.py chooses. The packed
 weight is the plain [N, K] matrix, so that a tied embedding gathers its rows from it. Weights in FP8
 and in groups of four bits have kernels of their own. Nothing outside this folder reads
-`LinearWeight.data`, except that of experts.
+`LinearWeight.data`, except that of experts, and a draft head's embedding.
 
 A draft head's `fc` takes the concatenated features of three layers. No kernel fuses that copy: per
 token of Llama 8B it is 24 KB, and the weight that multiplies it is 100 MB.

@@ -9,6 +9,7 @@ noise is computed in float32, and NaN counts as -inf.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -239,20 +240,18 @@ def _launches(
     }
     found, before = filter_launches(settings, shared, R, 0, 1)
     yield from before
-    mapped = "" if token_ids is None else ", mapped"
+    own = {
+        "seeds_ptr": settings.seeds,
+        "positions_ptr": settings.positions,
+        "token_ids_ptr": token_ids,
+        "noisy_ptr": noisy,
+        "TILES": triton.next_power_of_2(num_tiles),
+    }
     yield Launch(
-        name=f"add_noise[V={V}{filtered(settings)}{mapped}]",
+        name=f"add_noise[V={V}{filtered(settings)}{'' if token_ids is None else ', mapped'}]",
         kernel=_add_noise_kernel,
         grid=(num_tiles, R),
-        arguments=shared
-        | found
-        | {
-            "seeds_ptr": settings.seeds,
-            "positions_ptr": settings.positions,
-            "token_ids_ptr": token_ids,
-            "noisy_ptr": noisy,
-            "TILES": triton.next_power_of_2(num_tiles),
-        },
+        arguments=shared | found | own,
         min_load_bits=WIDEST_LOAD,
     )
 
@@ -269,45 +268,53 @@ def filter_launches(
     has the settings of (begin + r) // per_row; and the launches that find it out."""
     if not settings.is_filtered:
         return {"highest_ptr": None, "num_kept_ptr": None}, []
-    device, V, tile = shared["logits_ptr"].device, shared["V"], shared["TILE"]
-    num_tiles = triton.cdiv(V, tile)
+    device, V = shared["logits_ptr"].device, shared["V"]
+    num_tiles = triton.cdiv(V, shared["TILE"])
     highest = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=device)
     num_kept = torch.empty(num_rows, dtype=torch.int32, device=device)
-    counts = {"counts_ptr": torch.empty(num_rows, BINS, dtype=torch.int32, device=device)}
-    own = {"begin": begin, "PER_ROW": per_row}
-    kind = str(shared["logits_ptr"].dtype).removeprefix("torch.")
-    name = f"[V={V}, {kind}{'' if per_row == 1 else ', nodes'}]"
-    tiles = shared | own | counts | {"highest_ptr": highest}
-    launches = [
-        Launch(
-            name=f"add_noise.highest{name}",
-            kernel=_highest_of_tile_kernel,
-            grid=(num_tiles, num_rows),
-            arguments=tiles,
-            min_load_bits=WIDEST_LOAD,
-        ),
-        Launch(
-            name=f"add_noise.count_bins{name}",
-            kernel=_count_bins_kernel,
-            grid=(num_tiles, num_rows),
-            arguments=tiles | {"TILES": triton.next_power_of_2(num_tiles)},
-            min_load_bits=WIDEST_LOAD,
-        ),
-        Launch(
-            name=f"add_noise.num_kept{name}",
-            kernel=_num_kept_kernel,
-            grid=(num_rows,),
-            arguments=own
-            | counts
-            | {
-                "num_kept_ptr": num_kept,
-                "top_k_ptr": settings.top_k,
-                "top_p_ptr": settings.top_p,
-                "min_p_ptr": settings.min_p,
-            },
-        ),
-    ]
+    counts = torch.empty(num_rows, BINS, dtype=torch.int32, device=device)
+    both: dict[str, Any] = {"counts_ptr": counts, "begin": begin, "PER_ROW": per_row}
+    launches = _tile_launches(shared | both | {"highest_ptr": highest})
+    launches.append(_kept_launch(settings, both | {"num_kept_ptr": num_kept}, V))
     return {"highest_ptr": highest, "num_kept_ptr": num_kept}, launches
+
+
+def _tile_launches(arguments: dict[str, Any]) -> list[Launch]:
+    """Those that find the highest logits, and count tokens by bins."""
+    logits, V, per_row = (arguments[name] for name in ("logits_ptr", "V", "PER_ROW"))
+    num_tiles = triton.cdiv(V, arguments["TILE"])
+    kind = str(logits.dtype).removeprefix("torch.")
+    name = f"[V={V}, {kind}{'' if per_row == 1 else ', nodes'}]"
+    sizes = {"TILES": triton.next_power_of_2(num_tiles)}
+    highest = Launch(
+        name=f"add_noise.highest{name}",
+        kernel=_highest_of_tile_kernel,
+        grid=(num_tiles, len(logits)),
+        arguments=arguments,
+        min_load_bits=WIDEST_LOAD,
+    )
+    bins = replace(
+        highest,
+        name=f"add_noise.count_bins{name}",
+        kernel=_count_bins_kernel,
+        arguments=arguments | sizes,
+    )
+    return [highest, bins]
+
+
+def _kept_launch(settings: DrawSettings, arguments: dict[str, Any], V: int) -> Launch:
+    filters = {
+        "top_k_ptr": settings.top_k,
+        "top_p_ptr": settings.top_p,
+        "min_p_ptr": settings.min_p,
+    }
+    nodes = "" if arguments["PER_ROW"] == 1 else ", nodes"
+    return Launch(
+        name=f"add_noise.num_kept[V={V}{nodes}]",
+        kernel=_num_kept_kernel,
+        grid=(len(arguments["num_kept_ptr"]),),
+        arguments=arguments | filters,
+    )
 
 
 def example_launches(logits: Tensor) -> list[Launch]:

@@ -133,21 +133,15 @@ def _launches(
         arguments=noise | tiles | sizes,
         min_load_bits=WIDEST_LOAD,
     )
-    of_node = Launch(
-        name=f"rank_drafts.node{name}",
-        kernel=_rank_node_kernel,
-        grid=(R,),
-        arguments=tiles
-        | sizes
-        | {
-            "token_ids_ptr": target_ids,
-            "tokens_ptr": ranked.tokens,
-            "scores_ptr": ranked.scores,
-            "num_tiles": num_tiles,
-            "CANDIDATES": triton.next_power_of_2(num_tiles * count),
-        },
-    )
-    return [*before, of_tile, of_node]
+    of_node = {
+        "token_ids_ptr": target_ids,
+        "tokens_ptr": ranked.tokens,
+        "scores_ptr": ranked.scores,
+        "num_tiles": num_tiles,
+        "CANDIDATES": triton.next_power_of_2(num_tiles * count),
+    }
+    join = Launch(f"rank_drafts.node{name}", _rank_node_kernel, (R,), tiles | sizes | of_node)
+    return [*before, of_tile, join]
 
 
 def _name(logits: Tensor, draws: NodeDraws, target_ids: Tensor | None, ranked: Ranked) -> str:

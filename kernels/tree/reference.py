@@ -1,6 +1,6 @@
 """Draft trees in plain torch. Shapes follow from arguments, so nothing waits for the device.
 
-Legend: B rows, K frontier nodes, W candidate tokens of each, C scored candidates, N nodes.
+Legend: B rows, C scored candidates, N nodes.
 In every tie the lower index wins: a parent before its children, and the lower token id.
 """
 
@@ -8,26 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def expand(frontier_scores: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best children of every frontier node, and the next frontier among them all.
-
-    Args:
-        frontier_scores: [B, K] float32 cumulative log-probabilities.
-        scores: [B, K, W] float32 log-probabilities of the tokens after each node; NaN counts as
-            -inf, above 0 as 0: a child never scores above its parent.
-        count: children of a node, and nodes of the next frontier; at most W.
-
-    Returns:
-        tokens: [B, K, count] int64 places in W, the best first.
-        cumulative: [B, K, count] float32 their cumulative scores.
-        frontier: [B, count] int64 places among the K * count children, the best first.
-    """
-    local = torch.where(scores.isnan(), -torch.inf, scores).clamp(max=0.0)
-    cumulative, tokens = _best(frontier_scores[:, :, None] + local, count)
-    _, frontier = _best(cumulative.flatten(1), count)
-    return tokens, cumulative, frontier
 
 
 def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

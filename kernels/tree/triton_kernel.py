@@ -6,70 +6,17 @@ found one after the other, which is quick for the few that a tree needs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.triton_draw import NO_KEY, packed_id, packed_key, packed_value
+from kernels.sampling.triton_draw import NO_KEY, packed_key
 from kernels.triton_launch import Launch
 from kernels.triton_overlap import await_inputs
 
-TILE = 2048  # tokens of one program
 MAX_NODES = 64  # one 64-bit ancestor mask per node
 MAX_CANDIDATES = 4096
-
-
-@triton.jit
-def _best_of_tile_kernel(
-    frontier_scores_ptr,  # [B, K] float32 contiguous
-    scores_ptr,  # [B, K, W] float32, W contiguous
-    keys_ptr,  # [B, K, tiles, count] int64 out: the best of each tile
-    row_stride,  # of scores
-    node_stride,
-    W,
-    count,
-    TILE: tl.constexpr,
-):
-    """The best children within one tile of tokens, grid (tiles, K, B)."""
-    await_inputs()
-    tile, node, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tokens = tile * TILE + tl.arange(0, TILE)
-    inside = tokens < W
-    at = scores_ptr + row * row_stride + node * node_stride + tokens
-    local = tl.load(at, mask=inside, other=0.0)
-    local = tl.where(local == local, tl.minimum(local, 0.0), float("-inf"))
-    place = row * tl.num_programs(1) + node
-    keys = packed_key(tl.load(frontier_scores_ptr + place) + local, tokens)
-    keys = tl.where(inside, keys, NO_KEY)
-    out = keys_ptr + (place * tl.num_programs(0) + tile) * count
-    for child in range(count):
-        best = tl.max(keys, axis=0)
-        keys = tl.where(keys == best, NO_KEY, keys)
-        tl.store(out + child, best)
-
-
-@triton.jit
-def _best_of_node_kernel(
-    keys_ptr,  # [B * K, num_keys] int64
-    tokens_ptr,  # [B * K, count] int64 out
-    cumulative_ptr,  # [B * K, count] float32 out
-    num_keys,
-    count,
-    KEYS: tl.constexpr,  # a power of two, at least num_keys
-):
-    """The best children of one node from those of its tiles, grid (B * K,)."""
-    await_inputs()
-    node = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, KEYS)
-    keys = tl.load(keys_ptr + node * num_keys + lanes, mask=lanes < num_keys, other=NO_KEY)
-    for child in range(count):
-        best = tl.max(keys, axis=0)
-        keys = tl.where(keys == best, NO_KEY, keys)
-        tl.store(tokens_ptr + node * count + child, packed_id(best).to(tl.int64))
-        tl.store(cumulative_ptr + node * count + child, packed_value(best))
 
 
 @triton.jit
@@ -78,25 +25,6 @@ def _load_keys(scores_ptr, lanes, count):
     inside = lanes < count
     scores = tl.load(scores_ptr + lanes, mask=inside, other=0.0)
     return tl.where(inside, packed_key(scores, lanes), NO_KEY)
-
-
-@triton.jit
-def _next_frontier_kernel(
-    cumulative_ptr,  # [B, num_children] float32
-    frontier_ptr,  # [B, count] int64 out
-    num_children,
-    count,
-    CHILDREN: tl.constexpr,  # a power of two, at least num_children
-):
-    """The best of all children of one row, grid (B,)."""
-    await_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, CHILDREN)
-    keys = _load_keys(cumulative_ptr + row * num_children, lanes, num_children)
-    for place in range(count):
-        best = tl.max(keys, axis=0)
-        keys = tl.where(keys == best, NO_KEY, keys)
-        tl.store(frontier_ptr + row * count + place, packed_id(best).to(tl.int64))
 
 
 @triton.jit
@@ -216,20 +144,6 @@ def _walk_kernel(
     tl.store(num_accepted_ptr + row, num_steps.to(tl.int64))
 
 
-def expand(
-    frontier_scores: Tensor, scores: Tensor, count: int, tile: int = TILE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference: [B, K], [B, K, W] -> tokens and cumulative scores [B, K, count], next
-    frontier [B, count]."""
-    B, K, _ = scores.shape
-    tokens = _integers(scores, B, K, count)
-    cumulative = torch.empty(tokens.shape, dtype=torch.float32, device=scores.device)
-    frontier = _integers(scores, B, count)
-    for launch in _expand_launches(frontier_scores, scores, tokens, cumulative, frontier, tile):
-        launch.run()
-    return tokens, cumulative, frontier
-
-
 def select(
     tokens: Tensor,
     parents: Tensor,
@@ -266,61 +180,6 @@ def _integers(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device=like.device)
 
 
-def _expand_launches(
-    frontier_scores: Tensor,
-    scores: Tensor,
-    tokens: Tensor,
-    cumulative: Tensor,
-    frontier: Tensor,
-    tile: int,
-) -> list[Launch]:
-    B, K, W = scores.shape
-    count = frontier.shape[1]
-    assert count <= W
-    assert scores.stride(2) == 1
-    assert frontier_scores.is_contiguous()
-    num_tiles = triton.cdiv(W, tile)
-    keys = _integers(scores, B, K, num_tiles, count)
-    sizes: dict[str, Any] = {"num_keys": num_tiles * count, "count": count}
-    return [
-        Launch(
-            name=f"tree.best_of_tile[W={W}]",
-            kernel=_best_of_tile_kernel,
-            grid=(num_tiles, K, B),
-            arguments={
-                "frontier_scores_ptr": frontier_scores,
-                "scores_ptr": scores,
-                "keys_ptr": keys,
-                "row_stride": scores.stride(0),
-                "node_stride": scores.stride(1),
-                "W": W,
-                "count": count,
-                "TILE": tile,
-            },
-        ),
-        Launch(
-            name=f"tree.best_of_node[keys={num_tiles * count}]",
-            kernel=_best_of_node_kernel,
-            grid=(B * K,),
-            arguments={"keys_ptr": keys, "tokens_ptr": tokens, "cumulative_ptr": cumulative}
-            | sizes
-            | {"KEYS": triton.next_power_of_2(num_tiles * count)},
-        ),
-        Launch(
-            name=f"tree.next_frontier[children={K * count}]",
-            kernel=_next_frontier_kernel,
-            grid=(B,),
-            arguments={
-                "cumulative_ptr": cumulative,
-                "frontier_ptr": frontier,
-                "num_children": K * count,
-                "count": count,
-                "CHILDREN": triton.next_power_of_2(K * count),
-            },
-        ),
-    ]
-
-
 def _select_launch(
     tokens: Tensor,
     parents: Tensor,
@@ -352,7 +211,7 @@ def _select_launch(
             "CANDIDATES": triton.next_power_of_2(C),
             "NODES": triton.next_power_of_2(num_nodes),
         },
-        num_warps=8 if C > TILE else 4,
+        num_warps=8 if C > 2048 else 4,
     )
 
 
@@ -410,18 +269,13 @@ def _walk_launch(
 
 
 def launches() -> list[Launch]:
-    """A dynamic tree of EAGLE-2's size over the best tokens of each node and over a whole draft
-    vocabulary, and the largest choice of candidates."""
-    B, K, W, C, N = 16, 10, 32000, 510, MAX_NODES
+    """Dynamic trees of EAGLE-2's size, and the largest choice of candidates."""
+    B, C, N = 16, 510, MAX_NODES
 
     def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    scores, nodes, row = new(B, K, W, dtype=torch.float32), new(B, N), new(B)
-    above, cumulative, frontier = scores[:, 0, 0].contiguous(), scores[:, :, :K], new(B, K)
-    local = new(B, K, K, dtype=torch.float32)
-    found = _expand_launches(above, scores, new(B, K, K), cumulative, frontier, TILE)
-    found += _expand_launches(above, local, new(B, K, K), cumulative, frontier, TILE)[:2]
+    nodes, row, found = new(B, N), new(B), []
     for candidates in (C, MAX_CANDIDATES):
         ids, floats = new(B, candidates), new(B, candidates, dtype=torch.float32)
         found.append(_select_launch(ids, ids, floats, row, row, nodes, nodes))

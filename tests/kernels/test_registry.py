@@ -109,7 +109,7 @@ def test_activations_are_float32_on_a_cpu_and_as_stored_elsewhere(
 
 def test_every_operation_is_named() -> None:
     known = {field.name for field in dataclasses.fields(Ops)}
-    optional = {"pack_layer", "decoder_layers"}
+    optional = {"pack_layer", "decoder_layers", "enter_head"}
     optional |= {"start_rows", "pack_nodes", "settle", "pack_entries"}
     assert known == {
         *(*OPERATIONS, *optional),

@@ -12,8 +12,8 @@ from torch import Tensor
 from drafter.growing import Grower, grow_dynamic
 from drafter.static_levels import StaticLevels
 from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
-from kernels.drafting.nodes import LaidNodes, LevelNodes, RowPlaces
-from kernels.drafting.reference import lay_levels
+from kernels.drafting.nodes import Candidates, Frontier, LaidNodes, LevelNodes, RowPlaces
+from kernels.drafting.reference import grow_level, lay_levels
 from kernels.ops import Ops
 from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.ranking import NodeDraws, Ranked
@@ -72,7 +72,7 @@ class ScriptedGrower:
         shape = (self.num_rows, nodes, count)
         return Ranked(found.tokens.view(shape), found.scores.view(shape))
 
-    def forward(self, tokens: Tensor, features: Tensor, level: LaidNodes) -> Tensor:
+    def forward(self, tokens: Tensor, features: Tensor, level: LaidNodes, above: Tensor) -> Tensor:
         return torch.zeros(*tokens.shape, 1)
 
 
@@ -127,19 +127,31 @@ def test_the_drafter_grows_what_growing_node_by_node_gives(
         assert tree.depths[row].tolist() == list(depths_of(parents))
 
 
+def children_of(frontier: list[float], scores: Tensor) -> tuple[Candidates, Frontier]:
+    """Candidates of one row in which every node has children 0, 1, ..., and the next frontier."""
+    (K, k), row = scores.shape, torch.arange(len(frontier))[None]
+    above = Frontier(row, torch.tensor([frontier]), 1 << row, row + 5, row[0])
+    tokens = torch.arange(k).expand(1, K, k)
+    integers, floats = torch.zeros(2, 1, K * k, dtype=torch.int64), torch.zeros(1, K * k)
+    room = Candidates(integers[0], integers[1], floats)
+    grown = grow_level(tokens, scores[None], above, torch.zeros(k).long(), room, 0)
+    assert grown is not None
+    return room, grown
+
+
 def test_ties_go_to_the_lower_parent_and_then_to_the_lower_token() -> None:
-    scores = torch.full((1, 2, 5), -1.0)
-    tokens, cumulative, frontier = reference.expand(torch.tensor([[-1.0, -1.0]]), scores, 3)
-    assert tokens.tolist() == [[[0, 1, 2], [0, 1, 2]]]
-    assert frontier.tolist() == [[0, 1, 2]]
-    assert (cumulative == -2).all()
+    room, frontier = children_of([-1.0, -1.0], torch.full((2, 3), -1.0))
+    assert (room.scores == -2).all()
+    assert room.parents.tolist() == [[5, 5, 5, 6, 6, 6]]
+    assert frontier.places.tolist() == [[0, 1, 2]]
+    assert frontier.feature_of.tolist() == [0, 0, 0]
 
 
 def test_a_head_gone_wrong_makes_no_child_better_than_its_parent() -> None:
-    scores = torch.tensor([[[torch.nan, 2.0, -0.5, torch.inf, -torch.inf]]])
-    tokens, cumulative, _ = reference.expand(torch.tensor([[-3.0]]), scores, 5)
-    assert tokens.tolist() == [[[1, 3, 2, 0, 4]]]
-    assert cumulative.tolist() == [[[-3.0, -3.0, -3.5, -torch.inf, -torch.inf]]]
+    wrong = torch.tensor([[torch.nan, 2.0, -0.5, torch.inf, -torch.inf]])
+    room, frontier = children_of([-3.0], wrong)
+    assert room.scores.tolist() == [[-torch.inf, -3.0, -3.5, -3.0, -torch.inf]]
+    assert frontier.tokens.tolist() == [[1, 3, 2, 0, 4]]
 
 
 def test_of_equal_scores_whole_paths_are_kept() -> None:

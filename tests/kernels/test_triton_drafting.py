@@ -12,7 +12,16 @@ from torch import Tensor
 from drafter.static_levels import StaticLevels
 from engine.step.shape import DynamicShape, StaticShape, chain
 from kernels.drafting import reference
-from kernels.drafting.nodes import LevelNodes, RootStates, RowPlaces
+from kernels.drafting.nodes import (
+    Candidates,
+    Frontier,
+    HeadInput,
+    LevelNodes,
+    RootStates,
+    RowPlaces,
+)
+from kernels.norm import reference as norm
+from kernels.ops import LinearWeight
 from tests.kernels import triton_env
 
 kernel = triton_env.load("kernels.drafting.triton_kernel")
@@ -102,3 +111,53 @@ def test_a_row_lies_alike_alone_and_among_others() -> None:
     assert (
         kernel.lay_levels(nodes, alone).level(0, 2).slots.tolist() == together.slots[2:4].tolist()
     )
+
+
+@pytest.mark.parametrize(("K", "k"), [(1, 4), (4, 4), (3, 1), (30, 30)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_level_of_a_dynamic_tree(K: int, k: int, ties: bool) -> None:
+    """After the root, in the middle, and at the end; with scores that are no log-probabilities."""
+    B, first = 3, 2
+    local = triton_env.numbers(B, K, k, seed=K) - 1  # some above 0
+    above = -triton_env.numbers(B, K, seed=1).abs()
+    if ties:
+        local, above = local.round(), above.round()
+        local[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=DEVICE)[:k]
+    order = torch.arange(B * K * k, device=DEVICE)
+    tokens, bits = order.view(B, K, k) * 7 + 1, (1 << (order[: B * k] % 60))
+    masks, places = order[: B * K].view(B, K) * 8 + 3, order[: B * K].view(B, K) + 1
+    middle = Frontier(masks, above, masks, places, order[: B * K])
+    for frontier, own in ((None, bits), (middle, bits), (middle, None))[K > 1 :]:
+        rooms = [
+            Candidates(*(torch.full((B, K * k + 5), -9, device=DEVICE) for _ in range(2)), scores)
+            for scores in torch.zeros(2, B, K * k + 5, device=DEVICE)
+        ]
+        got = kernel.triton_growth.grow_level(tokens, local, frontier, own, rooms[0], first)
+        expected = reference.grow_level(tokens, local, frontier, own, rooms[1], first)
+        same(rooms[0], rooms[1])
+        assert (got is None) == (expected is None) == (own is None)
+        if expected is not None:
+            same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normed_residual", [False, True])
+def test_what_a_head_reads_is_what_its_parts_give(
+    dtype: torch.dtype, normed_residual: bool
+) -> None:
+    """Of features in order, and of those of parents."""
+    H, eps = 48, 1e-5
+    table = triton_env.numbers(20, H, dtype=dtype)
+    weights = 1 + triton_env.numbers(2, H, seed=2) / 9
+    ids, parents = integers(3, 19, 0, 7, 7), integers(2, 2, 0, 1, 2)
+    features = triton_env.spaced(triton_env.numbers(5, H, seed=3, dtype=dtype))
+    for feature_of in (None, parents):
+        given = HeadInput(
+            ids, features, feature_of, weights[0], eps, weights[1], 1e-6, normed_residual
+        )
+        own = features if feature_of is None else features[feature_of]
+        embedded = norm.rms_norm(table[ids], weights[0], eps)
+        normed = norm.rms_norm(own.contiguous(), weights[1], 1e-6)
+        x, residual = kernel.triton_entry.enter_head(given, LinearWeight(table, None, 20, H))
+        triton_env.close(x, torch.cat((embedded, normed), dim=1))
+        triton_env.close(residual, normed if normed_residual else own)

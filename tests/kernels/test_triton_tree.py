@@ -24,19 +24,6 @@ def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         assert one.tolist() == other.tolist()
 
 
-@pytest.mark.parametrize(("K", "W", "count"), [(1, 5, 5), (3, 300, 4), (2, 129, 1)])
-@pytest.mark.parametrize("ties", [False, True])
-def test_expansion(K: int, W: int, count: int, ties: bool) -> None:
-    scores = triton_env.numbers(2, K, W, seed=W) - 2  # some above 0
-    frontier = -triton_env.numbers(2, K, seed=1).abs()
-    if ties:
-        scores, frontier = scores.round(), frontier.round()
-        scores[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    scores = triton_env.spaced(scores)
-    expected = reference.expand(frontier, scores, count)
-    same(kernel.expand(frontier, scores, count, tile=128), expected)
-
-
 @pytest.mark.parametrize(("C", "num_nodes"), [(1, 2), (7, 4), (40, 41), (300, 64), (5, 1)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_selection(C: int, num_nodes: int, ties: bool) -> None:
