@@ -86,8 +86,9 @@ class HeadConfig(Section):
     init: str = Field(
         "target",
         description="first weights: target, that is from its last layers (eagle3); random (default "
-        "of the other kinds); or the directory of a published head to train further, which may "
-        "have fewer layers (eagle3); a peagle head can begin from an EAGLE-3 head",
+        "of the other kinds); or a published head to train further, a directory or the name of "
+        "one that ships, which may have fewer layers (eagle3); a peagle head can begin from an "
+        "EAGLE-3 head",
     )
 
 

@@ -15,6 +15,7 @@ from drafter.head_files import check_tensors, open_tensors
 from drafter.heads.config import HeadConfig, Kind
 from drafter.heads.published import NORMS
 from drafter.heads.untrained import eagle3_config, random_tensors
+from drafter.source import SHIPPED, shipped_head
 from drafter.train.initial import deepened, weights_from_target
 from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork, PEagleNetwork
 from engine.checkpoints.arch import LlamaArch
@@ -102,7 +103,7 @@ def build_network(
     if settings.init == FROM_TARGET:
         weights = weights_from_target(weights, config, target.arch, target.read, target_ids)
     elif settings.init != RANDOM:
-        given = published_weights(_published(settings), config, target)
+        given = published_weights(published_path(settings), config, target)
         if config.kind == "peagle":  # an EAGLE-3 head has none
             given.setdefault(manifest.MASK_HIDDEN, weights[manifest.MASK_HIDDEN])
         weights = deepened(given, weights, config, target.arch, target.read)
@@ -113,7 +114,7 @@ def build_network(
 def published_config(settings: HeadSettings, target: LlamaArch) -> HeadConfig:
     """The configuration of the head in the directory `settings.init`. ValueError if the head does
     not match the other settings, or cannot be trained."""
-    path = _published(settings)
+    path = published_path(settings)
     found, config = open_tensors(path), read_head_config(path, target)
     check_tensors(manifest.head_tensors(config, target, found), found, path)
     dense = config.kind == "eagle" and manifest.FINAL_NORM in found
@@ -179,5 +180,7 @@ def published_vocabulary(path: Path, target: LlamaArch) -> Tensor | None:
     return vocab.target_ids_of(found[manifest.D2T].read(), target.vocab_size)
 
 
-def _published(settings: HeadSettings) -> Path:
-    return Path(settings.init).expanduser()
+def published_path(settings: HeadSettings) -> Path:
+    """The directory of the head that `settings.init` names: one that ships, or a path."""
+    found = settings.init
+    return shipped_head(found) if found in SHIPPED else Path(found).expanduser()

@@ -24,7 +24,7 @@ class HeadKernels:
     losses: RowLoss
 
 
-IN_TORCH = HeadKernels("torch", packed=False, attend=attend, losses=losses.IN_TORCH)
+IN_TORCH = HeadKernels("plain torch", packed=False, attend=attend, losses=losses.IN_TORCH)
 
 
 def choose_kernels(
@@ -45,9 +45,9 @@ def in_triton(loss: TokenLoss) -> HeadKernels:
         return found.flatten(2)
 
     if loss.kind == "top_k":
-        return HeadKernels("triton (attention)", True, attend_in_triton, losses.IN_TORCH)
+        return HeadKernels("attention in Triton", True, attend_in_triton, losses.IN_TORCH)
     by = RowLoss(_teacher_logits, _losses_in_triton)
-    return HeadKernels("triton (attention, losses)", True, attend_in_triton, by)
+    return HeadKernels("attention and losses in Triton", True, attend_in_triton, by)
 
 
 def _teacher_logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:

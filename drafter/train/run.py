@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -185,7 +184,7 @@ def _vocabulary(
     counts = count_answers(training, arch.vocab_size)
     if config.head.init in (building.FROM_TARGET, building.RANDOM):
         return choose(counts, size)
-    ids = building.published_vocabulary(Path(config.head.init).expanduser(), arch)
+    ids = building.published_vocabulary(building.published_path(config.head), arch)
     return None if ids is None else DraftVocabulary(ids, int(counts[ids].sum()) / int(counts.sum()))
 
 

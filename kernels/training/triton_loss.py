@@ -79,7 +79,7 @@ def _token_loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     own_ptr = logits_ptr + row * V
     teacher_ptr += tl.load(rows_ptr + row) * V
-    kept = tl.load(kept_ptr + row).to(tl.float32)
+    kept = tl.where(tl.load(kept_ptr + row), 1.0, 0.0)
     own_log, best = _log_sum_and_best(own_ptr, V, BLOCK)
     teacher_log, _ = _log_sum_and_best(teacher_ptr, V, BLOCK)
     cross, entropy, overlap, below = _sums(own_ptr, teacher_ptr, own_log, teacher_log, V, BLOCK)

@@ -129,8 +129,9 @@ def _facts(run: Run, pool: Pool) -> str:
     parameters = sum(p.numel() for p in trainer.objective.network.parameters())
     known = "" if record.coverage is None else f", {record.coverage:.1%} of answer tokens known"
     return (
-        f"{record.head.kind} head of {parameters:,} parameters{known}; {len(pool.examples)} "
-        f"examples so far, {len(trainer.held_out.examples)} held out"
+        f"{record.head.kind} head of {parameters:,} parameters{known}, trained with "
+        f"{trainer.objective.kernels.name}; {len(pool.examples)} examples so far, "
+        f"{len(trainer.held_out.examples)} held out"
     )
 
 

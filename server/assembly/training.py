@@ -131,7 +131,8 @@ def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:
         f"answer that begins inside a token of the template; {len(trainer.held_out.examples)} held "
         "out for measuring",
         f"{record.head.kind} head of {parameters:,} parameters, {record.num_processes} processes, "
-        f"on {target.device}; the target's operations: {', '.join(by_backend)}",
+        f"on {target.device}, with {trainer.objective.kernels.name}; the target's operations: "
+        f"{', '.join(by_backend)}",
     ]
     if record.target_ids is not None:
         lines.append(

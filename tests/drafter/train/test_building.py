@@ -14,10 +14,12 @@ from configs.training import HeadConfig as HeadSettings
 from drafter import manifest
 from drafter.checkpoint import save_eagle, save_eagle3
 from drafter.heads.config import HeadConfig
+from drafter.source import SHIPPED
 from drafter.train.building import (
     TargetTensors,
     build_network,
     head_config,
+    published_path,
     published_vocabulary,
 )
 from drafter.train.network import DraftNetwork
@@ -132,6 +134,11 @@ def test_a_published_head_is_trained_further_as_it_is(name: str, tmp_path: Path)
         assert torch.equal(tensor, weights[key]), key
     ids = published_vocabulary(tmp_path, TARGET)
     assert ids is None if not layout.mapped else torch.equal(ids, layout.target_ids())
+
+
+def test_a_head_that_ships_is_trained_further_by_its_name() -> None:
+    for name in SHIPPED:
+        assert (published_path(HeadSettings(init=name)) / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
