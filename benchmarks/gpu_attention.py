@@ -1,19 +1,20 @@
-"""Attention of decode rows on a CUDA device, with several plans: which tile sizes, splits and
-pipelines are fastest. The plans of `kernels.attention` are the first of each case.
+"""Attention of decode rows and trees on a CUDA device with several tunings of
+`kernels.attention.triton_plan`: which steps, parts and pipelines are fastest.
 
-    python -m benchmarks.gpu_attention                # prints microseconds, one case a line
-    python -m benchmarks.gpu_attention --compile 0 4  # a quarter of them, untimed
+    python -m benchmarks.gpu_attention                # what ran on an H200 first, and the default
+    python -m benchmarks.gpu_attention --all          # all tunings
+    python -m benchmarks.gpu_attention --compile 0 4  # a quarter of the cases, untimed
+
+Prints one case and tuning a line: microseconds, and the largest difference from the first tuning.
+A tuning that cuts a case as an earlier one did is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,29 +22,34 @@ from torch import Tensor
 from benchmarks.device_timing import Timer, graph_seconds
 from benchmarks.kernel_cases import BLOCK, HEADS, KV_HEADS, TREE, D
 from engine.step.shape import ancestors_of, signed
-from kernels.attention import triton_kernel, triton_plan
-from kernels.attention.triton_plan import TilePlan
-from kernels.ops import UNSCALED, AttentionMeta, Ops
-from kernels.registry import build_ops
+from kernels.attention.triton_kernel import attention, plans_of
+from kernels.attention.triton_plan import DEFAULT, SHORT_STEPS, TUNINGS, Tuning
+from kernels.ops import UNSCALED, AttentionMeta
 
-# (rows, nodes, keys, positions of the longest row)
+
+class Case(NamedTuple):
+    """Equal rows, in tables that have room for more positions than they use."""
+
+    rows: int
+    nodes: int
+    keys: int
+    longest: int  # positions that the tables have room for
+
+
 CASES = (
-    (1, 1, 300, 8192),
-    (1, 1, 8192, 8192),
-    (1, 8, 300, 8192),
-    (1, 16, 8192, 8192),
-    (16, 1, 8192, 8192),
-    (64, 1, 8192, 8192),
-    (64, 1, 300, 8192),
+    *(Case(rows, 1, 300, 8192) for rows in (1, 4, 16, 64)),
+    *(Case(rows, 1, 8192, 8192) for rows in (1, 4, 16, 64)),
+    *(Case(1, nodes, keys, 8192) for nodes in (8, 16) for keys in (300, 8192)),
+    Case(1, 1, 131072, 131072),
 )
 
 
-def metadata(
-    rows: int, nodes: int, keys: int, longest: int, device: torch.device
-) -> tuple[AttentionMeta, int]:
-    """Rows of equal trees after `keys` positions, over shuffled blocks; and their number."""
+def metadata(case: Case, device: torch.device) -> tuple[AttentionMeta, int]:
+    """Rows of equal trees over shuffled blocks; and the number of blocks."""
+    rows, nodes, keys, longest = case
     per_row = -(-(keys + nodes) // BLOCK)
-    tables = torch.randperm(rows * per_row, device=device).int().view(rows, per_row)
+    tables = torch.zeros(rows, -(-(longest + nodes) // BLOCK), dtype=torch.int32, device=device)
+    tables[:, :per_row] = torch.randperm(rows * per_row, device=device).view(rows, per_row)
     masks = [signed(mask) if nodes > 1 else 0 for mask in ancestors_of(TREE[:nodes])]
     meta = AttentionMeta(
         cu_q=torch.arange(rows + 1, device=device).int() * nodes,
@@ -57,62 +63,38 @@ def metadata(
     return meta, rows * per_row
 
 
-def inputs(rows: int, nodes: int, blocks: int, device: torch.device) -> tuple[Tensor, ...]:
+def inputs(case: Case, blocks: int, device: torch.device) -> tuple[Tensor, ...]:
     shape = (blocks, BLOCK, KV_HEADS, D)
     pages = [torch.randn(shape, device=device).bfloat16() for _ in range(2)]
-    return torch.randn(rows * nodes, HEADS, D, device=device).bfloat16(), *pages
+    return torch.randn(case.rows * case.nodes, HEADS, D, device=device).bfloat16(), *pages
 
 
-@contextmanager
-def planned(**changes: Any) -> Iterator[None]:
-    """Other constants: `processors` of the GPU, `merging` rows, `block_n` keys of a step, and those
-    of the kernel's file."""
-    processors, merging = changes.pop("processors", None), changes.pop("merging", None)
-    block_n, kept_block_n = changes.pop("block_n", None), TilePlan.block_n
-    kernel: Any = triton_kernel
-    kept = {name: getattr(kernel, name) for name in (*changes, "_num_processors")}
-    kept_merging = triton_plan.MERGING_TILE
-    for name, value in changes.items():
-        setattr(kernel, name, value)
-    if processors is not None:
-        kernel._num_processors = lambda _device: processors
-    if block_n is not None:
-        TilePlan.block_n = property(lambda _plan: block_n)  # type: ignore[method-assign, assignment]
-    triton_plan.MERGING_TILE = kept_merging if merging is None else merging
-    triton_plan.plan_tiles.cache_clear()
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(kernel, name, value)
-        TilePlan.block_n = kept_block_n  # type: ignore[method-assign]
-        triton_plan.MERGING_TILE = kept_merging
-        triton_plan.plan_tiles.cache_clear()
-
-
-PLANS: dict[str, dict[str, Any]] = {
-    "usual": {},
-    "merged by a launch": {"merging": 0},
-    "merged up to 64 rows": {"merging": 64},
-    "half as many, merged up to 64 rows": {"processors": 66, "merging": 64},
-    "steps of 64": {"block_n": 64},
-    "parts of 64": {"MIN_SPLIT_KEYS": 64},
-}
-
-
-def measured(ops: Ops, device: torch.device, mine: slice, timer: Timer) -> Iterator[dict[str, Any]]:
-    every = list(itertools.product(CASES, PLANS.items()))[mine]
-    for (rows, nodes, keys, longest), (name, changes) in every:
-        found: dict[str, Any] = {"case": [rows, nodes, keys, longest], "plan": name}
-        meta, blocks = metadata(rows, nodes, keys, longest, device)
-        q, k, v = inputs(rows, nodes, blocks, device)
-        with planned(**changes):
-            try:
-                seconds = timer(lambda: ops.attention(q, k, v, meta, D**-0.5, UNSCALED))  # noqa: B023
-            except Exception as error:  # noqa: BLE001  (one plan's failure hides no other)
-                yield found | {"error": str(error)[:100]}
+def measured(
+    cases: Sequence[Case], tunings: Mapping[str, Tuning], device: torch.device, timer: Timer
+) -> Iterator[dict[str, Any]]:
+    for case in cases:
+        meta, blocks = metadata(case, device)
+        q, k, v = inputs(case, blocks, device)
+        seen, first = [], None
+        for name, tuning in tunings.items():
+            plans = plans_of(q, k, meta, tuning)
+            if plans in seen:
                 continue
-        yield found | {"us": round(seconds * 1e6, 2)}
+            seen.append(plans)
+            found = {"case": list(case), "tuning": name}
+
+            def run(tuning: Tuning = tuning) -> Tensor:
+                return attention(q, k, v, meta, D**-0.5, UNSCALED, tuning)  # noqa: B023
+
+            try:
+                got = run()
+                first = got if first is None else first
+                error = float((got.float() - first.float()).abs().max())
+                us = round(timer(run) * 1e6, 2)
+            except Exception as problem:  # noqa: BLE001  (one tuning's failure hides no other)
+                yield found | {"error": str(problem)[:100]}
+                continue
+            yield found | {"us": us, "differs": error}
 
 
 def once(run: Callable[[], object]) -> float:
@@ -125,12 +107,14 @@ def once(run: Callable[[], object]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_attention")
     parser.add_argument("--compile", nargs=2, type=int, metavar=("PART", "OF"))
-    asked = parser.parse_args(arguments).compile
-    device = torch.device("cuda")
-    ops = build_ops("triton", device, torch.bfloat16, 1, Path("unused"))
-    mine = slice(0, None) if asked is None else slice(asked[0], None, asked[1])
-    for found in measured(ops, device, mine, graph_seconds if asked is None else once):
-        if asked is None or "error" in found:
+    parser.add_argument("--all", action="store_true", help="all tunings")
+    given = parser.parse_args(arguments)
+    first, step = given.compile or (0, 1)
+    two = {SHORT_STEPS.name: SHORT_STEPS, DEFAULT.name: DEFAULT}
+    timer = graph_seconds if given.compile is None else once
+    tunings = TUNINGS if given.all else two
+    for found in measured(CASES[first::step], tunings, torch.device("cuda"), timer):
+        if given.compile is None or "error" in found:
             print(json.dumps(found), flush=True)
 
 

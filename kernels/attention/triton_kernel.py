@@ -12,6 +12,19 @@ the base-2 logarithm of the softmax sum, and the parts are averaged, weighted by
 `merge_splits`, or, where few rows share a tile, by the last program of the tile and KV head that
 ends. The number of splits is that of the longest context; programs for which a tile has too few
 keys end at once, and a tile of one part needs no average. `triton_plan` chooses all sizes.
+
+**Round trips.** One row with a short context is a chain of loads of which each waits for the one
+before, 0.6 to 0.8 us on an H200 with a cold cache, after some 2 us to start. Without EARLY these
+are six and the keys: lengths; ancestors and queries; block table; keys and values; then the count
+of the parts, their sums, and the parts, eight at a time. With EARLY they are four: the first step's
+place in the block table and the place of the queries follow from the grid in nearly all launches,
+so both are read with the lengths, and once more if the lengths say otherwise. The last program
+reads the sums with the parts, and as many parts at a time as 64 registers hold: 16 of four rows.
+A step of 128 keys, all of which are on their way before the first product, takes one pass of
+products and of the softmax's sums over warps where 32 keys take four. Counted so, 300 keys take
+2 + 0.8 + 1.0 + 0.7 (products) + 0.8 (write, count) + 0.7 (parts) = 6 us, before 11; not measured.
+
+The result depends on the plan in its last bits: sums are added in another order.
 """
 
 from __future__ import annotations
@@ -32,13 +45,19 @@ from kernels.attention.triton_lookup import (
     find_tile,
     has_bit,
     is_seen,
+    load_queries,
+    slot_of,
 )
-from kernels.attention.triton_parts import merge_parts, write_part, write_rows
+from kernels.attention.triton_parts import average_if_last, merge_splits, write_part, write_rows
 from kernels.attention.triton_plan import (
+    DEFAULT,
+    LONG_STEPS,
     MAX_COUNTERS,
-    MIN_SPLIT_KEYS,
+    SHORT_STEPS,
+    TUNINGS,
     Shape,
     TilePlan,
+    Tuning,
     plan_tiles,
 )
 from kernels.linear.scaled import FP8
@@ -50,10 +69,11 @@ BLOCK_SIZE = 16
 HEAD_DIMS = (16, 32, 64, 128)
 MAX_GROUP = 64
 _FEW_STEPS = 8
+_MERGED_NUMBERS = 8192  # of parts that a program reads at a time: 64 registers of 4 warps
 _INTERPRETED_PROCESSORS = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_columns"])
 def attend_splits(
     out_ptr,  # [T, Hq * D]; not written with SPLIT, except with MERGES
     parts_ptr,  # with SPLIT: [tiles, Hkv, splits, BLOCK_M, D] float32
@@ -83,6 +103,7 @@ def attend_splits(
     v_stride_slot,
     v_stride_head,
     table_stride,
+    table_columns,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -93,7 +114,11 @@ def attend_splits(
     SEARCH: tl.constexpr,
     SPLIT: tl.constexpr,
     MERGES: tl.constexpr,  # with SPLIT: the last program averages the parts
-    MAX_SPLITS: tl.constexpr,  # with MERGES: a power of 2, at least the number of splits
+    MERGED_ROWS: tl.constexpr,  # with MERGES: the rows of the tile that are used, a power of 2
+    MERGED_PARTS: tl.constexpr,  # with MERGES: parts that are read at a time, a power of 2
+    EARLY: tl.constexpr,  # rows are expected to have `most` queries each; needs that many tokens
+    ONE: tl.constexpr,  # 1: batch rows have at most one query; 0: they may have more
+    ALIKE: tl.constexpr,  # keys and values have the same strides
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """One part of the keys of one tile for one KV head. Grid (Hkv, splits, tiles)."""
@@ -106,25 +131,43 @@ def attend_splits(
     count = tl.load(cu_q_ptr + row + 1) - start
     prefix = tl.load(prefix_lens_ptr + row)
     first_key = tl.load(first_keys_ptr + row)
-    if (count < fewest) | (count > most) | (first_query >= count):
-        return
 
     rows = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, D)
     queries = first_query + rows // GROUP  # within the batch row
-    wanted = (rows < BLOCK_M // GROUP * GROUP) & (queries < count)  # [BLOCK_M]
-    tokens = (start + queries).to(tl.int64)
     heads = kv_head * GROUP + rows % GROUP
-    ancestors = tl.load(ancestors_ptr + tokens, mask=wanted, other=0)
-    q = tl.load(
-        q_ptr + (tokens * q_stride_token + heads * q_stride_head)[:, None] + columns[None, :],
-        mask=wanted[:, None],
-        other=0.0,
-    )
+    in_tile = rows < BLOCK_M // GROUP * GROUP
+    table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
+    table_end = table_columns * BLOCK_SIZE  # no key lies there or beyond
+    likely_start, likely_key = row * most, split * (MIN_STEPS * BLOCK_N)
+    if EARLY:  # the place of the queries and of the first keys, if rows are as usual
+        blocks = find_blocks(table_ptr, likely_key + tl.arange(0, BLOCK_N), table_end, BLOCK_SIZE)
+        ancestors, q = load_queries(
+            ancestors_ptr, q_ptr, likely_start, queries, heads, in_tile & (queries < most),
+            q_stride_token, q_stride_head, D, ONE,
+        )  # fmt: skip
+    if (count < fewest) | (count > most) | (first_query >= count):
+        return
+    wanted = in_tile & (queries < count)  # [BLOCK_M]
+    if EARLY:
+        if start != likely_start:
+            ancestors, q = load_queries(
+                ancestors_ptr, q_ptr, start, queries, heads, wanted,
+                q_stride_token, q_stride_head, D, ONE,
+            )  # fmt: skip
+        ancestors = ancestors if ONE else tl.where(wanted, ancestors, 0)
+    else:
+        ancestors, q = load_queries(
+            ancestors_ptr, q_ptr, start, queries, heads, wanted,
+            q_stride_token, q_stride_head, D, ONE,
+        )  # fmt: skip
 
     # Suffix entries that some query of the tile sees: those below `causal` and the bits of `tree`.
-    causal = tl.max(tl.where(wanted & (ancestors == 0), queries + 1, 0), axis=0)
-    tree = tl.reduce(ancestors, 0, either)
+    if ONE:
+        causal = 0
+        tree = tl.where(ancestors == 0, 1, ancestors)  # causal: the query sees itself
+    else:
+        causal = tl.max(tl.where(wanted & (ancestors == 0), queries + 1, 0), axis=0)
+        tree = tl.reduce(ancestors, 0, either)
     num_keys = prefix + tl.maximum(causal, bit_length(tree)) - first_key
     # All queries of the tile see the first `num_plain` keys.
     num_plain = prefix - first_key + tl.where(tree == 0, first_query + 1, 0)
@@ -133,96 +176,95 @@ def attend_splits(
     parts = tl.minimum(tl.num_programs(1), tl.cdiv(steps, MIN_STEPS))
     if MERGES and split >= parts:
         return
-    begin = steps * tl.minimum(split, parts) // parts
-    end = steps * tl.minimum(split + 1, parts) // parts
+    each = steps // parts  # the first parts have one step more
+    more = steps - each * parts
+    begin = tl.minimum(split * each + tl.minimum(split, more), steps)
+    end = tl.minimum(begin + each + (split < more).to(tl.int32), steps)
     plain_end = tl.minimum(tl.maximum(num_plain // BLOCK_N, begin), end)
     # Nothing is prefetched between the two loops, so a short part is quicker in one.
     plain_end = tl.where((plain_end < end) & (end - begin <= FEW_STEPS), begin, plain_end)
 
-    table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
+    keys_at = first_key + begin * BLOCK_N + tl.arange(0, BLOCK_N)
+    end_key = tl.minimum(first_key + end * BLOCK_N, table_end)
+    if EARLY:
+        if first_key + begin * BLOCK_N != likely_key:
+            blocks = find_blocks(table_ptr, keys_at, end_key, BLOCK_SIZE)
+    else:
+        blocks = find_blocks(table_ptr, keys_at, end_key, BLOCK_SIZE)
     k_ptr += kv_head.to(tl.int64) * k_stride_head
     v_ptr += kv_head.to(tl.int64) * v_stride_head
     out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for MASKED in tl.static_range(2):
-        out, peak, total = attend_steps(
-            out, peak, total, q, queries, ancestors, causal, tree,
-            plain_end if MASKED else begin, end if MASKED else plain_end,
-            first_key, prefix, table_ptr, k_ptr, v_ptr, scale,
+    for MASKED in tl.static_range(ONE, 2):  # for one query, masks cost nothing
+        out, peak, total, blocks = attend_steps(
+            out, peak, total, blocks, q, queries, ancestors, causal, tree,
+            begin if ONE else (plain_end if MASKED else begin), end if MASKED else plain_end,
+            first_key, prefix, end_key, table_ptr, k_ptr, v_ptr, scale,
             k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
-            D, BLOCK_SIZE, BLOCK_N, MASKED, PRODUCT,
+            D, BLOCK_SIZE, BLOCK_N, MASKED, ONE, ALIKE, PRODUCT,
         )  # fmt: skip
 
     out = out / tl.where(total > 0, total, 1.0)[:, None] * value_scale
-    own = tokens * out_stride + heads * D
-    if SPLIT:
+    own = (start + queries).to(tl.int64) * out_stride + heads * D
+    if not SPLIT:
+        write_rows(out_ptr, own, out, wanted, D)
+    else:
         first_part = (tile.to(tl.int64) * tl.num_programs(0) + kv_head) * tl.num_programs(1)
-        if MERGES:
-            if parts == 1:
-                write_rows(out_ptr, own, out, wanted, columns)
-            else:
-                write_part(
-                    parts_ptr,
-                    log_sums_ptr,
-                    first_part + split,
-                    out,
-                    peak,
-                    total,
-                    wanted,
-                    D,
-                    BLOCK_M,
-                )
-                tl.debug_barrier()  # all threads have written before one says so
-                counter_ptr = counters_ptr + tile * tl.num_programs(0) + kv_head
-                if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
-                    merged = merge_parts(
-                        parts_ptr, log_sums_ptr, first_part, parts, wanted, D, BLOCK_M, MAX_SPLITS
-                    )
-                    write_rows(out_ptr, own, merged, wanted, columns)
-                    tl.store(counter_ptr, 0)  # for the next launch
+        if MERGES and parts == 1:
+            write_rows(out_ptr, own, out, wanted, D)
         else:
             write_part(
-                parts_ptr, log_sums_ptr, first_part + split, out, peak, total, wanted, D, BLOCK_M
-            )
-    else:
-        write_rows(out_ptr, own, out, wanted, columns)
+                parts_ptr, log_sums_ptr, first_part + split, out, peak, total, wanted, end - begin,
+                D, BLOCK_M,
+            )  # fmt: skip
+            if MERGES:
+                average_if_last(
+                    counters_ptr + tile * tl.num_programs(0) + kv_head,
+                    out_ptr, parts_ptr, log_sums_ptr, first_part, parts,
+                    start, count, first_query, kv_head, out_stride,
+                    GROUP, D, BLOCK_M, MERGED_ROWS, MERGED_PARTS,
+                )  # fmt: skip
 
 
 @triton.jit
 def attend_steps(
-    out, peak, total, q, queries, ancestors, causal, tree, begin, end, first_key, prefix,
-    table_ptr, k_ptr, v_ptr, scale, k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+    out, peak, total, blocks, q, queries, ancestors, causal, tree, begin, end, first_key, prefix,
+    end_key, table_ptr, k_ptr, v_ptr, scale,
+    k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    ONE: tl.constexpr, ALIKE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Add the keys of steps begin .. end-1: `out` [BLOCK_M, D] sums values weighted by
-    2^(score - peak), `total` the weights. Without MASKED all queries see all of these keys."""
-    columns = tl.arange(0, D)
-    end_key = first_key + end * BLOCK_N
+    2^(score - peak), `total` the weights. Without MASKED all queries see all of these keys.
+    `blocks` are those of step `begin`; the result has those of step `end`, if its keys lie before
+    `end_key`."""
+    columns = tl.arange(0, D)[None, :]
+    k_ptrs, v_ptrs = k_ptr + columns, v_ptr + columns
     # Blocks are looked up one step ahead. If the step that uses them looked them up, the compiler
     # would spend its pipeline stages on the lookup and prefetch no keys.
-    keys_at = first_key + begin * BLOCK_N + tl.arange(0, BLOCK_N)
-    blocks = find_blocks(table_ptr, keys_at, end_key, prefix, causal, tree, BLOCK_SIZE, MASKED)
     for step in range(begin, end):
         keys_at = first_key + step * BLOCK_N + tl.arange(0, BLOCK_N)
-        next_blocks = find_blocks(
-            table_ptr, keys_at + BLOCK_N, end_key, prefix, causal, tree, BLOCK_SIZE, MASKED
-        )
-        entries = keys_at - prefix  # index in the suffix; negative in the prefix
-        slots = keys_at % BLOCK_SIZE
-        k_ptrs = (blocks * k_stride_block + slots * k_stride_slot)[:, None] + columns[None, :]
-        v_ptrs = (blocks * v_stride_block + slots * v_stride_slot)[:, None] + columns[None, :]
+        next_blocks = find_blocks(table_ptr, keys_at + BLOCK_N, end_key, BLOCK_SIZE)
+        wide = blocks.to(tl.int64)
+        slots = slot_of(keys_at, BLOCK_SIZE)
+        k_places = (wide * k_stride_block + slots * k_stride_slot)[:, None]
+        v_places = k_places
+        if not ALIKE:
+            v_places = (wide * v_stride_block + slots * v_stride_slot)[:, None]
         if MASKED:
+            entries = keys_at - prefix  # index in the suffix; negative in the prefix
             seen = is_seen(entries, causal, tree)  # other keys may hold NaN
-            keys = tl.load(k_ptr + k_ptrs, mask=seen[:, None], other=0.0)
-            values = tl.load(v_ptr + v_ptrs, mask=seen[:, None], other=0.0)
+            keys = tl.load(k_ptrs + k_places, mask=seen[:, None], other=0.0)
+            values = tl.load(v_ptrs + v_places, mask=seen[:, None], other=0.0)
         else:
-            keys = tl.load(k_ptr + k_ptrs)
-            values = tl.load(v_ptr + v_ptrs)
+            keys = tl.load(k_ptrs + k_places)
+            values = tl.load(v_ptrs + v_places)
         keys = tl.trans(keys.to(q.dtype)).to(PRODUCT)
         scores = tl.dot(q.to(PRODUCT), keys, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-        if MASKED:
+        if MASKED and ONE:
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+        elif MASKED:
             is_tree = (ancestors != 0)[:, None]
             in_chunk = entries[None, :] <= queries[:, None]
             in_tree = (entries < 0)[None, :] | has_bit(ancestors[:, None], entries[None, :])
@@ -238,61 +280,7 @@ def attend_steps(
         out = tl.dot(weights, values, acc=out * fade[:, None], input_precision="ieee")
         peak = new_peak
         blocks = next_blocks
-    return out, peak, total
-
-
-@triton.jit
-def merge_splits(
-    out_ptr,  # [T, Hq * D]
-    parts_ptr,  # [tiles, Hkv, splits, BLOCK_M, D] float32
-    log_sums_ptr,  # [tiles, Hkv, splits, BLOCK_M] float32
-    cu_q_ptr,  # [B + 1] int32
-    num_rows,
-    tiles_per_row,
-    fewest,
-    most,
-    num_splits,
-    out_stride,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,  # a power of 2, at least num_splits
-    SEARCH: tl.constexpr,
-):
-    """Merge the parts of MERGED_ROWS rows of a tile. Grid (groups of rows, Hkv, tiles)."""
-    await_inputs()
-    kv_head, tile = tl.program_id(1), tl.program_id(2)
-    row, first_query = find_tile(tile, cu_q_ptr, num_rows, tiles_per_row, BLOCK_M // GROUP, SEARCH)
-    start = tl.load(cu_q_ptr + row)
-    count = tl.load(cu_q_ptr + row + 1) - start
-    first_row = tl.program_id(0) * MERGED_ROWS
-    if (count < fewest) | (count > most) | (first_query + first_row // GROUP >= count):
-        return
-    rows = first_row + tl.arange(0, MERGED_ROWS)
-    queries = first_query + rows // GROUP
-    wanted = (rows < BLOCK_M // GROUP * GROUP) & (queries < count)  # [MERGED_ROWS]
-    splits = tl.arange(0, MAX_SPLITS)
-    first_part = (tile.to(tl.int64) * tl.num_programs(1) + kv_head) * num_splits
-    part_rows = (first_part + splits)[:, None] * BLOCK_M + rows[None, :]
-    log_sums = tl.load(
-        log_sums_ptr + part_rows,
-        mask=(splits < num_splits)[:, None] & wanted[None, :],
-        other=float("-inf"),
-    )  # [MAX_SPLITS, MERGED_ROWS]
-    columns = tl.arange(0, D)
-    parts = tl.load(
-        parts_ptr + part_rows[:, :, None] * D + columns[None, None, :],
-        mask=(log_sums > float("-inf"))[:, :, None],  # an empty part was not written
-        other=0.0,
-    )
-    peak = tl.max(log_sums, axis=0)
-    weights = tl.exp2(log_sums - tl.where(wanted, peak, 0.0)[None, :])
-    total = tl.where(wanted, tl.sum(weights, axis=0), 1.0)
-    out = tl.sum(parts * weights[:, :, None], axis=0) / total[:, None]
-    targets = (start + queries).to(tl.int64) * out_stride + (kv_head * GROUP + rows % GROUP) * D
-    out_ptrs = out_ptr + targets[:, None] + columns[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None])
+    return out, peak, total, blocks
 
 
 def attention(
@@ -302,11 +290,13 @@ def attention(
     meta: AttentionMeta,
     scale: float,
     scales: CacheScales = UNSCALED,
+    tuning: Tuning = DEFAULT,
 ) -> Tensor:
     """As the reference: queries q [T, Hq, D] over caches [num_blocks, 16, Hkv, D] -> [T, Hq * D].
 
     Tokens from cu_q[-1] on belong to no row and get no output. bfloat16 queries need bfloat16 or
     FP8 caches. Products are summed in float32; softmax weights are rounded to the type of q.
+    `tuning` decides how keys are shared between programs: it changes the last bits only.
 
     Raises:
         ValueError: the kernel does not support a type or shape.
@@ -316,7 +306,8 @@ def attention(
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
     factors = _Factors(scale * scales.key, scales.value)
-    for launch in _launches_of(q, k_cache, v_cache, meta, factors, out, _num_processors(q.device)):
+    processors = _num_processors(q.device)
+    for launch in _launches_of(q, k_cache, v_cache, meta, factors, out, processors, tuning):
         launch.run()
     return out
 
@@ -363,7 +354,26 @@ def _launches_of(
     factors: _Factors,
     out: Tensor,
     num_processors: int,
+    tuning: Tuning,
 ) -> list[Launch]:
+    kv_heads, D, group = k_cache.shape[2], q.shape[2], q.shape[1] // k_cache.shape[2]
+    launches = []
+    for plan in plans_of(q, k_cache, meta, tuning, num_processors):
+        parts = _Parts.of(plan, kv_heads, D, q.device) if plan.num_splits > 1 else None
+        launches.append(_attend(q, k_cache, v_cache, meta, factors, out, parts, plan))
+        if parts is not None and not plan.merges:
+            launches.append(_merge(out, *parts, meta, plan, group))
+    return launches
+
+
+def plans_of(
+    q: Tensor,
+    k_cache: Tensor,
+    meta: AttentionMeta,
+    tuning: Tuning,
+    num_processors: int | None = None,
+) -> tuple[TilePlan, ...]:
+    """The launches of one call. `num_processors`: by default those of the device."""
     (T, heads, D), kv_heads = q.shape, k_cache.shape[2]
     shape = Shape(
         num_tokens=T,
@@ -373,15 +383,9 @@ def _launches_of(
         group=heads // kv_heads,
         kv_heads=kv_heads,
         head_dim=D,
-        num_processors=num_processors,
+        num_processors=num_processors or _num_processors(q.device),
     )
-    launches = []
-    for plan in plan_tiles(shape):
-        parts = _Parts.of(plan, kv_heads, D, q.device) if plan.num_splits > 1 else None
-        launches.append(_attend(q, k_cache, v_cache, meta, factors, out, parts, plan))
-        if parts is not None and not plan.merges:
-            launches.append(_merge(out, *parts, meta, plan, shape.group))
-    return launches
+    return plan_tiles(shape, tuning)
 
 
 class _Factors(NamedTuple):
@@ -421,12 +425,15 @@ def _attend(
 ) -> Launch:
     kv_heads, D = k_cache.shape[2:]
     group = q.shape[1] // kv_heads
+    merged_rows = min(triton.next_power_of_2(group * max(plan.most, 1)), plan.block_m)
     values, log_sums = parts or (None, None)
     # The interpreter cannot multiply bfloat16.
     exact = q.dtype == torch.float32 or q.device.type == "cpu"
-    kept = ", fp8 cache" if k_cache.dtype is FP8 else ""
+    words = [_name(plan, group, D), *["merges"] * plan.merges, *["one query"] * (plan.most == 1)]
+    words += [*["early"] * plan.early, f"steps of {plan.cut.step_keys}"]
+    words += ["fp8 cache"] * (k_cache.dtype is FP8)
     return Launch(
-        name=f"attend_splits[{_name(plan, group, D)}{kept}]",
+        name=f"attend_splits[{', '.join(words)}]",
         kernel=attend_splits,
         grid=(kv_heads, plan.num_splits, plan.num_tiles),
         arguments={
@@ -454,19 +461,24 @@ def _attend(
             "v_stride_slot": v_cache.stride(1),
             "v_stride_head": v_cache.stride(2),
             "table_stride": meta.block_tables.stride(0),
+            "table_columns": meta.block_tables.shape[1],
             "GROUP": group,
             "D": D,
             "BLOCK_SIZE": k_cache.shape[1],
-            "BLOCK_N": plan.block_n,
-            "MIN_STEPS": MIN_SPLIT_KEYS // plan.block_n,
+            "BLOCK_N": plan.cut.step_keys,
+            "MIN_STEPS": plan.cut.part_keys // plan.cut.step_keys,
             "FEW_STEPS": _FEW_STEPS,
             "SPLIT": parts is not None,
             "MERGES": plan.merges,
-            "MAX_SPLITS": triton.next_power_of_2(plan.num_splits) if plan.merges else 1,
+            "MERGED_ROWS": merged_rows,
+            "MERGED_PARTS": min(max(_MERGED_NUMBERS // (merged_rows * D), 1), 16),
+            "EARLY": plan.early,
+            "ONE": int(plan.most == 1),
+            "ALIKE": k_cache.stride()[:2] == v_cache.stride()[:2],
             "PRODUCT": tl.float32 if exact else tl.bfloat16,
         },
-        num_warps=plan.num_warps,
-        num_stages=4 if plan.block_m < 64 else 3,
+        num_warps=plan.cut.num_warps,
+        num_stages=plan.cut.num_stages,
         wgmma=plan.block_m >= 64,
         min_load_bits=WIDEST_LOAD,
     )
@@ -514,8 +526,6 @@ def _tile_arguments(meta: AttentionMeta, plan: TilePlan) -> dict[str, object]:
 def _name(plan: TilePlan, group: int, D: int) -> str:
     words = [f"D={D}", f"group={group}", f"rows={plan.block_m}"]
     words += ["split"] * (plan.num_splits > 1) + ["search"] * plan.search
-    if plan.merges:
-        words.append(f"merges<={triton.next_power_of_2(plan.num_splits)}")
     return ", ".join(words)
 
 
@@ -524,6 +534,7 @@ _KNOWN_HEADS = ((9, 3, 64), (32, 8, 128), (8, 1, 128), (5, 1, 128))
 _FP8_HEADS = ((9, 3, 64), (8, 1, 128))  # of these, also with caches in FP8
 _KNOWN_BATCHES = (  # rows, queries of each or None for a mixed batch, context
     (1, 1, 8192),
+    (16, 1, 8192),
     (64, 1, 8192),
     (1, 8, 8192),
     (64, 8, 8192),
@@ -535,7 +546,8 @@ _KNOWN_BATCHES = (  # rows, queries of each or None for a mixed batch, context
 
 
 def launches() -> list[Launch]:
-    """What the engine launches on a GPU of 132 processors, for the heads of the models we know."""
+    """What the engine launches on a GPU of 132 processors, for the heads of the models we know and
+    all tunings (of FP8 caches: two)."""
     found = {}
     for heads, kv_heads, D in _KNOWN_HEADS:
         kinds = (torch.bfloat16, FP8) if (heads, kv_heads, D) in _FP8_HEADS else (torch.bfloat16,)
@@ -546,8 +558,9 @@ def launches() -> list[Launch]:
             for dtype in kinds:
                 cache = torch.empty(4096, BLOCK_SIZE, kv_heads, D, dtype=dtype, device="meta")
                 factors = _Factors(D**-0.5, 1.0)
-                made = _launches_of(q, cache, cache, meta, factors, q.flatten(1), 132)
-                found.update({launch.name: launch for launch in made})
+                for tuning in TUNINGS.values() if dtype is not FP8 else (SHORT_STEPS, LONG_STEPS):
+                    made = _launches_of(q, cache, cache, meta, factors, q.flatten(1), 132, tuning)
+                    found.update({launch.name: launch for launch in made})
     return list(found.values())
 
 

@@ -1,4 +1,5 @@
-"""What the attention kernels look up: the row of a tile, blocks of keys, bits of ancestor masks."""
+"""What the attention kernels look up: the row of a tile, its queries, blocks of keys, bits of
+ancestor masks."""
 
 from __future__ import annotations
 
@@ -29,23 +30,34 @@ def find_tile(
 
 
 @triton.jit
-def find_blocks(
-    table_ptr,
-    keys_at,
-    end_key,
-    prefix,
-    causal,
-    tree,
-    BLOCK_SIZE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Blocks of cache positions, int64. The table is not read from end_key on, nor, with MASKED,
-    for keys that no query of the tile sees: they may lie outside the table."""
-    wanted = keys_at < end_key
-    if MASKED:
-        wanted &= is_seen(keys_at - prefix, causal, tree)
-    blocks = tl.load(table_ptr + keys_at // BLOCK_SIZE, mask=wanted, other=0)
-    return blocks.to(tl.int64)
+def find_blocks(table_ptr, keys_at, end_key, BLOCK_SIZE: tl.constexpr):
+    """Blocks of cache positions; 0 from `end_key` on. Those of keys that no query sees may be
+    anything."""
+    columns = keys_at.to(tl.uint32) // BLOCK_SIZE  # unsigned, this is one instruction
+    return tl.load(table_ptr + columns, mask=keys_at < end_key, other=0)
+
+
+@triton.jit
+def slot_of(keys_at, BLOCK_SIZE: tl.constexpr):
+    """The places of cache positions in their blocks."""
+    return (keys_at.to(tl.uint32) % BLOCK_SIZE).to(tl.int32)
+
+
+@triton.jit
+def load_queries(
+    ancestors_ptr, q_ptr, start, queries, heads, wanted, q_stride_token, q_stride_head,
+    D: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Ancestor masks [BLOCK_M] int64, or with ONE that of the only query, and queries [BLOCK_M, D]
+    of the batch row whose first token is `start`; zeros for rows that are not wanted."""
+    tokens = (start + queries).to(tl.int64)
+    if ONE:
+        ancestors = tl.load(ancestors_ptr + start)
+    else:
+        ancestors = tl.load(ancestors_ptr + tokens, mask=wanted, other=0)
+    places = tokens * q_stride_token + heads * q_stride_head
+    q_ptrs = q_ptr + places[:, None] + tl.arange(0, D)[None, :]
+    return ancestors, tl.load(q_ptrs, mask=wanted[:, None], other=0.0)
 
 
 @triton.jit
@@ -63,7 +75,7 @@ def either(one, other):
 def has_bit(words, places):
     """Whether bit `places` of int64 words is set; False outside 0 .. 63."""
     half = tl.where(places < 32, words.to(tl.int32), (words >> 32).to(tl.int32))
-    return (((half >> (places & 31)) & 1) != 0) & (places >= 0) & (places < 64)
+    return (((half >> (places & 31)) & 1) != 0) & (places.to(tl.uint32) < 64)
 
 
 @triton.jit

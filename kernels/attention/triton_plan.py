@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SHORT_TILE = 64  # query rows (queries x heads of a group) per tile in decoding or drafting
 LONG_TILE = 128  # query rows per tile in a prefill chunk
-MIN_SPLIT_KEYS = 128  # with fewer keys a split costs more than it saves
 MAX_SPLITS = 128
 MAX_PART_BYTES = 64 * 2**20  # partial results of one launch
 MAX_MERGED_SPLITS = 32  # that one program averages
@@ -19,6 +19,53 @@ MERGING_TILE = 16  # up to so many query rows, the last program of a tile averag
 MANY_PROGRAMS = 64  # tiles times KV heads, before splits
 MAX_COUNTERS = 2**16  # pairs of tile and KV head that can count their programs
 ENOUGH = 0.9  # share of the best fill that any number of splits gives
+
+
+class Cut(NamedTuple):
+    """How the keys of a kind of tile are shared between programs."""
+
+    step_keys: int  # keys of one step of the loop
+    num_warps: int
+    num_stages: int  # steps whose keys are on their way, and the one that computes
+    part_keys: int  # least keys of a part: with fewer, a split costs more than it saves
+    places: int  # programs of a processor that are looked for
+    early: bool  # reads queries and the first blocks together with the lengths
+
+
+class Tuning(NamedTuple):
+    """The cuts of all short tiles. Which is fastest, only a device can tell."""
+
+    few: Cut  # decode rows; fewer than MANY_PROGRAMS tiles times KV heads
+    many: Cut  # the same, of more
+    trees: Cut  # more than MERGING_TILE query rows; decode rows of which each has many parts
+
+    @property
+    def name(self) -> str:
+        return next(name for name, tuning in TUNINGS.items() if tuning == self)
+
+
+# With steps of 32, more programs of decode rows are on a processor at a time: on an H200, 64 rows
+# were 8 to 22 % faster than with 64, and one row 9 to 13 %. A processor has room for four of them,
+# but for a row alone, so many parts take longer to average than they save.
+_SMALL = Cut(step_keys=32, num_warps=4, num_stages=4, part_keys=128, places=2, early=False)
+_FULL = _SMALL._replace(places=4)
+_LARGE = Cut(step_keys=128, num_warps=8, num_stages=3, part_keys=128, places=1, early=True)
+_MEDIUM = Cut(step_keys=64, num_warps=4, num_stages=4, part_keys=128, places=2, early=True)
+_CHUNKS = Cut(step_keys=64, num_warps=8, num_stages=3, part_keys=128, places=1, early=False)
+
+SHORT_STEPS = Tuning(_SMALL, _FULL, _SMALL)  # what ran on an H200
+# Trees do not look early: Triton 3.6 would prefetch no keys for them.
+EARLY_STEPS = Tuning(_SMALL._replace(early=True), _FULL._replace(early=True), _SMALL)
+LONG_STEPS = EARLY_STEPS._replace(few=_LARGE)
+TUNINGS = {
+    "short_steps": SHORT_STEPS,
+    "early": EARLY_STEPS,
+    "medium_steps": EARLY_STEPS._replace(few=_MEDIUM),
+    "long_steps": LONG_STEPS,
+    "long_parts": LONG_STEPS._replace(few=_LARGE._replace(part_keys=512)),
+    "always_long_steps": LONG_STEPS._replace(many=_LARGE),
+}
+DEFAULT = LONG_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +80,8 @@ class TilePlan:
     search: bool
     num_splits: int
     merges: bool  # the programs average the parts themselves
-
-    @property
-    def num_warps(self) -> int:
-        return 8 if self.block_m == LONG_TILE else 4
-
-    @property
-    def block_n(self) -> int:
-        """Keys of one step. With 32, more programs of decode rows are on a processor at a time: on
-        an H200, 64 rows were 8 to 22 % faster than with 64, and one row 9 to 13 %."""
-        return 64 if self.block_m == LONG_TILE else 32
+    early: bool
+    cut: Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +99,23 @@ class Shape:
 
 
 @functools.lru_cache(maxsize=256)  # every layer of a step asks for the same plan
-def plan_tiles(shape: Shape) -> tuple[TilePlan, ...]:
+def plan_tiles(shape: Shape, tuning: Tuning) -> tuple[TilePlan, ...]:
     """One launch if all rows fit a short tile or have equally many queries; else one for the rows
     that fit a short tile and one for the others."""
     rows = shape.max_q * shape.group
     if rows <= SHORT_TILE:
         block_m = max(16, 1 << (rows - 1).bit_length())
-        return (_plan(shape, block_m, 0, shape.max_q),)
+        return (_plan(shape, tuning, block_m, 0, shape.max_q),)
     if shape.num_tokens == shape.num_rows * shape.max_q:  # equally many queries
-        return (_plan(shape, LONG_TILE, 0, shape.max_q),)
+        return (_plan(shape, tuning, LONG_TILE, 0, shape.max_q),)
     short = SHORT_TILE // shape.group
     return (
-        _plan(shape, SHORT_TILE, 0, short),
-        _plan(shape, LONG_TILE, short + 1, shape.max_q),
+        _plan(shape, tuning, SHORT_TILE, 0, short),
+        _plan(shape, tuning, LONG_TILE, short + 1, shape.max_q),
     )
 
 
-def _plan(shape: Shape, block_m: int, fewest: int, most: int) -> TilePlan:
+def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) -> TilePlan:
     queries = block_m // shape.group  # of one tile
     per_row = math.ceil(most / queries)
     searched = shape.num_tokens // queries + shape.num_rows  # tiles, see find_tile
@@ -84,27 +123,41 @@ def _plan(shape: Shape, block_m: int, fewest: int, most: int) -> TilePlan:
     busy = min(num_tiles, math.ceil(shape.num_tokens / queries)) if fewest else num_tiles
     part_bytes = max(4 * num_tiles * shape.kv_heads * block_m * shape.head_dim, 1)
     programs = busy * shape.kv_heads
+    cut = _cut(tuning, block_m, programs, shape.num_processors)
     splits = choose_splits(
         num_programs=programs,
-        places=shape.num_processors * _places_of_processor(block_m, programs),
+        places=shape.num_processors * cut.places,
         max_splits=min(
             MAX_SPLITS,
-            math.ceil(shape.max_context / MIN_SPLIT_KEYS),
+            math.ceil(shape.max_context / cut.part_keys),
             MAX_PART_BYTES // part_bytes,
         ),
     )
     search = num_tiles < shape.num_rows * per_row
     counted = num_tiles * shape.kv_heads <= MAX_COUNTERS
-    merges = 1 < splits <= MAX_MERGED_SPLITS and block_m <= MERGING_TILE and counted
-    return TilePlan(block_m, fewest, most, num_tiles, per_row, search, splits, merges)
+    return TilePlan(
+        block_m=block_m,
+        fewest=fewest,
+        most=most,
+        num_tiles=num_tiles,
+        tiles_per_row=per_row,
+        search=search,
+        num_splits=splits,
+        merges=1 < splits <= MAX_MERGED_SPLITS and block_m <= MERGING_TILE and counted,
+        # The places where queries are expected must exist.
+        early=cut.early and not search and shape.num_rows * most <= shape.num_tokens,
+        cut=cut,
+    )
 
 
-def _places_of_processor(block_m: int, num_programs: int) -> int:
-    """How many programs of a processor are looked for. It has room for four of the smallest, but
-    for a row alone, so many parts would take longer to average than they save."""
+def _cut(tuning: Tuning, block_m: int, num_programs: int, num_processors: int) -> Cut:
     if block_m == LONG_TILE:
-        return 1
-    return 4 if block_m <= MERGING_TILE and num_programs >= MANY_PROGRAMS else 2
+        return _CHUNKS
+    # More parts than one program averages take a second launch, whatever the cut.
+    if block_m > MERGING_TILE or num_programs * MAX_MERGED_SPLITS < num_processors:
+        cut = tuning.trees
+        return cut._replace(num_stages=min(cut.num_stages, 3)) if block_m == SHORT_TILE else cut
+    return tuning.many if num_programs >= MANY_PROGRAMS else tuning.few
 
 
 def choose_splits(num_programs: int, places: int, max_splits: int) -> int:

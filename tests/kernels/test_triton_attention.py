@@ -11,9 +11,13 @@ from torch import Tensor
 
 from kernels.attention import reference
 from kernels.attention.triton_plan import (
+    LONG_STEPS,
     MAX_PART_BYTES,
     MAX_SPLITS,
+    SHORT_STEPS,
+    TUNINGS,
     Shape,
+    Tuning,
     choose_splits,
     plan_tiles,
 )
@@ -62,9 +66,15 @@ def paged(
     )
 
 
-def check(q: Tensor, caches: Caches, meta: AttentionMeta, scale: float | None = None) -> Tensor:
+def check(
+    q: Tensor,
+    caches: Caches,
+    meta: AttentionMeta,
+    scale: float | None = None,
+    tuning: Tuning = SHORT_STEPS,
+) -> Tensor:
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    got = kernel.attention(q, *caches, meta, scale)
+    got = kernel.attention(q, *caches, meta, scale, tuning=tuning)
     owned = int(meta.cu_q[-1])
     safe = replace(meta, block_tables=meta.block_tables.clamp(max=len(caches[0]) - 1))
     expected = reference.attention(q[:owned].float(), *caches, safe, scale)
@@ -212,6 +222,29 @@ def test_parts_merge_into_the_reference(rows: Rows, heads: int, dtype: torch.dty
     check(numbers(len(meta.ancestors), heads, 64, seed=9, dtype=dtype), caches, meta)
 
 
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize("tuning", [name for name in TUNINGS if name != SHORT_STEPS.name])
+@pytest.mark.parametrize("first_keys", [[0, 0, 0], [133, 0, 100]])
+def test_every_tuning_equals_the_reference(tuning: str, first_keys: list[int]) -> None:
+    """Also where the keys do not begin where programs look for them first."""
+    caches, meta = paged([(1300, 1), (0, 1), (130, 1)], 1, 64)
+    meta = replace(meta, first_keys=torch.tensor(first_keys, dtype=torch.int32, device=DEVICE))
+    check(numbers(3, 4, 64, seed=9), caches, meta, tuning=TUNINGS[tuning])
+
+
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize("counts", [[4, 2], [2, 4], [0, 4]])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_queries_need_not_be_where_they_are_looked_for(counts: list[int], heads: int) -> None:
+    """Trees of different sizes with padding after them: a row's queries may begin earlier than if
+    all rows had as many as the largest."""
+    caches, meta = paged(list(zip([500, 300], counts, strict=True)), 1, 64)
+    masks = [mask for row, count in enumerate(counts) for mask in tree_masks(count, row)[:count]]
+    masks += [0] * (8 - len(masks))
+    meta = replace(meta, ancestors=torch.tensor(masks, device=DEVICE))
+    check(numbers(8, heads, 64, seed=9), caches, meta, tuning=LONG_STEPS)
+
+
 @pytest.mark.parametrize("queries", [1, 20])
 def test_rows_without_queries_are_passed_over(queries: int) -> None:
     """Padding rows of a captured batch: the kernel reads and writes nothing for them."""
@@ -227,7 +260,7 @@ def test_rows_without_queries_are_passed_over(queries: int) -> None:
         block_tables=tables,
         ancestors=torch.zeros(2 * queries + 3, dtype=torch.int64, device=DEVICE),
     )
-    got = check(numbers(2 * queries + 3, 4, 64, seed=9), caches, meta)
+    got = check(numbers(2 * queries + 3, 4, 64, seed=9), caches, meta, tuning=LONG_STEPS)
     assert got[2 * queries :].isnan().all()  # as it was before
 
 
@@ -370,22 +403,44 @@ def test_rows_of_one_kind_take_one_launch(
     shape = replace(
         EIGHT_B, num_tokens=rows * queries, num_rows=rows, max_q=queries, max_context=context
     )
-    (plan,) = plan_tiles(shape)
+    (plan,) = plan_tiles(shape, SHORT_STEPS)
     assert (plan.block_m, plan.num_splits) == (block_m, splits)
     assert (plan.fewest, plan.most, plan.search) == (0, queries, False)
     assert plan.tiles_per_row * (block_m // 4) >= queries
     assert plan.merges == (block_m == 16 and splits > 1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "queries", "context", "step_keys", "splits"),
+    [
+        (1, 1, 8192, 128, 15),  # nearly one program for each processor
+        (1, 1, 300, 128, 3),
+        (4, 1, 8192, 128, 4),
+        (16, 1, 8192, 32, 4),  # many rows: four programs of a processor
+        (1, 8, 8192, 32, 30),  # a tree
+    ],
+)
+def test_long_steps_are_for_few_rows(
+    rows: int, queries: int, context: int, step_keys: int, splits: int
+) -> None:
+    shape = replace(
+        EIGHT_B, num_tokens=rows * queries, num_rows=rows, max_q=queries, max_context=context
+    )
+    (plan,) = plan_tiles(shape, LONG_STEPS)
+    assert (plan.cut.step_keys, plan.num_splits, plan.early) == (step_keys, splits, queries == 1)
+    (plan,) = plan_tiles(replace(shape, num_tokens=rows * queries - 1), LONG_STEPS)
+    assert not plan.early  # the last queries may not be where they are looked for
+
+
 def test_many_parts_of_few_heads_take_a_launch_to_average() -> None:
-    (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072))
+    (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072), SHORT_STEPS)
     assert plan.num_splits > 100
     assert not plan.merges
 
 
 def test_short_and_long_rows_are_shared_out() -> None:
     mixed = replace(EIGHT_B, num_tokens=512 + 63, num_rows=64, max_q=512)
-    short, long = plan_tiles(mixed)
+    short, long = plan_tiles(mixed, SHORT_STEPS)
     assert (short.fewest, short.most, short.num_tiles) == (0, 16, 64)
     assert (long.fewest, long.most, long.search) == (17, 512, True)
     assert long.num_tiles == 575 // 32 + 64
@@ -403,7 +458,7 @@ def test_scratch_is_bounded(rows: int, kv_heads: int, max_q: int) -> None:
         max_context=131072,
         kv_heads=kv_heads,
     )
-    for plan in plan_tiles(shape):
+    for plan in plan_tiles(shape, SHORT_STEPS):
         parts = plan.num_tiles * kv_heads * plan.num_splits
         assert 1 <= plan.num_splits <= MAX_SPLITS
         assert plan.num_splits == 1 or 4 * parts * plan.block_m * 128 <= MAX_PART_BYTES
