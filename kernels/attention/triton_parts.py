@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_lookup import find_tile
+from kernels.triton_overlap import await_inputs
 
 
 @triton.jit
@@ -125,6 +126,7 @@ def merge_splits(
     SEARCH: tl.constexpr,
 ):
     """Merge the parts of MERGED_ROWS rows of a tile. Grid (groups of rows, Hkv, tiles)."""
+    await_inputs()
     kv_head, tile = tl.program_id(1), tl.program_id(2)
     row, first_query = find_tile(tile, cu_q_ptr, num_rows, tiles_per_row, BLOCK_M // GROUP, SEARCH)
     start = tl.load(cu_q_ptr + row)

@@ -12,6 +12,7 @@ from kernels.norm.triton_kernel import MAX_HIDDEN
 from kernels.ops import LinearWeight
 from kernels.packing.triton_entries import pointers
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 
 @triton.jit
@@ -42,6 +43,7 @@ def _enter_head_kernel(
     BLOCK: tl.constexpr,  # a power of two, at least H
 ):
     """One half of one entry: the embedding, or the feature and the residual stream; grid (C, 2)."""
+    await_inputs()
     entry = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < H

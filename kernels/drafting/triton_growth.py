@@ -11,6 +11,7 @@ from kernels.drafting.nodes import Candidates, Frontier
 from kernels.packing.triton_entries import pointers
 from kernels.sampling.triton_draw import NO_KEY, packed_id, packed_key, packed_value
 from kernels.triton_launch import Launch
+from kernels.triton_overlap import await_inputs
 
 MAX_CHILDREN = 4096
 
@@ -39,6 +40,7 @@ def _grow_level_kernel(
     FRONTIER: tl.constexpr,  # a power of two, at least k
 ):
     """One row, grid (B,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, CHILDREN)
     num_children = K * COUNT

@@ -20,6 +20,7 @@ from kernels.drafting.nodes import (
 )
 from kernels.packing.triton_entries import pointers
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 _BLOCK = 128  # nodes of one program
 _KNOWN_SIZES = (576, 4096, 8192)  # SmolLM2, Llama 8B, 70B
@@ -54,6 +55,7 @@ def _ready_roots_kernel(
     BLOCK: tl.constexpr,  # a power of two, at least H
 ):
     """One row, grid (B,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     line = tl.load(lines_ptr + row)
     columns = tl.arange(0, BLOCK)
@@ -100,6 +102,7 @@ def _lay_levels_kernel(
     BLOCK: tl.constexpr,
 ):
     """Nodes p * BLOCK .. of all rows, grid (programs,)."""
+    await_inputs()
     order = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = order < num_nodes
     row, at = order // M, order % M

@@ -19,6 +19,7 @@ from kernels.sampling.triton_draw import NO_KEY, packed_id, packed_value
 from kernels.sampling.triton_noisy import filter_launches, filtered, logits_of_tile, noisy_tile
 from kernels.sampling.triton_score import join_sums, store_best, store_sums
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 TILE = 2048  # tokens of one program
 
@@ -46,6 +47,7 @@ def _rank_tile_kernel(
     TILES: tl.constexpr,  # a power of two, at least the number of tiles
 ):
     """One tile after one node, grid (tiles, R)."""
+    await_inputs()
     tile, node = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_tiles = tl.num_programs(0)
     ids = tile * TILE + tl.arange(0, TILE)
@@ -78,6 +80,7 @@ def _rank_node_kernel(
     CANDIDATES: tl.constexpr,  # a power of two, at least num_tiles * count
 ):
     """Joins the tiles of one node, grid (R,)."""
+    await_inputs()
     node = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, CANDIDATES)
     num_keys = num_tiles * count

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.triton_launch import Launch
+from kernels.triton_overlap import await_inputs
 
 ROWS, KEYS = 64, 64  # of one tile
 _FAR = tl.constexpr(2**30)  # beyond every key
@@ -71,6 +72,7 @@ def _forward_kernel(
     KEYS: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
+    await_inputs()
     head, text = tl.program_id(1), tl.program_id(2)
     kv_head = head // (HQ // HKV)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -140,6 +142,7 @@ def _query_gradient_kernel(
     KEYS: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
+    await_inputs()
     head, text = tl.program_id(1), tl.program_id(2)
     kv_head = head // (HQ // HKV)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -204,6 +207,7 @@ def _key_gradient_kernel(
     KEYS: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
+    await_inputs()
     kv_head, text = tl.program_id(1), tl.program_id(2)
     place, column = tl.program_id(0) * KEYS + tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
     keys = _tile(k_ptr + kv_head * D, text * S + place, HKV * D, column, place < S, D)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_launch import Launch
+from kernels.triton_overlap import await_inputs
 
 LossKind = Literal["cross_entropy", "acceptance", "lk"]
 _LARGEST_BLOCK = 8192  # values of a row at a time
@@ -76,6 +77,7 @@ def _token_loss_kernel(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
 ):
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     own_ptr = logits_ptr + row * V
     teacher_ptr += tl.load(rows_ptr + row) * V
