@@ -54,7 +54,7 @@ def products() -> Found:
         found["products"][name] = _measured(own, shapes[name], bandwidth)
         if not _is_same_alone(own[0], shapes[name]):
             found["failed"].append(f"{name}: a row alone differs from the same among others")
-        found["bars"] = bars.as_json(_verdicts(found))
+        found["bars"] = bars.as_json(verdicts(found))
         print_result(found)
     print(table(found))
     return found
@@ -89,7 +89,7 @@ def _is_same_alone(weight: LinearWeight, shape: Shape) -> bool:
     return all(torch.equal(run(x[: n + 1], weight), together[: n + 1]) for n in (0, 6))
 
 
-def _verdicts(found: Found) -> Iterator[Verdict]:
+def verdicts(found: Found) -> Iterator[Verdict]:
     """The best plan against cuBLAS and against the copy, at one row."""
     for name, by_rows in found["products"].items():
         one = {plan: micros for plan, (micros, _) in by_rows["1 rows"].items() if micros}

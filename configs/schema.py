@@ -335,9 +335,8 @@ class KernelsConfig(Section):
     )
     products: Literal["auto", "cublas", "skinny"] = Field(
         "auto",
-        description="what multiplies up to 16 tokens with weights of 16 bits on CUDA devices. "
-        "skinny: a kernel of Aerie that keeps all processors reading; auto: for each shape the "
-        "faster one, measured at the first start and kept in files.dir",
+        description="what multiplies up to 16 tokens with 16-bit weights on CUDA devices; skinny: "
+        "Aerie's own kernel; auto: the faster for each shape, measured at the first start",
     )
 
 

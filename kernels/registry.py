@@ -91,13 +91,30 @@ def build_ops(
 
     Raises:
         ValueError: unknown backend or products, "native" on a device other than a CPU, or "triton"
-            on a device other than CUDA or without Triton installed.
+            (also for "skinny") on a device other than CUDA or without Triton installed.
         NativeUnavailableError: "native" was asked for and cannot be built here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if products not in PRODUCTS:
         raise ValueError(f"kernels.products {products!r} is not one of {', '.join(PRODUCTS)}")
+    ops = _chosen(backend, device, storage_dtype, num_threads, cache_dir, products)
+    if products == "skinny" and ops.products is None:
+        raise ValueError(
+            f"kernels.products 'skinny' needs Triton kernels, but linear layers run on "
+            f"{ops.backends['linear']}; auto is possible"
+        )
+    return ops
+
+
+def _chosen(
+    backend: str,
+    device: torch.device,
+    storage_dtype: torch.dtype,
+    num_threads: int,
+    cache_dir: Path,
+    products: str,
+) -> Ops:
     if backend == "reference":
         return reference_ops(device, storage_dtype)
     if backend == "native" and device.type != "cpu":

@@ -150,7 +150,7 @@ def attempt(name: str, x: Tensor, weights: Sequence[LinearWeight], *, gated: boo
             return None
         return graph_micros(lambda: [run(x, each, plan) for each in weights]) / len(weights)
     except (RuntimeError, TritonError) as error:
-        logger.warning("products: %s cannot run on this device: %s", name, error)
+        logger.info("products: %s cannot run on this device: %s", name, error)
         return None
 
 
