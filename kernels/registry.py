@@ -52,6 +52,8 @@ OPERATIONS = (
 # The native backend runs these in plain torch
 TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
+FETCHING = ("add_rms_norm", "rope_kv_write")  # may fetch a part of the next weight
+MIB = 2**20
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -64,6 +66,7 @@ def build_ops(
     cache_dir: Path,
     *,
     overlap: bool = True,
+    prefetch: int = 0,
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -75,6 +78,7 @@ def build_ops(
         num_threads: CPU threads of the native operations.
         cache_dir: folder of the compiled native library.
         overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
+        prefetch: how many MiB of the next weight such kernels fetch meanwhile.
 
     Raises:
         ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
@@ -88,7 +92,7 @@ def build_ops(
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
     if backend == "triton" or device.type != "cpu":
-        return _triton_or_reference(backend, device, storage_dtype, overlap=overlap)
+        return _triton_or_reference(backend, device, storage_dtype, overlap, prefetch)
     return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
 
@@ -105,12 +109,13 @@ def _native_or_reference(
 
 
 def _triton_or_reference(
-    backend: str, device: torch.device, storage_dtype: torch.dtype, *, overlap: bool
+    backend: str, device: torch.device, storage_dtype: torch.dtype, overlap: bool, prefetch: int
 ) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        ops = triton_ops(storage_dtype, device)
-        return _with_overlap(ops) if overlap and _can_overlap(device) else ops
+        if not overlap or not _can_overlap(device):
+            return triton_ops(storage_dtype, device)
+        return _with_overlap(triton_ops(storage_dtype, device, prefetch * MIB), prefetch)
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
     return reference_ops(device, storage_dtype, reason)
@@ -135,7 +140,7 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def _with_overlap(ops: Ops) -> Ops:
+def _with_overlap(ops: Ops, prefetch: int) -> Ops:
     """The operations with launches that overlap; `Ops.backends` says so of Triton's."""
     from kernels.triton_launch import overlapped
 
@@ -145,6 +150,9 @@ def _with_overlap(ops: Ops) -> Ops:
         name: Backend("triton", OVERLAPPING) if backend == Backend("triton") else backend
         for name, backend in ops.backends.items()
     }
+    if prefetch:
+        fetching = Backend("triton", f"{OVERLAPPING}, fetches {prefetch} MiB of the next weight")
+        backends |= dict.fromkeys(FETCHING, fetching)
     return replace(ops, **launching, backends=backends)
 
 
@@ -194,8 +202,11 @@ def native_ops(native: NativeOps) -> Ops:
     )
 
 
-def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -> Ops:
-    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights."""
+def triton_ops(
+    storage_dtype: torch.dtype, device: torch.device | None = None, prefetch: int = 0
+) -> Ops:
+    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights.
+    `prefetch`: as in `build_ops`, in bytes."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.kv import triton_kernel as kv
@@ -220,8 +231,8 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         linear=linear.linear,
         embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
-        add_rms_norm=norm.add_rms_norm,
-        rope_kv_write=rope.rope_kv_write,
+        add_rms_norm=functools.partial(norm.add_rms_norm, prefetch=prefetch),
+        rope_kv_write=functools.partial(rope.rope_kv_write, prefetch=prefetch),
         attention=attention.attention,
         kv_move=kv.KVMove(),
         silu_and_mul=activation.silu_and_mul,

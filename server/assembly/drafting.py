@@ -97,7 +97,13 @@ class HeadLoader:
             return self  # plain torch; to try for native operations again would take long
         kernels = config.kernels
         own = build_ops(
-            kernels.backend, place.device, place.dtype, 1, config.files.dir, overlap=kernels.overlap
+            kernels.backend,
+            place.device,
+            place.dtype,
+            1,
+            config.files.dir,
+            overlap=kernels.overlap,
+            prefetch=kernels.prefetch,
         )
         assert own.backends == ops.backends, "weights would be packed for other kernels"
         ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)
