@@ -19,6 +19,7 @@ from benchmarks.gpu_engine import Large, floor_ms
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.parts import print_result
 from benchmarks.step_times import WARM_UP, Load, device_spans, steps, time_steps
+from configs.schema import KernelsConfig
 from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
@@ -40,8 +41,17 @@ LOADS: dict[str, tuple[TreeShape, Load]] = {
     "root, 64 rows, the same, run-ahead": (ROOT, Load(rows=64, params=EDITED, run_ahead=True)),
 }
 PROFILED_LOADS = ("root", "chain3", "dynamic16")
-NO_OVERLAP = ", without overlap"  # after the name of a load: with `kernels.overlap=false`
-NAMES = ("root", f"root{NO_OVERLAP}", "chain3", f"chain3{NO_OVERLAP}", *list(LOADS)[2:])
+# Words after the name of a load -> settings of its kernels; the others have the default ones
+NO_OVERLAP = ", without overlap"
+KERNELS: dict[str, dict[str, Any]] = {
+    NO_OVERLAP: {"overlap": False},
+    **{f", prefetch {size}": {"prefetch": size} for size in (0, 8, 32)},
+}
+DEFAULT = {"prefetch": KernelsConfig().prefetch}
+NAMES = (
+    *(f"{load}{words}" for load in ("root", "chain3") for words in ("", *KERNELS)),
+    *list(LOADS)[2:],
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +62,8 @@ class Rounds:
     target: Target
     head: LoadedDraft | None = None
 
-    def without_overlap(self, ops: Ops) -> Rounds:
-        """The same with operations that do not overlap."""
+    def with_kernels(self, ops: Ops) -> Rounds:
+        """The same model with other operations."""
         return replace(self, large=replace(self.large, ops=ops))
 
     def core(self, shape: TreeShape, load: Load) -> EngineCore:
@@ -72,17 +82,19 @@ def rounds(names: Iterable[str] = NAMES) -> Found:
     bandwidth = copy_bandwidth()
     found: Found = {"copy": bandwidth, "floor_ms": floor_ms(bandwidth), "rounds": {}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
-        ops, plain = (
-            build_ops("triton", device, torch.bfloat16, 1, Path(folder), overlap=overlap)
-            for overlap in (True, False)
-        )
+        tables = {
+            words: build_ops("triton", device, torch.bfloat16, 1, Path(folder), **settings)
+            for words, settings in {"": DEFAULT, **KERNELS}.items()
+        }
+        ops = tables[""]
         large = Large(ops, device, Path(folder), rows=64)
         running = Rounds(large, large.target())
         for name in names:
-            shape, load = LOADS[name.removesuffix(NO_OVERLAP)]
+            words = next((words for words in KERNELS if name.endswith(words)), "")
+            shape, load = LOADS[name.removesuffix(words)]
             if shape != ROOT and running.head is None:
                 running = Rounds(large, running.target, large.head(running.target))
-            used = running.without_overlap(plain) if name.endswith(NO_OVERLAP) else running
+            used = running.with_kernels(tables[words])
             found["rounds"][name] = measured(
                 lambda r=used, s=shape, o=load: r.core(s, o),  # type: ignore[misc]
                 load,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,8 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+
+from configs.roles import role_counts
 
 REDACTED = "***"  # stands for a secret that is not shown
 
@@ -60,42 +62,6 @@ AuxLayers = Annotated[
     Literal["auto", "outputs", "boundaries"] | tuple[Annotated[Integer, Field(ge=0)], ...],
     WrapValidator(_say_allowed_layers),
 ]
-
-
-ROLES = ("prefill", "decode")
-ROLES_AS = "write prefill:N,decode:M, as prefill:1,decode:1"
-MAX_ENGINES = 16  # of a role
-
-
-class RoleCounts(NamedTuple):
-    """How many engines have each role."""
-
-    prefill: int
-    decode: int
-
-
-def role_counts(text: str) -> RoleCounts:
-    """The meaning of `parallel.roles`, such as `prefill:1,decode:1`.
-
-    Raises:
-        ValueError: a role is unknown, missing or there twice, or its number is not possible.
-    """
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        name, colon, count = (piece.strip() for piece in part.partition(":"))
-        if not colon or name not in ROLES:
-            raise ValueError(
-                f"{part!r} is no role: write prefill:N,decode:M, as prefill:1,decode:1"
-            )
-        if name in found:
-            raise ValueError(f"{name} is there twice")
-        if not (count.isascii() and count.isdigit()) or not 1 <= int(count) <= MAX_ENGINES:
-            raise ValueError(f"{name}:{count}: the number of engines is 1 to {MAX_ENGINES}")
-        found[name] = int(count)
-    for name in ROLES:
-        if name not in found:
-            raise ValueError(f"{name} is missing: {ROLES_AS}")
-    return RoleCounts(**found)
 
 
 def _check_roles(text: str) -> str:
@@ -337,6 +303,13 @@ class KernelsConfig(Section):
         "auto",
         description="what multiplies up to 16 tokens with 16-bit weights on CUDA devices; skinny: "
         "Aerie's own kernel; auto: the faster for each shape, measured at the first start",
+    )
+    prefetch: Integer = Field(
+        16,
+        ge=0,
+        le=64,
+        description="with `overlap`, in steps of at most 16 tokens: MiB of the next weight that "
+        "small kernels fetch into the GPU's cache meanwhile; 0: none",
     )
 
 

@@ -60,6 +60,8 @@ TORCH_OPERATIONS = (
     *DRAFTING_OPERATIONS,
 )
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
+FETCHING = ("add_rms_norm", "rope_kv_write")  # may fetch a part of the next weight
+MIB = 2**20
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
 PRODUCTS = ("auto", "cublas", "skinny")
@@ -74,6 +76,7 @@ def build_ops(
     *,
     overlap: bool = True,
     products: str = "cublas",
+    prefetch: int = 0,
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -85,6 +88,7 @@ def build_ops(
         num_threads: CPU threads of the native operations.
         cache_dir: folder of the compiled native library, and of measured times.
         overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
+        prefetch: how many MiB of the next weight such kernels fetch meanwhile.
         products: with the Triton backend, what computes products of up to 16 rows with plain
             weights: "cublas", "skinny" (our kernel) or "auto", the faster of both once
             `Ops.products.choose` has measured them, cuBLAS before.
@@ -121,7 +125,7 @@ def _chosen(
         raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
     if backend == "triton" or device.type != "cpu":
         return _triton_or_reference(
-            backend, device, storage_dtype, products, cache_dir, overlap=overlap
+            backend, device, storage_dtype, products, cache_dir, overlap=overlap, prefetch=prefetch
         )
     return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
@@ -146,11 +150,14 @@ def _triton_or_reference(
     cache_dir: Path,
     *,
     overlap: bool,
+    prefetch: int,
 ) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        ops = triton_ops(storage_dtype, device, products, cache_dir)
-        return _with_overlap(ops) if overlap and _can_overlap(device) else ops
+        if not overlap or not _can_overlap(device):
+            return triton_ops(storage_dtype, device, products, cache_dir)
+        ops = triton_ops(storage_dtype, device, products, cache_dir, prefetch * MIB)
+        return _with_overlap(ops, prefetch)
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
     return reference_ops(device, storage_dtype, reason)
@@ -175,7 +182,7 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def _with_overlap(ops: Ops) -> Ops:
+def _with_overlap(ops: Ops, prefetch: int) -> Ops:
     """The operations with launches that overlap; `Ops.backends` says so of Triton's."""
     from kernels.triton_launch import overlapped
 
@@ -185,6 +192,9 @@ def _with_overlap(ops: Ops) -> Ops:
         name: Backend("triton", OVERLAPPING) if backend == Backend("triton") else backend
         for name, backend in ops.backends.items()
     }
+    if prefetch:
+        fetching = Backend("triton", f"{OVERLAPPING}, fetches {prefetch} MiB of the next weight")
+        backends |= dict.fromkeys(FETCHING, fetching)
     return replace(ops, **launching, backends=backends)
 
 
@@ -246,9 +256,10 @@ def triton_ops(
     device: torch.device | None = None,
     products: str = "cublas",
     cache_dir: Path | None = None,
+    prefetch: int = 0,
 ) -> Ops:
     """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights, except
-    as `products` says."""
+    as `products` says. `prefetch`: as in `build_ops`, in bytes."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.drafting import triton_entry as entry
@@ -280,8 +291,8 @@ def triton_ops(
         gated_linear=chosen.gated_linear,
         embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
-        add_rms_norm=norm.add_rms_norm,
-        rope_kv_write=rope.rope_kv_write,
+        add_rms_norm=functools.partial(norm.add_rms_norm, prefetch=prefetch),
+        rope_kv_write=functools.partial(rope.rope_kv_write, prefetch=prefetch),
         attention=attention.attention,
         kv_move=kv.KVMove(),
         silu_and_mul=activation.silu_and_mul,

@@ -206,7 +206,14 @@ class NativeOps:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        ahead: LinearWeight | None = None,  # noqa: ARG002
+    ) -> Tensor:
         assert residual.is_contiguous()
         return self._norm(x, residual.data_ptr(), weight, eps)
 
@@ -228,6 +235,7 @@ class NativeOps:
         k_cache: Tensor,
         v_cache: Tensor,
         scales: CacheScales = UNSCALED,
+        ahead: LinearWeight | None = None,  # noqa: ARG002
     ) -> Tensor:
         assert k_cache.is_contiguous()
         assert v_cache.is_contiguous()

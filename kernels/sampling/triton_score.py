@@ -103,8 +103,8 @@ def _scores_of_row_kernel(
     await_inputs()
     row = tl.program_id(0).to(tl.int64)
     normaliser = join_sums(highest_ptr, sums_ptr, row, num_tiles, TILES)
-    logit = tl.load(logits_ptr + row * logits_stride + tl.load(tokens_ptr + row))
-    tl.store(chosen_ptr + row, logit - normaliser)
+    chosen = logits_ptr + row * logits_stride + tl.load(tokens_ptr + row)
+    tl.store(chosen_ptr + row, tl.load(chosen) - normaliser)
     if best_ptr is not None:
         at = tl.arange(0, CANDIDATES)
         count = num_tiles * num_top
@@ -112,9 +112,8 @@ def _scores_of_row_kernel(
         for place in range(num_top):
             best = tl.max(keys, axis=0)
             keys = tl.where(keys == best, NO_KEY, keys)
-            out = row * num_top + place
-            tl.store(top_ids_ptr + out, packed_id(best).to(tl.int64))
-            tl.store(top_ptr + out, packed_value(best) - normaliser)
+            tl.store(top_ids_ptr + row * num_top + place, packed_id(best).to(tl.int64))
+            tl.store(top_ptr + row * num_top + place, packed_value(best) - normaliser)
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, tile: int = TILE) -> Scores:

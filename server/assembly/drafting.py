@@ -104,6 +104,7 @@ class HeadLoader:
             config.files.dir,
             overlap=kernels.overlap,
             products=kernels.products,
+            prefetch=kernels.prefetch,
         )
         assert own.backends == ops.backends, "weights would be packed for other kernels"
         ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)

@@ -180,7 +180,7 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
         (target.arch, weights),
         (model.weights, model.dtype, config.cache.dtype),
         (head_place.weights, head_place.mlp_weights),
-        (backends, library, config.kernels.graphs, config.kernels.overlap),
+        (backends, library, config.kernels.graphs, config.kernels.overlap, config.kernels.prefetch),
         config.kernels.products,
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),
         (config.speculation.draft_parallel, config.parallel.experts, config.speculation.window),
@@ -199,6 +199,7 @@ def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
         config.files.dir,
         overlap=config.kernels.overlap,
         products=config.kernels.products,
+        prefetch=config.kernels.prefetch,
     )
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)

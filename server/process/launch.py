@@ -19,7 +19,7 @@ import yaml
 
 from configs.redact import redacted
 from configs.resolve import HostConfig
-from configs.schema import role_counts
+from configs.roles import role_counts
 from engine.messages import EngineInfo
 from server.http.state import ServerState
 from server.process.client import ZmqEngineClient

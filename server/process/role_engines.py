@@ -6,7 +6,7 @@ import asyncio
 import os
 
 from configs.resolve import HostConfig, shared_out
-from configs.schema import RoleCounts
+from configs.roles import RoleCounts
 from server.assembly.role import Role
 from server.process.client import ZmqEngineClient
 from server.process.keeper import EngineKeeper

@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from configs.schema import CaptureConfig, Config, ParallelConfig, SpeculationConfig, role_counts
+from configs.roles import role_counts
+from configs.schema import CaptureConfig, Config, ParallelConfig, SpeculationConfig
 
 # Keys whose names say what they mean.
 OBVIOUS = {
