@@ -102,32 +102,22 @@ def build_ops(
         raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if products not in PRODUCTS:
         raise ValueError(f"kernels.products {products!r} is not one of {', '.join(PRODUCTS)}")
-    ops = _chosen(backend, device, storage_dtype, num_threads, cache_dir, products)
+    if backend == "reference":
+        ops = reference_ops(device, storage_dtype)
+    elif backend == "triton" or device.type != "cpu":
+        if backend == "native":
+            raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
+        ops = _triton_or_reference(
+            backend, device, storage_dtype, products, cache_dir, overlap=overlap, prefetch=prefetch
+        )
+    else:
+        ops = _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
     if products == "skinny" and ops.products is None:
         raise ValueError(
             f"kernels.products 'skinny' needs Triton kernels, but linear layers run on "
             f"{ops.backends['linear']}; auto is possible"
         )
     return ops
-
-
-def _chosen(
-    backend: str,
-    device: torch.device,
-    storage_dtype: torch.dtype,
-    num_threads: int,
-    cache_dir: Path,
-    products: str,
-) -> Ops:
-    if backend == "reference":
-        return reference_ops(device, storage_dtype)
-    if backend == "native" and device.type != "cpu":
-        raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
-    if backend == "triton" or device.type != "cpu":
-        return _triton_or_reference(
-            backend, device, storage_dtype, products, cache_dir, overlap=overlap, prefetch=prefetch
-        )
-    return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
 
 def _native_or_reference(
