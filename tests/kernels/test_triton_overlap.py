@@ -188,7 +188,7 @@ def test_pieces_of_the_next_weight_lie_all_over_it() -> None:
 
 def test_kernels_that_fetch_compute_the_same(tmp_path: Path) -> None:
     ops = build_ops("triton", triton_env.DEVICE, torch.float32, 1, tmp_path, prefetch=1)
-    fetching = triton_ops(torch.float32, triton_env.DEVICE, 2**16)
+    fetching = triton_ops(torch.float32, triton_env.DEVICE, prefetch=2**16)
     weight = LinearWeight(numbers(256, 96), None, 256, 96)
     x, gains = numbers(3, 96), numbers(96, seed=1)
     streams = [numbers(3, 96, seed=2) for _ in range(2)]
