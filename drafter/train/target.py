@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from engine.kv.storage import KVStorage
 from engine.models.interface import LoadedModel
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.group import TPGroup
+from engine.transfer import upload
 from kernels.ops import AttentionMeta, Ops
 
 BLOCK_SIZE = 16
@@ -86,28 +89,30 @@ class FrozenTarget:
         return torch.cat(found).to(torch.int32)
 
     def _batch(self, texts: Sequence[Sequence[int]], lengths: list[int]) -> ForwardBatch:
-        """All texts as prefill chunks from position 0."""
+        """All texts as prefill chunks from position 0. The host does not wait for the device."""
         tables = _tables(lengths)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        row_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        counts = torch.tensor(lengths)
+        ends = counts.cumsum(0)
+        row_of = torch.arange(len(lengths)).repeat_interleave(counts)
+        positions = torch.arange(len(row_of)) - (ends - counts)[row_of]
         block, offset = positions // BLOCK_SIZE, positions % BLOCK_SIZE
         zeros = torch.zeros(len(lengths), dtype=torch.int32)
-        cu_q = torch.cat((torch.zeros(1), torch.tensor(lengths).cumsum(0))).to(torch.int32)
-        place = self._device
-        return ForwardBatch(
-            token_ids=torch.tensor([t for text in texts for t in text], device=place),
-            positions=positions.to(place),
-            slots=(tables[row_of, block].long() * BLOCK_SIZE + offset).to(place),
+        ids = np.fromiter(chain.from_iterable(texts), np.int64, len(row_of))
+        batch = ForwardBatch(
+            token_ids=torch.from_numpy(ids),
+            positions=positions,
+            slots=tables[row_of, block].long() * BLOCK_SIZE + offset,
             attention=AttentionMeta(
-                cu_q=cu_q.to(place),
-                prefix_lens=zeros.to(place),
-                first_keys=zeros.to(place),
-                block_tables=tables.to(place),
-                ancestors=torch.zeros(len(positions), dtype=torch.int64, device=place),
+                cu_q=torch.cat((zeros[:1], ends.int())),
+                prefix_lens=zeros,
+                first_keys=zeros,
+                block_tables=tables,
+                ancestors=torch.zeros(len(row_of), dtype=torch.int64),
                 max_q=max(lengths),
                 max_context=max(lengths),
             ),
         )
+        return upload(batch, self._device)
 
     def _pages(self, lengths: list[int]) -> KVStorage:
         """Pages for texts of these lengths, reused for the next batch."""
