@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels.linear.triton_scaled import product_type
 from kernels.ops import LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 MOST_ROWS = 16
 _MAX_TILES = 8192  # of outputs, of one weight
@@ -78,6 +79,7 @@ def skinny_linear_kernel(
     PRODUCT: tl.constexpr,  # input type of the matrix products
 ):
     """A run of pieces. Grid (programs,), at most as many as pieces."""
+    await_inputs()
     program, steps = tl.program_id(0), tl.cdiv(K, BLOCK_K)  # steps: pieces of a tile
     pieces = tl.cdiv(N, BLOCK_N // 2 if GATED else BLOCK_N) * steps
     begin, end = _first_piece(program, pieces), _first_piece(program + 1, pieces)
