@@ -66,13 +66,15 @@ class RMSNorm:
 
     def add(
         self,
-        x: Tensor,
+        x: Tensor | None,
         residual: Tensor,
         ctx: ForwardContext,
         ahead: ColumnParallelLinear | None = None,
     ) -> Tensor:
-        """Add `x` to `residual` in place and return the normalised sum. `ahead`: the layer that
-        takes it, whose weight may be fetched meanwhile."""
+        """Add `x`, if any, to `residual` in place and return the normalised sum. `ahead`: the layer
+        that takes it, whose weight may be fetched meanwhile."""
+        if x is None:
+            return self(residual, ctx)
         weight = None if ahead is None else ahead.weight
         return ctx.ops.add_rms_norm(x, residual, self.weight, self.eps, weight)
 
@@ -181,18 +183,19 @@ class DecoderLayer:
         )
 
     def __call__(
-        self, x: Tensor, residual: Tensor, batch: AttentionInputs, ctx: ForwardContext
+        self, x: Tensor | None, residual: Tensor, batch: AttentionInputs, ctx: ForwardContext
     ) -> Tensor:
         """Take the last block's output and the residual stream, both [T, H]; add the output to the
-        stream in place. Return this block's output, not yet added.
+        stream in place. Return this block's output, not yet added. `x` None: no block before.
 
         Without an input norm `x` is the input of attention itself, of any width, and is not added.
         """
         if self.whole is not None:
-            layer = self.attention.layer
-            return run_whole([self.whole], slice(layer, layer + 1), x, residual, batch, ctx, {})
+            layer, added = self.attention.layer, torch.zeros_like(residual) if x is None else x
+            return run_whole([self.whole], slice(layer, layer + 1), added, residual, batch, ctx, {})
         if self.input_norm is not None:
             x = self.input_norm.add(x, residual, ctx, self.attention.qkv)
+        assert x is not None, "the input of attention"
         x = self.attention(x, batch, ctx)
         x = self.post_attention_norm.add(x, residual, ctx, self.mlp.gate_up)
         return self.mlp(x, ctx)

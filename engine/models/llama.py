@@ -32,7 +32,7 @@ class Layer(Protocol):
     def whole(self) -> PackedLayer | None: ...
 
     def __call__(
-        self, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
+        self, x: Tensor | None, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
     ) -> Tensor: ...
 
 
@@ -49,11 +49,10 @@ class Llama:
     head: LMHead
 
     def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> Tensor:
-        x = self.embedding(batch.token_ids, ctx)  # [T, H]
-        residual = torch.zeros_like(x)
+        residual = self.embedding(batch.token_ids, ctx)  # [T, H], the stream
         tapped = sorted(_tapped(ctx).intersection(range(len(self.layers))))
-        taps = {index: torch.empty_like(x) for index in tapped}
-        x = self._run(x, residual, batch, ctx, taps)
+        taps = {index: torch.empty_like(residual) for index in tapped}
+        x = self._run(residual, batch, ctx, taps)
         for index, hidden in taps.items():
             assert ctx.tap is not None
             ctx.tap.record(index, hidden)
@@ -69,22 +68,32 @@ class Llama:
 
     def _run(
         self,
-        x: Tensor,
         residual: Tensor,
         batch: ForwardBatch,
         ctx: ForwardContext,
         taps: Mapping[int, Tensor],
     ) -> Tensor:
         """All layers, together if each can be run as a whole. `taps` take the streams that enter
-        the layers of these indices."""
+        the layers of these indices. The output of the last one is not yet added to the stream."""
         whole = [layer.whole for layer in self.layers if layer.whole is not None]
         if len(whole) == len(self.layers):
-            return run_whole(whole, slice(None), x, residual, batch, ctx, taps)
+            nothing = torch.zeros_like(residual)
+            return run_whole(whole, slice(None), nothing, residual, batch, ctx, taps)
+        x: Tensor | None = None
         for index, layer in enumerate(self.layers):
             if index in taps:
-                torch.add(x, residual, out=taps[index])
+                _sum(x, residual, taps[index])
             x = layer(x, residual, batch, ctx)
+        assert x is not None, "a decoder without layers"
         return x
+
+
+def _sum(x: Tensor | None, residual: Tensor, out: Tensor) -> None:
+    """Without `x`, the residual stream alone."""
+    if x is None:
+        out.copy_(residual)
+    else:
+        torch.add(x, residual, out=out)
 
 
 def _tapped(ctx: ForwardContext) -> frozenset[int]:

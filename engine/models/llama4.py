@@ -105,7 +105,7 @@ class Llama4Layer:
     feed_forward: GatedMLP | RoutedMLP
 
     def __call__(
-        self, x: Tensor, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
+        self, x: Tensor | None, residual: Tensor, batch: ForwardBatch, ctx: ForwardContext
     ) -> Tensor:
         x = self.attention(self.input_norm.add(x, residual, ctx), batch, ctx)
         return self.feed_forward(self.post_attention_norm.add(x, residual, ctx), ctx)
