@@ -22,7 +22,7 @@ from benchmarks.step_times import WARM_UP, Load, device_spans, steps, time_steps
 from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
-from kernels.registry import build_ops
+from kernels.registry import build_ops, separate_drafting
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, LoadedDraft, Target, tree_shape
 
@@ -59,13 +59,15 @@ class Rounds:
         return assemble(config, self.target, self.large.place, drafting)
 
 
-def rounds(names: Iterable[str] = LOADS) -> Found:
-    """Times and kernels of the rounds of LOADS, printed after every one."""
+def rounds(names: Iterable[str] = LOADS, *, fused_drafting: bool = True) -> Found:
+    """Times and kernels of the rounds of LOADS, printed after every one. `fused_drafting`: as
+    `kernels.fused_drafting`."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth()
     found: Found = {"copy": bandwidth, "floor_ms": floor_ms(bandwidth), "rounds": {}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         ops = build_ops("triton", device, torch.bfloat16, 1, Path(folder))
+        ops = ops if fused_drafting else separate_drafting(ops)
         large = Large(ops, device, Path(folder), rows=64)
         running = Rounds(large, large.target())
         for name in names:

@@ -328,6 +328,11 @@ class KernelsConfig(Section):
     graphs: Literal["auto", "off"] = Field(
         "auto", description="auto: steps are CUDA graphs on CUDA devices; off: eager"
     )
+    fused_drafting: bool = Field(
+        True,
+        description="true: on CUDA devices, few kernels run between the forwards of a draft head; "
+        "false: many of torch's, for the same drafts",
+    )
 
 
 class ServerConfig(Section):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -29,7 +32,7 @@ from kernels.sampling.torch_edit import edit_logits
 from kernels.sampling.torch_score import TorchScore
 from kernels.tree import reference as tree
 
-DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level")
+DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level", "first_keys", "keep_states")
 OPERATIONS = (
     "linear",
     "embedding",
@@ -134,6 +137,26 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
         raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
 
 
+def separate_drafting(ops: Ops) -> Ops:
+    """`ops`, but between the forwards of a draft head are many small kernels of torch instead of
+    few of their own, to compare both."""
+    separate = Backend("reference", "kernels.fused_drafting is off")
+    composed = Backend(ops.backends["score"].name, separate.reason)
+    return dataclasses.replace(
+        ops,
+        **_drafting(drafting),
+        rank_drafts=ComposedRanking(ops.add_noise, ops.argmax, ops.score),
+        enter_head=None,
+        backends=ops.backends
+        | dict.fromkeys(DRAFTING_OPERATIONS, separate)
+        | {"rank_drafts": composed},
+    )
+
+
+def _drafting(module: ModuleType) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in DRAFTING_OPERATIONS}
+
+
 def native_ops(native: NativeOps) -> Ops:
     """C++ kernels for all operations except logit edits and growing trees, which are small."""
     score = TorchScore(native.logsumexp)
@@ -158,9 +181,7 @@ def native_ops(native: NativeOps) -> Ops:
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=native.tree_walk,
-        ready_roots=drafting.ready_roots,
-        lay_levels=drafting.lay_levels,
-        grow_level=drafting.grow_level,
+        **_drafting(drafting),
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         enter_head=None,
@@ -180,7 +201,6 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.drafting import triton_entry as entry
-    from kernels.drafting import triton_growth as growth
     from kernels.drafting import triton_kernel as drafting
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
@@ -219,9 +239,7 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
-        ready_roots=drafting.ready_roots,
-        lay_levels=drafting.lay_levels,
-        grow_level=growth.grow_level,
+        **_drafting(drafting),
         pack_layer=None,
         decoder_layers=None,
         enter_head=entry.enter_head,
@@ -270,9 +288,7 @@ def reference_ops(
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
-        ready_roots=drafting.ready_roots,
-        lay_levels=drafting.lay_levels,
-        grow_level=drafting.grow_level,
+        **_drafting(drafting),
         pack_layer=None,
         decoder_layers=None,
         enter_head=None,

@@ -200,7 +200,7 @@ class StepBody:
             nothing = torch.zeros_like(tokens, dtype=torch.bool)
             drafted = Drafted(DraftTree.roots(tokens), nothing)
         else:
-            roots = self._roots(inputs, tokens, tables)
+            roots = self._roots(inputs, tokens, tables, form)
             found = self.proposer.draft(roots, form.shape, self._limits(roots, form))
             drafted = shared(found, self.context.group)
         tree = drafted.tree
@@ -214,13 +214,17 @@ class StepBody:
             tree = tree.narrowed()
         return Drafted(tree, drafted.faults)
 
-    def _roots(self, inputs: StepInputs, tokens: Tensor, tables: Tensor) -> Roots:
-        is_known = inputs.num_known > 0
+    def _roots(self, inputs: StepInputs, tokens: Tensor, tables: Tensor, form: StepForm) -> Roots:
+        positions, max_nodes = inputs.starts, inputs.limits
+        if not form.only_roots:
+            positions = (inputs.starts + inputs.lens - 1).clamp(min=0)
+        if form.num_known:
+            max_nodes = torch.where(inputs.num_known > 0, max_nodes.clamp(max=1), max_nodes)
         return Roots(
             lines=inputs.lines,
             tokens=tokens,
-            positions=(inputs.starts + inputs.lens - 1).clamp(min=0),
-            max_nodes=torch.where(is_known, inputs.limits.clamp(max=1), inputs.limits),
+            positions=positions,
+            max_nodes=max_nodes,
             block_tables=tables,
             temperatures=inputs.temperatures,
             seeds=inputs.seeds,
@@ -314,7 +318,8 @@ class StepBody:
         if not layout.form.draws:
             return
         inputs, context = layout.inputs, self.context
-        if layout.tree.max_depth:
+        # The nodes of a chain, and of a known draft, lie where plain decoding puts their tokens.
+        if layout.tree.max_depth and not layout.form.shape.is_chain:
             node_slots = layout.nodes_of(layout.at_nodes(slots), self.scratch.first_slot)
             commit(result, node_slots, context.kv, context.ops)
         if layout.form.follows:
