@@ -24,7 +24,7 @@ from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
-from kernels.registry import build_ops
+from kernels.registry import build_ops, separate_drafting
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, LoadedDraft, Target, tree_shape
 
@@ -45,6 +45,7 @@ PROFILED_LOADS = ("root", "chain3", "dynamic16")
 NO_OVERLAP = ", without overlap"
 KERNELS: dict[str, dict[str, Any]] = {
     NO_OVERLAP: {"overlap": False},
+    ", torch between drafts": {"fused_drafting": False},
     **{f", prefetch {size}": {"prefetch": size} for size in (0, 8, 32)},
 }
 DEFAULT = {"prefetch": KernelsConfig().prefetch}
@@ -76,6 +77,14 @@ class Rounds:
         return assemble(config, self.target, self.large.place, drafting)
 
 
+def kernel_table(
+    device: torch.device, folder: Path, *, fused_drafting: bool = True, **settings: Any
+) -> Ops:
+    """Operations with these settings of section `kernels`."""
+    ops = build_ops("triton", device, torch.bfloat16, 1, folder, **settings)
+    return ops if fused_drafting else separate_drafting(ops)
+
+
 def rounds(names: Iterable[str] = NAMES) -> Found:
     """Times and kernels of the rounds of LOADS, printed after every one."""
     device = torch.device("cuda")
@@ -83,7 +92,7 @@ def rounds(names: Iterable[str] = NAMES) -> Found:
     found: Found = {"copy": bandwidth, "floor_ms": floor_ms(bandwidth), "rounds": {}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         tables = {
-            words: build_ops("triton", device, torch.bfloat16, 1, Path(folder), **settings)
+            words: kernel_table(device, Path(folder), **settings)
             for words, settings in {"": DEFAULT, **KERNELS}.items()
         }
         ops = tables[""]

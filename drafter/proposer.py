@@ -23,11 +23,11 @@ from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, 
 from engine.step.shape import TreeShape
 from engine.step.tree import DraftTree
 from kernels.drafting.nodes import ReadyRoots, RootStates
-from kernels.drafting.reference import first_keys
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # position 0 has no entry: no token is before it, so there is no feature
 RESTING = 0.1  # share of the rows that draft, below which prompts are taken late, too
+FEW = 64  # tokens that a product takes in the time of one, as it waits for its weights
 STEADY = 0.95  # weight of the past per step in that share
 
 logger = logging.getLogger(__name__)
@@ -223,10 +223,10 @@ class DraftProposer:
         return grow_at_once(shape, Marginals(grower, self._parallel, found.states), self._paths)
 
     def _take(self, committed: Committed) -> None:
-        features = self.tap.take(committed.features)
         if not committed.exact:
-            self._take_in(committed, features)
+            self._take_padded(committed)
             return
+        features = self.tap.take(committed.features)
         self._join()
         counts, drafting = committed.cu.diff(), self._drafting
         self._note_activity(len(counts))
@@ -244,6 +244,13 @@ class DraftProposer:
             now = part.rows(at_once)
             self._settle(now.committed.lines.tolist())
             self._take_in(now.committed, now.features)
+
+    def _take_padded(self, committed: Committed) -> None:
+        """Fuse few tokens first and let the head gather them: that takes fewer kernels."""
+        if self.tap.num_tokens > max(FEW, len(committed.tokens)):
+            self._take_in(committed, self.tap.take(committed.features))
+        else:
+            self._take_in(committed, self.tap.take_all(), committed.features)
 
     def _note_activity(self, num_rows: int) -> None:
         """Note which share of the rows of a step drafted."""
@@ -280,8 +287,11 @@ class DraftProposer:
                 part = part.rows(torch.ones_like(part.committed.lines).bool(), newest)
             self._take_in(part.committed, part.features)
 
-    def _take_in(self, committed: Committed, features: Features) -> None:
-        """Run entries through the head, and keep the state of each row's last entry by line."""
+    def _take_in(
+        self, committed: Committed, features: Features, feature_of: Tensor | None = None
+    ) -> None:
+        """Run entries through the head, and keep the state of each row's last entry by line.
+        `feature_of`: which of the features each entry takes; None: they are in order."""
         entries = _entries_of(committed)
         if committed.exact:
             self._note_entries(committed, entries.prefix_lens)
@@ -292,7 +302,7 @@ class DraftProposer:
             attention=AttentionMeta(
                 cu_q=entries.cu_q,
                 prefix_lens=entries.prefix_lens,
-                first_keys=first_keys(
+                first_keys=self._ctx.ops.first_keys(
                     self._firsts, committed.lines, entries.prefix_lens, self._window
                 ),
                 block_tables=committed.block_tables,
@@ -300,12 +310,12 @@ class DraftProposer:
                 max_q=committed.max_entries,
                 max_context=committed.max_context,
             ),
+            feature_of=feature_of,
         )
         states = self._head.forward(self._head.fuse(features, self._ctx), batch, self._ctx)
-        lines = committed.lines
-        self._states.index_put_((lines,), states[entries.last])
         # A row without entries is at its end, so the state of its line is useless.
-        self._positions.index_put_((lines,), entries.newest)
+        kept = self._states, self._positions
+        self._ctx.ops.keep_states(*kept, committed.lines, states, entries.last, entries.newest)
 
     def _note_entries(self, committed: Committed, prefix_lens: Tensor) -> None:
         """Note that these tokens have entries, and from where on none is missing before them."""

@@ -21,6 +21,11 @@ class FeatureCollector:
         """The features of the tokens `rows` [C], one [C, H] per tapped layer, in order."""
         return tuple(self._seen[layer][rows] for layer in self._order)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the current forward."""
+        return len(self._seen[self._order[0]])
+
     def take_all(self) -> tuple[Tensor, ...]:
         """The features of all tokens."""
         return tuple(self._seen[layer] for layer in self._order)

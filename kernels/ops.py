@@ -212,6 +212,12 @@ class Ops:
     tree_walk: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     # (roots, and what is kept of lines) -> which rows can draft; see kernels/drafting/reference.py
     ready_roots: Callable[[RootStates], ReadyRoots]
+    # (first entries [L] int32, lines [B], prefix lengths [B], window or None) -> [B] int32, the
+    # first entry that each row of a draft head attends to
+    first_keys: Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+    # (kept states [L, H], their positions [L]; lines [B], states [C, H], last entry of each row
+    # [B], its position [B]): keep, in place, the states of the last entries
+    keep_states: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     # (nodes, rows) -> positions, slots and masks of the nodes, for the forwards of a draft head
     lay_levels: Callable[[LevelNodes, RowPlaces], LaidNodes]
     # (tokens and log-probabilities [B, K, k], frontier of K nodes or None, own bits [B * k] or

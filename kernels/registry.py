@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -30,7 +33,7 @@ from kernels.sampling.torch_edit import edit_logits
 from kernels.sampling.torch_score import TorchScore
 from kernels.tree import reference as tree
 
-DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level")
+DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level", "first_keys", "keep_states")
 OPERATIONS = (
     "linear",
     "gated_linear",
@@ -196,6 +199,26 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
         raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
 
 
+def separate_drafting(ops: Ops) -> Ops:
+    """`ops`, but between the forwards of a draft head are many small kernels of torch instead of
+    few of their own, to compare both."""
+    separate = Backend("reference", "kernels.fused_drafting is off")
+    composed = Backend(ops.backends["score"].name, separate.reason)
+    return dataclasses.replace(
+        ops,
+        **_drafting(drafting),
+        rank_drafts=ComposedRanking(ops.add_noise, ops.argmax, ops.score),
+        enter_head=None,
+        backends=ops.backends
+        | dict.fromkeys(DRAFTING_OPERATIONS, separate)
+        | {"rank_drafts": composed},
+    )
+
+
+def _drafting(module: ModuleType) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in DRAFTING_OPERATIONS}
+
+
 def native_ops(native: NativeOps) -> Ops:
     """C++ kernels for all operations except logit edits and growing trees, which are small."""
     score = TorchScore(native.logsumexp)
@@ -221,9 +244,7 @@ def native_ops(native: NativeOps) -> Ops:
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=native.tree_walk,
-        ready_roots=drafting.ready_roots,
-        lay_levels=drafting.lay_levels,
-        grow_level=drafting.grow_level,
+        **_drafting(drafting),
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         start_rows=None,
@@ -253,7 +274,6 @@ def triton_ops(
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.drafting import triton_entry as entry
-    from kernels.drafting import triton_growth as growth
     from kernels.drafting import triton_kernel as drafting
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
@@ -297,9 +317,7 @@ def triton_ops(
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
-        ready_roots=drafting.ready_roots,
-        lay_levels=drafting.lay_levels,
-        grow_level=growth.grow_level,
+        **_drafting(drafting),
         pack_layer=None,
         decoder_layers=None,
         start_rows=rows.start_rows,
@@ -361,9 +379,7 @@ def reference_ops(
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
-        ready_roots=drafting.ready_roots,
-        lay_levels=drafting.lay_levels,
-        grow_level=drafting.grow_level,
+        **_drafting(drafting),
         pack_layer=None,
         decoder_layers=None,
         start_rows=None,

@@ -113,7 +113,7 @@ class DFlashHead:
         """Write what the layers make of the features. A state is the feature itself: drafting
         starts from tokens, but it shows whether the feature is finite."""
         own = inside(ctx, self.shard)
-        before = replace(batch, positions=batch.positions - 1)
+        before, features = replace(batch, positions=batch.positions - 1), batch.own(features)
         for layer in self.layers:
             layer.attention.take(features, before, own)
         return features

@@ -251,7 +251,7 @@ class StepBody:
         if form.shape == ROOT:
             drafted = self.state.lone_roots(tokens)
         else:
-            roots = self._roots(inputs, tokens, started)
+            roots = self._roots(inputs, tokens, started, form)
             found = self.proposer.draft(roots, form.shape, self._limits(roots, form))
             drafted = shared(found, self.context.group)
         tree = drafted.tree
@@ -265,12 +265,16 @@ class StepBody:
             tree = tree.narrowed()
         return Drafted(tree, drafted.faults)
 
-    def _roots(self, inputs: StepInputs, tokens: Tensor, started: _Started) -> Roots:
+    def _roots(
+        self, inputs: StepInputs, tokens: Tensor, started: _Started, form: StepForm
+    ) -> Roots:
         positions, max_nodes = started.positions, started.max_nodes
         if positions is None or max_nodes is None:
-            positions = (inputs.starts + inputs.lens - 1).clamp(min=0)
-            is_known = inputs.num_known > 0
-            max_nodes = torch.where(is_known, inputs.limits.clamp(max=1), inputs.limits)
+            positions, max_nodes = inputs.starts, inputs.limits
+            if not form.only_roots:
+                positions = (inputs.starts + inputs.lens - 1).clamp(min=0)
+            if form.num_known:
+                max_nodes = torch.where(inputs.num_known > 0, max_nodes.clamp(max=1), max_nodes)
         return Roots(
             lines=inputs.lines,
             tokens=tokens,
@@ -401,11 +405,12 @@ class StepBody:
         if not layout.form.draws:
             return
         inputs, context = layout.inputs, self.context
-        if settled is not None:
-            if layout.tree.max_depth:
-                pages = (*context.kv.keys, *context.kv.values)
-                context.ops.kv_move(pages, settled.sources, settled.targets)
-        elif layout.tree.max_depth:
+        # The nodes of a chain, and of a known draft, lie where plain decoding puts their tokens.
+        moves = bool(layout.tree.max_depth) and not layout.form.shape.is_chain
+        if moves and settled is not None:
+            pages = (*context.kv.keys, *context.kv.values)
+            context.ops.kv_move(pages, settled.sources, settled.targets)
+        elif moves:
             node_slots = layout.nodes_of(layout.at_nodes(slots), self.scratch.first_slot)
             commit(result, node_slots, context.kv, context.ops)
         if settled is None and layout.form.follows:

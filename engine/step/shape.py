@@ -46,6 +46,11 @@ class StaticShape(msgspec.Struct, frozen=True, array_like=True, tag="static"):
         return StaticShape(self.name, self.parents[:num_nodes])
 
     @property
+    def is_chain(self) -> bool:
+        """Whether each node but the last has one child, the next node."""
+        return self.parents == tuple(range(-1, len(self.parents) - 1))
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """Depth of every node; the root's is 0."""
         return depths_of(self.parents)
@@ -99,6 +104,11 @@ class DynamicShape(msgspec.Struct, frozen=True, array_like=True, tag="dynamic"):
     def slots_for(self, num_nodes: int) -> int:
         """Slots a row needs: frontiers are drafted in full even if few nodes are kept."""
         return max(num_nodes, self.num_drafted)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each node but the last has one child, the next node."""
+        return self.top_k == 1
 
     def first(self, num_nodes: int) -> DynamicShape:
         """The same shape with `num_nodes` nodes."""

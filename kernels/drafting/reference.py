@@ -50,6 +50,28 @@ def first_keys(firsts: Tensor, lines: Tensor, prefix_lens: Tensor, window: int |
     return first.minimum(prefix_lens).int()
 
 
+def keep_states(
+    kept_states: Tensor,
+    kept_positions: Tensor,
+    lines: Tensor,
+    states: Tensor,
+    last: Tensor,
+    newest: Tensor,
+) -> None:
+    """Store the state of the last entry of each row, and its position, by line, in place.
+
+    Args:
+        kept_states: [L, H].
+        kept_positions: [L] int64.
+        lines: [B] int64; if several rows have one line, any of them is stored.
+        states: [C, H].
+        last: [B] int64 index of each row's last entry.
+        newest: [B] int64 its position.
+    """
+    kept_states.index_put_((lines,), states[last])
+    kept_positions.index_put_((lines,), newest)
+
+
 def lay_levels(nodes: LevelNodes, rows: RowPlaces) -> LaidNodes:
     """Positions, slots and masks of the nodes of all levels."""
     (M,), (B,) = nodes.nodes.shape, rows.positions.shape

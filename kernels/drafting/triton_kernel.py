@@ -18,6 +18,7 @@ from kernels.drafting.nodes import (
     RowPlaces,
     evenly,
 )
+from kernels.drafting.triton_growth import grow_level as grow_level
 from kernels.packing.triton_entries import pointers
 from kernels.triton_launch import WIDEST_LOAD, Launch
 from kernels.triton_overlap import await_inputs
@@ -75,6 +76,40 @@ def _ready_roots_kernel(
     first = _first_key(firsts_ptr, line, position, window)
     tl.store(out_first_keys_ptr + row, first.to(tl.int32))
     tl.store(out_sizes_ptr + row, tl.where(ready, max_nodes, tl.minimum(max_nodes, 1)))
+
+
+@triton.jit
+def _first_keys_kernel(
+    firsts_ptr, lines_ptr, prefix_lens_ptr, out_ptr, window, B, ROWS: tl.constexpr
+):
+    """All rows, grid (1,)."""
+    rows = tl.arange(0, ROWS)
+    exists = rows < B
+    lines = tl.load(lines_ptr + rows, mask=exists, other=0)
+    prefix_lens = tl.load(prefix_lens_ptr + rows, mask=exists, other=0).to(tl.int64)
+    first = _first_key(firsts_ptr, lines, prefix_lens, window)
+    tl.store(out_ptr + rows, first.to(tl.int32), mask=exists)
+
+
+@triton.jit
+def _keep_states_kernel(
+    kept_states_ptr,  # [L, H] contiguous
+    kept_positions_ptr,  # [L] int64
+    lines_ptr,  # [B] int64
+    states_ptr,  # [C, H] contiguous
+    last_ptr,  # [B] int64
+    newest_ptr,  # [B] int64
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least H
+):
+    """One row, grid (B,)."""
+    row = tl.program_id(0).to(tl.int64)
+    line, last = tl.load(lines_ptr + row), tl.load(last_ptr + row)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < H
+    state = tl.load(states_ptr + last * H + columns, mask=inside)
+    tl.store(kept_states_ptr + line * H + columns, state, mask=inside)
+    tl.store(kept_positions_ptr + line, tl.load(newest_ptr + row))
 
 
 @triton.jit
@@ -143,6 +178,25 @@ def ready_roots(roots: RootStates) -> ReadyRoots:
     return ready
 
 
+def first_keys(firsts: Tensor, lines: Tensor, prefix_lens: Tensor, window: int | None) -> Tensor:
+    """As the reference."""
+    out = torch.empty(len(lines), dtype=torch.int32, device=lines.device)
+    _first_keys_launch(firsts, lines, prefix_lens, window, out).run()
+    return out
+
+
+def keep_states(
+    kept_states: Tensor,
+    kept_positions: Tensor,
+    lines: Tensor,
+    states: Tensor,
+    last: Tensor,
+    newest: Tensor,
+) -> None:
+    """As the reference."""
+    _keep_launch(kept_states, kept_positions, lines, states, last, newest).run()
+
+
 def lay_levels(nodes: LevelNodes, rows: RowPlaces) -> LaidNodes:
     """As the reference."""
     (M,), (B,) = nodes.nodes.shape, rows.positions.shape
@@ -170,6 +224,58 @@ def _ready_launch(roots: RootStates, ready: ReadyRoots) -> Launch:
             **pointers("out_", ready),
             "num_drafted": roots.num_drafted,
             "window": roots.window,
+            "H": H,
+            "BLOCK": block,
+        },
+        num_warps=min(max(block // 512, 1), 32),
+        min_load_bits=WIDEST_LOAD,
+    )
+
+
+def _first_keys_launch(
+    firsts: Tensor, lines: Tensor, prefix_lens: Tensor, window: int | None, out: Tensor
+) -> Launch:
+    assert all(part.is_contiguous() for part in (firsts, lines, prefix_lens))
+    return Launch(
+        name=f"first_keys[{'all' if window is None else 'window'}]",
+        kernel=_first_keys_kernel,
+        grid=(1,),
+        arguments={
+            "firsts_ptr": firsts,
+            "lines_ptr": lines,
+            "prefix_lens_ptr": prefix_lens,
+            "out_ptr": out,
+            "window": window,
+            "B": len(lines),
+            "ROWS": triton.next_power_of_2(len(lines)),
+        },
+        num_warps=1,
+    )
+
+
+def _keep_launch(
+    kept_states: Tensor,
+    kept_positions: Tensor,
+    lines: Tensor,
+    states: Tensor,
+    last: Tensor,
+    newest: Tensor,
+) -> Launch:
+    H = states.shape[1]
+    assert kept_states.dtype == states.dtype
+    assert all(part.is_contiguous() for part in (kept_states, states, lines, last, newest))
+    block = triton.next_power_of_2(H)
+    return Launch(
+        name=f"keep_states[H={H}]",
+        kernel=_keep_states_kernel,
+        grid=(len(lines),),
+        arguments={
+            "kept_states_ptr": kept_states,
+            "kept_positions_ptr": kept_positions,
+            "lines_ptr": lines,
+            "states_ptr": states,
+            "last_ptr": last,
+            "newest_ptr": newest,
             "H": H,
             "BLOCK": block,
         },
@@ -221,6 +327,9 @@ def launches() -> list[Launch]:
         roots = RootStates(row, row, row, *kept, M + 1, window)
         states = new(B, H, dtype=torch.bfloat16)
         found.append(_ready_launch(roots, ReadyRoots(states, flags, flags, row, small, row)))
+        if window is None:
+            found.append(_keep_launch(kept[0], kept[1], row, states, row, row))
+    found += [_first_keys_launch(firsts, row, small, window, small) for window in (None, 512)]
     rows = RowPlaces(row, row, new(B, 512, dtype=torch.int32), 16, 1600, 8192)
     laid = LaidNodes(small, *(new(B * M),) * 3)
     found.append(_lay_launch(LevelNodes(*(new(M),) * 5), rows, laid))

@@ -31,10 +31,29 @@ from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy, Measuring
 from engine.speculation.proposer import Proposer, RootProposer
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape
-from kernels.registry import build_ops
+from kernels.ops import Ops
+from kernels.registry import build_ops, separate_drafting
 from server.assembly.kept_costs import KeptCosts
 
 AUTO = "auto"
+
+
+def configured_ops(
+    config: HostConfig, device: torch.device, dtype: torch.dtype, threads: int
+) -> Ops:
+    """The operations that the configuration asks for."""
+    kernels = config.kernels
+    ops = build_ops(
+        kernels.backend,
+        device,
+        dtype,
+        threads,
+        config.files.dir,
+        overlap=kernels.overlap,
+        products=kernels.products,
+        prefetch=kernels.prefetch,
+    )
+    return ops if kernels.fused_drafting else separate_drafting(ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +114,7 @@ class HeadLoader:
         place, ops = self.place, self.place.ops
         if ops.backends["linear"].name == "reference":
             return self  # plain torch; to try for native operations again would take long
-        kernels = config.kernels
-        own = build_ops(
-            kernels.backend,
-            place.device,
-            place.dtype,
-            1,
-            config.files.dir,
-            overlap=kernels.overlap,
-            products=kernels.products,
-            prefetch=kernels.prefetch,
-        )
+        own = configured_ops(config, place.device, place.dtype, 1)
         assert own.backends == ops.backends, "weights would be packed for other kernels"
         ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)
         return replace(self, place=replace(place, ops=ops))

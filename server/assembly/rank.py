@@ -41,7 +41,6 @@ from engine.step.shape import ROOT
 from kernels.linear.scaled import FP8
 from kernels.native.build import build_library, cpu_name
 from kernels.ops import CacheScales, Ops
-from kernels.registry import build_ops
 from server.assembly.drafting import (
     AUTO,
     Drafting,
@@ -51,6 +50,7 @@ from server.assembly.drafting import (
     TreeChooser,
     allocate,
     block_bytes,
+    configured_ops,
     drafting_with,
     rank_free_bytes,
     torch_dtype,
@@ -191,16 +191,7 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
 
 def _place(config: HostConfig, group: TPGroup, device: torch.device) -> Place:
     threads, dtype = threads_per_rank(config), torch_dtype(config.model.dtype)
-    ops = build_ops(
-        config.kernels.backend,
-        device,
-        dtype,
-        threads,
-        config.files.dir,
-        overlap=config.kernels.overlap,
-        products=config.kernels.products,
-        prefetch=config.kernels.prefetch,
-    )
+    ops = configured_ops(config, device, dtype, threads)
     # Native operations have their own threads; two pools would compete for the cores.
     torch.set_num_threads(1 if ops.backends["linear"].name == "native" else threads)
     form = weight_form(config.model.weights, "model.weights", ops)

@@ -161,3 +161,24 @@ def test_what_a_head_reads_is_what_its_parts_give(
         x, residual = kernel.triton_entry.enter_head(given, LinearWeight(table, None, 20, H))
         triton_env.close(x, torch.cat((embedded, normed), dim=1))
         triton_env.close(residual, normed if normed_residual else own)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_first_entry_that_a_row_attends_to(window: int | None) -> None:
+    firsts, lines = integers(1, 1, 7, 20).int(), integers(3, 0, 2, 1, 1)
+    prefix_lens = integers(9, 0, 30, 5, 3).int()
+    got = kernel.first_keys(firsts, lines, prefix_lens, window)
+    expected = reference.first_keys(firsts, lines, prefix_lens, window)
+    assert got.dtype == expected.dtype
+    assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_states_of_the_last_entries_are_kept_by_line(dtype: torch.dtype) -> None:
+    lines, last, newest = integers(2, 0, 4), integers(5, 1, 0), integers(9, -1, 30)
+    states = triton_env.numbers(6, 40, seed=4, dtype=dtype)
+    kept = [(triton_env.numbers(5, 40, dtype=dtype), integers(3, 4, 5, 6, 7)) for _ in range(2)]
+    kernel.keep_states(*kept[0], lines, states, last, newest)
+    reference.keep_states(*kept[1], lines, states, last, newest)
+    for one, other in zip(*kept, strict=True):
+        assert torch.equal(one, other)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.drafting import reference
 from kernels.ops import Backend
-from kernels.registry import OPERATIONS, build_ops
+from kernels.registry import DRAFTING_OPERATIONS, OPERATIONS, build_ops, separate_drafting
 from tests.architecture.source_tree import ROOT
 from tests.kernels import triton_env
 from tests.kernels.triton_env import numbers
@@ -37,6 +38,17 @@ def test_a_cuda_device_gets_triton_kernels(
     ops = build_ops(backend, GPU, dtype, 1, tmp_path)
     assert (ops.backends, ops.activation_dtype) == (BACKENDS, dtype)
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_triton
+def test_steps_of_a_draft_head_may_be_kernels_of_torch_which_is_said(tmp_path: Path) -> None:
+    ops = build_ops("triton", GPU, torch.bfloat16, 1, tmp_path)
+    separate = separate_drafting(ops)
+    changed = {*DRAFTING_OPERATIONS, "rank_drafts"}
+    assert {name for name in OPERATIONS if separate.backends[name] != ops.backends[name]} == changed
+    assert all("fused_drafting" in str(separate.backends[name]) for name in changed)
+    assert separate.lay_levels is reference.lay_levels
+    assert separate.enter_head is None
 
 
 @needs_triton

@@ -87,3 +87,9 @@ def test_depths_and_ancestors_follow_the_parents(num_nodes: int) -> None:
 )
 def test_masks_fit_signed_integers(mask: int, expected: int) -> None:
     assert signed(mask) == expected
+
+
+def test_a_chain_is_a_tree_in_which_each_node_follows_the_one_before() -> None:
+    others = (StaticShape("tree", (-1, 0, 0)), StaticShape("fork", (-1, 0, 1, 1)))
+    assert all(shape.is_chain for shape in (ROOT, chain(1), chain(3), DynamicShape("d", 4, 3, 1)))
+    assert not any(shape.is_chain for shape in (*others, DynamicShape("d", 4, 3, 2)))
