@@ -328,6 +328,14 @@ class KernelsConfig(Section):
     graphs: Literal["auto", "off"] = Field(
         "auto", description="auto: steps are CUDA graphs on CUDA devices; off: eager"
     )
+    attention: Literal["auto", "short", "early", "medium", "long", "long_parts", "all_long"] = (
+        Field(
+            "auto",
+            description="how Triton attention of decode rows shares keys between programs; auto: "
+            "what some seconds of measuring at start find fastest for one row, which is logged and "
+            "shown by `/info`; a name: the same at every start, so that sums keep their order",
+        )
+    )
 
 
 class ServerConfig(Section):

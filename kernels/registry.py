@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
+from kernels.attention.triton_plan import DEFAULT, TUNINGS
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
 from kernels.moe import reference as moe
@@ -52,6 +54,7 @@ OPERATIONS = (
 TORCH_OPERATIONS = ("edit_logits", "tree_expand", "tree_select", "tree_ancestors")
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 BACKENDS = ("auto", "reference", "native", "triton")
+ATTENTION_DEFAULT = DEFAULT.name
 
 
 def build_ops(
@@ -211,6 +214,18 @@ def triton_ops(storage_dtype: torch.dtype, device: torch.device | None = None) -
         stacks_experts=True,
         activation_dtype=storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
+    )
+
+
+def with_attention(ops: Ops, tuning: str) -> Ops:
+    """Triton operations whose attention has another tuning, a name of `TUNINGS`."""
+    from kernels.attention import triton_kernel as attention
+
+    assert ops.backends["attention"].name == "triton"
+    return dataclasses.replace(
+        ops,
+        attention=functools.partial(attention.attention, tuning=TUNINGS[tuning]),
+        backends=ops.backends | {"attention": Backend("triton", tuning)},
     )
 
 
