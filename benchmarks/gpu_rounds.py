@@ -15,14 +15,15 @@ import torch
 
 from benchmarks import bars
 from benchmarks.bars import Verdict
-from benchmarks.gpu_engine import Large, floor_ms
+from benchmarks.gpu_engine import LLAMA_8B, Large, floor_ms
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.parts import print_result
 from benchmarks.step_times import WARM_UP, Load, device_spans, steps, time_steps
 from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
-from kernels.registry import build_ops
+from kernels.ops import Ops
+from kernels.registry import build_ops, with_attention
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, LoadedDraft, Target, tree_shape
 
@@ -59,13 +60,27 @@ class Rounds:
         return assemble(config, self.target, self.large.place, drafting)
 
 
+def tuned(ops: Ops, device: torch.device) -> tuple[Ops, Found]:
+    """The operations with the fastest attention, and the microseconds of one row with each."""
+    from kernels.attention.triton_choice import CONTEXTS, Heads, choose_tuning  # needs Triton
+
+    arch, dtype = LLAMA_8B, torch.bfloat16
+    heads = Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, dtype)
+    choice = choose_tuning(heads, device)
+    us = {name: [1e6 * time for time in times] for name, times in choice.seconds.items()}
+    found = {"chosen": choice.name, "contexts": CONTEXTS, "us": us}
+    return with_attention(ops, choice.name), found
+
+
 def rounds(names: Iterable[str] = LOADS) -> Found:
-    """Times and kernels of the rounds of LOADS, printed after every one."""
+    """Times and kernels of the rounds of LOADS, printed after every one. Attention has the tuning
+    that a server would choose; all are timed."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth()
     found: Found = {"copy": bandwidth, "floor_ms": floor_ms(bandwidth), "rounds": {}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         ops = build_ops("triton", device, torch.bfloat16, 1, Path(folder))
+        ops, found["attention"] = tuned(ops, device)
         large = Large(ops, device, Path(folder), rows=64)
         running = Rounds(large, large.target())
         for name in names:
