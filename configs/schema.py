@@ -316,6 +316,14 @@ class KernelsConfig(Section):
         description="true: on CUDA devices, few kernels run between the forwards of a draft head; "
         "false: many of torch's, for the same drafts",
     )
+    attention: Literal["auto", "short", "early", "medium", "long", "long_parts", "all_long"] = (
+        Field(
+            "auto",
+            description="how Triton attention of decode rows shares keys between programs; auto: "
+            "what some seconds of measuring at start find fastest for one row, which is logged and "
+            "shown by `/info`; a name: the same at every start, so that sums keep their order",
+        )
+    )
 
 
 class ServerConfig(Section):

@@ -144,7 +144,7 @@ class Backend:
     """The implementation of an operation."""
 
     name: str  # "reference" | "native" | "triton" | "cublas" | "triton-skinny"
-    # Why the slower reference is used, or special instructions ("amx")
+    # Why the slower reference is used, special instructions ("amx"), or a tuning
     reason: str | None = None
 
     def __str__(self) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
+from kernels.attention.triton_plan import DEFAULT, TUNINGS
 from kernels.drafting import reference as drafting
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
@@ -68,6 +70,7 @@ MIB = 2**20
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
 PRODUCTS = ("auto", "cublas", "skinny")
+ATTENTION_DEFAULT = DEFAULT.name
 
 
 def build_ops(
@@ -204,7 +207,7 @@ def separate_drafting(ops: Ops) -> Ops:
     few of their own, to compare both."""
     separate = Backend("reference", "kernels.fused_drafting is off")
     composed = Backend(ops.backends["score"].name, separate.reason)
-    return dataclasses.replace(
+    return replace(
         ops,
         **_drafting(drafting),
         rank_drafts=ComposedRanking(ops.add_noise, ops.argmax, ops.score),
@@ -340,6 +343,21 @@ _FEW_ROWS = {
     "auto": "up to 16 rows: where it is faster, triton-skinny",
     "skinny": "up to 16 rows: triton-skinny",
 }
+
+
+def with_attention(ops: Ops, tuning: str) -> Ops:
+    """Triton operations whose attention has another tuning, a name of `TUNINGS`."""
+    from kernels.attention import triton_kernel as attention
+    from kernels.triton_launch import overlapped
+
+    before = ops.backends["attention"]
+    assert before.name == "triton"
+    attend: Callable[..., Tensor] = functools.partial(attention.attention, tuning=TUNINGS[tuning])
+    reason = tuning
+    if before.reason is not None and before.reason.startswith(OVERLAPPING):
+        attend, reason = overlapped(attend), f"{OVERLAPPING}; {tuning}"
+    backends = ops.backends | {"attention": Backend("triton", reason)}
+    return replace(ops, attention=attend, backends=backends)
 
 
 def _triton_reads(device: torch.device | None) -> frozenset[str]:

@@ -14,7 +14,6 @@ SHORT_TILE = 64  # query rows (queries x heads of a group) per tile in decoding 
 LONG_TILE = 128  # query rows per tile in a prefill chunk
 MAX_SPLITS = 128
 MAX_PART_BYTES = 64 * 2**20  # partial results of one launch
-MAX_MERGED_SPLITS = 32  # that one program averages
 MERGING_TILE = 16  # up to so many query rows, the last program of a tile averages its parts
 MANY_PROGRAMS = 64  # tiles times KV heads, before splits
 MAX_COUNTERS = 2**16  # pairs of tile and KV head that can count their programs
@@ -30,6 +29,9 @@ class Cut(NamedTuple):
     part_keys: int  # least keys of a part: with fewer, a split costs more than it saves
     places: int  # programs of a processor that are looked for
     early: bool  # reads queries and the first blocks together with the lengths
+    # That one program averages: 16 in a round trip of 0.7 us; a second launch takes some 3 us. And
+    # where tables have room for many parts, most contexts have few.
+    merged_parts: int
 
 
 class Tuning(NamedTuple):
@@ -37,7 +39,7 @@ class Tuning(NamedTuple):
 
     few: Cut  # decode rows; fewer than MANY_PROGRAMS tiles times KV heads
     many: Cut  # the same, of more
-    trees: Cut  # more than MERGING_TILE query rows; decode rows of which each has many parts
+    trees: Cut  # more than MERGING_TILE query rows
 
     @property
     def name(self) -> str:
@@ -47,23 +49,31 @@ class Tuning(NamedTuple):
 # With steps of 32, more programs of decode rows are on a processor at a time: on an H200, 64 rows
 # were 8 to 22 % faster than with 64, and one row 9 to 13 %. A processor has room for four of them,
 # but for a row alone, so many parts take longer to average than they save.
-_SMALL = Cut(step_keys=32, num_warps=4, num_stages=4, part_keys=128, places=2, early=False)
-_FULL = _SMALL._replace(places=4)
-_LARGE = Cut(step_keys=128, num_warps=8, num_stages=3, part_keys=128, places=1, early=True)
-_MEDIUM = Cut(step_keys=64, num_warps=4, num_stages=4, part_keys=128, places=2, early=True)
-_CHUNKS = Cut(step_keys=64, num_warps=8, num_stages=3, part_keys=128, places=1, early=False)
+_SMALL = Cut(
+    step_keys=32,
+    num_warps=4,
+    num_stages=4,
+    part_keys=128,
+    places=2,
+    early=False,
+    merged_parts=32,
+)
+_EARLY = _SMALL._replace(early=True, merged_parts=MAX_SPLITS)
+_MEDIUM = _EARLY._replace(step_keys=64)
+_LARGE = _EARLY._replace(step_keys=128, num_warps=8, num_stages=3, places=1)
+_CHUNKS = _SMALL._replace(step_keys=64, num_warps=8, num_stages=3, places=1)
 
-SHORT_STEPS = Tuning(_SMALL, _FULL, _SMALL)  # what ran on an H200
+SHORT_STEPS = Tuning(_SMALL, _SMALL._replace(places=4), _SMALL)  # what ran on an H200
 # Trees do not look early: Triton 3.6 would prefetch no keys for them.
-EARLY_STEPS = Tuning(_SMALL._replace(early=True), _FULL._replace(early=True), _SMALL)
+EARLY_STEPS = Tuning(_EARLY, _EARLY._replace(places=4), _SMALL)
 LONG_STEPS = EARLY_STEPS._replace(few=_LARGE)
 TUNINGS = {
-    "short_steps": SHORT_STEPS,
+    "short": SHORT_STEPS,
     "early": EARLY_STEPS,
-    "medium_steps": EARLY_STEPS._replace(few=_MEDIUM),
-    "long_steps": LONG_STEPS,
+    "medium": EARLY_STEPS._replace(few=_MEDIUM),
+    "long": LONG_STEPS,
     "long_parts": LONG_STEPS._replace(few=_LARGE._replace(part_keys=512)),
-    "always_long_steps": LONG_STEPS._replace(many=_LARGE),
+    "all_long": LONG_STEPS._replace(many=_LARGE),
 }
 DEFAULT = LONG_STEPS
 
@@ -123,7 +133,7 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
     busy = min(num_tiles, math.ceil(shape.num_tokens / queries)) if fewest else num_tiles
     part_bytes = max(4 * num_tiles * shape.kv_heads * block_m * shape.head_dim, 1)
     programs = busy * shape.kv_heads
-    cut = _cut(tuning, block_m, programs, shape.num_processors)
+    cut = _cut(tuning, block_m, programs)
     splits = choose_splits(
         num_programs=programs,
         places=shape.num_processors * cut.places,
@@ -143,18 +153,17 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
         tiles_per_row=per_row,
         search=search,
         num_splits=splits,
-        merges=1 < splits <= MAX_MERGED_SPLITS and block_m <= MERGING_TILE and counted,
+        merges=1 < splits <= cut.merged_parts and block_m <= MERGING_TILE and counted,
         # The places where queries are expected must exist.
         early=cut.early and not search and shape.num_rows * most <= shape.num_tokens,
         cut=cut,
     )
 
 
-def _cut(tuning: Tuning, block_m: int, num_programs: int, num_processors: int) -> Cut:
+def _cut(tuning: Tuning, block_m: int, num_programs: int) -> Cut:
     if block_m == LONG_TILE:
         return _CHUNKS
-    # More parts than one program averages take a second launch, whatever the cut.
-    if block_m > MERGING_TILE or num_programs * MAX_MERGED_SPLITS < num_processors:
+    if block_m > MERGING_TILE:
         cut = tuning.trees
         return cut._replace(num_stages=min(cut.num_stages, 3)) if block_m == SHORT_TILE else cut
     return tuning.many if num_programs >= MANY_PROGRAMS else tuning.few

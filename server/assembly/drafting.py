@@ -115,7 +115,8 @@ class HeadLoader:
         if ops.backends["linear"].name == "reference":
             return self  # plain torch; to try for native operations again would take long
         own = configured_ops(config, place.device, place.dtype, 1)
-        assert own.backends == ops.backends, "weights would be packed for other kernels"
+        for name in ("linear", "embedding"):
+            assert own.backends[name] == ops.backends[name], "weights would be packed otherwise"
         ops = replace(ops, pack_linear=own.pack_linear, embedding=own.embedding)
         return replace(self, place=replace(place, ops=ops))
 

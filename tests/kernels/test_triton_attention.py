@@ -436,6 +436,9 @@ def test_many_parts_of_few_heads_take_a_launch_to_average() -> None:
     (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072), SHORT_STEPS)
     assert plan.num_splits > 100
     assert not plan.merges
+    (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072), LONG_STEPS)
+    assert plan.num_splits > 100
+    assert plan.merges  # most contexts have few
 
 
 def test_short_and_long_rows_are_shared_out() -> None:
