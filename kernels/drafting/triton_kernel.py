@@ -83,6 +83,7 @@ def _first_keys_kernel(
     firsts_ptr, lines_ptr, prefix_lens_ptr, out_ptr, window, B, ROWS: tl.constexpr
 ):
     """All rows, grid (1,)."""
+    await_inputs()
     rows = tl.arange(0, ROWS)
     exists = rows < B
     lines = tl.load(lines_ptr + rows, mask=exists, other=0)
@@ -103,6 +104,7 @@ def _keep_states_kernel(
     BLOCK: tl.constexpr,  # a power of two, at least H
 ):
     """One row, grid (B,)."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     line, last = tl.load(lines_ptr + row), tl.load(last_ptr + row)
     columns = tl.arange(0, BLOCK)
