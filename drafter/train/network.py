@@ -108,7 +108,7 @@ def wide(x: Tensor) -> Tensor:
 def narrowed(x: Tensor) -> Tensor:
     """In the type of the products that follow, so that several of them share one conversion."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else wide(x)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Eagle3Network(DraftNetwork):
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
 
     def fuse(self, taps: Tensor) -> Tensor:
-        fused: Tensor = self.fc(taps)
+        fused: Tensor = self.fc(narrowed(taps))
         return fused.float()
 
     def enter(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:

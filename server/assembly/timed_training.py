@@ -50,7 +50,7 @@ def train_by_the_clock(config: HostTrainingConfig) -> None:
     output = config.run.output
     check_no_run(output)
     codec = load_codec(serving_config(config))
-    prompts = _shuffled(read_all_prompts(config), config.run.seed)
+    prompts = _shuffled(read_all_prompts(config))
     target, eos_ids = load_frozen(config, ME)
     answering = _lockstep(config, target, eos_ids | codec.ending_ids())
     tell(ME, f"{clock.elapsed():.1f} s: {len(prompts)} prompts, target loaded on {target.device}")
@@ -72,8 +72,10 @@ def train_by_the_clock(config: HostTrainingConfig) -> None:
     print(output / HEAD, flush=True)
 
 
-def _shuffled(prompts: list[Prompt], seed: int) -> list[Prompt]:
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+def _shuffled(prompts: list[Prompt]) -> list[Prompt]:
+    """In the same order for every `run.seed`, so that a head which is trained further, on other
+    answers, is measured on prompts that it has never learnt from."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
     return [prompts[index] for index in order.tolist()]
 
 

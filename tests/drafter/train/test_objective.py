@@ -200,6 +200,16 @@ def test_bfloat16_products_change_the_loss_little(reference_ops: Ops) -> None:
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in case.network.parameters())
 
 
+def test_features_of_a_bfloat16_target_are_learnt_from_in_float32(reference_ops: Ops) -> None:
+    case = Case("reference-eagle3", reference_ops)
+    narrow = dataclasses.replace(
+        case.batch, taps=case.batch.taps.bfloat16(), hidden=case.batch.hidden.bfloat16()
+    )
+    objective = case.objective(LossWeights(STEPS))
+    expected = float(objective(case.batch)[0].detach())
+    assert float(objective(narrow)[0].detach()) == pytest.approx(expected, rel=0.02)
+
+
 def test_sums_of_batches_add_up(reference_ops: Ops) -> None:
     case = Case("reference-eagle3", reference_ops)
     objective = case.objective(LossWeights(STEPS))
