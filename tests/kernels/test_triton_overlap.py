@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.ops import UNSCALED, Backend, LinearWeight
+from kernels.ops import UNSCALED, Backend, LinearWeight, Ops
 from kernels.registry import OPERATIONS, OVERLAPPING, build_ops, triton_ops
 from tests.architecture.source_tree import ROOT
 from tests.kernels import triton_env
@@ -206,3 +206,33 @@ def test_kernels_that_fetch_compute_the_same(tmp_path: Path) -> None:
         queries = table.rope_kv_write(x, angles, at, at + 5, *pages, UNSCALED, weight)
         found.append((queries, *pages))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif(triton_env.INTERPRETED, reason="only a GPU overlaps kernels")
+def test_overlapping_kernels_of_a_graph_compute_the_same_bits(tmp_path: Path) -> None:
+    """Among kernels that know nothing of it: fills, additions and products of torch."""
+    x, gains = numbers(4, 4096, dtype=torch.bfloat16), numbers(4096, seed=1)
+    data = numbers(4096, 4096, seed=2, dtype=torch.bfloat16) / 64
+    weight = LinearWeight(data, None, 4096, 4096)
+
+    def stream(ops: Ops) -> torch.Tensor:
+        residual, added = torch.zeros_like(x), x
+        for step in range(60):
+            added = ops.add_rms_norm(added, residual, gains, 1e-5, weight)
+            added = ops.linear(added, weight) if step % 3 == 0 else added
+            added = added + 1 if step % 7 == 0 else ops.rms_norm(added, gains, 1e-5)
+        return residual
+
+    plain, overlapping = (
+        build_ops("triton", x.device, torch.bfloat16, 1, tmp_path, overlap=on, prefetch=16)
+        for on in (False, True)
+    )
+    expected = stream(plain)
+    assert torch.equal(stream(overlapping), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = stream(overlapping)
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
