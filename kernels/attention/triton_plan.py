@@ -28,7 +28,7 @@ class Cut(NamedTuple):
     num_stages: int  # steps whose keys are on their way, and the one that computes
     part_keys: int  # least keys of a part: with fewer, a split costs more than it saves
     places: int  # programs of a processor that are looked for
-    early: bool  # reads queries and the first blocks together with the lengths
+    early: bool  # reads the first blocks, and lone queries, together with the lengths
     # That one program averages: 16 in a round trip of 0.7 us; a second launch takes some 3 us. And
     # where tables have room for many parts, most contexts have few.
     merged_parts: int
@@ -64,8 +64,7 @@ _LARGE = _EARLY._replace(step_keys=128, num_warps=8, num_stages=3, places=1)
 _CHUNKS = _SMALL._replace(step_keys=64, num_warps=8, num_stages=3, places=1)
 
 SHORT_STEPS = Tuning(_SMALL, _SMALL._replace(places=4), _SMALL)  # what ran on an H200
-# Trees do not look early: Triton 3.6 would prefetch no keys for them.
-EARLY_STEPS = Tuning(_EARLY, _EARLY._replace(places=4), _SMALL)
+EARLY_STEPS = Tuning(_EARLY, _EARLY._replace(places=4), _EARLY)
 LONG_STEPS = EARLY_STEPS._replace(few=_LARGE)
 TUNINGS = {
     "short": SHORT_STEPS,
@@ -154,8 +153,8 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
         search=search,
         num_splits=splits,
         merges=1 < splits <= cut.merged_parts and block_m <= MERGING_TILE and counted,
-        # The places where queries are expected must exist.
-        early=cut.early and not search and shape.num_rows * most <= shape.num_tokens,
+        # The places where lone queries are expected must exist.
+        early=cut.early and not search and (most > 1 or shape.num_rows <= shape.num_tokens),
         cut=cut,
     )
 
