@@ -383,6 +383,7 @@ def plans_of(
         kv_heads=kv_heads,
         head_dim=D,
         num_processors=num_processors or _num_processors(q.device),
+        fp8=k_cache.dtype is FP8,
     )
     return plan_tiles(shape, tuning)
 

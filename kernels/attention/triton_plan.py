@@ -105,6 +105,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     num_processors: int  # streaming multiprocessors
+    fp8: bool = False  # keys and values are FP8 numbers
 
 
 @functools.lru_cache(maxsize=256)  # every layer of a step asks for the same plan
@@ -132,7 +133,7 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
     busy = min(num_tiles, math.ceil(shape.num_tokens / queries)) if fewest else num_tiles
     part_bytes = max(4 * num_tiles * shape.kv_heads * block_m * shape.head_dim, 1)
     programs = busy * shape.kv_heads
-    cut = _cut(tuning, block_m, programs)
+    cut = _cut(tuning, block_m, programs, crowded=shape.fp8 and most > 1)
     splits = choose_splits(
         num_programs=programs,
         places=shape.num_processors * cut.places,
@@ -159,10 +160,11 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
     )
 
 
-def _cut(tuning: Tuning, block_m: int, num_programs: int) -> Cut:
+def _cut(tuning: Tuning, block_m: int, num_programs: int, *, crowded: bool) -> Cut:
+    """`crowded`: masks of several queries and keys to convert fill the registers."""
     if block_m == LONG_TILE:
         return _CHUNKS
-    if block_m > MERGING_TILE:
+    if block_m > MERGING_TILE or crowded:
         cut = tuning.trees
         return cut._replace(num_stages=min(cut.num_stages, 3)) if block_m == SHORT_TILE else cut
     return tuning.many if num_programs >= MANY_PROGRAMS else tuning.few
