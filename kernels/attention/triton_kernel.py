@@ -17,9 +17,10 @@ keys end at once, and a tile of one part needs no average. `triton_plan` chooses
 before, 0.6 to 0.8 us on an H200 with a cold cache, after some 2 us to start. Without EARLY these
 are six and the keys: lengths; ancestors and queries; block table; keys and values; then the count
 of the parts, their sums, and the parts, eight at a time. With EARLY they are four: the first step's
-place in the block table and the place of the queries follow from the grid in nearly all launches,
-so both are read with the lengths, and once more if the lengths say otherwise. The last program
-reads the sums with the parts, and as many parts at a time as 64 registers hold: 16 of four rows.
+place in the block table and that of a lone query follow from the grid in nearly all launches, so
+both are read with the lengths, and once more if the lengths say otherwise. (Of trees, only the
+table.) The last program reads the sums with the parts, and as many parts at a time as 64 registers
+hold: 16 of four rows.
 A step of 128 keys, all of which are on their way before the first product, takes one pass of
 products and of the softmax's sums over warps where 32 keys take four. Counted so, 300 keys take
 2 + 0.8 + 1.0 + 0.7 (products) + 0.8 (write, count) + 0.7 (parts) = 6 us, before 11; not measured.
@@ -116,7 +117,7 @@ def attend_splits(
     MERGES: tl.constexpr,  # with SPLIT: the last program averages the parts
     MERGED_ROWS: tl.constexpr,  # with MERGES: the rows of the tile that are used, a power of 2
     MERGED_PARTS: tl.constexpr,  # with MERGES: parts that are read at a time, a power of 2
-    EARLY: tl.constexpr,  # rows are expected to have `most` queries each; needs that many tokens
+    EARLY: tl.constexpr,  # looks for keys where a row without a window has them
     ONE: tl.constexpr,  # 1: batch rows have at most one query; 0: they may have more
     ALIKE: tl.constexpr,  # keys and values have the same strides
     PRODUCT: tl.constexpr,  # input type of the matrix products
@@ -139,8 +140,9 @@ def attend_splits(
     table_ptr = block_tables_ptr + row.to(tl.int64) * table_stride
     table_end = table_columns * BLOCK_SIZE  # no key lies there or beyond
     likely_start, likely_key = row * most, split * (MIN_STEPS * BLOCK_N)
-    if EARLY:  # the place of the queries and of the first keys, if rows are as usual
+    if EARLY:  # the place of the first keys and of a lone query, if rows are as usual
         blocks = find_blocks(table_ptr, likely_key + tl.arange(0, BLOCK_N), table_end, BLOCK_SIZE)
+    if EARLY and ONE:  # with more queries, Triton 3.9 would prefetch no keys after the branch
         ancestors, q = load_queries(
             ancestors_ptr, q_ptr, likely_start, queries, heads, in_tile & (queries < most),
             q_stride_token, q_stride_head, D, ONE,
@@ -148,13 +150,12 @@ def attend_splits(
     if (count < fewest) | (count > most) | (first_query >= count):
         return
     wanted = in_tile & (queries < count)  # [BLOCK_M]
-    if EARLY:
+    if EARLY and ONE:
         if start != likely_start:
             ancestors, q = load_queries(
                 ancestors_ptr, q_ptr, start, queries, heads, wanted,
                 q_stride_token, q_stride_head, D, ONE,
             )  # fmt: skip
-        ancestors = ancestors if ONE else tl.where(wanted, ancestors, 0)
     else:
         ancestors, q = load_queries(
             ancestors_ptr, q_ptr, start, queries, heads, wanted,
@@ -384,6 +385,7 @@ def plans_of(
         kv_heads=kv_heads,
         head_dim=D,
         num_processors=num_processors or _num_processors(q.device),
+        fp8=k_cache.dtype is FP8,
     )
     return plan_tiles(shape, tuning)
 
@@ -536,6 +538,7 @@ _KNOWN_BATCHES = (  # rows, queries of each or None for a mixed batch, context
     (1, 1, 8192),
     (16, 1, 8192),
     (64, 1, 8192),
+    (1, 4, 8192),
     (1, 8, 8192),
     (64, 8, 8192),
     (1, 16, 8192),

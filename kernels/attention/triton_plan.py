@@ -28,7 +28,7 @@ class Cut(NamedTuple):
     num_stages: int  # steps whose keys are on their way, and the one that computes
     part_keys: int  # least keys of a part: with fewer, a split costs more than it saves
     places: int  # programs of a processor that are looked for
-    early: bool  # reads queries and the first blocks together with the lengths
+    early: bool  # reads the first blocks, and lone queries, together with the lengths
     # That one program averages: 16 in a round trip of 0.7 us; a second launch takes some 3 us. And
     # where tables have room for many parts, most contexts have few.
     merged_parts: int
@@ -64,8 +64,7 @@ _LARGE = _EARLY._replace(step_keys=128, num_warps=8, num_stages=3, places=1)
 _CHUNKS = _SMALL._replace(step_keys=64, num_warps=8, num_stages=3, places=1)
 
 SHORT_STEPS = Tuning(_SMALL, _SMALL._replace(places=4), _SMALL)  # what ran on an H200
-# Trees do not look early: Triton 3.6 would prefetch no keys for them.
-EARLY_STEPS = Tuning(_EARLY, _EARLY._replace(places=4), _SMALL)
+EARLY_STEPS = Tuning(_EARLY, _EARLY._replace(places=4), _EARLY)
 LONG_STEPS = EARLY_STEPS._replace(few=_LARGE)
 TUNINGS = {
     "short": SHORT_STEPS,
@@ -106,6 +105,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     num_processors: int  # streaming multiprocessors
+    fp8: bool = False  # keys and values are FP8 numbers
 
 
 @functools.lru_cache(maxsize=256)  # every layer of a step asks for the same plan
@@ -133,7 +133,7 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
     busy = min(num_tiles, math.ceil(shape.num_tokens / queries)) if fewest else num_tiles
     part_bytes = max(4 * num_tiles * shape.kv_heads * block_m * shape.head_dim, 1)
     programs = busy * shape.kv_heads
-    cut = _cut(tuning, block_m, programs)
+    cut = _cut(tuning, block_m, programs, crowded=shape.fp8 and most > 1)
     splits = choose_splits(
         num_programs=programs,
         places=shape.num_processors * cut.places,
@@ -154,16 +154,17 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
         search=search,
         num_splits=splits,
         merges=1 < splits <= cut.merged_parts and block_m <= MERGING_TILE and counted,
-        # The places where queries are expected must exist.
-        early=cut.early and not search and shape.num_rows * most <= shape.num_tokens,
+        # The places where lone queries are expected must exist.
+        early=cut.early and not search and (most > 1 or shape.num_rows <= shape.num_tokens),
         cut=cut,
     )
 
 
-def _cut(tuning: Tuning, block_m: int, num_programs: int) -> Cut:
+def _cut(tuning: Tuning, block_m: int, num_programs: int, *, crowded: bool) -> Cut:
+    """`crowded`: masks of several queries and keys to convert fill the registers."""
     if block_m == LONG_TILE:
         return _CHUNKS
-    if block_m > MERGING_TILE:
+    if block_m > MERGING_TILE or crowded:
         cut = tuning.trees
         return cut._replace(num_stages=min(cut.num_stages, 3)) if block_m == SHORT_TILE else cut
     return tuning.many if num_programs >= MANY_PROGRAMS else tuning.few

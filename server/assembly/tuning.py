@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.checkpoints.arch import LlamaArch
 from engine.models.place import Place
 from kernels.registry import ATTENTION_DEFAULT, with_attention
+
+if TYPE_CHECKING:
+    from kernels.attention.triton_choice import Heads
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ def with_tuning(place: Place, arch: LlamaArch, wanted: str) -> Place:
 def _fastest(place: Place, arch: LlamaArch) -> str:
     if place.device.type != "cuda":
         return ATTENTION_DEFAULT
-    from kernels.attention.triton_choice import Heads, choose_tuning  # Triton may be missing
+    from kernels.attention.triton_choice import Heads  # Triton may be missing
 
     heads = Heads(
         arch.num_heads // place.shard.size,
@@ -46,9 +51,16 @@ def _fastest(place: Place, arch: LlamaArch) -> str:
         place.cache_dtype,
     )
     try:
-        return choose_tuning(heads, place.device).name
+        return _measured(heads, place.device)
     except torch.OutOfMemoryError:
         logger.warning("attention: no memory to measure in; %s is used", ATTENTION_DEFAULT)
         return ATTENTION_DEFAULT
     finally:
         torch.cuda.empty_cache()
+
+
+@functools.cache  # times vary, but all engines of a process should add in the same order
+def _measured(heads: Heads, device: torch.device) -> str:
+    from kernels.attention.triton_choice import choose_tuning
+
+    return choose_tuning(heads, device).name

@@ -417,6 +417,7 @@ def test_rows_of_one_kind_take_one_launch(
         (1, 1, 300, 128, 3),
         (4, 1, 8192, 128, 4),
         (16, 1, 8192, 32, 4),  # many rows: four programs of a processor
+        (1, 4, 8192, 128, 15),  # a small tree, which fills as few query rows
         (1, 8, 8192, 32, 30),  # a tree
     ],
 )
@@ -427,9 +428,11 @@ def test_long_steps_are_for_few_rows(
         EIGHT_B, num_tokens=rows * queries, num_rows=rows, max_q=queries, max_context=context
     )
     (plan,) = plan_tiles(shape, LONG_STEPS)
-    assert (plan.cut.step_keys, plan.num_splits, plan.early) == (step_keys, splits, queries == 1)
+    assert (plan.cut.step_keys, plan.num_splits, plan.early) == (step_keys, splits, True)
     (plan,) = plan_tiles(replace(shape, num_tokens=rows * queries - 1), LONG_STEPS)
-    assert not plan.early  # the last queries may not be where they are looked for
+    (crowded,) = plan_tiles(replace(shape, fp8=True), LONG_STEPS)
+    assert crowded.cut.step_keys == (step_keys if queries == 1 else 32)
+    assert plan.early == (queries > 1)  # a lone query may not be where it is looked for
 
 
 def test_many_parts_of_few_heads_take_a_launch_to_average() -> None:
