@@ -123,6 +123,8 @@ class AttentionMeta:
 class ProductChoice(Protocol):
     """Chooses the kernels of `Ops.linear` and `Ops.gated_linear` by their time."""
 
+    overlaps: bool  # whether launches are measured as they overlap
+
     def choose(self, weights: Iterable[tuple[LinearWeight, bool]]) -> None:
         """For the shapes of these weights; True: of `gated_linear`. Before the first step: the
         device must not run anything else."""

@@ -182,6 +182,8 @@ def _with_overlap(ops: Ops, prefetch: int) -> Ops:
     """The operations with launches that overlap; `Ops.backends` says so of Triton's."""
     from kernels.triton_launch import overlapped
 
+    if ops.products is not None:
+        ops.products.overlaps = True
     values = {field.name: getattr(ops, field.name) for field in fields(ops)}
     launching = {name: overlapped(value) for name, value in values.items() if callable(value)}
     backends = {

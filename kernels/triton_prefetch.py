@@ -86,6 +86,21 @@ def fetch(pointers: Any, wanted: Any, _semantic: Any = None) -> None:
         )
 
 
+@in_kernels
+def bring_near(pointers: Any, num_bytes: Any, _semantic: Any = None) -> None:
+    """Fetch `num_bytes` (int32) from each of the pointers; both are multiples of 16."""
+    if can_overlap(_semantic):
+        core.inline_asm_elementwise(
+            "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r",
+            [pointers, num_bytes],
+            dtype=core.int32,
+            is_pure=False,
+            pack=1,
+            _semantic=_semantic,
+        )
+
+
 @triton.jit
 def fetch_share(
     ahead_ptr, program, num_pieces, piece_stride, per_program, LANES: tl.constexpr

@@ -32,6 +32,7 @@ from kernels.linear.triton_skinny import (
     skinny_linear_kernel,
 )
 from kernels.ops import Backend, LinearWeight
+from kernels.triton_launch import overlapped
 
 SKINNY = "triton-skinny"
 MEASURED_ROWS = (1, 8)  # the plan with the smallest sum of times is chosen
@@ -52,6 +53,7 @@ class Products:
         self._wanted = wanted
         self._device = device
         self._folder = folder
+        self.overlaps = False
         self._choices: dict[Shape, Choice] = {}
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
@@ -76,7 +78,7 @@ class Products:
                 groups.setdefault(Shape.of(weight, gated=gated), []).append(weight)
         new = {shape: group for shape, group in groups.items() if shape not in self._choices}
         if new:
-            self._choose(new)
+            (overlapped(self._choose) if self.overlaps else self._choose)(new)
 
     def backends(self) -> dict[str, Backend]:
         """What was chosen, by operation and shape."""
@@ -97,7 +99,7 @@ class Products:
     def _choose(self, groups: Mapping[Shape, Sequence[LinearWeight]]) -> None:
         started = time.monotonic()
         names = [*([CUBLAS] if self._wanted == "auto" else []), *_BY_NAME]
-        kept = KeptPlans(self._folder, _identity(self._device), names)
+        kept = KeptPlans(self._folder, _identity(self._device, overlaps=self.overlaps), names)
         known = kept.load()
         new = {shape: group for shape, group in groups.items() if shape not in known}
         if new:
@@ -154,10 +156,10 @@ def attempt(name: str, x: Tensor, weights: Sequence[LinearWeight], *, gated: boo
         return None
 
 
-def _identity(device: torch.device) -> str:
+def _identity(device: torch.device, *, overlaps: bool) -> str:
     """All that the times depend on, except the shape."""
-    name = torch.cuda.get_device_name(device)
-    return repr((name, torch.__version__, triton.__version__, skinny_linear_kernel.cache_key))
+    name, kernel = torch.cuda.get_device_name(device), skinny_linear_kernel.cache_key
+    return repr((name, torch.__version__, triton.__version__, kernel, overlaps))
 
 
 def _up_to(num_bytes: int, weights: Sequence[LinearWeight]) -> Sequence[LinearWeight]:

@@ -84,7 +84,7 @@ NAMES = [plan.name for plan in products.PLANS]
 def device(micros: dict[str, float | None]) -> Iterator[Device]:
     with pytest.MonkeyPatch.context() as patch:
         made = Device(micros)
-        patch.setattr(products, "_identity", lambda _device: "a GPU")
+        patch.setattr(products, "_identity", lambda _device, **_options: "a GPU")
         patch.setattr(products, "compile_plans", lambda _groups: None)
         patch.setattr(products, "attempt", made.time)
         yield made
