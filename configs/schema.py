@@ -305,7 +305,7 @@ class KernelsConfig(Section):
         "Aerie's own kernel; auto: the faster for each shape, measured at the first start",
     )
     prefetch: Integer = Field(
-        16,
+        0,
         ge=0,
         le=64,
         description="with `overlap`, in steps of at most 16 tokens: MiB of the next weight that "

@@ -35,7 +35,7 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cuda_device_gets_triton_kernels(
     tmp_path: Path, backend: str, dtype: torch.dtype
 ) -> None:
-    ops = build_ops(backend, GPU, dtype, 1, tmp_path)
+    ops = build_ops(backend, GPU, dtype, 1, tmp_path, overlap=False)
     assert (ops.backends, ops.activation_dtype) == (BACKENDS, dtype)
     assert list(tmp_path.iterdir()) == []
 

@@ -74,7 +74,9 @@ def test_float32_activations_go_to_a_bfloat16_cache_of_wider_slots() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_an_fp8_cache_takes_what_the_reference_gives_it(dtype: torch.dtype) -> None:
     T, Hq, Hkv, D = 5, 8, 2, 64
-    qkv = (numbers(T, (Hq + 2 * Hkv) * D) * torch.logspace(-3, 3, T)[:, None]).to(dtype).to(DEVICE)
+    qkv = (numbers(T, (Hq + 2 * Hkv) * D) * torch.logspace(-3, 3, T, device=DEVICE)[:, None]).to(
+        dtype
+    )
     cos_sin, (positions, slots), scales = angles(D), places(T), CacheScales(0.37, 1.9)
     empty = torch.zeros(BLOCKS, S, Hkv, D, dtype=FP8, device=DEVICE)
     mine, theirs = ((empty.clone(), empty.clone()) for _ in "ab")
