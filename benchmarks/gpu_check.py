@@ -110,16 +110,6 @@ def _rounds() -> Found:
     return gpu_rounds.rounds()
 
 
-def _products(name: str) -> Callable[[], Found]:
-    def run() -> Found:
-        from benchmarks import gpu_products
-
-        found: Found = getattr(gpu_products, name)()
-        return found
-
-    return run
-
-
 def _speeds() -> Found:
     from benchmarks import gpu_engine
 
@@ -162,8 +152,6 @@ INSIDE: Mapping[str, Callable[[], Found]] = {
     "operations": _operations,
     "8B rounds": _rounds,
     "8B step": _large_step,
-    "products": _products("products"),
-    "8B rounds, products": _products("rounds"),
     "auto on a random model": _tiny("automatic"),
     "tokens per second": _speeds,
 }
@@ -186,8 +174,6 @@ PARTS = (
     _part("operations", 100, alone=True),
     _part("8B rounds", 100, alone=True),
     _part("8B step", 100, alone=True),
-    _part("products", 60, alone=True),
-    _part("8B rounds, products", 100, alone=True),
     _part("auto on a random model", 60, alone=True),
     _part("tokens per second", 100, alone=True),
 )

@@ -299,11 +299,6 @@ class KernelsConfig(Section):
         description="CUDA devices of capability 9.0 or more: a Triton kernel is made ready while "
         "the one before it runs",
     )
-    products: Literal["auto", "cublas", "skinny"] = Field(
-        "auto",
-        description="what multiplies up to 16 tokens with 16-bit weights on CUDA devices; skinny: "
-        "Aerie's own kernel; auto: the faster for each shape, measured at the first start",
-    )
     prefetch: Integer = Field(
         0,
         ge=0,

@@ -10,7 +10,7 @@ what `kernels/<operation>/reference.py` computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -120,21 +120,6 @@ class AttentionMeta:
     max_context: int  # a bound of the keys that a row sees
 
 
-class ProductChoice(Protocol):
-    """Chooses the kernels of `Ops.linear` and `Ops.gated_linear` by their time."""
-
-    overlaps: bool  # whether launches are measured as they overlap
-
-    def choose(self, weights: Iterable[tuple[LinearWeight, bool]]) -> None:
-        """For the shapes of these weights; True: of `gated_linear`. Before the first step: the
-        device must not run anything else."""
-        ...
-
-    def backends(self) -> dict[str, Backend]:
-        """What was chosen, by operation and shape."""
-        ...
-
-
 class PackedLayer(Protocol):
     """A decoder layer's weights, ready for `Ops.decoder_layers`."""
 
@@ -145,7 +130,7 @@ class PackedLayer(Protocol):
 class Backend:
     """The implementation of an operation."""
 
-    name: str  # "reference" | "native" | "triton" | "cublas" | "triton-skinny"
+    name: str  # "reference" | "native" | "triton" | "cublas"
     # Why the slower reference is used, special instructions ("amx"), or a tuning
     reason: str | None = None
 
@@ -161,9 +146,6 @@ class Ops:
     pack_linear: Callable[[Part, Tensor | None], LinearWeight]
     # (x [T, K], weight) -> [T, N] in x's dtype
     linear: Callable[[Tensor, LinearWeight], Tensor]
-    # (x [T, K], weight [2F, K], gate first) -> [T, F] in x's dtype: silu_and_mul of `linear`; some
-    # backends do not round in between
-    gated_linear: Callable[[Tensor, LinearWeight], Tensor]
     # (ids [T] int64, weight) -> [T, K] in activation dtype: rows of a packed (tied) weight
     embedding: Callable[[Tensor, LinearWeight], Tensor]
     # (x [T, H], weight [H] float32, eps) -> [T, H]
@@ -245,7 +227,6 @@ class Ops:
     settle: Callable[[DrawnTrees], SettledTrees] | None
     # (walks) -> what they emitted, packed for a draft head
     pack_entries: Callable[[Walks], PackedEntries] | None
-    products: ProductChoice | None  # None where there is nothing to choose
     # In which forms weights may stay quantised: q4 and q8 (integers in groups), fp8
     reads: frozenset[str]
     stacks_experts: bool  # whether `moe` reads all experts as one tensor

@@ -38,7 +38,6 @@ from kernels.tree import reference as tree
 DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level", "first_keys", "keep_states")
 OPERATIONS = (
     "linear",
-    "gated_linear",
     "embedding",
     "rms_norm",
     "add_rms_norm",
@@ -69,7 +68,6 @@ FETCHING = ("add_rms_norm", "rope_kv_write")  # may fetch a part of the next wei
 MIB = 2**20
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
-PRODUCTS = ("auto", "cublas", "skinny")
 ATTENTION_DEFAULT = DEFAULT.name
 
 
@@ -81,7 +79,6 @@ def build_ops(
     cache_dir: Path,
     *,
     overlap: bool = True,
-    products: str = "cublas",
     prefetch: int = 0,
 ) -> Ops:
     """Choose a backend for every operation.
@@ -92,38 +89,26 @@ def build_ops(
             says why.
         storage_dtype: type of the weights and the KV cache.
         num_threads: CPU threads of the native operations.
-        cache_dir: folder of the compiled native library, and of measured times.
+        cache_dir: folder of the compiled native library.
         overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
         prefetch: how many MiB of the next weight such kernels fetch meanwhile.
-        products: with the Triton backend, what computes products of up to 16 rows with plain
-            weights: "cublas", "skinny" (our kernel) or "auto", the faster of both once
-            `Ops.products.choose` has measured them, cuBLAS before.
 
     Raises:
-        ValueError: unknown backend or products, "native" on a device other than a CPU, or "triton"
-            (also for "skinny") on a device other than CUDA or without Triton installed.
+        ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
+            other than CUDA or without Triton installed.
         NativeUnavailableError: "native" was asked for and cannot be built here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels.backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if products not in PRODUCTS:
-        raise ValueError(f"kernels.products {products!r} is not one of {', '.join(PRODUCTS)}")
     if backend == "reference":
-        ops = reference_ops(device, storage_dtype)
-    elif backend == "triton" or device.type != "cpu":
-        if backend == "native":
-            raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
-        ops = _triton_or_reference(
-            backend, device, storage_dtype, products, cache_dir, overlap=overlap, prefetch=prefetch
+        return reference_ops(device, storage_dtype)
+    if backend == "native" and device.type != "cpu":
+        raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
+    if backend == "triton" or device.type != "cpu":
+        return _triton_or_reference(
+            backend, device, storage_dtype, overlap=overlap, prefetch=prefetch
         )
-    else:
-        ops = _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
-    if products == "skinny" and ops.products is None:
-        raise ValueError(
-            f"kernels.products 'skinny' needs Triton kernels, but linear layers run on "
-            f"{ops.backends['linear']}; auto is possible"
-        )
-    return ops
+    return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
 
 def _native_or_reference(
@@ -142,8 +127,6 @@ def _triton_or_reference(
     backend: str,
     device: torch.device,
     storage_dtype: torch.dtype,
-    products: str,
-    cache_dir: Path,
     *,
     overlap: bool,
     prefetch: int,
@@ -151,8 +134,8 @@ def _triton_or_reference(
     reason = _why_not_triton(device)
     if reason is None:
         if not overlap or not _can_overlap(device):
-            return triton_ops(storage_dtype, device, products, cache_dir)
-        ops = triton_ops(storage_dtype, device, products, cache_dir, prefetch * MIB)
+            return triton_ops(storage_dtype, device)
+        ops = triton_ops(storage_dtype, device, prefetch * MIB)
         return _with_overlap(ops, prefetch)
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
@@ -182,8 +165,6 @@ def _with_overlap(ops: Ops, prefetch: int) -> Ops:
     """The operations with launches that overlap; `Ops.backends` says so of Triton's."""
     from kernels.triton_launch import overlapped
 
-    if ops.products is not None:
-        ops.products.overlaps = True
     values = {field.name: getattr(ops, field.name) for field in fields(ops)}
     launching = {name: overlapped(value) for name, value in values.items() if callable(value)}
     backends = {
@@ -230,7 +211,6 @@ def native_ops(native: NativeOps) -> Ops:
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
-        gated_linear=linear.gated(native.linear, native.silu_and_mul),
         embedding=native.embedding,
         rms_norm=native.rms_norm,
         add_rms_norm=native.add_rms_norm,
@@ -257,7 +237,6 @@ def native_ops(native: NativeOps) -> Ops:
         pack_nodes=None,
         settle=None,
         pack_entries=None,
-        products=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
@@ -270,19 +249,16 @@ def native_ops(native: NativeOps) -> Ops:
 def triton_ops(
     storage_dtype: torch.dtype,
     device: torch.device | None = None,
-    products: str = "cublas",
-    cache_dir: Path | None = None,
     prefetch: int = 0,
 ) -> Ops:
-    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights, except
-    as `products` says. `prefetch`: as in `build_ops`, in bytes."""
+    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights.
+    `prefetch`: as in `build_ops`, in bytes."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.drafting import triton_entry as entry
     from kernels.drafting import triton_kernel as drafting
     from kernels.kv import triton_kernel as kv
     from kernels.linear import triton_kernel as linear
-    from kernels.linear.triton_products import Products
     from kernels.moe import triton_kernel as moe
     from kernels.norm import triton_kernel as norm
     from kernels.packing import triton_entries as entries
@@ -299,11 +275,9 @@ def triton_ops(
     from kernels.sampling import triton_sound as sound
     from kernels.tree import triton_kernel as tree
 
-    chosen = Products(products, device or torch.device("cpu"), cache_dir)
     return Ops(
         pack_linear=linear.pack_linear,
-        linear=chosen.linear,
-        gated_linear=chosen.gated_linear,
+        linear=linear.linear,
         embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
         add_rms_norm=functools.partial(norm.add_rms_norm, prefetch=prefetch),
@@ -330,21 +304,11 @@ def triton_ops(
         pack_nodes=packing.pack_nodes,
         settle=settling.settle,
         pack_entries=entries.pack_entries,
-        products=None if products == "cublas" else chosen,
         reads=_triton_reads(device),
         stacks_experts=True,
         activation_dtype=storage_dtype,
-        backends=dict.fromkeys(OPERATIONS, Backend("triton"))
-        | dict.fromkeys(("linear", "gated_linear"), Backend("cublas", _FEW_ROWS[products])),
+        backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
     )
-
-
-# Beside cuBLAS
-_FEW_ROWS = {
-    "cublas": None,
-    "auto": "up to 16 rows: where it is faster, triton-skinny",
-    "skinny": "up to 16 rows: triton-skinny",
-}
 
 
 def with_attention(ops: Ops, tuning: str) -> Ops:
@@ -380,7 +344,6 @@ def reference_ops(
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
-        gated_linear=linear.gated(linear.linear, activation.silu_and_mul),
         embedding=linear.embedding_float32 if on_cpu else linear.embedding_as_stored,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
@@ -407,7 +370,6 @@ def reference_ops(
         pack_nodes=None,
         settle=None,
         pack_entries=None,
-        products=None,
         reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,

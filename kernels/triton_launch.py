@@ -62,11 +62,6 @@ def overlapped(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments,
     return run
 
 
-def overlaps() -> bool:
-    """Whether launches overlap here."""
-    return _OVERLAPS.get()
-
-
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A kernel with its arguments, grid and options.
@@ -88,18 +83,13 @@ class Launch:
         if 0 not in self.grid:
             self.kernel[self.grid](**self.arguments, **self.options())
 
-    def compile(self) -> None:
-        """Compile for the device of the tensors, without running. In triton.AsyncCompileMode, this
-        does not wait."""
-        self.kernel.warmup(**self.arguments, **self.options(), grid=self.grid)
-
     def options(self) -> dict[str, Any]:
         """Compiler options. They set fused multiply-add, because Triton's default varies."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
-            "launch_pdl": overlaps(),
+            "launch_pdl": _OVERLAPS.get(),
         }
 
 

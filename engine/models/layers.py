@@ -22,10 +22,6 @@ class ColumnParallelLinear:
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         return ctx.ops.linear(x, self.weight)  # [T, N / ranks]
 
-    def gated(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """silu of the first half of this rank's outputs times the second."""
-        return ctx.ops.gated_linear(x, self.weight)  # [T, N / 2 / ranks]
-
 
 @dataclass(frozen=True, slots=True)
 class GatheredLinear:
@@ -152,7 +148,7 @@ class GatedMLP:
 
     def partial(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """This rank's summand of the output."""
-        return self.down.partial(self.gate_up.gated(x, ctx), ctx)
+        return self.down.partial(ctx.ops.silu_and_mul(self.gate_up(x, ctx)), ctx)
 
 
 @dataclass(frozen=True, slots=True)

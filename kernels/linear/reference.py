@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,13 +18,6 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     if weight.bias is None:
         return F.linear(x, weight.data.to(x.dtype))
     return F.linear(x, weight.data.to(x.dtype), weight.bias.to(x.dtype))
-
-
-def gated(
-    linear: Callable[[Tensor, LinearWeight], Tensor], silu_and_mul: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor, LinearWeight], Tensor]:
-    """The operation `gated_linear`, made of two others."""
-    return lambda x, weight: silu_and_mul(linear(x, weight))
 
 
 def embedding_float32(token_ids: Tensor, weight: LinearWeight) -> Tensor:

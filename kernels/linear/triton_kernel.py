@@ -1,10 +1,10 @@
 """Linear layers and embedding on CUDA devices.
 
-torch calls cuBLAS for bfloat16 products of many rows. For few rows, the kernel in
-kernels/linear/triton_skinny.py may be faster: kernels/linear/triton_products.py chooses. The packed
-weight is the plain [N, K] matrix, so that a tied embedding gathers its rows from it. Weights in FP8
-and in groups of four bits have kernels of their own. Nothing outside this folder reads
-`LinearWeight.data`, except that of experts, and a draft head's embedding.
+torch calls cuBLAS for bfloat16 products: Triton kernels for few rows were slower inside a round
+(docs/gpus.md), and for many at best equal its Hopper kernels. The packed weight is the plain [N, K]
+matrix, so that a tied embedding gathers its rows from it. Weights in FP8 and in groups of four bits
+have kernels of their own. Nothing outside this folder reads `LinearWeight.data`, except that of
+experts, and a draft head's embedding.
 
 A draft head's `fc` takes the concatenated features of three layers. No kernel fuses that copy: per
 token of Llama 8B it is 24 KB, and the weight that multiplies it is 100 MB.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.linear import triton_groups, triton_scaled, triton_skinny
+from kernels.linear import triton_groups, triton_scaled
 from kernels.linear.grouped import GroupedWeight, GroupLayout
 from kernels.linear.quantised import Part
 from kernels.linear.scaled import ScaledLayout, ScaledWeight
@@ -134,5 +134,4 @@ def launches() -> list[Launch]:
     rows = [
         _launch(ids, torch.empty(1000, K, **meta), torch.empty(64, K, **meta)) for K in _KNOWN_SIZES
     ]
-    quantised = [*triton_scaled.launches(), *triton_groups.launches()]
-    return [*rows, *quantised, *triton_skinny.launches()]
+    return [*rows, *triton_scaled.launches(), *triton_groups.launches()]

@@ -29,7 +29,6 @@ from engine.speculation.lookup import Lookup
 from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from kernels.native.build import NativeUnavailableError, build_library
-from kernels.ops import Backend, Ops
 from server.assembly.drafting import Drafting, LoadedDraft, Target
 from server.assembly.followers import Followers, device_of
 from server.assembly.peers import peers_of
@@ -239,11 +238,6 @@ def assemble(
     return _core(config, target, place, drafting, runner, steps, grammars=grammars)
 
 
-def _backends(ops: Ops) -> dict[str, Backend]:
-    """By operation, and where kernels were chosen by the shape of a product, by shape."""
-    return ops.backends | ({} if ops.products is None else ops.products.backends())
-
-
 def _core(
     config: ResolvedConfig,
     target: Target,
@@ -279,7 +273,7 @@ def _core(
         eos_token_ids=sorted(target.eos_token_ids),
         ops={
             name: OperationBackend(backend.name, backend.reason)
-            for name, backend in _backends(place.ops).items()
+            for name, backend in place.ops.backends.items()
         },
         device=str(place.device),
         weights=bytes_by_form(target.model),

@@ -27,7 +27,6 @@ from engine.kv.sizing import check_reserve
 from engine.models.families import load_target
 from engine.models.footprint import return_freed_memory, step_bytes
 from engine.models.place import Place
-from engine.models.products import products
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
@@ -132,8 +131,6 @@ def build_rank(
         raise
     check_all(None, group)
     place, target, loader, trees, draft, grammars = loaded
-    if place.ops.products is not None:
-        place.ops.products.choose(products(target.model, None if draft is None else draft.head))
     resolved = resolve_model(config, _model_facts(config, target, place, draft))
     drafting = Drafting()
     if draft is not None:
@@ -182,7 +179,7 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
         (model.weights, model.dtype, config.cache.dtype),
         (head_place.weights, head_place.mlp_weights),
         (backends, str(ops.backends["attention"]), library, config.kernels.graphs),
-        (config.kernels.overlap, config.kernels.prefetch, config.kernels.products),
+        (config.kernels.overlap, config.kernels.prefetch),
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),
         (config.speculation.draft_parallel, config.parallel.experts, config.speculation.window),
         config.scheduler.max_num_seqs,

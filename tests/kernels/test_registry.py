@@ -36,13 +36,6 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(tmp_path: Path) -> No
         build_ops("cuda", CPU, torch.float32, 1, tmp_path)
 
 
-def test_our_kernel_for_products_is_refused_without_triton(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"'skinny' needs Triton .* run on reference; auto is poss"
-    ):
-        build_ops("reference", CPU, torch.float32, 1, tmp_path, products="skinny")
-
-
 def test_native_operations_are_refused_on_another_device(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'native' is for CPUs, not for cuda"):
         build_ops("native", GPU, torch.float32, 1, tmp_path)
@@ -120,6 +113,6 @@ def test_every_operation_is_named() -> None:
     optional |= {"start_rows", "pack_nodes", "settle", "pack_entries"}
     assert known == {
         *(*OPERATIONS, *optional),
-        *("pack_linear", "products", "reads", "stacks_experts", "activation_dtype", "backends"),
+        *("pack_linear", "reads", "stacks_experts", "activation_dtype", "backends"),
     }
     assert len(set(BACKENDS)) == len(BACKENDS)

@@ -98,27 +98,6 @@ def test_tokens_and_drafts_are_those_of_the_reference(
     assert (drafts > 0) == (shape is not ROOT)
 
 
-def test_text_and_launches_with_the_products_of_few_rows(
-    lab: HeadLab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One launch for gate, up and activation, and one for each other product."""
-    monkeypatch.setattr("kernels.linear.triton_skinny._processors", lambda _device: 1)
-    asked = [ask("a", [9, 8, 7], max_tokens=4, ignore_eos=True)]
-    skinny = triton_ops(torch.float32, triton_env.DEVICE, "skinny")
-    usual, engine = (
-        replace(lab.engine, ops=ops, padded=True, max_num_seqs=1)
-        for ops in (lab.engine.ops, skinny)
-    )
-    expected = generate(usual.build(), asked)
-    with counted_steps(monkeypatch) as counts:
-        heard = generate(engine.build(), asked)
-    assert_same("a", heard["a"], expected["a"])
-    root = counts[-1]
-    assert root.launches["gated_linear"] == 2
-    assert root.launches["skinny_linear"] == 2 * 3 + 1
-    assert (root.launches["silu_and_mul"], root.products) == (0, 0)
-
-
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.extended) for k in KINDS])
 def test_heads_that_draft_in_parallel_draft_as_with_the_reference(
     lab: HeadLab, reference_ops: object, kind: ParallelKind, tmp_path: Path

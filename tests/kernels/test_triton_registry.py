@@ -18,8 +18,7 @@ from tests.kernels import triton_env
 from tests.kernels.triton_env import numbers
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-PRODUCTS = dict.fromkeys(("linear", "gated_linear"), Backend("cublas"))
-BACKENDS = dict.fromkeys(OPERATIONS, Backend("triton")) | PRODUCTS
+BACKENDS = dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")}
 
 needs_triton = pytest.mark.skipif(not triton_env.INSTALLED, reason=triton_env.MISSING)
 
@@ -74,20 +73,6 @@ def test_a_cpu_outside_the_interpreter_neither_imports_triton_nor_gets_its_kerne
 @pytest.mark.skipif(not triton_env.INTERPRETED, reason="Triton compiles in this session")
 def test_a_cpu_gets_triton_kernels_in_the_interpreter(tmp_path: Path) -> None:
     assert build_ops("triton", CPU, torch.float32, 1, tmp_path).backends == BACKENDS
-
-
-@needs_triton
-def test_an_unknown_way_to_compute_products_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'cutlass' is not one of auto, cublas, skinny"):
-        build_ops("triton", GPU, torch.float32, 1, tmp_path, products="cutlass")
-
-
-@needs_triton
-def test_products_of_few_rows_may_have_another_backend_which_is_named(tmp_path: Path) -> None:
-    ops = build_ops("triton", GPU, torch.bfloat16, 1, tmp_path, products="auto")
-    assert (
-        str(ops.backends["linear"]) == "cublas (up to 16 rows: where it is faster, triton-skinny)"
-    )
 
 
 @pytest.mark.usefixtures("no_triton")
