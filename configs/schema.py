@@ -306,7 +306,7 @@ class KernelsConfig(Section):
         description="with `overlap`, in steps of at most 16 tokens: MiB of the next weight that "
         "small kernels fetch into the GPU's cache meanwhile; 0: none",
     )
-    fused_drafting: bool = Field(
+    fused_drafting: StrictBool = Field(
         True,
         description="true: on CUDA devices, few kernels run between the forwards of a draft head; "
         "false: many of torch's, for the same drafts",
