@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
-from kernels.attention.triton_plan import DEFAULT, TUNINGS
 from kernels.drafting import reference as drafting
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
@@ -65,12 +62,9 @@ TORCH_OPERATIONS = (
     *DRAFTING_OPERATIONS,
 )
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
-FETCHING = ("add_rms_norm", "rope_kv_write")  # may fetch a part of the next weight
-MIB = 2**20
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
 PRODUCTS = ("auto", "cublas", "skinny")
-ATTENTION_DEFAULT = DEFAULT.name
 
 
 def build_ops(
@@ -82,7 +76,6 @@ def build_ops(
     *,
     overlap: bool = True,
     products: str = "cublas",
-    prefetch: int = 0,
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -94,7 +87,6 @@ def build_ops(
         num_threads: CPU threads of the native operations.
         cache_dir: folder of the compiled native library, and of measured times.
         overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
-        prefetch: how many MiB of the next weight such kernels fetch meanwhile.
         products: with the Triton backend, what computes products of up to 16 rows with plain
             weights: "cublas", "skinny" (our kernel) or "auto", the faster of both once
             `Ops.products.choose` has measured them, cuBLAS before.
@@ -114,7 +106,7 @@ def build_ops(
         if backend == "native":
             raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
         ops = _triton_or_reference(
-            backend, device, storage_dtype, products, cache_dir, overlap=overlap, prefetch=prefetch
+            backend, device, storage_dtype, products, cache_dir, overlap=overlap
         )
     else:
         ops = _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
@@ -146,14 +138,11 @@ def _triton_or_reference(
     cache_dir: Path,
     *,
     overlap: bool,
-    prefetch: int,
 ) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        if not overlap or not _can_overlap(device):
-            return triton_ops(storage_dtype, device, products, cache_dir)
-        ops = triton_ops(storage_dtype, device, products, cache_dir, prefetch * MIB)
-        return _with_overlap(ops, prefetch)
+        ops = triton_ops(storage_dtype, device, products, cache_dir)
+        return _with_overlap(ops) if overlap and _can_overlap(device) else ops
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
     return reference_ops(device, storage_dtype, reason)
@@ -178,7 +167,7 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def _with_overlap(ops: Ops, prefetch: int) -> Ops:
+def _with_overlap(ops: Ops) -> Ops:
     """The operations with launches that overlap; `Ops.backends` says so of Triton's."""
     from kernels.triton_launch import overlapped
 
@@ -190,9 +179,6 @@ def _with_overlap(ops: Ops, prefetch: int) -> Ops:
         name: Backend("triton", OVERLAPPING) if backend == Backend("triton") else backend
         for name, backend in ops.backends.items()
     }
-    if prefetch:
-        fetching = Backend("triton", f"{OVERLAPPING}, fetches {prefetch} MiB of the next weight")
-        backends |= dict.fromkeys(FETCHING, fetching)
     return replace(ops, **launching, backends=backends)
 
 
@@ -272,10 +258,9 @@ def triton_ops(
     device: torch.device | None = None,
     products: str = "cublas",
     cache_dir: Path | None = None,
-    prefetch: int = 0,
 ) -> Ops:
     """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights, except
-    as `products` says. `prefetch`: as in `build_ops`, in bytes."""
+    as `products` says."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.drafting import triton_entry as entry
@@ -306,8 +291,8 @@ def triton_ops(
         gated_linear=chosen.gated_linear,
         embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
-        add_rms_norm=functools.partial(norm.add_rms_norm, prefetch=prefetch),
-        rope_kv_write=functools.partial(rope.rope_kv_write, prefetch=prefetch),
+        add_rms_norm=norm.add_rms_norm,
+        rope_kv_write=rope.rope_kv_write,
         attention=attention.attention,
         kv_move=kv.KVMove(),
         silu_and_mul=activation.silu_and_mul,
@@ -345,21 +330,6 @@ _FEW_ROWS = {
     "auto": "up to 16 rows: where it is faster, triton-skinny",
     "skinny": "up to 16 rows: triton-skinny",
 }
-
-
-def with_attention(ops: Ops, tuning: str) -> Ops:
-    """Triton operations whose attention has another tuning, a name of `TUNINGS`."""
-    from kernels.attention import triton_kernel as attention
-    from kernels.triton_launch import overlapped
-
-    before = ops.backends["attention"]
-    assert before.name == "triton"
-    attend: Callable[..., Tensor] = functools.partial(attention.attention, tuning=TUNINGS[tuning])
-    reason = tuning
-    if before.reason is not None and before.reason.startswith(OVERLAPPING):
-        attend, reason = overlapped(attend), f"{OVERLAPPING}; {tuning}"
-    backends = ops.backends | {"attention": Backend("triton", reason)}
-    return replace(ops, attention=attend, backends=backends)
 
 
 def _triton_reads(device: torch.device | None) -> frozenset[str]:

@@ -62,11 +62,6 @@ def overlapped(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments,
     return run
 
 
-def overlaps() -> bool:
-    """Whether launches overlap here."""
-    return _OVERLAPS.get()
-
-
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A kernel with its arguments, grid and options.
@@ -99,7 +94,7 @@ class Launch:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
-            "launch_pdl": overlaps(),
+            "launch_pdl": _OVERLAPS.get(),
         }
 
 

@@ -22,14 +22,12 @@ from torch import Tensor
 
 from kernels.linear.triton_scaled import product_type
 from kernels.ops import LinearWeight
-from kernels.triton_launch import WIDEST_LOAD, Launch, overlapped, overlaps
-from kernels.triton_overlap import await_inputs, begin_early
-from kernels.triton_prefetch import bring_near
+from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_overlap import await_inputs
 
 MOST_ROWS = 16
 _MAX_TILES = 8192  # of outputs, of one weight
 _PROCESSORS = 132  # of an H100
-_ALIGNED = 16  # bytes: what `bring_near` takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +77,12 @@ def skinny_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRODUCT: tl.constexpr,  # input type of the matrix products
-    NEAR: tl.constexpr,  # pieces whose weights are fetched before the kernel before has ended
-    ITEM_BYTES: tl.constexpr,  # of a weight
 ):
     """A run of pieces. Grid (programs,), at most as many as pieces."""
-    begin_early()
+    await_inputs()
     program, steps = tl.program_id(0), tl.cdiv(K, BLOCK_K)  # steps: pieces of a tile
     pieces = tl.cdiv(N, BLOCK_N // 2 if GATED else BLOCK_N) * steps
     begin, end = _first_piece(program, pieces), _first_piece(program + 1, pieces)
-    if NEAR > 0:
-        first_outputs, first_exist = _outputs(begin // steps, N, GATED, BLOCK_N)
-        first_k = begin % steps * BLOCK_K
-        first_rows = tl.where(first_exist, first_outputs, 0).to(tl.int64) * K
-        near = tl.minimum(K - first_k, NEAR * BLOCK_K) * ITEM_BYTES
-        bring_near(weight_ptr + first_rows + first_k, tl.full([BLOCK_N], near, tl.int32))
-    await_inputs()
     rows, inputs = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
     for piece in range(begin, end):
@@ -256,8 +245,6 @@ def launch(out: Tensor, x: Tensor, weight: LinearWeight, plan: Plan, *, gated: b
             "BLOCK_N": plan.block_n,
             "BLOCK_K": plan.block_k,
             "PRODUCT": product_type(x),
-            "NEAR": plan.num_stages if overlaps() and K * x.itemsize % _ALIGNED == 0 else 0,
-            "ITEM_BYTES": x.itemsize,
         },
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
@@ -287,8 +274,7 @@ def launches() -> list[Launch]:
     (K, F), found = (4096, 14336), []
     weight = LinearWeight(torch.empty(2 * F, K, **meta), None, 2 * F, K)
     x = torch.empty(MOST_ROWS, K, **meta)
-    overlapping = overlapped(launch)
     for gated in (False, True):
         out = torch.empty(MOST_ROWS, F if gated else 2 * F, **meta)
-        found += [overlapping(out, x, weight, plan, gated=gated) for plan in PLANS]
+        found += [launch(out, x, weight, plan, gated=gated) for plan in PLANS]
     return found

@@ -51,7 +51,6 @@ def configured_ops(
         config.files.dir,
         overlap=kernels.overlap,
         products=kernels.products,
-        prefetch=kernels.prefetch,
     )
     return ops if kernels.fused_drafting else separate_drafting(ops)
 

@@ -12,7 +12,6 @@ from tests.kernels import triton_env
 from tests.kernels.triton_env import close, numbers, spaced
 
 kernel = triton_env.load("kernels.linear.triton_skinny")
-overlapped = triton_env.load("kernels.triton_launch").overlapped
 pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -77,10 +76,7 @@ def test_a_row_is_the_same_alone_and_among_others(gated: bool) -> None:
 
 def test_launches_leave_the_counters_at_zero() -> None:
     x, weight = numbers(2, 160, dtype=BF16), weight_of(130, 160, bias=False, dtype=BF16)
-    plan = kernel.Plan(64, 32, 2, 2)
-    first, second = (
-        run(x, weight, plan) for run in (kernel.linear_few, overlapped(kernel.linear_few))
-    )
+    first, second = (kernel.linear_few(x, weight, kernel.Plan(64, 32, 2, 2)) for _ in range(2))
     assert torch.equal(first, second)
     assert not kernel._counters(x.device).any()
 
