@@ -15,16 +15,15 @@ import torch
 
 from benchmarks import bars
 from benchmarks.bars import Verdict
-from benchmarks.gpu_engine import LLAMA_8B, Large, floor_ms
+from benchmarks.gpu_engine import Large, floor_ms
 from benchmarks.kernels import copy_bandwidth
 from benchmarks.parts import print_result
 from benchmarks.step_times import WARM_UP, Load, device_spans, steps, time_steps
-from configs.schema import KernelsConfig
 from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
-from kernels.registry import build_ops, separate_drafting, with_attention
+from kernels.registry import build_ops, separate_drafting
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, LoadedDraft, Target, tree_shape
 
@@ -46,9 +45,7 @@ NO_OVERLAP = ", without overlap"
 KERNELS: dict[str, dict[str, Any]] = {
     NO_OVERLAP: {"overlap": False},
     ", torch between drafts": {"fused_drafting": False},
-    **{f", prefetch {size}": {"prefetch": size} for size in (0, 8, 32)},
 }
-DEFAULT = {"prefetch": KernelsConfig().prefetch}
 NAMES = (
     *(f"{load}{words}" for load in ("root", "chain3") for words in ("", *KERNELS)),
     *list(LOADS)[2:],
@@ -85,35 +82,17 @@ def kernel_table(
     return ops if fused_drafting else separate_drafting(ops)
 
 
-def tuned(ops: Ops, device: torch.device) -> tuple[Ops, Found]:
-    """The operations with the fastest attention, and the microseconds of one row with each."""
-    from kernels.attention.triton_choice import CONTEXTS, Heads, choose_tuning  # needs Triton
-
-    arch, dtype = LLAMA_8B, torch.bfloat16
-    heads = Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, dtype)
-    choice = choose_tuning(heads, device)
-    us = {name: [1e6 * time for time in times] for name, times in choice.seconds.items()}
-    found = {"chosen": choice.name, "contexts": CONTEXTS, "us": us}
-    return with_attention(ops, choice.name), found
-
-
 def rounds(names: Iterable[str] = NAMES) -> Found:
-    """Times and kernels of the rounds of LOADS, printed after every one. Attention has the tuning
-    that a server would choose; all are timed."""
+    """Times and kernels of the rounds of LOADS, printed after every one."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth()
     found: Found = {"copy": bandwidth, "floor_ms": floor_ms(bandwidth), "rounds": {}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         tables = {
             words: kernel_table(device, Path(folder), **settings)
-            for words, settings in {"": DEFAULT, **KERNELS}.items()
+            for words, settings in {"": {}, **KERNELS}.items()
         }
-        ops, found["attention"] = tuned(tables[""], device)
-        tables = {
-            words: with_attention(table, found["attention"]["chosen"])
-            for words, table in tables.items()
-        }
-        large = Large(ops, device, Path(folder), rows=64)
+        large = Large(tables[""], device, Path(folder), rows=64)
         running = Rounds(large, large.target())
         for name in names:
             words = next((words for words in KERNELS if name.endswith(words)), "")

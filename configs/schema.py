@@ -299,25 +299,10 @@ class KernelsConfig(Section):
         description="CUDA devices of capability 9.0 or more: a Triton kernel is made ready while "
         "the one before it runs",
     )
-    prefetch: Integer = Field(
-        0,
-        ge=0,
-        le=64,
-        description="with `overlap`, in steps of at most 16 tokens: MiB of the next weight that "
-        "small kernels fetch into the GPU's cache meanwhile; 0: none",
-    )
     fused_drafting: StrictBool = Field(
         True,
         description="true: on CUDA devices, few kernels run between the forwards of a draft head; "
         "false: many of torch's, for the same drafts",
-    )
-    attention: Literal["auto", "short", "early", "medium", "long", "long_parts", "all_long"] = (
-        Field(
-            "auto",
-            description="how Triton attention of decode rows shares keys between programs; auto: "
-            "what some seconds of measuring at start find fastest for one row, which is logged and "
-            "shown by `/info`; a name: the same at every start, so that sums keep their order",
-        )
     )
 
 

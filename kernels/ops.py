@@ -131,7 +131,7 @@ class Backend:
     """The implementation of an operation."""
 
     name: str  # "reference" | "native" | "triton" | "cublas"
-    # Why the slower reference is used, special instructions ("amx"), or a tuning
+    # Why the slower reference is used, or special instructions ("amx")
     reason: str | None = None
 
     def __str__(self) -> str:
@@ -150,13 +150,12 @@ class Ops:
     embedding: Callable[[Tensor, LinearWeight], Tensor]
     # (x [T, H], weight [H] float32, eps) -> [T, H]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    # (x [T, H], residual [T, H], weight [H] float32, eps, ahead) -> [T, H]; residual += x, in
-    # place. `ahead`, None or left out: the weight that is read next, which may be fetched in part
-    add_rms_norm: Callable[..., Tensor]
+    # (x [T, H], residual [T, H], weight [H] float32, eps) -> [T, H]; residual += x, in place
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     # (qkv [T, (Hq + 2 Hkv) D], cos_sin [max_len, D] float32, positions [T] int64, slots [T] int64,
-    #  k_cache, v_cache [num_blocks, S, Hkv, D], scales of these, ahead as above) -> rotated q
-    # [T, Hq, D]; k and v go to the cache
-    rope_kv_write: Callable[..., Tensor]
+    #  k_cache, v_cache [num_blocks, S, Hkv, D], scales of these) -> rotated q [T, Hq, D]; k and v
+    # go to the cache
+    rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, CacheScales], Tensor]
     # (q [T, Hq, D], k_cache, v_cache, meta, scale, scales of the caches) -> [T, Hq * D]
     attention: Callable[[Tensor, Tensor, Tensor, AttentionMeta, float, CacheScales], Tensor]
     # (pages of all layers, each [num_blocks, S, Hkv, D]; sources [M] int64, targets [M] int64):

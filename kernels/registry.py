@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernels.activation import reference as activation
 from kernels.attention import reference as attention
-from kernels.attention.triton_plan import DEFAULT, TUNINGS
 from kernels.drafting import reference as drafting
 from kernels.kv import reference as kv
 from kernels.linear import reference as linear
@@ -64,11 +61,8 @@ TORCH_OPERATIONS = (
     *DRAFTING_OPERATIONS,
 )
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
-FETCHING = ("add_rms_norm", "rope_kv_write")  # may fetch a part of the next weight
-MIB = 2**20
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
-ATTENTION_DEFAULT = DEFAULT.name
 
 
 def build_ops(
@@ -79,7 +73,6 @@ def build_ops(
     cache_dir: Path,
     *,
     overlap: bool = True,
-    prefetch: int = 0,
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -91,7 +84,6 @@ def build_ops(
         num_threads: CPU threads of the native operations.
         cache_dir: folder of the compiled native library.
         overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
-        prefetch: how many MiB of the next weight such kernels fetch meanwhile.
 
     Raises:
         ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
@@ -105,9 +97,7 @@ def build_ops(
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
     if backend == "triton" or device.type != "cpu":
-        return _triton_or_reference(
-            backend, device, storage_dtype, overlap=overlap, prefetch=prefetch
-        )
+        return _triton_or_reference(backend, device, storage_dtype, overlap=overlap)
     return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
 
 
@@ -129,14 +119,11 @@ def _triton_or_reference(
     storage_dtype: torch.dtype,
     *,
     overlap: bool,
-    prefetch: int,
 ) -> Ops:
     reason = _why_not_triton(device)
     if reason is None:
-        if not overlap or not _can_overlap(device):
-            return triton_ops(storage_dtype, device)
-        ops = triton_ops(storage_dtype, device, prefetch * MIB)
-        return _with_overlap(ops, prefetch)
+        ops = triton_ops(storage_dtype, device)
+        return _with_overlap(ops) if overlap and _can_overlap(device) else ops
     if backend == "triton":
         raise ValueError(f"kernels.backend 'triton' cannot be used: {reason}")
     return reference_ops(device, storage_dtype, reason)
@@ -161,7 +148,7 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def _with_overlap(ops: Ops, prefetch: int) -> Ops:
+def _with_overlap(ops: Ops) -> Ops:
     """The operations with launches that overlap; `Ops.backends` says so of Triton's."""
     from kernels.triton_launch import overlapped
 
@@ -171,9 +158,6 @@ def _with_overlap(ops: Ops, prefetch: int) -> Ops:
         name: Backend("triton", OVERLAPPING) if backend == Backend("triton") else backend
         for name, backend in ops.backends.items()
     }
-    if prefetch:
-        fetching = Backend("triton", f"{OVERLAPPING}, fetches {prefetch} MiB of the next weight")
-        backends |= dict.fromkeys(FETCHING, fetching)
     return replace(ops, **launching, backends=backends)
 
 
@@ -249,10 +233,8 @@ def native_ops(native: NativeOps) -> Ops:
 def triton_ops(
     storage_dtype: torch.dtype,
     device: torch.device | None = None,
-    prefetch: int = 0,
 ) -> Ops:
-    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights.
-    `prefetch`: as in `build_ops`, in bytes."""
+    """The Triton kernels for every operation, and cuBLAS for linear layers of plain weights."""
     from kernels.activation import triton_kernel as activation
     from kernels.attention import triton_kernel as attention
     from kernels.drafting import triton_entry as entry
@@ -280,8 +262,8 @@ def triton_ops(
         linear=linear.linear,
         embedding=functools.partial(linear.embedding, dtype=storage_dtype),
         rms_norm=norm.rms_norm,
-        add_rms_norm=functools.partial(norm.add_rms_norm, prefetch=prefetch),
-        rope_kv_write=functools.partial(rope.rope_kv_write, prefetch=prefetch),
+        add_rms_norm=norm.add_rms_norm,
+        rope_kv_write=rope.rope_kv_write,
         attention=attention.attention,
         kv_move=kv.KVMove(),
         silu_and_mul=activation.silu_and_mul,
@@ -309,21 +291,6 @@ def triton_ops(
         activation_dtype=storage_dtype,
         backends=dict.fromkeys(OPERATIONS, Backend("triton")) | {"linear": Backend("cublas")},
     )
-
-
-def with_attention(ops: Ops, tuning: str) -> Ops:
-    """Triton operations whose attention has another tuning, a name of `TUNINGS`."""
-    from kernels.attention import triton_kernel as attention
-    from kernels.triton_launch import overlapped
-
-    before = ops.backends["attention"]
-    assert before.name == "triton"
-    attend: Callable[..., Tensor] = functools.partial(attention.attention, tuning=TUNINGS[tuning])
-    reason = tuning
-    if before.reason is not None and before.reason.startswith(OVERLAPPING):
-        attend, reason = overlapped(attend), f"{OVERLAPPING}; {tuning}"
-    backends = ops.backends | {"attention": Backend("triton", reason)}
-    return replace(ops, attention=attend, backends=backends)
 
 
 def _triton_reads(device: torch.device | None) -> frozenset[str]:

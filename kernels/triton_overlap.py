@@ -32,30 +32,30 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 CAPABILITY = (9, 0)  # of the GPUs that can do this, from Hopper on
 
 
-def in_kernels(function: Any) -> Any:
+def _in_kernels(function: Any) -> Any:
     """`function` as a part of Triton's language. Triton passes `_semantic` while it compiles; the
     interpreter calls the function as it is."""
     setattr(function, core.TRITON_BUILTIN, True)
     return function
 
 
-@in_kernels
+@_in_kernels
 def begin_early(_semantic: Any = None) -> None:
     """Let the next kernel be made ready while this one runs."""
-    if can_overlap(_semantic):
+    if _can_overlap(_semantic):
         gdc_launch_dependents(_semantic=_semantic)
 
 
-@in_kernels
+@_in_kernels
 def await_inputs(_semantic: Any = None) -> None:
     """Let the next kernel be made ready, and wait for all that this kernel reads."""
-    if can_overlap(_semantic):
+    if _can_overlap(_semantic):
         gdc_launch_dependents(_semantic=_semantic)
         gdc_wait(_semantic=_semantic)
 
 
-def can_overlap(semantic: Any) -> bool:
-    """Whether a kernel is compiled for a GPU that has these instructions."""
+def _can_overlap(semantic: Any) -> bool:
+    """Whether the instructions exist where the kernel is compiled for."""
     if semantic is None:  # interpreted
         return False
     target = str(getattr(semantic.builder.options, "arch", "")).removeprefix("sm")

@@ -60,19 +60,11 @@ class RMSNorm:
     def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         return ctx.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        ctx: ForwardContext,
-        ahead: ColumnParallelLinear | None = None,
-    ) -> Tensor:
-        """Add `x`, if any, to `residual` in place and return the normalised sum. `ahead`: the layer
-        that takes it, whose weight may be fetched meanwhile."""
+    def add(self, x: Tensor | None, residual: Tensor, ctx: ForwardContext) -> Tensor:
+        """Add `x`, if any, to `residual` in place and return the normalised sum."""
         if x is None:
             return self(residual, ctx)
-        weight = None if ahead is None else ahead.weight
-        return ctx.ops.add_rms_norm(x, residual, self.weight, self.eps, weight)
+        return ctx.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +121,7 @@ class Attention:
     def __call__(self, x: Tensor, batch: AttentionInputs, ctx: ForwardContext) -> Tensor:
         keys, values = ctx.kv.keys[self.layer], ctx.kv.values[self.layer]
         places = (batch.positions, batch.slots, keys, values, self.cache_scales)
-        qkv, ahead = self.qkv(x, ctx), self.output.weight  # may be fetched during attention
-        queries = ctx.ops.rope_kv_write(qkv, self.cos_sin, *places, ahead)  # [T, Hq, D]
+        queries = ctx.ops.rope_kv_write(self.qkv(x, ctx), self.cos_sin, *places)  # [T, Hq, D]
         pages = (keys, values, batch.attention, self.scale, self.cache_scales)
         mixed = ctx.ops.attention(queries, *pages)
         return self.output(mixed, ctx)
@@ -190,11 +181,10 @@ class DecoderLayer:
             layer, added = self.attention.layer, torch.zeros_like(residual) if x is None else x
             return run_whole([self.whole], slice(layer, layer + 1), added, residual, batch, ctx, {})
         if self.input_norm is not None:
-            x = self.input_norm.add(x, residual, ctx, self.attention.qkv)
+            x = self.input_norm.add(x, residual, ctx)
         assert x is not None, "the input of attention"
         x = self.attention(x, batch, ctx)
-        x = self.post_attention_norm.add(x, residual, ctx, self.mlp.gate_up)
-        return self.mlp(x, ctx)
+        return self.mlp(self.post_attention_norm.add(x, residual, ctx), ctx)
 
 
 def run_whole(

@@ -28,53 +28,16 @@ class Cut(NamedTuple):
     num_stages: int  # steps whose keys are on their way, and the one that computes
     part_keys: int  # least keys of a part: with fewer, a split costs more than it saves
     places: int  # programs of a processor that are looked for
-    early: bool  # reads the first blocks, and lone queries, together with the lengths
-    # That one program averages: 16 in a round trip of 0.7 us; a second launch takes some 3 us. And
-    # where tables have room for many parts, most contexts have few.
-    merged_parts: int
 
 
-class Tuning(NamedTuple):
-    """The cuts of all short tiles. Which is fastest, only a device can tell."""
-
-    few: Cut  # decode rows; fewer than MANY_PROGRAMS tiles times KV heads
-    many: Cut  # the same, of more
-    trees: Cut  # more than MERGING_TILE query rows
-
-    @property
-    def name(self) -> str:
-        return next(name for name, tuning in TUNINGS.items() if tuning == self)
-
-
-# With steps of 32, more programs of decode rows are on a processor at a time: on an H200, 64 rows
-# were 8 to 22 % faster than with 64, and one row 9 to 13 %. A processor has room for four of them,
-# but for a row alone, so many parts take longer to average than they save.
-_SMALL = Cut(
-    step_keys=32,
-    num_warps=4,
-    num_stages=4,
-    part_keys=128,
-    places=2,
-    early=False,
-    merged_parts=32,
-)
-_EARLY = _SMALL._replace(early=True, merged_parts=MAX_SPLITS)
-_MEDIUM = _EARLY._replace(step_keys=64)
-_LARGE = _EARLY._replace(step_keys=128, num_warps=8, num_stages=3, places=1)
-_CHUNKS = _SMALL._replace(step_keys=64, num_warps=8, num_stages=3, places=1)
-
-SHORT_STEPS = Tuning(_SMALL, _SMALL._replace(places=4), _SMALL)  # what ran on an H200
-EARLY_STEPS = Tuning(_EARLY, _EARLY._replace(places=4), _EARLY)
-LONG_STEPS = EARLY_STEPS._replace(few=_LARGE)
-TUNINGS = {
-    "short": SHORT_STEPS,
-    "early": EARLY_STEPS,
-    "medium": EARLY_STEPS._replace(few=_MEDIUM),
-    "long": LONG_STEPS,
-    "long_parts": LONG_STEPS._replace(few=_LARGE._replace(part_keys=512)),
-    "all_long": LONG_STEPS._replace(many=_LARGE),
-}
-DEFAULT = LONG_STEPS
+# On an H200, one row took 7.5 to 7.9 us with 300 keys and 18.0 to 18.7 with 8,192, whether with
+# steps of 32, 64 or 128 keys: 64 were the fastest. With steps of 32, more programs are on a
+# processor at a time: 64 rows were 8 to 22 % faster so than with 64. A processor has room for four
+# of them, but for a row alone, so many parts take longer to average than they save.
+_FEW = Cut(step_keys=64, num_warps=4, num_stages=4, part_keys=128, places=2)  # decode rows
+_TREES = _FEW._replace(step_keys=32)  # more than MERGING_TILE query rows
+_MANY = _TREES._replace(places=4)  # decode rows, at least MANY_PROGRAMS tiles times KV heads
+_CHUNKS = Cut(step_keys=64, num_warps=8, num_stages=3, part_keys=128, places=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +52,7 @@ class TilePlan:
     search: bool
     num_splits: int
     merges: bool  # the programs average the parts themselves
-    early: bool
+    early: bool  # reads the first blocks, and lone queries, together with the lengths
     cut: Cut
 
 
@@ -109,23 +72,23 @@ class Shape:
 
 
 @functools.lru_cache(maxsize=256)  # every layer of a step asks for the same plan
-def plan_tiles(shape: Shape, tuning: Tuning) -> tuple[TilePlan, ...]:
+def plan_tiles(shape: Shape) -> tuple[TilePlan, ...]:
     """One launch if all rows fit a short tile or have equally many queries; else one for the rows
     that fit a short tile and one for the others."""
     rows = shape.max_q * shape.group
     if rows <= SHORT_TILE:
         block_m = max(16, 1 << (rows - 1).bit_length())
-        return (_plan(shape, tuning, block_m, 0, shape.max_q),)
+        return (_plan(shape, block_m, 0, shape.max_q),)
     if shape.num_tokens == shape.num_rows * shape.max_q:  # equally many queries
-        return (_plan(shape, tuning, LONG_TILE, 0, shape.max_q),)
+        return (_plan(shape, LONG_TILE, 0, shape.max_q),)
     short = SHORT_TILE // shape.group
     return (
-        _plan(shape, tuning, SHORT_TILE, 0, short),
-        _plan(shape, tuning, LONG_TILE, short + 1, shape.max_q),
+        _plan(shape, SHORT_TILE, 0, short),
+        _plan(shape, LONG_TILE, short + 1, shape.max_q),
     )
 
 
-def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) -> TilePlan:
+def _plan(shape: Shape, block_m: int, fewest: int, most: int) -> TilePlan:
     queries = block_m // shape.group  # of one tile
     per_row = math.ceil(most / queries)
     searched = shape.num_tokens // queries + shape.num_rows  # tiles, see find_tile
@@ -133,7 +96,7 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
     busy = min(num_tiles, math.ceil(shape.num_tokens / queries)) if fewest else num_tiles
     part_bytes = max(4 * num_tiles * shape.kv_heads * block_m * shape.head_dim, 1)
     programs = busy * shape.kv_heads
-    cut = _cut(tuning, block_m, programs, crowded=shape.fp8 and most > 1)
+    cut = _cut(block_m, programs, crowded=shape.fp8 and most > 1)
     splits = choose_splits(
         num_programs=programs,
         places=shape.num_processors * cut.places,
@@ -153,21 +116,24 @@ def _plan(shape: Shape, tuning: Tuning, block_m: int, fewest: int, most: int) ->
         tiles_per_row=per_row,
         search=search,
         num_splits=splits,
-        merges=1 < splits <= cut.merged_parts and block_m <= MERGING_TILE and counted,
+        # Reading 16 parts more takes a round trip of 0.7 us, a second launch some 3 us; and where
+        # tables have room for many parts, most contexts have few.
+        merges=splits > 1 and block_m <= MERGING_TILE and counted,
         # The places where lone queries are expected must exist.
-        early=cut.early and not search and (most > 1 or shape.num_rows <= shape.num_tokens),
+        early=block_m < LONG_TILE
+        and not search
+        and (most > 1 or shape.num_rows <= shape.num_tokens),
         cut=cut,
     )
 
 
-def _cut(tuning: Tuning, block_m: int, num_programs: int, *, crowded: bool) -> Cut:
+def _cut(block_m: int, num_programs: int, *, crowded: bool) -> Cut:
     """`crowded`: masks of several queries and keys to convert fill the registers."""
     if block_m == LONG_TILE:
         return _CHUNKS
     if block_m > MERGING_TILE or crowded:
-        cut = tuning.trees
-        return cut._replace(num_stages=min(cut.num_stages, 3)) if block_m == SHORT_TILE else cut
-    return tuning.many if num_programs >= MANY_PROGRAMS else tuning.few
+        return _TREES._replace(num_stages=3) if block_m == SHORT_TILE else _TREES
+    return _MANY if num_programs >= MANY_PROGRAMS else _FEW
 
 
 def choose_splits(num_programs: int, places: int, max_splits: int) -> int:

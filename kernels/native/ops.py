@@ -212,7 +212,6 @@ class NativeOps:
         residual: Tensor,
         weight: Tensor,
         eps: float,
-        ahead: LinearWeight | None = None,  # noqa: ARG002
     ) -> Tensor:
         assert residual.is_contiguous()
         return self._norm(x, residual.data_ptr(), weight, eps)
@@ -235,7 +234,6 @@ class NativeOps:
         k_cache: Tensor,
         v_cache: Tensor,
         scales: CacheScales = UNSCALED,
-        ahead: LinearWeight | None = None,  # noqa: ARG002
     ) -> Tensor:
         assert k_cache.is_contiguous()
         assert v_cache.is_contiguous()

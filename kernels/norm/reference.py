@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.ops import LinearWeight
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, computed in float32.
@@ -19,14 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight).to(x.dtype)
 
 
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    ahead: LinearWeight | None = None,  # noqa: ARG001
-) -> Tensor:
-    """Add `x` to `residual` [T, H] in place, then normalise the sum. `ahead`: the weight that is
-    read next, which changes no result."""
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add `x` to `residual` [T, H] in place, then normalise the sum."""
     residual += x
     return rms_norm(residual, weight, eps)

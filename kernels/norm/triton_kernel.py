@@ -7,10 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
 from kernels.triton_overlap import await_inputs, begin_early
-from kernels.triton_prefetch import NOTHING, Ahead, ahead_of, fetch_share
 
 MAX_HIDDEN = 16384
 _VALUES_PER_THREAD = 16  # two 128-bit loads of bfloat16 in flight
@@ -18,7 +16,7 @@ _VALUES_PER_THREAD = 16  # two 128-bit loads of bfloat16 in flight
 _KNOWN_SIZES = (128, 576, 2048, 4096, 5120, 8192, 16384)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,  # [T, H], rows x_stride apart
     residual_ptr,  # [T, H], rows residual_stride apart; or None
@@ -27,27 +25,16 @@ def _rms_norm_kernel(
     x_stride,
     residual_stride,
     eps,
-    ahead_ptr,  # see `Ahead`; or None
-    num_pieces,
-    piece_stride,
-    per_program,
-    num_rows,  # T
     H: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least H
-    LANES: tl.constexpr,
 ):
-    """Row t: out = y / sqrt(mean(y^2) + eps) * weight; y is x, or residual + x, stored there. The
-    programs after those of the rows fetch what comes next."""
+    """Row t: out = y / sqrt(mean(y^2) + eps) * weight; y is x, or residual + x, stored there."""
     begin_early()
     columns = tl.arange(0, BLOCK)
     inside = columns < H
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    if ahead_ptr is not None:
-        program = tl.program_id(0) - num_rows
-        fetch_share(ahead_ptr, program, num_pieces, piece_stride, per_program, LANES)
     await_inputs()
     row = tl.program_id(0).to(tl.int64)
-    inside = inside & (tl.zeros((BLOCK,), tl.int32) + tl.program_id(0) < num_rows)
     values = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         residual_row = residual_ptr + row * residual_stride + columns
@@ -63,40 +50,29 @@ def _rms_norm_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the reference: x [T, H], weight [H] float32 -> [T, H]. H is at most 16384."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, weight, eps, out, NOTHING).run()
+    _launch(x, None, weight, eps, out).run()
     return out
 
 
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    ahead: LinearWeight | None = None,
-    prefetch: int = 0,
-) -> Tensor:
-    """As the reference: add `x` to `residual` [T, H] in place, then normalise the sum. `prefetch`:
-    bytes of `ahead` to fetch meanwhile."""
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As the reference: add `x` to `residual` [T, H] in place, then normalise the sum."""
     out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
-    _launch(x, residual, weight, eps, out, ahead_of(ahead, prefetch, len(x))).run()
+    _launch(x, residual, weight, eps, out).run()
     return out
 
 
-def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, ahead: Ahead
-) -> Launch:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Launch:
     T, H = x.shape
     assert H <= MAX_HIDDEN, f"hidden size {H}, at most {MAX_HIDDEN}"
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert residual is None or (residual.shape, residual.stride(1)) == (x.shape, 1)
     block = triton.next_power_of_2(H)
-    num_warps = min(max(block // (32 * _VALUES_PER_THREAD), 1), 32)
     name = "rms_norm" if residual is None else "add_rms_norm"
     return Launch(
-        name=f"{name}[H={H}, {str(x.dtype).removeprefix('torch.')}{ahead.words}]",
+        name=f"{name}[H={H}, {str(x.dtype).removeprefix('torch.')}]",
         kernel=_rms_norm_kernel,
-        grid=ahead.grid(T),
+        grid=(T,),
         arguments={
             "x_ptr": x,
             "residual_ptr": residual,
@@ -107,9 +83,8 @@ def _launch(
             "eps": eps,
             "H": H,
             "BLOCK": block,
-            **ahead.arguments(T, num_warps),
         },
-        num_warps=num_warps,
+        num_warps=min(max(block // (32 * _VALUES_PER_THREAD), 1), 32),
         min_load_bits=WIDEST_LOAD,
     )
 
@@ -120,8 +95,5 @@ def launches() -> list[Launch]:
     for H in _KNOWN_SIZES:
         x = torch.empty(64, H, dtype=torch.bfloat16, device="meta")
         weight = torch.empty(H, dtype=torch.float32, device="meta")
-        found += [_launch(x, y, weight, 1e-5, x, NOTHING) for y in (None, x)]
-    data = torch.empty(6144, 4096, dtype=torch.bfloat16, device="meta")
-    ahead = ahead_of(LinearWeight(data, None, *data.shape), 2**24, 1)
-    x, weight = data[:1], torch.empty(4096, dtype=torch.float32, device="meta")
-    return [*found, _launch(x, x, weight, 1e-5, x, ahead)]
+        found += [_launch(x, None, weight, 1e-5, x), _launch(x, x, weight, 1e-5, x)]
+    return found

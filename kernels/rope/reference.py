@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.kv.reference import as_kept, bits, slots_of
-from kernels.ops import UNSCALED, CacheScales, LinearWeight
+from kernels.ops import UNSCALED, CacheScales
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -30,12 +30,10 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
     scales: CacheScales = UNSCALED,
-    ahead: LinearWeight | None = None,  # noqa: ARG001
 ) -> Tensor:
     """Split qkv [T, (Hq + 2 Hkv) D], rotate q and k, store k and v at `slots` [T].
 
-    The caches are [num_blocks, S, Hkv, D]. Returns the rotated q [T, Hq, D]. `ahead`: the weight
-    that is read next, which changes no result.
+    The caches are [num_blocks, S, Hkv, D]. Returns the rotated q [T, Hq, D].
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.view(len(qkv), -1, head_dim)

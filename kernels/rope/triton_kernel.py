@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.linear.scaled import FP8, LARGEST
-from kernels.ops import UNSCALED, CacheScales, LinearWeight
+from kernels.ops import UNSCALED, CacheScales
 from kernels.triton_launch import WIDEST_LOAD, Launch
-from kernels.triton_overlap import await_inputs, begin_early
-from kernels.triton_prefetch import NOTHING, Ahead, ahead_of, fetch_share
+from kernels.triton_overlap import await_inputs
 
 _Pair = tuple[Tensor, Tensor]
 _VALUES_PER_WARP = 1024  # values of the query heads: 32 per thread
@@ -29,7 +28,7 @@ def _as_kept(x, inverse, LARGEST: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _rope_kv_write_kernel(
     qkv_ptr,  # [T, (Hq + 2 Hkv) D], rows qkv_stride apart
     cos_sin_ptr,  # [max_len, D] float32: D / 2 cosines, then sines
@@ -46,11 +45,6 @@ def _rope_kv_write_kernel(
     v_head_stride,
     k_inverse,  # keys and values are multiplied with these, if there is a largest number
     v_inverse,
-    ahead_ptr,  # see `Ahead`; or None
-    num_pieces,
-    piece_stride,
-    per_program,
-    num_rows,  # T
     LARGEST: tl.constexpr,  # number that the cache holds; None if it holds what is written
     Hq: tl.constexpr,
     Hkv: tl.constexpr,
@@ -58,18 +52,11 @@ def _rope_kv_write_kernel(
     Q_BLOCK: tl.constexpr,  # powers of two, at least Hq, Hkv and D / 2
     KV_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """Program t: token t. Heads are the rows of a tile; each half of D is a tile of its own,
-    because rotation pairs (i, i + D/2). The programs after those of the tokens fetch what comes
-    next."""
-    begin_early()
-    if ahead_ptr is not None:
-        program = tl.program_id(0) - num_rows
-        fetch_share(ahead_ptr, program, num_pieces, piece_stride, per_program, LANES)
+    because rotation pairs (i, i + D/2)."""
     await_inputs()
-    is_token = tl.zeros((1, HALF_BLOCK), tl.int32) + tl.program_id(0) < num_rows
-    token = tl.minimum(tl.program_id(0), num_rows - 1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     slot = tl.load(slots_ptr + token)
     HALF: tl.constexpr = D // 2
@@ -80,7 +67,7 @@ def _rope_kv_write_kernel(
     row = qkv_ptr + token * qkv_stride + pair[None, :]
 
     q_head = tl.arange(0, Q_BLOCK)[:, None]
-    inside = (q_head < Hq) & (pair[None, :] < HALF) & is_token
+    inside = (q_head < Hq) & (pair[None, :] < HALF)
     low = tl.load(row + q_head * D, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(row + q_head * D + HALF, mask=inside, other=0.0).to(tl.float32)
     q_out = q_out_ptr + token * (Hq * D) + q_head * D + pair[None, :]
@@ -89,7 +76,7 @@ def _rope_kv_write_kernel(
     tl.store(q_out + HALF, (high * cos + low * sin).to(out_type), mask=inside)
 
     kv_head = tl.arange(0, KV_BLOCK)[:, None]
-    inside = (kv_head < Hkv) & (pair[None, :] < HALF) & is_token
+    inside = (kv_head < Hkv) & (pair[None, :] < HALF)
     k_row = row + Hq * D + kv_head * D
     v_row = k_row + Hkv * D
     low = tl.load(k_row, mask=inside, other=0.0).to(tl.float32)
@@ -116,59 +103,41 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
     scales: CacheScales = UNSCALED,
-    ahead: LinearWeight | None = None,
-    prefetch: int = 0,
 ) -> Tensor:
     """As the reference: rotates q and k of qkv [T, (Hq + 2 Hkv) D], stores k and v at `slots`,
-    returns the rotated q [T, Hq, D]. No two `slots` may be equal. `prefetch`: bytes of `ahead` to
-    fetch meanwhile."""
+    returns the rotated q [T, Hq, D]. No two `slots` may be equal."""
     Hkv, D = k_cache.shape[2:]
     q = torch.empty(len(qkv), qkv.shape[1] // D - 2 * Hkv, D, dtype=qkv.dtype, device=qkv.device)
-    fetched = ahead_of(ahead, prefetch, len(qkv))
-    _launch(qkv, cos_sin, (positions, slots), (k_cache, v_cache), q, scales, fetched).run()
+    _launch(qkv, cos_sin, (positions, slots), (k_cache, v_cache), q, scales).run()
     return q
 
 
 def _launch(
-    qkv: Tensor,
-    cos_sin: Tensor,
-    places: _Pair,
-    caches: _Pair,
-    q: Tensor,
-    scales: CacheScales,
-    ahead: Ahead = NOTHING,
+    qkv: Tensor, cos_sin: Tensor, places: _Pair, caches: _Pair, q: Tensor, scales: CacheScales
 ) -> Launch:
     T, Hq, D = q.shape
-    sizes = _sizes(q, caches, scales)
-    values = sizes["Q_BLOCK"] * 2 * sizes["HALF_BLOCK"]
-    num_warps = min(max(values // _VALUES_PER_WARP, 1), 8)
-    kinds = [str(x.dtype).removeprefix("torch.") for x in (q, *caches[:1])]
-    kind = " to ".join(dict.fromkeys(kinds)) + ahead.words
-    return Launch(
-        name=f"rope_kv_write[Hq={Hq}, Hkv={sizes['Hkv']}, D={D}, {kind}]",
-        kernel=_rope_kv_write_kernel,
-        grid=ahead.grid(T),
-        arguments=_arguments(qkv, cos_sin, places, caches, q)
-        | sizes
-        | ahead.arguments(T, num_warps),
-        num_warps=num_warps,
-        min_load_bits=WIDEST_LOAD,
-    )
-
-
-def _sizes(q: Tensor, caches: _Pair, scales: CacheScales) -> dict[str, Any]:
     Hkv = caches[0].shape[2]
-    return {
-        "Hq": q.shape[1],
+    q_block, half_block = triton.next_power_of_2(Hq), triton.next_power_of_2(D // 2)
+    sizes = {
+        "Hq": Hq,
         "Hkv": Hkv,
-        "D": q.shape[2],
-        "Q_BLOCK": triton.next_power_of_2(q.shape[1]),
+        "D": D,
+        "Q_BLOCK": q_block,
         "KV_BLOCK": triton.next_power_of_2(Hkv),
-        "HALF_BLOCK": triton.next_power_of_2(q.shape[2] // 2),
+        "HALF_BLOCK": half_block,
         "k_inverse": 1.0 / scales.key,
         "v_inverse": 1.0 / scales.value,
         "LARGEST": LARGEST if caches[0].dtype is FP8 else None,
     }
+    kinds = [str(x.dtype).removeprefix("torch.") for x in (q, *caches[:1])]
+    return Launch(
+        name=f"rope_kv_write[Hq={Hq}, Hkv={Hkv}, D={D}, {' to '.join(dict.fromkeys(kinds))}]",
+        kernel=_rope_kv_write_kernel,
+        grid=(T,),
+        arguments=_arguments(qkv, cos_sin, places, caches, q) | sizes,
+        num_warps=min(max(q_block * 2 * half_block // _VALUES_PER_WARP, 1), 8),
+        min_load_bits=WIDEST_LOAD,
+    )
 
 
 def _arguments(
@@ -208,11 +177,4 @@ def launches() -> list[Launch]:
         for dtype in (torch.bfloat16, FP8):
             cache = torch.empty(1024, 16, Hkv, D, dtype=dtype, device="meta")
             found.append(_launch(qkv, cos_sin, (index, index), (cache, cache), q, UNSCALED))
-    Hq, Hkv, D = 32, 8, 128
-    data = torch.empty(Hq * D, Hq * D, dtype=torch.bfloat16, device="meta")
-    ahead = ahead_of(LinearWeight(data, None, *data.shape), 2**24, 1)
-    qkv = torch.empty(1, (Hq + 2 * Hkv) * D, dtype=torch.bfloat16, device="meta")
-    cos_sin, q = qkv.float()[:, :D], qkv[:, : Hq * D].view(1, Hq, D)
-    cache = torch.empty(1024, 16, Hkv, D, dtype=torch.bfloat16, device="meta")
-    one = torch.empty(1, dtype=torch.int64, device="meta")
-    return [*found, _launch(qkv, cos_sin, (one, one), (cache, cache), q, UNSCALED, ahead)]
+    return found

@@ -50,7 +50,6 @@ def configured_ops(
         threads,
         config.files.dir,
         overlap=kernels.overlap,
-        prefetch=kernels.prefetch,
     )
     return ops if kernels.fused_drafting else separate_drafting(ops)
 

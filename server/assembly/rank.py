@@ -55,7 +55,6 @@ from server.assembly.drafting import (
     torch_dtype,
 )
 from server.assembly.kept_costs import KeptCosts
-from server.assembly.tuning import with_tuning
 from server.text.chat_codec import ChatCodec, load_codec
 from server.text.tokenizer_files import has_tokenizer
 
@@ -155,7 +154,7 @@ def _load(
     # It is built while the weights are loaded.
     grammars = None if codec is None or group.rank else _grammars(codec, arch, eos_token_ids)
     max_len = context_length(config, arch.max_position_embeddings)
-    place = with_tuning(_place(config, group, device), arch, config.kernels.attention)
+    place = _place(config, group, device)
     model = load_target(arch, checkpoint.stored, place, max_len, cache_scales(checkpoint, place))
     target = Target(model, arch, eos_token_ids)
     replicated = config.speculation.draft_parallel == "replicated"
@@ -178,8 +177,7 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
         (target.arch, weights),
         (model.weights, model.dtype, config.cache.dtype),
         (head_place.weights, head_place.mlp_weights),
-        (backends, str(ops.backends["attention"]), library, config.kernels.graphs),
-        (config.kernels.overlap, config.kernels.prefetch),
+        (backends, library, config.kernels.graphs, config.kernels.overlap),
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),
         (config.speculation.draft_parallel, config.parallel.experts, config.speculation.window),
         config.scheduler.max_num_seqs,

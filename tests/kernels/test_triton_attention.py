@@ -11,13 +11,9 @@ from torch import Tensor
 
 from kernels.attention import reference
 from kernels.attention.triton_plan import (
-    LONG_STEPS,
     MAX_PART_BYTES,
     MAX_SPLITS,
-    SHORT_STEPS,
-    TUNINGS,
     Shape,
-    Tuning,
     choose_splits,
     plan_tiles,
 )
@@ -71,10 +67,9 @@ def check(
     caches: Caches,
     meta: AttentionMeta,
     scale: float | None = None,
-    tuning: Tuning = SHORT_STEPS,
 ) -> Tensor:
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    got = kernel.attention(q, *caches, meta, scale, tuning=tuning)
+    got = kernel.attention(q, *caches, meta, scale)
     owned = int(meta.cu_q[-1])
     safe = replace(meta, block_tables=meta.block_tables.clamp(max=len(caches[0]) - 1))
     expected = reference.attention(q[:owned].float(), *caches, safe, scale)
@@ -223,13 +218,11 @@ def test_parts_merge_into_the_reference(rows: Rows, heads: int, dtype: torch.dty
 
 
 @pytest.mark.usefixtures("many_processors")
-@pytest.mark.parametrize("tuning", [name for name in TUNINGS if name != SHORT_STEPS.name])
 @pytest.mark.parametrize("first_keys", [[0, 0, 0], [133, 0, 100]])
-def test_every_tuning_equals_the_reference(tuning: str, first_keys: list[int]) -> None:
-    """Also where the keys do not begin where programs look for them first."""
+def test_keys_need_not_be_where_they_are_looked_for(first_keys: list[int]) -> None:
     caches, meta = paged([(1300, 1), (0, 1), (130, 1)], 1, 64)
     meta = replace(meta, first_keys=torch.tensor(first_keys, dtype=torch.int32, device=DEVICE))
-    check(numbers(3, 4, 64, seed=9), caches, meta, tuning=TUNINGS[tuning])
+    check(numbers(3, 4, 64, seed=9), caches, meta)
 
 
 @pytest.mark.usefixtures("many_processors")
@@ -242,7 +235,7 @@ def test_queries_need_not_be_where_they_are_looked_for(counts: list[int], heads:
     masks = [mask for row, count in enumerate(counts) for mask in tree_masks(count, row)[:count]]
     masks += [0] * (8 - len(masks))
     meta = replace(meta, ancestors=torch.tensor(masks, device=DEVICE))
-    check(numbers(8, heads, 64, seed=9), caches, meta, tuning=LONG_STEPS)
+    check(numbers(8, heads, 64, seed=9), caches, meta)
 
 
 @pytest.mark.parametrize("queries", [1, 20])
@@ -260,7 +253,7 @@ def test_rows_without_queries_are_passed_over(queries: int) -> None:
         block_tables=tables,
         ancestors=torch.zeros(2 * queries + 3, dtype=torch.int64, device=DEVICE),
     )
-    got = check(numbers(2 * queries + 3, 4, 64, seed=9), caches, meta, tuning=LONG_STEPS)
+    got = check(numbers(2 * queries + 3, 4, 64, seed=9), caches, meta)
     assert got[2 * queries :].isnan().all()  # as it was before
 
 
@@ -403,7 +396,7 @@ def test_rows_of_one_kind_take_one_launch(
     shape = replace(
         EIGHT_B, num_tokens=rows * queries, num_rows=rows, max_q=queries, max_context=context
     )
-    (plan,) = plan_tiles(shape, SHORT_STEPS)
+    (plan,) = plan_tiles(shape)
     assert (plan.block_m, plan.num_splits) == (block_m, splits)
     assert (plan.fewest, plan.most, plan.search) == (0, queries, False)
     assert plan.tiles_per_row * (block_m // 4) >= queries
@@ -413,11 +406,11 @@ def test_rows_of_one_kind_take_one_launch(
 @pytest.mark.parametrize(
     ("rows", "queries", "context", "step_keys", "splits"),
     [
-        (1, 1, 8192, 128, 15),  # nearly one program for each processor
-        (1, 1, 300, 128, 3),
-        (4, 1, 8192, 128, 4),
+        (1, 1, 8192, 64, 30),  # nearly two programs for each processor
+        (1, 1, 300, 64, 3),
+        (4, 1, 8192, 64, 8),
         (16, 1, 8192, 32, 4),  # many rows: four programs of a processor
-        (1, 4, 8192, 128, 15),  # a small tree, which fills as few query rows
+        (1, 4, 8192, 64, 30),  # a small tree, which fills as few query rows
         (1, 8, 8192, 32, 30),  # a tree
     ],
 )
@@ -427,26 +420,23 @@ def test_long_steps_are_for_few_rows(
     shape = replace(
         EIGHT_B, num_tokens=rows * queries, num_rows=rows, max_q=queries, max_context=context
     )
-    (plan,) = plan_tiles(shape, LONG_STEPS)
+    (plan,) = plan_tiles(shape)
     assert (plan.cut.step_keys, plan.num_splits, plan.early) == (step_keys, splits, True)
-    (plan,) = plan_tiles(replace(shape, num_tokens=rows * queries - 1), LONG_STEPS)
-    (crowded,) = plan_tiles(replace(shape, fp8=True), LONG_STEPS)
+    (plan,) = plan_tiles(replace(shape, num_tokens=rows * queries - 1))
+    (crowded,) = plan_tiles(replace(shape, fp8=True))
     assert crowded.cut.step_keys == (step_keys if queries == 1 else 32)
     assert plan.early == (queries > 1)  # a lone query may not be where it is looked for
 
 
-def test_many_parts_of_few_heads_take_a_launch_to_average() -> None:
-    (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072), SHORT_STEPS)
-    assert plan.num_splits > 100
-    assert not plan.merges
-    (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072), LONG_STEPS)
+def test_many_parts_of_few_heads_take_no_launch_to_average() -> None:
+    (plan,) = plan_tiles(replace(EIGHT_B, kv_heads=1, max_context=131072))
     assert plan.num_splits > 100
     assert plan.merges  # most contexts have few
 
 
 def test_short_and_long_rows_are_shared_out() -> None:
     mixed = replace(EIGHT_B, num_tokens=512 + 63, num_rows=64, max_q=512)
-    short, long = plan_tiles(mixed, SHORT_STEPS)
+    short, long = plan_tiles(mixed)
     assert (short.fewest, short.most, short.num_tiles) == (0, 16, 64)
     assert (long.fewest, long.most, long.search) == (17, 512, True)
     assert long.num_tiles == 575 // 32 + 64
@@ -464,7 +454,7 @@ def test_scratch_is_bounded(rows: int, kv_heads: int, max_q: int) -> None:
         max_context=131072,
         kv_heads=kv_heads,
     )
-    for plan in plan_tiles(shape, SHORT_STEPS):
+    for plan in plan_tiles(shape):
         parts = plan.num_tiles * kv_heads * plan.num_splits
         assert 1 <= plan.num_splits <= MAX_SPLITS
         assert plan.num_splits == 1 or 4 * parts * plan.block_m * 128 <= MAX_PART_BYTES

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.ops import UNSCALED, Backend, LinearWeight, Ops
-from kernels.registry import OPERATIONS, OVERLAPPING, build_ops, triton_ops
+from kernels.ops import Backend, LinearWeight, Ops
+from kernels.registry import OPERATIONS, OVERLAPPING, build_ops
 from tests.architecture.source_tree import ROOT
 from tests.kernels import triton_env
 from tests.kernels.triton_env import numbers
@@ -21,10 +21,7 @@ triton_launch = triton_env.load("kernels.triton_launch")
 pytestmark = triton_env.MARKS
 
 AWAIT, EARLY = "await_inputs()", "begin_early()"
-CONSTANTS = {
-    "weight_ptr",
-    "ahead_ptr",
-}  # pointers that may be read before the wait: no kernel writes to them
+CONSTANTS = {"weight_ptr"}  # pointers that may be read before the wait: no kernel writes to them
 
 
 def parsed() -> Iterator[tuple[Path, ast.Module]]:
@@ -168,46 +165,6 @@ def test_the_instructions_are_in_hopper_kernels_only() -> None:
     assert done.stdout.split() == ["1", "0"]
 
 
-def test_pieces_of_the_next_weight_lie_all_over_it() -> None:
-    prefetch = triton_env.load("kernels.triton_prefetch")
-    weight = LinearWeight(torch.empty(3072, 4096, dtype=torch.bfloat16), None, 3072, 4096)
-    size = 3072 * 4096 * 2
-    some = prefetch.ahead_of(weight, 2**23, 1)  # a third
-    assert (some.num_pieces, some.piece_stride) == (2048, size // 2048)
-    assert some.programs * some.per_program >= some.num_pieces
-    assert some.per_program <= 32  # the threads of a program of one warp
-    last = (some.num_pieces - 1) * some.piece_stride + prefetch.PIECE
-    assert size - some.piece_stride < last <= size
-    assert some.ahead_ptr.shape == (size,)
-    all_of_it = prefetch.ahead_of(weight, 2**30, 16)
-    assert (all_of_it.num_pieces, all_of_it.piece_stride) == (6144, prefetch.PIECE)
-    for most, rows in ((0, 1), (2**23, 0), (2**23, 17), (100, 1)):
-        assert prefetch.ahead_of(weight, most, rows) == prefetch.NOTHING
-    assert prefetch.ahead_of(None, 2**23, 1) == prefetch.NOTHING
-
-
-def test_kernels_that_fetch_compute_the_same(tmp_path: Path) -> None:
-    ops = build_ops("triton", triton_env.DEVICE, torch.float32, 1, tmp_path, prefetch=1)
-    fetching = triton_ops(torch.float32, triton_env.DEVICE, prefetch=2**16)
-    weight = LinearWeight(numbers(256, 96), None, 256, 96)
-    x, gains = numbers(3, 96), numbers(96, seed=1)
-    streams = [numbers(3, 96, seed=2) for _ in range(2)]
-    plain, other = (
-        table.add_rms_norm(x, stream, gains, 1e-5, weight)
-        for table, stream in zip((ops, fetching), streams, strict=True)
-    )
-    assert torch.equal(plain, other)
-    assert torch.equal(*streams)
-    found = []
-    for table in (ops, fetching):
-        pages = [torch.zeros(2, 16, 1, 32, device=triton_env.DEVICE) for _ in range(2)]
-        at = torch.arange(3, device=triton_env.DEVICE)
-        angles = numbers(8, 32, seed=3)
-        queries = table.rope_kv_write(x, angles, at, at + 5, *pages, UNSCALED, weight)
-        found.append((queries, *pages))
-    assert all(map(torch.equal, *found))
-
-
 @pytest.mark.skipif(triton_env.INTERPRETED, reason="only a GPU overlaps kernels")
 def test_overlapping_kernels_of_a_graph_compute_the_same_bits(tmp_path: Path) -> None:
     """Among kernels that know nothing of it: fills, additions and products of torch."""
@@ -218,13 +175,13 @@ def test_overlapping_kernels_of_a_graph_compute_the_same_bits(tmp_path: Path) ->
     def stream(ops: Ops) -> torch.Tensor:
         residual, added = torch.zeros_like(x), x
         for step in range(60):
-            added = ops.add_rms_norm(added, residual, gains, 1e-5, weight)
+            added = ops.add_rms_norm(added, residual, gains, 1e-5)
             added = ops.linear(added, weight) if step % 3 == 0 else added
             added = added + 1 if step % 7 == 0 else ops.rms_norm(added, gains, 1e-5)
         return residual
 
     plain, overlapping = (
-        build_ops("triton", x.device, torch.bfloat16, 1, tmp_path, overlap=on, prefetch=16)
+        build_ops("triton", x.device, torch.bfloat16, 1, tmp_path, overlap=on)
         for on in (False, True)
     )
     expected = stream(plain)
