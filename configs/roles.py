@@ -26,9 +26,7 @@ def role_counts(text: str) -> RoleCounts:
     for part in text.split(","):
         name, colon, count = (piece.strip() for piece in part.partition(":"))
         if not colon or name not in ROLES:
-            raise ValueError(
-                f"{part!r} is no role: write prefill:N,decode:M, as prefill:1,decode:1"
-            )
+            raise ValueError(f"{part!r} is no role: {ROLES_AS}")
         if name in found:
             raise ValueError(f"{name} is there twice")
         if not (count.isascii() and count.isdigit()) or not 1 <= int(count) <= MAX_ENGINES:

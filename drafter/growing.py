@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drafter.heads.interface import Block, DraftBatch, DraftContext, DraftHead, ParallelHead
 from drafter.static_levels import StaticLevels
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.batch import logit_slices
 from engine.step.shape import DynamicShape, StaticShape, TreeShape

@@ -16,7 +16,7 @@ from drafter.marginals import Marginals, PathTables, grow_at_once
 from drafter.pending import Features, Part, Pending
 from drafter.static_levels import StaticLevels
 from drafter.taps import FeatureCollector
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.messages import DraftState
 from engine.speculation.planner import LATE_STEPS
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles

@@ -2,7 +2,8 @@
 
 From the last instruction of a kernel to the first of the next a GPU takes about a microsecond, half
 the time of a small kernel. Launched with `overlapped`, a kernel is made ready before. Every kernel
-therefore starts with `await_inputs()`, which does two things:
+therefore begins with `await_inputs()`, but for what the end of this text allows, which does two
+things:
 
 1. It lets the next kernel of the stream be made ready. That happens once all programs of this one
    have said so, so it takes no place that a program of this kernel still needs.

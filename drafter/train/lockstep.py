@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.kv.storage import SCRATCH_BLOCKS, KVStorage
 from engine.models.interface import LoadedModel
 from engine.runner.graphs import capture

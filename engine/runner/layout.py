@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.runner.inputs import StepForm, StepInputs
 from engine.speculation.proposer import Committed
 from engine.step.batch import ForwardBatch

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from engine.grammar.grammars import Grammars
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.kv.storage import KVStorage
 from engine.models.interface import TargetModel
 from engine.runner.graphs import DeviceSteps, HostSteps, Outputs, StepRunner

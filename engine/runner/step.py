@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.grammar.grammars import Grammars
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.models.interface import TargetModel
 from engine.runner.inputs import StepForm, StepInputs
 from engine.runner.laps import Laps

@@ -18,7 +18,8 @@ MOST_AT_ONCE = 64  # frames, before other callbacks of the event loop have their
 
 
 class EngineSocket:
-    """Listens at an endpoint for one engine; `take` is called with every frame that it sends.
+    """Listens at an endpoint for one engine; `take` is called with every frame that it sends, and
+    must not raise.
 
     ZeroMQ's descriptor says that something may have happened, not that a frame is there, and says
     it once: what came during a call of ours is found only by asking. So every look, and every

@@ -192,9 +192,9 @@ class EngineKeeper:
         return self._client.num_heard, ticks
 
     async def _kill_with_stacks(self, process: asyncio.subprocess.Process) -> None:
-        """Kill the engine, after it has told the log where it hangs, if it can."""
+        """Kill the engine, after its ranks have told the log where they hang, if they can."""
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGUSR1)
+            os.killpg(process.pid, signal.SIGUSR1)
         await asyncio.sleep(STACKS_TIME)
         self._kill()
 

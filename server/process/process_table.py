@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +25,18 @@ class Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """All processes, also ended ones that nobody has waited for."""
-    for path in PROC.glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
+    """All processes, also ended ones that nobody has waited for. Those that cannot be looked at,
+    because they have just ended or no descriptors are left, are left out."""
+    try:
+        names = os.listdir(PROC)
+    except OSError:
+        return
+    for name in filter(str.isdecimal, names):
+        with contextlib.suppress(OSError):
+            # The name of a program may hold anything, brackets and halves of characters, too.
+            fields = (PROC / name / "stat").read_bytes().rpartition(b")")[2].split()
             ticks = int(fields[USER]) + int(fields[SYSTEM])
-            yield Entry(int(path.parent.name), int(fields[PARENT]), int(fields[GROUP]), ticks)
+            yield Entry(int(name), int(fields[PARENT]), int(fields[GROUP]), ticks)
 
 
 def children_of(parent: int) -> list[int]:
@@ -37,8 +44,7 @@ def children_of(parent: int) -> list[int]:
 
 
 def ticks_of_group(group: int) -> int:
-    """Processor time of a group of processes; where the system does not tell, a number that is
+    """Processor time of a group of processes; where none of them can be looked at, a number that is
     never the same."""
-    if not PROC.is_dir():
-        return time.monotonic_ns()
-    return sum(entry.ticks for entry in entries() if entry.group == group)
+    ticks = [entry.ticks for entry in entries() if entry.group == group]
+    return sum(ticks) if ticks else time.monotonic_ns()

@@ -9,12 +9,14 @@ import signal
 import sys
 
 from configs.training import HostTrainingConfig
+from server.process.logs import show_stacks_on_request
 from server.process.parent import die_with_parent, open_pipe
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
+    show_stacks_on_request()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -144,6 +144,7 @@ def answer_parent(
         seconds: an answer that takes longer ends the process.
         memory: bytes of address space that it may have.
     """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks the server's other processes for stacks
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     with contextlib.suppress(EOFError, BrokenPipeError):

@@ -13,7 +13,7 @@ from torch import Tensor
 from drafter.growing import Grower, grow
 from drafter.heads.interface import DraftBatch
 from drafter.static_levels import StaticLevels
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.shape import StaticShape, ancestors_of, chain
 from kernels.ops import Ops

@@ -24,7 +24,7 @@ from drafter.marginals import (
     likeliest_paths,
 )
 from drafter.static_levels import StaticLevels
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.shape import DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops

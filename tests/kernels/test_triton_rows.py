@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.kv.storage import KVStorage
 from engine.runner.layout import Layout
 from engine.runner.step import LineState

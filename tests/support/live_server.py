@@ -31,6 +31,7 @@ READY = re.compile(
     r"READY (?P<url>http://\S+)  \(OpenAI base URL: (?P<base>\S+)\)\n"
     r'|"event": "ready", "url": "(?P<url_json>[^"]+)", "openai_base_url": "(?P<base_json>[^"]+)"'
 )
+OUTERMOST = r"in _run_module_as_main\n"  # ends the stack of the main thread, which comes last
 REASON = re.compile(r'finished_reason="(\w+)"')
 SAMPLE = re.compile(r"^(aerie:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
@@ -268,7 +269,7 @@ class LiveServer:
             before = len(self.log.text())
             with contextlib.suppress(ProcessLookupError, AssertionError):
                 os.kill(pid, signal.SIGUSR1)
-                self.log.wait_for("most recent call first", before, within=STACKS_TIME)
+                self.log.wait_for(OUTERMOST, before, within=STACKS_TIME)
 
 
 def idle(metrics: Mapping[str, float]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.arch import LlamaArch
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.kv.storage import KVStorage
 from engine.models.interface import LoadedModel
 from engine.models.llama import LlamaLoader

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kv.slots import Scratch
+from engine.kv.scratch import Scratch
 from engine.runner.inputs import InputBuilder, Sizes, StepForm, TableChanges
 from engine.runner.layout import Layout, Packing
 from engine.sampling.lines import LineSettings

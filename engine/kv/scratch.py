@@ -1,4 +1,4 @@
-"""Slots that belong to no row."""
+"""Where keys and values go that nothing reads."""
 
 from __future__ import annotations
 
