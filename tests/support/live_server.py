@@ -26,6 +26,7 @@ from configs.env import environment
 from server.process.process_table import children_of
 
 STACKS_TIME = 2  # seconds for a process to write them
+POLL = 0.02  # seconds between looks at a server, which needs the cores itself
 DEADLINE = 150  # seconds; the native kernels may have to be compiled in it
 READY = re.compile(
     r"READY (?P<url>http://\S+)  \(OpenAI base URL: (?P<base>\S+)\)\n"
@@ -252,6 +253,7 @@ class LiveServer:
         end = time.monotonic() + within
         while not condition(found := self.metrics()):
             assert time.monotonic() < end, f"the metrics stayed at {found}"
+            time.sleep(POLL)
         return found
 
     def wait_status(self, path: str, status: int) -> httpx.Response:
@@ -261,6 +263,7 @@ class LiveServer:
             if time.monotonic() > end:
                 self.show_stacks()
                 raise AssertionError(f"{path} stayed at {response.status_code}")
+            time.sleep(POLL)
         return response
 
     def show_stacks(self) -> None:
