@@ -1,4 +1,4 @@
-"""Engines of both roles in one process, behind the router of the HTTP process."""
+"""Engines of both roles in one process, with the client that the HTTP process uses for them."""
 
 from __future__ import annotations
 
