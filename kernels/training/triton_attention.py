@@ -26,15 +26,6 @@ _FAR = tl.constexpr(2**30)  # beyond every key
 
 
 @triton.jit
-def _range(first_ptr, last_ptr, row, inside, KEYS: tl.constexpr):
-    """The keys of each row, and the range of tiles that some row of the block sees."""
-    first = tl.load(first_ptr + row, mask=inside, other=_FAR)
-    last = tl.load(last_ptr + row, mask=inside, other=-1)
-    low = tl.min(first, axis=0) // KEYS * KEYS
-    return first, last, low, tl.max(last, axis=0) + 1
-
-
-@triton.jit
 def _tile(ptr, place, step, column, inside, D: tl.constexpr):
     """[N, D] rows at `place`, `step` values apart; zeros where `inside` is false."""
     at = ptr + place.to(tl.int64)[:, None] * step + column[None, :]
@@ -47,6 +38,27 @@ def _scores(queries, keys, place, first, last, scale, PRODUCT: tl.constexpr):
     scores = tl.dot(queries.to(PRODUCT), tl.trans(keys.to(PRODUCT)), input_precision="ieee") * scale
     seen = (place[None, :] >= first[:, None]) & (place[None, :] <= last[:, None])
     return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _own_rows(first_ptr, last_ptr, R, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """The program's rows of [B * R], which of them exist, the keys that each sees, and the range of
+    tiles of keys that some of them see."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < R
+    row = tl.program_id(2) * R + row
+    first = tl.load(first_ptr + row, mask=inside, other=_FAR)
+    last = tl.load(last_ptr + row, mask=inside, other=-1)
+    low = tl.min(first, axis=0) // KEYS * KEYS
+    return row, inside, first, last, low, tl.max(last, axis=0) + 1
+
+
+@triton.jit
+def _entries(k_ptr, v_ptr, at, kv_head, column, exist, HKV: tl.constexpr, D: tl.constexpr):
+    """Keys and values [N, BLOCK_D] of one KV head at places `at`, zeros where none exist."""
+    keys = _tile(k_ptr + kv_head * D, at, HKV * D, column, exist, D)
+    values = _tile(v_ptr + kv_head * D, at, HKV * D, column, exist, D)
+    return keys, values
 
 
 @triton.jit(do_not_specialize=["R", "S", "J"])  # they change with every batch and step
@@ -75,18 +87,16 @@ def _forward_kernel(
     await_inputs()
     head, text = tl.program_id(1), tl.program_id(2)
     kv_head = head // (HQ // HKV)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside, column = row < R, tl.arange(0, BLOCK_D)
-    row = text * R + row
-    first, last, low, high = _range(first_ptr, last_ptr, row, inside, KEYS)
+    row, inside, first, last, low, high = _own_rows(first_ptr, last_ptr, R, ROWS, KEYS)
+    column = tl.arange(0, BLOCK_D)
     queries = _tile(q_ptr + head * D, row, HQ * D, column, inside, D)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(low, high, KEYS):
         place = start + tl.arange(0, KEYS)
-        keys = _tile(k_ptr + kv_head * D, text * S + place, HKV * D, column, place < S, D)
-        values = _tile(v_ptr + kv_head * D, text * S + place, HKV * D, column, place < S, D)
+        at = text * S + place
+        keys, values = _entries(k_ptr, v_ptr, at, kv_head, column, place < S, HKV, D)
         scores = _scores(queries, keys, place, first, last, scale, PRODUCT)
         higher = tl.maximum(most, tl.max(scores, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # rows that have seen nothing yet
@@ -100,8 +110,7 @@ def _forward_kernel(
         most = higher
     for step in range(J):
         at = tl.num_programs(2) * R * step + row
-        key = _tile(own_k_ptr + kv_head * D, at, HKV * D, column, inside, D)
-        value = _tile(own_v_ptr + kv_head * D, at, HKV * D, column, inside, D)
+        key, value = _entries(own_k_ptr, own_v_ptr, at, kv_head, column, inside, HKV, D)
         score = tl.sum(queries.to(tl.float32) * key.to(tl.float32), axis=1) * scale
         higher = tl.maximum(most, score)
         weight, shrink = tl.exp(score - higher), tl.exp(most - higher)
@@ -145,10 +154,8 @@ def _query_gradient_kernel(
     await_inputs()
     head, text = tl.program_id(1), tl.program_id(2)
     kv_head = head // (HQ // HKV)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside, column = row < R, tl.arange(0, BLOCK_D)
-    row = text * R + row
-    first, last, low, high = _range(first_ptr, last_ptr, row, inside, KEYS)
+    row, inside, first, last, low, high = _own_rows(first_ptr, last_ptr, R, ROWS, KEYS)
+    column = tl.arange(0, BLOCK_D)
     queries = _tile(q_ptr + head * D, row, HQ * D, column, inside, D)
     slope = _tile(slope_ptr + head * D, row, HQ * D, column, inside, D)
     out = _tile(out_ptr + head * D, row, HQ * D, column, inside, D)
@@ -158,8 +165,8 @@ def _query_gradient_kernel(
     rise = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(low, high, KEYS):
         place = start + tl.arange(0, KEYS)
-        keys = _tile(k_ptr + kv_head * D, text * S + place, HKV * D, column, place < S, D)
-        values = _tile(v_ptr + kv_head * D, text * S + place, HKV * D, column, place < S, D)
+        at = text * S + place
+        keys, values = _entries(k_ptr, v_ptr, at, kv_head, column, place < S, HKV, D)
         weights = tl.exp(_scores(queries, keys, place, first, last, scale, PRODUCT) - lse[:, None])
         towards = tl.dot(slope.to(PRODUCT), tl.trans(values.to(PRODUCT)), input_precision="ieee")
         change = weights * (towards - delta[:, None])
@@ -167,8 +174,8 @@ def _query_gradient_kernel(
     kept = inside[:, None] & (column < D)[None, :]
     for step in range(J):
         at = tl.num_programs(2) * R * step + row
-        key = _tile(own_k_ptr + kv_head * D, at, HKV * D, column, inside, D).to(tl.float32)
-        value = _tile(own_v_ptr + kv_head * D, at, HKV * D, column, inside, D).to(tl.float32)
+        key, value = _entries(own_k_ptr, own_v_ptr, at, kv_head, column, inside, HKV, D)
+        key, value = key.to(tl.float32), value.to(tl.float32)
         score = tl.sum(queries.to(tl.float32) * key, axis=1) * scale
         weight = tl.exp(score - lse)
         change = weight * (tl.sum(slope.to(tl.float32) * value, axis=1) - delta)
@@ -210,8 +217,7 @@ def _key_gradient_kernel(
     await_inputs()
     kv_head, text = tl.program_id(1), tl.program_id(2)
     place, column = tl.program_id(0) * KEYS + tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
-    keys = _tile(k_ptr + kv_head * D, text * S + place, HKV * D, column, place < S, D)
-    values = _tile(v_ptr + kv_head * D, text * S + place, HKV * D, column, place < S, D)
+    keys, values = _entries(k_ptr, v_ptr, text * S + place, kv_head, column, place < S, HKV, D)
     tile = text * tl.num_programs(0) + tl.program_id(0)
     begin, end = tl.load(begin_ptr + tile), tl.load(end_ptr + tile)
     to_keys = tl.zeros((KEYS, BLOCK_D), tl.float32)
