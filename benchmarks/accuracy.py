@@ -30,8 +30,7 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from engine.models.families import load_target
 from engine.models.place import Place
-from kernels.registry import build_ops
-from server.assembly.drafting import torch_dtype
+from server.assembly.drafting import configured_ops, torch_dtype
 from server.assembly.rank import cache_scales, cache_type, weight_form
 from server.measuring.open_load import TEXT
 from server.text.chat_codec import load_codec
@@ -41,6 +40,7 @@ LLAMA_CPP = "llama-cpp-python"
 REFERENCE = ("model.weights=plain", "model.dtype=float32")
 FORMS: dict[str, tuple[str, ...]] = {
     **{form: (f"model.weights={form}",) for form in ("stored", "plain", "q8", "q4")},
+    "stored, 16-bit inputs": ("model.weights=stored", "model.input_bits=16"),
     "plain, fp8 cache": ("model.weights=plain", "cache.dtype=fp8"),
 }
 Windows = Sequence[Sequence[int]]
@@ -134,10 +134,7 @@ def load(config: HostConfig, length: int) -> FrozenTarget:
     serve it. ValueError if they cannot compute with these weights."""
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
     dtype, device = torch_dtype(config.model.dtype), torch.device("cpu")
-    kernels = config.kernels
-    ops = build_ops(
-        kernels.backend, device, dtype, kernels.threads, config.files.dir, overlap=kernels.overlap
-    )
+    ops = configured_ops(config, device, dtype, config.kernels.threads)
     form = weight_form(config.model.weights, "model.weights", ops)
     cache = cache_type(config.cache, ops, device)
     place = Place(ops, dtype, device, weights=form, cache=cache)

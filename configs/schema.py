@@ -93,6 +93,12 @@ class ModelConfig(Section):
         "them, which is fastest; plain: all become numbers of `dtype`; q8, q4: all are rounded to "
         "8 or 4 bits in groups of 32, on CPUs with native kernels; q4 on CUDA devices, too",
     )
+    input_bits: Literal[8, 16] | None = Field(
+        None,
+        description="to how many bits native products with quantised weights round their inputs, "
+        "with one scale for 32 of them. 8 (default): as llama.cpp does; 16: up to twice the time, "
+        "and the texts of float32",
+    )
     max_model_len: Positive | None = Field(
         None, description="prompt + output tokens; default: the model's own context length"
     )

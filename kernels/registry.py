@@ -73,6 +73,7 @@ def build_ops(
     cache_dir: Path,
     *,
     overlap: bool = True,
+    input_bits: int = 16,
 ) -> Ops:
     """Choose a backend for every operation.
 
@@ -84,6 +85,8 @@ def build_ops(
         num_threads: CPU threads of the native operations.
         cache_dir: folder of the compiled native library.
         overlap: whether Triton kernels start while the kernel before them runs, on GPUs that can.
+        input_bits: to how many bits native products with quantised weights round their inputs, with
+            one scale for 32: 16, whose errors are about those of float32, or 8, which is faster.
 
     Raises:
         ValueError: unknown backend, "native" on a device other than a CPU, or "triton" on a device
@@ -98,11 +101,11 @@ def build_ops(
         raise ValueError(f"kernels.backend 'native' is for CPUs, not for {device}")
     if backend == "triton" or device.type != "cpu":
         return _triton_or_reference(backend, device, storage_dtype, overlap=overlap)
-    return _native_or_reference(backend, storage_dtype, num_threads, cache_dir)
+    return _native_or_reference(backend, storage_dtype, num_threads, cache_dir, input_bits)
 
 
 def _native_or_reference(
-    backend: str, storage_dtype: torch.dtype, num_threads: int, cache_dir: Path
+    backend: str, storage_dtype: torch.dtype, num_threads: int, cache_dir: Path, input_bits: int
 ) -> Ops:
     try:
         library = _open_library(cache_dir, num_threads)
@@ -110,7 +113,7 @@ def _native_or_reference(
         if backend == "native":
             raise
         return reference_ops(torch.device("cpu"), storage_dtype, reason=str(error))
-    return native_ops(NativeOps(library, storage_dtype))
+    return native_ops(NativeOps(library, storage_dtype, input_bits))
 
 
 def _triton_or_reference(

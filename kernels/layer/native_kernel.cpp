@@ -23,6 +23,9 @@ struct Linear {
 struct Functions {
   void (*linear)(Pool*, const float* x, int64_t M, int64_t K, const void* weight, int64_t N,
                  const float* bias, float* out);
+  void (*linear_groups)(Pool*, int64_t bits, int64_t group, int64_t wide, int64_t minimums,
+                        const float* x, int64_t M, int64_t K, const void* weight, int64_t N,
+                        const float* bias, float* out, int64_t stride);
   void (*rope_kv_write)(Pool*, const float* qkv, int64_t T, int64_t num_heads, int64_t num_kv_heads,
                         int64_t D, const float* cos_sin, const int64_t* positions,
                         const int64_t* slots, void* keys, void* values, float key_inverse,
@@ -63,9 +66,8 @@ void multiply(Pool* pool, const Layer& layer, const Linear& linear, const float*
     return layer.functions.linear(pool, x, M, K, linear.data, linear.outputs, linear.bias, out);
   const int64_t stride = all_outputs(linear);
   for (const Linear* part = &linear; part; out += part->outputs, part = part->more)
-    aerie_linear_groups(pool, part->bits, part->group, part->wide, part->minimums, x, M, K,
-                        static_cast<const uint8_t*>(part->data), part->outputs, part->bias, out,
-                        stride);
+    layer.functions.linear_groups(pool, part->bits, part->group, part->wide, part->minimums, x, M, K,
+                                  part->data, part->outputs, part->bias, out, stride);
 }
 
 // The result is in scratch memory, [T, heads * D].

@@ -19,15 +19,31 @@ constexpr int kMaxGroupRows = kLanes == 16 ? 8 : 2;
 constexpr int kUnhurriedGroupRows = 4;
 constexpr int kReadAhead = 2048;  // bytes
 
-// The dot products of the upper and lower bytes of sixteen-bit inputs.
+AERIE_INLINE int32_t load_quad(const int8_t* from) {
+  int32_t quad;
+  std::memcpy(&quad, from, sizeof quad);
+  return quad;
+}
+
+// The dot products with inputs of so many bytes.
+template <int Bits, int Bytes>
+struct InputDot;
+
 template <int Bits>
-struct WideDot {
+struct InputDot<Bits, 1> : Dot<Bits> {
+  AERIE_INLINE void add(I16 codes, const int8_t* high, const int8_t*) {
+    Dot<Bits>::add(codes, load_quad(high));
+  }
+};
+
+template <int Bits>
+struct InputDot<Bits, 2> {
   Dot<Bits> high, low;
 
   AERIE_INLINE void start(int32_t first) { high.start(0), low.start(first); }
-  AERIE_INLINE void add(I16 codes, int32_t high_quad, int32_t low_quad) {
-    high.add(codes, high_quad);
-    low.add(codes, low_quad);
+  AERIE_INLINE void add(I16 codes, const int8_t* upper, const int8_t* lower) {
+    high.add(codes, load_quad(upper));
+    low.add(codes, load_quad(lower));
   }
   AERIE_INLINE I16 total() const {
     I16 sum = low.total();
@@ -36,12 +52,6 @@ struct WideDot {
     return sum;
   }
 };
-
-AERIE_INLINE int32_t load_quad(const int8_t* from) {
-  int32_t quad;
-  std::memcpy(&quad, from, sizeof quad);
-  return quad;
-}
 
 // A whole product: where everything lies.
 struct GroupProduct {
@@ -86,9 +96,9 @@ struct ScaledSums {
 };
 
 // The dot products of one group, with the same codes for all rows.
-template <class Kind, int Rows>
+template <class Kind, int Bytes, int Rows>
 struct GroupDots {
-  WideDot<Kind::kBits> dots[Rows];
+  InputDot<Kind::kBits, Bytes> dots[Rows];
 
   // `at`: the group's first input of row 0.
   AERIE_INLINE void multiply(const uint8_t* group, const GroupInputs& x, int64_t at) {
@@ -107,19 +117,19 @@ struct GroupDots {
 
   AERIE_INLINE void add_quad(I16 codes, const GroupInputs& x, int64_t at) {
     AERIE_UNROLL for (int r = 0; r < Rows; ++r, at += x.K)
-      dots[r].add(codes, load_quad(x.high + at), load_quad(x.low + at));
+      dots[r].add(codes, x.high + at, Bytes == 2 ? x.low + at : nullptr);
   }
 };
 
 // Multiply the rows row .. row+Rows-1 by one panel.
-template <class Kind, int Rows>
+template <class Kind, int Bytes, int Rows>
 void multiply_panel(const GroupProduct& p, int64_t row, int64_t panel) {
   const GroupInputs& x = p.x;
   const uint8_t* group = p.weight + panel * Kind::panel_bytes(p.shape.K);
   ScaledSums<Kind, Rows> sums{};
   for (int64_t g = 0; g < x.groups; ++g, group += Kind::kBytes) {
     const int64_t at = row * x.groups + g;
-    GroupDots<Kind, Rows> block;
+    GroupDots<Kind, Bytes, Rows> block;
     AERIE_UNROLL for (int r = 0; r < Rows; ++r)
       block.dots[r].start(-Kind::kZero * x.sums[at + r * x.groups]);
     block.multiply(group, x, row * x.K + g * Kind::kGroup);
@@ -129,14 +139,14 @@ void multiply_panel(const GroupProduct& p, int64_t row, int64_t panel) {
 }
 
 // Multiply `rows` rows from `row` on, at most kMaxGroupRows, by the panels first .. last-1.
-template <class Kind, int Rows = 1>
+template <class Kind, int Bytes, int Rows = 1>
 void multiply_panels(int64_t rows, const GroupProduct& p, int64_t row, int64_t first, int64_t last) {
   if (rows == Rows) {
-    for (int64_t panel = first; panel < last; ++panel) multiply_panel<Kind, Rows>(p, row, panel);
+    for (int64_t panel = first; panel < last; ++panel) multiply_panel<Kind, Bytes, Rows>(p, row, panel);
     return;
   }
   if constexpr (Rows < kMaxGroupRows)
-    multiply_panels<Kind, Rows + 1>(rows, p, row, first, last);
+    multiply_panels<Kind, Bytes, Rows + 1>(rows, p, row, first, last);
 }
 
 }  // namespace aerie

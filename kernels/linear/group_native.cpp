@@ -45,11 +45,11 @@ void pack_groups(Pool& pool, const GroupSource<typename Kind::ScaleType>& source
   });
 }
 
-template <class Kind>
+template <class Kind, int Bytes>
 GroupInputs quantise_inputs(Pool& pool, const float* x, int64_t M, int64_t K) {
   const int64_t groups = K / Kind::kGroup;
   const GroupInputs inputs{pool.scratch<int8_t>(kHigh, M * K),
-                           pool.scratch<int8_t>(kLow, M * K),
+                           Bytes == 2 ? pool.scratch<int8_t>(kLow, M * K) : nullptr,
                            pool.scratch<float>(kScaleBuffer, M * groups),
                            pool.scratch<int32_t>(kSums, M * groups),
                            pool.scratch<float>(kScaledSums, M * groups),
@@ -58,7 +58,7 @@ GroupInputs quantise_inputs(Pool& pool, const float* x, int64_t M, int64_t K) {
   constexpr int64_t kRowsPerTask = 4;
   pool.run((M + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
     for (int64_t row = task * kRowsPerTask; row < std::min(M, (task + 1) * kRowsPerTask); ++row)
-      quantise_row<Kind::kGroup>(x + row * K, row, inputs);
+      quantise_row<Kind::kGroup, Bytes>(x + row * K, row, inputs);
   });
   return inputs;
 }
@@ -90,22 +90,22 @@ class PanelRuns {
   int64_t panels_, threads_, long_, short_;
 };
 
-template <class Kind>
+template <class Kind, int Bytes>
 void multiply_groups(Pool& pool, const LinearShape& shape, const float* x, const uint8_t* weight,
                      const float* bias, float* out, int64_t stride) {
   const GroupProduct product{
-      shape, quantise_inputs<Kind>(pool, x, shape.M, shape.K), weight, bias, out, stride};
+      shape, quantise_inputs<Kind, Bytes>(pool, x, shape.M, shape.K), weight, bias, out, stride};
   const PanelRuns runs(num_panels(shape.N), pool.num_threads(), shape.M <= kMaxGroupRows);
   pool.run(runs.count(), [&](int64_t run) {
     const int64_t first = runs.first(run), last = runs.first(run + 1);
     int64_t done = 0;
 #if AERIE_HAS_AMX
-    done = multiply_on_tiles<Kind>(product, first, last);
+    done = multiply_on_tiles<Kind, Bytes>(product, first, last);
 #endif
     const int64_t rows = shape.M - done, blocks = (rows + kMaxGroupRows - 1) / kMaxGroupRows;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = done + rows * b / blocks, end = done + rows * (b + 1) / blocks;
-      multiply_panels<Kind>(end - row, product, row, first, last);
+      multiply_panels<Kind, Bytes>(end - row, product, row, first, last);
     }
   });
 }
@@ -168,12 +168,22 @@ void aerie_pack_groups(Pool* pool, int64_t bits, int64_t group, int64_t wide, co
   });
 }
 
-void aerie_linear_groups(Pool* pool, int64_t bits, int64_t group, int64_t wide, int64_t minimums,
-                         const float* x, int64_t M, int64_t K, const uint8_t* weight, int64_t N,
-                         const float* bias, float* out, int64_t stride) {
+void aerie_linear_groups_8(Pool* pool, int64_t bits, int64_t group, int64_t wide, int64_t minimums,
+                           const float* x, int64_t M, int64_t K, const uint8_t* weight, int64_t N,
+                           const float* bias, float* out, int64_t stride) {
   aerie::with_kind(bits, group, wide, minimums, [&](auto kind) {
-    aerie::multiply_groups<decltype(kind)>(*pool, LinearShape{M, K, N}, x, weight, bias, out,
-                                            stride);
+    aerie::multiply_groups<decltype(kind), 1>(*pool, LinearShape{M, K, N}, x, weight, bias, out,
+                                              stride);
+  });
+}
+
+void aerie_linear_groups_16(Pool* pool, int64_t bits, int64_t group, int64_t wide,
+                            int64_t minimums, const float* x, int64_t M, int64_t K,
+                            const uint8_t* weight, int64_t N, const float* bias, float* out,
+                            int64_t stride) {
+  aerie::with_kind(bits, group, wide, minimums, [&](auto kind) {
+    aerie::multiply_groups<decltype(kind), 2>(*pool, LinearShape{M, K, N}, x, weight, bias, out,
+                                              stride);
   });
 }
 

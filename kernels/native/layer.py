@@ -51,7 +51,7 @@ _Linear._fields_ = [
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, P) for name in ("linear", "rope_kv_write", "attention")),
+        *((name, P) for name in ("linear", "linear_groups", "rope_kv_write", "attention")),
         *((name, P) for name in ("input_norm", "post_norm")),
         *((name, _Linear) for name in ("qkv", "output", "gate_up", "down")),
         ("cos_sin", P),
@@ -118,10 +118,12 @@ class NativeLayer:
         library: NativeLibrary,
         weights: LayerWeights,
         products: str,
+        group_products: str,
         of_cache: tuple[str, str],
     ) -> None:
-        """`products` ends the names of functions that multiply; `of_cache`: see `cache_functions`.
-        Its cache always has the type and the scales of `weights`."""
+        """`products` ends the names of functions that multiply; `group_products` names the one for
+        quantised weights; `of_cache`: see `cache_functions`. Its cache always has the type and the
+        scales of `weights`."""
         write, attend = of_cache
         scales = weights.cache_scales
         self._library, self._weights = library, weights  # keep what the structure points to
@@ -131,6 +133,7 @@ class NativeLayer:
         self._linears = linears  # keeps the parts that follow a weight
         self._layer = _Layer(
             linear=library.address(f"aerie_linear_{products}"),
+            linear_groups=library.address(group_products),
             rope_kv_write=library.address(write),
             attention=library.address(attend),
             input_norm=pointer(weights.input_norm),

@@ -23,7 +23,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_embedding_bf16": (P, I, P, I, P),
     "aerie_embedding_f32": (P, I, P, I, P),
     "aerie_pack_groups": (I, I, I, P, P, P, I, I, P),
-    "aerie_linear_groups": (I, I, I, I, P, I, I, P, I, P, P, I),
+    **dict.fromkeys(
+        (f"aerie_linear_groups_{input_bits}" for input_bits in (8, 16)),
+        (I, I, I, I, P, I, I, P, I, P, P, I),
+    ),
     "aerie_embedding_groups": (I, I, I, I, P, I, P, I, P),
     "aerie_decoder_layers": (P, I, P, P, P, P, P, P, P),
     "aerie_rms_norm": (P, P, P, I, I, R, P),

@@ -39,7 +39,8 @@ class NativeOps:
     """Calls the C functions. They read raw memory: inputs that are not contiguous are copied first;
     tensors changed in place (residual, pages) must be contiguous."""
 
-    def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype) -> None:
+    def __init__(self, library: NativeLibrary, storage_dtype: torch.dtype, input_bits: int) -> None:
+        """`input_bits`: 8 or 16, see `build_ops`."""
         suffix = SUFFIXES[storage_dtype]
         instructions = library.instructions if storage_dtype is torch.bfloat16 else None
         products = suffix + ENDINGS[instructions]
@@ -55,7 +56,8 @@ class NativeOps:
         self._linear = library.call(f"aerie_linear_{products}")
         self._embedding = library.call(f"aerie_embedding_{suffix}")
         self._pack_groups = library.call("aerie_pack_groups")
-        self._linear_groups = library.call("aerie_linear_groups")
+        self._group_products = f"aerie_linear_groups_{input_bits}"
+        self._linear_groups = library.call(self._group_products)
         self._embedding_groups = library.call("aerie_embedding_groups")
         self._decoder_layers = library.call("aerie_decoder_layers")
         self._rms_norm = library.call("aerie_rms_norm")
@@ -170,7 +172,8 @@ class NativeOps:
         return out
 
     def pack_layer(self, weights: LayerWeights) -> PackedLayer:
-        return NativeLayer(self.library, weights, self._products, self._caches[weights.cache])
+        own = self._caches[weights.cache]
+        return NativeLayer(self.library, weights, self._products, self._group_products, own)
 
     def decoder_layers(
         self,

@@ -36,13 +36,15 @@ from kernels.registry import build_ops, separate_drafting
 from server.assembly.kept_costs import KeptCosts
 
 AUTO = "auto"
+INPUT_BITS = 8  # unless model.input_bits says otherwise
 
 
 def configured_ops(
     config: HostConfig, device: torch.device, dtype: torch.dtype, threads: int
 ) -> Ops:
-    """The operations that the configuration asks for."""
-    kernels = config.kernels
+    """The operations that the configuration asks for. ValueError if none of them rounds its inputs
+    as `model.input_bits` says."""
+    kernels, input_bits = config.kernels, config.model.input_bits
     ops = build_ops(
         kernels.backend,
         device,
@@ -50,7 +52,14 @@ def configured_ops(
         threads,
         config.files.dir,
         overlap=kernels.overlap,
+        input_bits=input_bits or INPUT_BITS,
     )
+    backend = ops.backends["linear"]
+    if input_bits is not None and backend.name != "native":
+        raise ValueError(
+            f"model.input_bits = {input_bits} needs native kernels on a CPU, but linear layers run "
+            f"on {backend}; leave it out"
+        )
     return ops if kernels.fused_drafting else separate_drafting(ops)
 
 

@@ -58,9 +58,22 @@ def bound(library: NativeLibrary, dtype: torch.dtype) -> NativeOps:
     """All C++ functions, including helpers of an operation."""
     if dtype is torch.float32 and SOFTWARE_TILES.name in library.path.name:
         pytest.skip("tiles take no float32 numbers")
-    return NativeOps(library, dtype)
+    return NativeOps(library, dtype, 16)
 
 
 @pytest.fixture(scope="session")
 def native(bound: NativeOps) -> Ops:
     return native_ops(bound)
+
+
+@pytest.fixture(scope="session", params=[8, 16], ids=["8-bit-inputs", "16-bit-inputs"])
+def input_bits(request: pytest.FixtureRequest) -> int:
+    """Of products with quantised weights."""
+    bits: int = request.param
+    return bits
+
+
+@pytest.fixture(scope="session")
+def grouped(bound: NativeOps, dtype: torch.dtype, input_bits: int) -> Ops:
+    """Native operations with either rounding of inputs."""
+    return native_ops(NativeOps(bound.library, dtype, input_bits))

@@ -99,19 +99,19 @@ def a_batch() -> ForwardBatch:
     ids=["with-norm", "prepared-input", "fp8-cache"],
 )
 def test_one_call_equals_the_operations(
-    native: Ops, dtype: torch.dtype, form: str, input_size: int | None, cache: torch.dtype | None
+    grouped: Ops, dtype: torch.dtype, form: str, input_size: int | None, cache: torch.dtype | None
 ) -> None:
     torch.manual_seed(0)
-    layer, batch = a_layer(native, dtype, form, input_size, cache), a_batch()
+    layer, batch = a_layer(grouped, dtype, form, input_size, cache), a_batch()
     x, residual = torch.randn(9, input_size or H), torch.randn(9, H)
     results = []
-    for each in (layer, whole(layer, native)):
+    for each in (layer, whole(layer, grouped)):
         kv = KVStorage.allocate(1, 4, BLOCK, KV_HEADS, D, cache or dtype, CPU)
         for number, pages in enumerate((*kv.keys, *kv.values)):
             made = torch.Generator().manual_seed(number)
             pages.copy_(torch.randn(pages.shape, generator=made))
         stream = residual.clone()
-        out = each(x.clone(), stream, batch, ForwardContext(native, kv, TPGroup()))
+        out = each(x.clone(), stream, batch, ForwardContext(grouped, kv, TPGroup()))
         results.append((out, stream, bits(kv.keys[0]), bits(kv.values[0])))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
@@ -119,12 +119,12 @@ def test_one_call_equals_the_operations(
 
 
 def test_several_layers_in_one_call_equal_the_layers_in_turn(
-    native: Ops, dtype: torch.dtype
+    grouped: Ops, dtype: torch.dtype
 ) -> None:
     """The second has other weights, and pages of its own."""
     torch.manual_seed(0)
     batch, results = a_batch(), []
-    layers = [a_layer(native, dtype, form, None) for form in ("grouped", "mixed")]
+    layers = [a_layer(grouped, dtype, form, None) for form in ("grouped", "mixed")]
     layers[1] = replace(layers[1], attention=replace(layers[1].attention, layer=1))
     x, residual = torch.randn(9, H), torch.randn(9, H)
     tap = torch.full((9, H), torch.nan)
@@ -132,8 +132,8 @@ def test_several_layers_in_one_call_equal_the_layers_in_turn(
         kv = KVStorage.allocate(2, 4, BLOCK, KV_HEADS, D, dtype, CPU)
         for pages in (*kv.keys, *kv.values):
             pages.zero_()
-        out, stream, context = x.clone(), residual.clone(), ForwardContext(native, kv, TPGroup())
-        packed_layers = [whole(layer, native) for layer in layers]
+        out, stream, context = x.clone(), residual.clone(), ForwardContext(grouped, kv, TPGroup())
+        packed_layers = [whole(layer, grouped) for layer in layers]
         if together:
             parts = [layer.whole for layer in packed_layers if layer.whole is not None]
             out = run_whole(parts, slice(0, 2), out, stream, batch, context, {1: tap})
