@@ -175,7 +175,7 @@ def _identity(config: HostConfig, weights: str, target: Target, head_place: Plac
     library = build_library(config.files.dir).name if ("linear", "native") in backends else ""
     parts = (
         (target.arch, weights),
-        (model.weights, model.dtype, config.cache.dtype),
+        (model.weights, model.input_bits, model.dtype, config.cache.dtype),
         (head_place.weights, head_place.mlp_weights),
         (backends, library, config.kernels.graphs, config.kernels.overlap),
         (str(device), processor, threads_per_rank(config), config.parallel.tensor),

@@ -59,6 +59,7 @@ def test_the_text_is_that_of_the_plain_numbers(
         f"model.source={tmp_path}",
         "model.served_name=tiny",
         "model.dtype=float32",
+        "model.input_bits=16",
         "model.max_model_len=256",
         "cache.num_blocks=64",
         "kernels.threads=2",
