@@ -14,7 +14,7 @@ from torch import Tensor
 from drafter.train.encoding import Example
 from drafter.train.target import TargetFeatures
 from drafter.train.unroll import TrainBatch
-from engine.transfer import upload
+from engine.copies import upload
 
 Integers = npt.NDArray[np.int64]
 POOL = 2048  # examples sorted by length together, so that batches need little padding

@@ -20,13 +20,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.copies import Fetch, join, upload, view
 from engine.kv.scratch import Scratch
 from engine.kv.storage import SCRATCH_BLOCKS, KVStorage
 from engine.models.interface import LoadedModel
 from engine.runner.graphs import capture
 from engine.step.batch import ForwardBatch, ForwardContext, logit_slices
 from engine.step.group import TPGroup
-from engine.transfer import Fetch, join, upload, view
 from kernels.ops import AttentionMeta, Ops
 from kernels.sampling.pipeline_reference import DrawSettings
 

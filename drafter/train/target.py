@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from drafter.taps import FeatureCollector
+from engine.copies import upload
 from engine.kv.storage import KVStorage
 from engine.models.interface import LoadedModel
 from engine.step.batch import ForwardBatch, ForwardContext
 from engine.step.group import TPGroup
-from engine.transfer import upload
 from kernels.ops import AttentionMeta, Ops
 
 BLOCK_SIZE = 16

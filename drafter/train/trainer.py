@@ -21,7 +21,7 @@ from drafter.train.history import Entry, History
 from drafter.train.objective import Objective, Tally
 from drafter.train.optimizer import HeadOptimizer, sum_over_processes
 from drafter.train.unroll import TrainBatch
-from engine.transfer import Fetch
+from engine.copies import Fetch
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from drafter.train.network import DraftNetwork, StepKeys
-from engine.transfer import upload
+from engine.copies import upload
 
 FIRST_ENTRY = 1  # token 0 has no feature before it
 

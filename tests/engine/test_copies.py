@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.transfer import ALIGNMENT, download, join, pack, upload
+from engine.copies import ALIGNMENT, download, join, pack, upload
 from tests.support.pretend_device import DEVICE, PretendDevice
 
 

@@ -1,4 +1,4 @@
-"""A step plan in the making: rows can be taken out again if their sequence is preempted."""
+"""Builds a step plan row by row. A row is removed again if its sequence is preempted."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from engine.step.shape import TreeShape
 
 
 @dataclass(slots=True)
-class RowDraft:
-    """A row in the making. Its blocks are read last, after all slots are reserved."""
+class RowBuilder:
+    """Builds a row. Its blocks are read last, after all slots are reserved."""
 
     seq: Sequence
     num_tokens: int
     num_draft: int = 0  # draft nodes that have budget
     found: tuple[int, ...] = ()  # their tokens, if they are a chain from the lookup
 
-    def finished(self) -> RowPlan:
+    def build(self) -> RowPlan:
         seq = self.seq
         start, end = seq.num_computed, seq.num_computed + self.num_tokens
         samples = end == len(seq.token_ids)
@@ -38,16 +38,15 @@ class RowDraft:
         )
 
 
-class PlanDraft:
-    """A plan in the making."""
+class PlanBuilder:
+    """The rows planned so far, and the budget that is left."""
 
     def __init__(self, budget: int, num_decoding: int, time: PromptTime | None = None) -> None:
         """`time`: limits the prompt tokens besides the budget; None: only the budget does."""
         self.budget = budget
         self._time = time
-        self.num_decoding = num_decoding
         self.spare = budget - num_decoding  # for draft nodes, after one token for every root
-        self.rows: dict[int, RowDraft] = {}  # by line
+        self.rows: dict[int, RowBuilder] = {}  # by line
         self.admitted: dict[int, Admission] = {}
         self.num_admitted_blocks = 0
         self.preempted_any = False  # because blocks have run out
@@ -74,10 +73,10 @@ class PlanDraft:
         self.add(seq, num_tokens)
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
-        self.rows[seq.line] = RowDraft(seq, num_tokens)
+        self.rows[seq.line] = RowBuilder(seq, num_tokens)
         self.budget -= num_tokens
 
-    def set_aside(self, seq: Sequence, num_draft: int, found: Iterable[int] = ()) -> None:
+    def add_nodes(self, seq: Sequence, num_draft: int, found: Iterable[int] = ()) -> None:
         """Spend budget on draft nodes of a row. `found`: their tokens, if known."""
         row = self.rows[seq.line]
         row.num_draft, row.found = num_draft, tuple(found)
@@ -89,17 +88,17 @@ class PlanDraft:
         for row in self.rows.values():
             row.num_draft, row.found = 0, ()
 
-    def take_out(self, seq: Sequence) -> None:
+    def remove(self, seq: Sequence) -> None:
         self.admitted.pop(seq.line, None)
         row = self.rows.pop(seq.line, None)
         if row is not None:
             self.budget += row.num_tokens + row.num_draft
             self.spare += row.num_draft
 
-    def finished(self, released: Iterable[int], shape: TreeShape) -> StepPlan:
+    def build(self, released: Iterable[int], shape: TreeShape) -> StepPlan:
         """The plan, after all slots are reserved."""
         return StepPlan(
-            rows=tuple(row.finished() for row in self.rows.values()),
+            rows=tuple(row.build() for row in self.rows.values()),
             admitted=tuple(a for line, a in self.admitted.items() if line in self.rows),
             released=tuple(released),
             shape=shape,
