@@ -1,4 +1,5 @@
-"""Parts of the launcher: its port, and the application while an engine loads."""
+"""The start of a server: its port, what it says when it is ready, and the application while the
+engine loads."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from engine.messages import DraftFacts, OperationBackend
 from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerInfo
+from server.process.announcement import announcement, summary, warn_of_fallback
 from server.process.client import ZmqEngineClient
-from server.process.launch import announcement, summary, warn_of_fallback
 from server.process.listening import open_port
 from server.text.chat_template import ChatTemplate
 from tests.support.configurations import hosted
