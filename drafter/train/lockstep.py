@@ -28,7 +28,7 @@ from engine.runner.graphs import capture
 from engine.step.batch import ForwardBatch, ForwardContext, logit_slices
 from engine.step.group import TPGroup
 from kernels.ops import AttentionMeta, Ops
-from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.settings import DrawSettings
 
 BLOCK_SIZE = 16
 

@@ -1,4 +1,4 @@
-"""The kernels of `triton_pipeline`.
+"""The kernels of `triton_draw`.
 
 The state of a row is int32 numbers: the phase, the candidate and the keys of the next pass. A float
 is stored as its `sort_key`, an int32 with the same order, or as its bits.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.sampling.triton_draw import (
+from kernels.sampling.triton_functions import (
     MINUS_INFINITY,
     NO_TOKEN,
     best_noisy,
