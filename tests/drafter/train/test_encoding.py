@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from drafter.train.conversations import (
+from drafter.train.data.conversations import (
     AnyConversation,
     CapturedConversation,
     Conversation,
     Message,
     read_conversations,
 )
-from drafter.train.encoding import (
+from drafter.train.data.encoding import (
     Coverage,
     Encode,
     EncodingSettings,

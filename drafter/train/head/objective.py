@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafter.train.head_kernels import IN_TORCH, HeadKernels
-from drafter.train.losses import CROSS_ENTROPY, TokenLoss, feature_distance, token_loss
-from drafter.train.network import DraftNetwork
-from drafter.train.unroll import Plan, TrainBatch, UnrolledStep, plan_unrolling, unroll
+from drafter.train.head.head_kernels import IN_TORCH, HeadKernels
+from drafter.train.head.losses import CROSS_ENTROPY, TokenLoss, feature_distance, token_loss
+from drafter.train.head.network import DraftNetwork
+from drafter.train.head.unroll import Plan, TrainBatch, UnrolledStep, plan_unrolling, unroll
 
 
 @dataclass(frozen=True, slots=True)

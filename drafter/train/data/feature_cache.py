@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafter.train.encoding import Example
-from drafter.train.target import FrozenTarget, TargetFeatures
+from drafter.train.data.encoding import Example
+from drafter.train.data.target import FrozenTarget, TargetFeatures
 
 
 class FeatureSource(Protocol):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from drafter.train.report import Measurement, Report
+from drafter.train.results.report import Measurement, Report
 
 UNSAID = "The source of this head's training text was not stated."
 

@@ -55,7 +55,7 @@ AnyConversation = Conversation | CapturedConversation
 
 def sample_file(name: str) -> Path:
     """A file of the sample that comes with the package: prompts.jsonl or conversations.jsonl."""
-    return Path(__file__).parent / "sample" / name
+    return Path(__file__).parent.parent / "sample" / name
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:

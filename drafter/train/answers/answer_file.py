@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from drafter.train.conversations import read_object
+from drafter.train.data.conversations import read_object
 
 START = b'{"id": '  # of every line
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafter.train.network import DraftNetwork, StepKeys
+from drafter.train.head.network import DraftNetwork, StepKeys
 from engine.copies import upload
 
 FIRST_ENTRY = 1  # token 0 has no feature before it

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafter.train.encoding import Example
+from drafter.train.data.encoding import Example
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from drafter.train.answer_file import AnswerFile
-from drafter.train.conversations import Message, Prompt
+from drafter.train.answers.answer_file import AnswerFile
+from drafter.train.data.conversations import Message, Prompt
 from engine.completion import Completion
 from engine.core import EngineCore
 from engine.messages import Finished, Submit, Tokens

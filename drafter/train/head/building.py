@@ -16,8 +16,8 @@ from drafter.heads.config import HeadConfig, Kind
 from drafter.heads.published import NORMS
 from drafter.heads.untrained import eagle3_config, random_tensors
 from drafter.source import SHIPPED, shipped_head
-from drafter.train.initial import deepened, weights_from_target
-from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork, PEagleNetwork
+from drafter.train.head.initial import deepened, weights_from_target
+from drafter.train.head.network import DraftNetwork, Eagle3Network, EagleNetwork, PEagleNetwork
 from engine.checkpoints.arch import LlamaArch
 from engine.models.loading import ReadTensor
 

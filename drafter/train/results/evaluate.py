@@ -15,8 +15,8 @@ from typing import Protocol
 
 import msgspec
 
-from drafter.train.conversations import Message, Prompt
-from drafter.train.report import Measurement
+from drafter.train.data.conversations import Message, Prompt
+from drafter.train.results.report import Measurement
 from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import FinishReason, Request, SamplingParams

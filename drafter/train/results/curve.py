@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from drafter.train.chart import LineChart
 from drafter.train.history import Entry, write_whole
+from drafter.train.results.chart import LineChart
 
 
 def write_curve(path: Path, entries: Sequence[Entry]) -> None:

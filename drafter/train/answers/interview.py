@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drafter.train.conversations import Message, Prompt
-from drafter.train.encoding import Example
-from drafter.train.generate import Codec
-from drafter.train.lockstep import Answer, Question
+from drafter.train.answers.generate import Codec
+from drafter.train.answers.lockstep import Answer, Question
+from drafter.train.data.conversations import Message, Prompt
+from drafter.train.data.encoding import Example
 
 GREEDY = 0.0
 TEMPERATURES = (GREEDY, 0.8, 1.0)

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafter.train import losses
-from drafter.train.losses import RowLoss, TokenLoss
-from drafter.train.network import Attend, StepKeys, attend
+from drafter.train.head import losses
+from drafter.train.head.losses import RowLoss, TokenLoss
+from drafter.train.head.network import Attend, StepKeys, attend
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drafter.checkpoint import save_eagle, save_eagle3
 from drafter.heads.config import HeadConfig
-from drafter.train.model_card import ModelCard
+from drafter.train.results.model_card import ModelCard
 from engine.checkpoints.arch import LlamaArch
 
 MAX_SHARD_BYTES = 16_000_000

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from drafter.train.encoding import Example
-from drafter.train.target import TargetFeatures
-from drafter.train.unroll import TrainBatch
+from drafter.train.data.encoding import Example
+from drafter.train.data.target import TargetFeatures
+from drafter.train.head.unroll import TrainBatch
 from engine.copies import upload
 
 Integers = npt.NDArray[np.int64]

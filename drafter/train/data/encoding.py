@@ -6,7 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from drafter.train.conversations import AnyConversation, CapturedConversation, Conversation, Message
+from drafter.train.data.conversations import (
+    AnyConversation,
+    CapturedConversation,
+    Conversation,
+    Message,
+)
 
 
 class Encode(Protocol):
