@@ -25,7 +25,7 @@ from drafter.train.data.encoding import (
     Example,
     encode_conversations,
 )
-from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import BUNDLED_ALIAS, bundled_gguf, resolve_source
 from server.text.chat_codec import ChatCodec
 from server.text.chat_template import ChatTemplate

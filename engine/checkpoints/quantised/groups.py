@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.arch import Shape
-from engine.checkpoints.quantisation import GROUPS, Scheme
+from engine.checkpoints.quantised.config import GROUPS, Scheme
 from engine.checkpoints.stored import Bounds, Index, View, bounds
 from kernels.linear.grouped import GroupedWeight
 from kernels.linear.quantised import Part

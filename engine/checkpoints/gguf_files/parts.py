@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from engine.checkpoints.gguf_file import GGUFFile, read_gguf
+from engine.checkpoints.gguf_files.header import GGUFFile, read_gguf
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.config_values import integer
-from engine.checkpoints.gguf_file import GGUFFile, GGUFTensor
-from engine.checkpoints.gguf_groups import grouped
-from engine.checkpoints.gguf_parts import read_parts
-from engine.checkpoints.gguf_rope import ROPE_FREQS, rope_scaling
+from engine.checkpoints.gguf_files.groups import grouped
+from engine.checkpoints.gguf_files.header import GGUFFile, GGUFTensor
+from engine.checkpoints.gguf_files.parts import read_parts
+from engine.checkpoints.gguf_files.rope import ROPE_FREQS, rope_scaling
 from engine.checkpoints.manifest import check_manifest, expected_tensors
 from engine.checkpoints.rope_scaling import DEFAULT_ROPE_THETA
 from engine.checkpoints.rotary import undo_rotary_permutation

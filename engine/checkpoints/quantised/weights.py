@@ -9,21 +9,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from engine.checkpoints.manifest import listed
-from engine.checkpoints.quantisation import Layout, Quantisation, Scheme
-from engine.checkpoints.stored import View
-from engine.checkpoints.stored_groups import (
+from engine.checkpoints.quantised.config import Layout, Quantisation, Scheme
+from engine.checkpoints.quantised.groups import (
     StoredGroups,
     awq_shape,
     gptq_shape,
     packed_shape,
 )
-from engine.checkpoints.stored_scaled import (
+from engine.checkpoints.quantised.scaled import (
     FP8_DTYPE,
     SCALE_NAMES,
     ExpertOf,
     ScalesOf,
     StoredScaled,
 )
+from engine.checkpoints.stored import View
 
 # The tensor that shows how a weight is stored, what else it needs, and what it may have
 PARTS: dict[Layout, tuple[str, tuple[str, ...], tuple[str, ...]]] = {

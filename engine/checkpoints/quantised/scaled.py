@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.arch import Shape
-from engine.checkpoints.quantisation import Scheme
+from engine.checkpoints.quantised.config import Scheme
 from engine.checkpoints.stored import Bounds, Index, View, bounds
 from kernels.linear.scaled import ScaledLayout, ScaledWeight
 
