@@ -25,7 +25,7 @@ from benchmarks.peers.known import HERE
 from benchmarks.tables import write_results
 from configs.host import host_config
 from configs.resolve import HostConfig
-from drafter.train.target import FrozenTarget
+from drafter.train.data.target import FrozenTarget
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from engine.models.families import load_target

@@ -16,12 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from engine.step.shape import ancestors_of, signed
 from kernels.drafting.nodes import Candidates, Frontier
 from kernels.ops import UNSCALED, AttentionMeta, Ops
-from kernels.sampling.pipeline_reference import (
-    BiasEntries,
-    DrawSettings,
-    LogitEdits,
-    Penalties,
-)
+from kernels.sampling.settings import BiasEntries, DrawSettings, LogitEdits, Penalties
 
 HEADS, KV_HEADS, D, H, FEED_FORWARD, VOCAB = 32, 8, 128, 4096, 14336, 128256
 BLOCK = 16

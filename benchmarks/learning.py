@@ -20,8 +20,8 @@ from typing import Any
 
 import httpx
 
-from drafter.train.chart import LineChart
-from drafter.train.conversations import read_prompts
+from drafter.train.data.conversations import read_prompts
+from drafter.train.results.chart import LineChart
 
 Messages = Sequence[Mapping[str, str]]
 POLL = 0.5  # seconds

@@ -1,4 +1,4 @@
-"""How fast the target answers many prompts in lockstep (drafter/train/lockstep.py).
+"""How fast the target answers many prompts in lockstep (drafter/train/answers/lockstep.py).
 
 The model of the configuration answers the shipped prompts over and over. The clock starts with the
 first answer, when kernels are compiled and all rows are busy."""
@@ -15,8 +15,8 @@ import torch
 
 from configs.host import host_config
 from configs.resolve import HostConfig
-from drafter.train.conversations import read_prompts, sample_file
-from drafter.train.lockstep import ON_CPU, ON_DEVICE, Answer, LockstepTarget, Question
+from drafter.train.answers.lockstep import ON_CPU, ON_DEVICE, Answer, LockstepTarget, Question
+from drafter.train.data.conversations import read_prompts, sample_file
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.families import load_target

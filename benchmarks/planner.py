@@ -18,7 +18,7 @@ from rich.table import Table
 
 from configs.host import host_config
 from configs.resolve import HostConfig
-from drafter.train.conversations import read_prompts
+from drafter.train.data.conversations import read_prompts
 from engine.messages import Tokens
 from engine.request import Request, SamplingParams
 from server.assembly.compose import build_engine

@@ -10,7 +10,6 @@ import msgspec
 
 from engine.grammar.gate import Gate, Opened
 from engine.messages import (
-    Abort,
     DraftState,
     EngineInfo,
     EngineMessage,
@@ -18,6 +17,7 @@ from engine.messages import (
     ErrorCode,
     PagesSent,
     PeerLost,
+    RequestMessage,
     Resume,
     Submit,
     TakePages,
@@ -56,9 +56,6 @@ class Peers(Protocol):
     def draft_state(self, line: int) -> DraftState | None:
         """What the draft head knows of a running row besides its pages."""
         ...
-
-
-Request = Submit | Abort | TakePages | Resume | PeerLost
 
 
 class EngineCore:
@@ -104,7 +101,7 @@ class EngineCore:
     def info(self) -> EngineInfo:
         return msgspec.structs.replace(self._info, draft=self._policy.facts)
 
-    def add(self, message: Request) -> None:
+    def add(self, message: RequestMessage) -> None:
         """Take a message; the next `step` returns the events that it causes."""
         if isinstance(message, Submit):
             opened = self._gate.take(message)

@@ -45,7 +45,7 @@ class Round(msgspec.Struct, frozen=True, array_like=True):
     path: tuple[int, ...] = ()  # accepted nodes, from the root down
 
 
-class Choice(msgspec.Struct, frozen=True, array_like=True):
+class OtherChoice(msgspec.Struct, frozen=True, array_like=True):
     """What distinguishes one more choice from a `Request` for the same prompt."""
 
     request_id: str
@@ -69,7 +69,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     engine after its first token, with `HandedOver`."""
 
     request: Request
-    others: tuple[Choice, ...] = ()
+    others: tuple[OtherChoice, ...] = ()
     output_ids: tuple[int, ...] = ()
     reserve: bool = False
     handover: Handover | None = None
@@ -294,7 +294,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()  # at [d]: trees whose path reached depth d + 1
     steps_by_tree: dict[str, int] = {}  # name of the shape -> steps
-    seconds_by_part: dict[str, float] = {}  # draft, verify, commit or round -> seconds
+    seconds_by_part: dict[str, float] = {}  # draft, verify, commit or step -> seconds
     num_captured: int = 0  # sequences queued for capture
     num_capture_dropped: int = 0  # sequences that could not be captured
     num_draft_faults: int = 0  # trees not grown because the head's outputs were not finite
@@ -304,7 +304,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
 
 
 TransferEvent = Reserved | PagesSent | HandedOver
-ClientMessage = Submit | Abort | TakePages | Resume | PeerLost | SwapDraft | Shutdown
+RequestMessage = Submit | Abort | TakePages | Resume | PeerLost  # about single requests
+ClientMessage = RequestMessage | SwapDraft | Shutdown
 EngineMessage = (
     Tokens | Finished | TransferEvent | EngineInfo | EngineFailed | EngineStats | DraftSwapped
 )

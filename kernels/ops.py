@@ -34,8 +34,8 @@ from kernels.packing.entries import PackedEntries, Walks
 from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.packing.rows import LineRows, StartedRows
 from kernels.packing.settling import DrawnTrees, SettledTrees
-from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Scores
 from kernels.sampling.ranking import NodeDraws, Ranked
+from kernels.sampling.settings import DrawSettings, LogitEdits, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +168,8 @@ class Ops:
     moe: Callable[[Tensor, Tensor, ExpertWeights], Tensor]
     # (logits [R, V] float32) -> [R] int64
     argmax: Callable[[Tensor], Tensor]
-    # (logits [R, V] float32, edits) -> [R, V] a copy after penalties and bias. For this and the
-    # next two see kernels/sampling/pipeline_reference.py
+    # (logits [R, V] float32, edits) -> [R, V] a copy after penalties and bias. See
+    # kernels/sampling/edit_reference.py
     edit_logits: Callable[[Tensor, LogitEdits], Tensor]
     # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits stay unchanged
     draw: Callable[[Tensor, DrawSettings], Tensor]
@@ -208,26 +208,29 @@ class Ops:
     grow_level: Callable[
         [Tensor, Tensor, Frontier | None, Tensor | None, Candidates, int], Frontier | None
     ]
-    # The next two are None where layers are made of the operations above
-    pack_layer: Callable[[LayerWeights], PackedLayer] | None
-    # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and
-    # v_cache of each, taps) -> [T, H], not yet added to the residual, which is changed in place:
-    # bit for bit what the operations of all layers give in turn. Tensors [T, H] in `taps` take the
-    # stream that enters the layers of these places
-    decoder_layers: Callable[..., Tensor] | None
-    # (entries, embedding) -> what the first layer of an EAGLE-3 head reads [C, 2H], and the
-    # residual stream [C, H]. None: the head composes it of the operations above
-    enter_head: Callable[[HeadInput, LinearWeight], tuple[Tensor, Tensor]] | None
-    # (rows) -> their roots and block tables. None, as the next three: the step does it with torch
-    start_rows: Callable[[LineRows], StartedRows] | None
-    # (trees) -> their nodes, packed
-    pack_nodes: Callable[[NodeTrees], PackedNodes] | None
-    # (trees) -> the walks down them
-    settle: Callable[[DrawnTrees], SettledTrees] | None
-    # (walks) -> what they emitted, packed for a draft head
-    pack_entries: Callable[[Walks], PackedEntries] | None
     # In which forms weights may stay quantised: q4 and q8 (integers in groups), fp8
     reads: frozenset[str]
     stacks_experts: bool  # whether `moe` reads all experts as one tensor
     activation_dtype: torch.dtype
     backends: dict[str, Backend]  # by operation
+
+    # Operations that join others. None: the engine composes them of the others, or of torch
+
+    # (weights of a layer) -> the same, ready for `decoder_layers`
+    pack_layer: Callable[[LayerWeights], PackedLayer] | None = None
+    # (layers, x [T, H], residual [T, H], positions [T] int64, slots [T] int64, meta, k_cache and
+    # v_cache of each, taps) -> [T, H], not yet added to the residual, which is changed in place:
+    # bit for bit what the operations of all layers give in turn. Tensors [T, H] in `taps` take the
+    # stream that enters the layers of these places
+    decoder_layers: Callable[..., Tensor] | None = None
+    # (entries, embedding) -> what the first layer of an EAGLE-3 head reads [C, 2H], and the
+    # residual stream [C, H]
+    enter_head: Callable[[HeadInput, LinearWeight], tuple[Tensor, Tensor]] | None = None
+    # (rows) -> their roots and block tables
+    start_rows: Callable[[LineRows], StartedRows] | None = None
+    # (trees) -> their nodes, packed
+    pack_nodes: Callable[[NodeTrees], PackedNodes] | None = None
+    # (trees) -> the walks down them
+    settle: Callable[[DrawnTrees], SettledTrees] | None = None
+    # (walks) -> what they emitted, packed for a draft head
+    pack_entries: Callable[[Walks], PackedEntries] | None = None

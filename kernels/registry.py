@@ -23,8 +23,8 @@ from kernels.native.ops import NativeOps
 from kernels.norm import reference as norm
 from kernels.ops import Backend, Ops
 from kernels.rope import reference as rope
+from kernels.sampling import draw_reference, edit_reference, score_reference
 from kernels.sampling import noisy_reference as noisy
-from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference as sampling
 from kernels.sampling.ranking import ComposedRanking
 from kernels.sampling.torch_draw import TorchDraw
@@ -219,11 +219,6 @@ def native_ops(native: NativeOps) -> Ops:
         **_drafting(drafting),
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
-        start_rows=None,
-        enter_head=None,
-        pack_nodes=None,
-        settle=None,
-        pack_entries=None,
         reads=frozenset({"q4", "q8"}),
         stacks_experts=False,
         activation_dtype=torch.float32,
@@ -251,10 +246,10 @@ def triton_ops(
     from kernels.packing import triton_rows as rows
     from kernels.packing import triton_settle as settling
     from kernels.rope import triton_kernel as rope
+    from kernels.sampling import triton_draw as drawing
     from kernels.sampling import triton_edit as edit
     from kernels.sampling import triton_kernel as sampling
     from kernels.sampling import triton_noisy as noisy
-    from kernels.sampling import triton_pipeline as pipeline
     from kernels.sampling import triton_rank as rank
     from kernels.sampling import triton_score as score
     from kernels.sampling import triton_sound as sound
@@ -273,7 +268,7 @@ def triton_ops(
         moe=moe.moe,
         argmax=sampling.argmax,
         edit_logits=edit.edit_logits,
-        draw=pipeline.draw,
+        draw=drawing.draw,
         are_sound=sound.are_sound,
         add_noise=noisy.add_noise,
         rank_drafts=rank.rank_drafts,
@@ -282,8 +277,6 @@ def triton_ops(
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         **_drafting(drafting),
-        pack_layer=None,
-        decoder_layers=None,
         start_rows=rows.start_rows,
         enter_head=entry.enter_head,
         pack_nodes=packing.pack_nodes,
@@ -309,8 +302,8 @@ def reference_ops(
     """Plain torch for everything; `reason` says why, or is None if the user chose it. Activations
     are float32 on a CPU, elsewhere of the storage dtype."""
     on_cpu = device.type == "cpu"
-    draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else pipeline.draw
-    score = TorchScore(sampling.logsumexp) if on_cpu else pipeline.score
+    draw = TorchDraw(sampling.argmax, sampling.gumbel_argmax) if on_cpu else draw_reference.draw
+    score = TorchScore(sampling.logsumexp) if on_cpu else score_reference.score
     return Ops(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
@@ -323,7 +316,7 @@ def reference_ops(
         silu_and_mul=activation.silu_and_mul,
         moe=moe.moe,
         argmax=sampling.argmax,
-        edit_logits=edit_logits if on_cpu else pipeline.edit_logits,
+        edit_logits=edit_logits if on_cpu else edit_reference.edit_logits,
         draw=draw,
         are_sound=sampling.are_sound,
         add_noise=noisy.add_noise,
@@ -333,13 +326,6 @@ def reference_ops(
         tree_ancestors=tree.ancestors,
         tree_walk=tree.walk,
         **_drafting(drafting),
-        pack_layer=None,
-        decoder_layers=None,
-        start_rows=None,
-        enter_head=None,
-        pack_nodes=None,
-        settle=None,
-        pack_entries=None,
         reads=frozenset(),
         stacks_experts=True,
         activation_dtype=torch.float32 if on_cpu else storage_dtype,

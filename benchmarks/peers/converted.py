@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import resolve_source
 from server.text.gguf_tokenizer import build_tokenizer, special_tokens
 

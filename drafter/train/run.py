@@ -11,18 +11,18 @@ import torch
 
 from configs.training import TrainingConfig
 from drafter.heads.config import HeadConfig
-from drafter.train import building
 from drafter.train.checkpoints import CheckpointFolder
-from drafter.train.draft_vocabulary import DraftVocabulary, choose, count_answers
-from drafter.train.encoding import Example
-from drafter.train.feature_cache import CachedFeatures, LiveFeatures
-from drafter.train.head_kernels import choose_kernels
+from drafter.train.data.draft_vocabulary import DraftVocabulary, choose, count_answers
+from drafter.train.data.encoding import Example
+from drafter.train.data.feature_cache import CachedFeatures, LiveFeatures
+from drafter.train.data.target import FrozenTarget
+from drafter.train.head import building
+from drafter.train.head.head_kernels import choose_kernels
+from drafter.train.head.losses import TokenLoss
+from drafter.train.head.objective import LossWeights, Objective
 from drafter.train.history import History
-from drafter.train.losses import TokenLoss
-from drafter.train.objective import LossWeights, Objective
 from drafter.train.optimizer import HeadOptimizer, Rate, by_steps
 from drafter.train.run_record import RunRecord
-from drafter.train.target import FrozenTarget
 from drafter.train.trainer import Corpus, Trainer, Worker
 from engine.models.interface import LoadedModel
 from kernels.ops import Ops

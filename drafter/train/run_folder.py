@@ -13,9 +13,9 @@ from configs.load import as_yaml, load_schema
 from configs.training import TRAIN, TrainingConfig
 from drafter.train.checkpoints import CheckpointFolder, Progress, load_progress, load_weights
 from drafter.train.history import write_whole
-from drafter.train.model_card import DataSource, ModelCard
-from drafter.train.publish import publish
-from drafter.train.report import Report
+from drafter.train.results.model_card import DataSource, ModelCard
+from drafter.train.results.publish import publish
+from drafter.train.results.report import Report
 from drafter.train.run import CHECKPOINTS, FREE_KEYS
 from drafter.train.run_record import RunRecord
 

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.training import RunConfig
-from drafter.train.batches import least_learnt
-from drafter.train.encoding import Example
+from drafter.train.answers.interview import Interview
+from drafter.train.answers.lockstep import LockstepTarget
+from drafter.train.data.batches import least_learnt
+from drafter.train.data.encoding import Example
 from drafter.train.history import Entry, write_whole
-from drafter.train.interview import Interview
-from drafter.train.lockstep import LockstepTarget
 from drafter.train.trainer import Trainer
 
 PHASES = 40  # of a run

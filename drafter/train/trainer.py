@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from configs.training import RunConfig
-from drafter.train.batches import batch_stream, collate, cut
 from drafter.train.checkpoints import CheckpointFolder, Progress, load_checkpoint
-from drafter.train.encoding import Example
-from drafter.train.feature_cache import FeatureSource
+from drafter.train.data.batches import batch_stream, collate, cut
+from drafter.train.data.encoding import Example
+from drafter.train.data.feature_cache import FeatureSource
+from drafter.train.head.objective import Objective, Tally
+from drafter.train.head.unroll import TrainBatch
 from drafter.train.history import Entry, History
-from drafter.train.objective import Objective, Tally
 from drafter.train.optimizer import HeadOptimizer, sum_over_processes
-from drafter.train.unroll import TrainBatch
-from engine.transfer import Fetch
+from engine.copies import Fetch
 
 logger = logging.getLogger(__name__)
 

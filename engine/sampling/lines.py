@@ -50,9 +50,8 @@ class LineSettings:
             return np.full(num_lines + 1, value, dtype=dtype)
 
         self.ints = np.zeros((2, num_lines + 1), dtype=np.int64)
-        self.seeds, self.top_k = (
-            self.ints
-        )  # the bits of the unsigned seed; vocabulary size when off
+        # The bits of the unsigned seed; the vocabulary size when off
+        self.seeds, self.top_k = self.ints
         self.floats = np.zeros((6, num_lines + 1), dtype=np.float32)
         self.temperatures, self.min_p, self.frequency, self.presence = self.floats[:4]  # 0 when off
         self.top_p, self.repetition = self.floats[4:]  # 1 when off

@@ -24,7 +24,7 @@ import msgspec
 
 from engine.request import Sequence
 from engine.scheduler.drafts import Awaited, DraftRoom
-from engine.scheduler.planning import row_plan
+from engine.scheduler.plan_builder import row_plan
 from engine.speculation.planner import Candidate, Choice
 from engine.step.plan import UNKNOWN, StepOutcome, StepPlan
 from engine.step.shape import TreeShape

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.kv.manager import KVManager
 from engine.messages import DraftSource, Round
 from engine.request import Sequence
-from engine.scheduler.planning import PlanDraft
+from engine.scheduler.plan_builder import PlanBuilder
 from engine.speculation.lookup import HOPELESS, Found, Lookup
 from engine.speculation.lookup import NOTHING as NO_DRAFT
 from engine.speculation.planner import Candidate, Choice
@@ -65,7 +65,7 @@ class DraftRoom:
         sampled = seq.request.params.temperature > 0
         return Candidate(seq.line, sampled, seq.num_computed, self.most_nodes(seq, awaited))
 
-    def set_aside(self, plan: PlanDraft, running: Rows[Sequence], choice: Choice) -> None:
+    def share_budget(self, plan: PlanBuilder, running: Rows[Sequence], choice: Choice) -> None:
         """Share the budget for draft nodes among the rows planned so far."""
         rows = [seq for seq in running if seq.line in plan.rows]
         found = self._all_found(plan, rows, choice)
@@ -73,9 +73,9 @@ class DraftRoom:
             return
         for seq in rows:
             tokens = found.get(seq.line, ())[: plan.spare]
-            plan.set_aside(seq, len(tokens) or self.room(seq, choice, plan.spare), tokens)
+            plan.add_nodes(seq, len(tokens) or self.room(seq, choice, plan.spare), tokens)
 
-    def grow(self, plan: PlanDraft, running: Rows[Sequence], shape: TreeShape) -> None:
+    def reserve_slots(self, plan: PlanBuilder, running: Rows[Sequence], shape: TreeShape) -> None:
         """Reserve slots for draft nodes after all other rows have theirs, so that draft nodes never
         preempt a sequence or delay an admission. A row without slots drafts nothing."""
         for seq in running:
@@ -109,7 +109,7 @@ class DraftRoom:
         return DraftSource.LOOKUP if looked_up else DraftSource.GRAMMAR
 
     def _all_found(
-        self, plan: PlanDraft, rows: Rows[Sequence], choice: Choice
+        self, plan: PlanBuilder, rows: Rows[Sequence], choice: Choice
     ) -> dict[int, tuple[int, ...]]:
         """Known drafts by line; none if together they do not promise what a step with drafts takes
         more than a plain one."""
@@ -121,7 +121,7 @@ class DraftRoom:
             return {}
         return {line: each.tokens for line, each in found.items() if each.tokens}
 
-    def _found(self, plan: PlanDraft, seq: Sequence, choice: Choice) -> Found:
+    def _found(self, plan: PlanBuilder, seq: Sequence, choice: Choice) -> Found:
         """A chain no longer than the remaining output: what its grammar forces, or what followed
         earlier in the sequence's own text."""
         rival = 0.0

@@ -42,7 +42,7 @@ from engine.scheduler.ending import finished_event
 from engine.scheduler.handovers import Handovers, Pages
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.pacing import PromptTime, StepTimes
-from engine.scheduler.planning import PlanDraft
+from engine.scheduler.plan_builder import PlanBuilder
 from engine.scheduler.pooling import Pools
 from engine.scheduler.preempting import choose_outranked, choose_victim
 from engine.scheduler.refusing import why_impossible
@@ -194,26 +194,26 @@ class Scheduler:
     def schedule(self, choice: Choice = PLAIN) -> StepPlan:
         """Choose the tokens of the next step and reserve their slots, and slots for the chosen
         draft trees where there is room."""
-        draft = self._new_draft()
+        plan = self._new_plan()
         missing = {seq.request_id: len(seq.token_ids) - seq.num_computed for seq in self._running}
         if self._prompts_to_compute(missing):
-            draft.spare //= 2  # so that trees do not hold up prompts
+            plan.spare //= 2  # so that trees do not hold up prompts
         before = list(self._running)
         for seq in before:
             if missing[seq.request_id] == 1 and seq.status is Status.RUNNING:
-                self._plan_row(draft, seq, 1)
-        self._drafts.set_aside(draft, self._running, choice)
+                self._plan_row(plan, seq, 1)
+        self._drafts.share_budget(plan, self._running, choice)
         for seq in before:
             if missing[seq.request_id] > 1:
-                self._plan_prompt(draft, seq, missing[seq.request_id])
-        if draft.preempted_any:
-            draft.drop_drafts()
+                self._plan_prompt(plan, seq, missing[seq.request_id])
+        if plan.preempted_any:
+            plan.drop_drafts()
         else:
-            self._admit(draft)
-            self._drafts.grow(draft, self._running, choice.shape)
-        self.handovers.admitted(draft.rows.keys())
+            self._admit(plan)
+            self._drafts.reserve_slots(plan, self._running, choice.shape)
+        self.handovers.admitted(plan.rows.keys())
         released, self._released = self._released, []
-        return draft.finished(released, choice.shape)
+        return plan.build(released, choice.shape)
 
     def schedule_ahead(
         self, before: StepPlan, choose: Callable[[Rows[Candidate]], Choice]
@@ -286,13 +286,13 @@ class Scheduler:
         self._num_requests += request.choice == 0
         return request.priority, self._num_requests + request.choice, self._num_submitted
 
-    def _new_draft(self) -> PlanDraft:
+    def _new_plan(self) -> PlanBuilder:
         """An empty plan. Beside decoding rows, prompts get only so much time that these reach the
         goal for their tokens."""
         num_decoding, goal = len(self._decoding()), self._limits.token_time
         room = self._times.room(goal) if num_decoding and goal is not None else None
         limit = None if room is None else PromptTime(self._times, room)
-        return PlanDraft(self._limits.max_num_batched_tokens, num_decoding, limit)
+        return PlanBuilder(self._limits.max_num_batched_tokens, num_decoding, limit)
 
     def _decoding(self) -> list[Sequence]:
         """Running sequences of which only the newest token is not computed."""
@@ -316,64 +316,64 @@ class Scheduler:
             return False
         return not (seq.uses_prefix_cache and self._kv.may_match_more(seq))
 
-    def _plan_prompt(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
+    def _plan_prompt(self, plan: PlanBuilder, seq: Sequence, missing: int) -> None:
         """Plan a chunk of a running prompt, after the waiting ones that are more important."""
-        if not draft.preempted_any:
-            self._admit(draft, above=seq)
-        if seq.status is Status.RUNNING and seq.line not in draft.rows:
-            self._plan_row(draft, seq, missing)
+        if not plan.preempted_any:
+            self._admit(plan, above=seq)
+        if seq.status is Status.RUNNING and seq.line not in plan.rows:
+            self._plan_row(plan, seq, missing)
 
-    def _plan_row(self, draft: PlanDraft, seq: Sequence, missing: int) -> None:
+    def _plan_row(self, plan: PlanBuilder, seq: Sequence, missing: int) -> None:
         """Plan as much of a running sequence as the budget allows; preempt if slots are missing."""
-        num_tokens = min(missing, draft.budget)
+        num_tokens = min(missing, plan.budget)
         if missing > 1:
-            num_tokens = draft.chunk(num_tokens, seq.num_computed)
+            num_tokens = plan.chunk(num_tokens, seq.num_computed)
         if num_tokens == 0:
             return
         while not self._kv.reserve(seq, self._drafts.slots(seq, num_tokens)):
-            if self._reclaim(draft):
+            if self._reclaim(plan):
                 continue
             victim = choose_victim(self._running)
-            draft.preempted_any = True
-            self._preempt(draft, victim)
+            plan.preempted_any = True
+            self._preempt(plan, victim)
             if victim is seq:
                 return
         if self.handovers.is_new(seq.line):
-            draft.admit(seq, num_tokens, self.handovers.state(seq.line))
+            plan.admit(seq, num_tokens, self.handovers.state(seq.line))
         else:
-            draft.add(seq, num_tokens)
+            plan.add(seq, num_tokens)
 
-    def _reclaim(self, draft: PlanDraft) -> bool:
+    def _reclaim(self, plan: PlanBuilder) -> bool:
         """Free blocks that sequences hold only for draft nodes of earlier steps."""
         num_free = self._kv.num_free
         for seq in self._running:
-            row = draft.rows.get(seq.line)
+            row = plan.rows.get(seq.line)
             self._kv.trim(seq, self._drafts.slots(seq, 0 if row is None else row.num_tokens))
         return self._kv.num_free > num_free
 
-    def _admit(self, draft: PlanDraft, above: Sequence | None = None) -> None:
+    def _admit(self, plan: PlanBuilder, above: Sequence | None = None) -> None:
         """Start waiting sequences in order, while there are lines, budget and blocks. If one does
         not fit, it keeps its place and none after it starts.
 
         Args:
             above: start only sequences of a smaller priority than that of this one.
         """
-        while draft.takes_prompts and draft.num_admitted_blocks < ADMITTED_BLOCKS:
+        while plan.takes_prompts and plan.num_admitted_blocks < ADMITTED_BLOCKS:
             best = self._waiting.best_priority
             if best is None or (above is not None and best >= above.rank[0]):
                 return
-            if self._is_blocked() or not (self._free_lines or self._make_way(draft, best, 0)):
+            if self._is_blocked() or not (self._free_lines or self._make_way(plan, best, 0)):
                 return
             seq = self._waiting.peek()
             assert seq is not None
             if not self._is_hashed(seq):
                 return
-            cached = self._give_first_blocks(draft, seq)
+            cached = self._give_first_blocks(plan, seq)
             if cached is not None:
                 self._waiting.pop()
                 if not self._reserve(seq, cached):
-                    self._start(draft, seq, cached)
-            elif not (self._reclaim(draft) or self._make_way(draft, best, seq.num_lacking_blocks)):
+                    self._start(plan, seq, cached)
+            elif not (self._reclaim(plan) or self._make_way(plan, best, seq.num_lacking_blocks)):
                 self._blocked = seq
                 return
 
@@ -384,21 +384,21 @@ class Scheduler:
             return True
         return self._kv.hash_prefix(seq, HASHED_BLOCKS)
 
-    def _make_way(self, draft: PlanDraft, priority: int, num_lacking: int) -> bool:
+    def _make_way(self, plan: PlanBuilder, priority: int, num_lacking: int) -> bool:
         """Preempt a sequence of a larger priority than this; False if there is none, or all of them
         together do not hold `num_lacking` blocks."""
         victim = choose_outranked(self._running, priority, num_lacking)
         if victim is not None:
-            self._preempt(draft, victim)
+            self._preempt(plan, victim)
         return victim is not None
 
-    def _give_first_blocks(self, draft: PlanDraft, seq: Sequence) -> int | None:
+    def _give_first_blocks(self, plan: PlanBuilder, seq: Sequence) -> int | None:
         """The number of tokens found in the prefix cache; None if there are too few blocks."""
         handed = self.handovers.wants(seq)  # it needs all its blocks, and one for its first root
         lookahead = self._drafts.lookahead + handed
         return self._kv.start(
             seq,
-            len(seq.token_ids) if handed else draft.budget,
+            len(seq.token_ids) if handed else plan.budget,
             match=seq.uses_prefix_cache,
             # one spare block per running row, so that growth does not preempt it at once
             spare=len(self._running),
@@ -417,13 +417,13 @@ class Scheduler:
             self._events.append(event)
         return event is not None
 
-    def _start(self, draft: PlanDraft, seq: Sequence, cached: int) -> None:
+    def _start(self, plan: PlanBuilder, seq: Sequence, cached: int) -> None:
         """Let a sequence run whose first blocks hold `cached` computed tokens."""
         cached = self._looked_back(seq, cached)
         missing = len(seq.token_ids) - cached
         self._take_line(seq, cached)
         self._run(seq, cached)
-        draft.admit(seq, max(1, draft.chunk(min(missing, draft.budget), cached)))
+        plan.admit(seq, max(1, plan.chunk(min(missing, plan.budget), cached)))
 
     def _take_line(self, seq: Sequence, cached: int) -> None:
         """A sequence that has blocks waits no longer."""
@@ -459,9 +459,9 @@ class Scheduler:
             if self._grammars is not None:
                 self._grammars.take(seq.request_id, output_ids)
 
-    def _preempt(self, draft: PlanDraft, seq: Sequence) -> None:
+    def _preempt(self, plan: PlanBuilder, seq: Sequence) -> None:
         """Free a sequence's blocks; later it starts over from the prefix that is still cached."""
-        draft.take_out(seq)
+        plan.remove(seq)
         self._stop_running(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0

@@ -1,9 +1,9 @@
 """Linear layers and embedding on CUDA devices.
 
 torch calls cuBLAS for bfloat16 products: a Triton kernel for few rows was slower inside a round
-(docs/architecture.md), and one for many would at best equal its Hopper kernels. The packed weight
-is the plain [N, K] matrix, so that a tied embedding gathers its rows from it. Weights in FP8 and in
-groups of four bits have kernels of their own. Nothing outside this folder reads
+(docs/internals/numbers.md), and one for many would at best equal its Hopper kernels. The packed
+weight is the plain [N, K] matrix, so that a tied embedding gathers its rows from it. Weights in FP8
+and in groups of four bits have kernels of their own. Nothing outside this folder reads
 `LinearWeight.data`, except that of experts, and a draft head's embedding.
 
 A draft head's `fc` takes the concatenated features of three layers. No kernel fuses that copy: per

@@ -31,8 +31,8 @@ from kernels.ops import (
     LinearWeight,
     PackedLayer,
 )
-from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.reference import noise_keys
+from kernels.sampling.settings import DrawSettings
 
 
 class NativeOps:

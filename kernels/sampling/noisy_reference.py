@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.reference import gumbel, noise_bits, noise_keys
+from kernels.sampling.settings import DrawSettings
 
 BINS = 1024
 BINS_PER_NAT = 32  # so a bin's masses differ by 3 %; everything beyond 32 nats is in the last bin

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import DrawSettings, Scores
+from kernels.sampling.settings import DrawSettings, Scores
 
 
 @dataclass(frozen=True, slots=True)

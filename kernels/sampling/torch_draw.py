@@ -1,4 +1,4 @@
-"""The operation `draw` for CPUs: the tokens of `pipeline_reference.draw`, but faster.
+"""The operation `draw` for CPUs: the tokens of `draw_reference.draw`, but faster.
 
 Only sampled rows are scaled and filtered, and no row is sorted whole. Shapes depend on values, so
 another device would have to be waited for; it has its own kernels.
@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import DrawSettings, are_allowed, masked
+from kernels.sampling.draw_reference import are_allowed, masked
 from kernels.sampling.reference import noise_keys
+from kernels.sampling.settings import DrawSettings
 
 FIRST_WIDTH = 256  # candidates in the first search for the top-p mass
 

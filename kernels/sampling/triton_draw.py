@@ -1,149 +1,201 @@
-"""Device functions of the sampling kernels: noise, ordering of floats, the best of a tile."""
+"""From edited logits to one token per row in Triton, as `draw_reference.draw`, without a sort.
+
+There are two kinds of passes over tiles of the vocabulary, one program per (tile, row):
+
+1. draw: find the arg-max with noise over ALL tokens, and the mass of each tile.
+2. verify: do the filters keep the drawn token? That needs only the mass above its own logit. For
+   the case that they do not, the same pass draws again among the tokens above it: any token that
+   the filters keep lies above any that they reject. Finished rows, and tiles whose highest logit
+   is too low, are not read. The filters reject a draw with probability about 1 - top_p, the mass
+   that they cut off, so few rows need a second and third verification; `finish` repeats them until
+   no row is left.
+
+For rows with top-k, histograms of the bits find the k-th highest logit between 1 and 2, digit by
+digit; these rows then draw among the tokens from that logit up.
+A row's result does not depend on other rows: tiles are cut the same way for every batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
-MINUS_INFINITY: tl.constexpr = tl.constexpr(float("-inf"))
-NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)
-NO_KEY: tl.constexpr = tl.constexpr(-(2**63))  # below every packed_key
+from kernels.sampling import triton_draw_kernels as kernels
+from kernels.sampling.settings import DrawSettings
+from kernels.triton_launch import WIDEST_LOAD, Launch
 
-
-@triton.jit
-def mix64(x):
-    """The splitmix64 finaliser on uint64."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
+TILE = 2048  # tokens of one program
+_VERIFICATIONS = 3  # passes by many programs before one program per row finishes
+_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of a float's digits, the highest first
 
 
-@triton.jit
-def noise_key(seed, position):
-    """The 64-bit key of an (int64 seed, int64 position), as uint64."""
-    golden = 0x9E3779B97F4A7C15
-    return mix64(mix64(seed.to(tl.uint64) + golden) + (position.to(tl.uint64) + 1) * golden)
+def draw(logits: Tensor, settings: DrawSettings, tile: int = TILE) -> Tensor:
+    """As the reference: logits [R, V] float32 -> [R] int64 tokens. NaN counts as -inf."""
+    work = _Work.of(logits, settings, tile)
+    for launch in work.launches():
+        launch.run()
+    return work.drawn
 
 
-@triton.jit
-def fmix32(x):
-    """The murmur3 finaliser on uint32."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Buffers and launches of one batch."""
+
+    V: int
+    grid: tuple[int, int]  # (tiles, R)
+    tile: int
+    settings: DrawSettings
+    drawn: Tensor  # [R] int64
+    state: Tensor  # [R, STATE_SIZE] int32, see triton_draw_kernels
+    tile_inputs: dict[str, Any]
+    tile_results: dict[str, Any]
+    row_inputs: dict[str, Any]
+
+    @classmethod
+    def of(cls, logits: Tensor, settings: DrawSettings, tile: int) -> _Work:
+        R, V = logits.shape
+        num_tiles = triton.cdiv(V, tile)
+        allowed, min_p = settings.allowed, settings.min_p
+        assert logits.dtype == torch.float32
+        assert logits.stride(1) == 1
+        assert allowed is None or allowed.stride(1) == 1
+        floats = torch.empty(4, R, num_tiles, dtype=torch.float32, device=logits.device)
+        names = ("highest_ptr", "scores_ptr", "values_ptr", "masses_ptr")
+        return cls(
+            V=V,
+            grid=(num_tiles, R),
+            tile=tile,
+            settings=settings,
+            drawn=torch.empty(R, dtype=torch.int64, device=logits.device),
+            state=torch.empty(R, kernels.STATE_SIZE, dtype=torch.int32, device=logits.device),
+            tile_inputs={
+                "logits_ptr": logits,
+                "allowed_ptr": allowed,
+                "temperature_ptr": settings.temperature,
+                "seeds_ptr": settings.seeds,
+                "positions_ptr": settings.positions,
+                "logits_stride": logits.stride(0),
+                "allowed_stride": 0 if allowed is None else allowed.stride(0),
+                "V": V,
+            },
+            tile_results=dict(zip(names, floats.unbind(), strict=True))
+            | {"tokens_ptr": torch.empty(R, num_tiles, dtype=torch.int32, device=logits.device)},
+            row_inputs={
+                "top_k_ptr": settings.top_k,
+                "top_p_ptr": settings.top_p,
+                "log_min_p_ptr": None if min_p is None else min_p.log(),
+            },
+        )
+
+    def launches(self) -> Iterator[Launch]:
+        yield self._draw(first=True)
+        yield self._decide(first=True)
+        if not self.settings.is_filtered:
+            return
+        if self.settings.top_k is not None:
+            yield from self._top_k_launches()
+        for _ in range(_VERIFICATIONS):
+            yield self._draw(first=False)
+            yield self._decide(first=False)
+        yield self._finish()
+
+    def _name(self, step: str) -> str:
+        settings = self.settings
+        parts = {"k": settings.top_k, "p": settings.top_p, "m": settings.min_p}
+        filters = "".join(letter for letter, part in parts.items() if part is not None)
+        masked = ", masked" if settings.allowed is not None else ""
+        return f"draw.{step}[V={self.V}, filters={filters}{masked}]"
+
+    def _draw(self, first: bool) -> Launch:
+        return Launch(
+            name=self._name("first" if first else "again"),
+            kernel=kernels.draw_kernel,
+            grid=self.grid,
+            arguments=self.tile_inputs
+            | self.tile_results
+            | {"state_ptr": self.state, "FIRST": first, "TILE": self.tile},
+            min_load_bits=WIDEST_LOAD,
+        )
+
+    def _decide(self, first: bool) -> Launch:
+        return Launch(
+            name=self._name("decide_first" if first else "decide"),
+            kernel=kernels.decide_kernel,
+            grid=(self.grid[1],),
+            arguments=self.row_inputs
+            | self.tile_results
+            | {
+                "state_ptr": self.state,
+                "drawn_ptr": self.drawn,
+                "temperature_ptr": self.settings.temperature,
+                "V": self.V,
+                "num_tiles": self.grid[0],
+                "FIRST": first,
+                "TILES": triton.next_power_of_2(self.grid[0]),
+            },
+        )
+
+    def _finish(self) -> Launch:
+        return Launch(
+            name=self._name("finish"),
+            kernel=kernels.finish_kernel,
+            grid=(self.grid[1],),
+            arguments=self.tile_inputs
+            | self.row_inputs
+            | self.tile_results
+            | {
+                "state_ptr": self.state,
+                "drawn_ptr": self.drawn,
+                "num_tiles": self.grid[0],
+                "TILE": self.tile,
+                "TILES": triton.next_power_of_2(self.grid[0]),
+            },
+        )
+
+    def _top_k_launches(self) -> Iterator[Launch]:
+        R, device = self.grid[1], self.state.device
+        counts = torch.zeros(len(_DIGITS), R, kernels.BINS, dtype=torch.int32, device=device)
+        unused = ("seeds_ptr", "positions_ptr")
+        inputs = {name: at for name, at in self.tile_inputs.items() if name not in unused}
+        for (shift, bits), found in zip(_DIGITS, counts, strict=True):
+            digit = {"state_ptr": self.state, "counts_ptr": found, "SHIFT": shift, "BITS": bits}
+            yield Launch(
+                name=self._name(f"count_digits_{shift}"),
+                kernel=kernels.count_digits_kernel,
+                grid=self.grid,
+                arguments=inputs
+                | digit
+                | {"highest_ptr": self.tile_results["highest_ptr"], "TILE": self.tile},
+                min_load_bits=WIDEST_LOAD,
+            )
+            yield Launch(
+                name=self._name(f"choose_digit_{shift}"),
+                kernel=kernels.choose_digit_kernel,
+                grid=(R,),
+                arguments=digit,
+            )
 
 
-@triton.jit
-def noise_bits(key, tokens):
-    """Uniform uint32 of a uint64 key and int32 token ids."""
-    low = (key & 0xFFFFFFFF).to(tl.uint32)
-    high = (key >> 32).to(tl.uint32)
-    return fmix32(fmix32(tokens.to(tl.uint32) * 0x9E3779B1 + low) ^ high)
+def example_launches(logits: Tensor) -> list[Launch]:
+    """Launches for compile checks, over `logits` [R, V] of the meta device: batches that use
+    everything, top-p alone, all filters, and no filter."""
+    R, V = logits.shape
 
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
 
-@triton.jit
-def uniform(bits):
-    """(bits + 1/2) / 2^32 in float32; may round up to 1."""
-    return (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-
-
-@triton.jit
-def gumbel(bits):
-    """-log(-log(1 - v)), v = uniform(bits). Both logarithms are rounded from float64 to float32.
-    That costs little: `best_noisy` computes the noise of few tokens."""
-    v = tl.minimum(uniform(bits), 0.999999940395355224609375).to(tl.float64)
-    rest = 1.0 - v
-    taken = 1.0 - rest  # v before 1 - v was rounded: Kahan's log1p
-    waited = -tl.log(rest) * v / tl.where(taken == 0.0, 1.0, taken)
-    waited = tl.where(taken == 0.0, v, waited).to(tl.float32)
-    return -tl.log(waited.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def waiting_bound(bits):
-    """At least `gumbel(bits)`, at most 0.06 above -log(v), v = uniform(bits).
-
-    -log(-log(1 - v)) is at most -log(v), and the bits of a float32, read as an integer and scaled,
-    are a chord below its log2.
-    """
-    chord = uniform(bits).to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-07
-    return (127.0 - chord) * 0.6931471805599453
-
-
-@triton.jit
-def sort_key(x):
-    """int32 that order as the float32 numbers do (no NaN, no -0)."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def key_value(key):
-    """The float32 of a `sort_key`."""
-    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def packed_key(values, ids):
-    """int64 that order by value, then by lower id. NaN counts as -inf."""
-    known = tl.where(values == values, values, MINUS_INFINITY)
-    keys = sort_key(tl.where(known == 0.0, 0.0, known)).to(tl.int64)
-    return (keys << 32) | (0x7FFFFFFF - ids).to(tl.int64)
-
-
-@triton.jit
-def packed_id(keys):
-    """The int32 id in a `packed_key`."""
-    return 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def packed_value(keys):
-    """The float32 value in a `packed_key`."""
-    return key_value((keys >> 32).to(tl.int32))
-
-
-@triton.jit
-def best_plain(values, first):
-    """(highest value, its token id; the lowest id among equals). The values belong to token ids
-    first, first + 1, ... and are not NaN."""
-    best, at = tl.max(values, axis=0, return_indices=True)
-    return best, first + at
-
-
-@triton.jit
-def best_noisy(values, ids, first, key):
-    """(highest values + Gumbel noise, its token id, its value); the lowest id among equals.
-
-    `waiting_bound` bounds the noise without a logarithm. Tokens get their exact noise in the order
-    of their bounds, until no bound reaches the best score: seldom more than two tokens. `ids` are
-    first, first + 1, ...; a value of -inf is chosen only if all are -inf.
-    """
-    slack = 1e-4 + tl.abs(values) * 1e-6  # rounding of the bound, and of the sum
-    bound = values + waiting_bound(noise_bits(key, ids)) + slack
-    bound = tl.where(values == MINUS_INFINITY, MINUS_INFINITY, bound)
-    top, at = tl.max(bound, axis=0, return_indices=True)
-    token = first + at
-    value = tl.max(tl.where(ids == token, values, MINUS_INFINITY), axis=0)
-    score = value + gumbel(noise_bits(key, token))
-    bound = tl.where(ids == token, MINUS_INFINITY, bound)
-    top, at = tl.max(bound, axis=0, return_indices=True)
-    while (top > MINUS_INFINITY) & (top >= score):
-        next_token = first + at
-        next_value = tl.max(tl.where(ids == next_token, values, MINUS_INFINITY), axis=0)
-        next_score = next_value + gumbel(noise_bits(key, next_token))
-        better = (next_score > score) | ((next_score == score) & (next_token < token))
-        token = tl.where(better, next_token, token)
-        value = tl.where(better, next_value, value)
-        score = tl.where(better, next_score, score)
-        bound = tl.where(ids == next_token, MINUS_INFINITY, bound)
-        top, at = tl.max(bound, axis=0, return_indices=True)
-    return score, token, value
-
-
-@triton.jit
-def best_of_tiles(scores, tokens):
-    """(highest score, lowest token that has it)."""
-    best = tl.max(scores, axis=0)
-    return best, tl.min(tl.where(scores == best, tokens, NO_TOKEN), axis=0)
+    row, whole = new(R), new(R, dtype=torch.int64)
+    mask = new(R, triton.cdiv(V, 32), dtype=torch.int32)
+    batches = (
+        DrawSettings(row, whole, whole, whole, row, row, mask),
+        DrawSettings(row, whole, whole, top_p=row),
+        DrawSettings(row, whole, whole, whole, row, row),
+        DrawSettings(row, whole, whole),
+    )
+    found = [launch for chosen in batches for launch in _Work.of(logits, chosen, TILE).launches()]
+    return list({launch.name: launch for launch in found}.values())

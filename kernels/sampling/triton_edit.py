@@ -1,4 +1,4 @@
-"""Penalties and bias in Triton, as `pipeline_reference.edit_logits`.
+"""Penalties and bias in Triton, as `edit_reference.edit_logits`.
 
 One pass over all tokens of all rows, one program per (tile, row), copies the logits and penalises
 the tokens that were seen. Counts are read only for rows with penalties. A second, small launch adds
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import BiasEntries, LogitEdits, Penalties
+from kernels.sampling.settings import BiasEntries, LogitEdits, Penalties
 from kernels.triton_launch import WIDEST_LOAD, Launch
 from kernels.triton_overlap import await_inputs
 

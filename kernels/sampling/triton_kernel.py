@@ -13,14 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.sampling import (
+    triton_draw,
     triton_edit,
     triton_noisy,
-    triton_pipeline,
     triton_rank,
     triton_score,
     triton_sound,
 )
-from kernels.sampling.triton_draw import (
+from kernels.sampling.triton_functions import (
     MINUS_INFINITY,
     NO_TOKEN,
     best_noisy,
@@ -146,7 +146,7 @@ def launches() -> list[Launch]:
         *_best_launches(logits, None, keys, TILE)[:1],
         *triton_edit.example_launches(logits),
         *triton_noisy.example_launches(logits),
-        *triton_pipeline.example_launches(logits),
+        *triton_draw.example_launches(logits),
         *triton_rank.example_launches(logits.device),
         *triton_score.example_launches(logits),
         *triton_sound.example_launches(logits),

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.sampling.noisy_reference import BINS, BINS_PER_NAT, OUTSIDE
-from kernels.sampling.pipeline_reference import DrawSettings
-from kernels.sampling.triton_draw import MINUS_INFINITY, noise_bits, noise_key, uniform
+from kernels.sampling.settings import DrawSettings
+from kernels.sampling.triton_functions import MINUS_INFINITY, noise_bits, noise_key, uniform
 from kernels.triton_launch import WIDEST_LOAD, Launch
 from kernels.triton_overlap import await_inputs
 

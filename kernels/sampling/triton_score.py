@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and of the best ones, in Triton, as `pipeline_reference.score`.
+"""Log-probabilities of tokens, and of the best ones, in Triton, as `score_reference.score`.
 
 One program per (tile of the vocabulary, row) finds the tile's best tokens and sums; one per row
 joins them. NaN counts as -inf.
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import Scores
-from kernels.sampling.triton_draw import (
+from kernels.sampling.settings import Scores
+from kernels.sampling.triton_functions import (
     MINUS_INFINITY,
     NO_KEY,
     packed_id,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.triton_draw import MINUS_INFINITY
+from kernels.sampling.triton_functions import MINUS_INFINITY
 from kernels.triton_launch import WIDEST_LOAD, Launch
 from kernels.triton_overlap import await_inputs
 

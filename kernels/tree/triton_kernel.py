@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.triton_draw import NO_KEY, packed_key
+from kernels.sampling.triton_functions import NO_KEY, packed_key
 from kernels.triton_launch import Launch
 from kernels.triton_overlap import await_inputs
 

@@ -134,7 +134,7 @@ def _engine(
 
 
 def _recorded(executor: Executor, folder: Path | None) -> Executor:
-    """With a record of what runs in `folder`, for the launcher."""
+    """With a record of what runs in `folder`, for the HTTP process."""
     if folder is None:
         return executor
     try:

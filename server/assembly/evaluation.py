@@ -15,9 +15,9 @@ from rich.table import Table
 from configs.resolve import HostConfig
 from drafter.checkpoint import read_head_config
 from drafter.source import ACCEPTED, resolve_draft
-from drafter.train.conversations import Prompt, read_prompts, sample_file
-from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
-from drafter.train.report import Measurement, Report
+from drafter.train.data.conversations import Prompt, read_prompts, sample_file
+from drafter.train.results.evaluate import Question, Sampling, ask_plainly, measure_trees
+from drafter.train.results.report import Measurement, Report
 from engine.checkpoints.checkpoint import read_arch
 from engine.step.shape import ROOT, TreeShape
 from server.assembly.compose import backend_can_be_had, build_engine

@@ -29,7 +29,7 @@ from engine.parallel.watchdog import Watchdog
 from engine.step.group import TPGroup
 from server.assembly.meeting import RANKS, STORE
 
-EXIT_LOST = 4  # a rank was lost, so the engine ends; the launcher starts a new one
+EXIT_LOST = 4  # a rank was lost, so the engine ends; the HTTP process starts a new one
 LAST_STEP = 1.0  # seconds for followers to end once they are told to
 
 SERVER = __name__.partition(".assembly.")[0]  # "aerie.server" where Aerie is installed

@@ -15,8 +15,8 @@ from configs.resolve import HostConfig, ModelFacts, context_length, resolve_mode
 from drafter.checkpoint import read_head_config
 from drafter.heads.config import HeadConfig
 from drafter.source import resolve_draft
-from drafter.train.chart import LineChart
 from drafter.train.history import write_whole
+from drafter.train.results.chart import LineChart
 from engine.checkpoints.checkpoint import read_arch, read_json
 from engine.checkpoints.source import BUNDLED_ALIAS, config_folder
 from engine.kv.storage import SCRATCH_BLOCKS, bytes_per_block

@@ -1,5 +1,5 @@
 """A file that says which requests the engine runs; it is read when the engine has died. Does not
-import torch, so that the launcher can read it."""
+import torch, so that the HTTP process can read it."""
 
 from __future__ import annotations
 

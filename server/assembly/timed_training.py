@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from configs.training import HostTrainingConfig
-from drafter.train.conversations import Prompt
-from drafter.train.curve import write_curve
-from drafter.train.encoding import Example
+from drafter.train.answers.interview import Interview
+from drafter.train.answers.lockstep import LockstepTarget
+from drafter.train.data.conversations import Prompt
+from drafter.train.data.encoding import Example
 from drafter.train.history import Entry
-from drafter.train.interview import Interview
-from drafter.train.lockstep import LockstepTarget
 from drafter.train.optimizer import by_clock
+from drafter.train.results.curve import write_curve
 from drafter.train.run import LoadedTarget, Run, Text, assemble, fingerprint_of
 from drafter.train.run_folder import check_no_run, publish_run, record_run
 from drafter.train.timed import Clock, Pool, TimedRun

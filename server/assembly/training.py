@@ -15,20 +15,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from configs.resolve import HostConfig
 from configs.training import SAMPLE, HostTrainingConfig, TrainingConfig
-from drafter.train.conversations import (
-    AnyConversation,
-    read_conversations,
-    sample_file,
-)
-from drafter.train.curve import write_curve
-from drafter.train.encoding import Coverage, EncodingSettings, Example, encode_conversations
-from drafter.train.generate import (
+from drafter.train.answers.generate import (
     GenerationReport,
     GenerationSettings,
     generate_answers,
     progress_bar,
 )
+from drafter.train.data.conversations import (
+    AnyConversation,
+    read_conversations,
+    sample_file,
+)
+from drafter.train.data.encoding import Coverage, EncodingSettings, Example, encode_conversations
 from drafter.train.history import Entry
+from drafter.train.results.curve import write_curve
 from drafter.train.run import LoadedTarget, Run, prepare
 from drafter.train.run_folder import check_same_settings, record_run
 from drafter.train.run_folder import publish_run as publish_run  # for the command

@@ -10,8 +10,8 @@ import torch
 from configs.resolve import HostConfig, HostFacts, resolve_host
 from configs.schema import Config
 from configs.training import HostTrainingConfig, TrainingConfig
-from drafter.train.building import TargetTensors
-from drafter.train.conversations import Prompt, read_prompts
+from drafter.train.data.conversations import Prompt, read_prompts
+from drafter.train.head.building import TargetTensors
 from drafter.train.history import Entry
 from drafter.train.run import LoadedTarget
 from drafter.train.trainer import Worker

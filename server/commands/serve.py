@@ -87,7 +87,7 @@ def serve(
     """
     # Until the server has its own handler: PID 1 of a container ignores signals without one.
     signal.signal(signal.SIGTERM, _leave)
-    from server.process.launch import serve as run
+    from server.process.launcher import serve as run
 
     options = {
         "server.host": host,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.checkpoints.quantisation import is_named, left_out_patterns
+from engine.checkpoints.quantised.config import is_named, left_out_patterns
 
 Json = Mapping[str, Any]
 

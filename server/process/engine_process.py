@@ -86,7 +86,7 @@ class Swaps(Protocol):
 
 def run(core: EngineCore, channel: EngineChannel, swaps: Swaps) -> None:
     """Serve until a `Shutdown` comes. An exception in a step ends all requests and the process: its
-    state may be inconsistent, and the launcher starts a new engine."""
+    state may be inconsistent, and the HTTP process starts a new engine."""
     channel.send(encode([core.info]))
     sent_at = time.monotonic()
     try:

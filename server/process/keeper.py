@@ -25,7 +25,7 @@ from server.process.process_table import ticks_of_group
 from server.process.restarts import Restarts
 from server.process.socket_folder import folder_of, private_endpoint
 
-LAST_WORDS = 2.0  # seconds for connections to close after the engine has ended every request
+CLOSING_TIME = 2.0  # seconds for connections to close after the engine has ended every request
 GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
 WATCH_POLL = 1.0  # seconds between looks at a running engine
 STACKS_TIME = 0.2  # seconds for an engine to write where it hangs
@@ -79,7 +79,7 @@ class EngineKeeper:
             self._kill()  # it has no requests, and reads no messages while loading
         self._client.shut_down()
         try:
-            await asyncio.wait_for(asyncio.shield(self._task), LAST_WORDS)
+            await asyncio.wait_for(asyncio.shield(self._task), CLOSING_TIME)
         except TimeoutError:
             self._kill()
             await self._task
@@ -202,7 +202,7 @@ class EngineKeeper:
 async def end_group(leader: int) -> None:
     """Kill the remaining processes of an ended leader's group: its children end with it, unless
     they are stopped or hang."""
-    end = time.monotonic() + LAST_WORDS
+    end = time.monotonic() + CLOSING_TIME
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < end:
             with contextlib.suppress(ChildProcessError):  # as PID 1 of a container, we inherit them

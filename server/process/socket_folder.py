@@ -32,9 +32,8 @@ def private_endpoint() -> Iterator[str]:
     """
     own = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     with own as folder, _opened(Path(folder)) as handle:
-        with contextlib.suppress(
-            OSError
-        ):  # a file system without locks: the folder is never removed
+        # Without locks in this file system, the folder is never removed.
+        with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield f"ipc://{Path(folder) / SOCKET}"
 

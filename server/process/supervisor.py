@@ -20,14 +20,14 @@ from server.process.restarts import Restarts
 CRASHED = 70  # exit code of an HTTP process that an unexpected exception has ended
 STOP = {signal.SIGTERM, signal.SIGINT}
 WATCHED = STOP | {signal.SIGCHLD}
-LEAVE = 5.0  # seconds for the engine of a dead HTTP process to end
+END_TIME = 5.0  # seconds for the engine of a dead HTTP process to end
 POLL = 0.02  # seconds between looks at it
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 logger = logging.getLogger(__name__)
 
 
-class Leash:
+class LauncherPipe:
     """The HTTP process's end of the pipe from the launcher. A byte asks it to stop; the end of the
     pipe means that the launcher has died, and so must this process. Signals to this process itself
     do nothing: a terminal's Ctrl-C reaches both, and would count twice."""
@@ -81,7 +81,7 @@ def supervise(work: Callable[[FileIO], int], restarts: Restarts | None) -> int:
         pause = _pause(code, time.monotonic() - began, None if asked else restarts)
         if pause is None:
             return code if code >= 0 else 1
-        _bury_children()
+        _end_children()
         logger.info("starting the HTTP process again in %.1f s", pause)
         if _asked_within(pause):
             return 0
@@ -139,10 +139,10 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _bury_children() -> None:
+def _end_children() -> None:
     """Wait for the engine of a dead HTTP process to end, so that its memory is free for the next
     one; kill what does not end."""
-    end = time.monotonic() + LEAVE
+    end = time.monotonic() + END_TIME
     while (left := children_of(os.getpid())) and time.monotonic() < end:
         for _ in _ended_children():
             pass

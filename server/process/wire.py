@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from engine.messages import Choice, ClientMessage, EngineMessage, Submit
+from engine.messages import ClientMessage, EngineMessage, OtherChoice, Submit
 from engine.request import Request
 
 _encoder = msgspec.msgpack.Encoder()
@@ -37,7 +37,7 @@ def share_prompts(batch: Sequence[ClientMessage]) -> list[ClientMessage]:
             and _differ_as_choices(last.request, message.request)
         ):
             one = message.request
-            choice = Choice(one.request_id, one.params.seed, one.choice)
+            choice = OtherChoice(one.request_id, one.params.seed, one.choice)
             found[-1] = Submit(last.request, (*last.others, choice), reserve=last.reserve)
         else:
             found.append(message)

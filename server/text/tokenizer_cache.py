@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.files import read_bytes
-from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import ModelFiles
 
 CACHE_VERSION = 1

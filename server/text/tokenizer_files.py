@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from configs.files import check_regular, read_text
-from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import ModelFiles
 from server.text.added_tokens import TokenFiles, complete
 from server.text.gguf_tokenizer import build_tokenizer, is_byte_level, special_tokens

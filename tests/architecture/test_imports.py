@@ -52,7 +52,8 @@ HTTP_SIDE = (
     "server.cli",
     "server.http.app",
     "server.apis",
-    "server.process.launch",
+    "server.process.launcher",
+    "server.process.http_process",
     "server.process.web",
     "server.process.client",
 )

@@ -17,8 +17,8 @@ from engine.kv.scratch import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.shape import StaticShape, ancestors_of, chain
 from kernels.ops import Ops
-from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.ranking import NodeDraws
+from kernels.sampling.settings import DrawSettings
 
 VOCAB, BLOCK, SCRATCH, MAX_LEN = 23, 4, 90, 30
 TREE = StaticShape("tree", (-1, 0, 0, 1, 1, 3))

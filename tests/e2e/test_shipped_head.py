@@ -11,7 +11,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from configs.load import load_config
-from drafter.train.conversations import read_prompts
+from drafter.train.data.conversations import read_prompts
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from server.assembly.drafting import tree_shape

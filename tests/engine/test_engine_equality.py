@@ -10,7 +10,7 @@ import torch
 
 from engine.completion import Completion
 from engine.request import Request
-from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.settings import DrawSettings
 from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine
 

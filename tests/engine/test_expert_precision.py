@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import TEXT, WINDOW, cut, measures, scores
 from configs.load import load_config
-from drafter.train.target import FrozenTarget
+from drafter.train.data.target import FrozenTarget
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.llama4_arch import Llama4Arch

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.sampling.pipeline_reference import BiasEntries, LogitEdits, Penalties
+from kernels.sampling.settings import BiasEntries, LogitEdits, Penalties
 
 STRENGTHS = (  # repetition, frequency, presence
     (1.3, 0.4, 0.7),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import noisy_reference
-from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling.settings import DrawSettings
 
 VOCAB = 333
 ROUGH = 2e-3  # other backends may be this far from the reference; a draft is only a guess

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kernels.ops import Ops
-from kernels.sampling import noisy_reference, pipeline_reference
-from kernels.sampling.pipeline_reference import DrawSettings, keep
+from kernels.sampling import draw_reference, noisy_reference
+from kernels.sampling.draw_reference import keep
+from kernels.sampling.settings import DrawSettings
 from tests.kernels.noisy_cases import NoisyCase, noisy_case
 
 CASES = [(False, False), (False, True), (True, False), (True, True)]
@@ -23,7 +24,7 @@ def case_of(filtered: bool, mapped: bool) -> NoisyCase:
 def test_the_best_token_is_the_one_that_is_drawn_from_these_logits(filtered: bool) -> None:
     """Of all tokens, not only of the likeliest: rows 3 and 4 are flat."""
     case = case_of(filtered, mapped=False)
-    drawn = pipeline_reference.draw(case.logits, case.settings)
+    drawn = draw_reference.draw(case.logits, case.settings)
     assert case.expected().argmax(dim=1).tolist() == drawn.tolist()
 
 
@@ -32,7 +33,7 @@ def test_a_token_has_the_noise_of_its_id_in_the_target() -> None:
     assert case.token_ids is not None
     whole = torch.full((8, 2000), -torch.inf)
     whole[:, case.token_ids] = case.logits
-    drawn = pipeline_reference.draw(whole, case.settings)
+    drawn = draw_reference.draw(whole, case.settings)
     assert case.token_ids[case.expected().argmax(dim=1)].tolist() == drawn.tolist()
 
 

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from kernels.sampling import pipeline_reference as pipeline
 from kernels.sampling import reference, torch_edit
-from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits, Penalties
+from kernels.sampling.draw_reference import draw, keep
+from kernels.sampling.edit_reference import edit_logits
+from kernels.sampling.score_reference import score as scored
+from kernels.sampling.settings import BiasEntries, DrawSettings, LogitEdits, Penalties
 from kernels.sampling.torch_draw import TorchDraw, filter_logits
 from tests.kernels.edit_cases import Case, moved, random_case
 from tests.support.pretend_device import DEVICE, PretendDevice, operations_of
 
-EDITS = {"reference": pipeline.edit_logits, "quick": torch_edit.edit_logits}
+EDITS = {"reference": edit_logits, "quick": torch_edit.edit_logits}
 SIZES = [(1, 0, 1), (2, 1, 3), (33, 5, 12), (300, 3, 200), (300, 0, 0), (128, 16, 4)]
 
 Edit = Callable[[Tensor, LogitEdits], Tensor]
@@ -59,7 +61,7 @@ def test_the_quick_edits_have_the_bits_of_the_reference() -> None:
     case = random_case(300, 5, 40)
     for edits, _ in case.parts():
         got = torch_edit.edit_logits(case.logits, edits)
-        assert bits(got) == bits(pipeline.edit_logits(case.logits, edits))
+        assert bits(got) == bits(edit_logits(case.logits, edits))
 
 
 def test_rows_without_edits_keep_their_bits(edit: Edit) -> None:
@@ -74,7 +76,7 @@ def test_rows_without_edits_keep_their_bits(edit: Edit) -> None:
     lists = torch.where(off, len(empty.ids), empty.lists)
     logits = case.logits.clone()
     logits[:, 0] = -0.0
-    bias = pipeline.BiasEntries(lists, ids, values, until)
+    bias = BiasEntries(lists, ids, values, until)
     got = edit(logits, replace(case.edits, bias=bias))
     assert bits(got[off]) == bits(logits[off])
     assert bits(got[~off]) != bits(logits[~off])
@@ -156,10 +158,10 @@ def test_the_quick_draw_equals_the_reference(
     logits = numbers(8, 300, seed=which) * 3
     logits = (logits * 2).round() / 2 if ties else logits
     chosen = settings(which, TEMPERATURES, masked)
-    assert quick(logits, chosen).tolist() == pipeline.draw(logits, chosen).tolist()
+    assert quick(logits, chosen).tolist() == draw(logits, chosen).tolist()
     for temperature, told in ((0.0, {"any_sampled": False}), (0.8, {"any_greedy": False})):
         same = settings(which, [temperature] * 8, masked)
-        expected = pipeline.draw(logits, same).tolist()
+        expected = draw(logits, same).tolist()
         assert quick(logits, replace(same, **told)).tolist() == expected
 
 
@@ -171,7 +173,7 @@ def test_both_filters_keep_the_same_tokens() -> None:
         parts = [
             own if part is None else part for own, part in zip(off.values(), given, strict=True)
         ]
-        assert torch.equal(filter_logits(scaled, *parts), pipeline.keep(scaled, chosen))
+        assert torch.equal(filter_logits(scaled, *parts), keep(scaled, chosen))
 
 
 # Scores ------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def expected_scores(row: list[float], token: int, num_top: int) -> tuple[float, 
 def test_scores_are_log_probabilities_with_the_best_tokens(
     request: pytest.FixtureRequest, table: str, V: int, num_top: int, ties: bool
 ) -> None:
-    score = pipeline.score if table == "device" else request.getfixturevalue(table).score
+    score = scored if table == "device" else request.getfixturevalue(table).score
     logits = numbers(6, V, seed=V) * 5
     logits = logits.round() * 0.0 if ties and V == 300 else logits.round() if ties else logits
     logits[0, ::2] = -torch.inf if V > 1 else 2.0
@@ -214,7 +216,7 @@ def test_no_rows_have_no_scores(reference_ops: Ops, num_top: int) -> None:
 
 def test_zeros_of_either_sign_are_equals(reference_ops: Ops) -> None:
     logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0]])
-    for score in (reference_ops.score, pipeline.score):
+    for score in (reference_ops.score, scored):
         assert score(logits, torch.tensor([0]), 3).top_ids.tolist() == [[1, 2, 3]]
 
 
@@ -257,21 +259,19 @@ def test_operations_stay_on_their_device_and_never_wait(
     chosen, tokens = settings(4, TEMPERATURES, True), torch.arange(8)
     drawable = case.logits[:8].clone()
     wanted = (
-        pipeline.edit_logits(case.logits, case.edits),
-        pipeline.draw(drawable, chosen),
-        pipeline.score(drawable, tokens, 5),
+        edit_logits(case.logits, case.edits),
+        draw(drawable, chosen),
+        scored(drawable, tokens, 5),
     )
     own = operations_of(reference_ops)
-    edit, draw, score = (
-        (own.edit_logits, own.draw, own.score)
-        if through_the_table
-        else (pipeline.edit_logits, pipeline.draw, pipeline.score)
+    edited, drawn, scores = (
+        (own.edit_logits, own.draw, own.score) if through_the_table else (edit_logits, draw, scored)
     )
     with PretendDevice() as device:
         logits, few = case.logits.to(DEVICE), drawable.to(DEVICE)
         edits, how, ids = moved(case.edits, DEVICE), on_device(chosen), tokens.to(DEVICE)
         uploads = device.uploads
-        got = edit(logits, edits), draw(few, how), score(few, ids, 5)
+        got = edited(logits, edits), drawn(few, how), scores(few, ids, 5)
         assert (device.waits, device.downloads, device.uploads) == ([], 0, uploads)
     for one, other in zip(got, wanted, strict=True):
         assert lists_of(one) == lists_of(other)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drafter.train.lockstep import ON_DEVICE, Pace, Question
+from drafter.train.answers.lockstep import ON_DEVICE, Pace, Question
 from kernels.ops import Ops
 from kernels.registry import triton_ops
 from tests.drafter.train.test_lockstep import asking, by_tag, load, lockstep

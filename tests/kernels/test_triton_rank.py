@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from kernels.sampling.pipeline_reference import DrawSettings
 from kernels.sampling.ranking import NodeDraws
+from kernels.sampling.settings import DrawSettings
 from tests.kernels import triton_env
 
 rank = triton_env.load("kernels.sampling.triton_rank")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.copies import join
 from engine.kv.scratch import Scratch
 from engine.kv.storage import KVStorage
 from engine.runner.layout import Layout
 from engine.runner.step import LineState
 from engine.speculation.verify import commit, walk
-from engine.transfer import join
 from kernels.ops import Ops
 from kernels.packing.settling import DrawnTrees
 from kernels.registry import reference_ops

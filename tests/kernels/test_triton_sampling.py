@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.sampling import pipeline_reference, reference
-from kernels.sampling.pipeline_reference import DrawSettings
+from kernels.sampling import draw_reference, reference, score_reference
+from kernels.sampling.settings import DrawSettings, LogitEdits
 from tests.kernels import triton_env
 from tests.kernels.edit_cases import Case, moved, random_case
 
 kernel = triton_env.load("kernels.sampling.triton_kernel")
-pipeline = triton_env.load("kernels.sampling.triton_pipeline")
+drawing = triton_env.load("kernels.sampling.triton_draw")
 edit = triton_env.load("kernels.sampling.triton_edit")
 score = triton_env.load("kernels.sampling.triton_score")
 sound = triton_env.load("kernels.sampling.triton_sound")
@@ -110,7 +110,7 @@ def test_argmax_is_the_lowest_id_among_equals(vocab: int) -> None:
     assert kernel.argmax(logits, tile=TILE).tolist() == expected
 
 
-# The pipeline's kernels equal its reference -------------------------------------------------------
+# The kernels of `draw` equal its reference --------------------------------------------------------
 
 
 def settings(temperature: list[float], **parts: Any) -> DrawSettings:
@@ -125,9 +125,9 @@ def settings(temperature: list[float], **parts: Any) -> DrawSettings:
 
 def check(logits: Tensor, chosen: DrawSettings) -> None:
     before = logits.clone()
-    got = pipeline.draw(logits, chosen, tile=TILE)
+    got = drawing.draw(logits, chosen, tile=TILE)
     assert torch.equal(logits, before)
-    assert got.tolist() == pipeline_reference.draw(logits, chosen).tolist()
+    assert got.tolist() == draw_reference.draw(logits, chosen).tolist()
 
 
 FILTERS: dict[str, dict[str, list[float]]] = {
@@ -186,7 +186,7 @@ def test_every_token_kept_can_be_drawn_and_no_other() -> None:
     row = torch.tensor([1.0, 2.5, 2.0, 2.0, 0.5, 2.0, 0.0, -1.0])
     logits = row.repeat(30, 1).to(DEVICE)
     chosen = settings([1.0] * 30, top_k=torch.full((30,), 2))
-    drawn = pipeline.draw(logits, chosen, tile=8)
+    drawn = drawing.draw(logits, chosen, tile=8)
     assert set(drawn.tolist()) == {1, 2, 3, 5}
 
 
@@ -224,14 +224,14 @@ def test_masked_draws_equal_the_reference(name: str) -> None:
 def test_a_row_does_not_depend_on_its_batch() -> None:
     logits = triton_env.numbers(8, 300, seed=5)
     chosen = settings(TEMPERATURES, **filters("k-p-min"))
-    whole = pipeline.draw(logits, chosen, tile=TILE).tolist()
+    whole = drawing.draw(logits, chosen, tile=TILE).tolist()
     for row in (0, 5):
         alone = {
             f.name: getattr(chosen, f.name)[row : row + 1]
             for f in dataclasses.fields(chosen)
             if isinstance(getattr(chosen, f.name), Tensor)
         }
-        drawn = pipeline.draw(logits[row : row + 1], DrawSettings(**alone), tile=TILE)
+        drawn = drawing.draw(logits[row : row + 1], DrawSettings(**alone), tile=TILE)
         assert drawn.tolist() == [whole[row]]
 
 
@@ -286,7 +286,7 @@ def test_edits_of_no_rows() -> None:
     assert case.edits.bias is not None
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
     bias = dataclasses.replace(moved(case.edits, DEVICE).bias, lists=none)  # type: ignore[type-var]
-    edits = pipeline_reference.LogitEdits(none, None, bias)
+    edits = LogitEdits(none, None, bias)
     assert edit.edit_logits(case.logits[:0].to(DEVICE), edits).shape == (0, 33)
 
 
@@ -296,7 +296,7 @@ def test_edits_of_no_rows() -> None:
 def check_scores(logits: Tensor, num_top: int) -> None:
     tokens = integers(0, logits.shape[1], len(logits))
     got = score.score(logits, tokens, num_top, tile=TILE)
-    expected = pipeline_reference.score(logits, tokens, num_top)
+    expected = score_reference.score(logits, tokens, num_top)
     assert got.top_ids.tolist() == expected.top_ids.tolist()
     triton_env.close(got.chosen, expected.chosen)
     triton_env.close(got.top, expected.top)
@@ -318,7 +318,7 @@ def test_forbidden_tokens_come_last_among_the_best() -> None:
     logits[2, ::2] = -torch.inf
     tokens = torch.tensor([1, 5, 7], device=DEVICE)
     got = score.score(logits, tokens, 6, tile=TILE)
-    expected = pipeline_reference.score(logits, tokens, 6)
+    expected = score_reference.score(logits, tokens, 6)
     assert got.top_ids.tolist() == expected.top_ids.tolist()
     triton_env.close(got.top, expected.top)
     triton_env.close(got.chosen, expected.chosen)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafter.train import losses
-from drafter.train.head_kernels import IN_TORCH, in_triton
-from drafter.train.network import StepKeys, attend
-from drafter.train.objective import LossWeights, Objective
-from drafter.train.unroll import TrainBatch
+from drafter.train.head import losses
+from drafter.train.head.head_kernels import IN_TORCH, in_triton
+from drafter.train.head.network import StepKeys, attend
+from drafter.train.head.objective import LossWeights, Objective
+from drafter.train.head.unroll import TrainBatch
 from kernels.ops import Ops
 from tests.drafter.published_heads import TargetWeights
 from tests.drafter.train.networks import TRAINABLE, network_of, random_batch

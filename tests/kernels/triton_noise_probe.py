@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.triton_draw import gumbel, noise_bits, noise_key, waiting_bound
+from kernels.sampling.triton_functions import gumbel, noise_bits, noise_key, waiting_bound
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from configs.training import TrainingConfig
-from drafter.train.building import TargetTensors
-from drafter.train.encoding import Example
+from drafter.train.data.encoding import Example
+from drafter.train.head.building import TargetTensors
 from drafter.train.run import LoadedTarget
 from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader

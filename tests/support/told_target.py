@@ -22,7 +22,7 @@ from engine.step.plan import Admission, RowPlan, StepPlan
 from engine.step.shape import TreeShape, chain
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
-from kernels.sampling.pipeline_reference import DrawSettings, LogitEdits
+from kernels.sampling.settings import DrawSettings, LogitEdits
 from tests.support.scripted_proposer import tree_of
 
 BLOCK = 1 << 16  # slots: all rows share one block, since nothing is stored in it

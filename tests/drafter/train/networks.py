@@ -10,8 +10,8 @@ from torch import Tensor
 
 from drafter import manifest
 from drafter.heads.config import HeadConfig
-from drafter.train.network import DraftNetwork, Eagle3Network, EagleNetwork
-from drafter.train.unroll import TrainBatch, UnrolledStep, plan_unrolling, unroll
+from drafter.train.head.network import DraftNetwork, Eagle3Network, EagleNetwork
+from drafter.train.head.unroll import TrainBatch, UnrolledStep, plan_unrolling, unroll
 from tests.drafter.published_heads import DRAFT_VOCAB, HIDDEN, LAYOUTS, VOCAB, Layout, named
 
 MAX_LEN = 40

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from drafter.train import batches as module
-from drafter.train.batches import batch_stream, collate, cut, epoch_batches, least_learnt
-from drafter.train.encoding import Example
-from drafter.train.target import TargetFeatures
+from drafter.train.data import batches as module
+from drafter.train.data.batches import batch_stream, collate, cut, epoch_batches, least_learnt
+from drafter.train.data.encoding import Example
+from drafter.train.data.target import TargetFeatures
 
 LENGTHS = torch.randint(2, 90, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 LIMIT = 256

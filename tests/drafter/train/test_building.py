@@ -15,14 +15,14 @@ from drafter import manifest
 from drafter.checkpoint import save_eagle, save_eagle3
 from drafter.heads.config import HeadConfig
 from drafter.source import SHIPPED
-from drafter.train.building import (
+from drafter.train.head.building import (
     TargetTensors,
     build_network,
     head_config,
     published_path,
     published_vocabulary,
 )
-from drafter.train.network import DraftNetwork
+from drafter.train.head.network import DraftNetwork
 from engine.checkpoints.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, HIDDEN, LAYOUTS, TARGET, Layout
 from tests.drafter.train.networks import TRAINABLE, config_of, random_batch, unrolled

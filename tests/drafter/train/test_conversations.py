@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drafter.train.conversations import (
+from drafter.train.data.conversations import (
     CONVERSATION_LINE,
     PROMPT_LINE,
     CapturedConversation,

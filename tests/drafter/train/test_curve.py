@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from drafter.train.curve import write_curve
 from drafter.train.history import Entry
+from drafter.train.results.curve import write_curve
 
 
 def measured(step: int, kind: str = "held out") -> Entry:

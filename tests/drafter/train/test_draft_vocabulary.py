@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafter.train.draft_vocabulary import choose, count_answers
-from drafter.train.encoding import Example
+from drafter.train.data.draft_vocabulary import choose, count_answers
+from drafter.train.data.encoding import Example
 
 
 def test_answer_tokens_are_counted_and_no_others() -> None:

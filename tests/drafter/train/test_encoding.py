@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from drafter.train.conversations import (
+from drafter.train.data.conversations import (
     AnyConversation,
     CapturedConversation,
     Conversation,
     Message,
     read_conversations,
 )
-from drafter.train.encoding import (
+from drafter.train.data.encoding import (
     Coverage,
     Encode,
     EncodingSettings,
     Example,
     encode_conversations,
 )
-from engine.checkpoints.gguf_file import read_gguf
+from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import BUNDLED_ALIAS, bundled_gguf, resolve_source
 from server.text.chat_codec import ChatCodec
 from server.text.chat_template import ChatTemplate

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from drafter.train.conversations import Message, Prompt
-from drafter.train.evaluate import Question, Sampling, ask_plainly, measure_trees
-from drafter.train.report import Measurement, Report
+from drafter.train.data.conversations import Message, Prompt
+from drafter.train.results.evaluate import Question, Sampling, ask_plainly, measure_trees
+from drafter.train.results.report import Measurement, Report
 from engine.completion import Completion
 from engine.messages import EngineStats
 from engine.request import Request

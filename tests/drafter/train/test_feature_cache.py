@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from drafter.train import feature_cache
-from drafter.train.encoding import Example
-from drafter.train.feature_cache import CachedFeatures, LiveFeatures
-from drafter.train.target import TargetFeatures
+from drafter.train.data import feature_cache
+from drafter.train.data.encoding import Example
+from drafter.train.data.feature_cache import CachedFeatures, LiveFeatures
+from drafter.train.data.target import TargetFeatures
 
 WIDTH, HIDDEN = 6, 4
 PER_TOKEN = (WIDTH + HIDDEN) * 2 + 4

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from drafter.train.conversations import Prompt, read_conversations
-from drafter.train.generate import (
+from drafter.train.answers.generate import (
     GenerationReport,
     GenerationSettings,
     generate_answers,
     progress_bar,
     sampling_of,
 )
+from drafter.train.data.conversations import Prompt, read_conversations
 from engine.checkpoints.source import ModelFiles
 from engine.core import EngineCore
 from engine.messages import Abort, Submit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drafter.heads.untrained import eagle3_config, random_eagle3
-from drafter.train.initial import SMALL, weights_from_target
+from drafter.train.head.initial import SMALL, weights_from_target
 from engine.checkpoints.families import read_text_model
 from engine.checkpoints.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET

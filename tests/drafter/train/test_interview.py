@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from drafter.train.conversations import Message, Prompt
-from drafter.train.encoding import Example
-from drafter.train.interview import Interview
-from drafter.train.lockstep import Answer, Question
+from drafter.train.answers.interview import Interview
+from drafter.train.answers.lockstep import Answer, Question
+from drafter.train.data.conversations import Message, Prompt
+from drafter.train.data.encoding import Example
 
 EOS, USER, ANSWER = 0, 1, 2
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from drafter.train import lockstep as module
-from drafter.train.lockstep import ON_CPU, ON_DEVICE, Answer, LockstepTarget, Pace, Question
-from drafter.train.target import FrozenTarget
+from drafter.train.answers import lockstep as module
+from drafter.train.answers.lockstep import ON_CPU, ON_DEVICE, Answer, LockstepTarget, Pace, Question
+from drafter.train.data.target import FrozenTarget
 from engine.checkpoints.arch import LlamaArch
 from engine.models.interface import LoadedModel
 from engine.models.llama import LlamaLoader

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drafter.train.losses import (
+from drafter.train.head.losses import (
     CHUNKS,
     TokenLoss,
     TokenLossKind,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from drafter import manifest
 from drafter.checkpoint import save_eagle, save_eagle3
-from drafter.train.network import DraftNetwork
-from drafter.train.unroll import TrainBatch
+from drafter.train.head.network import DraftNetwork
+from drafter.train.head.unroll import TrainBatch
 from kernels.ops import Ops
 from tests.drafter.head_formulas import HeadFormulas
 from tests.drafter.published_heads import HIDDEN, TARGET, Layout, TargetWeights

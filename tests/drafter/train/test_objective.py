@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafter.train.network import DraftNetwork
-from drafter.train.objective import LossWeights, Objective, Tally
-from drafter.train.unroll import TrainBatch
+from drafter.train.head.network import DraftNetwork
+from drafter.train.head.objective import LossWeights, Objective, Tally
+from drafter.train.head.unroll import TrainBatch
 from kernels.ops import Ops
 from tests.drafter.published_heads import TargetWeights
 from tests.drafter.train.networks import (

@@ -19,10 +19,10 @@ from drafter.heads.building import LoadedHead
 from drafter.heads.config import HeadConfig
 from drafter.heads.eagle import EagleHead
 from drafter.heads.untrained import eagle3_config, random_eagle3
-from drafter.train import publish as publishing
-from drafter.train.model_card import DataSource, ModelCard
-from drafter.train.publish import publish
-from drafter.train.report import Measurement, Report
+from drafter.train.results import publish as publishing
+from drafter.train.results.model_card import DataSource, ModelCard
+from drafter.train.results.publish import publish
+from drafter.train.results.report import Measurement, Report
 from kernels.ops import Ops
 from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET, TargetWeights
 

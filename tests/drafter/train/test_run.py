@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drafter.heads.untrained import eagle3_config
-from drafter.train.encoding import Example
+from drafter.train.data.encoding import Example
 from drafter.train.run import prepare, split
 from drafter.train.run_record import RunRecord
 from drafter.train.trainer import Worker

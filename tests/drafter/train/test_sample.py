@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from drafter.train.conversations import Prompt, read_conversations, read_prompts
+from drafter.train.data.conversations import Prompt, read_conversations, read_prompts
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from server.text.tokenizer_files import load_tokenizer
 

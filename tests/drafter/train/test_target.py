@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from drafter.train import target as module
-from drafter.train.target import BLOCK_SIZE, FrozenTarget, TargetFeatures
+from drafter.train.data import target as module
+from drafter.train.data.target import BLOCK_SIZE, FrozenTarget, TargetFeatures
 from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place

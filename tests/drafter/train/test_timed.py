@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from drafter.train.encoding import Example
+from drafter.train.data.encoding import Example
 from drafter.train.timed import Clock, Pool, TimedRun
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from configs.training import TrainingConfig
 from drafter.train import trainer as training
-from drafter.train.encoding import Example
+from drafter.train.data.encoding import Example
+from drafter.train.head.objective import Tally
+from drafter.train.head.unroll import TrainBatch
 from drafter.train.history import Entry
-from drafter.train.objective import Tally
 from drafter.train.run import LoadedTarget, prepare
 from drafter.train.trainer import Trainer, Worker
-from drafter.train.unroll import TrainBatch
 from kernels.ops import Ops
 from tests.support.tiny_engine import TinyEngine, random_llama
 from tests.support.tiny_training import greedy_examples, tiny_config, tiny_target

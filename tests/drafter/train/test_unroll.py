@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from drafter.heads.config import HeadConfig
-from drafter.train.network import PEagleNetwork
-from drafter.train.unroll import TrainBatch, UnrolledStep, base_rows
+from drafter.train.head.network import PEagleNetwork
+from drafter.train.head.unroll import TrainBatch, UnrolledStep, base_rows
 from kernels.ops import Ops
 from tests.drafter.head_formulas import HeadFormulas
 from tests.drafter.parallel_heads import PARALLEL_LAYOUTS, formulas_of

@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType as Kind
 
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from engine.checkpoints.gguf_checkpoint import LAYER_NAMES, TOP_NAMES
-from engine.checkpoints.gguf_file import read_gguf
-from engine.checkpoints.gguf_rope import frequency_divisors
+from engine.checkpoints.gguf_files.checkpoint import LAYER_NAMES, TOP_NAMES
+from engine.checkpoints.gguf_files.header import read_gguf
+from engine.checkpoints.gguf_files.rope import frequency_divisors
 from engine.checkpoints.rope_scaling import LinearRopeScaling, Llama3RopeScaling, read_rope
 from engine.checkpoints.source import ModelFiles, resolve_source
 from engine.models.rope import scale_llama3

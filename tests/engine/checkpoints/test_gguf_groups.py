@@ -8,7 +8,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from engine.checkpoints.gguf_groups import READERS, grouped
+from engine.checkpoints.gguf_files.groups import READERS, grouped
 
 N, K = 6, 512
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}

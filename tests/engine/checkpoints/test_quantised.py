@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_arch
-from engine.checkpoints.quantisation import read_quantisation
+from engine.checkpoints.quantised.config import read_quantisation
 from engine.checkpoints.source import ModelFiles
 from kernels.linear.grouped import GroupedWeight
 from kernels.linear.quantised import dense

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from engine import transfer
+from engine import copies as transfer
 from engine.completion import Completion
 from engine.core import EngineCore
 from engine.messages import Abort, Finished, Submit, Tokens

@@ -11,7 +11,7 @@ from engine.sampling.spread import SpreadLogits, row_counts
 from engine.speculation.proposer import Drafted
 from engine.step.shape import chain
 from kernels.ops import Ops
-from kernels.sampling.pipeline_reference import Scores
+from kernels.sampling.settings import Scores
 from tests.engine.test_speculation_equality import SETTINGS
 from tests.support.engines import ask
 from tests.support.thread_group import ThreadGroup, run_ranks

@@ -18,7 +18,7 @@ from engine.kv.manager import KVManager
 from engine.request import Sequence
 from engine.scheduler.drafts import DraftRoom
 from engine.scheduler.limits import SchedulerLimits
-from engine.scheduler.planning import PlanDraft
+from engine.scheduler.plan_builder import PlanBuilder
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import Choice
@@ -299,7 +299,7 @@ def test_each_row_has_its_own_limit_and_rows_without_one_do_not_draft() -> None:
 
 def looked_up(choice: Choice, num_rows: int) -> list[int]:
     """Looked-up nodes of rows whose texts repeat."""
-    plan, rows = PlanDraft(100, num_rows), []
+    plan, rows = PlanBuilder(100, num_rows), []
     for line in range(num_rows):
         seq = Sequence.from_request(request(f"{line}", [5, 6, 7, 8, 9, 5, 6, 7], max_tokens=9))
         seq.own_tokens()
@@ -307,7 +307,7 @@ def looked_up(choice: Choice, num_rows: int) -> list[int]:
         rows.append(seq)
         plan.add(seq, 1)
     kv = KVManager(num_blocks=64, block_size=4, prefix_caching=False)
-    DraftRoom(kv, max_len=64, lookahead=0, lookup=Lookup()).set_aside(plan, rows, choice)
+    DraftRoom(kv, max_len=64, lookahead=0, lookup=Lookup()).share_budget(plan, rows, choice)
     return [len(row.found) for row in plan.rows.values()]
 
 

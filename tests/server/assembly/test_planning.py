@@ -20,7 +20,7 @@ from drafter.checkpoint import load_head
 from drafter.heads.building import HeadBuilder
 from engine.checkpoints.checkpoint import open_checkpoint, read_arch
 from engine.checkpoints.manifest import expected_tensors
-from engine.checkpoints.quantisation import read_quantisation
+from engine.checkpoints.quantised.config import read_quantisation
 from engine.checkpoints.source import ModelFiles
 from engine.models.footprint import GIB, held_bytes
 from engine.models.llama import LlamaLoader

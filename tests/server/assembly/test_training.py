@@ -27,7 +27,7 @@ from configs.schema import (
 )
 from drafter.train import checkpoints
 from drafter.train.history import History
-from drafter.train.report import Report
+from drafter.train.results.report import Report
 from server.assembly.compose import build_engine
 from server.assembly.evaluation import Evaluation, evaluate_draft
 from server.assembly.offline import OfflineEngine

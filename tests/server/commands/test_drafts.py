@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from drafter.checkpoint import save_eagle3
 from drafter.heads.untrained import eagle3_config, random_eagle3
-from drafter.train.conversations import read_prompts
-from drafter.train.report import Report
+from drafter.train.data.conversations import read_prompts
+from drafter.train.results.report import Report
 from engine.checkpoints.arch import LlamaArch
 from server.assembly.evaluation import _verdict, sample_prompts
 from server.cli import app

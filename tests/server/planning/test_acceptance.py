@@ -17,7 +17,7 @@ from server.planning.acceptance import Acceptance
         (2.93, chain(7), 3.91),
         (2.79, DynamicShape("8-8-64", 64, 8, 8), 5.39),
         (2.79, DynamicShape("5-8-64", 64, 5, 8), 4.68),
-        # the head that ships with aerie: README.md
+        # the head that ships with aerie: docs/measured.md
         (1.95, chain(1), 1.56),
         (1.95, tree_shape("tree16"), 2.51),
         (1.95, tree_shape("dynamic16"), 2.62),

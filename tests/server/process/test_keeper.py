@@ -108,7 +108,7 @@ def test_an_engine_that_dies_is_the_end_without_restarts(
 def test_what_an_engine_leaves_behind_is_killed(
     stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    monkeypatch.setattr(keeping, "LAST_WORDS", 0.0)
+    monkeypatch.setattr(keeping, "CLOSING_TIME", 0.0)
     left = f'sleep 1000000 & echo $! > "$trace"; kill -{state} $!; exit {EXIT_BAD_SETUP}'
     trace = stub_engine(left)
     assert keep(Config(), EngineKeeper.failed) == 1
@@ -169,7 +169,7 @@ def test_open_requests_of_an_engine_killed_at_the_end_get_the_shutdown_error(
     stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_engine("exec sleep 1000000")
-    monkeypatch.setattr(keeping, "LAST_WORDS", 0.0)
+    monkeypatch.setattr(keeping, "CLOSING_TIME", 0.0)
 
     async def main() -> tuple[str | None, ErrorCode | None]:
         client = ZmqEngineClient()
@@ -225,7 +225,7 @@ def test_the_wait_for_the_next_engine_ends_with_the_server(
 def test_an_engine_that_is_not_ready_is_killed(
     stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, started: bool
 ) -> None:
-    monkeypatch.setattr(keeping, "LAST_WORDS", 1e6)
+    monkeypatch.setattr(keeping, "CLOSING_TIME", 1e6)
     stub_engine("exec sleep 1000000")
 
     async def work(keeper: EngineKeeper) -> None:
@@ -286,7 +286,7 @@ def test_an_engine_that_owes_nothing_is_left_alone(
     stub_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     stub_engine(HANGS)
-    monkeypatch.setattr(keeping, "LAST_WORDS", 0.0)
+    monkeypatch.setattr(keeping, "CLOSING_TIME", 0.0)
     used = itertools.count()  # the loading one is at work
     monkeypatch.setattr(keeping, "ticks_of_group", lambda _: next(used))
 

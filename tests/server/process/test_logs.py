@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from configs.schema import LogConfig
-from server.process.launch import announcement
+from server.process.announcement import announcement
 from server.process.logs import log_formatter, quiet
 
 

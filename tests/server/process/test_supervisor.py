@@ -18,10 +18,10 @@ PROGRAM = """
 import logging, os, pathlib, subprocess, sys, threading
 from server.process import restarts, supervisor
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-restarts.FIRST_PAUSE, supervisor.LEAVE = {pause}, 0.0
+restarts.FIRST_PAUSE, supervisor.END_TIME = {pause}, 0.0
 def work(pipe):
-    leash, asked = supervisor.Leash(pipe), threading.Semaphore(0)
-    leash.call_at_stop(asked.release)
+    launcher, asked = supervisor.LauncherPipe(pipe), threading.Semaphore(0)
+    launcher.call_at_stop(asked.release)
     print(os.getpid(), flush=True)
     {work}
 raise SystemExit(supervisor.supervise(work, restarts.Restarts(2)))

@@ -1,0 +1,1 @@
+"""What comes of training: measurements, charts, and the published folder with its model card."""
