@@ -61,8 +61,9 @@ class LinearWeight:
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """Feed-forward blocks of which each token uses one, packed. Each tuple has a weight per expert,
-    or, with `Ops.stacks_experts`, a single one of them all, with data [E, in, out], or in FP8 with
-    data [E, out, in] and scales [E, out, blocks]."""
+    or, with `Ops.stacks_experts`, a single one of them all: plain with data [E, in, out]; in FP8
+    with data [E, out, in] and scales [E, out, blocks]; of four bits with data [E, out, in / 2] as
+    `GroupedWeight.pairs`, and scales (and minimums) [E, out, groups]."""
 
     gate_up: tuple[LinearWeight, ...]  # H -> 2F, the gate first
     down: tuple[LinearWeight, ...]  # F -> H

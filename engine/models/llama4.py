@@ -209,11 +209,12 @@ class Llama4Loader:
         kind = SeparateExperts if self._arch.separate_experts else FusedExperts
         experts = kind(self._blocks.read, prefix, width, own)
         pack = self._place.packer.pack_experts
-        return ExpertWeights(
-            gate_up=pack(map(experts.gate_up, held), len(held)),
-            down=pack(map(experts.down, held), len(held)),
-            held=None if len(held) == count else held,
-        )
+        try:
+            gate_up = pack(map(experts.gate_up, held), len(held))
+            down = pack(map(experts.down, held), len(held))
+        except ValueError as error:
+            raise ValueError(f"tensors of {prefix}: {error}") from error
+        return ExpertWeights(gate_up, down, held=None if len(held) == count else held)
 
 
 @dataclass(frozen=True, slots=True)

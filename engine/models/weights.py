@@ -50,22 +50,24 @@ class WeightPacker:
         [out, in] whose outputs follow each other."""
         if not self.ops.stacks_experts:
             return tuple(self.pack(parts, sum(map(len, parts)), None) for parts in weights)
-        stack: PlainStack | ScaledStack | None = None
-        for expert, parts in enumerate(weights):
+        stack: Stack | None = None
+        for expert, stored in enumerate(weights):
+            parts = [self._kept(part) for part in stored]
             if stack is None:
                 stack = self._new_stack(parts, count)
             stack.put(expert, parts)
         assert stack is not None
         return (stack.weight(),)
 
-    def _new_stack(self, parts: Sequence[Part], count: int) -> PlainStack | ScaledStack:
+    def _new_stack(self, parts: Sequence[Part], count: int) -> Stack:
         """Empty, for experts that are stored like this one."""
-        outputs, inputs = sum(map(len, parts)), parts[0].shape[1]
-        scaled = [part for part in parts if isinstance(part, ScaledWeight)]
-        if len(scaled) == len(parts) and all(map(self._is_kept, parts)):
-            return ScaledStack.empty(scaled[0], count, outputs, self.device)
-        shape = (count, inputs, outputs)
-        return PlainStack(torch.empty(shape, dtype=self.dtype, device=self.device))
+        outputs, inputs, first = sum(map(len, parts)), parts[0].shape[1], parts[0]
+        if isinstance(first, Tensor) or any(type(part) is not type(first) for part in parts):
+            shape = (count, inputs, outputs)
+            return PlainStack(torch.empty(shape, dtype=self.dtype, device=self.device))
+        if isinstance(first, ScaledWeight):
+            return ScaledStack.empty(first, count, outputs, self.device)
+        return GroupedStack.empty(first, count, outputs, self.device)
 
     def _is_kept(self, part: Part) -> bool:
         """Whether the kernels read it as it is stored."""
@@ -141,7 +143,7 @@ class ScaledStack:
         at = 0
         for part in parts:
             if not isinstance(part, ScaledWeight) or part.layout != self.layout:
-                raise ValueError(f"expert {expert} is not stored as the experts before it are")
+                raise _unlike(expert)
             self.data[expert, at : at + len(part)].copy_(part.values)
             self.scales[expert, at : at + len(part)].copy_(part.scales)
             at += len(part)
@@ -149,6 +151,61 @@ class ScaledStack:
     def weight(self) -> LinearWeight:
         outputs, inputs = self.data.shape[1:]
         return LinearWeight(self.data, None, outputs, inputs, self.layout, self.scales)
+
+
+@dataclass(slots=True)
+class GroupedStack:
+    """The weights of all experts as codes of four bits. Scales are float32, and there are minimums,
+    as soon as one expert has such."""
+
+    pairs: Tensor  # [E, out, in / 2] uint8, see `GroupedWeight.pairs`
+    scales: Tensor  # [E, out, groups]
+    minimums: Tensor | None
+    group: int
+
+    @classmethod
+    def empty(
+        cls, like: GroupedWeight, count: int, outputs: int, device: torch.device
+    ) -> GroupedStack:
+        inputs, group = like.shape[1], like.layout.group
+        pairs = torch.empty(count, outputs, inputs // 2, dtype=torch.uint8, device=device)
+        scales = torch.empty(count, outputs, inputs // group, dtype=torch.float16, device=device)
+        return cls(pairs, scales, None, group)
+
+    def put(self, expert: int, parts: Sequence[Part]) -> None:
+        """ValueError for an expert that is not stored like the first one."""
+        at = 0
+        for part in parts:
+            if not isinstance(part, GroupedWeight) or part.layout[:2] != (4, self.group):
+                raise _unlike(expert)
+            self._take(part, (slice(expert, expert + 1), slice(at, at + len(part))))
+            at += len(part)
+
+    def _take(self, part: GroupedWeight, place: tuple[slice, slice]) -> None:
+        if part.layout.wide_scales and self.scales.dtype is not torch.float32:
+            self.scales = self.scales.float()
+            self.minimums = None if self.minimums is None else self.minimums.float()
+        if part.minimums is not None and self.minimums is None:
+            self.minimums = self.scales * -part.middle
+        if self.minimums is not None:
+            part = part.with_minimums()
+            assert part.minimums is not None
+            self.minimums[place].copy_(part.minimums)
+        self.pairs[place].copy_(part.pairs)
+        self.scales[place].copy_(part.scales)
+
+    def weight(self) -> LinearWeight:
+        outputs, inputs = self.pairs.shape[1], 2 * self.pairs.shape[2]
+        wide = self.scales.dtype is torch.float32
+        layout = GroupLayout(4, self.group, wide, self.minimums is not None)
+        return LinearWeight(self.pairs, None, outputs, inputs, layout, self.scales, self.minimums)
+
+
+def _unlike(expert: int) -> ValueError:
+    return ValueError(f"those of expert {expert} are not stored as those of the experts before it")
+
+
+Stack = PlainStack | ScaledStack | GroupedStack
 
 
 def _layout(part: Quantised) -> GroupLayout | ScaledLayout:

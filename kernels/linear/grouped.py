@@ -55,9 +55,14 @@ class GroupedWeight:
         return GroupLayout(self.bits, group, wide, self.minimums is not None)
 
     @property
-    def zero(self) -> int:
+    def middle(self) -> int:
         """The code that stands for zero where there are no minimums."""
-        return 1 << (self.bits - 1) if self.minimums is None else 0
+        return 1 << (self.bits - 1)
+
+    @property
+    def zero(self) -> int:
+        """What is taken off a code before it is scaled."""
+        return self.middle if self.minimums is None else 0
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -74,6 +79,13 @@ class GroupedWeight:
         return GroupedWeight(
             self.codes[rows, start:stop], self.scales[rows, groups], minimums, self.bits
         )
+
+    @property
+    def pairs(self) -> Tensor:
+        """[N, K / 2] uint8: two codes of four bits to a byte, the first one in the lower half. K is
+        even, as indexing takes whole groups."""
+        assert self.bits == 4
+        return self.codes[:, 0::2] | self.codes[:, 1::2] << 4
 
     def to(self, device: torch.device) -> GroupedWeight:
         minimums = None if self.minimums is None else self.minimums.to(device)

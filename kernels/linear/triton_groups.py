@@ -24,6 +24,31 @@ _KNOWN_SIZES = ((4096, 6144), (14336, 4096), (8192, 7168), (3584, 8192))
 
 
 @triton.jit
+def group_product(
+    x,  # [BLOCK_M, BLOCK_K]
+    codes_ptr,  # of the first of these inputs, [BLOCK_N, 1] outputs
+    scales_ptr,
+    minimums_ptr,
+    places,  # [BLOCK_N] of the outputs' scales
+    some,  # [BLOCK_N] which outputs there are
+    BLOCK_K: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """x times the weights of BLOCK_K inputs, which are in one group: [BLOCK_M, BLOCK_N] float32."""
+    byte = tl.arange(0, BLOCK_K // 2)
+    pairs = tl.load(codes_ptr + byte[None, :], mask=some[:, None], other=0)
+    codes = tl.interleave((pairs & 15).to(tl.int8), (pairs >> 4).to(tl.int8))
+    if minimums_ptr is None:
+        codes -= 8
+    part = tl.dot(x.to(PRODUCT), tl.trans(codes.to(PRODUCT)), input_precision="ieee")
+    part *= tl.load(scales_ptr + places, mask=some, other=0.0).to(tl.float32)[None, :]
+    if minimums_ptr is not None:
+        least = tl.load(minimums_ptr + places, mask=some, other=0.0).to(tl.float32)
+        part += tl.sum(x.to(tl.float32), axis=1)[:, None] * least[None, :]
+    return part
+
+
+@triton.jit
 def grouped_linear_kernel(
     out_ptr,  # [T, N], rows out_stride apart
     x_ptr,  # [T, K], rows x_stride apart
@@ -53,20 +78,17 @@ def grouped_linear_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + k[None, :], mask=some_rows[:, None], other=0.0)
-        byte = start // 2 + tl.arange(0, BLOCK_K // 2)
-        pairs = tl.load(code_rows + byte[None, :], mask=some_columns[:, None], other=0)
-        codes = tl.interleave(
-            (pairs & 15).to(tl.int8), (pairs >> 4).to(tl.int8)
-        )  # [BLOCK_N, BLOCK_K]
-        if minimums_ptr is None:
-            codes -= 8
-        part = tl.dot(x.to(PRODUCT), tl.trans(codes.to(PRODUCT)), input_precision="ieee")
         places = columns * (K // GROUP) + start // GROUP
-        scales = tl.load(scales_ptr + places, mask=some_columns, other=0.0).to(tl.float32)
-        total += part * scales[None, :]
-        if minimums_ptr is not None:
-            least = tl.load(minimums_ptr + places, mask=some_columns, other=0.0).to(tl.float32)
-            total += tl.sum(x.to(tl.float32), axis=1)[:, None] * least[None, :]
+        total += group_product(
+            x,
+            code_rows + start // 2,
+            scales_ptr,
+            minimums_ptr,
+            places,
+            some_columns,
+            BLOCK_K,
+            PRODUCT,
+        )
     if bias_ptr is not None:
         total += tl.load(bias_ptr + columns, mask=some_columns, other=0.0)[None, :]
     out = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
@@ -75,13 +97,10 @@ def grouped_linear_kernel(
 
 
 def pack_groups(weight: GroupedWeight, bias: Tensor | None) -> LinearWeight:
-    """Two codes of four bits to a byte, neighbours together. Indexing takes whole groups, so K is
-    even."""
-    codes = weight.codes
-    pairs = codes[:, 0::2] | codes[:, 1::2] << 4
+    """Codes as `GroupedWeight.pairs`."""
     minimums = None if weight.minimums is None else weight.minimums.contiguous()
     scales = weight.scales.contiguous()
-    return LinearWeight(pairs, bias, *weight.shape, weight.layout, scales, minimums)
+    return LinearWeight(weight.pairs, bias, *weight.shape, weight.layout, scales, minimums)
 
 
 def unpacked_rows(weight: LinearWeight, rows: Tensor) -> Tensor:
@@ -116,7 +135,7 @@ def _product(out: Tensor, x: Tensor, weight: LinearWeight) -> Launch:
         | {
             "BLOCK_M": block_m,
             "BLOCK_N": _block_n(block_m),
-            "BLOCK_K": _inputs_at_once(layout.group),
+            "BLOCK_K": inputs_at_once(layout.group),
             "PRODUCT": product_type(x),
         },
         num_warps=4,
@@ -129,7 +148,7 @@ def _block_n(block_m: int) -> int:
     return 32 if block_m == _FEW_ROWS else 64
 
 
-def _inputs_at_once(group: int) -> int:
+def inputs_at_once(group: int) -> int:
     """The largest power of two that divides a group, at most 128."""
     return min(_MOST_INPUTS, group & -group)
 

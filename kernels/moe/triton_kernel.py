@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.triton_lookup import find_tile
-from kernels.moe import triton_scaled
+from kernels.linear.scaled import ScaledLayout
+from kernels.moe import triton_groups, triton_scaled
 from kernels.moe.triton_runs import Runs, new_outputs
 from kernels.ops import ExpertWeights, LinearWeight
 from kernels.triton_launch import WIDEST_LOAD, Launch
@@ -123,8 +124,11 @@ def down_kernel(
 
 def moe(x: Tensor, logits: Tensor, weights: ExpertWeights) -> Tensor:
     """As the reference. Sums are in float32."""
-    if weights.gate_up[0].layout is not None:
+    layout = weights.gate_up[0].layout
+    if isinstance(layout, ScaledLayout):
         return triton_scaled.scaled_moe(x, logits, weights)
+    if layout is not None:
+        return triton_groups.grouped_moe(x, logits, weights)
     best, chosen = logits.max(dim=-1)
     (gate_up,), (down,) = weights.gate_up, weights.down
     runs = Runs.of(chosen, logits.shape[1], weights.held)
@@ -202,4 +206,4 @@ def launches() -> list[Launch]:
             x, inner = torch.empty(T, H, **meta), torch.empty(T, F, **meta)
             made = (_gate_up(inner, x, scores, runs, gate_up), _down(x, inner, runs, down))
             found.update({launch.name: launch for launch in made})
-    return [*found.values(), *triton_scaled.launches()]
+    return [*found.values(), *triton_scaled.launches(), *triton_groups.launches()]

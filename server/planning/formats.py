@@ -80,8 +80,6 @@ def stored_formats(config: Json, plain: str) -> PartFormats:
         return rest
     mlp = "feed_forward" if "text_config" in config else "mlp"
     names = {part: module.format(mlp=mlp) for part, module in MODULES.items()}
-    if chosen.name == "int4":  # experts of four bits become plain numbers when they are loaded
-        del names["experts"]
     found = {part: chosen for part, name in names.items() if not _is_left_out(name, left_out)}
     return replace(rest, **found)
 

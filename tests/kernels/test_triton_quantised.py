@@ -171,3 +171,56 @@ def test_fp8_experts_that_are_not_held_give_zeros() -> None:
     mine = torch.isin(logits.argmax(dim=1), torch.tensor(held, device=x.device))
     got = experts.moe(x, logits, some_of(every, held))
     assert torch.equal(got, experts.moe(x, logits, every) * mine[:, None])
+
+
+def grouped_stack(
+    E: int, N: int, K: int, group: int, *, minimums: bool
+) -> tuple[LinearWeight, Tensor]:
+    """As `stack`, of four bits."""
+    every = [a_grouped(N, K, group, wide=minimums, minimums=minimums) for _ in range(E)]
+    scales = torch.stack([each.scales * (e + 1) / K for e, each in enumerate(every)])
+    least = torch.stack([each.scales / 8 / K for each in every]) if minimums else None
+    parts = [
+        GroupedWeight(each.codes, scales[e], None if least is None else least[e], 4)
+        for e, each in enumerate(every)
+    ]
+    pairs = torch.stack([part.pairs for part in parts])
+    plain = torch.stack([part.dequantised().T for part in parts])
+    return LinearWeight(pairs, None, N, K, parts[0].layout, scales, least), plain
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "H", "F", "group", "dtype"),
+    [
+        (1, 4, 96, 64, 32, torch.float32),
+        (7, 16, 128, 64, 64, torch.bfloat16),
+        (101, 3, 64, 96, 32, torch.float32),  # tiles of many rows
+    ],
+)
+@pytest.mark.parametrize("minimums", [False, True])
+def test_four_bit_experts_equal_the_reference(
+    T: int, E: int, H: int, F: int, group: int, dtype: torch.dtype, minimums: bool
+) -> None:
+    x, logits = spaced(numbers(T, H, dtype=dtype)), numbers(T, E, seed=3)
+    (gate_up, wide_gate_up), (down, wide_down) = (
+        grouped_stack(E, 2 * F, H, group, minimums=minimums),
+        grouped_stack(E, H, F, group, minimums=minimums),
+    )
+    got = experts.moe(x, logits, ExpertWeights((gate_up,), (down,)))
+    assert (got.shape, got.dtype) == ((T, H), dtype)
+    plain = (LinearWeight(wide_gate_up, None, 2 * F, H), LinearWeight(wide_down, None, H, F))
+    expected = reference.moe(x.float(), logits, ExpertWeights(plain[:1], plain[1:]))
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_four_bit_experts_that_are_not_held_give_zeros() -> None:
+    x, logits, held = numbers(33, 64), numbers(33, 5, seed=3), range(1, 3)
+    (gate_up, _), (down, _) = (
+        grouped_stack(5, 64, 64, 32, minimums=False),
+        grouped_stack(5, 64, 32, 32, minimums=False),
+    )
+    every = ExpertWeights((gate_up,), (down,))
+    mine = torch.isin(logits.argmax(dim=1), torch.tensor(held, device=x.device))
+    got = experts.moe(x, logits, some_of(every, held))
+    assert torch.equal(got, experts.moe(x, logits, every) * mine[:, None])

@@ -70,12 +70,22 @@ def test_a_llama_computes_with_its_quantised_weights(
     assert sum(held.values()) == held_bytes(loaded)
 
 
-def test_a_llama4_computes_with_experts_in_fp8(tmp_path: Path) -> None:
-    model = write_tiny_llama4(tmp_path, num_hidden_layers=1, interleave_moe_layer_step=1)
-    llama4_file(separate_experts(model, FP8_WEIGHTS), tmp_path, FP8_WEIGHTS)
+@pytest.mark.parametrize(
+    ("form", "kept"),
+    [(FP8_WEIGHTS, FP8), (FORMATS["packed"], torch.uint8)],
+    ids=["fp8", "four-bits"],
+)
+def test_a_llama4_computes_with_quantised_experts(
+    tmp_path: Path, form: Format, kept: torch.dtype
+) -> None:
+    model = write_tiny_llama4(
+        tmp_path, num_hidden_layers=1, interleave_moe_layer_step=1, intermediate_size=32
+    )
+    llama4_file(separate_experts(model, form), tmp_path, form)
     with torch.inference_mode():
         wanted = model(torch.tensor([IDS])).logits[0]
     got, loaded = logits_and_model(tmp_path, tmp_path)
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     experts: ExpertWeights = loaded.decoder.layers[0].feed_forward.experts  # type: ignore[attr-defined]
-    assert experts.gate_up[0].data.dtype == FP8
+    assert experts.gate_up[0].data.dtype == kept
+    assert experts.down[0].data.dtype == kept

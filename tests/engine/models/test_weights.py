@@ -10,9 +10,10 @@ from engine.checkpoints.arch import LlamaArch
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.models.weights import WeightPacker, with_zero_rows
-from kernels.linear.grouped import GroupedWeight, quantise
+from kernels.linear.grouped import GroupedWeight, GroupLayout, quantise
 from kernels.linear.quantised import Part, dense
 from kernels.ops import LinearWeight, Ops
+from kernels.registry import triton_ops
 from tests.support.tiny_llama import TinyLlama
 
 CPU = torch.device("cpu")
@@ -117,3 +118,51 @@ def test_feed_forwards_may_be_kept_in_fewer_bits_than_the_rest(
     bits = [each.layout and each.layout.bits for each in (weights.qkv, weights.output)]
     assert bits == [others, others]
     assert [each.layout and each.layout.bits for each in (weights.gate_up, weights.down)] == [4, 4]
+
+
+def stacked(E: int, form: WeightForm, *experts: Part) -> LinearWeight:
+    """Experts of one part each, packed for kernels that read all of them as one tensor."""
+    (weight,) = packer(triton_ops(torch.float32), form).pack_experts([[e] for e in experts], E)
+    return weight
+
+
+def numbers_of(weight: LinearWeight) -> torch.Tensor:
+    """[E, out, in] of stacked experts."""
+    assert weight.scales is not None
+    pairs, least = weight.data, weight.minimums
+    codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+    every = range(len(pairs))
+    wide = [
+        GroupedWeight(codes[e], weight.scales[e], None if least is None else least[e], 4)
+        for e in every
+    ]
+    return torch.stack([each.dequantised() for each in wide])
+
+
+def test_experts_of_four_bits_stay_so_whatever_their_scales_and_minimums() -> None:
+    with_minimums = quantise(numbers(24, 64, 1), 4)
+    halves = GroupedWeight(with_minimums.codes, with_minimums.scales, None, 4)
+    wide = GroupedWeight(with_minimums.codes, with_minimums.scales.float() / 3, None, 4)
+    for experts in ([halves, halves], [halves, wide], [with_minimums, halves, wide]):
+        weight = stacked(len(experts), "stored", *experts)
+        assert weight.data.dtype == torch.uint8
+        wanted = torch.stack([each.dequantised() for each in experts])
+        torch.testing.assert_close(numbers_of(weight), wanted, atol=1e-5, rtol=0)
+        layouts = [each.layout for each in experts]
+        assert isinstance(weight.layout, GroupLayout)
+        assert weight.layout.wide_scales == any(each.wide_scales for each in layouts)
+        assert weight.layout.has_minimums == any(each.has_minimums for each in layouts)
+
+
+def test_plain_experts_are_rounded_to_four_bits_if_that_is_asked() -> None:
+    experts = numbers(24, 64, 1), numbers(24, 64, 2)
+    wanted = torch.stack([quantise(each, 4).dequantised() for each in experts])
+    assert torch.equal(numbers_of(stacked(2, "q4", *experts)), wanted)
+    assert stacked(2, "stored", *experts).layout is None
+    assert stacked(1, "plain", quantise(experts[0], 4)).layout is None
+
+
+def test_an_expert_that_is_stored_in_another_way_is_refused() -> None:
+    first, other = quantise(numbers(24, 64), 4), numbers(24, 64)
+    with pytest.raises(ValueError, match="those of expert 1 are not stored as those of the expert"):
+        stacked(2, "stored", first, other)
