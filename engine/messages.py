@@ -17,7 +17,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
     token_id: int
     logprob: float
-    top: list[tuple[int, float]]  # best alternatives first, at most `logprobs` of them
+    # The best alternatives first, at most `logprobs` of them, then `logprob_token_ids`.
+    top: list[tuple[int, float]]
 
 
 class DraftNodes(msgspec.Struct, frozen=True, array_like=True):

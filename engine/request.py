@@ -41,7 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per output token; None: no logprobs at all
-    prompt_logprobs: int | None = None  # the same for prompt tokens (completions with `echo`)
+    # Tokens whose log-probabilities are wanted at every output token, after the best alternatives.
+    logprob_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None  # alternatives per prompt token (completions with `echo`)
     grammar: Grammar | None = None  # only tokens that it allows are drawn
     # The final hidden state of the prompt's last token, or the mean of all its tokens, is wanted.
     pooling: Pooling | None = None

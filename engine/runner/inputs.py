@@ -43,6 +43,7 @@ class StepForm:
     is_masked: bool  # some row has a grammar
     num_bias: int  # M, entries of the longest list of logit changes
     num_top: int  # alternatives reported with log-probabilities; -1: no row asked
+    num_named: int  # L, most tokens that a row wants to be reported besides
     num_echo: int  # S, prompt tokens that are scored
     num_echo_top: int
     num_pooled: int  # prompt tokens whose hidden states are wanted
@@ -90,6 +91,7 @@ class StepInputs:
     bias_values: Tensor  # [B, M] float32
     bias_until: Tensor  # [B, M] int64
     scored: Tensor  # [B] bool: log-probabilities of emitted tokens are wanted
+    named_ids: Tensor  # [B, L] int64 tokens whose log-probabilities are wanted, too; 0: no entry
     echo_rows: Tensor  # [S] int64 row of each prompt token that is scored
     echo_places: Tensor  # [S] int64, index of the row's own token that predicts it
     echo_tokens: Tensor  # [S] int64
@@ -211,6 +213,7 @@ class InputBuilder:
             is_masked=known.is_masked,
             num_bias=sizes.entries(max(bias, default=0)),
             num_top=self._num_top(known.num_top),
+            num_named=sizes.entries(max(map(len, self._named(rows)), default=0)),
             num_echo=sizes.entries(sum(echo)),
             num_echo_top=self._num_top(known.num_echo_top),
             num_pooled=sizes.entries(sum(pooled)),
@@ -250,6 +253,7 @@ class InputBuilder:
             presence=presence,
             **self._bias_inputs(rows, form),
             scored=scored.bool(),
+            named_ids=_matrix(self._named(rows), form.num_rows, form.num_named, 0),
             **self._echo_inputs(rows, form),
             **self._pool_inputs(rows, form),
             table_places=_integers(places),
@@ -330,6 +334,7 @@ class InputBuilder:
             is_masked=False,
             num_bias=0,
             num_top=-1,
+            num_named=0,
             num_echo=0,
             num_echo_top=-1,
             num_pooled=0,
@@ -370,6 +375,10 @@ class InputBuilder:
         it on the device."""
         found = [max(token, 0) for row in rows for token in row.token_ids]
         return _integers(found + [0] * (form.num_own - len(found)))
+
+    def _named(self, rows: Sequence[RowPlan]) -> Sequence[Sequence[int]]:
+        """The tokens that each row wants to be scored beside the emitted ones."""
+        return [self.settings.named.get(row.line, ()) if row.samples else () for row in rows]
 
     def _bias(self, row: RowPlan) -> list[BiasList]:
         return self.settings.bias(row.line, row.start + len(row.token_ids))

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from engine.messages import DraftNodes, TokenLogprob
-from engine.runner.inputs import InputBuilder
+from engine.runner.inputs import InputBuilder, StepForm
 from engine.runner.step import StepOutputs
 from engine.step.plan import RowOutcome, RowPlan
 
@@ -25,17 +25,21 @@ class Report:
 
     rows: Sequence[RowPlan]
     num_top: Sequence[int]  # alternatives to emitted tokens, -1: no log-probabilities
-    num_echo_top: Sequence[int]  # the same for prompt tokens
+    num_named: Sequence[int]  # tokens that are scored beside the emitted ones
+    first_named: int  # the column of their scores, after those of alternatives
+    num_echo_top: Sequence[int]  # alternatives to prompt tokens, -1: no log-probabilities
     echo: Sequence[Sequence[int]]  # the prompt tokens that are scored
     traced: Sequence[bool]  # whether the verified tree is wanted
     pools: Sequence[bool]  # whether hidden states are wanted
 
     @classmethod
-    def of(cls, rows: Sequence[RowPlan], builder: InputBuilder) -> Report:
+    def of(cls, rows: Sequence[RowPlan], builder: InputBuilder, form: StepForm) -> Report:
         lines, settings = [row.line for row in rows], builder.settings
         return cls(
             rows,
             settings.num_top[lines].tolist(),
+            [len(settings.named.get(line, ())) for line in lines],
+            max(form.num_top, 0),
             settings.num_echo_top[lines].tolist(),
             [builder.echo(row) for row in rows],
             [settings.requests[line].trace for line in lines],
@@ -79,7 +83,9 @@ class Report:
         if self.num_top[at] < 0:
             return None
         parts = (outputs.logprobs[at], outputs.top_ids[at], outputs.top[at])
-        return _entries(tokens, parts, self.num_top[at])
+        first = self.first_named
+        named = range(first, first + self.num_named[at])
+        return _entries(tokens, parts, [*range(self.num_top[at]), *named])
 
     def _echo(self, outputs: StepOutputs) -> Iterator[Entries | None]:
         """Log-probabilities of prompt tokens, row by row."""
@@ -92,7 +98,7 @@ class Report:
                 outputs.echo_top_ids[some],
                 outputs.echo_top[some],
             )
-            yield None if num_top < 0 else _entries(tokens, parts, num_top)
+            yield None if num_top < 0 else _entries(tokens, parts, range(num_top))
 
 
 def _nodes(outputs: StepOutputs, row: int) -> DraftNodes:
@@ -101,10 +107,13 @@ def _nodes(outputs: StepOutputs, row: int) -> DraftNodes:
     return DraftNodes(*(tuple(part.tolist()) for part in parts))
 
 
-def _entries(tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], num_top: int) -> Entries:
-    """Log-probabilities of tokens [n] and their best alternatives [n, k], as clients get them."""
+def _entries(
+    tokens: Sequence[int], parts: tuple[Tensor, Tensor, Tensor], columns: Sequence[int]
+) -> Entries:
+    """Log-probabilities of tokens [n] and of other tokens in some `columns` [n, k], as clients get
+    them."""
     chosen, top_ids, top = (part[: len(tokens)].tolist() for part in parts)
     return tuple(
-        TokenLogprob(token, value, list(zip(ids[:num_top], values[:num_top], strict=True)))
+        TokenLogprob(token, value, [(ids[at], values[at]) for at in columns])
         for token, value, ids, values in zip(tokens, chosen, top_ids, top, strict=True)
     )

@@ -161,7 +161,7 @@ class ModelRunner:
         inputs = self._builder.inputs(plan, form, changes)
         with self._timed(laps):
             outputs = self._steps.launch(inputs, form, laps)
-        report = Report.of(plan.rows, self._builder)
+        report = Report.of(plan.rows, self._builder, form)
         return Launched(plan, lambda: self._outcome(plan, report, outputs, laps))
 
     @torch.inference_mode()

@@ -34,7 +34,7 @@ from kernels.packing.rows import LineRows, StartedRows
 from kernels.packing.settling import DrawnTrees, Report, SettledTrees
 from kernels.sampling.settings import BiasEntries, DrawSettings, LogitEdits, Penalties, Scores
 
-Score = Callable[[Tensor, Tensor, int], Scores]  # as `SpreadLogits.score`
+Score = Callable[[Tensor, Tensor, int, Tensor | None], Scores]  # as `SpreadLogits.score`
 StartRows = Callable[[LineRows], StartedRows]
 
 
@@ -49,17 +49,18 @@ class _Started(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
     """The outputs of a step for the host. Large dtypes come first, so that each part is aligned
-    when all are joined. Log-probabilities are empty unless the form has them."""
+    when all are joined. Log-probabilities are empty unless the form has them; after those of the
+    `num_top` best alternatives come those of the named tokens."""
 
     emitted: Tensor  # [B, max_depth + 1] int64, -1 after the bonus
     path: Tensor  # [B, max_depth + 1] int64 nodes, -1 after the end
     sizes: Tensor  # [B] int64 of the verified trees
     tree_tokens: Tensor  # [B, N] int64 of their nodes
     tree_parents: Tensor  # [B, N] int64, -1 for the root and for nodes without use
-    top_ids: Tensor  # [B, max_depth + 1, n] int64
+    top_ids: Tensor  # [B, max_depth + 1, n + L] int64
     echo_top_ids: Tensor  # [S, m] int64
     logprobs: Tensor  # [B, max_depth + 1] float32 of emitted tokens
-    top: Tensor  # [B, max_depth + 1, n] float32
+    top: Tensor  # [B, max_depth + 1, n + L] float32
     echo_logprobs: Tensor  # [S] float32 of prompt tokens
     echo_top: Tensor  # [S, m] float32
     pooled: Tensor  # [G, H] float32, sums of hidden states
@@ -312,9 +313,9 @@ class StepBody:
         if form.num_top < 0:
             return result, settled, _no_scores(hidden)
 
-        def again(at: Tensor, tokens: Tensor, num_top: int) -> Scores:
+        def again(at: Tensor, tokens: Tensor, num_top: int, named: Tensor | None) -> Scores:
             masks = None if allowed is None else allowed[at]
-            return self._scores(nodes[at], tokens, num_top, masks)
+            return self._scores(nodes[at], tokens, num_top, named, masks)
 
         once = partial(logits.score, allowed=allowed)
         score = once if len(drawn) == 1 else again
@@ -352,16 +353,22 @@ class StepBody:
         return SpreadLogits.of(local, self.vocab_size, self.context.group, self.context.ops)
 
     def _scores(
-        self, hidden: Tensor, tokens: Tensor, num_top: int, allowed: Tensor | None = None
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        num_top: int,
+        named: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> Scores:
         """Log-probabilities of the tokens [S] after hidden states [S, H], LOGIT_ROWS at a time.
-        `allowed` [S, ceil(V / 32)]: other tokens have no probability."""
+        `named` [S, L]: further ones. `allowed` [S, ceil(V / 32)]: other tokens have no
+        probability."""
         found = []
         for some in logit_slices(len(hidden)):
             logits = self._logits(hidden[some])
             order = torch.arange(logits.num_rows, device=hidden.device)
-            masks = None if allowed is None else allowed[some]
-            found.append(logits.score(order, tokens[some], num_top, masks))
+            others, masks = (None if part is None else part[some] for part in (named, allowed))
+            found.append(logits.score(order, tokens[some], num_top, others, masks))
         return Scores(*(torch.cat(parts) for parts in zip(*map(_parts, found), strict=True)))
 
     def _edits(self, layout: Layout, positions: Tensor) -> LogitEdits | None:
@@ -515,10 +522,15 @@ def _emitted_scores(layout: Layout, num_nodes: int, score: Score, result: Verify
     num_top = layout.form.num_top
     at = (layout.nodes.cu[:-1, None] + result.path.clamp(min=0)).clamp(max=num_nodes - 1)
     wanted = layout.inputs.scored[:, None] & (result.path >= 0)
+    named = None
+    if layout.form.num_named:
+        named = layout.inputs.named_ids[:, None].expand(*wanted.shape, -1)  # [B, max_depth + 1, L]
     if not layout.form.exact:
-        found = score(at.flatten(), result.emitted.clamp(min=0).flatten(), num_top)
+        others = None if named is None else named.flatten(0, 1)
+        found = score(at.flatten(), result.emitted.clamp(min=0).flatten(), num_top, others)
         return Scores(*(part.view(*wanted.shape, *part.shape[1:]) for part in _parts(found)))
-    found = score(at[wanted], result.emitted[wanted].clamp(min=0), num_top)
+    others = None if named is None else named[wanted]
+    found = score(at[wanted], result.emitted[wanted].clamp(min=0), num_top, others)
     return Scores(*(_where(wanted, part) for part in _parts(found)))
 
 

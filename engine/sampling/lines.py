@@ -62,6 +62,7 @@ class LineSettings:
         self.has_grammar = each(False, np.bool_)
         self.num_top = each(-1, np.int64)  # alternatives to report with log-probabilities; -1: none
         self.num_echo_top = each(-1, np.int64)  # the same for prompt tokens
+        self.named: dict[int, tuple[int, ...]] = {}  # `logprob_token_ids`
         self.pooling: dict[int, Pooling] = {}  # lines whose final hidden states are wanted
 
     def admit(self, admission: Admission) -> None:
@@ -88,12 +89,15 @@ class LineSettings:
         self.has_grammar[line] = params.grammar is not None
         self.num_top[line] = -1 if params.logprobs is None else params.logprobs
         self.num_echo_top[line] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+        if params.logprobs is not None and params.logprob_token_ids:
+            self.named[line] = params.logprob_token_ids
         if params.pooling is not None:
             self.pooling[line] = params.pooling
 
     def release(self, line: int) -> None:
         self.num_changes += 1
         del self.requests[line], self._bias[line], self._held[line]
+        self.named.pop(line, None)
         self.pooling.pop(line, None)
 
     def bias(self, line: int, next_position: int) -> list[BiasList]:

@@ -50,26 +50,33 @@ class SpreadLogits:
         return self.group.stack(drawn).flatten()[: self.num_rows]
 
     def score(
-        self, at: Tensor, tokens: Tensor, num_top: int, allowed: Tensor | None = None
+        self,
+        at: Tensor,
+        tokens: Tensor,
+        num_top: int,
+        named: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> Scores:
         """Log-probabilities of `tokens` [S], token s in row at[s], and of the best `num_top`
         alternatives, before penalties and temperature. Those of unsound rows are NaN.
 
         Args:
+            named: [S, L] tokens to score after the alternatives.
             allowed: the masks of all rows, as `DrawSettings.allowed`: other tokens have no
                 probability.
         """
         if self.group.size == 1:
-            return self._scored(at, tokens, num_top, allowed, at)
+            return self._scored(at, tokens, num_top, named, allowed, at)
         mine = (at >= self.first) & (at < self.first + len(self.own))
         if len(self.own):
             place = torch.where(mine, at - self.first, 0)
-            found = self._scored(place, tokens, num_top, allowed, at)
+            found = self._scored(place, tokens, num_top, named, allowed, at)
         else:
+            columns = num_top if named is None else num_top + named.shape[1]
             found = Scores(
                 self.own.new_zeros(len(at)),
-                torch.zeros(len(at), num_top, dtype=torch.int64, device=self.own.device),
-                self.own.new_zeros(len(at), num_top),
+                torch.zeros(len(at), columns, dtype=torch.int64, device=self.own.device),
+                self.own.new_zeros(len(at), columns),
             )
         # Each entry comes from one rank and is zero on all others.
         return Scores(
@@ -86,14 +93,35 @@ class SpreadLogits:
         return torch.where(sound, drawn, UNSOUND)
 
     def _scored(
-        self, rows: Tensor, tokens: Tensor, num_top: int, allowed: Tensor | None, at: Tensor
+        self,
+        rows: Tensor,
+        tokens: Tensor,
+        num_top: int,
+        named: Tensor | None,
+        allowed: Tensor | None,
+        at: Tensor,
     ) -> Scores:
         """`rows`: of this rank's logits; `at`: the same among all rows."""
         logits = masked(self.own[rows], None if allowed is None else allowed[at])
         found = self.ops.score(logits, tokens, num_top)
+        if named is not None:
+            found = _with_named(found, logits, tokens, named)
         return replace(
             found, chosen=torch.where(self.ops.are_sound(logits), found.chosen, torch.nan)
         )
+
+
+def _with_named(found: Scores, logits: Tensor, tokens: Tensor, named: Tensor) -> Scores:
+    """`found`, the scores of `tokens` [S], with those of the tokens `named` [S, L] after the best.
+    A named token that is the row's own has the same log-probability, to the last bit."""
+    chosen = found.chosen[:, None]
+    normaliser = logits.gather(1, tokens[:, None]) - chosen
+    values = torch.where(named == tokens[:, None], chosen, logits.gather(1, named) - normaliser)
+    return replace(
+        found,
+        top_ids=torch.cat([found.top_ids, named], dim=1),
+        top=torch.cat([found.top, values], dim=1),
+    )
 
 
 def row_counts(num_rows: int, size: int) -> list[int]:

@@ -270,3 +270,17 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
 
 class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """As a `tokenizer_config.json`: what renders and reads prompts far from the server."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast"] = "PreTrainedTokenizerFast"
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    additional_special_tokens: list[str]  # all that are special
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None

@@ -249,6 +249,8 @@ def _sampling_params(
         allowed = f"at most the tokens that may be generated, {max_tokens}"
         raise bad_value("min_tokens", min_tokens, allowed)
     check_token_ids(body.stop_token_ids or (), info, "stop_token_ids")
+    check_token_ids(body.logprob_token_ids or (), info, "logprob_token_ids")
+    named = tuple(dict.fromkeys(body.logprob_token_ids or ()))
     only_likeliest = body.top_p == 0
     return SamplingParams(
         max_tokens=max_tokens,
@@ -264,7 +266,8 @@ def _sampling_params(
         logit_bias=_logit_bias(body.logit_bias or {}, info),
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),
-        logprobs=logprobs,
+        logprobs=0 if named else logprobs,
+        logprob_token_ids=named,
         prompt_logprobs=prompt_logprobs,
     )
 

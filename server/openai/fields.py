@@ -17,6 +17,7 @@ MAX_STOPS = 32
 MAX_PARTS = 1024
 MAX_BEST_OF = 20
 MAX_BIASES = 1024
+MAX_NAMED = 128
 
 
 def _refuse(value: Any) -> None:
@@ -144,6 +145,13 @@ NumLogprobs = Annotated[
         "written as -9999. False: none.",
     ),
     BeforeValidator(_false_is_null),
+]
+LogprobTokenIds = Annotated[
+    Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_NAMED)] | None,
+    Field(
+        description="As in vLLM: the alternatives of each output token are these, in this order, "
+        "instead of the likeliest ones. Needs `logprobs`."
+    ),
 ]
 Seed = Annotated[
     int | None,

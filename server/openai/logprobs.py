@@ -122,7 +122,8 @@ class CompletionLogprobsWriter:
         equal text the likeliest counts; the token itself always keeps its own value."""
         top: dict[str, float] = {}
         for token_id, logprob in entry.top:
-            top.setdefault(self._text(token_id), finite(logprob))
+            text = self._text(token_id)
+            top[text] = max(top.get(text, SMALLEST), finite(logprob))
         top[self._text(entry.token_id)] = finite(entry.logprob)
         return top
 

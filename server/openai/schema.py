@@ -18,6 +18,7 @@ from server.openai.fields import (
     CacheSalt,
     Fraction,
     LogitBias,
+    LogprobTokenIds,
     NumLogprobs,
     OldChoice,
     OldFunctions,
@@ -112,6 +113,7 @@ class SamplingFields(StructuredFields):
         description="As in vLLM: the log-probability of each prompt token, and so many "
         "alternatives, by token id. Not with `stream`.",
     )
+    logprob_token_ids: LogprobTokenIds = None
     use_beam_search: Literal[False] | None = Field(None, description="Only false.")
     length_penalty: float | None = Field(
         None, ge=1, le=1, description="Only 1: it is for beam search."
@@ -243,6 +245,10 @@ class ChatRequest(SamplingFields, RenderingFields):
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise broken_rule("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+        if self.logprob_token_ids and not self.logprobs:
+            raise broken_rule(
+                "logprob_token_ids", "logprob_token_ids is only allowed when logprobs is true"
+            )
         return self
 
     @model_validator(mode="after")
@@ -313,6 +319,14 @@ class CompletionRequest(SamplingFields):
         "highest mean log-probability. At least `n`; more only without `stream`. Default `n`.",
     )
     suffix: Suffix = None
+
+    @model_validator(mode="after")
+    def _token_ids_need_logprobs(self) -> CompletionRequest:
+        if self.logprob_token_ids and self.logprobs is None:
+            raise broken_rule(
+                "logprob_token_ids", "logprob_token_ids is only allowed when logprobs is a number"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_of_covers_n(self) -> CompletionRequest:

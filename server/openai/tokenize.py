@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, in vLLM's shapes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from server.http.context import ServerContext, context_of
 from server.http.docs import Routes, operation
 from server.http.errors import invalid
 from server.http.sse import StructResponse
-from server.openai.bodies import Detokenized, Tokenized
+from server.openai.bodies import Detokenized, Tokenized, TokenizerInfo
 from server.openai.conversation import render_chat
 from server.openai.convert import check_token_ids, encode
 from server.openai.schema import DetokenizeRequest, TokenizeRequest
 from server.text.letters import Rendered
 
 router = APIRouter()
-ROUTES = Routes(router, (TokenizeRequest, DetokenizeRequest), (Tokenized, Detokenized))
+ROUTES = Routes(
+    router, (TokenizeRequest, DetokenizeRequest), (Tokenized, Detokenized, TokenizerInfo)
+)
 
 
 @router.post("/tokenize", **operation(TokenizeRequest, Tokenized))
@@ -50,6 +52,26 @@ async def detokenize(http: HttpRequest) -> Response:
     check_token_ids(body.tokens, info, "tokens")
     text = await context.in_pool(body_size(http), _text, context, body.tokens)
     return StructResponse(Detokenized(prompt=text))
+
+
+@router.get("/tokenizer_info", **operation(None, TokenizerInfo))
+async def tokenizer_info(http: HttpRequest) -> Response:
+    """The chat template and the special tokens. They are no secret: /tokenize shows what the
+    template writes."""
+    context = context_of(http)
+    tokenizer, named = context.tokenizer, context.tokenizer.special_tokens
+    return StructResponse(
+        TokenizerInfo(
+            bos_token=named.get("bos_token"),
+            eos_token=named.get("eos_token"),
+            pad_token=named.get("pad_token"),
+            unk_token=named.get("unk_token"),
+            additional_special_tokens=sorted(tokenizer.special_texts),
+            vocab_size=tokenizer.vocab_size,
+            model_max_length=context.engine_info().max_model_len,
+            chat_template=context.renderer.template.source,
+        )
+    )
 
 
 def _tokens(

@@ -36,6 +36,7 @@ VOCAB = 131
 WORDS = r"[a-c]{3,30} (ab|ba|c)*"
 NAMES = r'\{"name": "[a-z]{1,12}", "age": [0-9]{1,3}(, "ok": (true|false))?\}'
 ENDLESS = "(ab|c)*"
+NAMED = (TOKENS.index(b"b"), TOKENS.index(b"ab"), TOKENS.index(b"}"))
 # Free text, but after "ab" follow two digits and "c".
 TRIGGERED = r"""start: part* TEXT
 TEXT: /(.|\n)*/
@@ -59,6 +60,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "logit_bias": {TOKENS.index(b"ab"): 9.0, TOKENS.index(b"aba"): 9.0},
     },
     "free-penalised": {"frequency_penalty": 0.5, "logprobs": 1},
+    "named": {"pattern": WORDS, "logprobs": 0, "logprob_token_ids": NAMED},
 }
 
 
@@ -128,6 +130,18 @@ def test_log_probabilities_are_those_among_allowed_tokens(plain: dict[str, Compl
         finite = [token for token, value in entry.top if value > -1e30]
         assert set(finite) <= known
         assert len(finite) == min(2, len(known))
+
+
+def test_named_tokens_that_may_not_follow_have_no_probability(
+    plain: dict[str, Completion],
+) -> None:
+    heard = plain["named"]
+    for end, entry in enumerate(heard.logprobs):
+        known = allowed(WORDS, text_of(heard.token_ids[:end]))
+        values = dict(entry.top)
+        assert tuple(values) == NAMED
+        assert {token for token in NAMED if values[token] > -1e30} == known.intersection(NAMED)
+        assert values.get(entry.token_id, entry.logprob) == entry.logprob
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "greedy": {"temperature": 0.0},
     "cool": {"temperature": 0.3, "logprobs": 2},
     "plain": {"temperature": 1.0},
-    "hot": {"temperature": 1.5, "logprobs": 0},
+    "hot": {"temperature": 1.5, "logprobs": 0, "logprob_token_ids": (7, EOS, 100)},
     "top-k": {"temperature": 1.0, "top_k": 20},
     "filtered": {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
     "penalised": {

@@ -45,6 +45,7 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
         "stop_token_ids": some(tuple(rng.sample(range(vocab_size), 2)), ()),
         "ignore_eos": rng.random() < 0.3,
         "logprobs": some(rng.randint(0, 5), None),
+        "logprob_token_ids": some(tuple(rng.sample(range(vocab_size), 3)), ()),
         "prompt_logprobs": some(rng.randint(0, 5), None),
     }
     return SamplingParams(**settings)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -58,6 +59,13 @@ def of_requests(*params: dict[str, Any], exact: bool, prompt: int = 9) -> InputB
         [Admission(line, ask(f"{line}", ids, **each)) for line, each in enumerate(params)],
         exact=exact,
     )
+
+
+def named_of(builder: InputBuilder, rows: Sequence[RowPlan]) -> list[tuple[int, ...]]:
+    """The tokens that each row wants to be scored."""
+    params = [builder.settings.requests[row.line].params for row in rows]
+    wanted = [row.samples and p.logprobs is not None for row, p in zip(rows, params, strict=True)]
+    return [p.logprob_token_ids if yes else () for p, yes in zip(params, wanted, strict=True)]
 
 
 # Rounding
@@ -121,6 +129,7 @@ def test_a_form_has_room_for_its_plan(seed: int, exact: bool) -> None:
         "num_bias": max(lists, default=0),
         "num_echo": sum(len(builder.echo(row)) for row in rows),
         "num_top": max((-1 if p.logprobs is None else p.logprobs for p in drawing), default=-1),
+        "num_named": max(map(len, named_of(builder, rows))),
         "num_echo_top": max(-1 if p.prompt_logprobs is None else p.prompt_logprobs for p in asked),
     }
     for name, least in needed.items():
@@ -201,6 +210,9 @@ def test_every_row_is_described_and_padding_rows_ask_for_nothing(seed: int, exac
     }
     for name, (values, padding) in expected.items():
         assert getattr(inputs, name).tolist() == [*values, *[padding] * missing], name
+    named = [list(ids) + [0] * (form.num_named - len(ids)) for ids in named_of(builder, rows)]
+    if form.num_named:
+        assert inputs.named_ids.tolist() == named + [[0] * form.num_named] * missing
     for name in ("seeds", "top_k", "temperatures", "top_p", "min_p", "repetition", "frequency",
                  "presence"):  # fmt: skip
         found, by_line = getattr(inputs, name), getattr(builder.settings, name)

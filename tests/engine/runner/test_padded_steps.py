@@ -235,6 +235,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {7: 5.0, 9: -100.0, 12: 2.0}},
     "min_tokens": {"min_tokens": 9, "ignore_eos": False},
     "logprobs": {"logprobs": 3},
+    "named": {"logprobs": 2, "logprob_token_ids": (5, 90, 7)},
     "echo": {"prompt_logprobs": 2},
     "filters": {"top_k": 9, "top_p": 0.9, "min_p": 0.01},
 }
@@ -276,6 +277,7 @@ def test_every_feature_is_part_of_the_step(
         "bias": lambda form: form.num_bias > 0,
         "min_tokens": lambda form: form.num_bias > 0,
         "logprobs": lambda form: form.num_top >= 0,
+        "named": lambda form: form.num_named > 0,
         "echo": lambda form: form.num_echo > 0,
         "filters": lambda form: form.is_filtered,
     }[feature]

@@ -56,6 +56,8 @@ def test_ranks_draw_and_score_what_one_rank_does(
     assert edits is not None
     at = torch.tensor([0, num_nodes - 1, 3, 3])
     tokens = torch.tensor(alone.drawn)[at]
+    named = torch.stack([tokens, (tokens + 5) % VOCAB], dim=1)
+    values = logits[at].log_softmax(dim=1).gather(1, named)
     scores = ops.score(logits[at], tokens, 3)
 
     def on_rank(group: ThreadGroup) -> tuple[list[int], Scores]:
@@ -66,12 +68,15 @@ def test_ranks_draw_and_score_what_one_rank_does(
         spread = SpreadLogits.of(local, VOCAB, group, ops)
         assert spread.own.shape[1] == VOCAB
         assert len(spread.own) < num_nodes
-        return spread.draw(settings, edits).tolist(), spread.score(at, tokens, 3)
+        return spread.draw(settings, edits).tolist(), spread.score(at, tokens, 3, named)
 
     for drawn, found in run_ranks(size, on_rank):
         assert drawn == alone.drawn
-        for part in ("chosen", "top_ids", "top"):
-            assert torch.equal(getattr(found, part), getattr(scores, part)), part
+        assert torch.equal(found.chosen, scores.chosen)
+        assert torch.equal(found.top_ids, torch.cat([scores.top_ids, named], dim=1))
+        assert torch.equal(found.top[:, :3], scores.top)
+        assert torch.equal(found.top[:, 3], scores.chosen)
+        torch.testing.assert_close(found.top[:, 4], values[:, 1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

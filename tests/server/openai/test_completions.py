@@ -201,6 +201,23 @@ def test_of_tokens_with_equal_text_the_likelier_is_shown_but_the_chosen_one_alwa
     assert found["top_logprobs"] == [{"": -1.0, "a": -0.5}, {"": -3.0}, {"a": -0.5}]
 
 
+def test_named_tokens_are_scored_in_the_place_of_the_likeliest(
+    make_server: MakeServer, tokenizer: Tokenizer
+) -> None:
+    letter, low, high = byte_ids(tokenizer, b"abc")
+    server = make_server(scored((letter, -0.5, [(low, -9.0), (high, -1.0)])))
+    chat = server.chat(logprobs=True, top_logprobs=1, logprob_token_ids=[low, high, low]).json()
+    (entry,) = chat["choices"][0]["logprobs"]["content"]
+    assert [(top["token"], top["logprob"]) for top in entry["top_logprobs"]] == [
+        ("b", -9.0),
+        ("c", -1.0),
+    ]
+    text = server.complete(logprobs=0, logprob_token_ids=[low]).json()["choices"][0]["logprobs"]
+    assert text["top_logprobs"] == [{"a": -0.5, "b": -9.0, "c": -1.0}]
+    asked = [request.params for request in server.engine.submitted]
+    assert [(p.logprobs, p.logprob_token_ids) for p in asked] == [(0, (low, high)), (0, (low,))]
+
+
 def test_stop_string_cuts_each_choice_for_itself(make_server: MakeServer, server: Server) -> None:
     ids = server.ids("one two three")
     scripted = make_server(say(ids, ends=False))

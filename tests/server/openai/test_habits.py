@@ -415,5 +415,16 @@ def test_the_text_of_tokens_on_request(server: Server) -> None:
     assert reply["token_strs"] == ["h", "i"]
 
 
+def test_prompts_can_be_rendered_far_from_the_server(
+    server: Server, oracle: PreTrainedTokenizerBase
+) -> None:
+    """As the remote tokenizer of lm-evaluation-harness does."""
+    info = server.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == (oracle.bos_token, oracle.eos_token)
+    assert set(oracle.all_special_tokens) <= set(info["additional_special_tokens"])
+    assert info["chat_template"] == CHAT_TEMPLATE
+    assert info["model_max_length"] == 64
+
+
 def test_nothing_is_warned_of_when_all_was_used(server: Server) -> None:
     assert warning(server, **(CHAT | {"temperature": 0.5})) is None

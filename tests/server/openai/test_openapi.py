@@ -25,6 +25,7 @@ OPERATIONS = [
     ("/detokenize", "POST"),
     ("/v1/models", "GET"),
     ("/v1/models/{model_id}", "GET"),
+    ("/tokenizer_info", "GET"),
     ("/info", "GET"),
     ("/admin/draft", "POST"),
 ]
@@ -85,6 +86,7 @@ def test_document_describes_every_route(server: Server) -> None:
         "/v1/models/{model_id}",
         "/tokenize",
         "/detokenize",
+        "/tokenizer_info",
         "/health",
         "/ready",
         "/metrics",
