@@ -254,11 +254,9 @@ class LiveServer:
                 found[f"ended_{reason[1]}"] = float(value)
         return found
 
-    def wait_metrics(
-        self, condition: Callable[[dict[str, float]], bool], within: float = DEADLINE
-    ) -> dict[str, float]:
-        """Scrape until `condition` holds, for `within` seconds; return those metrics."""
-        end = time.monotonic() + within
+    def wait_metrics(self, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """Scrape until `condition` holds; return those metrics."""
+        end = time.monotonic() + DEADLINE
         while not condition(found := self.metrics()):
             assert time.monotonic() < end, f"the metrics stayed at {found}"
             time.sleep(POLL)
