@@ -201,7 +201,7 @@ def test_only_time_of_the_processor_counts(monkeypatch: pytest.MonkeyPatch) -> N
     hours = itertools.count(0.0, 3600.0).__next__
     clock = SimpleNamespace(monotonic=hours, perf_counter=hours, time=hours, thread_time=lambda: 0)
     monkeypatch.setattr(template_sandbox, "time", clock)
-    assert render("{% for i in range(9999) %}{% endfor %}done").text == "done"
+    assert render("{% for i in range(9999) %}{% endfor %}done") == "done"
 
 
 def test_json_of_nested_values_is_bounded_while_it_is_written(
