@@ -77,7 +77,7 @@ def asking(codec: ChatCodec) -> Callable[[], Question]:
 
 
 def report(target: LockstepTarget, ask: Callable[[], Question], seconds: float) -> str:
-    """Answers for some seconds; what that gave."""
+    """Answers for some seconds, and for a step at least; what that gave."""
     began, heard = time.perf_counter(), list[Answer]()
     started, tokens, steps, waited = began, 0, 0, 0.0
     for answer in target.answers(ask):
@@ -85,7 +85,7 @@ def report(target: LockstepTarget, ask: Callable[[], Question], seconds: float) 
             started = time.perf_counter()
             tokens, steps, waited = target.num_tokens, target.num_steps, target.seconds_waited
         heard.append(answer)
-        if time.perf_counter() > started + seconds:
+        if time.perf_counter() > started + seconds and target.num_steps > steps:
             break
     took = time.perf_counter() - started
     return (

@@ -86,6 +86,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._in_request:  # the next one, which has a time of its own
+            self._unset_keepalive_if_required()
         if self._heard_all and not self.pipeline and not self.transport.is_closing():
             self.transport.close()
 

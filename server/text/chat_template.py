@@ -21,7 +21,7 @@ NO_TEMPLATE = (
 )
 # For each role the roles before it in a conversation that every template accepts.
 BEFORE = {"user": (), "system": (), "assistant": ("user",), "tool": ("user", "assistant")}
-PROBE_TIMEOUT = 1.0  # seconds
+PROBE_TIMEOUT = 1.0  # seconds of computing
 WORD = "aerieprobe"
 PROBE_TOOL = {
     "type": "function",

@@ -16,8 +16,9 @@ from benchmarks.peers.known import PEERS, Server, Setting
 from benchmarks.tables import ROOT, markdown
 from server.measuring.answers import Answer
 from tests.support import scripted_server
+from tests.support.waiting import DEADLINE
 
-PLAN = Plan((1, 2), min_prompts=3, num_tokens=4, rounds=2, threads=1, patience=20.0)
+PLAN = Plan((1, 2), min_prompts=3, num_tokens=4, rounds=2, threads=1, patience=DEADLINE)
 QUESTIONS = ["a?", "b?", "c?", "d?"]
 
 

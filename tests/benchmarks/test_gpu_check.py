@@ -15,6 +15,7 @@ from benchmarks.bars import Verdict
 from benchmarks.gpu_check import check, failed_tests
 from benchmarks.parts import Part
 from engine.parallel.distributed import DistributedGroup
+from tests.support.waiting import DEADLINE
 
 BARS = [Verdict("a", 1.0, 0.5).as_json(), Verdict("b", 1.0, 2.0).as_json()]
 BARS += [Verdict("c", 50.0, None).as_json()]
@@ -22,7 +23,7 @@ BARS += [Verdict("c", 50.0, None).as_json()]
 
 def part(name: str, **found: object) -> Part:
     code = f"print('RESULT ' + {json.dumps(found)!r})"
-    return Part(name, (sys.executable, "-c", code), 20.0)
+    return Part(name, (sys.executable, "-c", code), DEADLINE)
 
 
 def test_without_a_gpu_it_says_so_and_succeeds(
@@ -119,7 +120,7 @@ def test_the_command_is_in_the_makefile() -> None:
 
 def test_a_collective_of_one_rank_that_changes_something_is_reported(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    group = DistributedGroup.join(tmp_path / "store", 0, 1, cpu, 60.0)
+    group = DistributedGroup.join(tmp_path / "store", 0, 1, cpu, DEADLINE)
     operations = gpu_group.collectives(group)
     assert set(operations) == {"all_reduce", "stack", "to_owners", "from_first"}
     assert gpu_group.changes(operations, cpu) == []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import pytest
 
 from benchmarks import parts
 from benchmarks.parts import Found, Part, failures, run_parts
+from tests.support.live_server import wait_gone
+from tests.support.waiting import DEADLINE, wait_until
 
-SOON = 20.0
+HANGS = "import time; time.sleep(999)"
 
 
-def part(name: str, code: str, seconds: float = SOON, *, alone: bool = False) -> Part:
+def part(name: str, code: str, seconds: float = DEADLINE, *, alone: bool = False) -> Part:
     return Part(name, (sys.executable, "-c", code), seconds, alone)
 
 
@@ -35,17 +38,42 @@ class Saved:
         self.contents.append(dict(found))
 
 
-def run(*given: Part, folder: Path, seconds: float = SOON, saved: Saved | None = None) -> Found:
-    return run_parts(given, folder, time.monotonic() + seconds, saved or Saved())
+def run(*given: Part, folder: Path, seconds: float = DEADLINE, saved: Saved | None = None) -> Found:
+    return run_parts(given, folder, parts.time.monotonic() + seconds, saved or Saved())
 
 
-def test_what_fails_and_what_hangs_stops_no_other(tmp_path: Path) -> None:
+class Clock:
+    """Stands for `time`, and for waiting: no part takes any time but those that hang, whose time is
+    over as soon as they have printed the word `said`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, logs: Path, said: str = "") -> None:
+        self._now, self._logs, self._said = 0.0, logs, said
+        self._wait = subprocess.Popen.wait
+        monkeypatch.setattr(parts, "time", self)
+        over = self._over
+        monkeypatch.setattr(subprocess.Popen, "wait", lambda *given: over(*given))
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def _over(self, process: subprocess.Popen[bytes], limit: float | None = None) -> int:
+        if limit is None or "sleep(999)" not in str(process.args):
+            return self._wait(process, limit)
+        wait_until(lambda: any(self._said in log.read_text() for log in self._logs.iterdir()))
+        self._now += limit + 1
+        raise subprocess.TimeoutExpired(process.args, limit)
+
+
+def test_what_fails_and_what_hangs_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch, tmp_path, "half")
     saved = Saved()
     found = run(
         part("good", finds(x=1)),
         part("wrong", finds(failed=["a differs from b"], y=2)),
         part("raising", "raise RuntimeError('no such kernel')"),
-        part("hanging", f"{finds(half=1)}; import time; time.sleep(99)", 1.5, alone=True),
+        part("hanging", f"{finds(half=1)}; {HANGS}", 1.5, alone=True),
         part("silent", "print('nothing')", alone=True),
         part("last", finds(z=3), alone=True),
         folder=tmp_path,
@@ -90,9 +118,12 @@ def test_parts_that_measure_run_alone(tmp_path: Path) -> None:
     assert max(one[1], two[1]) < first[0] < first[1] < second[0]
 
 
-def test_when_time_is_over_parts_are_not_started(tmp_path: Path) -> None:
+def test_when_time_is_over_parts_are_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch, tmp_path)
     found = run(
-        part("hanging", "import time; time.sleep(99)", alone=True),
+        part("hanging", HANGS, alone=True),
         part("late", finds(x=1), alone=True),
         folder=tmp_path,
         seconds=1.0,
@@ -103,29 +134,17 @@ def test_when_time_is_over_parts_are_not_started(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
+def test_what_a_part_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, tmp_path, "child")
     code = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])\n"
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {HANGS!r}])\n"
         "print('RESULT {\"child\": %d}' % child.pid, flush=True)\n"
-        "time.sleep(99)"
+        f"{HANGS}"
     )
     found = run(part("parent", code, 3.0), folder=tmp_path)
-    assert is_gone(found["parent"]["child"])
-
-
-def is_gone(pid: int) -> bool:
-    """Killed processes whose parent has ended may stay as zombies for a while."""
-    end = time.monotonic() + SOON
-    while time.monotonic() < end:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.05)
-    return False
+    with contextlib.suppress(ProcessLookupError):  # it is gone
+        wait_gone(os.pidfd_open(found["parent"]["child"]))
 
 
 def test_parts_print_results_as_they_are_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.support.live_server import LiveServer
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 
 MODEL = "tiny"
-MAX_LEN = 8192
+MAX_LEN = 32_768
 NUM_BLOCKS = 2048
 
 
@@ -27,7 +28,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_server(tiny_folder: Path, native_cache: Path) -> Callable[..., LiveServer]:
     """Builds servers on the tiny model; arguments are those of `LiveServer`."""
 
-    def make(*overrides: str, **options: bool) -> LiveServer:
+    def make(*overrides: str, **options: Any) -> LiveServer:
         return LiveServer(
             f"model.source={tiny_folder}",
             f"model.served_name={MODEL}",

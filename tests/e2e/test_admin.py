@@ -18,12 +18,14 @@ from tests.support.live_server import LiveServer, idle, run_aerie
 from tests.support.parallel_heads import write_parallel_head
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
+from tests.support.waiting import DEADLINE
 
 MakeServer = Callable[..., LiveServer]
 PATH = "/admin/draft"
 ADMIN = {"authorization": "Bearer root"}
 SPEC = TinyLlama(max_position_embeddings=MAX_LEN)
 NUM_STREAMS = 20
+LEARNING = 900  # seconds for a round
 SHARED = "a server answers many clients at once and never loses a token " * 2
 
 
@@ -61,7 +63,7 @@ def texts(server: LiveServer, *, streaming: Event | None = None) -> list[str]:
     def text(number: int) -> str:
         stream = client.completions.create(**asked(number), stream=True)
         parts = [next(iter(stream)).choices[0].text]
-        started.wait(60)
+        started.wait(DEADLINE)
         return "".join([*parts, *(chunk.choices[0].text for chunk in stream)])
 
     with ThreadPoolExecutor(NUM_STREAMS) as threads:
@@ -83,7 +85,7 @@ def test_swapping_heads_changes_none_of_twenty_running_streams(
         streaming = Event()
         with ThreadPoolExecutor(1) as thread:
             heard = thread.submit(texts, drafting, streaming=streaming)
-            assert streaming.wait(60)
+            assert streaming.wait(DEADLINE)
             for path in (second, None, peagle, first, tmp_path / "none", dflash):
                 answer = swap(drafting, path)
                 assert answer.status_code == (400 if path == tmp_path / "none" else 200)
@@ -152,6 +154,7 @@ def test_capture_without_consent_is_an_error_at_start(tmp_path: Path) -> None:
     assert "--capture-consent" in done.stderr
 
 
+@pytest.mark.timeout(2 * LEARNING)
 def test_the_head_learns_from_what_the_server_answers(
     make_server: MakeServer, heads: list[Path], tmp_path: Path
 ) -> None:
@@ -178,7 +181,8 @@ def test_the_head_learns_from_what_the_server_answers(
         server.post(path, {"paused": False}, headers=ADMIN)
         assert texts(server) == expected, "now enough of the same sequences are held out"
         # The trainer has the lowest priority: beside other work it may wait for long.
-        server.wait_metrics(lambda found: found["learning_rounds_total"] > 0, within=300)
+        server.log.wait_for("a round of learning: |did not learn: ", within=LEARNING)
+        assert server.metrics()["learning_rounds_total"] > 0
         status = server.get(path, headers=ADMIN).json()
         assert status["num_failed"] == 0, status
         assert status["held_out_before"] >= 1

@@ -9,7 +9,8 @@ import anthropic
 import pytest
 
 from tests.e2e.conftest import MODEL
-from tests.support.live_server import DEADLINE, LiveServer, idle
+from tests.support.live_server import LiveServer, idle
+from tests.support.waiting import DEADLINE
 
 ASKED: dict[str, Any] = {
     "model": MODEL,

@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MAX_LEN, MODEL, NUM_BLOCKS
-from tests.support.live_server import DEADLINE, LiveServer, idle
+from tests.support.live_server import LiveServer, idle
+from tests.support.waiting import DEADLINE
 
 KEY, FILE_KEY = "sk-first-secret", "sk-second-secret"
 MAX_BODY = 20_000

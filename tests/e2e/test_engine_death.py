@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,9 +14,11 @@ import pytest
 
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import LiveServer, wait_gone
+from tests.support.start_up import holding_engines
 
 MakeServer = Callable[..., LiveServer]
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "the quick", "max_tokens": 8, "temperature": 0}
+PATIENCE = "server.engine_timeout=10"  # seconds; a busy machine takes some for a step
 ENDLESS = SHORT | {"max_tokens": MAX_LEN - 100, "extra_body": {"ignore_eos": True}}
 
 
@@ -53,10 +56,12 @@ def check_refusal_of_what_ran_at_two_deaths(server: LiveServer, before: str) -> 
 
 
 def test_a_killed_engine_is_started_again_and_a_killed_server_takes_its_engine_along(
-    make_server: MakeServer,
+    make_server: MakeServer, tmp_path: Path
 ) -> None:
-    with make_server() as server:
+    hold = tmp_path / "hold"
+    with make_server(extra=holding_engines(tmp_path, hold)) as server:
         before, first_pid = text_of(server), server.engine_pid
+        hold.touch()
         check_failure_of_open_requests(server)
         assert server.get("/ready").status_code == 503
         assert server.get("/health").status_code == 200
@@ -64,6 +69,7 @@ def test_a_killed_engine_is_started_again_and_a_killed_server_takes_its_engine_a
             text_of(server)
         assert (caught.value.status_code, caught.value.code) == (503, "engine_not_ready")
         assert "retry-after" in caught.value.response.headers
+        hold.unlink()
         server.wait_status("/ready", 200)
         assert server.engine_pid != first_pid
         assert text_of(server) == before
@@ -82,7 +88,7 @@ def test_a_killed_engine_is_started_again_and_a_killed_server_takes_its_engine_a
 def test_an_engine_that_hangs_is_killed_and_without_restarts_the_server_ends_with_it(
     make_server: MakeServer,
 ) -> None:
-    with make_server("server.restart_engine=false", "server.engine_timeout=2") as server:
+    with make_server("server.restart_engine=false", PATIENCE) as server:
         check_failure_of_open_requests(server, signal.SIGSTOP)
         assert server.wait() == 1
         assert "has work and has sent nothing for" in server.log.text()

@@ -8,6 +8,7 @@ from tests.support.greedy import greedy_margins
 from tests.support.live_server import LiveServer
 from tests.support.tiny_heads import write_tiny_llama4_head
 from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.waiting import DEADLINE
 
 PROMPT = list(range(10, 60)) * 2  # lookup finds repetitions
 
@@ -24,6 +25,7 @@ def test_a_llama4_is_served_with_drafts_on_two_ranks(tmp_path: Path, native_cach
         "cache.num_blocks=64",
         "kernels.threads=2",
         "parallel.tensor=2",
+        f"parallel.timeout={DEADLINE}",
         "parallel.experts=expert",
         "scheduler.max_num_seqs=8",
         "scheduler.max_num_batched_tokens=61",

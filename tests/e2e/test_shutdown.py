@@ -14,9 +14,10 @@ import pytest
 
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import LiveServer, idle, post, wait_gone
+from tests.support.waiting import DEADLINE
 
 MakeServer = Callable[..., LiveServer]
-LENGTH = 3000  # tokens; they take seconds, the test much less
+LENGTH = 3000  # tokens; they take much longer than the test needs to stop the engine
 DRAINING = r"draining: 1 requests are open"
 
 
@@ -37,7 +38,9 @@ def open_stream(server: LiveServer, num_tokens: int, **client: Any) -> openai.St
 
 def test_sigterm_lets_open_streams_end_and_refuses_new_requests(make_server: MakeServer) -> None:
     with make_server("server.drain_timeout=140") as server:
+        engine = server.engine_pid
         stream = open_stream(server, LENGTH)
+        os.kill(engine, signal.SIGSTOP)  # until everything else has been looked at
         server.signal(signal.SIGTERM)
         server.log.wait_for(DRAINING)
         with pytest.raises(openai.InternalServerError) as caught:
@@ -46,6 +49,7 @@ def test_sigterm_lets_open_streams_end_and_refuses_new_requests(make_server: Mak
         assert caught.value.response.headers["retry-after"] == "1"
         assert server.get("/ready").status_code == 503
         assert server.get("/health").status_code == 200
+        os.kill(engine, signal.SIGCONT)
         *_, last = stream
         assert last.usage.completion_tokens == LENGTH
         assert server.wait() == 0
@@ -85,7 +89,7 @@ def test_without_time_to_drain_open_requests_end_with_an_error(make_server: Make
 
 
 def test_a_client_that_does_not_read_cannot_hold_up_the_end(make_server: MakeServer) -> None:
-    with make_server("server.drain_timeout=0") as server:
+    with make_server("server.drain_timeout=0", f"server.write_timeout={DEADLINE}") as server:
         body = json.dumps(
             {
                 "model": MODEL,

@@ -23,11 +23,11 @@ from engine.request import Request, SamplingParams
 from server.assembly.offline import OfflineEngine
 from tests.architecture.source_tree import PRODUCT, ROOT, SEPARATE, Module, imports, modules
 from tests.support.live_server import child_environment
+from tests.support.waiting import DEADLINE
 
 FILES = ("pyproject.toml", "setup.py", "aerie.py", "README.md", "LICENSE")
 MADE_HERE = shutil.ignore_patterns("__pycache__", "*.so", "prebuilt")
 PROMPT, NUM_TOKENS = [5, 17, 3, 40, 8], 12
-SECONDS = 60.0
 
 # Imports every module but those that need an extra, then generates; prints the top-level names and
 # the tokens as JSON.
@@ -64,7 +64,7 @@ nested = setup_script().nested
 
 def pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -111,7 +111,7 @@ def run(installed: Path, arguments: Sequence[str]) -> str:
         env=environment(installed),
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=DEADLINE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -183,6 +183,7 @@ def test_the_installed_server_finds_its_processes(
     settings = ["model.dtype=float32", "cache.num_blocks=64", "parallel.tensor=2"]
     settings += [f"model.source={tiny_folder}", f"files.dir={native_cache}"]
     settings += ["kernels.backend=reference", "server.restart_engine=false"]
+    settings += [f"parallel.timeout={DEADLINE}"]
     server = subprocess.Popen(
         [sys.executable, "-S", "-m", "aerie", "serve", "--port", "0", *settings],
         cwd=installed.parent,
@@ -198,7 +199,7 @@ def test_the_installed_server_finds_its_processes(
             assert ready is not None, server.stderr and server.stderr.read()
             body = {"model": str(tiny_folder), "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
             url = ready.split()[1]
-            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=SECONDS)
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE)
             assert answer.status_code == 200, answer.text
         finally:
             server.terminate()

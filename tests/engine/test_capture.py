@@ -27,8 +27,14 @@ from engine.request import FinishReason, Sequence
 from tests.support.engines import ask, generate
 from tests.support.fake_executor import FakeEngine
 from tests.support.scripted_engine import INFO
+from tests.support.waiting import DEADLINE
 
 Line = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _patience_with_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.capture.CLOSING", DEADLINE)
 
 
 def settings(folder: Path, **changes: object) -> CaptureConfig:
@@ -246,7 +252,7 @@ def test_a_shard_that_cannot_be_opened_loses_the_sequence_it_was_for(
 def test_taking_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = threading.Event()
     monkeypatch.setattr(
-        ShardWriter, "write", lambda shard, text, num_tokens: held.wait(30) and None
+        ShardWriter, "write", lambda shard, text, num_tokens: held.wait(DEADLINE) and None
     )
     writer = open_writer(settings(tmp_path), queue_size=3)
     writer.start()

@@ -31,6 +31,7 @@ from tests.support.scripted_proposer import (
 )
 from tests.support.tiny_engine import TinyEngine
 from tests.support.tiny_grammars import EOS, TOKENS, allowed, compiler, grammars, matching, text_of
+from tests.support.waiting import DEADLINE
 
 VOCAB = 131
 WORDS = r"[a-c]{3,30} (ab|ba|c)*"
@@ -233,7 +234,7 @@ def test_a_grammar_that_is_being_compiled_delays_no_other_request(engine: TinyEn
     ready = threading.Event()
 
     def slow() -> GrammarCompiler:
-        assert ready.wait(30)
+        assert ready.wait(DEADLINE)
         return compiler()
 
     core = replace(engine, grammars=lambda: Grammars(slow, frozenset({EOS}))).build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ import pytest
 from engine.parallel import transport
 from engine.parallel.transport import MAX_FRAME, NUM_PLACES, Board
 from tests.support.inboxes import connected
+from tests.support.waiting import DEADLINE
 
-WAIT = 60.0
 LONG = bytes(range(256)) * (MAX_FRAME // 256 + 1)  # does not fit on a board
 FULL = LONG[:MAX_FRAME]
 
@@ -96,7 +97,7 @@ def test_every_follower_gets_all_frames_in_order(
         for frame in frames:
             broadcast.send(frame)
         for heard in hearing:
-            assert heard.result(WAIT) == frames
+            assert heard.result(DEADLINE) == frames
     broadcast.close()
     for inbox, _ in followers:
         assert inbox.receive() is None
@@ -123,7 +124,7 @@ def test_the_end_wakes_a_follower(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(1) as thread:
         hearing = thread.submit(inbox.receive)
         broadcast.close()
-        assert hearing.result(WAIT) is None
+        assert hearing.result(DEADLINE) is None
     inbox.close()
 
 
@@ -147,9 +148,21 @@ def test_answers_come_back_by_rank() -> None:
 
 
 def test_nothing_is_left_open() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     broadcast, followers = connected(2)
+    opened = dict(open_files().items() - before.items())
+    assert len(opened) >= 8
     broadcast.close()
     for inbox, _ in followers:
         inbox.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not opened.items() & open_files().items()
+
+
+def open_files() -> dict[int, tuple[int, int]]:
+    """What this process has open; its other threads may close and open files at any time."""
+    found = {}
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the list itself, by now
+            status = os.fstat(number)
+            found[number] = (status.st_dev, status.st_ino)
+    return found

@@ -9,6 +9,7 @@ import pytest
 
 from engine.checkpoints.source import BUNDLED_ALIAS
 from tests.support.live_server import LiveServer
+from tests.support.waiting import DEADLINE
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -41,7 +42,7 @@ def answers(native_cache: Path, *overrides: str) -> tuple[list[str], dict[str, f
 def test_three_ranks_answer_as_one_does(native_cache: Path) -> None:
     alone, _, log = answers(native_cache, "speculation.draft=null")
     assert "ranks" not in log
-    three = ("parallel.tensor=3", "parallel.timeout=60", "parallel.check_every=10")
+    three = ("parallel.tensor=3", f"parallel.timeout={DEADLINE}", "parallel.check_every=10")
     together, metrics, log = answers(native_cache, *three, "speculation.tree=chain3")
     assert "3 ranks over gloo" in log
     assert "Paris" in alone[0]

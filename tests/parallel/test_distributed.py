@@ -12,9 +12,9 @@ from torch import Tensor
 
 from engine.parallel import distributed
 from engine.parallel.distributed import DistributedGroup
+from tests.support.waiting import DEADLINE
 
 CPU = torch.device("cpu")
-WAIT = 60.0
 
 
 def reduced(folder: Path, parts: Tensor) -> list[Tensor]:
@@ -22,11 +22,11 @@ def reduced(folder: Path, parts: Tensor) -> list[Tensor]:
     size = len(parts)
 
     def on_rank(rank: int) -> Tensor:
-        group = DistributedGroup.join(folder / "store", rank, size, CPU, WAIT)
+        group = DistributedGroup.join(folder / "store", rank, size, CPU, DEADLINE)
         return group.all_reduce(parts[rank].clone())
 
     with ThreadPoolExecutor(size) as ranks:
-        return list(ranks.map(on_rank, range(size), timeout=WAIT))
+        return list(ranks.map(on_rank, range(size), timeout=DEADLINE))
 
 
 class Known:
@@ -49,7 +49,7 @@ def test_only_several_ranks_on_gpus_share_memory(
 
 
 def test_the_sum_of_one_rank_is_its_tensor(tmp_path: Path) -> None:
-    group = DistributedGroup.join(tmp_path / "store", 0, 1, CPU, WAIT)
+    group = DistributedGroup.join(tmp_path / "store", 0, 1, CPU, DEADLINE)
     x = torch.randn(3, 5)
     assert group.all_reduce(x) is x
 

@@ -19,7 +19,7 @@ from engine.step.shape import ROOT, DynamicShape, chain
 from server.assembly.swaps import DraftSwaps
 from tests.engine.test_speculation_equality import SETTINGS, assert_same
 from tests.support.copied_head import write_copied_head
-from tests.support.engines import ask, generate
+from tests.support.engines import ask, generate, settled
 from tests.support.ranks import Ranks, started
 from tests.support.scripted_proposer import CyclingPlanner, wide_shape
 from tests.support.threads import own_torch_threads
@@ -76,9 +76,8 @@ class Group:
             return
         swaps = DraftSwaps(core, self.ranks.engine.swapper)
         swaps.ask(SwapDraft("swap", None if name is None else str(self.heads[name])))
-        while not (answers := swaps.settle()):
-            pass
-        assert answers[0].error is None, answers[0].error
+        answer = settled(swaps)[0]
+        assert answer.error is None, answer.error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from engine.completion import Completion
 from engine.messages import DraftSwapped, Submit, SwapDraft
 from server.assembly.swaps import DraftSwaps
 from tests.support.copied_head import write_copied_head
-from tests.support.engines import ask, generate
+from tests.support.engines import ask, generate, settled
 from tests.support.live_server import run_aerie
 from tests.support.ranks import Ranks, started
 from tests.support.tiny_heads import write_tiny_head
@@ -38,9 +38,7 @@ class Group:
     def swap(self, path: Path) -> DraftSwapped:
         swaps = DraftSwaps(self.ranks.engine.core, self.ranks.engine.swapper)
         swaps.ask(SwapDraft("swap", str(path)))
-        while not (answers := swaps.settle()):
-            pass
-        return answers[0]
+        return settled(swaps)[0]
 
     def check_text(self) -> int:
         """Run the requests and check their texts; returns how many nodes were drafted."""

@@ -23,8 +23,7 @@ from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import chain
 from tests.support.inboxes import connected
 from tests.support.thread_group import ThreadGroup, run_ranks
-
-WAIT = 30.0
+from tests.support.waiting import DEADLINE
 
 
 def plan_of(number: int, *, ahead: bool = False) -> StepPlan:
@@ -160,7 +159,7 @@ def test_followers_get_a_step_when_it_is_launched_and_nothing_when_it_is_collect
     scratch: bool,
 ) -> None:
     broadcast, ((follower, _),) = connected(1)
-    orders, progress, says = Orders(broadcast), Progress(WAIT), Says(7)
+    orders, progress, says = Orders(broadcast), Progress(DEADLINE), Says(7)
     group = GroupExecutor(says, orders, progress, scratch=scratch)
     launched = group.launch(plan_of(4))
     assert says.done == [("launch", 4)]
@@ -248,10 +247,10 @@ def watch(
 
 
 def test_the_end_of_a_follower_is_noticed(sleepers: list[subprocess.Popen[bytes]]) -> None:
-    _, watchdog, heard = watch(sleepers, WAIT)
+    _, watchdog, heard = watch(sleepers, DEADLINE)
     watchdog.start()
     sleepers[1].send_signal(signal.SIGKILL)
-    assert heard.get(timeout=WAIT) == "rank 2 has ended"
+    assert heard.get(timeout=DEADLINE) == "rank 2 has ended"
     watchdog.stop()
 
 
@@ -259,7 +258,7 @@ def test_a_step_without_an_end_is_noticed(sleepers: list[subprocess.Popen[bytes]
     progress, watchdog, heard = watch(sleepers, 0.01)
     watchdog.start()
     with progress.step():
-        assert heard.get(timeout=WAIT).startswith("a rank does not answer")
+        assert heard.get(timeout=DEADLINE).startswith("a rank does not answer")
     watchdog.stop()
 
 
@@ -292,19 +291,19 @@ def test_time_in_which_rank_0_stood_still_is_not_the_time_of_a_step(
 def test_a_watchdog_that_stood_still_excuses_the_step(
     sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    progress, watchdog, _ = watch(sleepers, WAIT)
+    progress, watchdog, _ = watch(sleepers, DEADLINE)
     clock, excused = itertools.count(0.0, 100.0), queue.Queue[float]()
     monkeypatch.setattr(
         "engine.parallel.watchdog.time", SimpleNamespace(monotonic=lambda: next(clock))
     )
     monkeypatch.setattr(progress, "excuse", excused.put)
     watchdog.start()
-    assert excused.get(timeout=WAIT) == 100.0 - 2 * POLL
+    assert excused.get(timeout=DEADLINE) == 100.0 - 2 * POLL
     watchdog.stop()
 
 
 def test_ends_that_were_asked_for_are_not_losses(sleepers: list[subprocess.Popen[bytes]]) -> None:
-    _, watchdog, heard = watch(sleepers, WAIT)
+    _, watchdog, heard = watch(sleepers, DEADLINE)
     watchdog.start()
     watchdog.stop()
     for process in sleepers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,32 +182,39 @@ def test_followers_that_run_ahead_get_nothing_but_plans(folder: Path) -> None:
 def test_a_head_swapped_with_a_step_in_flight_does_not_change_texts(
     folder: Path, truth: dict[str, Completion]
 ) -> None:
-    texts = {request.request_id: Completion() for request in table()}
 
-    def work(leader: Leader) -> int:
-        core, paths = leader.core, ["eagle3", None, "eagle", "eagle3"]
-        swaps, num_done = DraftSwaps(core, leader.swapper), 0
-        for request in table():
-            core.add(Submit(msgspec.structs.replace(request, max_draft_nodes=None)))
-        while core.has_work() or swaps.busy:
-            if not swaps.busy and paths:
-                name = paths.pop(0)
+    def work(leader: Leader) -> list[bool]:
+        """Swaps heads, at least four, while rows run; returns for each whether a step was in
+        flight. A head may load longer than all rows run."""
+        core, names = leader.core, itertools.cycle(["eagle3", None, "eagle"])
+        swaps, swapped = DraftSwaps(core, leader.swapper), list[bool]()
+        texts: dict[str, Completion] = {}
+        while (wanted := len(swapped) < 4 or not any(swapped)) or core.has_work():
+            if not core.has_work():
+                if texts:
+                    check(texts, truth)
+                texts = {request.request_id: Completion() for request in table()}
+                for request in table():
+                    core.add(Submit(msgspec.structs.replace(request, max_draft_nodes=None)))
+            if wanted and not swaps.busy:
+                name = next(names)
                 swaps.ask(SwapDraft("swap", None if name is None else str(folder / name)))
             for event in core.step():
                 if isinstance(event, Tokens | Finished):
                     texts[event.request_id].take(event)
+            in_flight = core._flight is not None
             answers = swaps.settle()
             assert [done.error for done in answers] == [None] * len(answers)
-            num_done += len(answers)
+            swapped += [in_flight] * len(answers)
             core.audit()
-        return num_done
+        check(texts, truth)
+        return swapped
 
     config = configure(folder, "eagle", "speculation.tree=chain3")
     way = Way(2, PADDED, run_ahead=True)
-    num_done, (orders,) = lead(config, way, FixedPlanner(chain(3)), work)
-    check(texts, truth)
-    assert num_done == 4
+    swapped, (orders,) = lead(config, way, FixedPlanner(chain(3)), work)
     used = [at for at, order in enumerate(orders) if isinstance(order, UseDraft)]
+    assert len(used) == len(swapped)
     assert all(isinstance(orders[at - 1], PrepareDraft) for at in used)
     before = [orders[at - 2] for at in used]
     assert any(isinstance(order, RunStep) and order.plan.ahead for order in before)

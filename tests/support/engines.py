@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from engine.completion import Completion
 from engine.core import EngineCore
-from engine.messages import Finished, Submit, Tokens
+from engine.messages import DraftSwapped, Finished, Submit, Tokens
 from engine.request import Request, SamplingParams
+from server.assembly.swaps import DraftSwaps
+from tests.support.waiting import wait_until
 
 
 def ask(request_id: str, prompt_ids: list[int], **params: object) -> Request:
@@ -33,3 +35,10 @@ def generate(
         core.audit()
     assert all(record.finished is not None for record in heard.values())
     return heard
+
+
+def settled(swaps: DraftSwaps) -> list[DraftSwapped]:
+    """The next answers to swaps that were asked for, of an engine that does nothing else."""
+    answers: list[DraftSwapped] = []
+    wait_until(lambda: answers.extend(swaps.settle()) or answers)
+    return answers

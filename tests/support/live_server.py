@@ -24,10 +24,10 @@ import yaml
 
 from configs.env import environment
 from server.process.process_table import children_of
+from tests.support.waiting import DEADLINE, wait_until
 
 STACKS_TIME = 2  # seconds for a process to write them
-POLL = 0.02  # seconds between looks at a server, which needs the cores itself
-DEADLINE = 150  # seconds; the native kernels may have to be compiled in it
+POLL = 0.05  # seconds between requests to a server, which needs the cores itself
 READY = re.compile(
     r"READY (?P<url>http://\S+)  \(OpenAI base URL: (?P<base>\S+)\)\n"
     r'|"event": "ready", "url": "(?P<url_json>[^"]+)", "openai_base_url": "(?P<base_json>[^"]+)"'
@@ -186,15 +186,23 @@ class LiveServer:
     @property
     def http_pid(self) -> int:
         """The child that answers requests now."""
-        (pid,) = children_of(self.pid)
-        return pid
+        return self._one(lambda: _copies(self.pid))
 
     @property
     def engine_pid(self) -> int:
         """Its child that runs the engine now."""
-        (pid,) = [
-            pid for pid in children_of(self.http_pid) if "engine_process" in command_line(pid)
-        ]
+        return self._one(lambda: _running(children_of(self.http_pid), "engine_process"))
+
+    def _one(self, find: Callable[[], list[int]]) -> int:
+        """The only process that `find` finds, once there is one: it may be starting."""
+        found: list[int] = []
+
+        def seen() -> bool:
+            found[:] = find()
+            return bool(found) or self.process.poll() is not None
+
+        wait_until(seen)
+        (pid,) = found
         return pid
 
     def signal(self, number: signal.Signals) -> None:
@@ -246,11 +254,9 @@ class LiveServer:
                 found[f"ended_{reason[1]}"] = float(value)
         return found
 
-    def wait_metrics(
-        self, condition: Callable[[dict[str, float]], bool], within: float = DEADLINE
-    ) -> dict[str, float]:
-        """Scrape until `condition` holds, for `within` seconds; return those metrics."""
-        end = time.monotonic() + within
+    def wait_metrics(self, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """Scrape until `condition` holds; return those metrics."""
+        end = time.monotonic() + DEADLINE
         while not condition(found := self.metrics()):
             assert time.monotonic() < end, f"the metrics stayed at {found}"
             time.sleep(POLL)
@@ -307,6 +313,15 @@ def descendants(pid: int) -> Iterator[int]:
     yield pid
     for child in children_of(pid):
         yield from descendants(child)
+
+
+def _copies(pid: int) -> list[int]:
+    """Children that run the program of their parent; others are what a dead one has left."""
+    return _running(children_of(pid), command_line(pid))
+
+
+def _running(pids: list[int], words: str) -> list[int]:
+    return [pid for pid in pids if words in command_line(pid)]
 
 
 def command_line(pid: int) -> str:

@@ -18,6 +18,7 @@ from engine.speculation.planner import FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy
 from server.assembly.compose import Engine, build_swappable_engine
 from tests.support.threads import own_torch_threads
+from tests.support.waiting import DEADLINE
 
 NUM_BLOCKS = 256
 
@@ -72,7 +73,7 @@ def started(model: Path, cache: Path, *overrides: str) -> Iterator[Ranks]:
         "scheduler.max_num_batched_tokens=256",
         "scheduler.max_num_seqs=16",
         "speculation.tree=root",
-        "parallel.timeout=120",
+        f"parallel.timeout={DEADLINE}",
         "parallel.check_every=3",
         *overrides,
     ]

@@ -36,8 +36,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(429, {"error": "busy"})
         else:
             self._stream(body["max_tokens"])
-        with self.server.lock:
-            self.server.open -= 1
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         self._write(status, json.dumps(content).encode())
@@ -46,7 +44,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data[:-1])
+        if self.command == "POST":  # over before its client, which has all but the end, goes on
+            with self.server.lock:
+                self.server.open -= 1
+        self.wfile.write(data[-1:])
 
     def _stream(self, num_tokens: int) -> None:
         words = self.server.text.split(" ")

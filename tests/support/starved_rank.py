@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from configs.env import environment
+from tests.support.start_up import with_start_up_code
 
-ROOT = Path(__file__).parents[2]
 KINDS: dict[str, type[Exception]] = {"host": MemoryError, "device": torch.OutOfMemoryError}
 
 
@@ -22,9 +21,7 @@ def starving(folder: Path, rank: int, wish: Path) -> Mapping[str, str]:
         "    from tests.support.starved_rank import starve\n"
         f"    starve({str(wish)!r})\n"
     )
-    (folder / "sitecustomize.py").write_text(program, encoding="utf-8")
-    found = environment().get("PYTHONPATH")
-    return {"PYTHONPATH": ":".join([str(folder), str(ROOT), *([found] if found else [])])}
+    return with_start_up_code(folder, program)
 
 
 def starve(wish: str) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from server.terminal.remote import Remote
 from server.terminal.session import Session
+from tests.support.waiting import DEADLINE
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close at once, with a reset
 
@@ -84,7 +85,7 @@ class GivenServer:
         trace: TracebackType | None,
     ) -> None:
         self._server.shutdown()
-        self._thread.join(30)
+        self._thread.join(DEADLINE)
         self._server.server_close()
 
 

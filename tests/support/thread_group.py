@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.step.group import TPGroup
+from tests.support.waiting import DEADLINE
 
 T = TypeVar("T")
-TIMEOUT = 60.0  # seconds until a missing rank fails the test
 
 
 class Meeting:
@@ -21,7 +21,7 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=TIMEOUT)
+        self.barrier = threading.Barrier(size, timeout=DEADLINE)
         self.table: list[Tensor | None] = [None] * size
 
 

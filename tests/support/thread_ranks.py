@@ -37,10 +37,10 @@ from server.process.follower import Follower
 from tests.support.engines import generate
 from tests.support.inboxes import connected
 from tests.support.thread_group import run_ranks
+from tests.support.waiting import DEADLINE
 
 T = TypeVar("T")
 EXACT, PADDED = StepSettings(exact=True), StepSettings(exact=False)
-STEP_LIMIT = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _rank(config: HostConfig, group: TPGroup, way: Way) -> Rank:
 def _leader(rank: Rank, orders: Orders, way: Way, planner: Planner) -> Leader:
     executor = rank.executor
     if way.size > 1:
-        executor = GroupExecutor(executor, orders, Progress(STEP_LIMIT))
+        executor = GroupExecutor(executor, orders, Progress(DEADLINE))
     policy = replace(rank.drafting, planner=planner).policy(Lookup() if way.lookup else None)
     gate = Gate(rank.grammars)
     core = EngineCore(

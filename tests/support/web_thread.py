@@ -11,6 +11,7 @@ from typing import Self
 from server.process.web import WebServer
 from tests.support.http_server import Server
 from tests.support.scripted_engine import Event
+from tests.support.waiting import DEADLINE
 
 
 class WebThread:
@@ -28,7 +29,7 @@ class WebThread:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._started.wait(30)
+        assert self._started.wait(DEADLINE)
         return self
 
     def __exit__(
@@ -40,7 +41,7 @@ class WebThread:
         assert self._loop is not None
         self._web.should_exit = True
         self._loop.call_soon_threadsafe(self._web.drop_connections)
-        self._thread.join(30)
+        self._thread.join(DEADLINE)
         self._socket.close()
 
     def feed(self, event: Event) -> None:

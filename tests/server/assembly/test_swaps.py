@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +29,13 @@ from server.assembly import drafting
 from server.assembly.compose import Engine, build_engine, build_swappable_engine
 from server.assembly.drafting import Drafting
 from server.assembly.swaps import DraftSwapper, DraftSwaps
-from tests.support.engines import ask, generate
+from tests.support.engines import ask, generate, settled
 from tests.support.fake_executor import FakeEngine
 from tests.support.scripted_engine import INFO
 from tests.support.threads import own_torch_threads
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.waiting import DEADLINE, wait_until
 
 SHARED = [7 + 3 * i % 300 for i in range(40)]
 PROMPTS = {
@@ -46,7 +46,6 @@ PROMPTS = {
     "shared-sampled": ([*SHARED, 4], {"temperature": 1.0, "seed": 3}),
     "long": (SHARED * 4, {"temperature": 1.0, "seed": 8}),
 }
-DEADLINE = 60.0
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,6 @@ def ask_for(engine: Engine, swaps: DraftSwaps, path: Path | str | None) -> Draft
     """Request a swap while nothing runs."""
     swaps.ask(SwapDraft("swap", None if path is None else str(path)))
     return settled(swaps)[0]
-
-
-def settled(swaps: DraftSwaps) -> list[DraftSwapped]:
-    end = time.monotonic() + DEADLINE
-    while not (answers := swaps.settle()):
-        assert time.monotonic() < end, "no answer came"
-    return answers
 
 
 class Script:
@@ -441,10 +433,12 @@ def test_a_head_that_does_not_load_in_time_is_given_up_and_later_ones_wait_for_i
     (answer,) = swaps.settle()
     assert answer.error == "an earlier head, which was given up, is still being loaded"
     swapper.released.set()
-    end = time.monotonic() + DEADLINE
-    while not swapper.num_dropped:
+
+    def dropped() -> int:
         assert swaps.settle() == []
-        assert time.monotonic() < end
+        return swapper.num_dropped
+
+    wait_until(dropped)
     swaps.ask(SwapDraft("last", None))
     assert settled(swaps) == [DraftSwapped("last")]
     assert (swapper.num_dropped, swapper.swapped) == (1, 1)

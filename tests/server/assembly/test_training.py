@@ -33,7 +33,7 @@ from server.assembly.evaluation import Evaluation, evaluate_draft
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.engines import ask
-from tests.support.live_server import DEADLINE, aerie_command, child_environment
+from tests.support.live_server import aerie_command, child_environment
 from tests.support.threads import own_torch_threads
 from tests.support.training_commands import (
     STEPS,
@@ -45,6 +45,7 @@ from tests.support.training_commands import (
     write_lines,
     write_model_and_data,
 )
+from tests.support.waiting import DEADLINE
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from drafter.train.history import History
-from tests.support.live_server import DEADLINE, aerie_command, child_environment
+from tests.support.live_server import aerie_command, child_environment
 from tests.support.threads import own_torch_threads
 from tests.support.training_commands import arguments, train, weights_of, write_model_and_data
+from tests.support.waiting import DEADLINE
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from uvicorn.server import ServerState
@@ -16,9 +16,9 @@ from configs.schema import ServerConfig
 from server.http.protocol import MAX_HEAD, HttpProtocol, protocol_with
 from server.process.web import web_config
 from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.waiting import DEADLINE, until
 
 MakeServer = Callable[..., Server]
-DEADLINE = 30.0  # seconds; only a hanging test takes so long
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = (
     b"POST "
@@ -28,22 +28,39 @@ POST = (
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
-class Hasty(HttpProtocol):
-    """The protocol with very short timeouts."""
-
-    head_timeout = body_timeout = 0.01
-
-
-class HastyForBodies(HttpProtocol):
-    body_timeout = 0.01
+def skip(seconds: float) -> None:
+    """Put the clock of the running loop forward: no test waits for a client to be too slow, and no
+    client is too slow because the machine is busy."""
+    loop = asyncio.get_running_loop()
+    before = loop.time
+    loop.time = lambda: before() + seconds  # type: ignore[method-assign]
 
 
 class Line:
     """A client's connection."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, state: ServerState
+    ) -> None:
         self.reader = reader
         self._writer = writer
+        self._state = state
+
+    @classmethod
+    async def open(cls, address: tuple[str, int], state: ServerState) -> Line:
+        """To the server at `address`, whose connections are in `state`."""
+        return cls(*await asyncio.open_connection(*address), state)
+
+    async def beside(self) -> Line:
+        """Another connection to the same server."""
+        return await self.open(self._writer.get_extra_info("peername"), self._state)
+
+    async def served(self) -> HttpProtocol:
+        """The server's end, once it is there."""
+        name = self._writer.get_extra_info("sockname")
+        ends = cast("set[HttpProtocol]", self._state.connections)
+        await until(lambda: any(end.client == name for end in ends))
+        return next(end for end in ends if end.client == name)
 
     async def send(self, *pieces: bytes) -> None:
         """Write pieces one by one; those after a close are dropped."""
@@ -84,12 +101,6 @@ class Line:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self._writer.transport.pause_reading()  # type: ignore[attr-defined]
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """The server's host and port."""
-        found: tuple[str, int] = self._writer.get_extra_info("peername")
-        return found
-
 
 def talk(
     server: Server,
@@ -106,7 +117,7 @@ def talk(
         listener = await loop.create_server(
             lambda: protocol(config, state, app_state={}), "127.0.0.1", 0
         )
-        line = Line(*await asyncio.open_connection(*listener.sockets[0].getsockname()))
+        line = await Line.open(listener.sockets[0].getsockname(), state)
         try:
             await asyncio.wait_for(scene(line), DEADLINE)
         finally:
@@ -155,8 +166,7 @@ def test_a_head_without_an_end_is_refused(server: Server, start: bytes, earlier:
 def test_a_body_of_nothing_but_its_encoding_is_refused(server: Server, start: bytes) -> None:
     async def scene(line: Line) -> None:
         await line.send(CHUNKED)
-        while not server.context.state._num_arriving:
-            await asyncio.sleep(0)
+        await until(lambda: server.context.state._num_arriving)
         await line.send(start, *letters(MAX_HEAD + 1 - len(start)))
         await refused(line, 431, "headers_too_large")
 
@@ -288,8 +298,7 @@ def test_invalid_bytes_after_a_request_do_not_change_its_answer(make_server: Mak
 
     async def scene(line: Line) -> None:
         await line.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        while not server.engine.submitted:
-            await asyncio.sleep(0)
+        await until(lambda: server.engine.submitted)
         await line.send(b"\x00\x00\r\n\r\n")
         assert await line.rest() == b""
 
@@ -303,18 +312,23 @@ def test_a_head_that_stops_coming_is_408(server: Server, start: bytes) -> None:
         await line.send(start)
         for _ in range(start.count(b"\r\n\r\n")):
             assert (await line.answer())[0] == 200
+        end = await line.served()
+        await until(lambda: end._in_request)
+        skip(HttpProtocol.head_timeout)
         await refused(line, 408, "request_timeout")
 
-    talk(server, scene, Hasty)
+    talk(server, scene)
 
 
 @pytest.mark.parametrize("part", [b"", b"{"])
 def test_a_body_that_stops_coming_is_408(server: Server, part: bytes) -> None:
     async def scene(line: Line) -> None:
         await line.send(POST + b"Content-Length: 10\r\n\r\n" + part)
+        await until(lambda: server.context.state._num_arriving)
+        skip(HttpProtocol.body_timeout)
         await refused(line, 408, "request_timeout")
 
-    talk(server, scene, HastyForBodies)
+    talk(server, scene)
     assert server.context.state.num_open == 0
 
 
@@ -327,9 +341,12 @@ def test_a_silent_connection_is_closed_without_an_answer(
             await line.send(GET)
             assert (await line.answer())[0] == 200
         await line.send(start)
+        end = await line.served()
+        await until(lambda: end._num_fruitless == len(start))
+        skip(HttpProtocol.head_timeout)
         assert await line.rest() == b""
 
-    talk(server, scene, Hasty)
+    talk(server, scene)
 
 
 def test_no_time_runs_while_a_request_is_answered(make_server: MakeServer) -> None:
@@ -345,8 +362,7 @@ def test_no_time_runs_while_a_request_is_answered(make_server: MakeServer) -> No
 
     async def scene(line: Line) -> None:
         await line.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        while not server.engine.submitted:
-            await asyncio.sleep(0)
+        await until(lambda: server.engine.submitted)
         assert [connection._timer for connection in connections] == [None]
 
     talk(server, scene, Known)

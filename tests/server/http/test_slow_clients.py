@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import msgspec
 import pytest
 
 from server.http import outlet
+from server.http.body_limit import BodyHold
 from server.http.protocol import HttpProtocol
-from tests.server.http.test_protocol import CHUNKED, GET, POST, Line, MakeServer, talk
+from tests.server.http.test_protocol import CHUNKED, GET, POST, Line, MakeServer, skip, talk
 from tests.support.http_server import CHAT, Server
 from tests.support.scripted_engine import INFO, say
+from tests.support.waiting import DEADLINE, until
 
 BODY = json.dumps(CHAT).encode()
 WHOLE = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
-class Impatient(HttpProtocol):
-    """A short time for bodies, but not for heads."""
-
-    body_timeout = 0.2
-
-
 def test_a_body_that_trickles_is_408(server: Server) -> None:
+    came: list[bytes] = []
+
+    class Noting(HttpProtocol):
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            came.append(body)
+
     async def scene(line: Line) -> None:
         await line.send(POST + b"Content-Length: 100000\r\n\r\n")
-        answer = asyncio.ensure_future(line.answer())
-        while not answer.done():
+        await until(lambda: server.context.state._num_arriving)
+        for number in range(4):
             await line.send(b" ")
-            await asyncio.sleep(0.01)
-        status, headers, _ = answer.result()
+            await until(lambda number=number: len(came) > number)
+            skip(HttpProtocol.body_timeout / 4)
+        status, headers, _ = await line.answer()
         assert (status, headers["connection"]) == (408, "close")
 
-    talk(server, scene, Impatient)
+    talk(server, scene, Noting)
     assert server.context.state.num_open == 0
 
 
@@ -43,8 +46,7 @@ def test_a_request_whose_body_is_not_here_delays_no_drain(server: Server) -> Non
 
     async def scene(line: Line) -> None:
         await line.send(POST + b"Content-Length: 100\r\n\r\n{")
-        while not state._num_arriving:
-            await asyncio.sleep(0)
+        await until(lambda: state._num_arriving)
         assert state.num_open == 0
         state.start_draining()
         await state.wait_idle()
@@ -64,8 +66,7 @@ def test_a_server_that_ends_refuses_what_has_not_arrived(server: Server) -> None
 
     async def scene(line: Line) -> None:
         await line.send(POST + b"Content-Length: 100\r\n\r\n{")
-        while not connections:
-            await asyncio.sleep(0)
+        await until(lambda: connections)
         connections[0].shutdown()
         status, _, body = await line.answer()
         assert (status, json.loads(body)["error"]["code"]) == (503, "draining")
@@ -84,16 +85,22 @@ def test_without_a_key_it_is_401_before_the_body_has_come(make_server: MakeServe
     talk(server, scene)
 
 
-def test_bodies_of_all_requests_together_are_bounded(make_server: MakeServer) -> None:
+def test_bodies_of_all_requests_together_are_bounded(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = make_server(max_pending_body_bytes=1000)
+    counted, take = [0], BodyHold.take
+
+    def noted(hold: BodyHold, num_bytes: int) -> None:
+        take(hold, num_bytes)
+        counted[0] += num_bytes
+
+    monkeypatch.setattr(BodyHold, "take", noted)
 
     async def scene(line: Line) -> None:
-        address = line.address
-        first = Line(*await asyncio.open_connection(*address))
+        first = await line.beside()
         await first.send(POST + b"Content-Length: 5000\r\n\r\n" + b" " * 900)
-        while server.context.state._num_arriving == 0:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.01)
+        await until(lambda: counted[0] == 900)
         await line.send(POST + b"Content-Length: 300\r\n\r\n" + b" " * 300)
         status, headers, body = await line.answer()
         assert (status, headers["retry-after"], headers["connection"]) == (429, "1", "close")
@@ -108,9 +115,10 @@ def test_bodies_of_all_requests_together_are_bounded(make_server: MakeServer) ->
 @pytest.mark.parametrize("closing", [b"", b"Connection: close\r\n"])
 @pytest.mark.parametrize("framing", [b"Content-Length: 5000000\r\n\r\n", b""])
 def test_a_body_above_the_limit_gets_its_413(
-    make_server: MakeServer, closing: bytes, framing: bytes
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch, closing: bytes, framing: bytes
 ) -> None:
     """However the connection ends: a reset would take the answer from the client."""
+    monkeypatch.setattr(outlet, "LINGER", DEADLINE)
     server = make_server(max_body_bytes=100_000)
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
 
@@ -142,11 +150,9 @@ def test_a_client_that_closes_both_sides_is_gone(make_server: MakeServer) -> Non
 
     async def scene(line: Line) -> None:
         await line.send(WHOLE)
-        while not server.engine.submitted:
-            await asyncio.sleep(0)
+        await until(lambda: server.engine.submitted)
         line.close()
-        while server.engine.open_ids:
-            await asyncio.sleep(0.01)
+        await until(lambda: not server.engine.open_ids)
 
     talk(server, scene)
 
@@ -188,9 +194,7 @@ def test_a_client_that_does_not_read_is_disconnected(
     async def scene(line: Line) -> None:
         line.read_nothing()
         await line.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        while not server.engine.submitted:
-            await asyncio.sleep(0.01)
-        while server.context.state.num_open:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.engine.submitted)
+        await until(lambda: not server.context.state.num_open)
 
     talk(server, scene, protocol)

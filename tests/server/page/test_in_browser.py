@@ -17,6 +17,7 @@ from engine.request import FinishReason
 from server.text.tokenizer import Tokenizer
 from tests.support.http_server import Server
 from tests.support.scripted_engine import Script, finished, say, steps, tokens
+from tests.support.waiting import DEADLINE
 from tests.support.web_thread import WebThread
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -33,6 +34,7 @@ EXPECTED = re.compile(r"Failed to load resource: .*(401|429|500|503)")  # said b
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    playwright.expect.set_options(timeout=1000 * DEADLINE)
     with playwright.sync_playwright() as driver:
         found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
@@ -55,10 +57,10 @@ class Visit:
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """For what happens in the server after an answer."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + DEADLINE
         while not condition():
             assert time.monotonic() < end
-            self.page.wait_for_timeout(10)
+            self.page.wait_for_timeout(10)  # in which the browser goes on
 
     def see(self, selector: str, text: str | re.Pattern[str]) -> None:
         playwright.expect(self.page.locator(selector).last).to_contain_text(text)
@@ -83,7 +85,7 @@ def visit(tokenizer: Tokenizer, browser: Any) -> Iterator[Open]:
             )
             stack.callback(context.close)
             page = context.new_page()
-            page.set_default_timeout(20_000)
+            page.set_default_timeout(1000 * DEADLINE)
             page.on("pageerror", lambda error: problems.append(str(error)))
             page.on("dialog", lambda dialog: problems.append(dialog.message))
             page.on("console", lambda said: said.type == "error" and problems.append(said.text))

@@ -28,6 +28,7 @@ from server.process.wire import decode_client
 from tests.support.engine_pair import Pair
 from tests.support.engines import ask
 from tests.support.scripted_engine import finished, tokens
+from tests.support.waiting import DEADLINE
 
 STATS = EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7)
 
@@ -43,7 +44,7 @@ def play(tmp_path: Path) -> Callable[[Play], None]:
         async def main() -> None:
             pair = Pair(tmp_path)
             try:
-                await asyncio.wait_for(scene(pair), 30)
+                await asyncio.wait_for(scene(pair), DEADLINE)
             finally:
                 pair.close()
 

@@ -33,8 +33,7 @@ from server.process.wire import decode_engine, encode, unbounded
 from tests.support.engines import ask
 from tests.support.fake_executor import FakeEngine, expected_text
 from tests.support.scripted_engine import INFO
-
-WAIT = 30_000  # milliseconds
+from tests.support.waiting import DEADLINE
 
 
 class Front:
@@ -44,7 +43,7 @@ class Front:
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
         unbounded(self._socket)
-        self._socket.setsockopt(zmq.RCVTIMEO, WAIT)
+        self._socket.setsockopt(zmq.RCVTIMEO, int(1000 * DEADLINE))
         self._socket.bind(endpoint)
         self._heard: list[EngineMessage] = []
 
@@ -110,7 +109,7 @@ class Engine(threading.Thread):
             channel.close()
 
     def ended(self) -> bool:
-        self.join(WAIT / 1000)
+        self.join(DEADLINE)
         return not self.is_alive()
 
 
@@ -157,7 +156,10 @@ def test_shutdown_ends_open_requests_with_an_error(front: Front, endpoint: str) 
     assert said == {(FinishReason.ERROR, STOPPING, ErrorCode.STOPPING)}
 
 
-def test_a_swap_is_answered_while_nothing_runs(front: Front, endpoint: str) -> None:
+def test_a_swap_is_answered_while_nothing_runs(
+    front: Front, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "BEAT", DEADLINE)
     engine = Engine(core_of(FakeEngine()), endpoint)
     engine.start()
     assert front.hear() == INFO

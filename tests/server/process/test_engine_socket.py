@@ -12,8 +12,8 @@ import uvloop
 import zmq
 
 from server.process.engine_socket import MOST_AT_ONCE, EngineSocket
+from tests.support.waiting import DEADLINE
 
-WAIT = 30
 Loop = Callable[[], asyncio.AbstractEventLoop]
 LOOPS = (asyncio.new_event_loop, uvloop.new_event_loop)
 
@@ -38,14 +38,14 @@ class Pair:
 
     def connect(self) -> zmq.Socket[bytes]:
         self._engine = self._context.socket(zmq.PAIR)
-        self._engine.setsockopt(zmq.RCVTIMEO, 1000 * WAIT)
+        self._engine.setsockopt(zmq.RCVTIMEO, int(1000 * DEADLINE))
         self._engine.connect(self._endpoint)
         return self._engine
 
     async def until(self, count: int) -> None:
         while len(self.taken) < count:
             self.changed.clear()
-            await asyncio.wait_for(self.changed.wait(), WAIT)
+            await asyncio.wait_for(self.changed.wait(), DEADLINE)
 
     def close(self) -> None:
         self.socket.close()

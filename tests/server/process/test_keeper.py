@@ -8,6 +8,7 @@ import errno
 import itertools
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,13 +25,12 @@ from server.process import restarts
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.keeper import EngineKeeper
-from server.process.process_table import PROC
+from server.process.process_table import PROC, ticks_of_group
 from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.live_server import wait_gone
 from tests.support.scripted_engine import INFO
-
-WAIT = 30
+from tests.support.waiting import DEADLINE, until, wait_until
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def keep(
         keeper._was_ever_ready = was_ready
         keeper.start()
         try:
-            await asyncio.wait_for(work(keeper), WAIT)
+            await asyncio.wait_for(work(keeper), DEADLINE)
         finally:
             await keeper.stop()
             client.close()
@@ -175,8 +175,7 @@ def test_open_requests_of_an_engine_killed_at_the_end_get_the_shutdown_error(
         client = ZmqEngineClient()
         keeper = EngineKeeper(hosted(), client)
         keeper.start()
-        while keeper._process is None:
-            await asyncio.sleep(0)
+        await until(lambda: keeper._process)
         client._take(INFO)
         stream = client.submit(ask("a", [5]))
         await keeper.stop()
@@ -229,8 +228,7 @@ def test_an_engine_that_is_not_ready_is_killed(
     stub_engine("exec sleep 1000000")
 
     async def work(keeper: EngineKeeper) -> None:
-        while started and keeper._process is None:
-            await asyncio.sleep(0)
+        await until(lambda: keeper._process or not started)
 
     assert keep(Config(), work) == 0
 
@@ -249,15 +247,12 @@ def test_an_engine_that_owes_messages_and_sends_none_is_killed_and_started_again
         client = ZmqEngineClient()
         keeper = EngineKeeper(hosted(Config(server=ServerConfig(engine_timeout=0.5))), client)
         keeper.start()
-        while keeper._process is None:
-            await asyncio.sleep(0)
+        await until(lambda: keeper._process)
         client._take(INFO)
         stream = client.submit(ask("a", [5]))
         if fails:
             client._take(EngineFailed())
-        async with asyncio.timeout(WAIT):
-            while not trace.exists() or trace.read_text().count("\n") < 2:
-                await asyncio.sleep(0.01)
+        await until(lambda: trace.exists() and trace.read_text().count("\n") >= 2)
         await keeper.stop()
         client.close()
         (end,) = [event async for event in stream]
@@ -270,12 +265,28 @@ def test_an_engine_that_owes_messages_and_sends_none_is_killed_and_started_again
 
 @pytest.mark.skipif(not PROC.is_dir(), reason="processor time is read from /proc")
 def test_an_engine_that_does_nothing_while_it_loads_is_killed_and_started_again(
-    stub_engine: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    stub_engine: Callable[[str], Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trace = stub_engine(
         f'trap \'echo stacks >> "$trace"\' USR1; echo start >> "$trace"\n'
         f'[ $(grep -c start "$trace") -lt 2 ] || exit {EXIT_BAD_SETUP}; read config; {WAITS}'
     )
+    said = lambda: trace.read_text().split() if trace.exists() else []  # noqa: E731
+    used, send = itertools.count(), os.killpg
+
+    def ticks(group: int) -> int:
+        """An engine that waits for a processor, before it has begun or ended, does not hang."""
+        return ticks_of_group(group) if said() == ["start"] else -next(used)
+
+    def killpg(group: int, number: int) -> None:
+        send(group, number)
+        if number == signal.SIGUSR1:
+            wait_until(lambda: "stacks" in said())
+
+    monkeypatch.setattr(keeping, "ticks_of_group", ticks)
+    monkeypatch.setattr(os, "killpg", killpg)
     assert keep(Config(server=ServerConfig(engine_timeout=0.5)), EngineKeeper.failed) == 1
     assert trace.read_text().split() == ["start", "stacks", "start"]
     assert "the engine is loading and has done nothing for 0." in caplog.text
@@ -294,8 +305,7 @@ def test_an_engine_that_owes_nothing_is_left_alone(
         client = ZmqEngineClient()
         keeper = EngineKeeper(hosted(Config(server=ServerConfig(engine_timeout=0.08))), client)
         keeper.start()
-        while keeper._process is None:
-            await asyncio.sleep(0)
+        await until(lambda: keeper._process)
         if state != "loading":
             client._take(INFO)
         if state == "talking":
@@ -304,6 +314,7 @@ def test_an_engine_that_owes_nothing_is_left_alone(
             client.num_heard += state == "talking"
             await asyncio.sleep(0.01)
         process = keeper._process
+        assert process is not None
         assert process.returncode is None
         await keeper.stop()
         client.close()
@@ -335,8 +346,7 @@ def test_an_engine_that_cannot_be_started_for_a_moment_is_started_later(
         return await spawn(endpoint, role)
 
     async def work(_: EngineKeeper) -> None:
-        while tries < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: tries >= 3)
 
     monkeypatch.setattr(keeping, "_spawn", starved)
     keep(Config(), work, was_ready=was_ready)

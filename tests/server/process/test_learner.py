@@ -19,6 +19,7 @@ from server.http.learning import Learning
 from server.process.captured_text import HELD_OUT, complete_shards, prepare
 from server.process.learner import Learner, TrainingProcess, measured
 from tests.support.configurations import hosted
+from tests.support.waiting import until
 
 FIRST = DraftFacts("/heads/first", "eagle3", 2, 32, 1000)
 
@@ -134,10 +135,8 @@ class Lab:
         """Run the learner until something is so."""
         task = asyncio.create_task(learner.run())
         try:
-            async with asyncio.timeout(30):
-                while not condition():
-                    assert not task.done(), task
-                    await asyncio.sleep(0.001)
+            await until(lambda: task.done() or condition())
+            assert not task.done(), task
         finally:
             task.cancel()
 
@@ -240,8 +239,7 @@ def test_training_stands_still_while_requests_run_or_an_operator_says_so(lab: La
         learner = lab.learner()
         task = asyncio.create_task(learner.run())
         lab.capture(2)
-        while len(lab.trainings) < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(lab.trainings) == 2)
         training, busy = lab.trainings[1], lab.client.on_busy
         assert busy is not None
         busy(True)
@@ -252,8 +250,7 @@ def test_training_stands_still_while_requests_run_or_an_operator_says_so(lab: La
         await asyncio.sleep(0.01)
         assert training.runs[-1] is False, "another request came before the pause was over"
         busy(False)
-        while not training.runs[-1]:
-            await asyncio.sleep(0.001)
+        await until(lambda: training.runs[-1])
         lab.learning.pause(paused=True)
         assert training.runs[-1] is False
         busy(True)
@@ -268,7 +265,7 @@ def test_training_stands_still_while_requests_run_or_an_operator_says_so(lab: La
         assert training.ended.is_set(), "it ends with the server"
 
     asyncio.run(body())
-    asyncio.run(asyncio.wait_for(with_requests(), 30))
+    asyncio.run(with_requests())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,27 +16,23 @@ from server.process.process_table import PROC, Entry, children_of, entries, tick
 
 pytestmark = pytest.mark.skipif(not PROC.is_dir(), reason="processes are listed in /proc")
 BUSY = """
-import time
+import os, signal, time
 while time.process_time() < 0.1:
     pass
-print(flush=True)
-input()
+os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
 def test_a_child_with_its_group_and_processor_time() -> None:
-    pipe = subprocess.PIPE
     command = [sys.executable, "-c", BUSY]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdout.readline()
+    with subprocess.Popen(command, start_new_session=True) as child:
+        os.waitpid(child.pid, os.WUNTRACED)  # stopped, it uses no more time
         assert child.pid in children_of(os.getpid())
         (entry,) = [entry for entry in entries() if entry.pid == child.pid]
         assert (entry.parent, entry.group) == (os.getpid(), child.pid)
         least = int(0.1 * os.sysconf("SC_CLK_TCK")) - 1
         assert ticks_of_group(child.pid) == entry.ticks >= least
-        child.stdin.close()
+        child.send_signal(signal.SIGCONT)
     assert children_of(child.pid) == []
 
 

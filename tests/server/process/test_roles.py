@@ -37,6 +37,7 @@ from tests.support.engines import ask, generate
 from tests.support.head_lab import HeadLab, write_head
 from tests.support.role_engines import RoleLab, joined
 from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.waiting import DEADLINE
 
 CHAIN = chain(3)
 PROMPT = [3 + (7 * i) % 120 for i in range(150)]
@@ -239,7 +240,7 @@ def test_what_was_running_when_two_engines_ended_is_refused(tmp_path: Path) -> N
             folder.mkdir()
             pairs.append(Pair(folder, suspects))
         try:
-            await asyncio.wait_for(scene(*pairs), 30)
+            await asyncio.wait_for(scene(*pairs), DEADLINE)
         finally:
             for pair in pairs:
                 pair.close()

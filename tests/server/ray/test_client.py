@@ -155,7 +155,8 @@ def test_a_cancelled_reader_stays_cancelled() -> None:
         engines = FakeEngines(*[encode([])] * 1000)
         client = client_of(engines)
         task = asyncio.create_task(events(client))
-        await asyncio.sleep(0.001)
+        while not engines.calls:
+            await asyncio.sleep(0)
         client.abort("r")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -230,9 +231,11 @@ def test_an_engine_that_starts_later_is_told_the_head() -> None:
         client = client_of(engines)
         old, new = Head(), Head(5.0, "/new")
         client._take([EngineStatus("1", INFO, None, new), EngineStatus("2", INFO, None, old)])
-        await asyncio.sleep(0.01)
+        pushing = client._pushing
+        assert pushing is not None
+        await pushing
         client._take([EngineStatus("1", INFO, None, new), EngineStatus("2", INFO, None, new)])
-        await asyncio.sleep(0.01)
+        assert client._pushing is pushing
         return engines.calls
 
     assert asyncio.run(told()) == [("draft_with", 5.0, "/new")]

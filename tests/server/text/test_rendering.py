@@ -12,6 +12,7 @@ import pytest
 from server.text.chat_template import ChatTemplate
 from server.text.rendering import FAILED, SMALL, Renderer, is_small
 from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
+from tests.support.waiting import DEADLINE
 
 Make = Callable[[str], Renderer]
 LARGE = [{"role": "user", "content": "x" * SMALL}]
@@ -85,13 +86,13 @@ def test_a_process_that_does_not_end_can_be_ended(make: Make, at_close: bool) ->
 
     thread = threading.Thread(target=render)
     thread.start()
-    assert asked.wait(30)
+    assert asked.wait(DEADLINE)
     if at_close:
         renderer.close()
     else:
         process._process.send_signal(signal.SIGALRM)  # as its own alarm
         process._process.send_signal(signal.SIGCONT)
-    thread.join(30)
+    thread.join(DEADLINE)
     assert failures == ["the server is shutting down" if at_close else FAILED]
     if at_close:
         with pytest.raises(ValueError, match="shutting down"):

@@ -21,6 +21,7 @@ from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import MODEL, Server
 from tests.support.scripted_engine import fail, finished, say, tokens
 from tests.support.tiny_llama import EOS
+from tests.support.waiting import DEADLINE, PAUSE
 
 MakeServer = Callable[..., Server]
 PATH = "/v1/responses"
@@ -441,12 +442,12 @@ def test_a_conversation_is_no_longer_than_a_body(make_server: MakeServer) -> Non
 
 async def status_after(client: httpx.AsyncClient, path: str, status: str) -> dict[str, Any]:
     """The response once it no longer has this status."""
-    for _ in range(1000):
-        reply: dict[str, Any] = (await client.get(path)).json()
-        if reply["status"] != status:
-            return reply
-        await asyncio.sleep(0)
-    raise AssertionError(f"it stayed {status}")
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            reply: dict[str, Any] = (await client.get(path)).json()
+            if reply["status"] != status:
+                return reply
+            await asyncio.sleep(PAUSE)
 
 
 def test_a_response_in_the_background_can_be_fetched_and_cancelled(make_server: MakeServer) -> None:

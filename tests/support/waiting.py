@@ -1,0 +1,26 @@
+"""The deadline of tests, and waiting for what other threads, tasks and processes do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+DEADLINE = 150.0  # seconds; the native kernels may have to be compiled in it
+PAUSE = 0.002  # seconds between looks, in which others get the processor
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return once `condition` holds."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(PAUSE)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """As `wait_until`, while other tasks of this loop run."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        await asyncio.sleep(PAUSE)
