@@ -48,7 +48,7 @@ from engine.request import FinishReason, Request
 from server.measuring.open_load import TEXT
 from server.process.client import ZmqEngineClient
 from server.process.engine_process import EngineChannel
-from server.process.launch import SWITCH_INTERVAL
+from server.process.launcher import SWITCH_INTERVAL
 from server.process.logs import set_up_logging
 from server.process.socket_folder import private_endpoint
 from server.process.wire import encode
@@ -187,7 +187,7 @@ def serving(config: HostConfig, pace: Pace) -> Iterator[tuple[int, int]]:
 
 
 def serve(config: str, endpoint: str, listener: socket.socket) -> None:
-    """The HTTP process, as server/process/launch.py runs it."""
+    """The HTTP process, as server/process/http_process.py runs it."""
     settings = HostConfig.model_validate_json(config)
     set_up_logging(settings.log)
     sys.setswitchinterval(SWITCH_INTERVAL)
