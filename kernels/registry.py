@@ -18,6 +18,7 @@ from kernels.kv import reference as kv
 from kernels.linear import reference as linear
 from kernels.moe import reference as moe
 from kernels.native.build import NativeUnavailableError, build_library
+from kernels.native.drafting import NativeDrafting
 from kernels.native.library import NativeLibrary
 from kernels.native.ops import NativeOps
 from kernels.norm import reference as norm
@@ -56,10 +57,7 @@ OPERATIONS = (
     *DRAFTING_OPERATIONS,
 )
 # The native backend runs these in plain torch
-TORCH_OPERATIONS = (
-    *("edit_logits", "tree_select", "tree_ancestors"),
-    *DRAFTING_OPERATIONS,
-)
+TORCH_OPERATIONS = ("edit_logits", "tree_select", "tree_ancestors", "grow_level")
 FP8_CAPABILITY = (8, 9)  # of CUDA devices, from which on they multiply FP8 numbers
 OVERLAPPING = "starts while the kernel before runs"
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -193,8 +191,8 @@ def _drafting(module: ModuleType) -> dict[str, Any]:
 
 
 def native_ops(native: NativeOps) -> Ops:
-    """C++ kernels for all operations except logit edits and growing trees, which are small."""
-    score = TorchScore(native.logsumexp)
+    """C++ kernels for all operations except logit edits and the growth of dynamic trees."""
+    score, own = TorchScore(native.logsumexp), NativeDrafting(native.library)
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -216,7 +214,11 @@ def native_ops(native: NativeOps) -> Ops:
         tree_select=tree.select,
         tree_ancestors=tree.ancestors,
         tree_walk=native.tree_walk,
-        **_drafting(drafting),
+        ready_roots=own.ready_roots,
+        lay_levels=own.lay_levels,
+        grow_level=drafting.grow_level,
+        first_keys=own.first_keys,
+        keep_states=own.keep_states,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         reads=frozenset({"q4", "q8"}),

@@ -106,6 +106,7 @@ LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the
 KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
 STANDING_DRAFTS = 3  # the same of one for drafts: planning takes time, too
+SURE = 2  # decisions for drafts without a trial, once no trial was worth its risk
 
 
 NOTHING = Choice(price=1.0, may_try=False)  # neither the head nor lookup drafts
@@ -161,8 +162,7 @@ class AdaptivePlanner:
         self._num_rows = 0  # of the last step that was planned
         self._standing = Choice()  # what it was
         self._num_standing = 0  # steps for which that stands if no rows come
-        self._num_same = 0  # how often that was chosen again
-        self._num_sure = 0  # steps for which there is nothing to try
+        self._num_sure = 0  # decisions for which there is nothing to try
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
         if not any(row.most for row in rows):
@@ -192,11 +192,9 @@ class AdaptivePlanner:
         promises = self._promises(rows, best, reaches[self._longest[best.shape]], price)
         whole = self._padding.whole_trees
         choice = Choice(best.shape, None if whole else limits, price, promises=promises)
-        is_same = (choice.shape, choice.limits) == (self._standing.shape, self._standing.limits)
-        self._num_same = self._num_same + 1 if is_same else 0
         self._standing = choice
         if self._num_sure:  # no trial
-            self._num_standing = min(STANDING_DRAFTS, self._num_same // 4)
+            self._num_standing = STANDING_DRAFTS
         return choice
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
@@ -231,7 +229,7 @@ class AdaptivePlanner:
             return best
         trial = self._trial(rows, reaches, plain, best)
         if trial is None and best.work.passes:
-            self._num_sure = STANDING
+            self._num_sure = SURE
         return trial or best
 
     def _options(

@@ -38,6 +38,7 @@ SOURCES = (
     "sampling/native_kernel.cpp",
     "layer/native_kernel.cpp",
     "tree/native_kernel.cpp",
+    "drafting/native_kernel.cpp",
 )
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")

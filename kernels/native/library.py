@@ -46,6 +46,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_argmax": (P, I, I, P),
     "aerie_draw": (P, P, P, P, I, I, P),
     "aerie_sound": (P, I, I, P),
+    "aerie_first_keys": (P, P, P, I, I, I, P),
+    "aerie_ready_roots": (P, P, P, P, P, P, I, I, I, I, P, P, P, P, P, P),
+    "aerie_keep_states": (P, P, P, P, P, P, I, I),
+    "aerie_lay_levels": (P, P, P, P, P, I, P, P, P, I, I, I, I, I, I, P, P, P),
     "aerie_tree_walk": (P, P, P, I, I, I, P, P, P),
     "aerie_logsumexp": (P, I, I, P),
 }
