@@ -42,6 +42,7 @@ class Part:
                 slots=committed.slots[chosen],
                 block_tables=committed.block_tables[chosen_rows],
                 max_entries=int(kept.max()) if len(kept) else 0,
+                packed=None,  # it is of all rows
             ),
             tuple(seen[chosen] for seen in self.features),
         )

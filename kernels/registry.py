@@ -21,6 +21,7 @@ from kernels.native.build import NativeUnavailableError, build_library
 from kernels.native.drafting import NativeDrafting
 from kernels.native.library import NativeLibrary
 from kernels.native.ops import NativeOps
+from kernels.native.packing import NativePacking
 from kernels.norm import reference as norm
 from kernels.ops import Backend, Ops
 from kernels.rope import reference as rope
@@ -219,6 +220,7 @@ def native_ops(native: NativeOps) -> Ops:
         grow_level=drafting.grow_level,
         first_keys=own.first_keys,
         keep_states=own.keep_states,
+        pack_entries=NativePacking(native.library).pack_entries,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         reads=frozenset({"q4", "q8"}),

@@ -247,7 +247,7 @@ class Layout:
     ) -> Committed:
         """As `committed`, of rows that do not sample, too, if all rows have only their root.
         `pack_entries`: as in `Ops`."""
-        inputs, num_entries = self.inputs, result.emitted.shape[1]
+        inputs, num_entries, exact = self.inputs, result.emitted.shape[1], self.form.exact
         packed = pack_entries(
             Walks(
                 starts=inputs.starts,
@@ -272,9 +272,9 @@ class Layout:
             positions=packed.positions,
             slots=packed.slots,
             block_tables=self.tables,
-            max_entries=num_entries,
-            max_context=self._reach(self.tokens) + 1,
-            exact=False,
+            max_entries=int(packed.cu.diff().max()) if exact else num_entries,
+            max_context=(int(packed.newest.max()) if exact else self._reach(self.tokens)) + 1,
+            exact=exact,
             packed=packed,
         )
 

@@ -431,7 +431,8 @@ class StepBody:
             self.proposer.take_singles(singles, hidden)
             return
         pack_entries = self.context.ops.pack_entries
-        if layout.packed is not None and pack_entries is not None:
+        are_roots = form.only_roots if form.exact else layout.packed is not None
+        if are_roots and pack_entries is not None:
             self.proposer.take(layout.packed_entries(result, pack_entries), hidden)
             return
         emitted = result.emitted.clone()

@@ -106,7 +106,8 @@ LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the
 KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
 STANDING_DRAFTS = 3  # the same of one for drafts: planning takes time, too
-SURE = 2  # decisions for drafts without a trial, once no trial was worth its risk
+SURE = 2  # decisions for drafts between two that look for a trial
+EAGER = 32  # decisions of an engine that look for a trial, before it does so more rarely
 
 
 NOTHING = Choice(price=1.0, may_try=False)  # neither the head nor lookup drafts
@@ -162,7 +163,9 @@ class AdaptivePlanner:
         self._num_rows = 0  # of the last step that was planned
         self._standing = Choice()  # what it was
         self._num_standing = 0  # steps for which that stands if no rows come
-        self._num_sure = 0  # decisions for which there is nothing to try
+        self._num_sure = 0  # decisions that look for no trial
+        self._is_sure = False  # whether the last was one of these
+        self._num_looks = 0  # decisions that looked for a trial
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
         if not any(row.most for row in rows):
@@ -193,7 +196,7 @@ class AdaptivePlanner:
         whole = self._padding.whole_trees
         choice = Choice(best.shape, None if whole else limits, price, promises=promises)
         self._standing = choice
-        if self._num_sure:  # no trial
+        if self._is_sure:
             self._num_standing = STANDING_DRAFTS
         return choice
 
@@ -224,13 +227,14 @@ class AdaptivePlanner:
         best = max(self._options(rows, reaches, plain), key=_rate, default=plain)
         if best.rate <= CLEAR * plain.rate:
             best = plain
-        if self._num_sure:
+        self._is_sure = self._num_sure > 0
+        if self._is_sure:
             self._num_sure -= 1
             return best
-        trial = self._trial(rows, reaches, plain, best)
-        if trial is None and best.work.passes:
+        self._num_looks += 1
+        if best.work.passes and self._num_looks > EAGER:
             self._num_sure = SURE
-        return trial or best
+        return self._trial(rows, reaches, plain, best) or best
 
     def _options(
         self, rows: Sequence[Candidate], reaches: Mapping[StaticShape, Reaches], plain: Option

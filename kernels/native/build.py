@@ -39,6 +39,7 @@ SOURCES = (
     "layer/native_kernel.cpp",
     "tree/native_kernel.cpp",
     "drafting/native_kernel.cpp",
+    "packing/native_kernel.cpp",
 )
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")

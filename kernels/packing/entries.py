@@ -28,9 +28,9 @@ class Walks:
 
 @dataclass(frozen=True, slots=True)
 class PackedEntries:
-    """All tokens that follow a node of the paths, row after row, then padding, of which all but the
-    slot, which is scratch, is 0. There is room for B * E of them. A token without a slot is left
-    out."""
+    """All tokens that follow a node of the paths, row after row. A token without a slot is left
+    out. On a device, padding follows, up to B * E, of which all but the slot, which is scratch, is
+    0."""
 
     cu: Tensor  # [B + 1] int64, and the same as int32
     cu_q: Tensor
