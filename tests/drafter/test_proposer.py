@@ -321,14 +321,14 @@ def test_no_entry_is_attended_to_that_was_never_made_or_is_of_another_token(
 ) -> None:
     """Pages are NaN wherever there should be no entry: at first, and when a slot gets a token."""
     watch = watched(head, native_ops, changes.get("num_blocks", tiny_engine.num_blocks))
-    inner, follow = watch.inner, watch.inner._follow
+    inner, follow = watch.inner, watch.inner._note_tokens
 
     def poisoning(committed: Committed, counts: Sequence[int]) -> None:
         follow(committed, counts)
         for page in (*inner._ctx.kv.keys, *inner._ctx.kv.values):
             page.flatten(0, 1)[committed.slots] = torch.nan
 
-    monkeypatch.setattr(inner, "_follow", poisoning)
+    monkeypatch.setattr(inner, "_note_tokens", poisoning)
     watch.seen = Forgetful()  # how much of its text the head sees depends on what was before
     inner._pending.most = 3
     inner._activity = 0.0
