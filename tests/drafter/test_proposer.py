@@ -23,7 +23,7 @@ from engine.messages import Submit
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.request import Request
-from engine.runner.warmup import WarmUp
+from engine.runner.measuring import StepMeter
 from engine.speculation.planner import LATE_STEPS, Choice, FixedPlanner
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -525,7 +525,7 @@ def test_a_head_outlives_steps_that_are_measured_again_and_again(
     watch = watched(head, native_ops, tiny_engine.num_blocks)
     core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
     watch.seen = Forgetful()
-    measuring = WarmUp(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
+    measuring = StepMeter(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
     costs = measuring.measure([ROOT, chain(3)])
     assert costs.num_observed >= 2
     assert not watch.failed
