@@ -65,7 +65,7 @@ def _warn(path: Path, config: HeadConfig, target: LlamaArch, max_len: int) -> No
     if max_len > config.arch.max_position_embeddings:
         logger.warning(
             "%s was trained for %d positions and will draft at up to %d: expect fewer accepted "
-            "tokens behind them",
+            "tokens after them",
             path,
             config.arch.max_position_embeddings,
             max_len,

@@ -26,9 +26,9 @@ from kernels.drafting.nodes import ReadyRoots, RootStates
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # position 0 has no entry: no token is before it, so there is no feature
-RESTING = 0.1  # share of the rows that draft, below which prompts are taken late, too
-FEW = 64  # tokens that a product takes in the time of one, as it waits for its weights
-STEADY = 0.95  # weight of the past per step in that share
+RESTING_SHARE = 0.1  # share of the rows that draft, below which prompts are taken late, too
+FEW_TOKENS = 64  # tokens that a product takes in the time of one, as it waits for its weights
+SHARE_DECAY = 0.95  # weight of the past per step in that share
 
 logger = logging.getLogger(__name__)
 
@@ -95,24 +95,24 @@ class DraftProposer:
     def admit(self, lines: Sequence[int]) -> None:
         if not lines:
             return
-        self._complete(list(self._ends))
+        self._complete_entries(list(self._ends))
         at = torch.tensor(lines).to(self._positions.device)
         self._positions.index_fill_(0, at, -1)
 
     def release(self, lines: Sequence[int]) -> None:
-        self._complete([line for line in lines if line in self._ends])
+        self._complete_entries([line for line in lines if line in self._ends])
         self._pending.drop(lines)
         for line in lines:
             self._ends.pop(line, None)
             self._nexts.pop(line, None)
 
-    def _complete(self, lines: Sequence[int]) -> None:
+    def _complete_entries(self, lines: Sequence[int]) -> None:
         """Make the entries of rows of which none was given up: others may go on after them."""
         if self.failed:
             return
         try:
-            self._join()
-            self._settle([line for line in lines if self._pending.is_whole(line)])
+            self._collect_singles()
+            self._run_pending([line for line in lines if self._pending.is_whole(line)])
         except Exception:  # noqa: BLE001  (a head may fail in any way; the text must not)
             self._give_up()
 
@@ -122,7 +122,7 @@ class DraftProposer:
         return *kv.keys, *kv.values, self._has_entry.view(kv.num_blocks, kv.block_size)
 
     def hand_over(self, line: int) -> DraftState | None:
-        self._complete([line])
+        self._complete_entries([line])
         position = int(self._positions[line])
         if self.failed or position < 0:
             return None
@@ -161,7 +161,7 @@ class DraftProposer:
         self._note_activity(len(singles.lines))
         self._pending.add_singles(singles, self.tap.take_all())
         if self._pending.num_singles == self._pending.most:
-            self._join()
+            self._collect_singles()
 
     def _give_up(self) -> None:
         """Stop drafting: the head's cache can no longer be trusted. With several ranks the
@@ -176,8 +176,8 @@ class DraftProposer:
         """Rows draft if the state of their root is known and finite; others keep their root."""
         if limits.exact:
             self._drafting = set(roots.lines[roots.max_nodes > 1].tolist())
-            self._join()
-            self._settle(self._drafting, newest=self._pending.most)
+            self._collect_singles()
+            self._run_pending(self._drafting, newest=self._pending.most)
         kept = RootStates(
             lines=roots.lines,
             positions=roots.positions,
@@ -227,14 +227,14 @@ class DraftProposer:
             self._take_padded(committed)
             return
         features = self.tap.take(committed.features)
-        self._join()
+        self._collect_singles()
         counts, drafting = committed.cu.diff(), self._drafting
         self._note_activity(len(counts))
         if len(committed.tokens) == 0:
             return
-        self._follow(committed, counts.tolist())
+        self._note_tokens(committed, counts.tolist())
         at_once = torch.tensor([line in drafting for line in committed.lines.tolist()])
-        if self._eager or self._activity > RESTING:  # prompts, too
+        if self._eager or self._activity > RESTING_SHARE:  # prompts, too
             at_once |= counts > 1
         part = Part(committed, features)
         at_once &= counts > 0
@@ -242,29 +242,29 @@ class DraftProposer:
             self._pending.add(part.rows(~at_once, self._pending.most))
         if bool(at_once.any()):
             now = part.rows(at_once)
-            self._settle(now.committed.lines.tolist())
-            self._take_in(now.committed, now.features)
+            self._run_pending(now.committed.lines.tolist())
+            self._run_entries(now.committed, now.features)
 
     def _take_padded(self, committed: Committed) -> None:
         """Fuse few tokens first and let the head gather them: that takes fewer kernels."""
-        if self.tap.num_tokens > max(FEW, len(committed.tokens)):
-            self._take_in(committed, self.tap.take(committed.features))
+        if self.tap.num_tokens > max(FEW_TOKENS, len(committed.tokens)):
+            self._run_entries(committed, self.tap.take(committed.features))
         else:
-            self._take_in(committed, self.tap.take_all(), committed.features)
+            self._run_entries(committed, self.tap.take_all(), committed.features)
 
     def _note_activity(self, num_rows: int) -> None:
         """Note which share of the rows of a step drafted."""
-        self._activity += (1 - STEADY) * (len(self._drafting) / num_rows - self._activity)
+        self._activity += (1 - SHARE_DECAY) * (len(self._drafting) / num_rows - self._activity)
         self._drafting = set()
 
-    def _join(self) -> None:
+    def _collect_singles(self) -> None:
         """Make the single tokens of several steps pending ones."""
         num_steps, part = self._pending.num_singles, self._pending.join()
         if part is not None:
-            self._follow(part.committed, part.committed.cu.diff().tolist())
+            self._note_tokens(part.committed, part.committed.cu.diff().tolist())
             self._pending.add(part, num_steps)
 
-    def _follow(self, committed: Committed, counts: Sequence[int]) -> None:
+    def _note_tokens(self, committed: Committed, counts: Sequence[int]) -> None:
         """Note which tokens there are. Entries in their slots are those of other tokens."""
         self._has_entry[committed.slots] = False
         starts = committed.positions[committed.cu[:-1].clamp(max=len(committed.tokens) - 1)]
@@ -279,15 +279,15 @@ class DraftProposer:
             if self._ends.get(line, start) > start:
                 self._ends[line] = start
 
-    def _settle(self, lines: Iterable[int], newest: int | None = None) -> None:
+    def _run_pending(self, lines: Iterable[int], newest: int | None = None) -> None:
         """Run the pending tokens of these lines through the head, the `newest` of each at most."""
         part = self._pending.take(lines)
         if part is not None:
             if newest is not None and part.committed.max_entries > newest:
                 part = part.rows(torch.ones_like(part.committed.lines).bool(), newest)
-            self._take_in(part.committed, part.features)
+            self._run_entries(part.committed, part.features)
 
-    def _take_in(
+    def _run_entries(
         self, committed: Committed, features: Features, feature_of: Tensor | None = None
     ) -> None:
         """Run entries through the head, and keep the state of each row's last entry by line.

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -91,6 +91,16 @@ class Launch:
             "enable_fp_fusion": True,
             "launch_pdl": _OVERLAPS.get(),
         }
+
+
+def pointers(prefix: str, data: Any) -> dict[str, Tensor | None]:
+    """The tensors of a dataclass as arguments of a kernel, by name."""
+    values = {part.name: getattr(data, part.name) for part in fields(data)}
+    return {
+        f"{prefix}{name}_ptr": value
+        for name, value in values.items()
+        if value is None or isinstance(value, Tensor)
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -375,13 +375,13 @@ def _named_layers(config: Json) -> tuple[int, ...] | None:
     outputs = _ids(_table(config, "eagle_config").get(AUX_IDS))
     if outputs is None:
         return inputs
-    behind = tuple(layer + 1 for layer in outputs)
-    if inputs not in (None, behind):
+    after = tuple(layer + 1 for layer in outputs)
+    if inputs not in (None, after):
         raise ValueError(
             f"{AUX_IDS} names inputs of layers {list(inputs or ())}, eagle_config names outputs of "
             f"{list(outputs)}; they must name the same tensors"
         )
-    return behind
+    return after
 
 
 def _ids(value: object, key: str = AUX_IDS) -> tuple[int, ...] | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.copies import Fetch, join, pack, view
-from engine.runner.inputs import StepForm, StepInputs
+from engine.runner.forms import StepForm
+from engine.runner.inputs import StepInputs
 from engine.runner.laps import Laps, NoLaps
 from engine.runner.step import StepBody, StepOutputs
 

@@ -1,4 +1,4 @@
-"""Turns a step plan (host integers) into the form of the step and its host inputs."""
+"""Turns a step plan (host integers) into the form of the step and its inputs (host tensors)."""
 
 from __future__ import annotations
 
@@ -11,57 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.runner.forms import Sizes, StepForm, row_counts
 from engine.sampling.lines import BiasList, LineSettings
 from engine.step.plan import RowPlan, StepPlan
 from engine.step.shape import MAX_NODES, ROOT, TreeShape
 
 BLOCKS_PER_ROW = 8  # room for new blocks in a padded step; further ones are written before it
 NOTHING = torch.empty(0, dtype=torch.int64)  # stands for inputs that the form lacks
-FIRST_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
-
-
-@dataclass(frozen=True, slots=True)
-class StepForm:
-    """Everything that decides a step's tensor shapes and which parts of the body run. Steps of one
-    form can share a CUDA graph."""
-
-    exact: bool  # the host may read values: sizes are those of the plan and its trees
-    num_rows: int  # B, padding included
-    num_own: int  # P, bound of the rows' own tokens
-    num_tokens: int  # T, bound of own tokens and nodes; unused if exact
-    num_nodes: int  # R, bound of roots and nodes; unused if exact
-    num_columns: int  # of the block tables
-    only_roots: bool  # every row's only own token is its root
-    follows: bool  # roots may come from the previous step, on the device
-    shape: TreeShape  # of the proposer's trees; ROOT: the proposer does not run
-    num_known: int  # K, tokens of the longest known draft
-    draws: bool  # False: no row samples
-    any_sampled: bool
-    any_greedy: bool
-    is_filtered: bool  # some row has top-k, top-p or min-p
-    is_penalised: bool
-    is_masked: bool  # some row has a grammar
-    num_bias: int  # M, entries of the longest list of logit changes
-    num_top: int  # alternatives reported with log-probabilities; -1: no row asked
-    num_named: int  # L, most tokens that a row wants to be reported besides
-    num_echo: int  # S, prompt tokens that are scored
-    num_echo_top: int
-    num_pooled: int  # prompt tokens whose hidden states are wanted
-    num_pools: int  # G, rows that have such tokens
-
-    @property
-    def max_nodes(self) -> int:
-        """N, of one tree."""
-        return max(self.shape.num_nodes, 1 + self.num_known)
-
-    @property
-    def max_depth(self) -> int:
-        return max(self.shape.max_depth, self.num_known)
-
-    @property
-    def max_queries(self) -> int:
-        """Bound of the tokens and nodes of one row."""
-        return self.max_nodes if self.only_roots else self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,37 +73,6 @@ class TableChanges(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Rounds the sizes of a step: up to a few values where steps are captured as graphs; not at all
-    on a CPU, where computing padding costs more than it saves."""
-
-    exact: bool
-    max_num_seqs: int
-
-    def rows(self, count: int) -> int:
-        if self.exact:
-            return count
-        return next(n for n in row_counts(self.max_num_seqs) if n >= count)
-
-    def tokens(self, count: int) -> int:
-        """Four sizes per power of two: at most a fifth is padding."""
-        if self.exact:
-            return count
-        count = max(count, 16)
-        step = 1 << ((count - 1).bit_length() - 3)
-        return -(-count // step) * step
-
-    def entries(self, count: int) -> int:
-        """Length of a list: a power of two, 0 stays 0."""
-        return count if self.exact or count == 0 else max(8, 1 << (count - 1).bit_length())
-
-
-def row_counts(max_num_seqs: int) -> tuple[int, ...]:
-    """Numbers of rows to which steps are padded."""
-    return (*(n for n in FIRST_ROWS if n < max_num_seqs), max_num_seqs)
-
-
 class _PackedSizes(NamedTuple):
     """The sizes of a `StepForm`."""
 
@@ -160,7 +85,7 @@ class _PackedSizes(NamedTuple):
     num_known: int
 
 
-class _OfLines(NamedTuple):
+class _LineFacts(NamedTuple):
     """What the settings say of the rows of a step: the same until lines change hands."""
 
     lines: Tensor  # [B] int64, padding included
@@ -185,7 +110,7 @@ class InputBuilder:
     max_len: int  # positions of one sequence
     block_size: int
     scratch_block: int
-    _latest: dict[tuple[Any, ...], _OfLines] = field(default_factory=dict, compare=False)
+    _latest: dict[tuple[Any, ...], _LineFacts] = field(default_factory=dict, compare=False)
 
     @property
     def num_columns(self) -> int:
@@ -196,7 +121,7 @@ class InputBuilder:
         """The form of the step that runs this plan."""
         rows, sizes = plan.rows, self.sizes
         shape = self._shape(plan)
-        packed, known = self._packed(rows, shape), self._of_lines(rows)
+        packed, known = self._packed(rows, shape), self._line_facts(rows)
         echo = [len(self.echo(row)) for row in rows]
         bias = [sum(map(len, self._bias(row))) for row in rows if row.samples]
         pooled = [len(places) for row in rows if (places := self.pooled(row))]
@@ -223,10 +148,10 @@ class InputBuilder:
     def inputs(self, plan: StepPlan, form: StepForm, changes: TableChanges) -> StepInputs:
         """Host inputs, with padding rows after the rows of `plan`. `changes` of the block tables
         must fit into the form's room."""
-        rows, known = plan.rows, self._of_lines(plan.rows, form.num_rows)
+        rows, known = plan.rows, self._line_facts(plan.rows, form.num_rows)
         of_rows = torch.zeros(8, form.num_rows, dtype=torch.int64)
         if rows:
-            of_rows[:, : len(rows)] = torch.tensor([self._of_row(row) for row in rows]).T
+            of_rows[:, : len(rows)] = torch.tensor([self._row_integers(row) for row in rows]).T
         starts, lens, samples, next_tokens, limits, ends, num_known, scored = of_rows.unbind()
         seeds, top_k = known.ints.unbind()
         temperatures, min_p, frequency, presence, top_p, repetition = known.floats.unbind()
@@ -260,7 +185,7 @@ class InputBuilder:
             table_blocks=_integers(blocks).int(),
         )
 
-    def _of_row(self, row: RowPlan) -> tuple[int, ...]:
+    def _row_integers(self, row: RowPlan) -> tuple[int, ...]:
         """A row's integers, in the order in which `inputs` unpacks them."""
         return (
             row.start,
@@ -273,7 +198,7 @@ class InputBuilder:
             int(self.settings.num_top[row.line] >= 0),
         )
 
-    def _of_lines(self, rows: Sequence[RowPlan], num_rows: int | None = None) -> _OfLines:
+    def _line_facts(self, rows: Sequence[RowPlan], num_rows: int | None = None) -> _LineFacts:
         """`num_rows`: with padding."""
         num_rows = self.sizes.rows(len(rows)) if num_rows is None else num_rows
         samples = tuple((row.line, row.samples) for row in rows)
@@ -283,7 +208,7 @@ class InputBuilder:
             self._latest[key] = self._read_lines(samples, num_rows)
         return self._latest[key]
 
-    def _read_lines(self, samples: Sequence[tuple[int, bool]], num_rows: int) -> _OfLines:
+    def _read_lines(self, samples: Sequence[tuple[int, bool]], num_rows: int) -> _LineFacts:
         """`samples`: the lines, and whether each draws a token."""
         settings = self.settings
         padding = [len(settings.seeds) - 1] * (num_rows - len(samples))
@@ -291,7 +216,7 @@ class InputBuilder:
         drawing = [line for line, draws in samples if draws]
         sampled = settings.temperatures[drawing] > 0
         # `take` keeps each parameter contiguous; indexing would not.
-        return _OfLines(
+        return _LineFacts(
             lines=torch.from_numpy(lines),
             ints=torch.from_numpy(settings.ints.take(lines, axis=1)),
             floats=torch.from_numpy(settings.floats.take(lines, axis=1)),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.kv.scratch import Scratch
-from engine.runner.inputs import StepForm, StepInputs
+from engine.runner.forms import StepForm
+from engine.runner.inputs import StepInputs
 from engine.speculation.proposer import Committed
 from engine.step.batch import ForwardBatch
 from engine.step.tree import DraftTree, VerifyResult

@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from engine.messages import DraftNodes, TokenLogprob
-from engine.runner.inputs import InputBuilder, StepForm
+from engine.runner.forms import StepForm
+from engine.runner.inputs import InputBuilder
 from engine.runner.step import StepOutputs
 from engine.step.plan import RowOutcome, RowPlan
 

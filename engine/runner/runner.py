@@ -15,11 +15,13 @@ from engine.grammar.grammars import Grammars
 from engine.kv.scratch import Scratch
 from engine.kv.storage import KVStorage
 from engine.models.interface import TargetModel
+from engine.runner.forms import Sizes, StepForm
 from engine.runner.graphs import DeviceSteps, HostSteps, Outputs, StepRunner
-from engine.runner.inputs import InputBuilder, Sizes, StepForm, StepInputs, TableChanges
+from engine.runner.inputs import InputBuilder, StepInputs, TableChanges
 from engine.runner.laps import Laps
+from engine.runner.line_state import LineState
 from engine.runner.report import Report
-from engine.runner.step import LineState, StepBody
+from engine.runner.step import StepBody
 from engine.sampling.lines import LineSettings, is_penalised, token_counts
 from engine.speculation.costs import Padding
 from engine.speculation.proposer import Proposer

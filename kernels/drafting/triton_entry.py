@@ -10,8 +10,7 @@ from torch import Tensor
 from kernels.drafting.nodes import HeadInput
 from kernels.norm.triton_kernel import MAX_HIDDEN
 from kernels.ops import LinearWeight
-from kernels.packing.triton_entries import pointers
-from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_launch import WIDEST_LOAD, Launch, pointers
 from kernels.triton_overlap import await_inputs
 
 

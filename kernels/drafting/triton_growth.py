@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.drafting.nodes import Candidates, Frontier
-from kernels.packing.triton_entries import pointers
 from kernels.sampling.triton_functions import NO_KEY, packed_id, packed_key, packed_value
-from kernels.triton_launch import Launch
+from kernels.triton_launch import Launch, pointers
 from kernels.triton_overlap import await_inputs
 
 MAX_CHILDREN = 4096

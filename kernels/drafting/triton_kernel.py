@@ -19,8 +19,7 @@ from kernels.drafting.nodes import (
     evenly,
 )
 from kernels.drafting.triton_growth import grow_level as grow_level
-from kernels.packing.triton_entries import pointers
-from kernels.triton_launch import WIDEST_LOAD, Launch
+from kernels.triton_launch import WIDEST_LOAD, Launch, pointers
 from kernels.triton_overlap import await_inputs
 
 _BLOCK = 128  # nodes of one program

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.packing.entries import PackedEntries, Walks
-from kernels.triton_launch import Launch
+from kernels.packing.triton_parts import BLOCK, MAX_ROWS, find_places, store_starts
+from kernels.triton_launch import Launch, pointers
 from kernels.triton_overlap import await_inputs
-
-_BLOCK = 32  # places of one program
-MAX_ROWS = 4096
 
 
 @triton.jit
@@ -64,12 +59,8 @@ def _pack_entries_kernel(
     upto = tl.cumsum(counts, axis=0)  # [ROWS]
 
     order = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ended = exists[None, :] & (upto[None, :] <= order[:, None])  # [BLOCK, ROWS]
-    num_ended = tl.sum(ended.to(tl.int32), axis=1)
-    used = num_ended < B
-    row = tl.minimum(num_ended, B - 1)
-    begin = tl.sum(tl.where(rows[None, :] == row[:, None], (upto - counts)[None, :], 0), axis=1)
-    place = tl.where(used, order - begin, 0)
+    row, place, used = find_places(order, counts, upto, rows, exists, B)
+    place = tl.where(used, place, 0)
     stored = order < C
     emitted = tl.load(emitted_ptr + row * E + place, mask=used, other=0)
     sampled = tl.load(samples_ptr + row, mask=used, other=0) != 0
@@ -89,11 +80,7 @@ def _pack_entries_kernel(
     tl.store(packed_masks_ptr + order, tl.zeros([BLOCK], dtype=tl.int64), mask=stored)
 
     if tl.program_id(0) == 0:
-        total = tl.sum(counts, axis=0)
-        tl.store(packed_cu_ptr + rows, (upto - counts).to(tl.int64), mask=exists)
-        tl.store(packed_cu_q_ptr + rows, upto - counts, mask=exists)
-        tl.store(packed_cu_ptr + B, total.to(tl.int64))
-        tl.store(packed_cu_q_ptr + B, total)
+        store_starts(packed_cu_ptr, packed_cu_q_ptr, counts, upto, rows, exists, B)
         some = counts > 0
         tl.store(
             packed_prefix_lens_ptr + rows, tl.where(some, starts + 1, 0).to(tl.int32), mask=exists
@@ -125,16 +112,6 @@ def pack_entries(walks: Walks) -> PackedEntries:
     return packed
 
 
-def pointers(prefix: str, data: Any) -> dict[str, Tensor | None]:
-    """The tensors of a dataclass as arguments of a kernel, by name."""
-    values = {part.name: getattr(data, part.name) for part in fields(data)}
-    return {
-        f"{prefix}{name}_ptr": value
-        for name, value in values.items()
-        if value is None or isinstance(value, Tensor)
-    }
-
-
 def launch(walks: Walks, packed: PackedEntries) -> Launch:
     B, E = walks.path.shape
     assert 0 < B <= MAX_ROWS
@@ -144,7 +121,7 @@ def launch(walks: Walks, packed: PackedEntries) -> Launch:
     return Launch(
         name=f"pack_entries[E={E}]",
         kernel=_pack_entries_kernel,
-        grid=(triton.cdiv(B * E, _BLOCK),),
+        grid=(triton.cdiv(B * E, BLOCK),),
         arguments={
             **pointers("", walks),
             **pointers("packed_", packed),
@@ -155,7 +132,7 @@ def launch(walks: Walks, packed: PackedEntries) -> Launch:
             "E": E,
             "BLOCK_SIZE": walks.block_size,
             "ROWS": triton.next_power_of_2(B),
-            "BLOCK": _BLOCK,
+            "BLOCK": BLOCK,
         },
     )
 

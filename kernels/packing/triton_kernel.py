@@ -1,7 +1,4 @@
-"""Packs the nodes of a step in Triton: one launch instead of some forty small ones.
-
-Each program reads the sizes of all rows and adds them up again, which is quick for a few hundred.
-"""
+"""Packs the nodes of a step in Triton: one launch instead of some forty small ones."""
 
 from __future__ import annotations
 
@@ -12,12 +9,9 @@ from torch import Tensor
 
 from kernels.packing import triton_entries, triton_rows, triton_settle
 from kernels.packing.nodes import NodeTrees, PackedNodes
-from kernels.packing.triton_entries import pointers
-from kernels.triton_launch import Launch
+from kernels.packing.triton_parts import BLOCK, MAX_ROWS, find_places, of_rows, store_starts
+from kernels.triton_launch import Launch, pointers
 from kernels.triton_overlap import await_inputs
-
-_BLOCK = 32  # places of one program
-MAX_ROWS = 4096
 
 
 @triton.jit
@@ -77,12 +71,7 @@ def _pack_nodes_kernel(
     order = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
 
     # The packed nodes
-    ended = exists[None, :] & (ends[None, :] <= order[:, None])  # [BLOCK, ROWS]
-    num_ended = tl.sum(ended.to(tl.int32), axis=1)
-    row = tl.minimum(num_ended, B - 1)
-    begin = tl.sum(tl.where(rows[None, :] == row[:, None], (ends - sizes)[None, :], 0), axis=1)
-    place = order - begin
-    used = num_ended < B
+    row, place, used = find_places(order, sizes, ends, rows, exists, B)
     node = tl.where(used, place, 0)
     stored = order < R
     size = tl.load(sizes_ptr + row)
@@ -115,19 +104,14 @@ def _pack_nodes_kernel(
     # All nodes of all rows
     row = order // N
     node = order % N
-    own = rows[None, :] == row[:, None]
-    begin = tl.sum(tl.where(own, (ends - sizes)[None, :], 0), axis=1)
-    inside = node < tl.sum(tl.where(own, sizes[None, :], 0), axis=1)
+    begin = of_rows(ends - sizes, row, rows)
+    inside = node < of_rows(sizes, row, rows)
     stored = order < B * N
     tl.store(packed_at_ptr + order, tl.where(inside, begin + node, 0).to(tl.int64), mask=stored)
     tl.store(packed_inside_ptr + order, inside, mask=stored)
 
     if tl.program_id(0) == 0:
-        tl.store(packed_cu_ptr + rows, (ends - sizes).to(tl.int64), mask=exists)
-        tl.store(packed_cu_q_ptr + rows, ends - sizes, mask=exists)
-        total = tl.sum(sizes, axis=0)
-        tl.store(packed_cu_ptr + B, total.to(tl.int64))
-        tl.store(packed_cu_q_ptr + B, total)
+        store_starts(packed_cu_ptr, packed_cu_q_ptr, sizes, ends, rows, exists, B)
         starts = tl.load(starts_ptr + rows, mask=exists, other=0)
         tl.store(packed_prefix_lens_ptr + rows, starts.to(tl.int32), mask=exists)
         tl.store(packed_first_keys_ptr + rows, 0, mask=exists)
@@ -177,7 +161,7 @@ def _launch(trees: NodeTrees, packed: PackedNodes) -> Launch:
     return Launch(
         name=f"pack_nodes[N={N}{'' if trees.top_k is None else ', filtered'}]",
         kernel=_pack_nodes_kernel,
-        grid=(triton.cdiv(max(R, B * N), _BLOCK),),
+        grid=(triton.cdiv(max(R, B * N), BLOCK),),
         arguments={
             **pointers("", trees),
             **pointers("packed_", packed),
@@ -192,7 +176,7 @@ def _launch(trees: NodeTrees, packed: PackedNodes) -> Launch:
             "N": N,
             "BLOCK_SIZE": trees.block_size,
             "ROWS": triton.next_power_of_2(B),
-            "BLOCK": _BLOCK,
+            "BLOCK": BLOCK,
         },
     )
 

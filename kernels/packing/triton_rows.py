@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.packing.rows import LineRows, StartedRows
-from kernels.packing.triton_entries import pointers
-from kernels.triton_launch import Launch
+from kernels.triton_launch import Launch, pointers
 from kernels.triton_overlap import await_inputs
 
 _BLOCK = 256  # columns, or changes, at a time

@@ -8,10 +8,22 @@ import triton
 import triton.language as tl
 
 from kernels.packing.settling import DrawnTrees, SettledTrees
-from kernels.packing.triton_entries import pointers
 from kernels.tree.triton_kernel import child_of
-from kernels.triton_launch import Launch
+from kernels.triton_launch import Launch, pointers
 from kernels.triton_overlap import await_inputs
+
+
+@triton.jit
+def _of_node(values, node, nodes):
+    """The value of one node."""
+    return tl.sum(tl.where(nodes == node, values, 0), axis=0)
+
+
+@triton.jit
+def _store_twice(ptr, report_ptr, at, value):
+    """For the device, and for the report to the host."""
+    tl.store(ptr + at, value)
+    tl.store(report_ptr + at, value)
 
 
 @triton.jit
@@ -44,7 +56,8 @@ def _settle_kernel(
     max_depth,
     NODES: tl.constexpr,  # a power of two, at least N
 ):
-    """One row, grid (B,)."""
+    """One row, grid (B,). The report holds for all rows what was emitted, then the paths, then the
+    sizes of the trees, their tokens and their parents."""
     await_inputs()
     row = tl.program_id(0).to(tl.int64)
     nodes = tl.arange(0, NODES)
@@ -56,32 +69,28 @@ def _settle_kernel(
     at = tl.load(at_ptr + row * N + nodes, mask=inside, other=0)
     drawn = tl.load(drawn_ptr + at, mask=inside, other=-1)
     slots = tl.load(slots_ptr + at, mask=inside, other=first_scratch)
-    root_slot = tl.sum(tl.where(nodes == 0, slots, 0), axis=0)
+    root_slot = _of_node(slots, 0, nodes)
     node = tl.program_id(0) * 0
     num_steps = node
-    token = tl.sum(tl.where(nodes == 0, drawn, 0), axis=0)
+    token = _of_node(drawn, 0, nodes)
     bonus = token
     first = row * E
-    tl.store(settled_path_ptr + first, node.to(tl.int64))
-    tl.store(settled_emitted_ptr + first, token)
-    tl.store(report_ptr + first, token)
-    tl.store(report_ptr + B * E + first, node.to(tl.int64))
+    reported_path_ptr = report_ptr + B * E
+    _store_twice(settled_path_ptr, reported_path_ptr, first, node.to(tl.int64))
+    _store_twice(settled_emitted_ptr, report_ptr, first, token)
     for depth in range(1, E):
         found = child_of(node, token, tokens, parents, nodes, exists, NODES)
         alive = (found < NODES) & (num_steps == depth - 1)
         node = tl.where(alive, found, node)
         num_steps += alive.to(tl.int32)
-        token = tl.sum(tl.where(nodes == node, drawn, 0), axis=0)
+        token = _of_node(drawn, node, nodes)
         bonus = tl.where(alive, token, bonus)
         taken = tl.where(alive, node, -1).to(tl.int64)
+        _store_twice(settled_path_ptr, reported_path_ptr, first + depth, taken)
         emitted = tl.where(alive, token, -1)
-        tl.store(settled_path_ptr + first + depth, taken)
-        tl.store(settled_emitted_ptr + first + depth, emitted)
-        tl.store(report_ptr + first + depth, emitted)
-        tl.store(report_ptr + B * E + first + depth, taken)
+        _store_twice(settled_emitted_ptr, report_ptr, first + depth, emitted)
         moved = alive & (node != depth)
-        source = tl.sum(tl.where(nodes == node, slots, 0), axis=0)
-        target = tl.sum(tl.where(nodes == depth, slots, 0), axis=0)
+        source, target = _of_node(slots, node, nodes), _of_node(slots, depth, nodes)
         place = row * max_depth + depth - 1
         tl.store(settled_sources_ptr + place, tl.where(moved, source, root_slot))
         tl.store(settled_targets_ptr + place, tl.where(moved, target, root_slot))

@@ -100,13 +100,12 @@ def _draw_tile(
 
 
 @triton.jit
-def _decide_row(
-    top_k_ptr, top_p_ptr, log_min_p_ptr, temperature_ptr,
+def _join_tiles(
     highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr,
-    state_ptr, drawn_ptr, V, row, num_tiles, FIRST: tl.constexpr, TILES: tl.constexpr,
+    row, num_tiles, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Join the tile results of a row, then finish the row or set its state for the next pass."""
-    state = state_ptr + row * _SIZE
+    """Of a row: its highest value, what masses are relative to, the mass of all tiles, the best
+    token and the key of this token's value."""
     tiles = tl.arange(0, TILES)
     inside = tiles < num_tiles
     at = row * num_tiles + tiles
@@ -120,6 +119,20 @@ def _decide_row(
     mass = tl.sum(masses * tl.exp(highests - shift), axis=0)
     _, token = best_of_tiles(scores, tokens)
     value = sort_key(tl.max(tl.where(tokens == token, values, MINUS_INFINITY), axis=0))
+    return highest, shift, mass, token, value
+
+
+@triton.jit
+def _decide_row(
+    top_k_ptr, top_p_ptr, log_min_p_ptr, temperature_ptr,
+    highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr,
+    state_ptr, drawn_ptr, V, row, num_tiles, FIRST: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Join the tile results of a row, then finish the row or set its state for the next pass."""
+    state = state_ptr + row * _SIZE
+    highest, shift, mass, token, value = _join_tiles(
+        highest_ptr, scores_ptr, values_ptr, masses_ptr, tokens_ptr, row, num_tiles, TILES
+    )
     top = sort_key(highest)
 
     top_p = 1.0

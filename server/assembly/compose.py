@@ -21,8 +21,8 @@ from engine.models.footprint import bytes_by_form, return_freed_memory
 from engine.models.place import Place
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import GroupExecutor
+from engine.runner.measuring import StepMeter
 from engine.runner.runner import ModelRunner, StepSettings
-from engine.runner.warmup import WarmUp
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
@@ -34,7 +34,7 @@ from server.assembly.followers import Followers, device_of
 from server.assembly.peers import peers_of
 from server.assembly.rank import Rank, build_rank, runner_parts, step_settings, threads_per_rank
 from server.assembly.role import Role
-from server.assembly.running import Recorded
+from server.assembly.running_requests import Recorded
 from server.assembly.swaps import DraftSwapper
 
 logger = logging.getLogger(__name__)
@@ -107,8 +107,8 @@ def _engine(
     executor = _on_all_ranks(rank.executor, followers)
     drafting = rank.drafting
     if rank.draft is not None:
-        measure = warm_up(rank.config, executor, rank.place)
-        planner, _ = rank.trees.choose(rank.draft, lambda: measure, at_once=True)
+        meter = step_meter(rank.config, executor, rank.place)
+        planner, _ = rank.trees.choose(rank.draft, lambda: meter, at_once=True)
         drafting = replace(drafting, planner=planner)
     steps = step_settings(rank.config, rank.place)
     core = _core(
@@ -123,10 +123,10 @@ def _engine(
         None if role is None else peers_of(role, rank.runner),
     )
 
-    def scratch(draft: LoadedDraft) -> WarmUp:
+    def scratch(draft: LoadedDraft) -> StepMeter:
         followers.orders.open_scratch()
         config, own = rank.scratch(draft)
-        return warm_up(config, _on_all_ranks(own, followers, scratch=True), rank.place)
+        return step_meter(config, _on_all_ranks(own, followers, scratch=True), rank.place)
 
     return Engine(
         core, DraftSwapper(core, rank, followers.orders, scratch), followers, rank.place.group
@@ -150,10 +150,10 @@ def _on_all_ranks(own: Executor, followers: Followers, *, scratch: bool = False)
     return GroupExecutor(own, followers.orders, followers.progress, scratch=scratch)
 
 
-def warm_up(config: ResolvedConfig, executor: Executor, place: Place) -> WarmUp:
+def step_meter(config: ResolvedConfig, executor: Executor, place: Place) -> StepMeter:
     """Measures steps of `executor`, whose blocks must be free."""
     padding = step_settings(config, place).padding(config.scheduler.max_num_seqs)
-    return WarmUp(
+    return StepMeter(
         executor,
         config.cache.num_blocks,
         config.cache.block_size,

@@ -24,7 +24,7 @@ from engine.kv.storage import SCRATCH_BLOCKS, KVStorage, bytes_per_block
 from engine.messages import DraftFacts
 from engine.models.interface import LoadedModel
 from engine.models.place import Place
-from engine.runner.warmup import WarmUp
+from engine.runner.measuring import StepMeter
 from engine.speculation.costs import StepCosts
 from engine.speculation.lookup import Lookup
 from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner
@@ -215,7 +215,7 @@ class TreeChooser:
         return shapes
 
     def choose(
-        self, draft: LoadedDraft, warm_up: Callable[[], WarmUp], *, at_once: bool
+        self, draft: LoadedDraft, meter_of: Callable[[], StepMeter], *, at_once: bool
     ) -> tuple[Planner, Measuring | None]:
         """A planner, and the steps to measure before trees can be chosen. `auto` decides by the
         times of the candidates on this machine; they are measured `at_once`, or later by the core,
@@ -223,8 +223,8 @@ class TreeChooser:
         shapes = self.shapes(draft.facts)
         if self._config.tree != AUTO:
             return FixedPlanner(shapes[0]), None
-        measure = warm_up()
-        fitting = [shape for shape in map(_static, shapes) if measure.fits(shape)]
+        meter = meter_of()
+        fitting = [shape for shape in map(_static, shapes) if meter.fits(shape)]
         if not fitting:
             return FixedPlanner(), None
 
@@ -232,16 +232,16 @@ class TreeChooser:
             self._costs[draft.form] = costs
             self._keep(draft, costs)
             return AdaptivePlanner(
-                fitting, costs, measure.padding, lambda costs: self._keep(draft, costs)
+                fitting, costs, meter.padding, lambda costs: self._keep(draft, costs)
             )
 
         known = self._known(draft)
-        if known is not None and (not at_once or measure.agrees(known, fitting[0])):
+        if known is not None and (not at_once or meter.agrees(known, fitting[0])):
             return decide(known), None
         few = list(dict.fromkeys([ROOT, fitting[0], fitting[-1]]))
         if at_once:
-            return decide(measure.measure(few)), None
-        return FixedPlanner(), Measuring(measure.steps(few), decide)
+            return decide(meter.measure(few)), None
+        return FixedPlanner(), Measuring(meter.steps(few), decide)
 
     def _known(self, draft: LoadedDraft) -> StepCosts | None:
         """Costs with such a head, of this engine or of an earlier start."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,8 +31,8 @@ from engine.models.place import Place
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
 from engine.parallel.shard import Shard
+from engine.runner.measuring import blocks_per_row, run_largest
 from engine.runner.runner import ModelRunner, RunnerParts, StepSettings
-from engine.runner.warmup import blocks_per_row, run_largest
 from engine.speculation.proposer import Proposer
 from engine.step.batch import ForwardContext
 from engine.step.executor import Executor
@@ -129,22 +130,40 @@ def build_rank(
             check_all(str(error) or type(error).__name__, group)
         raise
     check_all(None, group)
-    place, target, loader, trees, draft, grammars = loaded
+    place, target, draft = loaded.place, loaded.target, loaded.draft
     resolved = resolve_model(config, _model_facts(config, target, place, draft))
     drafting = Drafting()
     if draft is not None:
         drafting = drafting_with(resolved, draft, place, eager=eager)
-    runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer, grammars))
+    runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer, loaded.grammars))
     _check_reserve(runner, resolved, target, place)
-    runner.prepare([] if draft is None else trees.shapes(draft.facts))
+    runner.prepare([] if draft is None else loaded.trees.shapes(draft.facts))
     return_freed_memory()
-    beside = loader.beside_the_engine(config)
-    return Rank(resolved, place, target, beside, trees, draft, drafting, runner, grammars)
+    return Rank(
+        config=resolved,
+        place=place,
+        target=target,
+        loader=loaded.loader.beside_the_engine(config),
+        trees=loaded.trees,
+        draft=draft,
+        drafting=drafting,
+        runner=runner,
+        grammars=loaded.grammars,
+    )
 
 
-def _load(
-    config: HostConfig, group: TPGroup, device: torch.device
-) -> tuple[Place, Target, HeadLoader, TreeChooser, LoadedDraft | None, Grammars | None]:
+class _Loaded(NamedTuple):
+    """What a rank has before it knows how many blocks there will be; see `Rank`."""
+
+    place: Place
+    target: Target
+    loader: HeadLoader
+    trees: TreeChooser
+    draft: LoadedDraft | None
+    grammars: Grammars | None
+
+
+def _load(config: HostConfig, group: TPGroup, device: torch.device) -> _Loaded:
     """The part of `build_rank` that needs no other rank."""
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
@@ -163,7 +182,8 @@ def _load(
     loader = HeadLoader(target, head_place, max_len, whole, aux)
     kept = KeptCosts(config.files.dir, _identity(config, files.version(), target, head_place))
     trees = TreeChooser(config, kept)
-    return place, target, loader, trees, _load_draft(config, loader, trees), grammars
+    draft = _load_draft(config, loader, trees)
+    return _Loaded(place, target, loader, trees, draft, grammars)
 
 
 def _identity(config: HostConfig, weights: str, target: Target, head_place: Place) -> str:

@@ -16,7 +16,7 @@ from drafter.source import resolve_draft
 from engine.core import EngineCore
 from engine.messages import DraftSwapped, SwapDraft
 from engine.parallel.orders import Orders
-from engine.runner.warmup import WarmUp
+from engine.runner.measuring import StepMeter
 from server.assembly.drafting import Drafting, LoadedDraft
 from server.assembly.rank import Rank
 
@@ -34,7 +34,7 @@ class DraftSwapper:
         core: EngineCore,
         rank: Rank,
         orders: Orders,
-        scratch: Callable[[LoadedDraft], WarmUp],
+        scratch: Callable[[LoadedDraft], StepMeter],
     ) -> None:
         """
         Args:

@@ -35,7 +35,7 @@ from engine.messages import (
     TransferEvent,
 )
 from engine.request import FinishReason, Request
-from server.assembly.running import mark
+from server.assembly.running_requests import mark
 from server.http.engine_client import StepSizes
 from server.process.engine_socket import EngineSocket
 from server.process.suspects import Suspects

@@ -27,7 +27,7 @@ from engine.messages import (
     SwapDraft,
 )
 from server.assembly.role import Role
-from server.process.loaded import spare_loaded
+from server.process.garbage import spare_loaded
 from server.process.logs import set_up_logging, show_stacks_on_request
 from server.process.parent import die_with_parent, open_pipe
 from server.process.socket_folder import folder_of

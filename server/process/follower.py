@@ -38,7 +38,7 @@ from server.assembly.drafting import Drafting, LoadedDraft
 from server.assembly.followers import EXIT_LOST, device_of, join
 from server.assembly.rank import BAD_SETUP, Rank, build_rank
 from server.process.engine_process import EXIT_BAD_SETUP
-from server.process.loaded import spare_loaded
+from server.process.garbage import spare_loaded
 from server.process.logs import set_up_logging
 from server.process.parent import die_with_parent, open_pipe
 

@@ -18,7 +18,7 @@ from configs.redact import without_secrets
 from configs.resolve import HostConfig
 from engine.messages import ErrorCode
 from server.assembly.role import Role
-from server.assembly.running import marks_in
+from server.assembly.running_requests import marks_in
 from server.process.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.process_table import ticks_of_group

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.assembly.meeting import RANKS, holds_nothing_else
-from server.assembly.running import RUNNING
+from server.assembly.meeting_folder import RANKS, holds_nothing_else
+from server.assembly.running_requests import RUNNING
 
 PREFIX = "aerie-engine-"
 SOCKET = "engine"

@@ -1,5 +1,5 @@
-"""The launcher: keeps the HTTP process running, which keeps the engine running. It holds the socket
-that listens, so that clients wait while an HTTP process is started again."""
+"""How the launcher keeps the HTTP process running. The launcher holds the socket that listens, so
+clients wait while an HTTP process is started again."""
 
 from __future__ import annotations
 

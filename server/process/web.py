@@ -19,7 +19,7 @@ from server.http.context import ServerContext, ServerInfo
 from server.http.engine_client import EngineClient
 from server.http.protocol import protocol_with
 from server.page.routes import page_routes
-from server.process.loaded import spare_loaded
+from server.process.garbage import spare_loaded
 from server.process.open_files import connection_limit
 from server.text.chat_codec import load_codec
 

@@ -13,7 +13,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.request import Grammar
-from server.text.children import answer_parent
+from server.text.worker_processes import answer_parent
 
 TIMEOUT = 2.0  # seconds to compile one grammar; usually it takes some milliseconds
 MAX_MEMORY = 2**32  # bytes, most of them never used: libraries reserve some for each core

@@ -9,9 +9,9 @@ import msgspec
 
 from engine.messages import EngineInfo
 from engine.request import Grammar
-from server.text.children import Child, Children
 from server.text.grammar_process import TIMEOUT, Checked, Setup
 from server.text.tokenizer import Tokenizer
+from server.text.worker_processes import Child, Children
 
 NUM_PROCESSES = 2
 KEPT = 1024  # grammars that were checked

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from server.text.chat_template import ChatTemplate
-from server.text.children import answer_parent
 from server.text.letters import Rendered
 from server.text.template_sandbox import TIMEOUT
+from server.text.worker_processes import answer_parent
 
 MAX_MEMORY = 2**30  # bytes
 

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from server.text.chat_template import ChatTemplate, Messages
-from server.text.children import Child, Children
 from server.text.letters import Rendered
 from server.text.render_process import Conversation, Prompt, Setup
+from server.text.worker_processes import Child, Children
 
 SMALL = 16 * 1024  # characters of a conversation, with some for every value
 NUM_PROCESSES = 2

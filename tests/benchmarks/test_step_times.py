@@ -13,8 +13,8 @@ from benchmarks.device_timing import Span
 from benchmarks.step_times import Load, steps, time_steps
 from configs.schema import Config
 from engine.core import EngineCore
+from engine.runner.forms import StepForm
 from engine.runner.graphs import GraphedStep
-from engine.runner.inputs import StepForm
 from engine.runner.runner import ModelRunner
 from engine.step.plan import StepPlan
 from kernels.ops import Ops

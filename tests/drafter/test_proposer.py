@@ -23,7 +23,7 @@ from engine.messages import Submit
 from engine.models.loading import LayerLoader
 from engine.models.place import Place
 from engine.request import Request
-from engine.runner.warmup import WarmUp
+from engine.runner.measuring import StepMeter
 from engine.speculation.planner import LATE_STEPS, Choice, FixedPlanner
 from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, Singles
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
@@ -321,14 +321,14 @@ def test_no_entry_is_attended_to_that_was_never_made_or_is_of_another_token(
 ) -> None:
     """Pages are NaN wherever there should be no entry: at first, and when a slot gets a token."""
     watch = watched(head, native_ops, changes.get("num_blocks", tiny_engine.num_blocks))
-    inner, follow = watch.inner, watch.inner._follow
+    inner, follow = watch.inner, watch.inner._note_tokens
 
     def poisoning(committed: Committed, counts: Sequence[int]) -> None:
         follow(committed, counts)
         for page in (*inner._ctx.kv.keys, *inner._ctx.kv.values):
             page.flatten(0, 1)[committed.slots] = torch.nan
 
-    monkeypatch.setattr(inner, "_follow", poisoning)
+    monkeypatch.setattr(inner, "_note_tokens", poisoning)
     watch.seen = Forgetful()  # how much of its text the head sees depends on what was before
     inner._pending.most = 3
     inner._activity = 0.0
@@ -525,7 +525,7 @@ def test_a_head_outlives_steps_that_are_measured_again_and_again(
     watch = watched(head, native_ops, tiny_engine.num_blocks)
     core = replace(tiny_engine, drafting=Drafting(watch, FixedPlanner(chain(3)))).build()  # type: ignore[arg-type]
     watch.seen = Forgetful()
-    measuring = WarmUp(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
+    measuring = StepMeter(core._executor, tiny_engine.num_blocks, 16, 2, 64, 256)
     costs = measuring.measure([ROOT, chain(3)])
     assert costs.num_observed >= 2
     assert not watch.failed

@@ -14,7 +14,7 @@ from engine.copies import join
 from engine.kv.scratch import Scratch
 from engine.kv.storage import KVStorage
 from engine.runner.layout import Layout
-from engine.runner.step import LineState
+from engine.runner.line_state import LineState
 from engine.speculation.verify import commit, walk
 from kernels.ops import Ops
 from kernels.packing.settling import DrawnTrees

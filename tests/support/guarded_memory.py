@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.kv.storage import KVStorage
 from engine.models import loading
-from engine.runner.step import LineState
+from engine.runner.line_state import LineState
 
 GUARD = 8  # rows before and after
 

@@ -12,8 +12,8 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.runner.forms import StepForm
 from engine.runner.graphs import StaticStep
-from engine.runner.inputs import StepForm
 from kernels.triton_launch import Launch
 
 # Operations that only look at a tensor in another way, or that make memory

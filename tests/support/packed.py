@@ -16,7 +16,8 @@ from engine.models.llama import LlamaLoader
 from engine.models.loading import ReadTensor
 from engine.models.place import Place
 from engine.parallel.shard import WHOLE, Shard
-from engine.runner.inputs import InputBuilder, Sizes
+from engine.runner.forms import Sizes
+from engine.runner.inputs import InputBuilder
 from engine.runner.layout import Layout
 from engine.sampling.lines import LineSettings
 from engine.step.batch import ForwardContext

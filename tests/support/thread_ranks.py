@@ -22,8 +22,8 @@ from engine.parallel.lockstep import GroupExecutor, Progress
 from engine.parallel.orders import Order, Orders, RunStep
 from engine.parallel.transport import Broadcast, Inbox
 from engine.request import Request
+from engine.runner.measuring import StepMeter
 from engine.runner.runner import ModelRunner, StepSettings
-from engine.runner.warmup import WarmUp
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.lookup import Lookup
@@ -180,5 +180,5 @@ def _info(rank: Rank) -> EngineInfo:
     )
 
 
-def _no_scratch(draft: LoadedDraft) -> WarmUp:
+def _no_scratch(draft: LoadedDraft) -> StepMeter:
     raise AssertionError(f"{draft.facts.path} is measured, which no planner here asks for")

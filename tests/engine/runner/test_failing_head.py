@@ -25,7 +25,7 @@ def test_a_head_that_fails_between_two_steps_takes_no_request_down(
     head = write_head(engine, tmp_path / "eagle3")
     asked = [ask("a", [3, 4, 5, 6], max_tokens=20, seed=1)]
     expected = generate(engine.build(), asked)
-    take_in, calls = DraftProposer._take_in, []
+    take_in, calls = DraftProposer._run_entries, []
 
     def fail_once(self: DraftProposer, *args: Any) -> None:
         calls.append("take in")
@@ -33,7 +33,7 @@ def test_a_head_that_fails_between_two_steps_takes_no_request_down(
             raise torch.OutOfMemoryError("out of memory, once")
         take_in(self, *args)
 
-    monkeypatch.setattr(DraftProposer, "_take_in", fail_once)
+    monkeypatch.setattr(DraftProposer, "_run_entries", fail_once)
     ahead = HeadLab(replace(engine, padded=True, run_ahead=True), head)
     core, proposer = ahead.build(FixedPlanner(chain(3)))
     assert generate(core, asked)["a"].token_ids == expected["a"].token_ids

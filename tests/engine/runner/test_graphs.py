@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from engine.runner import graphs
+from engine.runner.forms import Sizes, StepForm
 from engine.runner.graphs import SEEN_OFTEN, DeviceSteps
-from engine.runner.inputs import InputBuilder, Sizes, StepForm
+from engine.runner.inputs import InputBuilder
 from engine.runner.laps import NoLaps
 from engine.sampling.lines import LineSettings
 from engine.step.shape import ROOT

@@ -11,15 +11,8 @@ import msgspec
 import pytest
 import torch
 
-from engine.runner.inputs import (
-    BLOCKS_PER_ROW,
-    InputBuilder,
-    Sizes,
-    StepForm,
-    StepInputs,
-    TableChanges,
-    row_counts,
-)
+from engine.runner.forms import Sizes, StepForm, row_counts
+from engine.runner.inputs import BLOCKS_PER_ROW, InputBuilder, StepInputs, TableChanges
 from engine.sampling.lines import LineSettings
 from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan
 from engine.step.shape import MAX_NODES, ROOT, DynamicShape, chain

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.kv.scratch import Scratch
-from engine.runner.inputs import InputBuilder, Sizes, StepForm, TableChanges
+from engine.runner.forms import Sizes, StepForm
+from engine.runner.inputs import InputBuilder, TableChanges
 from engine.runner.layout import Layout, Packing
 from engine.sampling.lines import LineSettings
 from engine.step.plan import Admission, RowPlan, StepPlan

@@ -16,7 +16,7 @@ from engine.kv import sizing
 from engine.models.footprint import step_bytes
 from engine.models.llama import Llama
 from engine.request import Request
-from engine.runner.warmup import run_largest
+from engine.runner.measuring import run_largest
 from engine.speculation.planner import FixedPlanner
 from engine.step import batch
 from kernels.ops import Ops

@@ -21,8 +21,8 @@ from configs.schema import (
 from engine.core import EngineCore
 from engine.models.place import Place
 from engine.request import Request
+from engine.runner.forms import StepForm, row_counts
 from engine.runner.graphs import DeviceSteps
-from engine.runner.inputs import StepForm, row_counts
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Roots

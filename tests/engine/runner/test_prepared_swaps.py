@@ -15,8 +15,8 @@ from engine.core import EngineCore
 from engine.messages import SwapDraft
 from engine.request import Request
 from engine.runner import graphs
+from engine.runner.forms import StepForm
 from engine.runner.graphs import StaticStep
-from engine.runner.inputs import StepForm
 from engine.runner.runner import ModelRunner, StepSettings
 from engine.speculation.planner import FixedPlanner
 from engine.speculation.proposer import Proposer

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engine.core import EngineCore
 from engine.kv.manager import KVManager
 from engine.messages import Submit
-from engine.runner.warmup import WarmUp
+from engine.runner.measuring import StepMeter
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.costs import StepCosts
@@ -136,7 +136,7 @@ class CountingExecutor:
 
 def test_a_measurement_runs_no_more_than_two_steps_at_a_time() -> None:
     executor = CountingExecutor()
-    steps = WarmUp(executor, 160, 16, 16, 256, 512).steps([ROOT, chain(3)])
+    steps = StepMeter(executor, 160, 16, 16, 256, 512).steps([ROOT, chain(3)])
     before = 0
     for _ in steps:
         assert executor.num_steps - before <= 2  # the last of a round also releases its rows

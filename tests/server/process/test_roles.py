@@ -27,7 +27,7 @@ from engine.request import FinishReason, Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import chain
 from kernels.ops import Ops
-from server.assembly.running import mark
+from server.assembly.running_requests import mark
 from server.process.client import ENGINE_LOST, NO_ENGINE
 from server.process.roles import RolesClient
 from server.process.suspects import Suspects

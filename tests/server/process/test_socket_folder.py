@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from server.assembly.meeting import RANKS, STORE
-from server.assembly.running import RUNNING
+from server.assembly.meeting_folder import RANKS, STORE
+from server.assembly.running_requests import RUNNING
 from server.process.socket_folder import (
     FRESH,
     PREFIX,

@@ -13,7 +13,7 @@ from engine.messages import EngineFailed, ErrorCode, Finished
 from engine.request import Request, SamplingParams
 from engine.step.executor import Launched
 from engine.step.plan import Admission, StepOutcome, StepPlan
-from server.assembly.running import SIZE, Recorded, mark, marks_in
+from server.assembly.running_requests import SIZE, Recorded, mark, marks_in
 from server.process import suspects as module
 from server.process.client import ZmqEngineClient
 from server.process.suspects import Suspects, hash_of

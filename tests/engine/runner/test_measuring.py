@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.runner.warmup import ENOUGH, WarmUp
+from engine.runner.measuring import ENOUGH, StepMeter
 from engine.speculation.costs import Padding, Sample, StepCosts, Work
 from engine.step.executor import Launched
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
@@ -16,8 +16,8 @@ from tests.support.engines import ask, generate
 from tests.support.tiny_engine import TinyEngine
 
 
-def warm_up(engine: TinyEngine) -> WarmUp:
-    return WarmUp(
+def step_meter(engine: TinyEngine) -> StepMeter:
+    return StepMeter(
         engine.build()._executor,
         engine.num_blocks,
         16,
@@ -36,15 +36,15 @@ def test_a_tree_fits_from_some_context_length_on(
     tiny_engine: TinyEngine, shape: TreeShape, shortest: int
 ) -> None:
     fitting = [
-        n for n in range(2, 60) if warm_up(replace(tiny_engine, max_model_len=n)).fits(shape)
+        n for n in range(2, 60) if step_meter(replace(tiny_engine, max_model_len=n)).fits(shape)
     ]
     assert fitting == list(range(shortest, 60))
 
 
 def test_a_dynamic_tree_needs_room_for_all_it_drafts(tiny_engine: TinyEngine) -> None:
     shape = DynamicShape("dynamic", 8, 5, 10)  # 41 nodes go through the head
-    assert not warm_up(replace(tiny_engine, max_model_len=48)).fits(shape)
-    assert warm_up(replace(tiny_engine, max_model_len=64)).fits(shape)
+    assert not step_meter(replace(tiny_engine, max_model_len=48)).fits(shape)
+    assert step_meter(replace(tiny_engine, max_model_len=64)).fits(shape)
 
 
 @pytest.mark.parametrize(("max_model_len", "num_blocks"), [(256, 128), (256, 10), (20, 2), (8, 1)])
@@ -53,7 +53,7 @@ def test_any_cache_can_be_measured_and_is_clean_afterwards(
 ) -> None:
     engine = replace(tiny_engine, max_model_len=max_model_len, num_blocks=num_blocks)
     core = engine.build()
-    measuring = WarmUp(core._executor, num_blocks, 16, 16, 64, max_model_len)
+    measuring = StepMeter(core._executor, num_blocks, 16, 16, 64, max_model_len)
     costs = measuring.measure([ROOT])
     assert costs.num_observed > 0
     assert costs.of(Work(1, 1)) > 0
@@ -86,8 +86,8 @@ def test_what_only_the_first_step_of_a_tree_takes_is_not_its_cost(
 ) -> None:
     compiling = Compiling()
     clock = SimpleNamespace(perf_counter=lambda: compiling.now)
-    monkeypatch.setattr("engine.runner.warmup.time", clock)
-    costs = WarmUp(compiling, 64, 16, 1, 64, 256).measure([ROOT, chain(3)])
+    monkeypatch.setattr("engine.runner.measuring.time", clock)
+    costs = StepMeter(compiling, 64, 16, 1, 64, 256).measure([ROOT, chain(3)])
     assert costs.of(Work(1, 4, 1, 3)) == pytest.approx(0.001, rel=0.1)
 
 
@@ -111,9 +111,9 @@ def test_slow_steps_are_measured_for_few_rows(
 ) -> None:
     slow = Slow()
     clock = SimpleNamespace(perf_counter=lambda: slow.now)
-    monkeypatch.setattr("engine.runner.warmup.time", clock)
+    monkeypatch.setattr("engine.runner.measuring.time", clock)
     caplog.set_level("INFO")
-    costs = WarmUp(slow, 4096, 16, 64, 512, 256).measure([ROOT, chain(3)])
+    costs = StepMeter(slow, 4096, 16, 64, 512, 256).measure([ROOT, chain(3)])
     assert costs.of(Work(1, 1)) == pytest.approx(1.0, rel=0.1)
     assert costs.of(Work(1, 4, 1, 3)) == pytest.approx(1.0, rel=0.1)
     assert "trees were measured for up to 1 rows" in caplog.text
@@ -123,11 +123,11 @@ def test_slow_steps_are_measured_for_few_rows(
 def test_known_costs_are_checked_with_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     executor = Slow()
     clock = SimpleNamespace(perf_counter=lambda: executor.now)
-    monkeypatch.setattr("engine.runner.warmup.time", clock)
-    warm_up = WarmUp(executor, 4096, 16, 64, 512, 256)
+    monkeypatch.setattr("engine.runner.measuring.time", clock)
+    step_meter = StepMeter(executor, 4096, 16, 64, 512, 256)
     works = [Padding().work([n], chain(1), 8) for n in (0, 1)]
     same = StepCosts.fitted([Sample(work, 0.5) for work in works])
-    assert warm_up.agrees(same, chain(1))
+    assert step_meter.agrees(same, chain(1))
     assert same.of(works[0]) == pytest.approx(1.0, rel=0.05)
     other = StepCosts.fitted([Sample(works[0], 1.0), Sample(works[1], 2.0)])
-    assert not warm_up.agrees(other, chain(1))
+    assert not step_meter.agrees(other, chain(1))

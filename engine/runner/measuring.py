@@ -29,7 +29,7 @@ replace = msgspec.structs.replace
 
 
 @dataclass(frozen=True, slots=True)
-class WarmUp:
+class StepMeter:
     """Runs made-up rows through an executor whose blocks are all free."""
 
     executor: Executor

@@ -1,4 +1,4 @@
-"""What a process does once everything is loaded."""
+"""Garbage collection of a process in which everything is loaded."""
 
 from __future__ import annotations
 
