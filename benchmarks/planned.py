@@ -1,7 +1,8 @@
 """What `aerie plan` predicts beside what was measured or published, from files of results.
 
 Every row of benchmarks/results/planning-*.json names a deployment, a number and its unit. All
-predictions come from the one configs/plan/calibration.yaml.
+predictions come from the one configs/plan/calibration.yaml. A file of rounds of earlier code names
+the constants of that code: how many kernels it launched, and what they took.
 
     python -m benchmarks.planned     # prints the tables that docs/planning.md shows
 """
@@ -26,7 +27,8 @@ from server.planning.rounds import Deployment, prefill_cost, round_cost
 from server.planning.sizes import ModelSizes
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FILES = ("planning-h200-2026-11-27.json", "planning-published.json")
+PUBLISHED = "planning-published.json"
+FILES = ("planning-h200-2026-11-27.json", "planning-h200-2026-11-28.json", PUBLISHED)
 WHOLE = "eagle3-whole"  # an EAGLE-3 head that drafts all of the target's tokens
 Row = Mapping[str, Any]
 
@@ -48,7 +50,7 @@ class Comparison:
 
 def compare(content: Row, calibration: Calibration | None = None) -> list[Comparison]:
     """All rows of a file of results."""
-    found = calibration or load_calibration()
+    found = (calibration or load_calibration()).model_copy(update=content.get("constants", {}))
     return [_compared(row, found) for row in content["rows"]]
 
 

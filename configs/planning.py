@@ -47,9 +47,13 @@ class Calibration(Section):
     product_us: Microseconds = Field(description="of a product, beside its bytes and operations")
     attention_us: Microseconds = Field(description="of a layer's attention, beside its bytes")
     attention_row_us: Microseconds = Field(description="the same, added by every row")
+    attention_node_us: Microseconds = Field(
+        description="the same, added by every further node of a row's draft tree"
+    )
     kernel_us: Microseconds = Field(description="of any other kernel, launch included")
     split_reductions: Count = Field(description="kernels of a layer that sum parts of products")
     round_kernels: Count = Field(description="kernels of a round that belong to no layer")
+    draft_kernels: Count = Field(description="more kernels of a round that drafts, once")
     level_kernels: Count = Field(description="of a level of drafts that belong to no layer")
     moe_kernels: Count = Field(description="of a layer with experts: routing, sorting, adding")
     logit_reads: Count = Field(description="drawing a token takes so many float32 reads of logits")

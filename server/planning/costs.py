@@ -86,12 +86,17 @@ class Machine:
         """Of element-wise work on so many bytes, beside its kernels."""
         return Cost(memory=self._read_us(num_bytes))
 
-    def attention(self, layers: int, rows: int, num_bytes: float, flops: float) -> Cost:
-        """Of `layers` layers that read `num_bytes` of keys and values of `rows` rows together."""
+    def attention(
+        self, layers: int, rows: int, num_bytes: float, flops: float, num_nodes: int = 1
+    ) -> Cost:
+        """Of `layers` layers that read `num_bytes` of keys and values of `rows` rows together, each
+        with a tree of `num_nodes`."""
         peak = self.gpu.memory_bytes_per_second * self.calibration.cache_share
         compute = self.gpu.bf16_flops_per_second * self.calibration.attention_compute_share
         spent = overlapped(num_bytes / peak * MICRO, flops / compute * MICRO)
-        least = self.calibration.attention_us + rows * self.calibration.attention_row_us
+        found = self.calibration
+        least = found.attention_us + rows * found.attention_row_us
+        least += (num_nodes - 1) * found.attention_node_us
         return spent + Cost(launch=layers * least)
 
     def all_reduce(self, number: int, num_bytes: float) -> Cost:

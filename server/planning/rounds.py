@@ -45,7 +45,7 @@ def round_parts(deployment: Deployment, rows: int, context: int, shape: TreeShap
     """The parts of a round of `rows` sequences of `context` tokens each, by name; microseconds."""
     machine = deployment.machine
     found: dict[str, Cost] = {}
-    pieces = [*_forward(deployment, rows, context, rows * shape.num_nodes)]
+    pieces = [*_forward(deployment, rows, context, shape.num_nodes)]
     pieces += [*_drawing(deployment, rows * shape.num_nodes)]
     if shape.num_nodes > 1:
         pieces += [*_drafting(deployment, rows, context, shape)]
@@ -87,13 +87,14 @@ def _prompt_step(deployment: Deployment, first: int, new: int) -> Cost:
 
 
 def _forward(
-    deployment: Deployment, rows: int, context: int, num_tokens: int
+    deployment: Deployment, rows: int, context: int, num_nodes: int
 ) -> Iterator[tuple[str, Cost]]:
-    sizes, machine = deployment.target, deployment.machine
+    sizes, machine, num_tokens = deployment.target, deployment.machine, rows * num_nodes
     yield from _layers(deployment, num_tokens)
     cache = _cache_bytes(deployment, rows, context)
     flops = _attention_flops(deployment, num_tokens, context)
-    yield "attention, cache", machine.attention(sizes.num_layers, rows, cache, flops)
+    spent = machine.attention(sizes.num_layers, rows, cache, flops, num_nodes)
+    yield "attention, cache", spent
 
 
 def _layers(deployment: Deployment, num_tokens: int) -> Iterator[tuple[str, Cost]]:
@@ -162,7 +163,8 @@ def _drafting(
     head = deployment.head
     if head is None:
         return
-    widths = frontiers(shape)
+    widths, found = frontiers(shape), deployment.machine.calibration
+    yield "ranking drafts", deployment.machine.kernels(found.draft_kernels)
     for level, width in enumerate(widths):
         # The first pass takes the tokens of the last round, of which the host does not know how
         # many there are: it has room for all that its tree could have accepted.

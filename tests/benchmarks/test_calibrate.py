@@ -11,13 +11,18 @@ from benchmarks.calibrate import FITTED, fit, main, rewritten, rows_of_gpu_check
 from benchmarks.planned import FILES, compare, read
 from configs.planning import CALIBRATION, load_calibration
 
-ROWS = {"rows": [row for row in read(FILES[0])["rows"] if row.get("batch") in (1, 64)][:6]}
+FIRST = read(FILES[0])
+ROWS = {
+    "rows": [row for row in FIRST["rows"] if row.get("batch") in (1, 64)][:6],
+    "constants": FIRST["constants"],
+}
 
 
 def test_a_fit_finds_constants_that_were_moved() -> None:
     shipped = load_calibration()
     exact = {
-        "rows": [{**found.row, "measured": found.predicted} for found in compare(ROWS, shipped)]
+        **ROWS,
+        "rows": [{**found.row, "measured": found.predicted} for found in compare(ROWS, shipped)],
     }
     moved = shipped.model_copy(update={"memory_share": 0.7, "compute_share": 0.6})
     found = fit(exact, moved, ("memory_share", "compute_share"), steps=8)
@@ -26,7 +31,7 @@ def test_a_fit_finds_constants_that_were_moved() -> None:
 
 
 def test_a_fit_does_not_leave_what_is_possible() -> None:
-    fast = {"rows": [{**row, "measured": row["measured"] / 2} for row in ROWS["rows"]]}
+    fast = {**ROWS, "rows": [{**row, "measured": row["measured"] / 2} for row in ROWS["rows"]]}
     assert fit(fast, load_calibration(), ("memory_share",), steps=3).memory_share == 1
 
 

@@ -100,6 +100,20 @@ def test_weights_are_read_at_the_share_of_the_data_sheet() -> None:
     assert sum(products) == pytest.approx(15.0e9 / (0.9 * 3.35e12) * 1e6, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [(ROOT, 368), (chain(3), 431), (DynamicShape("dynamic16", 16, 4, 6), 487 - 36)],
+)
+def test_kernels_are_counted_as_an_h200_ran_them(shape: TreeShape, kernels: int) -> None:
+    """Those of attention that are launched twice, for 16 nodes, count as time of the first."""
+    each_one = dict.fromkeys(("product_us", "attention_us", "kernel_us"), 1.0)
+    none = dict.fromkeys(("attention_row_us", "attention_node_us"), 0.0)
+    counting = load_calibration().model_copy(update=each_one | none)
+    found = deployed(LLAMA_8B, head="eagle3")
+    found = replace(found, machine=replace(found.machine, calibration=counting))
+    assert round_cost(found, 1, 300, shape).launch == pytest.approx(kernels, abs=4)
+
+
 def test_waiting_for_the_host_adds_its_time() -> None:
     ahead = deployed(LLAMA_8B)
     waiting = replace(ahead, run_ahead=False)
