@@ -73,7 +73,9 @@ async def read_body(request: HttpRequest, model: type[Body]) -> Body:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
         # Browsers let web pages send some other types across origins without a preflight.
-        raise invalid(f"The content-type must be {JSON_TYPE}", code="unsupported_content_type")
+        given = shorten(kind) if kind else "missing"
+        message = f"The content-type is {given}: it must be {JSON_TYPE}"
+        raise invalid(message, code="unsupported_content_type")
     encoding = request.headers.get("content-encoding", "")
     decode = decoder(encoding)
     try:

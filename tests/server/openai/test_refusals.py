@@ -247,7 +247,9 @@ def test_infinite_numbers_are_400(server: Server, field: str, value: str) -> Non
 def test_other_content_types_are_400(server: Server, kind: str) -> None:
     content = json.dumps(CHAT).encode()
     response = server.request("POST", CHAT_PATH, content=content, headers={"content-type": kind})
-    assert error_of(response, 400)["code"] == "unsupported_content_type"
+    error = error_of(response, 400)
+    assert error["code"] == "unsupported_content_type"
+    assert error["message"] == f'The content-type is "{kind}": it must be application/json'
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH, "/tokenize", "/detokenize"])
