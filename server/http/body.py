@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
@@ -72,7 +73,9 @@ async def read_body(request: HttpRequest, model: type[Body]) -> Body:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
         # Browsers let web pages send some other types across origins without a preflight.
-        raise invalid(f"The content-type must be {JSON_TYPE}", code="unsupported_content_type")
+        given = shorten(kind) if kind else "missing"
+        message = f"The content-type is {given}: it must be {JSON_TYPE}"
+        raise invalid(message, code="unsupported_content_type")
     encoding = request.headers.get("content-encoding", "")
     decode = decoder(encoding)
     try:
@@ -123,7 +126,10 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         data = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
-        raise invalid(f"The body is not valid JSON: {error}", code="invalid_json") from error
+        reason = f"The body is not valid JSON: {error}"
+        if "recursion limit" in str(error):  # above MAX_DEPTH
+            reason = f"The body is nested too deeply: at most {MAX_DEPTH} levels"
+        raise invalid(reason, code="invalid_json") from error
     if not isinstance(data, dict):
         raise invalid("The body must be a JSON object", code="invalid_json")
     json.loads(raw, object_pairs_hook=_refuse_repeated)  # the parser above keeps the last value
@@ -257,10 +263,12 @@ def unused_in(body: Fields, prefix: str) -> Iterator[str]:
 
 
 def check_shape(value: Any, name: str, depth: int = 1) -> None:
-    """Refuse objects with so many members that reporting an error for each takes seconds, and
-    values that are nested too deeply."""
+    """Refuse objects with so many members that reporting an error for each takes seconds, values
+    that are nested too deeply, and numbers such as 1e999, which JSON may write."""
     if isinstance(value, dict | list) and depth > MAX_DEPTH:
         raise too_deep(name)
+    if isinstance(value, float) and math.isinf(value):
+        raise bad_value(name, value, "it must be a finite number")
     if isinstance(value, dict):
         if len(value) > MAX_MEMBERS:
             raise invalid(
@@ -270,7 +278,7 @@ def check_shape(value: Any, name: str, depth: int = 1) -> None:
             check_shape(member, name, depth + 1)
     elif isinstance(value, list):
         for member in value:
-            if isinstance(member, dict | list):
+            if isinstance(member, dict | list | float):
                 check_shape(member, name, depth + 1)
 
 

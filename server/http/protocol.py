@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from httptools import HttpParserError
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -22,6 +22,7 @@ from server.http.connections import PROBE_PATHS, Connections
 from server.http.errors import ApiError, invalid, server_error, unavailable
 from server.http.outlet import Outlet
 from server.http.request_log import ID_HEADER, error_response, request_id
+from server.http.upgrades import head_without_upgrade
 
 MAX_HEAD = 64 * 1024  # bytes of the request line and headers, and of all else but bodies
 LOOK_EVERY = 0.1  # seconds between looks whether a client is gone that closed its side
@@ -60,6 +61,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_request = False  # between the first and last byte of a request
         self._timer: asyncio.TimerHandle | None = None
         self._heard_all = False  # the client has closed its side
+        self._upgrades = False  # the request asks for another protocol, which is not spoken here
+        self._ahead = b""  # what is to be parsed next, after such a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -111,7 +114,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.outlet.discard(len(data))
             return
         self._num_fruitless += len(data)
-        super().data_received(data)
+        while data and not self.outlet.is_closing():
+            self._ahead = data
+            super().data_received(data)
+            data = self._ahead if self._upgrades else b""
+            self._upgrades = False
+        self._ahead = b""
         if self.outlet.is_closing():
             return
         if self._num_fruitless > MAX_HEAD:
@@ -134,6 +142,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._refusal = self._limit.refuse()
         if self._refusal is not None:
             raise ValueError("the parser reports it as its own error")
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._upgrades = True
+            return
         self._num_fruitless = 0
         self._expect_within(self.body_timeout)
         super().on_headers_complete()
@@ -145,10 +156,24 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:  # the parser takes the body for the other protocol
+            return
         self._num_fruitless = 0
         self._in_request = False
         self._expect_nothing()
         super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn calls this while it handles the parser's word that the other protocol begins. The
+        request is parsed again, without its wish, and with its body."""
+        error = sys.exception()
+        if not self._upgrades or not isinstance(error, HttpParserUpgrade):
+            return
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        head = head_without_upgrade(method, self.url, version, self.headers)
+        self._ahead = head + self._ahead[error.args[0] :]
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this while it handles an exception of its parser. That may come from what

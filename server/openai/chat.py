@@ -54,7 +54,8 @@ class ChatWriter:
         scored = body.num_logprobs is not None
         # As OpenAI: the answer to a request that names its tool just stops.
         called: ChatFinishReason = "stop" if body.names_a_tool else "tool_calls"
-        self._messages = [Message(scored, called) for _ in generation.choices]
+        thoughts = body.include_reasoning is not False
+        self._messages = [Message(scored, called, thoughts) for _ in generation.choices]
         tokenizer, traced = generation.tokenizer, body.include_trace
         self._traces = [TraceWriter(tokenizer, traced) for _ in generation.choices]
         self._num_prompt_tops = body.prompt_logprobs

@@ -27,7 +27,9 @@ FRAME = 8  # characters that stand around a text, at least
 
 
 class TextPart(Fields):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"] = Field(
+        description="The last two are what the Responses API calls them."
+    )
     text: str
     cache_control: NotUsed[Any] = Field(
         None, description=HARMLESS + "equal prefixes are found without it."
@@ -108,9 +110,7 @@ class ChatMessage(Fields):
         if isinstance(self.content, str):
             content = self.content
         else:
-            content = [
-                {"type": part.type, "text": part.text} for part in self.content or ()
-            ] or None
+            content = [{"type": "text", "text": part.text} for part in self.content or ()] or None
         if content is None and not calls:
             content = ""
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content

@@ -106,7 +106,7 @@ def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) ->
     prompt = render_chat(context.renderer, context.answer_form, body.messages, body)
     special = bool(body.add_special_tokens)
     token_ids = encode(context, info, prompt, special, "messages", may_be_long=_cuts(body))
-    kept = _last_tokens(token_ids, body, info)
+    kept = _kept_tokens(token_ids, body, info)
     return [Prompt(kept, prompt.plain(), "messages", prediction=_predicted(context, info, body))]
 
 
@@ -138,14 +138,14 @@ def _cuts(body: SamplingFields) -> bool:
     return body.truncate_prompt_tokens not in (None, 0)
 
 
-def _last_tokens(token_ids: list[int], body: SamplingFields, info: EngineInfo) -> list[int]:
+def _kept_tokens(token_ids: list[int], body: SamplingFields, info: EngineInfo) -> list[int]:
     """The tokens of a prompt that are to be used."""
     limit = body.truncate_prompt_tokens
     if limit is None or limit == 0:
         return token_ids
     if limit == -1:
         limit = max(info.max_model_len - _or_one(body.token_limit), 1)
-    return token_ids[-limit:]
+    return token_ids[:limit] if body.truncation_side == "right" else token_ids[-limit:]
 
 
 def _or_one(asked: int | None) -> int:
@@ -178,7 +178,7 @@ def _completion_prompt(
     else:
         check_token_ids(prompt, info, param)
         token_ids = prompt
-    kept = _last_tokens(token_ids, body, info)
+    kept = _kept_tokens(token_ids, body, info)
     if len(kept) < len(token_ids):
         token_ids, text = kept, None
     if not body.echo or len(token_ids) > info.max_model_len:  # too long: `budget` refuses it
@@ -198,13 +198,14 @@ def _unknown_token(param: str, token_id: int, info: EngineInfo) -> ApiError:
     return bad_value(param, token_id, f"token ids must be below {info.vocab_size}")
 
 
-def budget(prompt: Prompt, asked: int | None, default: int | None, info: EngineInfo) -> int:
-    """Limit of output tokens of one choice: `asked`, else `default` or the rest of the context.
+def budget(prompt: Prompt, body: SamplingFields, default: int | None, info: EngineInfo) -> int:
+    """Limit of output tokens of one choice: the asked one, `default` or the rest of the context.
 
     Raises:
         ApiError: 400 for an empty prompt, and when prompt and output exceed the context.
     """
     num_prompt, max_model_len = len(prompt.token_ids), info.max_model_len
+    asked = body.token_limit
     if num_prompt == 0:
         must = f"{prompt.param} must have at least one token"
         raise invalid(f"The prompt is empty: {must}", prompt.param)
@@ -214,7 +215,7 @@ def budget(prompt: Prompt, asked: int | None, default: int | None, info: EngineI
             max_model_len,
             f"you requested {num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} in "
             "the completion). Please reduce the length of either.",
-            prompt.param,
+            prompt.param if asked < max_model_len else body.token_limit_name,
         )
     if _or_one(asked) > room:
         no_room = "" if asked == 0 else ", which leaves no room for an answer"
@@ -225,12 +226,12 @@ def budget(prompt: Prompt, asked: int | None, default: int | None, info: EngineI
 
 
 def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body.token_limit, None, info)
+    max_tokens = budget(prompt, body, None, info)
     return _sampling_params(body, max_tokens, body.num_logprobs, body.prompt_logprobs, info)
 
 
 def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body.token_limit, DEFAULT_COMPLETION_TOKENS, info)
+    max_tokens = budget(prompt, body, DEFAULT_COMPLETION_TOKENS, info)
     echoed = body.logprobs if body.echo else None
     asked = [count for count in (echoed, body.prompt_logprobs) if count is not None]
     logprobs = 0 if body.chooses and body.logprobs is None else body.logprobs

@@ -22,13 +22,20 @@ from server.http.errors import bad_value, invalid
 from server.openai.answer import Task, respond
 from server.openai.choice import ChoiceDelta
 from server.openai.convert import Prompt, completion_params, completion_prompts
-from server.openai.fields import HARMLESS, MAX_INT, CacheSalt, Prompts
+from server.openai.fields import HARMLESS, MAX_INT, CacheSalt, Prompts, TruncationSide
 from server.openai.generation import Generation
 from server.openai.schema import CompletionRequest
 from server.openai.wording import worded
 from server.text.answer.forms import Reading
 
-SAME = ("model", "add_special_tokens", "truncate_prompt_tokens", "priority", "cache_salt")
+SAME = (
+    "model",
+    "add_special_tokens",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "priority",
+    "cache_salt",
+)
 SMALLEST = 1e-12  # a shorter vector has no direction
 
 Vector = NDArray[np.float32]
@@ -65,6 +72,7 @@ class EmbeddingsRequest(Fields):
         description="Use only so many of the last tokens of each input; 0: all; -1: as many as the "
         "context has room for. Default: all.",
     )
+    truncation_side: TruncationSide = None
     priority: int | None = Field(
         None, ge=-(2**31), le=2**31 - 1, description="Lower runs first. Default 0."
     )

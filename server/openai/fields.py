@@ -146,6 +146,13 @@ NumLogprobs = Annotated[
     ),
     BeforeValidator(_false_is_null),
 ]
+TruncationSide = Annotated[
+    Literal["left", "right"] | None,
+    Field(
+        description="Where `truncate_prompt_tokens` cuts: left (default) keeps the last tokens of "
+        "a prompt, right the first."
+    ),
+]
 LogprobTokenIds = Annotated[
     Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_NAMED)] | None,
     Field(

@@ -45,9 +45,11 @@ class _Call:
 class Message:
     """Takes parts either by `add_parts`, for `whole`, or by `deltas`."""
 
-    def __init__(self, scored: bool, called: ChatFinishReason) -> None:
-        """`scored`: log-probabilities are wanted. `called`: the finish reason of calls."""
+    def __init__(self, scored: bool, called: ChatFinishReason, thoughts: bool = True) -> None:
+        """`scored`: log-probabilities are wanted. `called`: the finish reason of calls. `thoughts`:
+        reasoning is part of it."""
         self._scored = scored
+        self._thoughts = thoughts
         self._called = called
         self._scores: list[ChatTokenLogprob] = []
         self._ids: list[int] = []
@@ -76,7 +78,7 @@ class Message:
                 case Content(text):
                     self._content.append(text)
                 case Reasoning(text):
-                    self._reasoning.append(text)
+                    self._reasoning.append(text if self._thoughts else "")
                 case CallBegin(name):
                     self._calls.append(_Call(name))
                 case CallArguments(text):
@@ -96,7 +98,7 @@ class Message:
             match part:
                 case Content(text):
                     yield ChatDelta(content=text)
-                case Reasoning(text):
+                case Reasoning(text) if self._thoughts:
                     yield ChatDelta(reasoning_content=text)
                 case CallBegin(name):
                     self._calls.append(_Call(name))

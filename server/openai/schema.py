@@ -33,6 +33,7 @@ from server.openai.fields import (
     Temperature,
     TokenId,
     TopP,
+    TruncationSide,
     Unsupported,
 )
 from server.openai.structured import StructuredFields
@@ -102,6 +103,7 @@ class SamplingFields(StructuredFields):
         description="Use only so many of the last tokens of each prompt; 0: all; -1: as many as "
         "leave room for the output. Default: all.",
     )
+    truncation_side: TruncationSide = None
     return_token_ids: bool | None = Field(
         None, description="Add `token_ids` to choices, and `prompt_token_ids`. Default false."
     )
@@ -158,6 +160,10 @@ class SamplingFields(StructuredFields):
             )
         return self
 
+    def not_used(self) -> Iterator[str]:
+        if self.truncation_side is not None and not self.truncate_prompt_tokens:
+            yield "truncation_side"
+
     @property
     def num_choices(self) -> int:
         """Per prompt."""
@@ -174,6 +180,11 @@ class SamplingFields(StructuredFields):
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         return self.max_tokens
+
+    @property
+    def token_limit_name(self) -> str:
+        """The field that `token_limit` comes from."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def include_usage(self) -> bool:
@@ -214,6 +225,9 @@ class ChatRequest(SamplingFields, RenderingFields):
     )
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, min_length=1)] | None = (
         Field(None, description='Only ["text"].')
+    )
+    include_reasoning: bool | None = Field(
+        None, description="False: the reply has no reasoning. Default true."
     )
     reasoning_effort: NotUsed[str] = Field(
         None, description=HARMLESS + "the model is asked as the chat template says."
@@ -263,6 +277,7 @@ class ChatRequest(SamplingFields, RenderingFields):
         return self
 
     def not_used(self) -> Iterator[str]:
+        yield from SamplingFields.not_used(self)
         if self.prediction is not None and self.max_draft_nodes == 0:
             yield "prediction"
         if self.functions:

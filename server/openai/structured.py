@@ -159,7 +159,11 @@ class StructuredOutputs(Fields):
 
 
 ASKED = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}
+# Fields by which vLLM asked earlier, and SGLang asks: which of `structured_outputs` they mean.
+GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")} | {
+    "regex": "regex",
+    "ebnf": "grammar",
+}
 
 
 def _attribute(name: str) -> str:
@@ -167,7 +171,7 @@ def _attribute(name: str) -> str:
 
 
 class StructuredFields(Fields):
-    """What the text must be, in the names of OpenAI and of vLLM. At most one says so."""
+    """What the text must be, in the names of OpenAI, vLLM and SGLang. At most one says so."""
 
     response_format: ResponseFormat | None = Field(
         None,
@@ -180,6 +184,8 @@ class StructuredFields(Fields):
     guided_regex: Regex | None = Field(None, description="`structured_outputs.regex`")
     guided_choice: Choices | None = Field(None, description="`structured_outputs.choice`")
     guided_grammar: GrammarText | None = Field(None, description="`structured_outputs.grammar`")
+    regex: Regex | None = Field(None, description="`structured_outputs.regex`")
+    ebnf: GrammarText | None = Field(None, description="`structured_outputs.grammar`")
 
     @model_validator(mode="after")
     def _one_structure(self) -> StructuredFields:

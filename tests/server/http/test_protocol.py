@@ -149,6 +149,28 @@ def letters(count: int) -> list[bytes]:
     return [b"a" * 1024] * (count // 1024) + [b"a" * (count % 1024)]
 
 
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket", b"TLS/1.0"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_request_that_would_rather_speak_another_protocol_is_answered(
+    server: Server, protocol: bytes, apart: bool
+) -> None:
+    """With its body, as Java's client sends it, and again on the same connection."""
+    body = json.dumps(CHAT).encode()
+    wish = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEA\r\nUpgrade: " + protocol
+    head = POST + wish + b"\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def scene(line: Line) -> None:
+        await line.send(*((head[:99], head[99:], body) if apart else (head + body,)))
+        status, headers, _ = await line.answer()
+        assert status == 200
+        assert "upgrade" not in headers
+        await line.send((head + body) * 2 + GET)
+        assert [(await line.answer())[0] for _ in range(3)] == [200] * 3
+
+    talk(server, scene)
+    assert len(server.engine.submitted) == 3
+
+
 @pytest.mark.parametrize("start", [b"GET /", GET[:-2] + b"X-A", GET[:-2] + b"X-A: "])
 @pytest.mark.parametrize("earlier", [0, 1])
 def test_a_head_without_an_end_is_refused(server: Server, start: bytes, earlier: int) -> None:

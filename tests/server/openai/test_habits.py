@@ -262,6 +262,21 @@ def test_prompts_are_cut_on_request(
     assert long.status_code == (200 if limit in (3, -1) else 400)
 
 
+def test_a_prompt_is_cut_on_the_asked_side(server: Server) -> None:
+    cut = {"truncate_prompt_tokens": 3, "truncation_side": "right"}
+    server.complete(prompt=[5, 6, 7, 8, 9], **cut)
+    assert server.engine.submitted[0].prompt_ids == [5, 6, 7]
+    reply = server.complete(prompt=[5, 6], truncation_side="left")
+    assert reply.headers["x-aerie-warning"] == "not used: truncation_side"
+
+
+def test_parts_may_have_the_names_of_the_responses_api(server: Server) -> None:
+    for kind in ("text", "input_text", "output_text"):
+        server.chat(messages=[{"role": "user", "content": [{"type": kind, "text": "hi"}]}])
+    first, *others = [request.prompt_ids for request in server.engine.submitted]
+    assert others == [first, first]
+
+
 def test_bos_is_written_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = server.tokenizer.encode
     sent: list[bool] = []
@@ -405,6 +420,7 @@ def test_the_version_is_told(server: Server) -> None:
 def test_model_cards_have_what_benchmarks_of_vllm_read(server: Server) -> None:
     card = server.get("/v1/models").json()["data"][0]
     assert card == server.get("/v1/models/tiny").json()
+    assert server.get("/v1/models/").json() == server.get("/v1/models").json()
     assert card["root"] == server.config.model.source
     assert (card["parent"], card["max_model_len"]) == (None, 64)
     assert card["permission"][0]["allow_sampling"] is True

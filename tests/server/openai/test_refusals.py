@@ -223,6 +223,7 @@ def test_mixed_prompts_are_refused_with_a_clear_message(server: Server, prompt: 
         b'{"seed": ' + b"9" * 5000 + b"}",
         b"[" * 100_000,
         b'{"a":' * 100_000,
+        b'{"user": ' + b"[" * 999 + b"]" * 999 + b"}",
     ],
 )
 def test_bodies_that_are_no_json_object_are_400(server: Server, path: str, body: bytes) -> None:
@@ -231,16 +232,24 @@ def test_bodies_that_are_no_json_object_are_400(server: Server, path: str, body:
     assert server.engine.submitted == []
 
 
-def test_infinite_numbers_are_400(server: Server) -> None:
-    body = json.dumps(CHAT)[:-1] + ', "temperature": 1e999}'
-    assert error_of(server.post_raw(CHAT_PATH, body.encode()), 400)["param"] == "temperature"
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", "1e999"), ("metadata", '{"a": [-1e999]}'), ("prompt_cache_options", "1e999")],
+)
+def test_infinite_numbers_are_400(server: Server, field: str, value: str) -> None:
+    body = json.dumps(CHAT)[:-1] + f', "{field}": {value}}}'
+    error = error_of(server.post_raw(CHAT_PATH, body.encode()), 400)
+    assert error["param"] == field
+    assert "finite number" in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
 def test_other_content_types_are_400(server: Server, kind: str) -> None:
     content = json.dumps(CHAT).encode()
     response = server.request("POST", CHAT_PATH, content=content, headers={"content-type": kind})
-    assert error_of(response, 400)["code"] == "unsupported_content_type"
+    error = error_of(response, 400)
+    assert error["code"] == "unsupported_content_type"
+    assert error["message"] == f'The content-type is "{kind}": it must be application/json'
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH, "/tokenize", "/detokenize"])
@@ -271,7 +280,7 @@ def test_bad_detokenize_requests_are_400(server: Server, tokens: Any) -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
-@pytest.mark.parametrize("max_tokens", [64, 10**9])
+@pytest.mark.parametrize("max_tokens", [63, 10**9])
 def test_prompt_and_output_beyond_the_context_are_400(
     server: Server, path: str, max_tokens: int
 ) -> None:
@@ -280,6 +289,8 @@ def test_prompt_and_output_beyond_the_context_are_400(
     assert error["code"] == "context_length_exceeded"
     assert error["message"].startswith("This model's maximum context length is 64 tokens. However,")
     assert str(max_tokens) in error["message"]
+    alone = max_tokens >= 64  # does not fit, whatever the prompt
+    assert error["param"] == ("max_tokens" if alone else next(iter(content)))
 
 
 def test_a_prompt_that_fills_the_context_leaves_no_room_for_output(server: Server) -> None:

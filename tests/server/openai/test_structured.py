@@ -66,6 +66,8 @@ def refused(server: Server, **fields: Any) -> dict[str, Any]:
         ({"guided_regex": "[0-9]{3}"}, "regex", "[0-9]{3}"),
         ({"guided_choice": ["yes", "no"]}, "lark", 'start: "yes" | "no"'),
         ({"guided_grammar": 'start: "a"'}, "lark", 'start: "a"'),
+        ({"regex": "[0-9]{3}"}, "regex", "[0-9]{3}"),
+        ({"ebnf": 'root ::= "a" [0-9]+'}, "lark", 'start: "a" /[0-9]/+'),
     ],
 )
 def test_every_form_gives_the_engine_a_grammar(

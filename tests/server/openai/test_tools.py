@@ -301,6 +301,9 @@ def test_reasoning_is_told_from_content_and_counted(make_server: MakeServer) -> 
     called, _ = answered(server, THOUGHT.replace("So.", CALL_F))
     assert (called.message.content, called.finish_reason) == (None, "tool_calls")
     assert called.message.model_extra["reasoning_content"] == "Why?"
+    for answer in answered(server, THOUGHT, tools=None, include_reasoning=False):
+        assert answer.message.content == "So."
+        assert "reasoning_content" not in (answer.message.model_extra or {})
     plain, _ = answered(make_server(), THOUGHT)
     assert plain.message.content == THOUGHT
 
