@@ -55,6 +55,10 @@ class Child:
         except (EOFError, BrokenPipeError):
             self.end()
             raise
+        except ValueError as error:  # of a pipe that another thread has closed, or the message
+            if not self._process.stdout.closed:
+                raise
+            raise EOFError from error
 
     def end(self) -> None:
         self._process.kill()

@@ -23,13 +23,13 @@ from server.process.process_table import children_of
 from tests.architecture.source_tree import ROOT
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import (
-    DEADLINE,
     LiveServer,
     child_environment,
     command_line,
 )
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
+from tests.support.waiting import DEADLINE
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -259,7 +259,8 @@ def test_serve_run_takes_the_same_application_from_a_file(
             assert time.monotonic() < end
             time.sleep(0.2)
         body = {"model": MODEL, "prompt": "a", "max_tokens": 3}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, verify=False)
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        answer = httpx.post(url, json=body, verify=False, timeout=DEADLINE)
         assert answer.json()["object"] == "text_completion"
     finally:
         process.terminate()

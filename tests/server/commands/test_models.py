@@ -10,8 +10,10 @@ from click.testing import Result
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from engine.checkpoints import hub, source
 from server.cli import app
 from tests.support.hub import HUB_ID, Hub, stand_in_hub
+from tests.support.waiting import DEADLINE
 
 CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}).encode()
 WEIGHTS = bytes(range(256)) * 400
@@ -28,6 +30,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub's library, which may ask a hub."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", DEADLINE)
+    for module in (hub, source):
+        monkeypatch.setattr(module, "HUB_TIMEOUT", DEADLINE)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", len(WEIGHTS) // 8)
     return tmp_path / "hub"
 

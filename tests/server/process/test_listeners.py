@@ -14,10 +14,12 @@ import pytest
 import uvloop
 
 from configs.schema import ServerConfig
+from server.http import outlet
 from server.process.listening import address_of, check_tls, open_listener, open_unix_socket
 from server.process.web import WebServer
 from tests.support.certificate import CERTIFICATE, KEY
 from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.waiting import DEADLINE
 
 MakeServer = Callable[..., Server]
 
@@ -56,7 +58,9 @@ def test_a_unix_socket_is_served(make_server: MakeServer, tmp_path: Path) -> Non
     async def ask(url: str) -> None:
         assert url == f"http+unix://{path}/llm"
         transport = httpx.AsyncHTTPTransport(uds=str(path))
-        async with httpx.AsyncClient(transport=transport, base_url="http://any/llm") as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://any/llm", timeout=DEADLINE
+        ) as client:
             assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
 
     serve(server, ask)
@@ -76,13 +80,16 @@ def test_a_socket_that_nobody_listens_on_is_replaced(tmp_path: Path) -> None:
     assert path.read_text() == "somebody's file"
 
 
-def test_tls_is_served(make_server: MakeServer, tls: dict[str, Any]) -> None:
+def test_tls_is_served(
+    make_server: MakeServer, tls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlet, "LINGER", DEADLINE)
     server = make_server(port=0, **tls)
 
     async def ask(url: str) -> None:
         assert url.startswith("https://127.0.0.1:")
         trusted = ssl.create_default_context(cadata=CERTIFICATE)
-        async with httpx.AsyncClient(verify=trusted, base_url=url) as client:
+        async with httpx.AsyncClient(verify=trusted, base_url=url, timeout=DEADLINE) as client:
             assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
             streamed = await client.post(CHAT_PATH, json=CHAT | {"stream": True})
             assert streamed.text.endswith("data: [DONE]\n\n")

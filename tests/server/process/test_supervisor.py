@@ -102,8 +102,7 @@ def test_a_child_dies_with_its_launcher(launch: Launch) -> None:
 def test_a_signal_ends_the_pause_before_the_next_start(launch: Launch, tmp_path: Path) -> None:
     process = launch("os.kill(os.getpid(), 9)", pause=1e6)
     assert process.stderr is not None
-    while "starting the HTTP process again" not in process.stderr.readline():
-        pass
+    assert any("starting the HTTP process again" in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
 

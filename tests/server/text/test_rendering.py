@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from server.text.chat_template import ChatTemplate
+from server.text.render_process import Conversation
 from server.text.rendering import FAILED, SMALL, Renderer, is_small
 from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
 from tests.support.waiting import DEADLINE
@@ -62,6 +63,18 @@ def test_a_failure_in_a_process_is_that_of_the_template(make: Make) -> None:
 def test_a_process_that_needs_too_much_memory_fails_alone(make: Make) -> None:
     renderer = make("{{ ([messages[0].content] * 70000) | join | length }}")
     with pytest.raises(ValueError, match="chat template: "):
+        renderer.render(LARGE, True, {})
+
+
+def test_a_process_that_another_thread_ends_is_at_its_end(make: Make) -> None:
+    """Whatever this one was about to do with its pipes."""
+    renderer = make(CHAT_TEMPLATE)
+    with renderer._children.one() as process:
+        process.end()
+        with pytest.raises(EOFError):
+            process.ask(Conversation(LARGE, True, {}))
+    renderer._children.close()
+    with pytest.raises(ValueError, match="shutting down"):
         renderer.render(LARGE, True, {})
 
 
