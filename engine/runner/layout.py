@@ -265,6 +265,7 @@ class Layout:
                 first_scratch=self.scratch.first_slot,
             )
         )
+        packed = packed.without_padding() if exact else packed
         return Committed(
             lines=inputs.lines,
             cu=packed.cu,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import torch
 
 from kernels.native.library import NativeLibrary
-from kernels.packing.entries import PackedEntries, Walks
-
-BY_ENTRY = ("features", "tokens", "positions", "slots", "masks")
+from kernels.packing.entries import BY_ENTRY, PackedEntries, Walks
 
 
 class NativePacking:
@@ -20,7 +18,7 @@ class NativePacking:
         self._pack_entries = library.call("aerie_pack_entries")
 
     def pack_entries(self, walks: Walks) -> PackedEntries:
-        """Without padding: as many entries as there are."""
+        """What is left as padding is not set."""
         rows = (walks.starts, walks.lens, walks.ends, walks.samples, walks.next_tokens)
         nodes = (walks.path, walks.accepted, walks.emitted, walks.firsts, walks.tables)
         inputs = [part.contiguous() for part in (*rows, *nodes)]
@@ -34,8 +32,7 @@ class NativePacking:
             walks.block_size,
             *(part.data_ptr() for part in out),
         )
-        used = int(room.cu[-1])
-        return replace(room, **{name: getattr(room, name)[:used] for name in BY_ENTRY})
+        return room
 
 
 def _room_for(B: int, E: int) -> PackedEntries:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+BY_ENTRY = ("features", "tokens", "positions", "slots", "masks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Walks:
 @dataclass(frozen=True, slots=True)
 class PackedEntries:
     """All tokens that follow a node of the paths, row after row. A token without a slot is left
-    out. On a device, padding follows, up to B * E, of which all but the slot, which is scratch, is
+    out. Padding follows, up to B * E; on a device, all of it but the slots, which are scratch, is
     0."""
 
     cu: Tensor  # [B + 1] int64, and the same as int32
@@ -42,3 +44,8 @@ class PackedEntries:
     positions: Tensor  # [C] int64
     slots: Tensor  # [C] int64
     masks: Tensor  # [C] int64 zeros: the entries of a row are causal
+
+    def without_padding(self) -> PackedEntries:
+        """Only for hosts that may wait for values."""
+        num_used = int(self.cu[-1])
+        return replace(self, **{name: getattr(self, name)[:num_used] for name in BY_ENTRY})

@@ -18,8 +18,8 @@ from configs.resolve import HostConfig
 from configs.schema import ExpertCut
 from drafter.checkpoint import load_head
 from drafter.heads.building import HeadBuilder, LoadedHead, TargetWeights
-from engine.checkpoints import stored_groups
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoints.quantised import groups as stored_groups
 from engine.checkpoints.source import ModelFiles
 from engine.models import loading
 from engine.models.families import load_target

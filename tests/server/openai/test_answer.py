@@ -70,7 +70,7 @@ def test_deltas_that_cannot_be_written_are_closed_by_their_consumer(
     """And not by the garbage collector, in another task and at any time."""
     tasks: list[asyncio.Task[Any] | None] = []
 
-    async def deltas(generation: Generation) -> AsyncGenerator[ChoiceDelta, None]:
+    async def deltas(*_: object) -> AsyncGenerator[ChoiceDelta, None]:
         tasks.append(asyncio.current_task())
         try:
             yield ChoiceDelta(7, "of a choice that nobody asked for", cast("Any", None))
