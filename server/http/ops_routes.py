@@ -49,12 +49,14 @@ async def ready(http: HttpRequest) -> dict[str, str]:
     return {"status": "ready"}
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response)
 async def metrics(http: HttpRequest) -> Response:
     """Prometheus metrics."""
     return Response(context_of(http).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version", responses={401: {"description": "The API key is missing or wrong"}})
 async def show_version() -> dict[str, str]:
     """The version of Aerie, in vLLM's shape."""

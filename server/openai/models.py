@@ -15,6 +15,7 @@ router = APIRouter()
 ROUTES = Routes(router, answers=(ModelList,))
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models/", include_in_schema=False)  # else an empty id, below
 @router.get("/v1/models", **operation(None, ModelList))
 async def list_models(http: HttpRequest) -> Response:
