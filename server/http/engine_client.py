@@ -70,7 +70,8 @@ class EngineClient(Protocol):
         ...
 
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
-        """Submit a request at once and stream its events; the last one is its `Finished`.
+        """Submit a request at once and stream its events; the last one is its `Finished`. The
+        stream may be an `Inbox`.
 
         If the engine dies or is not running, the stream ends with a `Finished` of reason ERROR.
         """

@@ -7,7 +7,7 @@ import logging
 import select
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from httptools import HttpParserError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from configs.schema import ServerConfig
 from server.http.connections import PROBE_PATHS, Connections
+from server.http.direct_line import LINE, DirectLine
 from server.http.errors import ApiError, invalid, server_error, unavailable
 from server.http.outlet import Outlet
 from server.http.request_log import ID_HEADER, error_response, request_id
@@ -162,6 +163,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         cycle.transport = _CycleOutlet(self, cycle)  # type: ignore[assignment]
+        cast(Scope, cycle.scope)[LINE] = DirectLine(cycle)
         if cycle.scope["http_version"] == "1.0":
             cycle.chunked_encoding = False
             app = _without_chunks(app, cycle)

@@ -17,6 +17,7 @@ from engine.messages import EngineInfo
 from engine.request import SamplingParams
 from server.http.body import body_size, read_body
 from server.http.context import ServerContext, context_of
+from server.http.direct_line import DirectLine, line_of
 from server.http.errors import ApiError
 from server.http.lanes import LONG, Turns
 from server.http.request_log import record_of
@@ -83,7 +84,7 @@ async def respond(http: HttpRequest, task: Task[Asked], body: Asked) -> Response
     context = context_of(http)
     generation, writer = await begin(http, task, body)
     if body.stream:
-        events = _events(context, generation, writer)
+        events = _events(context, generation, writer, line_of(http.scope))
         failure = functools.partial(task.failure, writer)
         return EventStream(events, generation.close, failure, task.end)
     return WholeJson(lambda: whole(context, generation, writer), generation.close)
@@ -138,11 +139,39 @@ async def _with_grammar(
     return [msgspec.structs.replace(each, grammar=grammar) for each in params]
 
 
+@dataclass(frozen=True, slots=True)
+class _ToLine:
+    """A `Shortcut` for a stream."""
+
+    writer: Writer
+    line: DirectLine
+
+    @property
+    def is_open(self) -> bool:
+        return self.line.is_open
+
+    def take(self, delta: ChoiceDelta) -> None:
+        if data := self.writer.events(delta):
+            self.line.write(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _ToWriter:
+    """A `Shortcut` for a reply in one piece."""
+
+    writer: Writer
+    is_open = True
+
+    def take(self, delta: ChoiceDelta) -> None:
+        self.writer.add(delta)
+
+
 async def _events(
-    context: ServerContext, generation: Generation, writer: Writer
+    context: ServerContext, generation: Generation, writer: Writer, line: DirectLine | None
 ) -> AsyncGenerator[bytes, None]:
     turns = Turns()
-    async with aclosing(generation.deltas()) as deltas:
+    shortcut = None if line is None else _ToLine(writer, line)
+    async with aclosing(generation.deltas(shortcut)) as deltas:
         async for delta in deltas:
             if data := await _written(context, delta, writer.events):
                 yield data
@@ -154,7 +183,7 @@ async def _events(
 async def whole(context: ServerContext, generation: Generation, writer: Writer) -> msgspec.Struct:
     """The reply in one piece."""
     turns = Turns()
-    async with aclosing(generation.deltas()) as deltas:
+    async with aclosing(generation.deltas(_ToWriter(writer))) as deltas:
         async for delta in deltas:
             await _written(context, delta, writer.add)
             await turns.give()

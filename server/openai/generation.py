@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Protocol
 
 from engine.messages import EngineInfo, ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
@@ -14,6 +16,7 @@ from server.http.admission import Ticket
 from server.http.callers import Caller
 from server.http.context import ServerContext
 from server.http.errors import ApiError, invalid, server_error
+from server.http.inbox import Event, Inbox
 from server.http.request_log import RequestRecord
 from server.openai.bodies import ReplyMetrics, SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
@@ -23,13 +26,23 @@ from server.openai.spans import describe_generation
 from server.openai.usage import count_drafts, count_so_far, count_tokens, draft_metrics
 from server.text.answer.forms import Reading
 
-Event = Tokens | Finished
 # Why the engine refuses a request -> the code of the client's error.
 REFUSALS = {
     ErrorCode.CONTEXT_LENGTH: "context_length_exceeded",
     ErrorCode.INVALID: None,
     ErrorCode.REFUSED: "request_refused",
 }
+
+
+class Shortcut(Protocol):
+    """Takes deltas at once, in place of a task that waits for them."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes one now."""
+        ...
+
+    def take(self, delta: ChoiceDelta) -> None: ...
 
 
 class Generation:
@@ -64,13 +77,16 @@ class Generation:
         """The prompt that a choice continues."""
         return self.prompts[index // (len(self.choices) // len(self.prompts))]
 
-    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """Submit all choices and yield their deltas, interleaved as they come.
+    async def deltas(self, shortcut: Shortcut | None = None) -> AsyncGenerator[ChoiceDelta, None]:
+        """Submit all choices and yield their deltas, interleaved as they come. Those of a single
+        choice may go to `shortcut` instead, while nothing is yielded.
 
         Raises:
             ApiError: the engine could not finish a choice; the others are aborted by `close`.
         """
         streams = [self._client.submit(choice.request) for choice in self.choices]
+        if shortcut is not None and len(streams) == 1 and isinstance(streams[0], Inbox):
+            streams[0].shortcut = functools.partial(self._shorten, shortcut)
         async with contextlib.aclosing(_merge(streams)) as events:
             async for index, event in events:
                 choice = self.choices[index]
@@ -79,8 +95,6 @@ class Generation:
                 else:
                     delta = self._take_finished(choice, event)
                 if delta is not None:
-                    if self._keeps_text:
-                        self._output.append(delta.text)
                     yield delta
 
     def usage_so_far(self) -> Usage:
@@ -124,6 +138,17 @@ class Generation:
         if self._keeps_text:
             self._record.output = "".join(self._output)
 
+    def _shorten(self, shortcut: Shortcut, event: Event) -> bool:
+        """Hand the delta of an event on, if that takes no time."""
+        if not isinstance(event, Tokens) or event.logprobs or not shortcut.is_open:
+            return False
+        if event.prompt_logprobs is not None or event.pooled is not None:
+            return False
+        delta = self._take_tokens(self.choices[0], event)
+        if delta is not None:
+            shortcut.take(delta)
+        return True
+
     def _take_tokens(self, choice: Choice, event: Tokens) -> ChoiceDelta | None:
         if not choice.started:
             self._ticket.leave(choice.index)
@@ -131,7 +156,7 @@ class Generation:
         delta = choice.take_tokens(event)
         if choice.live and (ended_before or choice.stopped_by_text):
             self._abort(choice)
-        return delta
+        return self._noted(delta)
 
     def _take_finished(self, choice: Choice, event: Finished) -> ChoiceDelta | None:
         self._ticket.leave(choice.index)
@@ -141,7 +166,12 @@ class Generation:
             error = self._failure(event)
             self._record.error = event.error or "aborted by the engine"
             raise error
-        return choice.take_finished(event)
+        return self._noted(choice.take_finished(event))
+
+    def _noted(self, delta: ChoiceDelta | None) -> ChoiceDelta | None:
+        if self._keeps_text and delta is not None:
+            self._output.append(delta.text)
+        return delta
 
     def _failure(self, event: Finished) -> ApiError:
         """The client's error for an engine's error; it shows the engine's message only if that is

@@ -37,6 +37,7 @@ from engine.messages import (
 from engine.request import FinishReason, Request
 from server.assembly.running import mark
 from server.http.engine_client import StepSizes
+from server.http.inbox import Inbox
 from server.process.engine_socket import EngineSocket
 from server.process.suspects import Suspects
 from server.process.totals import total
@@ -178,7 +179,7 @@ class ZmqEngineClient:
     def submit(self, request: Request) -> AsyncIterator[Tokens | Finished]:
         stream = Stream(request)
         self.open(Submit(request), stream)
-        return stream.events()
+        return stream.inbox
 
     def open(self, message: Submit, listener: Listener) -> None:
         """Submit one request, whose events `listener` takes."""
@@ -305,7 +306,7 @@ class Stream:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._queue: asyncio.Queue[Tokens | Finished] = asyncio.Queue()
+        self.inbox = Inbox()
         self._is_given_up = False
 
     def put(self, event: Tokens | Finished) -> bool:
@@ -313,25 +314,17 @@ class Stream:
         engine must be told to stop."""
         if self._is_given_up:
             return True
-        self._queue.put_nowait(event)
-        if self._queue.qsize() <= MAX_UNREAD or isinstance(event, Finished):
+        self.inbox.put(event)
+        if len(self.inbox) <= MAX_UNREAD or isinstance(event, Finished):
             return True
         self._is_given_up = True
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._queue.put_nowait(self.failed(UNREAD))
+        self.inbox.clear()
+        self.inbox.put(self.failed(UNREAD))
         return False
 
     def transfer(self, event: TransferEvent) -> None:
         """Engines without roles hand nothing over."""
         raise AssertionError(f"{event} of an engine without a role")
-
-    async def events(self) -> AsyncIterator[Tokens | Finished]:
-        while True:
-            event = await self._queue.get()
-            yield event
-            if isinstance(event, Finished):
-                return
 
     def failed(self, reason: str, code: ErrorCode | None = None) -> Finished:
         """The last event of a request whose engine is lost."""

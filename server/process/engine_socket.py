@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 
 import zmq
 
 from server.process.wire import unbounded
 
-MOST_AT_ONCE = 64  # frames, before other callbacks of the event loop have their turn
+# After so many frames, or seconds, other callbacks of the event loop have their turn.
+MOST_AT_ONCE, TURN = 64, 0.002
 
 
 class EngineSocket:
@@ -61,6 +63,7 @@ class EngineSocket:
 
     def _look(self) -> None:
         """Take the frames that have come."""
+        end = time.perf_counter() + TURN
         for _ in range(MOST_AT_ONCE):
             if not self._listens:
                 return
@@ -69,4 +72,6 @@ class EngineSocket:
             except zmq.Again:
                 return
             self._take(frame)
+            if time.perf_counter() > end:
+                break
         self._loop.call_soon(self._look)

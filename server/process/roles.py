@@ -102,7 +102,7 @@ class RolesClient:
         assert request.request_id not in self._routes, "request ids are used once"
         route = self._routes[request.request_id] = _Route(self, request)
         route.start(route.failed(NO_ENGINE))
-        return route.stream.events()
+        return route.stream.inbox
 
     def abort(self, request_id: str) -> None:
         route = self._routes.get(request_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from server.http.engine_client import StepSizes
+from server.http.inbox import Event, Inbox
 
-Event = Tokens | Finished
 Script = Callable[[Request], Sequence[Event]]
 INFO = EngineInfo(
     vocab_size=384,
@@ -52,7 +51,7 @@ class ScriptedEngine:
         self.swapped: list[str | None] = []  # paths
         self.swap_error: str | None = None
         self.dies_at_swap = False
-        self._open: dict[str, asyncio.Queue[Event]] = {}
+        self._open: dict[str, Inbox] = {}
 
     @property
     def open_ids(self) -> list[str]:
@@ -62,15 +61,14 @@ class ScriptedEngine:
     def submit(self, request: Request) -> AsyncIterator[Event]:
         assert all(request.request_id != known.request_id for known in self.submitted)
         self.submitted.append(request)
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._open[request.request_id] = queue
+        inbox = self._open[request.request_id] = Inbox()
         for event in self.script(request):
             self.feed(event)
-        return _events(queue)
+        return inbox
 
     def feed(self, event: Event) -> None:
         """Add one event."""
-        self._open[event.request_id].put_nowait(event)
+        self._open[event.request_id].put(event)
         if isinstance(event, Finished):
             del self._open[event.request_id]
 
@@ -87,14 +85,6 @@ class ScriptedEngine:
             raise ConnectionError("gone")
         facts = None if path is None else DraftFacts(path, "eagle3", 1, 32, 1000, (1, 4))
         return DraftSwapped("swap", facts, self.swap_error)
-
-
-async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-    while True:
-        event = await queue.get()
-        yield event
-        if isinstance(event, Finished):
-            return
 
 
 def finished(
