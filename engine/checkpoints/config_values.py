@@ -40,6 +40,24 @@ def flag(config: Json, key: str, default: bool = False) -> bool:
     return found
 
 
+def table(config: Json, key: str) -> Json:
+    """The table of a key; an empty one where it is absent or null."""
+    found = config.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{key} must be a table, not {found!r}")
+    return found or {}
+
+
+def names(config: Json, key: str) -> tuple[str, ...]:
+    """A list of names; none where it is absent or null."""
+    found = config.get(key)
+    if found is None:
+        return ()
+    if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
+        raise ValueError(f"{key} must be a list of names, not {found!r}")
+    return tuple(found)
+
+
 def require_positive(name: str, found: int) -> None:
     if found < 1:
         raise ValueError(f"{name} must be at least 1, not {found}")

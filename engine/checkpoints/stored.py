@@ -28,6 +28,20 @@ class View(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
+FLOATS = ("F32", "F16", "BF16")  # as safetensors call them
+
+
+def require_matrix(view: View, name: str) -> None:
+    """ValueError unless it has two axes."""
+    if len(view.get_shape()) != 2:
+        raise ValueError(f"tensor {name} has shape {view.get_shape()}; it needs two axes")
+
+
+def require_dtype(view: View, name: str, allowed: Sequence[str]) -> None:
+    if view.get_dtype() not in allowed:
+        raise ValueError(f"tensor {name} is {view.get_dtype()}; it must be {' or '.join(allowed)}")
+
+
 ReadStored = Callable[[str], Stored]  # by Hugging Face name
 
 

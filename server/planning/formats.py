@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.checkpoints.config_values import table
 from engine.checkpoints.quantised.config import is_named, left_out_patterns
 
 Json = Mapping[str, Any]
@@ -82,14 +83,6 @@ def stored_formats(config: Json, plain: str) -> PartFormats:
     names = {part: module.format(mlp=mlp) for part, module in MODULES.items()}
     found = {part: chosen for part, name in names.items() if not _is_left_out(name, left_out)}
     return replace(rest, **found)
-
-
-def table(config: Json, key: str) -> Json:
-    """The table of a key; an empty one where it is absent. ValueError for anything else."""
-    found = config.get(key)
-    if found is not None and not isinstance(found, Mapping):
-        raise ValueError(f"{key} must be a table, not {found!r}")
-    return found or {}
 
 
 def _method(quantised: Json) -> Format:

@@ -8,9 +8,9 @@ from typing import Any
 
 from configs.schema import ExpertCut
 from engine.checkpoints.arch import LlamaArch
-from engine.checkpoints.config_values import flag, integer, number
+from engine.checkpoints.config_values import flag, integer, number, table
 from engine.parallel.shard import allowed_degrees, check_whole_experts, degree_fault, no_experts
-from server.planning.formats import PartFormats, stored_formats, table
+from server.planning.formats import PartFormats, stored_formats
 
 Json = Mapping[str, Any]
 KNOWN = ("LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")

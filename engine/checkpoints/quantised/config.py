@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.checkpoints.config_values import Json, flag, number
+from engine.checkpoints.config_values import Json, flag, names, number, table
 
 Layout = Literal["fp8", "packed", "awq", "gptq"]
 Strategy = Literal["tensor", "channel", "block", "group"]  # what shares a scale
@@ -95,21 +95,33 @@ EVERY = (ALL_LINEAR,)
 def left_out_patterns(found: Json) -> tuple[str, ...]:
     """Patterns of the layers that a `quantization_config` leaves out, see `is_named`."""
     keys = ("ignore", "ignored_layers", "modules_to_not_convert")
-    return tuple(str(name) for key in keys for name in found.get(key) or ())
+    return tuple(name for key in keys for name in _patterns(found, key))
+
+
+def _patterns(found: Json, key: str) -> tuple[str, ...]:
+    patterns = names(found, key)
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"{key} {pattern!r} is no regular expression: {error}") from error
+    return patterns
 
 
 def _compressed_tensors(found: Json) -> Rules:
     _refuse_compression(found)
-    groups = found.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    groups = table(found, "config_groups")
+    if not groups:
         raise ValueError("config_groups is missing")
-    for group in groups.values():
-        targets = tuple(str(name) for name in group.get("targets") or EVERY)
+    for name in groups:
+        group = table(groups, name)
+        targets = _patterns(group, "targets") or EVERY
         yield targets, _group_scheme(group, str(group.get("format") or found.get("format")))
 
 
 def _refuse_compression(found: Json) -> None:
-    sparse = (found.get("sparsity_config") or {}).get("format", "dense")
+    sparse = table(found, "sparsity_config").get("format", "dense")
     if sparse != "dense":
         raise ValueError(f"sparsity_config of format {sparse!r} is not supported; 'dense' is")
     if found.get("transform_config"):
@@ -117,7 +129,7 @@ def _refuse_compression(found: Json) -> None:
 
 
 def _group_scheme(group: Json, form: str) -> Scheme:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = table(group, "weights"), table(group, "input_activations")
     if group.get("output_activations"):
         raise ValueError("output_activations are not supported; null is")
     if weights.get("dynamic"):
@@ -133,7 +145,7 @@ def _group_scheme(group: Json, form: str) -> Scheme:
     )
 
 
-def _float_scheme(weights: Json, inputs: Json | None) -> Scheme:
+def _float_scheme(weights: Json, inputs: Json) -> Scheme:
     strategy = _one_of("the strategy of weights", weights.get("strategy"), FP8_STRATEGIES)
     if not flag(weights, "symmetric", True):
         raise ValueError("float weights that are not symmetric are not supported")
@@ -146,7 +158,7 @@ def _float_scheme(weights: Json, inputs: Json | None) -> Scheme:
     return Scheme("fp8", strategy, block=block, rounds_inputs=bool(inputs))
 
 
-def _packed_scheme(weights: Json, inputs: Json | None) -> Scheme:
+def _packed_scheme(weights: Json, inputs: Json) -> Scheme:
     if inputs:
         raise ValueError(
             f"4-bit weights with input_activations of {inputs.get('num_bits')} bits are not "
@@ -194,7 +206,7 @@ def _gptq(found: Json) -> Rules:
 
 def _four_bits(found: object) -> None:
     if found != 4:
-        raise ValueError(f"weights of {found} bits are not supported; 4 are")
+        raise ValueError(f"weights of {found!r} bits are not supported; 4 are")
 
 
 def _group(found: object) -> int | None:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from engine.checkpoints.arch import Shape
 from engine.checkpoints.quantised.config import GROUPS, Scheme
-from engine.checkpoints.stored import Bounds, Index, View, bounds
+from engine.checkpoints.stored import (
+    FLOATS,
+    Bounds,
+    Index,
+    View,
+    bounds,
+    require_dtype,
+    require_matrix,
+)
 from kernels.linear.grouped import GroupedWeight
 from kernels.linear.quantised import Part
 
@@ -24,6 +32,15 @@ WIDE_GROUP = 128  # inputs per scale where a scale is for all inputs, if they di
 # AWQ: place of column c of eight among the codes of a word
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 ORDER = ("weight_g_idx", "g_idx")
+INTEGERS = ("I32", "I64")
+DTYPES = {  # of tensors that are not words of codes
+    "weight_scale": FLOATS,
+    "scales": FLOATS,
+    "weight_shape": INTEGERS,
+    "weight_g_idx": INTEGERS,
+    "g_idx": INTEGERS,
+}
+WORDS = ("I32",)
 Views = Mapping[str, View]  # by the end of their names, such as `qweight`
 
 
@@ -101,12 +118,38 @@ class StoredGroups:
                     f"tensor {name}.{part} has shape {list(found)}; for a weight {[N, K]} with "
                     f"{groups} groups it is {' or '.join(str(list(each)) for each in shapes)}"
                 )
+        for part in ORDER:
+            if part in self.views:
+                _check_order(torch.as_tensor(self.views[part][:]), groups, f"{name}.{part}")
+
+
+def _check_order(order: Tensor, groups: int, name: str) -> None:
+    """Indexing would take a negative group for one from the end."""
+    low, high = int(order.min()), int(order.max())
+    if low < 0 or high >= groups:
+        raise ValueError(f"tensor {name} names groups {low} to {high}; there are 0 to {groups - 1}")
 
 
 def _halves(scales: Tensor) -> Tensor:
     """As float16 where that changes none, else as float32."""
     wide, halves = scales.float(), scales.half()
     return halves if torch.equal(halves.float(), wide) else wide
+
+
+def check_parts(views: Views, name: str) -> None:
+    """ValueError for tensors of another type, or words of codes without two axes."""
+    for part, view in views.items():
+        require_dtype(view, f"{name}.{part}", DTYPES.get(part, WORDS))
+    for part in ("weight_packed", "qweight"):
+        if part in views:
+            require_matrix(views[part], f"{name}.{part}")
+    shape = views.get("weight_shape")
+    if shape is not None:
+        found = torch.as_tensor(shape[:]).tolist()
+        if len(found) != 2 or min(found) < 1:
+            raise ValueError(
+                f"tensor {name}.weight_shape is {found}; it needs two positive numbers"
+            )
 
 
 def packed_shape(views: Views) -> Shape:

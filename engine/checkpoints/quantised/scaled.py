@@ -9,12 +9,11 @@ from torch import Tensor
 
 from engine.checkpoints.arch import Shape
 from engine.checkpoints.quantised.config import Scheme
-from engine.checkpoints.stored import Bounds, Index, View, bounds
+from engine.checkpoints.stored import FLOATS, Bounds, Index, View, bounds
 from kernels.linear.scaled import ScaledLayout, ScaledWeight
 
 FP8_DTYPE = "F8_E4M3"  # as safetensors call it
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")  # both are factors of the stored numbers
-FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)

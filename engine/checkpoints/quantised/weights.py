@@ -13,6 +13,7 @@ from engine.checkpoints.quantised.config import Layout, Quantisation, Scheme
 from engine.checkpoints.quantised.groups import (
     StoredGroups,
     awq_shape,
+    check_parts,
     gptq_shape,
     packed_shape,
 )
@@ -23,7 +24,7 @@ from engine.checkpoints.quantised.scaled import (
     ScalesOf,
     StoredScaled,
 )
-from engine.checkpoints.stored import View
+from engine.checkpoints.stored import View, require_matrix
 
 # The tensor that shows how a weight is stored, what else it needs, and what it may have
 PARTS: dict[Layout, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -91,6 +92,7 @@ class QuantisedWeights:
         if scheme.layout == "packed" and not scheme.symmetric:
             needed = (*needed, "weight_zero_point")
         views = self._parts(stem, (mark, *needed), optional)
+        check_parts(views, stem)
         weight = StoredGroups(SHAPES[scheme.layout](views), views, scheme)
         weight.check(stem)
         self.weights[f"{stem}.weight"] = weight
@@ -101,6 +103,7 @@ class QuantisedWeights:
             raise ValueError(f"tensor {stem}.weight is FP8, but quantization_config has other bits")
         scale = next((s for s in SCALE_NAMES if f"{stem}.{s}" in self.views), SCALE_NAMES[0])
         views = self._parts(stem, ("weight", scale), INPUT_SCALES)
+        require_matrix(views["weight"], f"{stem}.weight")
         weight = StoredScaled(views["weight"], views[scale], scheme)
         weight.check(f"{stem}.{scale}")
         self.weights[f"{stem}.weight"] = weight
@@ -113,6 +116,7 @@ class QuantisedWeights:
         if scheme.strategy != "channel" or scales not in self.views:
             raise ValueError(f"tensor {name} of all experts needs {scales}, one for each output")
         self.used |= {name, scales}
+        self._check_experts(name, scales)
         count, _, outputs = self.views[name].get_shape()
         for expert in range(count):
             for part, bounds in _sides(match["part"], outputs):
@@ -120,6 +124,18 @@ class QuantisedWeights:
                 weight = StoredScaled(values, ScalesOf(self.views[scales], expert, bounds), scheme)
                 weight.check(scales)
                 self.weights[f"{match['stem']}.{expert}.{part}_proj.weight"] = weight
+
+    def _check_experts(self, name: str, scales: str) -> None:
+        """Weights are [experts, in, out], scales [experts, 1, out] or [experts, out, 1]."""
+        shape, found = self.views[name].get_shape(), self.views[scales].get_shape()
+        if len(shape) != 3:
+            raise ValueError(f"tensor {name} has shape {shape}; that of all experts has three axes")
+        allowed = [[shape[0], 1, shape[2]], [shape[0], shape[2], 1]]
+        if found not in allowed:
+            raise ValueError(
+                f"tensor {scales} has shape {found}; for experts {shape} it is "
+                f"{allowed[0]} or {allowed[1]}"
+            )
 
     def _parts(
         self, stem: str, needed: tuple[str, ...], optional: tuple[str, ...]

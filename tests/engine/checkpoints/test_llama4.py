@@ -16,6 +16,7 @@ from engine.checkpoints.families import read_text_model
 from engine.checkpoints.llama4_arch import AttentionTemperature, Llama4Arch
 from engine.checkpoints.source import ModelFiles
 from tests.support.published_llamas import LLAMA4_MAVERICK, LLAMA4_SCOUT
+from tests.support.quantised_files import FORMATS, FP8, fused_experts, llama4_file
 from tests.support.tiny_llama4 import llama4_config, write_tiny_llama4
 
 TEXT = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
@@ -156,3 +157,27 @@ def test_a_configuration_of_another_model_is_an_error(
     tensors = load_file(folder / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         open_checkpoint(files(copied(folder, tmp_path, tensors, **config)))
+
+
+STACK = "model.layers.1.feed_forward.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{STACK}_scale": None}, f"tensor {STACK} of all experts needs {STACK}_scale"),
+        ({f"{STACK}_scale": torch.ones(2, 1, 160)}, r"_scale has shape \[2, 1, 160\]; for experts"),
+        (
+            {STACK: torch.zeros(96, 160).to(FP8)},
+            r"shape \[96, 160\]; that of all experts has three",
+        ),
+    ],
+)
+def test_experts_in_fp8_need_a_scale_for_each_output(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    form = FORMATS["fbgemm"]
+    tensors = {**fused_experts(write_tiny_llama4(tmp_path), form), **change}
+    llama4_file({k: each for k, each in tensors.items() if each is not None}, tmp_path, form)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(files(tmp_path))

@@ -16,7 +16,7 @@ from engine.checkpoints.quantised.config import read_quantisation
 from engine.checkpoints.source import ModelFiles
 from kernels.linear.grouped import GroupedWeight
 from kernels.linear.quantised import dense
-from kernels.linear.scaled import ScaledWeight
+from kernels.linear.scaled import FP8, ScaledWeight
 from tests.support.quantised_files import (
     AWQ_CONFIG,
     FORMATS,
@@ -86,6 +86,43 @@ def test_wrong_tensors_are_errors_that_name_them(
         opened(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "end", "tensor", "message"),
+    [
+        ("packed-zeros", "weight_packed", torch.zeros(256, 16), "is F32; it must be I32"),
+        ("packed-zeros", "weight_packed", torch.zeros(256, 16).long(), "is I64; it must be I32"),
+        (
+            "packed-zeros",
+            "weight_packed",
+            torch.zeros(256).int(),
+            r"has shape \[256\]; it needs two",
+        ),
+        ("packed-zeros", "weight_scale", torch.ones(256, 2).int(), "is I32; it must be F32 or F16"),
+        ("packed-zeros", "weight_shape", torch.tensor([256.0, 128.0]), "is F32; it must be I32 or"),
+        ("packed-zeros", "weight_shape", torch.tensor([1, 2, 3]), r"is \[1, 2, 3\]; it needs two"),
+        (
+            "packed-zeros",
+            "weight_shape",
+            torch.tensor([0, 128]),
+            r"is \[0, 128\]; it needs two pos",
+        ),
+        ("awq", "qweight", torch.zeros(32).int(), r"has shape \[32\]; it needs two axes"),
+        ("gptq", "g_idx", torch.zeros(128), "is F32; it must be I32 or I64"),
+        ("gptq", "g_idx", torch.full((128,), 4).int(), "names groups 4 to 4; there are 0 to 3"),
+        ("gptq", "g_idx", torch.full((128,), -1).int(), "names groups -1 to -1; there are 0 to 3"),
+        ("gptq", "qzeros", torch.zeros(4, 32).short(), "is I16; it must be I32"),
+        ("fp8-channel", "weight", torch.zeros(9).to(FP8), r"has shape \[9\]; it needs two axes"),
+    ],
+)
+def test_parts_of_another_kind_are_refused_by_name(
+    tmp_path: Path, name: str, end: str, tensor: torch.Tensor, message: str
+) -> None:
+    """Their bits would give other numbers, without an error."""
+    change_tensors(written(tmp_path, name), **{f"{Q}.{end}": tensor})
+    with pytest.raises(ValueError, match=rf"tensor {Q}.{end} {message}"):
+        opened(tmp_path)
+
+
 def test_groups_that_do_not_fit_the_weight_are_refused(tmp_path: Path) -> None:
     change_tensors(written(tmp_path, "awq"), **{f"{Q}.qzeros": torch.zeros(3, 32).int()})
     with pytest.raises(ValueError, match=r"q_proj.qzeros has shape \[3, 32\].*it is \[4, 32\]"):
@@ -130,6 +167,15 @@ FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel"}
         (AWQ_CONFIG | {"bits": 8}, "weights of 8 bits are not supported; 4 are"),
         (GPTQ_CONFIG | {"checkpoint_format": "marlin"}, "'gptq', 'gptq_v2' are"),
         (GPTQ_CONFIG | {"dynamic": {"-:.*": {}}}, "dynamic .other settings"),
+        (int4(group_size=32) | {"config_groups": {"all": [1]}}, r"all must be a table, not \[1\]"),
+        (int4(group_size=32) | {"sparsity_config": "2:4"}, "sparsity_config must be a table, not"),
+        (int4(group_size=32) | {"ignore": "lm_head"}, "ignore must be a list of names, not 'lm_he"),
+        (int4(group_size=32) | {"ignore": ["re:["]}, r"ignore 're:\[' is no regular expression"),
+        (
+            compressed("float-quantized", FLOAT, None)
+            | {"config_groups": {"a": {"targets": "Linear"}}},
+            "targets must be a list of names, not 'Linear'",
+        ),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2' is not supported; 'e4m3' is"),
     ],
 )
