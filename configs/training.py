@@ -61,7 +61,7 @@ class DataConfig(Section):
     )
 
 
-class HeadConfig(Section):
+class HeadSettings(Section):
     """Shape of the head."""
 
     kind: Literal["eagle3", "peagle", "eagle", "dense"] = Field(
@@ -186,7 +186,7 @@ class TrainingConfig(Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    head: HeadConfig = HeadConfig()
+    head: HeadSettings = HeadSettings()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from drafter.heads.interface import Block, DraftBatch, DraftContext, DraftHead, ParallelHead
+from drafter.heads.interface import DraftBatch, DraftBlock, DraftContext, DraftHead, ParallelHead
 from drafter.static_levels import StaticLevels
 from engine.kv.scratch import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
@@ -141,7 +141,7 @@ class Grower:
         batch = None if block is None else self._block_batch(block)
         return head.draft(root_states, batch, depth, self.ctx)
 
-    def _block_batch(self, block: Block) -> DraftBatch:
+    def _block_batch(self, block: DraftBlock) -> DraftBatch:
         """Entry j is node j + 1. The last one may lie in the slot that a proposer has after those
         of the nodes."""
         first = self.roots.positions[:, None]

@@ -219,7 +219,7 @@ class EngineCore:
 
     def _take_in(self, launched: Launched) -> None:
         outcome = self._executor.collect(launched)
-        plan, outcome = self._scheduler.living(launched.plan, outcome)
+        plan, outcome = self._scheduler.without_ended(launched.plan, outcome)
         seconds = self._since_last_collect()
         if seconds is not None and launched.plan.rows:
             self._scheduler.observe_time(launched.plan, seconds)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drafter.heads.contexts import inside, vocabulary
-from drafter.heads.interface import Block, DraftBatch, DraftContext
+from drafter.heads.interface import DraftBatch, DraftBlock, DraftContext
 from engine.checkpoints.arch import LlamaArch
 from engine.models.layers import (
     ColumnParallelLinear,
@@ -121,10 +121,10 @@ class DFlashHead:
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
         return self.lm_head(states, vocabulary(ctx))
 
-    def block(self, root_tokens: Tensor, depth: int) -> Block | None:
+    def block(self, root_tokens: Tensor, depth: int) -> DraftBlock | None:
         masks = torch.full_like(root_tokens, self.mask_token)[:, None].expand(-1, depth)
         ids = torch.cat((root_tokens[:, None], masks), dim=1)
-        return Block(ids, first_position=0, causal=False)
+        return DraftBlock(ids, first_position=0, causal=False)
 
     def draft(
         self, root_states: Tensor, batch: DraftBatch | None, depth: int, ctx: DraftContext

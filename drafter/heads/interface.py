@@ -40,7 +40,7 @@ class DraftContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class DraftBlock:
     """How a head lays out the entries of one forward that drafts all tokens after the roots. Entry
     j of a row lies in the slot j + 1 places after the root's."""
 
@@ -99,7 +99,7 @@ class ParallelHead(DraftHead, Protocol):
         """The token that stands for those to be guessed."""
         ...
 
-    def block(self, root_tokens: Tensor, depth: int) -> Block | None:
+    def block(self, root_tokens: Tensor, depth: int) -> DraftBlock | None:
         """The entries that draft `depth` tokens after the roots [B]; None where none is needed."""
         ...
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drafter.heads.eagle3 import Eagle3Head
-from drafter.heads.interface import Block, DraftBatch, DraftContext
+from drafter.heads.interface import DraftBatch, DraftBlock, DraftContext
 from engine.checkpoints.arch import LlamaArch
 from engine.parallel.shard import Shard
 
@@ -47,11 +47,11 @@ class PEagleHead:
     def logits(self, states: Tensor, ctx: DraftContext) -> Tensor:
         return self.eagle3.logits(states, ctx)
 
-    def block(self, root_tokens: Tensor, depth: int) -> Block | None:
+    def block(self, root_tokens: Tensor, depth: int) -> DraftBlock | None:
         if depth == 1:
             return None
         masks = torch.full_like(root_tokens, self.mask_token)[:, None].expand(-1, depth - 1)
-        return Block(masks, first_position=1, causal=True)
+        return DraftBlock(masks, first_position=1, causal=True)
 
     def draft(
         self, root_states: Tensor, batch: DraftBatch | None, depth: int, ctx: DraftContext

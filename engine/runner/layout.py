@@ -41,7 +41,7 @@ class Packing:
         the sum, which the host reads from the device."""
         known = counts.tolist() if bound is None else []
         if len(set(known)) == 1:
-            return cls.alike(len(known), known[0], counts.device)
+            return cls.equal(len(known), known[0], counts.device)
         cu = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         order = torch.arange(sum(known) if bound is None else bound, device=counts.device)
         row_of = torch.searchsorted(cu[1:], order, right=True)
@@ -51,7 +51,7 @@ class Packing:
         return cls(cu, row_of, order - cu[row_of], order < cu[-1])
 
     @classmethod
-    def alike(cls, num_rows: int, width: int, device: torch.device) -> Packing:
+    def equal(cls, num_rows: int, width: int, device: torch.device) -> Packing:
         """Parts of equal width."""
         cu = torch.arange(num_rows + 1, device=device) * width
         order = torch.arange(num_rows * width, device=device)
@@ -60,21 +60,21 @@ class Packing:
         row_of = order.div(max(width, 1), rounding_mode="floor")
         return cls(cu, row_of, order - row_of * width, None, width)
 
-    def keep(self, values: Tensor, unused: int) -> Tensor:
+    def mask_padding(self, values: Tensor, unused: int) -> Tensor:
         """`values` [n] with the padding set to `unused`."""
         return values if self.used is None else torch.where(self.used, values, unused)
 
-    def of_row(self, values: Tensor) -> Tensor:
+    def repeat(self, values: Tensor) -> Tensor:
         """Repeats values [B, ...] of the parts for each of their places, [n, ...]."""
         return values if self.width == 1 else values[self.row_of]
 
-    def spread(self, values: Tensor, width: int, unused: int) -> Tensor:
+    def unpack(self, values: Tensor, width: int, unused: int) -> Tensor:
         """Values [n] as [B, width]; shorter parts are padded with `unused`."""
         num_rows = len(self.cu) - 1
         if self.width == width:
             return values.view(num_rows, width)
         out = values.new_full((num_rows * width + 1,), unused)
-        at = self.keep(self.row_of * width + self.place, num_rows * width)
+        at = self.mask_padding(self.row_of * width + self.place, num_rows * width)
         return out.index_put_((at,), values)[:-1].view(num_rows, width)
 
 
@@ -120,32 +120,32 @@ class Layout:
             tokens = Packing.of(counts, None if form.exact else form.num_tokens)
         return cls(inputs, tree, form, tables, scratch, max_len, own, tokens, nodes)
 
-    def at_nodes(self, values: Tensor) -> Tensor:
+    def pick_nodes(self, values: Tensor) -> Tensor:
         """Picks from values [T, ...] of tokens those of the nodes, [R, ...]; zeros for padding,
         where kernels may leave NaN. If nodes are `packed`, padding keeps its values, which nothing
         reads."""
         if self.nodes is not self.tokens:
             roots = self.tokens.cu[:-1] + self.inputs.lens - 1
-            values = values[self.nodes.keep(self.nodes.of_row(roots) + self.nodes.place, 0)]
+            values = values[self.nodes.mask_padding(self.nodes.repeat(roots) + self.nodes.place, 0)]
         if self.nodes.used is None or self.packed is not None:
             return values
         return torch.where(self.nodes.used.view(-1, *[1] * (values.dim() - 1)), values, 0)
 
-    def nodes_of(self, values: Tensor, unused: int = -1) -> Tensor:
+    def unpack_nodes(self, values: Tensor, unused: int = -1) -> Tensor:
         """Values [R] of nodes as [B, N]."""
         if self.packed is not None:
             return torch.where(self.packed.inside, values[self.packed.at], unused)
-        return self.nodes.spread(values, self.tree.tokens.shape[1], unused)
+        return self.nodes.unpack(values, self.tree.tokens.shape[1], unused)
 
-    def of_node(self, values: Tensor) -> Tensor:
+    def flatten_nodes(self, values: Tensor) -> Tensor:
         """Values [B, N] of nodes as [R]."""
         if self.nodes.width == values.shape[1]:
             return values.flatten()
-        return values[self.nodes.row_of, self.nodes.keep(self.nodes.place, 0)]
+        return values[self.nodes.row_of, self.nodes.mask_padding(self.nodes.place, 0)]
 
-    def of_row(self, values: Tensor) -> Tensor:
+    def repeat_rows(self, values: Tensor) -> Tensor:
         """Repeats values [B, ...] of rows for each of their nodes, [R, ...]."""
-        return self.nodes.of_row(values)
+        return self.nodes.repeat(values)
 
     def batch(self) -> ForwardBatch:
         """The batch that the target computes."""
@@ -154,15 +154,15 @@ class Layout:
         packing, starts = self.tokens, self.inputs.starts
         tokens, positions, masks = self._nodes() if self.form.only_roots else self._own_and_nodes()
         return ForwardBatch(
-            token_ids=packing.keep(tokens, 0),
+            token_ids=packing.mask_padding(tokens, 0),
             positions=positions.clamp(min=0, max=self.max_len - 1),
-            slots=self._slots(packing, packing.of_row(starts) + packing.place),
+            slots=self._slots(packing, packing.repeat(starts) + packing.place),
             attention=AttentionMeta(
                 cu_q=packing.cu.int(),
                 prefix_lens=starts.int(),
                 first_keys=torch.zeros_like(starts, dtype=torch.int32),
                 block_tables=self.tables,
-                ancestors=packing.keep(masks, 0),
+                ancestors=packing.mask_padding(masks, 0),
                 max_q=self._longest(packing, self.form.max_queries),
                 max_context=self._reach(packing),
             ),
@@ -189,14 +189,14 @@ class Layout:
     def _nodes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and masks if all tokens are nodes. A lone root needs no mask."""
         tree = self.tree
-        positions = self.of_row(self.inputs.starts) + self.of_node(tree.depths)
-        masks = self.of_node(torch.where(tree.sizes[:, None] > 1, tree.ancestors, 0))
-        return self.of_node(tree.tokens), positions, masks
+        positions = self.repeat_rows(self.inputs.starts) + self.flatten_nodes(tree.depths)
+        masks = self.flatten_nodes(torch.where(tree.sizes[:, None] > 1, tree.ancestors, 0))
+        return self.flatten_nodes(tree.tokens), positions, masks
 
     def _own_and_nodes(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same for prompt chunks, which are causal, and the nodes below their last token."""
         inputs, tree, row = self.inputs, self.tree, self.tokens.row_of
-        place = self.tokens.keep(self.tokens.place, 0)
+        place = self.tokens.mask_padding(self.tokens.place, 0)
         node = place - inputs.lens[row] + 1
         below = node.clamp(min=0, max=tree.tokens.shape[1] - 1)
         own = inputs.own_tokens[(self.own[row] + place).clamp(max=self.form.num_own - 1)]
@@ -219,7 +219,7 @@ class Layout:
         room = (inputs.ends - inputs.starts - 1).clamp(min=0)
         bound = self.form.num_own + self.form.num_rows * (num_entries - 1)
         packing = Packing.of(counts.minimum(room), None if self.form.exact else bound)
-        row, place = packing.row_of, packing.keep(packing.place, 0)
+        row, place = packing.row_of, packing.mask_padding(packing.place, 0)
         drawn = place - inputs.lens[row] + 1
         step = drawn.clamp(min=0, max=num_entries - 1)
         tokens = result.emitted[row, step].clamp(min=0)
@@ -233,9 +233,9 @@ class Layout:
         return Committed(
             lines=inputs.lines,
             cu=packing.cu,
-            features=packing.keep(features, 0),
-            tokens=packing.keep(tokens, 0),
-            positions=packing.keep(cached, 0),
+            features=packing.mask_padding(features, 0),
+            tokens=packing.mask_padding(tokens, 0),
+            positions=packing.mask_padding(cached, 0),
             slots=self._slots(packing, cached),
             block_tables=self.tables,
             max_entries=self._longest(packing, most),
@@ -283,7 +283,7 @@ class Layout:
     def _slots(self, packing: Packing, cached: Tensor) -> Tensor:
         """Slots of cache positions [n]; scratch slots for padding."""
         block_size = self.scratch.block_size
-        column = packing.keep(cached // block_size, 0)
+        column = packing.mask_padding(cached // block_size, 0)
         slots = self.tables[packing.row_of, column].long() * block_size + cached % block_size
         if packing.used is None:
             return slots

@@ -20,7 +20,7 @@ from engine.runner.graphs import DeviceSteps, HostSteps, Outputs, StepRunner
 from engine.runner.inputs import InputBuilder, StepInputs, TableChanges
 from engine.runner.laps import Laps
 from engine.runner.line_state import LineState
-from engine.runner.report import Report
+from engine.runner.outcomes import OutcomeBuilder
 from engine.runner.step import StepBody
 from engine.sampling.lines import LineSettings, is_penalised, token_counts
 from engine.speculation.costs import Padding
@@ -163,8 +163,8 @@ class ModelRunner:
         inputs = self._builder.inputs(plan, form, changes)
         with self._timed(laps):
             outputs = self._steps.launch(inputs, form, laps)
-        report = Report.of(plan.rows, self._builder, form)
-        return Launched(plan, lambda: self._outcome(plan, report, outputs, laps))
+        builder = OutcomeBuilder.of(plan.rows, self._builder, form)
+        return Launched(plan, lambda: self._outcome(plan, builder, outputs, laps))
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepOutcome:
@@ -208,14 +208,16 @@ class ModelRunner:
             at = torch.tensor(changes.places).to(tables.device)
             tables.view(-1)[at] = torch.tensor(changes.blocks, dtype=tables.dtype).to(tables.device)
 
-    def _outcome(self, plan: StepPlan, report: Report, outputs: Outputs, laps: Laps) -> StepOutcome:
+    def _outcome(
+        self, plan: StepPlan, builder: OutcomeBuilder, outputs: Outputs, laps: Laps
+    ) -> StepOutcome:
         """Wait for a step and return its outcome."""
         with self._timed(laps):
             here = outputs()
         if plan.is_drafted:
             self._count_faults(int(here.faults.sum()))
         return StepOutcome(
-            rows=report.outcomes(here),
+            rows=builder.outcomes(here),
             seconds=laps.seconds,
             draft_faults=self._num_faults,
             draft_failed=self._body.proposer.failed,

@@ -215,7 +215,7 @@ class StepBody:
         if not form.draws:
             column = torch.zeros_like(inputs.lines)[:, None]
             return VerifyResult(column, column[:, 0], column - 1), None, _no_scores(hidden)
-        nodes, settings = layout.at_nodes(hidden), _draw_settings(layout, allowed)
+        nodes, settings = layout.pick_nodes(hidden), _draw_settings(layout, allowed)
         edits = self._edits(layout, settings.positions)
         drawn = []
         for some in logit_slices(len(nodes)):
@@ -225,7 +225,7 @@ class StepBody:
         tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
         settled = self._settle(layout, tokens, faults)
         if settled is None:
-            result = walk(layout.tree, layout.nodes_of(tokens), context.ops)
+            result = walk(layout.tree, layout.unpack_nodes(tokens), context.ops)
         else:
             result = VerifyResult(settled.path, settled.num_accepted, settled.emitted)
         if form.num_top < 0:
@@ -296,11 +296,11 @@ class StepBody:
         if form.is_penalised:
             penalties = Penalties(
                 counts=self.state.counts,
-                lines=layout.of_row(inputs.lines),
+                lines=layout.repeat_rows(inputs.lines),
                 paths=_paths(layout),
-                repetition=layout.of_row(inputs.repetition),
-                frequency=layout.of_row(inputs.frequency),
-                presence=layout.of_row(inputs.presence),
+                repetition=layout.repeat_rows(inputs.repetition),
+                frequency=layout.repeat_rows(inputs.frequency),
+                presence=layout.repeat_rows(inputs.presence),
             )
         if form.num_bias:
             lists = layout.nodes.row_of
@@ -330,7 +330,7 @@ class StepBody:
             pages = (*context.kv.keys, *context.kv.values)
             context.ops.kv_move(pages, settled.sources, settled.targets)
         elif moves:
-            node_slots = layout.nodes_of(layout.at_nodes(slots), self.scratch.first_slot)
+            node_slots = layout.unpack_nodes(layout.pick_nodes(slots), self.scratch.first_slot)
             commit(result, node_slots, context.kv, context.ops)
         if settled is None and layout.form.follows:
             self.state.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
@@ -397,14 +397,14 @@ def _draw_settings(layout: Layout, allowed: Tensor | None) -> DrawSettings:
             any_greedy=form.any_greedy,
         )
     roots = inputs.starts + inputs.lens
-    spread = layout.of_row
+    repeat = layout.repeat_rows
     return DrawSettings(
-        temperature=spread(inputs.temperatures),
-        seeds=spread(inputs.seeds),
-        positions=spread(roots) + layout.of_node(layout.tree.depths),
-        top_k=spread(inputs.top_k) if form.is_filtered else None,
-        top_p=spread(inputs.top_p) if form.is_filtered else None,
-        min_p=spread(inputs.min_p) if form.is_filtered else None,
+        temperature=repeat(inputs.temperatures),
+        seeds=repeat(inputs.seeds),
+        positions=repeat(roots) + layout.flatten_nodes(layout.tree.depths),
+        top_k=repeat(inputs.top_k) if form.is_filtered else None,
+        top_p=repeat(inputs.top_p) if form.is_filtered else None,
+        min_p=repeat(inputs.min_p) if form.is_filtered else None,
         allowed=allowed,
         any_sampled=form.any_sampled,
         any_greedy=form.any_greedy,
@@ -432,7 +432,7 @@ def _paths(layout: Layout) -> Tensor:
         node = tree.parents.gather(1, node).clamp(min=0)
     if not found:
         return tree.tokens.new_empty(len(layout.nodes.row_of), 0)
-    return torch.stack([layout.of_node(tokens) for tokens in found], dim=1)
+    return torch.stack([layout.flatten_nodes(tokens) for tokens in found], dim=1)
 
 
 def _emitted_scores(layout: Layout, num_nodes: int, score: Score, result: VerifyResult) -> Scores:

@@ -70,7 +70,7 @@ def plan_ahead(
     return StepPlan(rows=rows, shape=choice.shape, ahead=True)
 
 
-def only(
+def keep_lines(
     plan: StepPlan, outcome: StepOutcome, running: Container[int]
 ) -> tuple[StepPlan, StepOutcome]:
     """The rows whose lines are still `running`."""

@@ -35,7 +35,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Rank, Request, Sequence, Status
-from engine.scheduler.ahead import only, plan_ahead
+from engine.scheduler.ahead import keep_lines, plan_ahead
 from engine.scheduler.cutting import TextEnds
 from engine.scheduler.drafts import DraftCounts, DraftRoom, count_draft
 from engine.scheduler.ending import finished_event
@@ -229,8 +229,8 @@ class Scheduler:
         return plan_ahead(before, self._running, self._drafts, budget, choose)
 
     def update(self, plan: StepPlan, outcome: StepOutcome) -> list[Event]:
-        """Apply the outcome of a step whose rows all still run (see `living`); returns events for
-        clients, in order."""
+        """Apply the outcome of a step whose rows all still run (see `without_ended`). Returns the
+        events for clients, in order."""
         if self._drafts.lookup is not None:
             self._drafts.lookup.observe(plan, outcome)
         for row, result in zip(plan.rows, outcome.rows, strict=True):
@@ -248,11 +248,11 @@ class Scheduler:
         """Learn how many seconds the step of a plan took."""
         self._times.observe(plan, seconds)
 
-    def living(self, plan: StepPlan, outcome: StepOutcome) -> tuple[StepPlan, StepOutcome]:
+    def without_ended(self, plan: StepPlan, outcome: StepOutcome) -> tuple[StepPlan, StepOutcome]:
         """Drop rows that ended while the step was in flight: their results are neither sent nor
         counted. Their lines have no new sequence yet: only `schedule` gives lines away, and it is
         called only when no step is in flight."""
-        return only(plan, outcome, self._by_line)
+        return keep_lines(plan, outcome, self._by_line)
 
     def stats(self) -> EngineStats:
         return EngineStats(

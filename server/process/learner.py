@@ -18,8 +18,14 @@ from typing import Protocol
 
 from configs.env import engine_environment
 from configs.resolve import HostConfig
-from configs.training import DataConfig, HostTrainingConfig, LossConfig, OptimizerConfig, RunConfig
-from configs.training import HeadConfig as HeadSettings
+from configs.training import (
+    DataConfig,
+    HeadSettings,
+    HostTrainingConfig,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from engine.messages import DraftFacts, DraftSwapped, EngineInfo, EngineStats
 from server.http.learning import Learning
 from server.process.captured_text import Prepared, complete_shards, prepare

@@ -58,7 +58,7 @@ def test_packed_nodes_are_those_of_torch(filtered: bool) -> None:
         for name in ("row_of", "place"):
             assert torch.equal(getattr(got.nodes, name)[used], getattr(expected.nodes, name)[used])
         values = torch.arange(len(used)) * 7
-        assert torch.equal(got.nodes_of(values), expected.nodes_of(values))
+        assert torch.equal(got.unpack_nodes(values), expected.unpack_nodes(values))
         ours_drawn, theirs_drawn = _draw_settings(got, None), _draw_settings(expected, None)
         for name in ("temperature", "seeds", "positions", "top_k", "top_p", "min_p"):
             one, other = getattr(ours_drawn, name), getattr(theirs_drawn, name)

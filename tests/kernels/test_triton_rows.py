@@ -100,7 +100,7 @@ def test_settled_trees_are_those_of_torch() -> None:
         faults = torch.tensor([rng.random() < 0.3 for _ in inputs.lines])
         expected = random_state(len(case.rows), 20)
         state = copied(expected)
-        result = walk(tree, layout.nodes_of(drawn), reference_ops(CPU, torch.float32))
+        result = walk(tree, layout.unpack_nodes(drawn), reference_ops(CPU, torch.float32))
         expected.keep(inputs.lines, inputs.starts + inputs.lens - 1, result)
         settled = settling.settle(
             DrawnTrees(
@@ -165,7 +165,7 @@ def moves(layout: Layout, result: object) -> tuple[Tensor, Tensor]:
         found.extend((sources, targets))
 
     assert layout.packed is not None
-    slots = layout.nodes_of(layout.packed.slots, layout.scratch.first_slot)
+    slots = layout.unpack_nodes(layout.packed.slots, layout.scratch.first_slot)
     path, depth = result.path, layout.tree.max_depth  # type: ignore[attr-defined]
     nothing = torch.empty(0, dtype=torch.int64)
     if depth == 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.training import HeadConfig as HeadSettings
+from configs.training import HeadSettings
 from drafter import manifest, vocab
 from drafter.checkpoint import read_head_config
 from drafter.head_files import check_tensors, open_tensors

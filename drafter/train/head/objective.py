@@ -10,7 +10,7 @@ from torch import Tensor
 from drafter.train.head.head_kernels import IN_TORCH, HeadKernels
 from drafter.train.head.losses import CROSS_ENTROPY, TokenLoss, feature_distance, token_loss
 from drafter.train.head.network import DraftNetwork
-from drafter.train.head.unroll import Plan, TrainBatch, UnrolledStep, plan_unrolling, unroll
+from drafter.train.head.unroll import TrainBatch, UnrolledStep, UnrollPlan, plan_unrolling, unroll
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Objective:
                 total = total + self.weights.decay**index * loss
         return total, tally
 
-    def _wanted(self, batch: TrainBatch, plan: Plan) -> Wanted:
+    def _wanted(self, batch: TrainBatch, plan: UnrollPlan) -> Wanted:
         hidden = batch.hidden.flatten(0, 1).index_select(0, plan.predicting)
         best = batch.best.flatten().index_select(0, plan.predicting)
         teacher = self.kernels.losses.teacher(hidden, self._teacher_head, self._dtype)

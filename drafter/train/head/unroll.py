@@ -38,18 +38,18 @@ class TrainBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class UnrolledStepPlan:
     """What one step predicts; `counts` marks rows with a token to predict, N in all."""
 
     places: Tensor  # [B, R] int64, the place t + j whose next token is predicted
     positions: Tensor  # [B, R] int64, its position in its text
     counts: Tensor  # [B, R] bool
     picked: Tensor  # [N] int64, the rows that count, of all B * R
-    predicting: Tensor  # [N] int64, their numbers in `Plan.predicting`
+    predicting: Tensor  # [N] int64, their numbers in `UnrollPlan.predicting`
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class UnrollPlan:
     """What unrolling a batch computes."""
 
     rows: Tensor  # [B, R] int64, base places, see `base_rows`
@@ -57,7 +57,7 @@ class Plan:
     last: Tensor  # ... to t; padding sees one, to stay finite
     positions: Tensor  # [B, S] int64, of every token in its text
     predicting: Tensor  # [M] int64, of all B * S: the places before answer tokens
-    steps: tuple[StepPlan, ...]
+    steps: tuple[UnrolledStepPlan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class UnrolledStep:
 
     states: Tensor  # [B, R, H]
     head_inputs: Tensor  # [B, R, H]
-    plan: StepPlan
+    plan: UnrolledStepPlan
 
 
 def base_rows(batch: TrainBatch, num_steps: int) -> Tensor:
@@ -84,7 +84,7 @@ def base_rows(batch: TrainBatch, num_steps: int) -> Tensor:
     return rows.where(rows < length, 0)
 
 
-def plan_unrolling(batch: TrainBatch, num_steps: int) -> Plan:
+def plan_unrolling(batch: TrainBatch, num_steps: int) -> UnrollPlan:
     """The plan of `num_steps` steps, on the batch's device."""
     batch_size, length = batch.is_answer.shape
     rows = base_rows(batch, num_steps)
@@ -94,7 +94,7 @@ def plan_unrolling(batch: TrainBatch, num_steps: int) -> Plan:
     before_answers[:, :-1] = batch.is_answer[:, 1:]
     predicting = before_answers.flatten().nonzero().flatten()
     numbers = before_answers.flatten().cumsum(0) - 1
-    plan = Plan(
+    plan = UnrollPlan(
         rows=rows,
         first=first.int(),
         last=rows.maximum(first).int(),
@@ -110,14 +110,14 @@ def plan_unrolling(batch: TrainBatch, num_steps: int) -> Plan:
 
 def _plan_step(
     batch: TrainBatch, rows: Tensor, starts: Tensor, numbers: Tensor, step: int
-) -> StepPlan:
+) -> UnrolledStepPlan:
     length = batch.is_answer.shape[1]
     places, predicted = rows + step, rows + step + 1
     found = predicted.clamp(max=length - 1)
     counts = (rows >= starts + FIRST_ENTRY) & (predicted < length)
     counts &= (batch.starts.gather(1, found) == starts) & batch.is_answer.gather(1, found)
     places = places.clamp(max=length - 1)
-    return StepPlan(
+    return UnrolledStepPlan(
         places=places,
         positions=rows + step - starts,
         counts=counts,
@@ -126,7 +126,7 @@ def _plan_step(
     )
 
 
-def unroll(network: DraftNetwork, batch: TrainBatch, plan: Plan) -> Iterator[UnrolledStep]:
+def unroll(network: DraftNetwork, batch: TrainBatch, plan: UnrollPlan) -> Iterator[UnrolledStep]:
     """Yield the steps in order; the autograd graph runs through all of them."""
     features = shifted(network.fuse(batch.taps))
     states, inputs, seen = _true_entries(network, batch, features, plan)
@@ -151,7 +151,7 @@ def shifted(features: Tensor) -> Tensor:
 
 
 def _true_entries(
-    network: DraftNetwork, batch: TrainBatch, features: Tensor, plan: Plan
+    network: DraftNetwork, batch: TrainBatch, features: Tensor, plan: UnrollPlan
 ) -> tuple[Tensor, Tensor, list[StepKeys]]:
     """Step 0: compute all entries, but the last layer's output and `leave` only for `plan.rows`."""
     batch_size, length = batch.token_ids.shape

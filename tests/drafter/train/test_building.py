@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.training import HeadConfig as HeadSettings
+from configs.training import HeadSettings
 from drafter import manifest
 from drafter.checkpoint import save_eagle, save_eagle3
 from drafter.heads.config import HeadConfig

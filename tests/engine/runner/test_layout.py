@@ -53,8 +53,8 @@ def test_parts_lie_one_after_the_other(counts: list[int], spare: int | None) -> 
 def test_values_are_kept_in_parts_and_spread_to_rows(spare: int | None) -> None:
     packing = Packing.of(torch.tensor([2, 0, 3]), None if spare is None else 5 + spare)
     values = torch.arange(10, 10 + len(packing.row_of))
-    assert packing.keep(values, -7).tolist() == [10, 11, 12, 13, 14, *[-7] * (spare or 0)]
-    spread = packing.spread(values, 4, -1).tolist()
+    assert packing.mask_padding(values, -7).tolist() == [10, 11, 12, 13, 14, *[-7] * (spare or 0)]
+    spread = packing.unpack(values, 4, -1).tolist()
     assert spread == [[10, 11, -1, -1], [-1] * 4, [12, 13, 14, -1]]
 
 
@@ -209,15 +209,15 @@ def test_every_node_is_found_among_the_tokens(seed: int, decodes: bool, exact: b
     nodes = [(at, node) for at in rows for node in range(len(case.trees[at][0]))]
     count, width = len(nodes), layout.tree.tokens.shape[1]
     numbers = torch.arange(len(layout.batch().token_ids)) + 100
-    assert layout.at_nodes(numbers)[:count].tolist() == [
+    assert layout.pick_nodes(numbers)[:count].tolist() == [
         100 + roots[at] + node for at, node in nodes
     ]
-    assert set(layout.at_nodes(numbers)[count:].tolist()) <= {0}
+    assert set(layout.pick_nodes(numbers)[count:].tolist()) <= {0}
     marks = torch.arange(case.form.num_rows * width).view(case.form.num_rows, width)
-    assert layout.of_node(marks)[:count].tolist() == [at * width + node for at, node in nodes]
-    assert layout.of_row(marks[:, 0])[:count].tolist() == [at * width for at, _ in nodes]
+    assert layout.flatten_nodes(marks)[:count].tolist() == [at * width + node for at, node in nodes]
+    assert layout.repeat_rows(marks[:, 0])[:count].tolist() == [at * width for at, _ in nodes]
     assert len(layout.nodes.row_of) == (count if exact else case.form.num_nodes)
-    spread = layout.nodes_of(torch.arange(len(layout.nodes.row_of)), -5)
+    spread = layout.unpack_nodes(torch.arange(len(layout.nodes.row_of)), -5)
     wanted = torch.full((case.form.num_rows, width), -5)
     for number, (at, node) in enumerate(nodes):
         wanted[at, node] = number

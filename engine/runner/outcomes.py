@@ -20,7 +20,7 @@ Entries = tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class OutcomeBuilder:
     """What rows asked for when their step was launched. It is stored because a line may belong to
     another sequence when the step ends."""
 
@@ -34,7 +34,7 @@ class Report:
     pools: Sequence[bool]  # whether hidden states are wanted
 
     @classmethod
-    def of(cls, rows: Sequence[RowPlan], builder: InputBuilder, form: StepForm) -> Report:
+    def of(cls, rows: Sequence[RowPlan], builder: InputBuilder, form: StepForm) -> OutcomeBuilder:
         lines, settings = [row.line for row in rows], builder.settings
         return cls(
             rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.messages import DraftNodes, TokenLogprob
-from engine.runner.report import Report
+from engine.runner.outcomes import OutcomeBuilder
 from engine.runner.step import StepOutputs
 from engine.step.plan import RowOutcome, RowPlan
 
@@ -40,7 +40,7 @@ def entry(token: int, value: float, *top: tuple[int, float]) -> TokenLogprob:
 def test_every_row_gets_its_part_of_the_outputs_as_far_as_it_asked() -> None:
     """Four rows, then padding: a chunk that is scored, a tree, a row that asked for nothing, and
     one whose prompt ends in this step."""
-    report = Report(
+    report = OutcomeBuilder(
         rows=(
             row(4, samples=False),
             row(0, samples=True, num_draft=3),
