@@ -143,26 +143,22 @@ def check_parts(views: Views, name: str) -> None:
     for part in ("weight_packed", "qweight"):
         if part in views:
             require_matrix(views[part], f"{name}.{part}")
-    shape = views.get("weight_shape")
-    if shape is not None:
-        found = torch.as_tensor(shape[:]).tolist()
-        if len(found) != 2 or min(found) < 1:
-            raise ValueError(
-                f"tensor {name}.weight_shape is {found}; it needs two positive numbers"
-            )
 
 
-def packed_shape(views: Views) -> Shape:
-    """[N, K] of a weight of compressed-tensors."""
-    return tuple(int(size) for size in torch.as_tensor(views["weight_shape"][:]))
+def packed_shape(views: Views, name: str) -> Shape:
+    """[N, K] of a weight of compressed-tensors. ValueError unless it is two positive numbers."""
+    found = torch.as_tensor(views["weight_shape"][:]).tolist()
+    if len(found) != 2 or min(found) < 1:
+        raise ValueError(f"tensor {name}.weight_shape is {found}; it needs two positive numbers")
+    return tuple(int(size) for size in found)
 
 
-def awq_shape(views: Views) -> Shape:
+def awq_shape(views: Views, name: str) -> Shape:  # noqa: ARG001  (the codes tell it)
     inputs, words = views["qweight"].get_shape()
     return words * PER_WORD, inputs
 
 
-def gptq_shape(views: Views) -> Shape:
+def gptq_shape(views: Views, name: str) -> Shape:  # noqa: ARG001
     words, outputs = views["qweight"].get_shape()
     return outputs, words * PER_WORD
 
