@@ -172,8 +172,8 @@ def _open_library(cache_dir: Path, num_threads: int) -> NativeLibrary:
 
 
 def separate_drafting(ops: Ops) -> Ops:
-    """`ops`, but between the forwards of a draft head are many small kernels of torch instead of
-    few of their own, to compare both."""
+    """`ops`, but between the forwards of a draft head torch runs many small kernels, not Triton a
+    few: for `kernels.fused_drafting=false`."""
     separate = Backend("reference", "kernels.fused_drafting is off")
     composed = Backend(ops.backends["score"].name, separate.reason)
     return replace(

@@ -113,11 +113,11 @@ class ModelRunner:
     @torch.inference_mode()
     def draft_with(self, proposer: Proposer) -> None:
         """Use another proposer from the next step on; no step may be in flight. Of running rows it
-        only gets the tokens that they commit from then on. Steps that `get_ready` has captured for
-        it are used."""
+        only gets the tokens that they commit from then on. Uses the steps that `prepare_swap` has
+        captured for it."""
         following, self._next = self._next, None
         if following is None or following.body.proposer is not proposer:
-            following = self._following(proposer)
+            following = self._with_proposer(proposer)
         self._body, self._steps = following
         self._num_faults = 0
         proposer.admit(list(self._settings.requests))
@@ -130,10 +130,10 @@ class ModelRunner:
             pass
 
     @torch.inference_mode()
-    def get_ready(self, proposer: Proposer, shapes: Sequence[TreeShape]) -> Iterator[None]:
+    def prepare_swap(self, proposer: Proposer, shapes: Sequence[TreeShape]) -> Iterator[None]:
         """Capture the same steps with another proposer, one with each item, before `draft_with`
         uses it. Steps with the current proposer may run between the items."""
-        following = self._next = self._following(proposer)
+        following = self._next = self._with_proposer(proposer)
         yield from self._prepare(following.steps, shapes)
 
     def _prepare(self, steps: StepRunner, shapes: Sequence[TreeShape]) -> Iterator[None]:
@@ -142,7 +142,7 @@ class ModelRunner:
                 steps.prepare(form)
                 yield
 
-    def _following(self, proposer: Proposer) -> _Next:
+    def _with_proposer(self, proposer: Proposer) -> _Next:
         context = replace(self._body.context, tap=proposer.tap)
         body = replace(self._body, proposer=proposer, context=context)
         return _Next(body, self._step_runner(body))
@@ -154,7 +154,7 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Launched:
         laps = Laps()
         with laps.time(DRAFT if self._parts.steps.exact else STEP):
-            self._turn_over(plan)
+            self._change_lines(plan)
         if not plan.rows:
             return Launched(plan, StepOutcome)
         form = self._builder.form(plan)
@@ -178,7 +178,7 @@ class ModelRunner:
     def _idle(self, form: StepForm) -> StepInputs:
         return self._builder.inputs(StepPlan(), form, TableChanges([], []))
 
-    def _turn_over(self, plan: StepPlan) -> None:
+    def _change_lines(self, plan: StepPlan) -> None:
         """Release the lines of ended sequences and admit new sequences."""
         if not plan.released and not plan.admitted:
             return

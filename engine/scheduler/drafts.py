@@ -111,8 +111,8 @@ class DraftRoom:
     def _all_found(
         self, plan: PlanBuilder, rows: Rows[Sequence], choice: Choice
     ) -> dict[int, tuple[int, ...]]:
-        """Known drafts by line; none if together they do not promise what a step with drafts takes
-        more than a plain one."""
+        """Known drafts by line; none if all of them together promise less than the extra cost of a
+        step with drafts."""
         none_looked_up = self.lookup is None or choice.price >= HOPELESS
         if none_looked_up and (self.grammars is None or not self.grammars.any_runs):
             return {}

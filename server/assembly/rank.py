@@ -93,11 +93,11 @@ class Rank:
         draft = self.loader.load(path)
         return draft, drafting_with(self.config, draft, self.place, late=True)
 
-    def get_ready(self, draft: LoadedDraft | None, drafting: Drafting) -> Iterator[None]:
+    def prepare_swap(self, draft: LoadedDraft | None, drafting: Drafting) -> Iterator[None]:
         """Capture the steps with another head, or with none, one with each item; then
         `ModelRunner.draft_with` finds them."""
         shapes = [] if draft is None else self.trees.shapes(draft.facts)
-        return self.runner.get_ready(drafting.proposer, shapes)
+        return self.runner.prepare_swap(drafting.proposer, shapes)
 
     def scratch(self, draft: LoadedDraft) -> tuple[ResolvedConfig, Executor]:
         """Runs made-up plans in a few pages of their own, beside an engine that serves."""

@@ -74,12 +74,12 @@ class DraftSwapper:
             raise ValueError("; ".join(failures))
         return loaded
 
-    def get_ready(self, loaded: Loaded | None) -> Generator[None, None, Drafting]:
+    def prepare_swap(self, loaded: Loaded | None) -> Generator[None, None, Drafting]:
         """Capture the steps with the loaded head on all ranks, one with each item, so that no
         request waits for them after the swap. Advance it between steps only. Returns what `swap`
         takes."""
         draft, drafting = loaded or (None, Drafting())
-        steps = self._rank.get_ready(draft, drafting)
+        steps = self._rank.prepare_swap(draft, drafting)
         while True:
             self._orders.prepare_draft(loaded=loaded is not None)
             if next(steps, DONE) is DONE:
@@ -176,7 +176,7 @@ class DraftSwaps:
         if error is not None:
             return self._refused(message, error)
         if self._preparing is None:
-            self._preparing = self._swapper.get_ready(loading.result())
+            self._preparing = self._swapper.prepare_swap(loading.result())
         try:
             next(self._preparing)
         except StopIteration as end:

@@ -88,7 +88,7 @@ class Follower:
     def _prepare(self, loaded: tuple[LoadedDraft, Drafting] | None) -> None:
         if self._preparing is None:
             draft, self._next = loaded or (None, Drafting())
-            self._preparing = self._rank.get_ready(draft, self._next)
+            self._preparing = self._rank.prepare_swap(draft, self._next)
         next(self._preparing, None)
 
     def _use(self, *, loaded: bool) -> None:

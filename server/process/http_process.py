@@ -19,7 +19,7 @@ from server.http.state import ServerState
 from server.process.announcement import ready_text, warn_of_fallback
 from server.process.client import ZmqEngineClient
 from server.process.keeper import CLOSING_TIME, EngineKeeper
-from server.process.learner import Learner
+from server.process.learning.learner import Learner
 from server.process.listening import address_of
 from server.process.role_engines import RoleEngines
 from server.process.roles import RolesClient

@@ -83,7 +83,7 @@ def test_steps_are_captured_one_by_one_before_the_swap_and_never_after(
     runner.prepare([SHAPE])
     assert len(captured) == NUM_FORMS
     other = lab.build(FixedPlanner(SHAPE))[1]
-    for count, _ in enumerate(runner.get_ready(other, [SHAPE]), 1):
+    for count, _ in enumerate(runner.prepare_swap(other, [SHAPE]), 1):
         assert sum(proposer is other for proposer, _ in captured) == count
         if count == 3:
             assert texts(core) == truth, "the current head serves meanwhile"
@@ -102,7 +102,7 @@ def test_what_was_captured_for_another_proposer_is_not_used(
 ) -> None:
     core, runner = capturing(lab)
     wanted, other = (lab.build(FixedPlanner(SHAPE))[1] for _ in range(2))
-    for _ in runner.get_ready(other, [SHAPE]):
+    for _ in runner.prepare_swap(other, [SHAPE]):
         pass
     runner.draft_with(wanted)
     assert runner._body.proposer is wanted
@@ -116,7 +116,7 @@ def test_a_swap_waits_until_every_step_is_captured() -> None:
         def load(self, path: str | None) -> None:
             done.append("load")
 
-        def get_ready(self, loaded: None) -> Iterator[None]:
+        def prepare_swap(self, loaded: None) -> Iterator[None]:
             for at in range(3):
                 done.append(f"capture {at}")
                 yield

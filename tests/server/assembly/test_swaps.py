@@ -408,7 +408,7 @@ class HeldSwapper(DraftSwapper):
     def drop(self) -> None:
         self.num_dropped += 1
 
-    def get_ready(self, loaded: object) -> Generator[None, None, Drafting]:
+    def prepare_swap(self, loaded: object) -> Generator[None, None, Drafting]:
         yield
         return Drafting()
 

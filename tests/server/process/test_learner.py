@@ -16,8 +16,8 @@ from configs.schema import Config
 from configs.training import HostTrainingConfig
 from engine.messages import DraftFacts, DraftSwapped
 from server.http.learning import Learning
-from server.process.captured_text import HELD_OUT, complete_shards, prepare
-from server.process.learner import Learner, TrainingProcess, measured
+from server.process.learning.captured_text import HELD_OUT, complete_shards, prepare
+from server.process.learning.learner import Learner, TrainingProcess, measured
 from tests.support.configurations import hosted
 from tests.support.waiting import until
 

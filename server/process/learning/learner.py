@@ -28,7 +28,7 @@ from configs.training import (
 )
 from engine.messages import DraftFacts, DraftSwapped, EngineInfo, EngineStats
 from server.http.learning import Learning
-from server.process.captured_text import Prepared, complete_shards, prepare
+from server.process.learning.captured_text import Prepared, complete_shards, prepare
 
 FOLDER = "learning"  # in capture.dir
 POLL = 1.0  # seconds between looks at shards and counts
