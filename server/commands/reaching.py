@@ -31,23 +31,34 @@ def reached(
         ValueError: settings for a server that runs already, or an odd URL or key.
         OSError: the server did not start.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):  # also when the window closes, end the server
-        signal.signal(number, _leave)
     settings = bool(overrides) or config is not None
     if settings and url is not None:
         raise ValueError("--url names a server that runs: its settings are its own")
     remote = Remote(url or DEFAULT_URL, api_key)
-    if url is not None or (not settings and remote.answers()):
-        yield remote
-        return
-    chosen = [] if config is None else ["--config", str(config)]
-    own = BackgroundServer([*chosen, *(overrides or ())])
-    with console.status("Loading the model"):
-        own.__enter__()
+    with _leaving_at_signals():
+        if url is not None or (not settings and remote.answers()):
+            yield remote
+            return
+        chosen = [] if config is None else ["--config", str(config)]
+        own = BackgroundServer([*chosen, *(overrides or ())])
+        with console.status("Loading the model"):
+            own.__enter__()
+        try:
+            yield Remote(own.url, api_key)
+        finally:
+            own.close()
+
+
+@contextmanager
+def _leaving_at_signals() -> Iterator[None]:
+    """End as usual, and with it a server of our own, when told to or when the window closes."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, _leave) for number in numbers}
     try:
-        yield Remote(own.url, api_key)
+        yield
     finally:
-        own.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.checkpoints.source import BUNDLED_ALIAS
 from tests.support.live_server import LiveServer, child_environment
+from tests.support.waiting import DEADLINE
 
 # The frameworks' own warnings are not ours to mend.
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
@@ -173,7 +174,7 @@ def test_llm(base_url: str, tmp_path: Path) -> None:
             [sys.executable, "-W", "ignore", "-m", "llm", "-m", "aerie", "--key", KEY, *arguments],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=DEADLINE,
             check=False,
             env=child_environment(home),
         )

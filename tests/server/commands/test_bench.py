@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ def bench(*arguments: str) -> Result:
 
 def test_latency_is_measured_at_each_number_of_streams(tmp_path: Path) -> None:
     output = tmp_path / "latency.json"
+    signals = signal.getsignal(signal.SIGTERM)
     with scripted() as server:
         streams = ("--streams", "1", "--streams", "3")
         done = bench("latency", "--url", server.url, *streams, *FEW, "--json", str(output))
     assert done.exit_code == 0, done.output
+    assert signal.getsignal(signal.SIGTERM) is signals
     found = json.loads(output.read_text())
     assert [(row["streams"], row["requests"]) for row in found["rows"]] == [(1, 4), (3, 6)]
     assert (found["model"], found["plan"]["output_tokens"]) == ("scripted", 3)

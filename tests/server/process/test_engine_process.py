@@ -11,6 +11,7 @@ import zmq
 
 from configs.load import load_config
 from configs.schema import Config
+from engine.capture import CaptureWriter, ShardWriter
 from engine.core import EngineCore
 from engine.messages import (
     Abort,
@@ -28,7 +29,7 @@ from engine.messages import (
 )
 from engine.request import FinishReason
 from server.process import engine_process
-from server.process.engine_process import STOPPING, EngineChannel, run
+from server.process.engine_process import STOPPING, EngineChannel
 from server.process.wire import decode_engine, encode, unbounded
 from tests.support.engines import ask
 from tests.support.fake_executor import FakeEngine, expected_text
@@ -91,22 +92,22 @@ class SlowSwaps:
 
 
 class Engine(threading.Thread):
-    """`run` on a thread; keeps its exception."""
+    """An engine that serves on a thread; keeps its exception."""
 
-    def __init__(self, core: EngineCore, endpoint: str) -> None:
+    def __init__(
+        self, core: EngineCore, endpoint: str, capture: CaptureWriter | None = None
+    ) -> None:
         super().__init__(daemon=True)
         self._core = core
         self._endpoint = endpoint
+        self._capture = capture
         self.error: Exception | None = None
 
     def run(self) -> None:
-        channel = EngineChannel(self._endpoint)
         try:
-            run(self._core, channel, SlowSwaps())
+            engine_process._serve(self._endpoint, self._core, SlowSwaps(), self._capture)
         except RuntimeError as error:
             self.error = error
-        finally:
-            channel.close()
 
     def ended(self) -> bool:
         self.join(DEADLINE)
@@ -142,6 +143,24 @@ def test_requests_run_until_shutdown(front: Front, endpoint: str) -> None:
     front.say(Shutdown())
     assert engine.ended()
     assert engine.error is None
+
+
+def test_what_was_captured_is_complete_at_the_end(
+    front: Front, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.capture.CLOSING", DEADLINE)
+    folder = tmp_path / "captured"
+    capture = CaptureWriter(ShardWriter(folder, 10**6, 10**6), 1.0)
+    fake = FakeEngine(on_finish=capture.take)
+    capture.start()
+    engine = Engine(EngineCore(fake.scheduler, fake.executor, INFO), endpoint, capture)
+    engine.start()
+    front.say(Submit(ask("a", [1, 2, 3], max_tokens=5, ignore_eos=True)))
+    front.until_finished(1)
+    assert [path.name for path in folder.glob("*.jsonl")] == []
+    front.say(Shutdown())
+    assert engine.ended()
+    assert [path.name for path in folder.iterdir()] == ["captured-00000.jsonl"]
 
 
 def test_shutdown_ends_open_requests_with_an_error(front: Front, endpoint: str) -> None:
