@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import math
@@ -103,7 +104,7 @@ def parse_body(raw: bytes, model: type[Body], unknown: Unknown = "refuse") -> Pa
     """JSON to `model`. NaN, infinities, lone surrogates, invalid UTF-8 and repeated keys are
     refused, and so are unknown fields, unless they are null or `unknown` is "warn". A number such
     as 5.0 may stand for an integer."""
-    data = _json_object(raw)
+    data = _json_object(raw.removeprefix(codecs.BOM_UTF8))  # files of Windows begin with it
     not_used = _drop([[name] for name in data if name not in model.model_fields], data, unknown)
     for name in data:
         if name not in model.model_fields:  # report only the first: there may be very many

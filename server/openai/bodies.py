@@ -10,6 +10,8 @@ from msgspec import UNSET, UnsetType
 
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
+# As in vLLM: which of the request's `stop` strings or `stop_token_ids` ended the text, if one did.
+StopReason = str | int | UnsetType
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +154,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     message: ChatReply
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
+    stop_reason: StopReason = UNSET
     token_ids: list[int] | UnsetType = UNSET
     trace: Trace | UnsetType = UNSET
 
@@ -188,6 +191,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
+    stop_reason: StopReason = UNSET
     token_ids: list[int] | UnsetType = UNSET
     trace: Trace | UnsetType = UNSET
 
@@ -215,6 +219,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: StopReason = UNSET
     token_ids: list[int] | UnsetType = UNSET
     trace: Trace | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

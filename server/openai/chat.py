@@ -99,6 +99,7 @@ class ChatWriter:
             message=message.whole(),
             logprobs=scores,
             finish_reason=message.finish_reason(choice.ended(), choice.has_called),
+            stop_reason=choice.stop_reason,
             token_ids=self._if_asked(ids),
             trace=self._traces[choice.index].take(),
         )
@@ -141,6 +142,7 @@ class ChatWriter:
             delta=delta,
             logprobs=None if reason else scores,
             finish_reason=reason,
+            stop_reason=self._generation.choices[index].stop_reason if reason else UNSET,
             token_ids=self._if_asked(ids),
             trace=self._traces[index].take(),
         )

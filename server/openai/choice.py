@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from msgspec import UNSET
+
 from engine.messages import DraftSource, Finished, Round, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from server.http.metrics import Metrics
@@ -119,6 +121,13 @@ class Choice:
     def stop_string(self) -> str | None:
         """The stop string that ended it, if one did."""
         return self._stream.stop if isinstance(self._stream.stop, str) else None
+
+    @property
+    def stop_reason(self) -> bodies.StopReason:
+        """The stop string, or the stop token of the request, that ended it."""
+        stop = self._stream.stop
+        is_own_end = isinstance(stop, int) and stop not in self.request.params.stop_token_ids
+        return UNSET if stop is None or is_own_end else stop
 
     @property
     def num_thought(self) -> int:

@@ -135,6 +135,7 @@ class _ChoiceWriter:
             text=text,
             logprobs=None if self._logprobs is None else self._logprobs.take(),
             finish_reason=self._choice.ended() if self._ended else None,
+            stop_reason=self._choice.stop_reason if self._ended else UNSET,
             token_ids=ids if self._with_ids else UNSET,
             prompt_token_ids=prompt_ids if self._with_ids and prompt_ids else UNSET,
             trace=self._trace.take(),

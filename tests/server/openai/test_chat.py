@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -305,6 +306,30 @@ def test_logprobs_follow_the_text_that_a_stop_string_leaves(
     expected = [text for text, begin in zip(texts, begins, strict=True) if begin < len("a b ")]
     assert choice["message"]["content"] == "a b "
     assert [entry["token"] for entry in choice["logprobs"]["content"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"stop": ["never", "brown"]}, "brown"),
+        ({"stop_token_ids": [9]}, 9),
+        ({"stop_token_ids": [2]}, 2),
+        ({"stop": "never"}, None),  # the model's own end
+        ({"max_tokens": 3}, None),
+    ],
+)
+def test_what_the_client_named_and_ended_the_text_is_told(
+    make_server: MakeServer, server: Server, fields: dict[str, Any], reason: str | int | None
+) -> None:
+    own = 9 if fields.get("stop_token_ids") == [9] else 2
+    scripted = make_server(say([*server.ids(TEXT), own], ends=reason != "brown"))
+    for ask in (scripted.chat, scripted.complete):
+        (whole,) = ask(**fields).json()["choices"]
+        *others, last = [
+            event["choices"][0] for event in events_of(ask(stream=True, **fields))[:-1]
+        ]
+        assert whole.get("stop_reason") == last.get("stop_reason") == reason
+        assert not any("stop_reason" in choice for choice in others)
 
 
 def test_a_stop_string_counts_as_stop_though_the_engine_says_abort(

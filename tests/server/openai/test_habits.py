@@ -277,6 +277,11 @@ def test_parts_may_have_the_names_of_the_responses_api(server: Server) -> None:
     assert others == [first, first]
 
 
+def test_a_body_may_begin_with_a_byte_order_mark(server: Server) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps(CHAT).encode()
+    assert server.post_raw(CHAT_PATH, body).status_code == 200
+
+
 def test_bos_is_written_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = server.tokenizer.encode
     sent: list[bool] = []
