@@ -178,7 +178,8 @@ class GroupedStack:
         for part in parts:
             if not isinstance(part, GroupedWeight) or part.layout[:2] != (4, self.group):
                 raise _unlike(expert)
-            self._take(part, (slice(expert, expert + 1), slice(at, at + len(part))))
+            place = (slice(expert, expert + 1), slice(at, at + len(part)))
+            self._take(part.to(self.pairs.device), place)  # packed there, which takes long on a CPU
             at += len(part)
 
     def _take(self, part: GroupedWeight, place: tuple[slice, slice]) -> None:

@@ -6,7 +6,6 @@ the router's scores are 1. So the model computes what the dense one does, and ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,33 +14,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import TEXT, WINDOW, cut, measures, scores
-from configs.load import load_config
-from drafter.train.data.target import FrozenTarget
 from engine.checkpoints.arch import LlamaArch
-from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.llama4_arch import Llama4Arch
-from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
-from engine.models.families import load_target
-from engine.models.place import Place
 from kernels.ops import Ops
-from server.text.chat_codec import load_codec
-from tests.support.configurations import hosted
+from tests.support.perplexity import (
+    CHECKPOINT,
+    Windows,
+    perplexity,
+    rounding_inputs,
+    windows,
+)
 from tests.support.quantised_files import FP8_CHANNEL
 from tests.support.threads import own_torch_threads
 
 pytestmark = pytest.mark.extended
-EXPERTS, NUM_WINDOWS, DTYPE = 4, 2, torch.float32
+EXPERTS, NUM_WINDOWS = 4, 2
 Change = Callable[[Tensor], Tensor]
-CHECKPOINT = open_checkpoint(resolve_source(BUNDLED_ALIAS))
 
 
 @pytest.fixture(scope="module")
-def windows(native_cache: Path) -> Iterator[list[list[int]]]:
-    codec = load_codec(hosted(load_config(None, [f"files.dir={native_cache}"])))
-    ids = codec.tokenizer.encode(TEXT.read_text(encoding="utf-8"), False)
+def texts(native_cache: Path) -> Iterator[Windows]:
     with own_torch_threads():
-        yield cut(ids, WINDOW)[:NUM_WINDOWS]
+        yield windows(native_cache, NUM_WINDOWS)
 
 
 def with_experts(dense: LlamaArch) -> Llama4Arch:
@@ -87,36 +81,33 @@ def paired(weight: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
-def perplexity(ops: Ops, windows: list[list[int]], change: Change = lambda weight: weight) -> float:
-    place = Place(ops, DTYPE, torch.device("cpu"), weights="plain")
-    model = load_target(with_experts(CHECKPOINT.arch), reader(change), place, WINDOW)
-    target = FrozenTarget(model, ops, (), DTYPE)
-    sums = torch.zeros(3, dtype=torch.float64)
-    for window in windows:
-        own = scores(target, window)
-        sums += measures(own, own, window)
-    return math.exp(sums[0].item() / (len(windows) * WINDOW // 2))
+def of_experts(ops: Ops, texts: Windows, change: Change = lambda weight: weight) -> float:
+    return perplexity(with_experts(CHECKPOINT.arch), reader(change), ops, texts)
 
 
 @pytest.fixture(scope="module")
-def plain(native_ops: Ops, windows: list[list[int]]) -> float:
-    return perplexity(native_ops, windows)
+def plain(native_ops: Ops, texts: Windows) -> float:
+    return of_experts(native_ops, texts)
 
 
 def test_a_model_with_experts_computes_what_the_dense_one_does(
-    native_ops: Ops, windows: list[list[int]], plain: float
+    native_ops: Ops, texts: Windows, plain: float
 ) -> None:
-    place = Place(native_ops, DTYPE, torch.device("cpu"), weights="plain")
-    model = load_target(CHECKPOINT.arch, CHECKPOINT.stored, place, WINDOW)
-    target = FrozenTarget(model, native_ops, (), DTYPE)
-    own = [scores(target, window) for window in windows]
-    loss = sum(float(measures(o, o, w)[0]) for o, w in zip(own, windows, strict=True))
-    assert plain == pytest.approx(math.exp(loss / (len(windows) * WINDOW // 2)), rel=3e-3)
+    dense = perplexity(CHECKPOINT.arch, CHECKPOINT.stored, native_ops, texts)
+    assert plain == pytest.approx(dense, rel=3e-3)
 
 
 def test_experts_in_fp8_cost_less_than_one_per_cent(
-    native_ops: Ops, windows: list[list[int]], plain: float
+    native_ops: Ops, texts: Windows, plain: float
 ) -> None:
-    found = perplexity(native_ops, windows, lambda weight: FP8_CHANNEL.write(weight)[1])
+    found = of_experts(native_ops, texts, in_fp8)
     assert found == pytest.approx(plain, rel=0.01)
     assert found != plain
+    # As on a GPU. In all products, not only in those of experts.
+    rounded = of_experts(rounding_inputs(native_ops), texts, in_fp8)
+    assert rounded == pytest.approx(found, rel=0.01)
+    assert rounded != found
+
+
+def in_fp8(weight: Tensor) -> Tensor:
+    return FP8_CHANNEL.write(weight)[1]
