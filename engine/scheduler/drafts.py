@@ -113,7 +113,7 @@ class DraftRoom:
     ) -> dict[int, tuple[int, ...]]:
         """Known drafts by line; none if all of them together promise less than the extra cost of a
         step with drafts."""
-        none_looked_up = self.lookup is None or choice.price >= HOPELESS
+        none_looked_up = self.lookup is None or not choice.looks_up or choice.price >= HOPELESS
         if none_looked_up and (self.grammars is None or not self.grammars.any_runs):
             return {}
         found = {seq.line: self._found(plan, seq, choice) for seq in rows}
@@ -135,7 +135,7 @@ class DraftRoom:
             if self.lookup is not None:
                 self.lookup.withdraw(seq.line)
             return Found(tuple(forced), promise)
-        if self.lookup is None:
+        if self.lookup is None or not choice.looks_up:
             return NO_DRAFT
         return self.lookup.draft(seq, most, choice.price, rival, may_try=choice.may_try)
 

@@ -80,13 +80,13 @@ class Account:
         known = self._plain.get(_size(num_rows))  # None: rows have ended since a step was planned
         return known is not None and known.is_due()
 
-    def settle(self, sample: Sample, num_tokens: int) -> None:
-        """Take in a step that emitted so many tokens."""
+    def settle(self, sample: Sample, num_tokens: int, num_steps: int = 1) -> None:
+        """Take in a step that emitted so many tokens, the last of `num_steps` alike."""
         work, known = sample.work, self._plain.get(_size(sample.work.rows))
         if known is None or self._credit is None:
             return
         took = min(sample.seconds, MOST_STALL * self.costs.of(work))
-        self._credit = min(self._credit, self._most) + MOST_LOSS * took
+        self._credit = min(self._credit, self._most) + MOST_LOSS * took * num_steps
         plain = Work(work.rows, work.rows, context=work.context)
         if work.tokens == work.rows:
             known.observe(plain, took, self.costs)

@@ -34,6 +34,7 @@ class Choice:
     price: float = 0.05  # accepted tokens that a node must yield to be worth verifying
     entry: float = 0.0  # the same for the first looked-up node of the step, besides its price
     may_try: bool = True  # whether a lookup that does not pay may be tried
+    looks_up: bool = True  # whether drafts are looked up at all
     promises: Mapping[int, float] = field(default_factory=dict)  # see `promise`
 
     def limit(self, line: int) -> int:
@@ -107,6 +108,8 @@ KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
 STANDING_DRAFTS = 3  # the same of one for drafts: planning takes time, too
 SURE = 2  # decisions for drafts between two that look for a trial
+MANY_ROWS = 24  # from here on, drafts are looked up as rarely as with so many
+PLAIN_PER_SAMPLE = 4  # standing plain steps of which one is learnt from: learning takes time, too
 EAGER = 32  # decisions of an engine that look for a trial, before it does so more rarely
 
 
@@ -166,6 +169,7 @@ class AdaptivePlanner:
         self._num_sure = 0  # decisions that look for no trial
         self._is_sure = False  # whether the last was one of these
         self._num_looks = 0  # decisions that looked for a trial
+        self._num_passed = 0  # plain steps that nothing was learnt from, since one was
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
         if not any(row.most for row in rows):
@@ -173,7 +177,8 @@ class AdaptivePlanner:
         if self._num_standing and len(rows) <= self._num_rows:
             self._num_standing -= 1
             if self._standing.shape == ROOT:
-                return self._standing
+                looks_up = self._num_standing % _steps_per_look(len(rows)) == 0
+                return self._standing if looks_up else replace(self._standing, looks_up=False)
             if self._account.is_reference(self._padding.rows(len(rows))):
                 return NOTHING
             if not self._account.is_overdrawn:
@@ -208,12 +213,21 @@ class AdaptivePlanner:
         self._has_failed = outcome.draft_failed
         if self._has_failed:
             self._num_standing = 0
-        self._observe_costs(plan, outcome, seconds)
+        if self._counts(plan):
+            self._observe_costs(plan, outcome, seconds)
         self._acceptance.fade()
         self._observe_trees(plan, outcome)
         for row in plan.rows:
             if row.samples:
                 self._idle[row.line] = 0 if row.is_drafted else self._idle.get(row.line, 0) + 1
+
+    def _counts(self, plan: StepPlan) -> bool:
+        """Whether to learn from a step. While drafts do not pay, most steps are passed over."""
+        is_usual = self._num_standing > 0 and all(row.num_draft == 0 for row in plan.rows)
+        if is_usual and self._num_passed + 1 < PLAIN_PER_SAMPLE:
+            self._num_passed += 1
+            return False
+        return True
 
     def _best(
         self,
@@ -351,7 +365,9 @@ class AdaptivePlanner:
             return
         drafted = [row.line for row in plan.rows if row.is_drafted]
         sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
-        self._account.settle(sample, sum(len(row.emitted) for row in outcome.rows))
+        num_tokens = sum(len(row.emitted) for row in outcome.rows)
+        self._account.settle(sample, num_tokens, num_steps=1 + self._num_passed)
+        self._num_passed = 0
         if any(line not in self._idle for line in drafted):
             return  # of a new row, the head may have taken any number of tokens
         self._costs.observe(sample)
@@ -368,6 +384,12 @@ class AdaptivePlanner:
             num_nodes = 1 + (result.num_draft or row.num_draft)
             sampled = self._sampled.get(row.line, False)
             self._acceptance.observe(row.line, shape, num_nodes, result.path, sampled=sampled)
+
+
+def _steps_per_look(num_rows: int) -> int:
+    """Of standing plain decisions. To look up drafts takes time for every row, and with many rows
+    they seldom pay."""
+    return 1 + min(num_rows, MANY_ROWS) // 8
 
 
 def node_price(costs: StepCosts, work: Work, rate: float | None = None) -> float:
