@@ -198,14 +198,13 @@ def _unknown_token(param: str, token_id: int, info: EngineInfo) -> ApiError:
     return bad_value(param, token_id, f"token ids must be below {info.vocab_size}")
 
 
-def budget(prompt: Prompt, body: SamplingFields, default: int | None, info: EngineInfo) -> int:
-    """Limit of output tokens of one choice: the asked one, `default` or the rest of the context.
+def budget(prompt: Prompt, asked: int | None, default: int | None, info: EngineInfo) -> int:
+    """Limit of output tokens of one choice: `asked`, else `default` or the rest of the context.
 
     Raises:
         ApiError: 400 for an empty prompt, and when prompt and output exceed the context.
     """
     num_prompt, max_model_len = len(prompt.token_ids), info.max_model_len
-    asked = body.token_limit
     if num_prompt == 0:
         must = f"{prompt.param} must have at least one token"
         raise invalid(f"The prompt is empty: {must}", prompt.param)
@@ -215,7 +214,7 @@ def budget(prompt: Prompt, body: SamplingFields, default: int | None, info: Engi
             max_model_len,
             f"you requested {num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} in "
             "the completion). Please reduce the length of either.",
-            prompt.param if asked < max_model_len else body.token_limit_name,
+            prompt.param,
         )
     if _or_one(asked) > room:
         no_room = "" if asked == 0 else ", which leaves no room for an answer"
@@ -226,12 +225,12 @@ def budget(prompt: Prompt, body: SamplingFields, default: int | None, info: Engi
 
 
 def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body, None, info)
+    max_tokens = budget(prompt, body.token_limit, None, info)
     return _sampling_params(body, max_tokens, body.num_logprobs, body.prompt_logprobs, info)
 
 
 def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
-    max_tokens = budget(prompt, body, DEFAULT_COMPLETION_TOKENS, info)
+    max_tokens = budget(prompt, body.token_limit, DEFAULT_COMPLETION_TOKENS, info)
     echoed = body.logprobs if body.echo else None
     asked = [count for count in (echoed, body.prompt_logprobs) if count is not None]
     logprobs = 0 if body.chooses and body.logprobs is None else body.logprobs

@@ -182,11 +182,6 @@ class SamplingFields(StructuredFields):
         return self.max_tokens
 
     @property
-    def token_limit_name(self) -> str:
-        """The field that `token_limit` comes from."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-
-    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
