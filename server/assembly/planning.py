@@ -26,7 +26,7 @@ from kernels.linear.scaled import FP8
 from server.assembly.drafting import AUTO, torch_dtype, tree_shape
 from server.planning.acceptance import Acceptance
 from server.planning.costs import Machine
-from server.planning.formats import PartFormats, format_named
+from server.planning.formats import Format, PartFormats, format_named
 from server.planning.memory import MemoryPlan, check_fit, head_bytes, target_bytes
 from server.planning.prediction import Prediction, Question, predict
 from server.planning.products import HeadSizes
@@ -36,7 +36,7 @@ from server.planning.sizes import ModelSizes
 AssumedHead = Literal["eagle", "eagle3", "dense3"]
 STORED = "stored"
 DRAFT_VOCAB = 32000  # of published EAGLE-3 heads for Llama 3
-ROUNDED_HERE = 0.5 + 8 / 32  # bytes of a weight in groups of 32 with a scale and a minimum
+ROUNDED_HERE = 0.5 + 4 / 32  # bytes of a weight in groups of 32 with a float16 scale and minimum
 PLAIN = {"bfloat16": "bf16", "float32": "float32"}
 LABELS = {"plain": "plain_ms", "with drafts": "ms_per_token"}
 
@@ -124,6 +124,7 @@ def read_shapes(config: HostConfig, options: PlanOptions) -> Shapes:
     """The sizes of the model and its head, cut over so many ranks."""
     ranks, plain = config.parallel.tensor, PLAIN[config.model.dtype]
     target = _target(config, plain).with_experts(config.parallel.experts)
+    target = replace(target, formats=_target_formats(config, target.formats, plain))
     if options.weights != STORED:
         target = replace(target, formats=target.formats.with_linears(options.weights))
     target.check_ranks(ranks)
@@ -137,17 +138,30 @@ def read_shapes(config: HostConfig, options: PlanOptions) -> Shapes:
     return Shapes(target, replace(head, layers=replace(head.layers, formats=formats)))
 
 
+def _target_formats(config: HostConfig, stored: PartFormats, plain: str) -> PartFormats:
+    """As `model.weights` asks. ValueError for a form that GPUs do not read."""
+    kept, form = format_named(plain), config.model.weights
+    if form == "q8":
+        raise ConfigError("model.weights = q8 is for CPUs; stored, plain and q4 can be planned")
+    if form == "stored":
+        return stored
+    return PartFormats.all_in(kept if form == "plain" else _rounded_here(), kept)
+
+
+def _rounded_here() -> Format:
+    return replace(format_named("int4"), bytes_per_weight=ROUNDED_HERE)
+
+
 def _head_formats(config: HostConfig, plain: str) -> PartFormats:
     """On a GPU: plain, but for what `speculation.draft_weights` puts into 4 bits. ValueError for a
     form that GPUs do not read."""
     kept, form = format_named(plain), config.speculation.draft_weights
     if form == "q8":
         raise ValueError("speculation.draft_weights = q8 is for CPUs; plain, q4 and q4_mlp can be")
-    small = replace(format_named("int4"), bytes_per_weight=ROUNDED_HERE)
-    formats = PartFormats(kept, kept, kept, kept, kept)
     if form == "q4":
-        return PartFormats(small, small, small, small, small)
-    return replace(formats, dense=small) if form == "q4_mlp" else formats
+        return PartFormats.all_in(_rounded_here(), kept)
+    formats = PartFormats.all_in(kept, kept)
+    return replace(formats, dense=_rounded_here()) if form == "q4_mlp" else formats
 
 
 def _target(config: HostConfig, plain: str) -> ModelSizes:

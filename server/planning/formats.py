@@ -45,13 +45,20 @@ KNOWN_METHODS = "fp8, fbgemm_fp8, compressed-tensors, gptq, awq"
 
 @dataclass(frozen=True, slots=True)
 class PartFormats:
-    """The format of each part. Embedding, LM head, router and norms are never quantised."""
+    """The format of each part. Routers and norms are never quantised, embedding and LM head only if
+    `model.weights=q4` asks for it."""
 
     attention: Format = BF16
     dense: Format = BF16  # feed-forward of layers without experts
     shared: Format = BF16  # the expert that every token uses
     experts: Format = BF16
     vocabulary: Format = BF16
+    router: Format = BF16
+
+    @classmethod
+    def all_in(cls, kept: Format, router: Format) -> PartFormats:
+        """All parts but the router in one format."""
+        return cls(kept, kept, kept, kept, kept, router)
 
     def with_linears(self, name: str) -> PartFormats:
         """All linear layers in the format `name`. ValueError for an unknown one."""
@@ -72,7 +79,7 @@ def stored_formats(config: Json, plain: str) -> PartFormats:
         ValueError: a method or number of bits that is not known.
     """
     other = format_named(plain)
-    rest = PartFormats(other, other, other, other, other)
+    rest = PartFormats.all_in(other, other)
     quantised = table(config, "quantization_config")
     if not quantised:
         return rest

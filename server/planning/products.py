@@ -102,7 +102,7 @@ def _expert_products(sizes: ModelSizes, experts: Experts, ranks: int) -> list[Pr
         for product in _gated("experts", hidden, own, kept.experts, count)
     ]
     return [
-        Product("router", hidden, experts.num_experts, kept.vocabulary, count),
+        Product("router", hidden, experts.num_experts, kept.router, count),
         *_gated("shared expert", hidden, width, kept.shared, count),
         *chosen,
     ]

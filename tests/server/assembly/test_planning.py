@@ -16,12 +16,14 @@ import torch
 from configs.load import load_config
 from configs.planning import shipped_models
 from configs.resolve import HostConfig, with_sizes
+from configs.schema import WeightForm
 from drafter.checkpoint import load_head
 from drafter.heads.building import HeadBuilder
 from engine.checkpoints.checkpoint import open_checkpoint, read_arch
 from engine.checkpoints.manifest import expected_tensors
 from engine.checkpoints.quantised.config import read_quantisation
 from engine.checkpoints.source import ModelFiles
+from engine.models.families import load_target
 from engine.models.footprint import GIB, held_bytes
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
@@ -46,6 +48,7 @@ from tests.support.published_llamas import LLAMA4_SCOUT, LLAMA31_8B, LLAMA33_70B
 from tests.support.quantised_files import FORMATS, rewrite
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.tiny_llama4 import write_tiny_llama4
 
 CPU = torch.device("cpu")
 H100 = 80 * 10**9  # less than an H100 of 80 GB has
@@ -192,6 +195,30 @@ def test_the_plan_of_a_quantised_model_is_what_a_gpu_holds(name: str, tmp_path: 
     assert plan_memory(config, 4 * GIB).target_weights == held_bytes(loader.load())
 
 
+@pytest.mark.parametrize("form", ["plain", "q4"])
+def test_the_plan_counts_the_form_that_weights_are_to_take(
+    form: WeightForm, tmp_path: Path
+) -> None:
+    folder = tmp_path / "target"
+    widths = {"intermediate_size": 64, "intermediate_size_mlp": 128}
+    write_tiny_llama4(folder, **widths)
+    settings = ["cache.num_blocks=40", "speculation.draft=null", "parallel.tensor=2"]
+    given = [f"model.source={folder}", f"model.weights={form}", *settings]
+    checkpoint = open_checkpoint(ModelFiles("hf", folder, "target"))
+    ops, max_len = triton_ops(torch.bfloat16), checkpoint.arch.max_position_embeddings
+    place = Place(ops, torch.bfloat16, CPU, Shard(0, 2), weights=form)
+    model = load_target(checkpoint.arch, checkpoint.stored, place, max_len)
+    found = plan_memory(hosted(load_config(None, given)), 4 * GIB)
+    assert found.target_weights == held_bytes(model)
+
+
+def test_eight_bits_are_not_planned(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"model.weights = q8 is for CPUs; stored, plain and q4 can"
+    ):
+        plan_memory(shipped(tmp_path, "8B", "model.weights=q8"), H100)
+
+
 @pytest.mark.parametrize("name", ["llama33-70b-8xh100-fp8", "llama4-maverick-8xh100-fp8"])
 def test_shipped_fp8_configurations_fit_and_are_planned_without_files(name: str) -> None:
     config = hosted(load_config(Path(name)))
@@ -299,7 +326,7 @@ def test_an_fp8_cache_takes_half_the_memory_of_the_target_alone(tmp_path: Path) 
 def test_a_feed_forward_of_four_bits_takes_less_memory(tmp_path: Path) -> None:
     plain = plan_memory(shipped(tmp_path, "8B", "cache.num_blocks=1000"), H100)
     small = plan_memory(in_same_place(tmp_path, "speculation.draft_weights=q4_mlp"), H100)
-    assert plain.draft_weights - small.draft_weights == 3 * 4096 * 14336 * (2 - 0.75)
+    assert plain.draft_weights - small.draft_weights == 3 * 4096 * 14336 * (2 - 0.625)
     with pytest.raises(ValueError, match=r"draft_weights = q8 is for CPUs; plain, q4 and q4_mlp"):
         plan_memory(in_same_place(tmp_path, "speculation.draft_weights=q8"), H100)
 

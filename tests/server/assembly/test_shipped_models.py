@@ -175,7 +175,8 @@ def test_every_tensor_lands_once_and_the_plan_is_what_a_gpu_holds(
     assert numbers / 1e9 == pytest.approx(published.billions, rel=2e-3)
     ranks = [found.build(rank) for rank in range(found.ranks)]
     for tensor, times in (times_read(text) | times_read(found.head)).items():
-        assert times in ({1}, {found.ranks}), tensor  # cut, or whole on every rank
+        if not tensor.endswith(".weight_shape"):  # two numbers, read when files are opened
+            assert times in ({1}, {found.ranks}), tensor  # cut, or whole on every rank
     memory = plan(found.config, PlanOptions(batches=(1, 64))).memory
     for model, head in ranks:
         target = held_bytes(model)
