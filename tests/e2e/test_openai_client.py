@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai.types import Completion
@@ -12,6 +13,7 @@ from openai.types.chat import ChatCompletion
 
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import LiveServer, idle
+from tests.support.waiting import DEADLINE
 
 MESSAGES: Any = [{"role": "user", "content": "the quick brown fox"}]
 CHAT: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
@@ -95,6 +97,8 @@ def test_errors_are_of_their_class_and_name_the_field(
 
 def test_a_client_that_times_out_frees_its_place(server: LiveServer) -> None:
     endless = CHAT | {"max_tokens": MAX_LEN - 200, "extra_body": LONG}
+    impatient = server.client(timeout=httpx.Timeout(DEADLINE, read=0.3))
     with pytest.raises(openai.APITimeoutError):
-        server.client(timeout=0.3).chat.completions.create(**endless)
+        impatient.chat.completions.create(**endless, extra_headers={"x-request-id": "impatient"})
+    server.log.wait_for("request_id=impatient")  # written at its end
     server.wait_metrics(idle)

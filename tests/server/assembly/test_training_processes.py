@@ -16,6 +16,8 @@ from tests.support.threads import own_torch_threads
 from tests.support.training_commands import arguments, train, weights_of, write_model_and_data
 from tests.support.waiting import DEADLINE
 
+pytestmark = pytest.mark.timeout(4 * DEADLINE)  # three interpreters import torch
+
 
 @pytest.fixture(autouse=True)
 def _torch_threads() -> Iterator[None]:
@@ -36,7 +38,7 @@ def torchrun(words: list[str], empty: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, *launch, *command],
         capture_output=True,
         text=True,
-        timeout=2 * DEADLINE,
+        timeout=3 * DEADLINE,
         check=False,
         env=child_environment({"OMP_NUM_THREADS": "1"}),
     )
