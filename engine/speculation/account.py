@@ -12,6 +12,7 @@ FIRST_CREDIT = 2.0  # the same at first
 MOST_STALL = 3.0  # a step that takes longer than so many times the prediction was disturbed
 FIRST_DRAFTED = 4  # steps with drafts between the first two plain ones
 MOST_DRAFTED = 64  # the same later
+MOST_OFF = 1.5  # no plain step counts as slower than this many of those before
 NEWEST = 0.2  # least weight of the newest plain step
 
 
@@ -28,7 +29,10 @@ class PlainSteps:
     def observe(self, work: Work, seconds: float, costs: StepCosts) -> None:
         self.num_seen += 1
         before, weight = self.of(work, costs), max(NEWEST, 1 / self.num_seen)
-        self.work, self.seconds = work, before + weight * (seconds - before)
+        if self.num_seen == 2 and seconds < before:
+            weight = 1.0  # the first was disturbed, as those after prompts often are
+        most = MOST_OFF * before if self.num_seen > 1 else seconds
+        self.work, self.seconds = work, before + weight * (min(seconds, most) - before)
         self.num_drafted = 0
 
     def is_due(self) -> bool:
