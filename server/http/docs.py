@@ -56,7 +56,8 @@ def operation(
     its errors."""
     content = {"application/json": _schema(response)}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        # Without a type: some read a schema as that of the stream, others as that of each event.
+        content["text/event-stream"] = {"schema": {"description": "Server-sent events"}}
     answers: dict[int, dict[str, Any]] = {200: {"description": "Success", "content": content}}
     for status, description in ERRORS.items():
         body = {"application/json": _schema(error)}
