@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from configs.schema import ServerConfig
 from server.http.connections import PROBE_PATHS, Connections
-from server.http.direct_line import LINE, DirectLine
+from server.http.direct_line import LINE, Departures, DirectLine
 from server.http.errors import ApiError, invalid, server_error, unavailable
 from server.http.outlet import Outlet
 from server.http.request_log import ID_HEADER, error_response, request_id
@@ -52,9 +52,17 @@ class HttpProtocol(HttpToolsProtocol):
     draining: Callable[[], bool] = staticmethod(lambda: False)
     outlet: Outlet
 
-    def __init__(self, *args: Any, limit: Connections | None = None, **kwargs: Any) -> None:
-        """`limit`: of open connections, None for none."""
+    def __init__(
+        self,
+        *args: Any,
+        limit: Connections | None = None,
+        departures: Departures | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`limit`: of open connections, None for none. `departures`: those of all connections of
+        the server, None for its own."""
         super().__init__(*args, **kwargs)
+        self.departures = departures or Departures()
         self._limit = limit
         self._is_extra = False  # above the limit: serves one probe, and nothing else
         self._num_fruitless = 0  # bytes
@@ -190,7 +198,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         cycle.transport = _CycleOutlet(self, cycle)  # type: ignore[assignment]
-        cast(Scope, cycle.scope)[LINE] = DirectLine(cycle)
+        cast(Scope, cycle.scope)[LINE] = DirectLine(cycle, self.departures)
         if cycle.scope["http_version"] == "1.0":
             cycle.chunked_encoding = False
             app = _without_chunks(app, cycle)
@@ -288,6 +296,7 @@ class _CycleOutlet:
         self._cycle = cycle
 
     def write(self, data: bytes) -> None:
+        self._protocol.departures.leave()  # earlier pieces of this answer may be there
         self._protocol.outlet.write(data)
 
     def is_closing(self) -> bool:

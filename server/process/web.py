@@ -16,6 +16,7 @@ from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.connections import Connections
 from server.http.context import ServerContext, ServerInfo
+from server.http.direct_line import Departures
 from server.http.engine_client import EngineClient
 from server.http.protocol import protocol_with
 from server.page.routes import page_routes
@@ -43,7 +44,7 @@ def web_config(app: FastAPI, limit: Connections | None = None) -> uvicorn.Config
     context: ServerContext = app.state.context
     settings = context.config.server
     configured = protocol_with(settings, lambda: context.state.draining)
-    protocol: Any = functools.partial(configured, limit=limit)
+    protocol: Any = functools.partial(configured, limit=limit, departures=Departures())
     return uvicorn.Config(
         app,
         ssl_certfile=settings.tls_certificate,

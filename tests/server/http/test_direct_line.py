@@ -1,4 +1,4 @@
-"""Tokens of a stream go from the engine's message to the connection at once."""
+"""Tokens of a stream go from the engine's message to the connection, and wake no task."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def unread(server: Server) -> int:
 
 
 def arrived(line: Line) -> bytes:
-    """What the system has for the client now, before any task runs."""
+    """What the system has for the client now."""
     handle: int = line._writer.get_extra_info("socket").fileno()
     with socket.socket(fileno=os.dup(handle)) as connection:
         return connection.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -65,11 +65,13 @@ def contents(stream: bytes) -> str:
     return "".join(json.loads(each) for each in found)
 
 
-def test_a_token_is_with_the_client_before_any_task_runs(open_server: Server) -> None:
+def test_a_token_is_with_the_client_before_its_task_runs(open_server: Server) -> None:
     async def scene(line: Line) -> None:
         await ask(line)
         for text in ('say "hi"', "a\nb", "ü"):
             feed(open_server, text)
+            assert unread(open_server) == 0
+            await asyncio.sleep(0)
             (size, chunk, rest) = arrived(line).split(b"\r\n", 2)
             assert (int(size, 16), rest) == (len(chunk), b"")
             assert contents(chunk) == text
