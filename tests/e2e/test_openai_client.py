@@ -81,7 +81,7 @@ def test_models_are_typed(server: LiveServer) -> None:
     [
         ({"temperature": 9}, openai.BadRequestError, "temperature", None),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature", "unknown_field"),
-        ({"max_tokens": 10**6}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
+        ({"max_tokens": 10**6}, openai.BadRequestError, "messages", "context_length_exceeded"),
         ({"model": "other"}, openai.NotFoundError, "model", "model_not_found"),
     ],
 )

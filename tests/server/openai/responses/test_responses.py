@@ -269,7 +269,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "tool_choice",
         'with text.format only "auto" and "none" are',
     ),
-    ({"max_output_tokens": 9999}, "max_output_tokens", "maximum context length is 4096 tokens"),
+    ({"max_output_tokens": 9999}, "input", "maximum context length is 4096 tokens"),
     ({"max_output_tokens": 0}, "max_output_tokens", "at least 1"),
     ({"temperature": 3}, "temperature", "at most 2"),
     ({"metadata": {"k": 1}}, "metadata.k", "be a string"),
