@@ -72,6 +72,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._heard_all = False  # the client has closed its side
         self._upgrades = False  # the request asks for another protocol, which is not spoken here
         self._ahead = b""  # what is to be parsed next, after such a request
+        self._answered: RequestResponseCycle | None = None  # the newest one that is, or was
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -86,6 +87,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.outlet.stop()
         if self._limit is not None:
             self._limit.leave(self)
+        self._end_answers()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -197,6 +199,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(self._refusal or invalid(msg, code="invalid_http"))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        self._answered = cycle
         cycle.transport = _CycleOutlet(self, cycle)  # type: ignore[assignment]
         cast(Scope, cycle.scope)[LINE] = DirectLine(cycle, self.departures)
         if cycle.scope["http_version"] == "1.0":
@@ -249,13 +252,19 @@ class HttpProtocol(HttpToolsProtocol):
             level = logging.DEBUG if self._is_extra else logging.INFO  # the limit has its own lines
             logger.log(level, "refused a request: status=%d request_id=%s", error.status, ascii(id))
             self._write(error, id)
-        if self.cycle is not None:  # it must not write after this
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self._end_answers()
         if self._is_extra:
             self.outlet.close()  # open files are few
         else:
             self.outlet.linger()
+
+    def _end_answers(self) -> None:
+        """Nothing is written after this. The request that is answered need not be `cycle`, which is
+        the newest one that came: others wait in `pipeline`."""
+        for cycle in (self._answered, self.cycle):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def _may_answer(self) -> bool:
         cycle = self.cycle

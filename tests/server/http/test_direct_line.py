@@ -18,6 +18,7 @@ from server.openai.choice import ChoiceDelta
 from tests.server.http.test_protocol import POST, Line, talk
 from tests.support.http_server import CHAT, Server
 from tests.support.scripted_engine import finished, say, tokens
+from tests.support.waiting import until
 
 MakeServer = Callable[..., Server]
 
@@ -154,3 +155,26 @@ def test_a_stop_string_ends_it_and_aborts(open_server: Server) -> None:
 
     talk(open_server, scene)
     assert len(open_server.engine.aborted) == 1
+
+
+@pytest.mark.parametrize("last_bytes", [b"no HTTP\r\n\r\n", None], ids=["invalid", "lost"])
+def test_a_stream_ends_with_its_connection_while_another_request_waits(
+    open_server: Server, caplog: pytest.LogCaptureFixture, last_bytes: bytes | None
+) -> None:
+    body = json.dumps(CHAT | {"stream": True}).encode()
+    request = POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def scene(line: Line) -> None:
+        await line.send(request, request)
+        await line.reader.readuntil(b'"content":"h"')
+        if last_bytes is None:
+            (await line.served()).transport.abort()  # as a write does that fails
+        else:
+            await line.send(last_bytes)
+            await line.rest()
+        await until(lambda: bool(open_server.engine.aborted))
+
+    talk(open_server, scene)
+    assert open_server.engine.aborted == [open_server.engine.submitted[0].request_id]
+    assert len(open_server.engine.submitted) == 1
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
