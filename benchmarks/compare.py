@@ -201,9 +201,11 @@ def measure_all(
 
 
 def rotated(endpoints: Sequence[Endpoint], number: int) -> list[Endpoint]:
-    """Another order in each round."""
+    """Another order in each round; in every second one backwards, so that no server always follows
+    the same one, which leaves the caches and the memory cold or warm."""
     turn = number % len(endpoints) if endpoints else 0
-    return [*endpoints[turn:], *endpoints[:turn]]
+    order = [*endpoints[turn:], *endpoints[:turn]]
+    return order[::-1] if number % 2 else order
 
 
 @contextmanager
@@ -227,8 +229,10 @@ def measure(
     number: int,
     results: Results,
 ) -> None:
-    """One turn of one server."""
+    """One turn of one server. A short request before it brings back what the system has moved out
+    of memory while others worked."""
     time.sleep(PAUSE)
+    asyncio.run(ask_all(endpoint, prompts[:1], WARM_UP, 1))
     answers = asyncio.run(ask_all(endpoint, prompts, num_tokens, streams))
     figures = Figures.of(answers, num_tokens)
     print(f"  {endpoint.name}: {figures.tokens_per_second:.1f} tokens/s", flush=True)
