@@ -49,6 +49,12 @@ EXAMPLES = settings(
     [(*operation, GenerationMode.POSITIVE) for operation in OPERATIONS]
     + [(*operation, GenerationMode.NEGATIVE) for operation in OPERATIONS if "POST" in operation],
 )
+# Hypothesis warns if the state of `random` changes while a case is made: a thread of a library may
+# do that at any time, and no strategy here is ours.
+@pytest.mark.filterwarnings(
+    "ignore:Do not use the .random. module inside strategies"
+    ":hypothesis.errors.HypothesisDeprecationWarning"
+)
 def test_made_up_requests_get_documented_answers(
     tokenizer: Tokenizer, path: str, method: str, mode: GenerationMode
 ) -> None:
