@@ -108,6 +108,10 @@ class StoredGroups:
 
     def check(self, name: str) -> None:
         """ValueError for tensors that do not fit together."""
+        if "weight_shape" in self.views and (len(self.shape) != 2 or min(self.shape) < 1):
+            raise ValueError(
+                f"tensor {name}.weight_shape is {list(self.shape)}; it needs two positive numbers"
+            )
         (N, K), groups = self.shape, -(-self.shape[1] // (self.scheme.group or self.shape[1]))
         if K % (self.scheme.group or 1):
             raise ValueError(f"{name}: {K} inputs are not divided by groups of {self.scheme.group}")
@@ -145,20 +149,17 @@ def check_parts(views: Views, name: str) -> None:
             require_matrix(views[part], f"{name}.{part}")
 
 
-def packed_shape(views: Views, name: str) -> Shape:
-    """[N, K] of a weight of compressed-tensors. ValueError unless it is two positive numbers."""
-    found = torch.as_tensor(views["weight_shape"][:]).tolist()
-    if len(found) != 2 or min(found) < 1:
-        raise ValueError(f"tensor {name}.weight_shape is {found}; it needs two positive numbers")
-    return tuple(int(size) for size in found)
+def packed_shape(views: Views) -> Shape:
+    """[N, K] of a weight of compressed-tensors, as its file has it."""
+    return tuple(int(size) for size in torch.as_tensor(views["weight_shape"][:]))
 
 
-def awq_shape(views: Views, name: str) -> Shape:  # noqa: ARG001  (the codes tell it)
+def awq_shape(views: Views) -> Shape:
     inputs, words = views["qweight"].get_shape()
     return words * PER_WORD, inputs
 
 
-def gptq_shape(views: Views, name: str) -> Shape:  # noqa: ARG001
+def gptq_shape(views: Views) -> Shape:
     words, outputs = views["qweight"].get_shape()
     return outputs, words * PER_WORD
 

@@ -93,7 +93,7 @@ class QuantisedWeights:
             needed = (*needed, "weight_zero_point")
         views = self._parts(stem, (mark, *needed), optional)
         check_parts(views, stem)
-        weight = StoredGroups(SHAPES[scheme.layout](views, stem), views, scheme)
+        weight = StoredGroups(SHAPES[scheme.layout](views), views, scheme)
         weight.check(stem)
         self.weights[f"{stem}.weight"] = weight
 
