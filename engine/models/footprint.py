@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import logging
 import time
@@ -85,11 +84,3 @@ def layers_with_progress(
             said = clock()
             logger.info("loading the model: %d of %d layers", index, num_layers)
         yield index
-
-
-def return_freed_memory() -> None:
-    """Give memory that loading and measuring have freed back to the system; glibc keeps it
-    otherwise (45 of 490 MB with the bundled model). Does nothing with other C libraries."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -17,7 +17,8 @@ from engine.grammar.gate import Gate
 from engine.grammar.grammars import Grammars
 from engine.kv.manager import KVManager
 from engine.messages import EngineInfo, OperationBackend
-from engine.models.footprint import bytes_by_form, return_freed_memory
+from engine.models.footprint import bytes_by_form
+from engine.models.freed_memory import return_freed_memory
 from engine.models.place import Place
 from engine.parallel.distributed import DistributedGroup
 from engine.parallel.lockstep import GroupExecutor

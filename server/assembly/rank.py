@@ -26,7 +26,8 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammars import Grammars
 from engine.kv.sizing import check_reserve
 from engine.models.families import load_target
-from engine.models.footprint import return_freed_memory, step_bytes
+from engine.models.footprint import step_bytes
+from engine.models.freed_memory import freed_at_once
 from engine.models.place import Place
 from engine.parallel.agreement import check_all, smallest
 from engine.parallel.lockstep import DriftCheck
@@ -113,6 +114,7 @@ class Rank:
         return DriftCheck(runner, group, check_every)
 
 
+@freed_at_once()
 def build_rank(
     config: HostConfig, group: TPGroup, device: torch.device, *, eager: bool = False
 ) -> Rank:
@@ -138,7 +140,6 @@ def build_rank(
     runner = ModelRunner(runner_parts(resolved, target, place, drafting.proposer, loaded.grammars))
     _check_reserve(runner, resolved, target, place)
     runner.prepare([] if draft is None else loaded.trees.shapes(draft.facts))
-    return_freed_memory()
     return Rank(
         config=resolved,
         place=place,
