@@ -1,4 +1,4 @@
-"""Tests that loading leaves no holes in memory; in a process of their own, whose memory nothing else
+"""Tests that loading leaves no holes in memory; in a process of its own, whose memory nothing else
 has used."""
 
 import platform
