@@ -2,8 +2,8 @@
 
 The perplexity of a fixed text, and the divergence of each next token's distribution from that of
 float32 weights and cache, for each value of `model.weights`, and for an FP8 cache. Where
-llama-cpp-python is installed among the peers of `benchmarks.compare`, also llama.cpp's perplexity
-with the same file and tokens.
+llama-cpp-python or xllamacpp is installed among the peers of `benchmarks.compare`, also llama.cpp's
+perplexity with the same file and tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.peers.known import HERE
+from benchmarks.peers.known import HERE, installed_versions
 from benchmarks.tables import write_results
 from configs.host import host_config
 from configs.resolve import HostConfig
@@ -36,7 +36,10 @@ from server.measuring.open_load import TEXT
 from server.text.chat_codec import load_codec
 
 WINDOW = 512  # tokens
-LLAMA_CPP = "llama-cpp-python"
+LLAMA_CPP = {
+    "llama-cpp-python": "llama_cpp_perplexity.py",
+    "xllamacpp": "xllamacpp_perplexity.py",
+}  # by the name of the peer: what runs in its environment
 REFERENCE = ("model.weights=plain", "model.dtype=float32")
 FORMS: dict[str, tuple[str, ...]] = {
     **{form: (f"model.weights={form}",) for form in ("stored", "plain", "q8", "q4")},
@@ -48,12 +51,12 @@ Windows = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One form of weights and cache. llama.cpp tells no divergence."""
+    """One form of weights and cache. Of llama.cpp, not all probabilities are read."""
 
     name: str
     perplexity: float
     kl: float | None  # nats per token, from the reference to this form
-    same_best: float | None  # share of the scored tokens
+    same_best: float  # share of the scored tokens
 
 
 def main(
@@ -79,8 +82,9 @@ def main(
     ids = load_codec(config).tokenizer.encode(text.read_text(encoding="utf-8"), False)
     windows = cut(ids, window)[:max_windows]
     notes: list[str] = []
-    rows = compare_forms(given, windows, notes)
-    rows += llama_cpp(config, windows, peers_dir, notes)
+    best: list[int] = []
+    rows = compare_forms(given, windows, best, notes)
+    rows += llama_cpp(config, windows, best, peers_dir, notes)
     content = {
         "benchmark": "accuracy",
         **machine.facts(),
@@ -103,8 +107,11 @@ def cut(ids: Sequence[int], window: int) -> list[list[int]]:
     return [list(ids[start : start + window]) for start in starts]
 
 
-def compare_forms(given: Sequence[str], windows: Windows, notes: list[str]) -> list[Row]:
-    """The reference, then each form that this machine's kernels can compute."""
+def compare_forms(
+    given: Sequence[str], windows: Windows, best: list[int], notes: list[str]
+) -> list[Row]:
+    """The reference, then each form that this machine's kernels can compute. `best` gets the
+    reference's likeliest token in the place of each scored one."""
     reference = load(host_config(None, [*given, *REFERENCE]), len(windows[0]))
     targets = {"float32": reference}
     for form, settings in FORMS.items():
@@ -117,6 +124,7 @@ def compare_forms(given: Sequence[str], windows: Windows, notes: list[str]) -> l
     for number, ids in enumerate(windows):
         print(f"window {number + 1} of {len(windows)}", flush=True)
         truth = scores(reference, ids)
+        best += truth.argmax(dim=1).tolist()
         for name, target in targets.items():
             own = truth if target is reference else scores(target, ids)
             sums[name] += measures(own, truth, ids)
@@ -159,27 +167,38 @@ def measures(own: Tensor, truth: Tensor, ids: Sequence[int]) -> Tensor:
     return torch.stack((loss, kl, same))
 
 
-def llama_cpp(config: HostConfig, windows: Windows, folder: Path, notes: list[str]) -> list[Row]:
-    """llama.cpp's row; none, with a note, where it is not installed, fails or reads no such
-    file."""
-    python = folder / LLAMA_CPP / "bin" / "python"
+def llama_cpp(
+    config: HostConfig, windows: Windows, best: Sequence[int], folder: Path, notes: list[str]
+) -> list[Row]:
+    """llama.cpp's row; none, with a note, where it is not installed, fails or reads no such file.
+    `best`: the reference's likeliest tokens."""
     files = resolve_source(config.model.source, config.model.revision)
-    if not python.is_file() or files.kind != "gguf":
-        notes.append(
-            f"without llama.cpp: no {python}"
-            if files.kind == "gguf"
-            else "without llama.cpp: the model is no .gguf file"
-        )
+    if files.kind != "gguf":
+        notes.append("without llama.cpp: the model is no .gguf file")
         return []
-    script = str(HERE / "llama_cpp_perplexity.py")
-    command = [str(python), script, str(files.path), str(config.kernels.threads)]
+    pythons = {name: folder / name / "bin" / "python" for name in LLAMA_CPP}
+    name = next((name for name in LLAMA_CPP if _imports(pythons[name], name)), None)
+    if name is None:
+        notes.append(f"without llama.cpp: none of {', '.join(LLAMA_CPP)} is installed in {folder}")
+        return []
+    command = [str(pythons[name]), str(HERE / LLAMA_CPP[name]), str(files.path)]
     done = subprocess.run(
-        command, input=json.dumps(windows), capture_output=True, text=True, check=False
+        [*command, str(config.kernels.threads)],
+        input=json.dumps(windows),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         notes.append(f"llama.cpp failed: {done.stderr[-500:]}")
         return []
-    return [Row("llama.cpp", math.exp(float(done.stdout)), None, None)]
+    found = json.loads(done.stdout)
+    same = sum(a == b for a, b in zip(found["best"], best, strict=True)) / len(best)
+    return [Row(f"llama.cpp ({name})", math.exp(found["loss"]), None, same)]
+
+
+def _imports(python: Path, package: str) -> bool:
+    return python.is_file() and installed_versions(python, (package,)) is not None
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _accuracy(content: Content) -> Iterable[str]:
             f"{row['perplexity']:.3f}",
             f"{row['perplexity'] / content['rows'][0]['perplexity'] - 1:+.2%}",
             "" if row["kl"] is None else f"{row['kl']:.5f}",
-            "" if row["same_best"] is None else f"{row['same_best']:.1%}",
+            f"{row['same_best']:.1%}",
         ]
         for row in content["rows"]
     ]
