@@ -7,8 +7,10 @@ only says which tables are out of date. KIND is a benchmark, or a table of `aeri
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +75,7 @@ def markdown(kind: str, *contents: Content) -> str:
         "acceptance": _acceptance,
         "speed": _speed,
         "planned": _planned,
+        "planner": _planner,
         "fleet": _fleet,
         "routing": _routing,
     }
@@ -343,6 +346,32 @@ def _speed(content: Content) -> Iterable[str]:
             row += [f"{found['tokens_per_second']:.0f}", f"{found['speedup']:.2f}"]
     head = [part for heat in heats for part in (f"tokens/s at T {heat:g}", "against plain")]
     yield from _table(["drafts", *head], rows, left=(0,))
+
+
+def _planner(content: Content) -> Iterable[str]:
+    """Tokens per second relative to plain decoding: by traffic, tree, and number of streams."""
+    sizes = list(dict.fromkeys(row["streams"] for row in content["rows"]))
+    at = {(row["traffic"], row["tree"], row["streams"]): row["ratio"] for row in content["rows"]}
+    kinds, trees = (list(dict.fromkeys(key[place] for key in at)) for place in (0, 1))
+    yield (
+        f"{_machine(content)} Answers of {content['tokens']} tokens; tokens/s relative to plain "
+        f"decoding in the same round, median (lowest to highest) of {content['rounds']} rounds."
+    )
+    yield ""
+    rows = []
+    for kind, tree in itertools.product(kinds, trees):
+        found = [at[kind, tree, size] for size in sizes]
+        mean = statistics.geometric_mean(ratio["median"] for ratio in found)
+        rows.append([kind, tree, *(_spread(ratio, 2) for ratio in found), f"{mean:.2f}"])
+    for tree in trees:
+        means = [
+            statistics.geometric_mean(at[kind, tree, size]["median"] for kind in kinds)
+            for size in sizes
+        ]
+        cells = [f"{mean:.2f}" for mean in (*means, statistics.geometric_mean(means))]
+        rows.append(["mean of all", tree, *cells])
+    streams = [f"{size} {'stream' if size == 1 else 'streams'}" for size in sizes]
+    yield from _table(["traffic", "tree", *streams, "mean"], rows, left=(0, 1))
 
 
 def _planned(content: Content) -> Iterable[str]:

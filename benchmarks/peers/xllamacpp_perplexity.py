@@ -2,8 +2,8 @@
 
 Runs as a script in xllamacpp's own virtual environment, so it imports nothing of this project:
 `python xllamacpp_perplexity.py MODEL.gguf THREADS`. Input and output are those of
-llama_cpp_perplexity.py. The server tells probabilities of the next token only, so every scored token
-is a request; its prompt is in the cache.
+llama_cpp_perplexity.py. The server tells probabilities of the next token only, so every scored
+token is a request; its prompt is in the cache.
 """
 
 from __future__ import annotations
