@@ -40,7 +40,7 @@ def main(path: str, threads: int) -> None:
         logits_all=True,
         verbose=False,
     )
-    loss, best = 0.0, []
+    loss, best = 0.0, list[int]()
     for ids in windows:
         more, likeliest = scored(model, ids)
         loss, best = loss + more, best + likeliest
