@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from engine.speculation.costs import Sample, StepCosts, Work
 
 MOST_LOSS = 0.01  # share of the time that drafts may lose
-MOST_CREDIT = 4.0  # plain steps whose time they may lose at once, after they have won it
+MOST_CREDIT = 16.0  # plain steps whose time they may lose at once, after they have won it
 FIRST_CREDIT = 2.0  # the same at first
-MOST_STALL = 3.0  # a step that takes longer than so many times the prediction was disturbed
+# A step that takes longer than so many times the prediction was disturbed. The same for all steps:
+# plain ones would seem faster than others if only they were spared.
+MOST_OFF = 1.5
 FIRST_DRAFTED = 4  # steps with drafts between the first two plain ones
 MOST_DRAFTED = 64  # the same later
-MOST_OFF = 1.5  # no plain step counts as slower than this many of those before
 NEWEST = 0.2  # least weight of the newest plain step
 
 
@@ -22,6 +23,7 @@ class PlainSteps:
 
     work: Work  # of the newest, or of one that was planned
     seconds: float  # about what that took, or is predicted to take
+    scale: float  # of the costs then
     num_seen: int = 0
     num_drafted: int = 0  # steps with drafts since the newest
     most_drafted: int = 0  # of these before the next plain one
@@ -33,7 +35,7 @@ class PlainSteps:
             weight = 1.0  # the first was disturbed, as those after prompts often are
         most = MOST_OFF * before if self.num_seen > 1 else seconds
         self.work, self.seconds = work, before + weight * (min(seconds, most) - before)
-        self.num_drafted = 0
+        self.scale, self.num_drafted = costs.scale, 0
 
     def is_due(self) -> bool:
         """Whether the next step is to be plain."""
@@ -44,9 +46,10 @@ class PlainSteps:
         return True
 
     def of(self, work: Work, costs: StepCosts) -> float:
-        """Seconds of a similar plain step. The costs only say how the two differ: they may be wrong
-        about both."""
-        return self.seconds * costs.of(work) / costs.of(self.work)
+        """Seconds of a similar plain step now. The costs only say how the two differ, and how much
+        slower the machine has become since: they may be wrong about both."""
+        slower = min(max(costs.scale / self.scale, 1 / MOST_OFF), MOST_OFF)
+        return self.seconds * slower * costs.of(work) / costs.of(self.work)
 
 
 @dataclass(slots=True)
@@ -73,8 +76,10 @@ class Account:
 
     def open(self, plain: Work) -> None:
         """A step is planned that would do this work if it were plain."""
-        known = self._plain.setdefault(_size(plain.rows), PlainSteps(plain, self.costs.of(plain)))
-        seconds = known.of(plain, self.costs)
+        costs = self.costs
+        guess = PlainSteps(plain, costs.of(plain), costs.scale)
+        known = self._plain.setdefault(_size(plain.rows), guess)
+        seconds = known.of(plain, costs)
         self._most = MOST_CREDIT * seconds
         if self._credit is None:
             self._credit = FIRST_CREDIT * seconds
@@ -89,7 +94,7 @@ class Account:
         work, known = sample.work, self._plain.get(_size(sample.work.rows))
         if known is None or self._credit is None:
             return
-        took = min(sample.seconds, MOST_STALL * self.costs.of(work))
+        took = min(sample.seconds, MOST_OFF * self.costs.of(work))
         self._credit = min(self._credit, self._most) + MOST_LOSS * took * num_steps
         plain = Work(work.rows, work.rows, context=work.context)
         if work.tokens == work.rows:

@@ -44,7 +44,7 @@ COMMON = 0.1  # share of a step's relative error that all parts have in common
 MOST_OF_HEAD = 0.9  # largest share of the head in a step
 LEAST = 0.01  # of the base: no step is predicted to take less
 FITS = 5  # times that the first samples are gone through
-SURPRISE = 1.5  # no step counts as further from the prediction than this factor
+SURPRISE = 1.35  # no step counts as further from the prediction than this factor
 
 Parts = tuple[tuple[int, float], ...]  # parts of the model with their weights
 
@@ -134,7 +134,7 @@ class StepCosts:
         self.num_observed += 1
         predicted = self.of(sample.work)
         believed = min(max(sample.seconds, predicted / SURPRISE), predicted * SURPRISE)
-        self.scale *= (believed / predicted) ** COMMON
+        self.scale *= 1 + COMMON * (believed / predicted - 1)
         self.doubts = [
             min(doubt + drift, limit)
             for doubt, drift, limit in zip(self.doubts, self.drifts, self.limits, strict=True)
@@ -181,9 +181,11 @@ class StepCosts:
 
     def _learn(self, parts: Parts, seconds: float) -> None:
         """A Kalman filter whose errors are independent: the parts that are least known take most of
-        the error."""
-        spread = (NOISE * seconds) ** 2 + 1e-18 + self._variance(parts)
-        error = seconds - self._sum(parts)
+        the error. Its noise is relative to what was predicted: if it were to what was seen, slow
+        steps would count for less than fast ones."""
+        predicted = self._sum(parts)
+        spread = (NOISE * predicted) ** 2 + 1e-18 + self._variance(parts)
+        error = seconds - predicted
         for part, weight in parts:
             gain = self.doubts[part] * weight / spread
             value = self.values[part] + gain * error

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from engine.speculation.acceptance import Acceptance
-from engine.speculation.account import MOST_CREDIT, Account
-from engine.speculation.costs import Padding, StepCosts, Work, sample_of
+from engine.speculation.account import Account
+from engine.speculation.costs import Padding, Sample, StepCosts, Work, sample_of
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import ROOT, StaticShape, TreeShape
 
@@ -102,7 +102,10 @@ class FixedPlanner:
 
 
 CLEAR = 1.02  # a tree must promise so many times the tokens per second of plain decoding
-HOPE = 1.7  # most standard errors by which a trial takes chances to be better than they seem
+# A trial takes chances to be so many standard errors better than they seem, for each plain step in
+# credit; those beyond `MOST_HOPE` do not count.
+HOPE = 0.425
+MOST_HOPE = 7.0
 LATE_STEPS = 16  # so many of the newest tokens of a row the head takes when the row drafts again
 KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
@@ -301,7 +304,7 @@ class AdaptivePlanner:
         found: Option | None = None
         least, most = CLEAR * best.rate, [1 + count for count in best.nodes]
         credit = self._account.credit
-        hope = HOPE * credit / (MOST_CREDIT * plain.seconds)
+        hope = HOPE * min(MOST_HOPE, credit / plain.seconds)
         for option in self._options(rows, self._reaches(rows, hope, most), plain):
             doubt = min(hope * self._costs.doubt(option.work), option.seconds / 3)
             rate = option.tokens / max(plain.seconds, option.seconds - doubt)
@@ -366,10 +369,12 @@ class AdaptivePlanner:
         drafted = [row.line for row in plan.rows if row.is_drafted]
         sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
         num_tokens = sum(len(row.emitted) for row in outcome.rows)
+        if all(line in self._idle for line in drafted):
+            self._learn_costs(sample)  # of a new row, the head may have taken any number of tokens
         self._account.settle(sample, num_tokens, num_steps=1 + self._num_passed)
         self._num_passed = 0
-        if any(line not in self._idle for line in drafted):
-            return  # of a new row, the head may have taken any number of tokens
+
+    def _learn_costs(self, sample: Sample) -> None:
         self._costs.observe(sample)
         if self._keep is not None and self._costs.num_observed % KEEP_EVERY == 0:
             self._keep(self._costs)

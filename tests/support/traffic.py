@@ -50,6 +50,8 @@ class Simulation:
     num_rows: int
     length: int = 200
     noise: float = 0.03  # relative, of step times
+    disturbed: Callable[[random.Random], float] = lambda _: 1.0  # a factor of each time seen
+    resumed: float = 0.0  # seconds more of a step that drafts after one that did not
     seed: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -57,6 +59,7 @@ class Simulation:
     best: float = 0.0  # the same for one who knows all
     _lengths: list[int] = field(default_factory=list)
     _best_rates: dict[tuple[Kind, ...], float] = field(default_factory=dict)
+    _drafted: bool = False  # in the newest step
 
     def run(self, planner: Planner, num_steps: int, warm_up: int = 0) -> None:
         """`warm_up`: first steps that are not counted."""
@@ -74,7 +77,8 @@ class Simulation:
                 ]
             )
             plan, outcome, seconds = self._step(choice, kinds, luck, new)
-            planner.observe(plan, outcome, seconds * luck.gauss(1.0, self.noise))
+            seen = seconds * luck.gauss(1.0, self.noise) * self.disturbed(luck)
+            planner.observe(plan, outcome, seen)
             new = self._after(outcome, kinds, seconds)
 
     def _step(
@@ -93,7 +97,9 @@ class Simulation:
             outcomes.append(RowOutcome((1,) * (1 + len(path)), count, tuple(path)))
         admitted = tuple(Admission(row, ask(f"{row}", [1, 2])) for row in new)
         plan = StepPlan(rows=rows, admitted=admitted, shape=choice.shape)
-        return plan, StepOutcome(tuple(outcomes)), self.cost(self._work(nodes, choice.shape))
+        seconds = self.cost(self._work(nodes, choice.shape))
+        resumes, self._drafted = any(nodes) and not self._drafted, any(nodes)
+        return plan, StepOutcome(tuple(outcomes)), seconds + self.resumed * resumes
 
     def _work(self, nodes: Sequence[int], shape: StaticShape = ROOT) -> Work:
         return Padding().work(nodes, shape, sum(100 + length for length in self._lengths))

@@ -22,7 +22,7 @@ WORK = Work(8, 8)
 )
 def test_a_disturbed_step_counts_little(seconds: tuple[float, ...], found: float) -> None:
     costs = StepCosts.guessed()
-    plain = PlainSteps(WORK, 1.0)
+    plain = PlainSteps(WORK, 1.0, costs.scale)
     for each in seconds:
         plain.observe(WORK, each, costs)
     assert plain.of(WORK, costs) == pytest.approx(found, rel=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from engine.speculation.costs import KNOTS, Padding, Sample, StepCosts, Work, sample_of
@@ -66,6 +68,15 @@ def test_one_disturbed_step_changes_little() -> None:
     work = chains(1, 0)
     costs.observe(Sample(work, 1000.0))
     assert costs.of(work) < 1.2 * seconds(work)
+
+
+def test_noise_does_not_move_what_is_not_being_done() -> None:
+    costs, luck = StepCosts.fitted([Sample(work, seconds(work)) for work in SEEN]), random.Random(1)
+    for at in range(2000):
+        work = chains(1, at % 2)
+        costs.observe(Sample(work, seconds(work) * luck.gauss(1.0, 0.1)))
+    for work in (chains(1, 1), chains(1, 5), chains(16, 0), chains(16, 1)):
+        assert costs.of(work) == pytest.approx(seconds(work), rel=0.15)
 
 
 def test_beyond_the_last_knot_costs_go_on() -> None:
