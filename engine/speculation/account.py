@@ -53,55 +53,65 @@ class PlainSteps:
 
 
 @dataclass(slots=True)
+class Balance:
+    """Of steps with about one number of rows."""
+
+    plain: PlainSteps
+    credit: float  # seconds that drafts may lose
+    most: float  # of the credit
+
+
+@dataclass(slots=True)
 class Account:
     """Steps with drafts, of the head or looked up, add or take away the seconds that they won or
     lost against plain steps for the same tokens; all steps add a small share of their time. While
     the account is overdrawn, steps are to be plain. So drafts cannot lose more than that share,
     whatever the costs say. Plain steps now and then show what one takes.
+
+    Each size of the batch has a balance of its own: what drafts won for a single row is not there
+    to be lost with many.
     """
 
     costs: StepCosts
-    _credit: float | None = None  # seconds
-    _most: float = 0.0  # of the credit
-    _plain: dict[int, PlainSteps] = field(default_factory=dict)  # by size of the batch
+    _balances: dict[int, Balance] = field(default_factory=dict)  # by size of the batch
 
-    @property
-    def credit(self) -> float:
+    def credit(self, num_rows: int) -> float:
         """Seconds that drafts may lose now."""
-        return min(self._credit or 0.0, self._most)
+        found = self._balances.get(_size(num_rows))
+        return 0.0 if found is None else min(found.credit, found.most)
 
-    @property
-    def is_overdrawn(self) -> bool:
-        return self.credit < 0
+    def is_overdrawn(self, num_rows: int) -> bool:
+        return self.credit(num_rows) < 0
 
     def open(self, plain: Work) -> None:
         """A step is planned that would do this work if it were plain."""
-        costs = self.costs
-        guess = PlainSteps(plain, costs.of(plain), costs.scale)
-        known = self._plain.setdefault(_size(plain.rows), guess)
-        seconds = known.of(plain, costs)
-        self._most = MOST_CREDIT * seconds
-        if self._credit is None:
-            self._credit = FIRST_CREDIT * seconds
+        size, costs = _size(plain.rows), self.costs
+        if size not in self._balances:
+            guess = PlainSteps(plain, costs.of(plain), costs.scale)
+            self._balances[size] = Balance(guess, FIRST_CREDIT * guess.seconds, 0.0)
+        found = self._balances[size]
+        found.most = MOST_CREDIT * found.plain.of(plain, costs)
 
     def is_reference(self, num_rows: int) -> bool:
         """Whether the next step is to be plain, to show what that takes."""
-        known = self._plain.get(_size(num_rows))  # None: rows have ended since a step was planned
-        return known is not None and known.is_due()
+        found = self._balances.get(
+            _size(num_rows)
+        )  # None: rows have ended since a step was planned
+        return found is not None and found.plain.is_due()
 
     def settle(self, sample: Sample, num_tokens: int, num_steps: int = 1) -> None:
         """Take in a step that emitted so many tokens, the last of `num_steps` alike."""
-        work, known = sample.work, self._plain.get(_size(sample.work.rows))
-        if known is None or self._credit is None:
+        work, found = sample.work, self._balances.get(_size(sample.work.rows))
+        if found is None:
             return
         took = min(sample.seconds, MOST_OFF * self.costs.of(work))
-        self._credit = min(self._credit, self._most) + MOST_LOSS * took * num_steps
+        found.credit = min(found.credit, found.most) + MOST_LOSS * took * num_steps
         plain = Work(work.rows, work.rows, context=work.context)
         if work.tokens == work.rows:
-            known.observe(plain, took, self.costs)
+            found.plain.observe(plain, took, self.costs)
         else:
-            self._credit += num_tokens / work.rows * known.of(plain, self.costs) - took
-            known.num_drafted += 1
+            found.credit += num_tokens / work.rows * found.plain.of(plain, self.costs) - took
+            found.plain.num_drafted += 1
 
 
 def _size(num_rows: int) -> int:

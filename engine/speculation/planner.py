@@ -182,9 +182,10 @@ class AdaptivePlanner:
             if self._standing.shape == ROOT:
                 looks_up = self._num_standing % _steps_per_look(len(rows)) == 0
                 return self._standing if looks_up else replace(self._standing, looks_up=False)
-            if self._account.is_reference(self._padding.rows(len(rows))):
+            num_rows = self._padding.rows(len(rows))
+            if self._account.is_reference(num_rows):
                 return NOTHING
-            if not self._account.is_overdrawn:
+            if not self._account.is_overdrawn(num_rows):
                 return self._standing
         self._num_standing, self._num_rows = 0, len(rows)
         self._sampled |= {row.line: row.sampled for row in rows}
@@ -239,7 +240,7 @@ class AdaptivePlanner:
         plain: Option,
     ) -> Option:
         """The option with the most tokens per second, or a trial of another."""
-        if self._account.is_overdrawn:
+        if self._account.is_overdrawn(plain.work.rows):
             return plain
         best = max(self._options(rows, reaches, plain), key=_rate, default=plain)
         if best.rate <= CLEAR * plain.rate:
@@ -303,7 +304,7 @@ class AdaptivePlanner:
         one more node per row at most; nothing whose expected loss is not covered."""
         found: Option | None = None
         least, most = CLEAR * best.rate, [1 + count for count in best.nodes]
-        credit = self._account.credit
+        credit = self._account.credit(plain.work.rows)
         hope = HOPE * min(MOST_HOPE, credit / plain.seconds)
         for option in self._options(rows, self._reaches(rows, hope, most), plain):
             doubt = min(hope * self._costs.doubt(option.work), option.seconds / 3)
@@ -334,14 +335,15 @@ class AdaptivePlanner:
 
     def _without_head(self, plain: Option) -> Choice:
         """A step in which the head does not draft. Lookups have to pay, or to be paid for."""
-        if self._account.is_overdrawn:
+        credit = self._account.credit(plain.work.rows)
+        if credit < 0:
             return NOTHING
         price = node_price(self._costs, plain.work, plain.rate)
         entry = entry_price(self._costs, plain.work) + (CLEAR - 1) * plain.tokens
         return Choice(
             price=price,
             entry=entry,
-            may_try=(entry + price) / plain.rate <= self._account.credit,
+            may_try=(entry + price) / plain.rate <= credit,
         )
 
     def _promises(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.speculation.account import PlainSteps
-from engine.speculation.costs import StepCosts, Work
+from engine.speculation.account import FIRST_CREDIT, MOST_CREDIT, Account, PlainSteps
+from engine.speculation.costs import Sample, StepCosts, Work
 
 WORK = Work(8, 8)
 
@@ -26,3 +26,20 @@ def test_a_disturbed_step_counts_little(seconds: tuple[float, ...], found: float
     for each in seconds:
         plain.observe(WORK, each, costs)
     assert plain.of(WORK, costs) == pytest.approx(found, rel=1e-3)
+
+
+def test_what_drafts_win_with_one_row_is_not_there_to_be_lost_with_many() -> None:
+    costs = StepCosts.guessed()
+    account, one, many = Account(costs), Work(1, 1), Work(8, 8)
+    account.open(one)
+    account.open(many)
+    tree = Work(1, 4, drafting=1, passes=3)
+    for _ in range(100):
+        account.settle(Sample(tree, costs.of(tree)), num_tokens=4)
+    assert account.credit(1) == pytest.approx(MOST_CREDIT * costs.of(one))
+    assert account.credit(8) == pytest.approx(FIRST_CREDIT * costs.of(many))
+    trees = Work(8, 32, drafting=8, passes=3)
+    for _ in range(3):
+        account.settle(Sample(trees, costs.of(trees)), num_tokens=8)
+    assert account.is_overdrawn(8)
+    assert not account.is_overdrawn(1)
