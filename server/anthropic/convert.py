@@ -20,7 +20,7 @@ from server.anthropic.request import (
     Texts,
 )
 from server.http.errors import invalid
-from server.http.validation import validation_error
+from server.http.request.validation import validation_error
 from server.openai.conversation import CalledFunction, ChatMessage, TextPart, ToolCall
 from server.openai.convert import Prompt, chat_params
 from server.openai.schema import ChatRequest

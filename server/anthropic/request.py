@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields, NotUsed
-from server.http.validation import Kinds, broken_rule, check_kind
+from server.http.request.body import Fields, NotUsed
+from server.http.request.validation import Kinds, broken_rule, check_kind
 from server.openai.fields import (
     HARMLESS,
     MAX_INT,

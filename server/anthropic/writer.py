@@ -22,7 +22,7 @@ from server.anthropic.bodies import (
 )
 from server.anthropic.request import MessagesRequest
 from server.http.errors import ApiError
-from server.http.sse import named_event
+from server.http.reply.sse import named_event
 from server.openai.bodies import SpeculationStats
 from server.openai.choice import ChoiceDelta
 from server.openai.generation import Generation

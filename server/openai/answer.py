@@ -15,13 +15,13 @@ from starlette.responses import Response
 
 from engine.messages import EngineInfo
 from engine.request import SamplingParams
-from server.http.body import body_size, read_body
+from server.http.admission.lanes import LONG, Turns
+from server.http.connection.direct_line import DirectLine, line_of
 from server.http.context import ServerContext, context_of
-from server.http.direct_line import DirectLine, line_of
 from server.http.errors import ApiError
-from server.http.lanes import LONG, Turns
-from server.http.request_log import record_of
-from server.http.sse import DONE, EventStream, WholeJson, error_event
+from server.http.middleware.request_log import record_of
+from server.http.reply.sse import DONE, EventStream, WholeJson, error_event
+from server.http.request.body import body_size, read_body
 from server.openai.choice import ChoiceDelta
 from server.openai.convert import Prompt
 from server.openai.defaults import limited, with_model_defaults

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.http.docs import Routes, operation
+from server.http.routes.openapi import Routes, operation
 from server.openai.answer import Task, answer
 from server.openai.bodies import (
     ChatChoice,

@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from engine.messages import DraftSource, Finished, Round, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
-from server.http.metrics import Metrics
+from server.http.monitoring.metrics import Metrics
 from server.openai import bodies
 from server.text.answer.parts import AnswerReader, Part
 from server.text.stream import StreamOptions, TextStream

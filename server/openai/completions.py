@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
-from server.http.docs import Routes, operation
+from server.http.routes.openapi import Routes, operation
 from server.openai.answer import Task, answer
 from server.openai.bodies import Completion, CompletionChoice, PromptScores
 from server.openai.choice import Choice, ChoiceDelta

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields, NotUsed, check_shape, too_deep
 from server.http.errors import bad_value, invalid, shorten
-from server.http.validation import broken_rule
+from server.http.request.body import Fields, NotUsed, check_shape, too_deep
+from server.http.request.validation import broken_rule
 from server.openai.fields import HARMLESS, Unsupported
 from server.openai.tools import Tool, Tools, check_names
 from server.text.answer.forms import AnswerForm

@@ -15,10 +15,10 @@ from starlette.responses import Response
 
 from engine.messages import EngineInfo
 from engine.request import Pooling, SamplingParams
-from server.http.body import Fields, NotUsed, body_size, read_body
 from server.http.context import context_of
-from server.http.docs import Routes, operation
 from server.http.errors import bad_value, invalid
+from server.http.request.body import Fields, NotUsed, body_size, read_body
+from server.http.routes.openapi import Routes, operation
 from server.openai.answer import Task, respond
 from server.openai.choice import ChoiceDelta
 from server.openai.convert import Prompt, completion_params, completion_prompts

@@ -8,8 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.json_schema import WithJsonSchema
 
 from engine.step.shape import MAX_NODES
-from server.http.body import Fields, NotUsed
 from server.http.errors import shorten
+from server.http.request.body import Fields, NotUsed
 
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1

@@ -12,12 +12,12 @@ from typing import Protocol
 
 from engine.messages import EngineInfo, ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
-from server.http.admission import Ticket
-from server.http.callers import Caller
+from server.http.admission.queue import Ticket
 from server.http.context import ServerContext
 from server.http.errors import ApiError, invalid, server_error
-from server.http.inbox import Event, Inbox
-from server.http.request_log import RequestRecord
+from server.http.middleware.callers import Caller
+from server.http.middleware.request_log import RequestRecord
+from server.http.reply.inbox import Event, Inbox
 from server.openai.bodies import ReplyMetrics, SpeculationStats, Usage
 from server.openai.choice import Choice, ChoiceDelta
 from server.openai.convert import Prompt, cache_salt, stream_options, with_seed_of_choice

@@ -7,8 +7,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from server.http.context import ServerContext, context_of
-from server.http.docs import Routes, operation
-from server.http.sse import StructResponse
+from server.http.reply.sse import StructResponse
+from server.http.routes.openapi import Routes, operation
 from server.openai.bodies import ModelCard, ModelList, ModelPermission
 
 router = APIRouter()

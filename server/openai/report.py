@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from msgspec import UNSET, UnsetType
 
-from server.http.sse import event
+from server.http.reply.sse import event
 from server.openai.bodies import Reply, Usage
 from server.openai.generation import Generation
 from server.openai.schema import SamplingFields

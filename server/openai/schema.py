@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields, NotUsed
-from server.http.validation import broken_rule
+from server.http.request.body import Fields, NotUsed
+from server.http.request.validation import broken_rule
 from server.openai.conversation import ChatMessage, RenderingFields
 from server.openai.fields import (
     HARMLESS,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from engine.messages import Finished
 from engine.request import SamplingParams
-from server.http.tracing import RequestSpan, Value
+from server.http.monitoring.tracing import RequestSpan, Value
 from server.openai.choice import Choice
 
 CHAT, COMPLETION, EMBEDDINGS = "chat", "text_completion", "embeddings"

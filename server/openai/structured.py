@@ -15,10 +15,10 @@ from pydantic import Field, ValidationError, model_validator
 from engine.grammar.compiler import WHITESPACE
 from engine.messages import EngineInfo
 from engine.request import Grammar, GrammarKind
-from server.http.body import Fields, NotUsed, object_in
 from server.http.context import ServerContext
 from server.http.errors import ApiError, bad_value
-from server.http.validation import broken_rule, validation_error
+from server.http.request.body import Fields, NotUsed, object_in
+from server.http.request.validation import broken_rule, validation_error
 from server.openai.fields import HARMLESS, Unsupported
 from server.openai.references import endless_reference
 from server.openai.tag_formats import Holder, check_keywords, lark_of

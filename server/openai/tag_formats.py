@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from engine.grammar.compiler import WHITESPACE
-from server.http.body import Fields
+from server.http.request.body import Fields
 
 MAX_PARTS = 64  # elements, tags or triggers of one format
 ANY = r"(.|\n)*"

@@ -7,11 +7,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.messages import EngineInfo
-from server.http.body import body_size, read_body
 from server.http.context import ServerContext, context_of
-from server.http.docs import Routes, operation
 from server.http.errors import invalid
-from server.http.sse import StructResponse
+from server.http.reply.sse import StructResponse
+from server.http.request.body import body_size, read_body
+from server.http.routes.openapi import Routes, operation
 from server.openai.bodies import Detokenized, Tokenized, TokenizerInfo
 from server.openai.conversation import render_chat
 from server.openai.convert import check_token_ids, encode

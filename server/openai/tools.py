@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from server.http.body import Fields, NotUsed
 from server.http.errors import shorten
-from server.http.validation import broken_rule
+from server.http.request.body import Fields, NotUsed
+from server.http.request.validation import broken_rule
 from server.openai.fields import HARMLESS
 
 MAX_TOOLS = 128

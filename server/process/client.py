@@ -37,7 +37,7 @@ from engine.messages import (
 from engine.request import FinishReason, Request
 from server.assembly.running_requests import mark
 from server.http.engine_client import StepSizes
-from server.http.inbox import Inbox
+from server.http.reply.inbox import Inbox
 from server.process.engine_socket import EngineSocket
 from server.process.suspects import Suspects
 from server.process.totals import total

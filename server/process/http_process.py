@@ -15,7 +15,7 @@ import uvloop
 
 from configs.resolve import HostConfig
 from configs.roles import role_counts
-from server.http.state import ServerState
+from server.http.admission.state import ServerState
 from server.process.announcement import ready_text, warn_of_fallback
 from server.process.client import ZmqEngineClient
 from server.process.keeper import CLOSING_TIME, EngineKeeper

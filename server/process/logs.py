@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.env import quiet_libraries
 from configs.schema import LogConfig
-from server.http.tracing import CURRENT_TRACE
+from server.http.monitoring.tracing import CURRENT_TRACE
 
 PACKAGES = __package__.removesuffix("server.process")  # "aerie." where it is installed
 STANDARD_ERROR = 2

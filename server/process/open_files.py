@@ -7,7 +7,7 @@ import os
 import resource
 from pathlib import Path
 
-from server.http.connections import PROBES
+from server.http.connection.connections import PROBES
 
 MOST = 1 << 20  # files; a higher limit only makes some libraries slow
 # Files to start an engine, to read and to write while all connections are in use; a quarter of all

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from engine.messages import EngineInfo
 from server.http.context import ServerContext
 from server.http.errors import ApiError
-from server.http.validation import validation_error
+from server.http.request.validation import validation_error
 from server.openai.conversation import ChatMessage
 from server.openai.convert import Prompt, chat_prompts
 from server.openai.responses.items import SYSTEM, Conversation, InputItem

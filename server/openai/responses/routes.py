@@ -12,12 +12,12 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.http.body import Fields, NotUsed, body_size, read_body
 from server.http.context import ServerContext, context_of
-from server.http.docs import Routes, operation
 from server.http.errors import ApiError, bad_value, invalid, server_error
-from server.http.query import read_query
-from server.http.sse import StructResponse
+from server.http.reply.sse import StructResponse
+from server.http.request.body import Fields, NotUsed, body_size, read_body
+from server.http.request.query import read_query
+from server.http.routes.openapi import Routes, operation
 from server.openai.answer import Task, begin, respond, whole
 from server.openai.convert import chat_params, chat_prompts, chat_reading
 from server.openai.fields import HARMLESS

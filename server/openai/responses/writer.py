@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import UNSET
 
 from server.http.errors import ApiError
-from server.http.sse import named_event
+from server.http.reply.sse import named_event
 from server.openai.bodies import ChatTokenLogprob
 from server.openai.choice import ChoiceDelta, ScoredToken
 from server.openai.generation import Generation

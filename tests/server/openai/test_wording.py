@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import pytest
 
-from server.http.admin_routes import SwapDraftRequest
-from server.http.body import Fields, parse_body
 from server.http.errors import ApiError
+from server.http.request.body import Fields, parse_body
+from server.http.routes.admin import SwapDraftRequest
 from server.openai.schema import (
     ChatRequest,
     CompletionRequest,

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from configs.schema import Config
 from configs.training import HostTrainingConfig
 from engine.messages import DraftFacts, DraftSwapped
-from server.http.learning import Learning
+from server.http.monitoring.learning import Learning
 from server.process.learning.captured_text import HELD_OUT, complete_shards, prepare
 from server.process.learning.learner import Learner, TrainingProcess, measured
 from tests.support.configurations import hosted

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from configs.schema import ServerConfig
-from server.http import outlet
+from server.http.connection import outlet
 from server.process.listening import address_of, check_tls, open_listener, open_unix_socket
 from server.process.web import WebServer
 from tests.support.certificate import CERTIFICATE, KEY
