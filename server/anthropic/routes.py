@@ -19,12 +19,12 @@ from server.http.reply.sse import StructResponse
 from server.http.request.body import Fields, body_size, read_body
 from server.http.request.query import read_query
 from server.http.routes.openapi import Routes, operation
-from server.openai.answer import Task, respond
-from server.openai.convert import chat_prompts, chat_reading
-from server.openai.fields import HARMLESS
-from server.openai.schema import ChatRequest
-from server.openai.tool_grammar import chat_grammar
-from server.openai.wording import worded
+from server.openai.inputs.convert import chat_prompts, chat_reading
+from server.openai.inputs.tool_grammar import chat_grammar
+from server.openai.reply.answer import Task, respond
+from server.openai.request.fields import HARMLESS
+from server.openai.request.schema import ChatRequest
+from server.openai.request.wording import worded
 
 PATH = "/v1/messages"
 

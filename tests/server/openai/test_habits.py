@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from server.http.request.body import parse_body
-from server.openai.schema import ChatRequest, CompletionRequest
+from server.openai.request.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import (
     CHAT,

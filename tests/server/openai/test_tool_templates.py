@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.schema import ModelConfig
-from server.openai.conversation import ChatMessage, RenderingFields, render_chat
-from server.openai.tools import Tool
+from server.openai.request.conversation import ChatMessage, RenderingFields, render_chat
+from server.openai.request.tools import Tool
 from server.text.answer.forms import SYNTAXES, answer_form
 from server.text.chat_template import ChatTemplate
 from server.text.rendering import Renderer

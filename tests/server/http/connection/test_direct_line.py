@@ -13,8 +13,8 @@ import pytest
 
 from engine.request import FinishReason
 from server.http.connection.protocol import HttpProtocol
-from server.openai.chat import ChatWriter
-from server.openai.choice import ChoiceDelta
+from server.openai.endpoints.chat import ChatWriter
+from server.openai.reply.choice import ChoiceDelta
 from tests.server.http.connection.test_protocol import POST, Line, talk
 from tests.support.http_server import CHAT, Server
 from tests.support.scripted_engine import finished, say, tokens

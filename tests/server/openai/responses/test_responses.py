@@ -14,7 +14,7 @@ from openai.types.responses import Response, response_create_params
 
 from engine.messages import ErrorCode
 from engine.request import FinishReason
-from server.openai.fields import HARMLESS
+from server.openai.request.fields import HARMLESS
 from server.openai.responses.request import ResponsesRequest
 from server.text.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
