@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.chaos_traffic import MODEL, Traffic
-from server.process.process_table import children_of
+from server.process.supervision.process_table import children_of
 from tests.support.live_server import LiveServer, command_line, post
 
 STOPPED = 15.0  # seconds that the engine stands still

@@ -20,8 +20,8 @@ from server.http.connection.protocol import protocol_with
 from server.http.context import ServerContext, ServerInfo
 from server.http.engine_client import EngineClient
 from server.page.routes import page_routes
-from server.process.garbage import spare_loaded
-from server.process.open_files import connection_limit
+from server.process.setup.garbage import spare_loaded
+from server.process.setup.open_files import connection_limit
 from server.text.chat_codec import load_codec
 
 

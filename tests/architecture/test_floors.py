@@ -70,6 +70,19 @@ FLOORS: dict[str, Table] = {
         "routes",
         "app",
     ),
+    "server.process": tower(
+        "setup",
+        "channel",
+        "engine_process",
+        "follower",
+        "supervision",
+        "roles",
+        "learning",
+        "web",
+        "announcement",
+        "http_process",
+        "launcher",
+    ),
     "server.openai": tower("request", "inputs", "reply", "endpoints", "responses", "routes"),
 }
 
@@ -170,7 +183,7 @@ def test_no_modules_import_each_other(package: str) -> None:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import server.cli",
         ),
         ("server/text/a.py", "from ..http import errors"),
-        ("server/assembly/a.py", "import server.process.wire"),
+        ("server/assembly/a.py", "import server.process.channel.wire"),
         ("server/commands/a.py", "from server import cli"),
         ("engine/request.py", "from engine.messages import Tokens"),
         ("engine/kv/a/b.py", "from engine.step.plan import StepPlan"),

@@ -55,7 +55,7 @@ HTTP_SIDE = (
     "server.process.launcher",
     "server.process.http_process",
     "server.process.web",
-    "server.process.client",
+    "server.process.channel.client",
 )
 HEAVY = frozenset({"torch", "transformers", "triton", "kernels"})
 WEB = {"fastapi", "starlette", "uvicorn", "httptools", "jinja2"}

@@ -17,7 +17,7 @@ from configs.schema import CacheConfig, ServerConfig
 from engine.messages import EngineStats
 from server.http.middleware.keys import load_api_keys
 from server.http.monitoring.metrics import Metrics
-from server.process.client import ZmqEngineClient
+from server.process.channel.client import ZmqEngineClient
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import CHAT, CHAT_PATH, Server
 from tests.support.scripted_engine import INFO

@@ -15,7 +15,7 @@ from engine.messages import Finished, Tokens
 from engine.request import FinishReason, Request
 from server.http.monitoring import tracing
 from server.http.monitoring.tracing import trace_of
-from server.process.logs import JsonFormatter
+from server.process.setup.logs import JsonFormatter
 from server.text.tokenizer import Tokenizer
 from tests.support.http_server import Server
 from tests.support.scripted_engine import Script, fail

@@ -12,7 +12,7 @@ import yaml
 
 from configs.schema import LogConfig
 from server.process.announcement import announcement
-from server.process.logs import log_formatter, quiet
+from server.process.setup.logs import log_formatter, quiet
 
 
 def test_json_log_lines_are_objects() -> None:
@@ -48,7 +48,7 @@ def test_a_person_reads_a_few_lines_of_a_start_and_all_of_them_on_demand() -> No
 FAILING = """
 import threading, warnings
 from configs.schema import LogConfig
-from server.process.logs import set_up_logging
+from server.process.setup.logs import set_up_logging
 set_up_logging(LogConfig(format="json"))
 warnings.warn("odd")
 thread = threading.Thread(target=lambda: 1 / 0)

@@ -14,9 +14,9 @@ from engine.request import Request, SamplingParams
 from engine.step.executor import Launched
 from engine.step.plan import Admission, StepOutcome, StepPlan
 from server.assembly.running_requests import SIZE, Recorded, mark, marks_in
-from server.process import suspects as module
-from server.process.client import ZmqEngineClient
-from server.process.suspects import Suspects, hash_of
+from server.process.channel import suspects as module
+from server.process.channel.client import ZmqEngineClient
+from server.process.channel.suspects import Suspects, hash_of
 from tests.support.engines import ask
 from tests.support.scripted_engine import INFO
 

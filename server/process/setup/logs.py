@@ -16,7 +16,7 @@ from configs.env import quiet_libraries
 from configs.schema import LogConfig
 from server.http.monitoring.tracing import CURRENT_TRACE
 
-PACKAGES = __package__.removesuffix("server.process")  # "aerie." where it is installed
+PACKAGES = __package__.removesuffix("server.process.setup")  # "aerie." where it is installed
 STANDARD_ERROR = 2
 DETAILS = ("engine.runner", "drafter", "server.assembly.compose")  # of a start
 

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import logging, resource
-from server.process.open_files import PROBES, RESERVE, connection_limit, raise_limit
+from server.process.setup.open_files import PROBES, RESERVE, connection_limit, raise_limit
 logging.basicConfig()
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 raise_limit()

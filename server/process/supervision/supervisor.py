@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from io import FileIO
 
-from server.process.process_table import children_of
-from server.process.restarts import Restarts
+from server.process.supervision.process_table import children_of
+from server.process.supervision.restarts import Restarts
 
 CRASHED = 70  # exit code of an HTTP process that an unexpected exception has ended
 STOP = {signal.SIGTERM, signal.SIGINT}

@@ -19,11 +19,12 @@ from configs.resolve import HostConfig
 from engine.messages import ErrorCode
 from server.assembly.role import Role
 from server.assembly.running_requests import marks_in
-from server.process.client import ENGINE_LOST, ZmqEngineClient
+from server.process import engine_process
+from server.process.channel.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
-from server.process.process_table import ticks_of_group
-from server.process.restarts import Restarts
-from server.process.socket_folder import folder_of, private_endpoint
+from server.process.setup.socket_folder import folder_of, private_endpoint
+from server.process.supervision.process_table import ticks_of_group
+from server.process.supervision.restarts import Restarts
 
 CLOSING_TIME = 2.0  # seconds for connections to close after the engine has ended every request
 GROUP_POLL = 0.02  # seconds between looks at what an ended engine has left
@@ -219,7 +220,7 @@ async def _spawn(endpoint: str, role: Role | None) -> asyncio.subprocess.Process
     told = [] if role is None else [role.to_text()]
     try:
         return await asyncio.create_subprocess_exec(
-            *(program, "-P", "-m", f"{__package__}.engine_process", endpoint, *told),
+            *(program, "-P", "-m", engine_process.__name__, endpoint, *told),
             pass_fds=() if role is None else tuple(role.areas.values()),
             stdin=asyncio.subprocess.PIPE,
             env=engine_environment(),

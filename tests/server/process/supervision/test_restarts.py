@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.process.restarts import LONGEST_PAUSE, STEADY, Restarts
+from server.process.supervision.restarts import LONGEST_PAUSE, STEADY, Restarts
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import os
 from configs.resolve import HostConfig, shared_out
 from configs.roles import RoleCounts
 from server.assembly.role import Role
-from server.process.client import ZmqEngineClient
-from server.process.keeper import EngineKeeper
-from server.process.roles import RolesClient
-from server.process.suspects import Suspects
+from server.process.channel.client import ZmqEngineClient
+from server.process.channel.suspects import Suspects
+from server.process.roles.client import RolesClient
+from server.process.supervision.keeper import EngineKeeper
 
 
 class RoleEngines:

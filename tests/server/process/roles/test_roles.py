@@ -28,10 +28,10 @@ from engine.speculation.planner import FixedPlanner
 from engine.step.shape import chain
 from kernels.ops import Ops
 from server.assembly.running_requests import mark
-from server.process.client import ENGINE_LOST, NO_ENGINE
-from server.process.roles import RolesClient
-from server.process.suspects import Suspects
-from server.process.totals import total
+from server.process.channel.client import ENGINE_LOST, NO_ENGINE
+from server.process.channel.suspects import Suspects
+from server.process.channel.totals import total
+from server.process.roles.client import RolesClient
 from tests.support.engine_pair import Pair
 from tests.support.engines import ask, generate
 from tests.support.head_lab import HeadLab, write_head

@@ -32,8 +32,8 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from server.http.engine_client import StepSizes
-from server.process.client import NO_ENGINE, Stream, ZmqEngineClient
-from server.process.totals import total
+from server.process.channel.client import NO_ENGINE, Stream, ZmqEngineClient
+from server.process.channel.totals import total
 
 MAX_LOST = 2  # engines that a request may lose: it may be what ends them
 NO_SWAPS = "with parallel.roles the draft head cannot be changed while the server runs"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import zmq
 
-from server.process.wire import unbounded
+from server.process.channel.wire import unbounded
 
 # After so many frames, or seconds, other callbacks of the event loop have their turn.
 MOST_AT_ONCE, TURN = 64, 0.002

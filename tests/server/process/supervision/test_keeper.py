@@ -20,12 +20,12 @@ from configs.resolve import HostConfig
 from configs.schema import Config, ServerConfig
 from engine.messages import EngineFailed, ErrorCode, Finished
 from server.assembly.role import Role
-from server.process import keeper as keeping
-from server.process import restarts
-from server.process.client import ENGINE_LOST, ZmqEngineClient
+from server.process.channel.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
-from server.process.keeper import EngineKeeper
-from server.process.process_table import PROC, ticks_of_group
+from server.process.supervision import keeper as keeping
+from server.process.supervision import restarts
+from server.process.supervision.keeper import EngineKeeper
+from server.process.supervision.process_table import PROC, ticks_of_group
 from tests.support.configurations import hosted
 from tests.support.engines import ask
 from tests.support.live_server import wait_gone
@@ -194,7 +194,7 @@ class Said(logging.Handler):
         super().__init__()
         self._words = words
         self.event = asyncio.Event()
-        logger = logging.getLogger("server.process.keeper")
+        logger = logging.getLogger("server.process.supervision.keeper")
         logger.addHandler(self)
         logger.setLevel(logging.INFO)
 
@@ -215,7 +215,7 @@ def test_the_wait_for_the_next_engine_ends_with_the_server(
         try:
             await said.event.wait()
         finally:
-            logging.getLogger("server.process.keeper").removeHandler(said)
+            logging.getLogger("server.process.supervision.keeper").removeHandler(said)
 
     assert keep(Config(), work) == 0
 

@@ -13,7 +13,7 @@ import pytest
 
 from server.assembly.meeting_folder import RANKS, STORE
 from server.assembly.running_requests import RUNNING
-from server.process.socket_folder import (
+from server.process.setup.socket_folder import (
     FRESH,
     PREFIX,
     SOCKET,
@@ -162,6 +162,6 @@ def test_anything_else_stays(temporary: Path, craft: Callable[[Path], Path]) -> 
 
 def test_folders_of_other_users_stay(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = left_behind(temporary)
-    monkeypatch.setattr("server.process.socket_folder.os.getuid", lambda: os.geteuid() + 1)
+    monkeypatch.setattr("server.process.setup.socket_folder.os.getuid", lambda: os.geteuid() + 1)
     assert remove_stale_folders() == 0
     assert path.exists()

@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from server.process import process_table
-from server.process.process_table import PROC, Entry, children_of, entries, ticks_of_group
+from server.process.supervision import process_table
+from server.process.supervision.process_table import (
+    PROC,
+    Entry,
+    children_of,
+    entries,
+    ticks_of_group,
+)
 
 pytestmark = pytest.mark.skipif(not PROC.is_dir(), reason="processes are listed in /proc")
 BUSY = """

@@ -11,7 +11,7 @@ import pytest
 import uvloop
 import zmq
 
-from server.process.engine_socket import MOST_AT_ONCE, EngineSocket
+from server.process.channel.engine_socket import MOST_AT_ONCE, EngineSocket
 from tests.support.waiting import DEADLINE
 
 Loop = Callable[[], asyncio.AbstractEventLoop]

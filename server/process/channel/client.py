@@ -38,10 +38,10 @@ from engine.request import FinishReason, Request
 from server.assembly.running_requests import mark
 from server.http.engine_client import StepSizes
 from server.http.reply.inbox import Inbox
-from server.process.engine_socket import EngineSocket
-from server.process.suspects import Suspects
-from server.process.totals import total
-from server.process.wire import decode_engine, encode, share_prompts
+from server.process.channel.engine_socket import EngineSocket
+from server.process.channel.suspects import Suspects
+from server.process.channel.totals import total
+from server.process.channel.wire import decode_engine, encode, share_prompts
 
 ENGINE_LOST = "the engine stopped unexpectedly"
 NO_ENGINE = "the engine is not running"

@@ -22,9 +22,9 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
-from server.process import client as client_module
-from server.process.client import ENGINE_LOST, NO_ENGINE, UNREAD
-from server.process.wire import decode_client
+from server.process.channel import client as client_module
+from server.process.channel.client import ENGINE_LOST, NO_ENGINE, UNREAD
+from server.process.channel.wire import decode_client
 from tests.support.engine_pair import Pair
 from tests.support.engines import ask
 from tests.support.scripted_engine import finished, tokens
