@@ -57,7 +57,7 @@ from server.assembly.drafting import (
 )
 from server.assembly.kept_costs import KeptCosts
 from server.text.chat_codec import ChatCodec, load_codec
-from server.text.tokenizer_files import has_tokenizer
+from server.text.tokens.tokenizer_files import has_tokenizer
 
 logger = logging.getLogger(__name__)
 SCRATCH_ROWS = 16  # most sequences per step when measuring beside a serving engine

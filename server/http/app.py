@@ -46,10 +46,10 @@ from server.http.reply.kept import KeptAnswers
 from server.http.routes import admin, docs_page, operators
 from server.http.routes.openapi import Routes, openapi
 from server.text.answer.forms import answer_form
-from server.text.chat_template import ChatTemplate
 from server.text.grammars import GrammarChecker
-from server.text.rendering import Renderer
-from server.text.tokenizer import Tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.rendering import Renderer
+from server.text.tokens.tokenizer import Tokenizer
 from server.version import version
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")

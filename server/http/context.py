@@ -27,8 +27,8 @@ from server.http.reply.kept import KeptAnswers
 from server.text.answer.forms import AnswerForm
 from server.text.generation_config import SamplingDefaults
 from server.text.grammars import GrammarChecker
-from server.text.rendering import Renderer
-from server.text.tokenizer import Tokenizer
+from server.text.template.rendering import Renderer
+from server.text.tokens.tokenizer import Tokenizer
 from server.version import version
 
 Result = TypeVar("Result")

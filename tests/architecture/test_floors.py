@@ -83,6 +83,18 @@ FLOORS: dict[str, Table] = {
         "http_process",
         "launcher",
     ),
+    "server.text": tower(
+        "worker_processes",
+        "letters",
+        "tokens",
+        "output",
+        "template",
+        "answer",
+        "generation_config",
+        "grammar_process",
+        "grammars",
+        "chat_codec",
+    ),
     "server.openai": tower("request", "inputs", "reply", "endpoints", "responses", "routes"),
 }
 

@@ -159,7 +159,7 @@ def test_the_walk_reaches_the_routes_and_their_messages() -> None:
     assert {
         "engine.messages",
         "server.openai.endpoints.chat",
-        "server.text.detokenizer",
+        "server.text.output.detokenizer",
     } <= chains.keys()
 
 

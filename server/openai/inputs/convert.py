@@ -22,8 +22,8 @@ from server.openai.request.structured import asked_grammar
 from server.text.answer.calls import CallRules
 from server.text.answer.forms import Reading
 from server.text.letters import Rendered
-from server.text.stream import StreamOptions
-from server.text.tokenizer import Tokenizer
+from server.text.output.stream import StreamOptions
+from server.text.tokens.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 RANDOM_SEED = -1  # as in other servers: draw one

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.text.stream import StreamOptions, TextStream
-from server.text.tokenizer import Tokenizer
+from server.text.output.stream import StreamOptions, TextStream
+from server.text.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

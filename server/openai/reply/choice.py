@@ -16,8 +16,8 @@ from engine.request import FinishReason, Request
 from server.http.monitoring.metrics import Metrics
 from server.openai.reply import bodies
 from server.text.answer.parts import AnswerReader, Part
-from server.text.stream import StreamOptions, TextStream
-from server.text.tokenizer import Tokenizer
+from server.text.output.stream import StreamOptions, TextStream
+from server.text.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from server.openai.reply.bodies import (
     TopLogprob,
 )
 from server.openai.reply.choice import ScoredToken
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 
 SMALLEST = -9999.0  # as OpenAI: for minus infinity, which JSON has not
 

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from engine.messages import DraftSource, Round
 from server.openai.reply.bodies import Origin, Trace, TracedNode, TracedRound, TracedToken
 from server.openai.reply.choice import ChoiceDelta, OriginToken
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 
 
 class TraceWriter:

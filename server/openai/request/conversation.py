@@ -17,9 +17,9 @@ from server.openai.request.fields import HARMLESS, Unsupported
 from server.openai.request.tools import Tool, Tools, check_names
 from server.text.answer.forms import AnswerForm
 from server.text.answer.instructions import as_shown, with_instructions, with_single_calls
-from server.text.chat_template import ChatTemplate
 from server.text.letters import Rendered
-from server.text.rendering import Renderer
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.rendering import Renderer
 
 TO_TEMPLATE = "Handed to the chat template."
 HERE = "the text of the conversation does not contain it."

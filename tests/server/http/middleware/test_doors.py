@@ -332,7 +332,7 @@ def test_waiting_for_idle_returns_at_once_when_nothing_is_open(server: Server) -
 def test_the_http_process_imports_no_model_code() -> None:
     forbidden = ("torch", "transformers", "triton", "kernels", "drafter")
     program = (
-        "import sys, server.http.app, server.openai.routes, server.text.tokenizer_files;"
+        "import sys, server.http.app, server.openai.routes, server.text.tokens.tokenizer_files;"
         f"print(sorted(set({forbidden!r}) & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

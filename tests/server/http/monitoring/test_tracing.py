@@ -16,7 +16,7 @@ from engine.request import FinishReason, Request
 from server.http.monitoring import tracing
 from server.http.monitoring.tracing import trace_of
 from server.process.setup.logs import JsonFormatter
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.http_server import Server
 from tests.support.scripted_engine import Script, fail
 from tests.support.waiting import DEADLINE

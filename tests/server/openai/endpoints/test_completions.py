@@ -12,7 +12,7 @@ from engine.messages import TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from server.openai.inputs.echo import echo_of
 from server.openai.reply.logprobs import SMALLEST
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.http_server import MESSAGES, MODEL, Server, events_of
 from tests.support.scripted_engine import Event, finished, say, tokens
 from tests.support.tiny_llama import BOS

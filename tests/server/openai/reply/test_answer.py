@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from server.openai.reply import logprobs
+from server.openai.inputs import echo
 from server.openai.reply.choice import ChoiceDelta
 from server.openai.reply.generation import Generation
-from server.text.stream import TextDelta, TextStream
+from server.text.output.stream import TextDelta, TextStream
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import CHAT, CHAT_PATH, COMPLETION, COMPLETION_PATH, Server
 
@@ -29,7 +29,7 @@ def with_echoes_through(monkeypatch: pytest.MonkeyPatch, push: Push) -> None:
         def push(self, token_ids: Sequence[int]) -> TextDelta:
             return push(self, token_ids)
 
-    monkeypatch.setattr(logprobs, "TextStream", EchoStream)
+    monkeypatch.setattr(echo, "TextStream", EchoStream)
 
 
 def test_an_echo_that_fails_releases_its_places(

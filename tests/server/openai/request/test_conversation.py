@@ -12,8 +12,8 @@ import pytest
 from server.http.errors import ApiError
 from server.openai.request.conversation import ChatMessage, RenderingFields, render_chat
 from server.text.answer.forms import AnswerForm
-from server.text.chat_template import ChatTemplate
-from server.text.rendering import Renderer
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.rendering import Renderer
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import MESSAGES, Server
 

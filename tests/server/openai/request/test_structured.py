@@ -12,7 +12,7 @@ import pytest
 
 from engine.request import Grammar
 from server.text import grammars
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
 

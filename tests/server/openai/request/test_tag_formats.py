@@ -11,7 +11,7 @@ import pytest
 from engine.grammar.compiler import GrammarCompiler
 from engine.request import Grammar
 from server.openai.request.tag_formats import Holder, lark_of
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import Server
 from tests.support.scripted_engine import INFO

@@ -16,7 +16,7 @@ from engine.messages import ErrorCode
 from engine.request import FinishReason
 from server.openai.request.fields import HARMLESS
 from server.openai.responses.request import ResponsesRequest
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import MODEL, Server
 from tests.support.scripted_engine import fail, finished, say, tokens

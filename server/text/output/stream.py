@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.text.detokenizer import IncrementalDetokenizer
-from server.text.stop import StopStringMatcher
-from server.text.tokenizer import Tokenizer
+from server.text.output.detokenizer import IncrementalDetokenizer
+from server.text.output.stop import StopStringMatcher
+from server.text.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

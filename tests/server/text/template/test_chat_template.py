@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from server.text import chat_template, template_sandbox
-from server.text.chat_template import ChatTemplate
-from server.text.template_sandbox import Watch
-from server.text.tokenizer import Tokenizer
+from server.text.template import chat_template, sandbox
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.sandbox import Watch
+from server.text.tokens.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "How are you?"}]
 CONVERSATIONS = [
@@ -155,7 +155,7 @@ def test_a_template_that_fails_is_a_value_error_with_its_reason(source: str, rea
     ids=["at once", "in a loop", "as JSON", "by *", "by ~", "by +", "by a filter", "by a call"],
 )
 def test_the_output_of_a_template_is_bounded(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    for module in (chat_template, template_sandbox):
+    for module in (chat_template, sandbox):
         monkeypatch.setattr(module, "MAX_OUTPUT", MOST)
     with pytest.raises(ValueError, match=f"writes more than {MOST} characters"):
         render(source)
@@ -200,14 +200,14 @@ def test_only_time_of_the_processor_counts(monkeypatch: pytest.MonkeyPatch) -> N
     """A machine that stands still, or has other work, makes no template wrong."""
     hours = itertools.count(0.0, 3600.0).__next__
     clock = SimpleNamespace(monotonic=hours, perf_counter=hours, time=hours, thread_time=lambda: 0)
-    monkeypatch.setattr(template_sandbox, "time", clock)
+    monkeypatch.setattr(sandbox, "time", clock)
     assert render("{% for i in range(9999) %}{% endfor %}done") == "done"
 
 
 def test_json_of_nested_values_is_bounded_while_it_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(template_sandbox, "MAX_OUTPUT", 100_000)
+    monkeypatch.setattr(sandbox, "MAX_OUTPUT", 100_000)
     nested: Any = [0] * 10_000
     for _ in range(50):
         nested = [nested]

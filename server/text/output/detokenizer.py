@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Container, Iterable, Sequence
 
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 
 MAX_CHARACTER = 4  # bytes of UTF-8
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.text.stop import StopStringMatcher
+from server.text.output.stop import StopStringMatcher
 
 
 def by_brute_force(text: str, stops: tuple[str, ...], include: bool) -> tuple[str, str | None]:

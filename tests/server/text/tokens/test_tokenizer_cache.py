@@ -17,10 +17,10 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from engine.checkpoints.source import ModelFiles
-from server.text.detokenizer import IncrementalDetokenizer
-from server.text.tokenizer import BYTE_LETTERS
-from server.text.tokenizer_cache import CHECKSUMS, converted_folder
-from server.text.tokenizer_files import load_tokenizer
+from server.text.output.detokenizer import IncrementalDetokenizer
+from server.text.tokens.tokenizer import BYTE_LETTERS
+from server.text.tokens.tokenizer_cache import CHECKSUMS, converted_folder
+from server.text.tokens.tokenizer_files import load_tokenizer
 from tests.support.tiny_llama import write_tokenizer
 
 CONVERTING = "this is done once"

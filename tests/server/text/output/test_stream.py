@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from server.text.stream import StreamOptions, TextStream
-from server.text.tokenizer import Tokenizer
+from server.text.output.stream import StreamOptions, TextStream
+from server.text.tokens.tokenizer import Tokenizer
 
 
 def run(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.text.detokenizer import IncrementalDetokenizer
-from server.text.tokenizer import Tokenizer
+from server.text.output.detokenizer import IncrementalDetokenizer
+from server.text.tokens.tokenizer import Tokenizer
 
 TEXTS = [
     "",

@@ -16,8 +16,8 @@ from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from engine.checkpoints.source import ModelFiles
-from server.text.tokenizer import BYTE_LETTERS, Tokenizer
-from server.text.tokenizer_files import load_tokenizer
+from server.text.tokens.tokenizer import BYTE_LETTERS, Tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
 
 TEXTS = [
@@ -45,8 +45,9 @@ def test_the_text_layer_loads_a_model_without_torch_and_transformers(tiny_folder
         "import sys\n"
         "from pathlib import Path\n"
         "from engine.checkpoints.source import ModelFiles, resolve_source\n"
-        "from server.text import chat_template, stream\n"
-        "from server.text.tokenizer_files import load_tokenizer\n"
+        "from server.text.output import stream\n"
+        "from server.text.template import chat_template\n"
+        "from server.text.tokens.tokenizer_files import load_tokenizer\n"
         "cache = Path('/nonexistent')\n"
         f"load_tokenizer(ModelFiles('hf', Path({str(tiny_folder)!r}), 'tiny'), cache, None)\n"
         "load_tokenizer(resolve_source('smollm2-135m-instruct'), cache, None)\n"

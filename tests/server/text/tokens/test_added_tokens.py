@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.checkpoints.source import ModelFiles
-from server.text.detokenizer import IncrementalDetokenizer
-from server.text.tokenizer import Tokenizer
-from server.text.tokenizer_files import load_tokenizer
+from server.text.output.detokenizer import IncrementalDetokenizer
+from server.text.tokens.tokenizer import Tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 
 TEXT = "<|new|>user hi<|other|> x<|im_end|>"
 FIRST = 344  # the vocabulary of the tiny tokenizer ends before it

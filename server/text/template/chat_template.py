@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 
 from server.text.letters import Rendered, SpecialLetters
-from server.text.template_sandbox import LETTERS, MAX_OUTPUT, WATCH, SandboxedTemplates, Watch
+from server.text.template.sandbox import LETTERS, MAX_OUTPUT, WATCH, SandboxedTemplates, Watch
 
 Messages = Sequence[Mapping[str, Any]]
 RESERVED = ("messages", "add_generation_prompt")

@@ -1,7 +1,7 @@
 """Where conversations are rendered: small ones at once, large ones in processes that can be ended.
 
 A template writes many times what it is given, in the worst case; for a small conversation that is
-little, and `template_sandbox` bounds its time.
+little, and `sandbox` bounds its time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from server.text.chat_template import ChatTemplate, Messages
 from server.text.letters import Rendered
-from server.text.render_process import Conversation, Prompt, Setup
+from server.text.template.chat_template import ChatTemplate, Messages
+from server.text.template.render_process import Conversation, Prompt, Setup
 from server.text.worker_processes import Child, Children
 
 SMALL = 16 * 1024  # characters of a conversation, with some for every value

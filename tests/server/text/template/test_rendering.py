@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
-from server.text.chat_template import ChatTemplate
-from server.text.render_process import Conversation
-from server.text.rendering import FAILED, SMALL, Renderer, is_small
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.render_process import Conversation
+from server.text.template.rendering import FAILED, SMALL, Renderer, is_small
 from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
 from tests.support.waiting import DEADLINE
 

@@ -1,4 +1,4 @@
-"""The process that renders large conversations: python -m server.text.render_process.
+"""The process that renders large conversations: python -m server.text.template.render_process.
 
 It gets a template, and then one conversation after another. The alarm bounds the time of a
 rendering also where the template is inside one long call.
@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from server.text.chat_template import ChatTemplate
 from server.text.letters import Rendered
-from server.text.template_sandbox import TIMEOUT
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.sandbox import TIMEOUT
 from server.text.worker_processes import answer_parent
 
 MAX_MEMORY = 2**30  # bytes

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.text.gguf_tokenizer import (
+from server.text.tokens.gguf_tokenizer import (
     CONTROL,
     USER_DEFINED,
     build_tokenizer,
     is_byte_level,
     special_tokens,
 )
-from server.text.tokenizer import Tokenizer
-from server.text.tokenizer_files import metadata_template
+from server.text.tokens.tokenizer import Tokenizer
+from server.text.tokens.tokenizer_files import metadata_template
 
 NORMAL = 1
 

@@ -13,10 +13,10 @@ import tokenizers
 from configs.files import check_regular, read_text
 from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import ModelFiles
-from server.text.added_tokens import TokenFiles, complete
-from server.text.gguf_tokenizer import build_tokenizer, is_byte_level, special_tokens
-from server.text.tokenizer import Tokenizer
-from server.text.tokenizer_cache import converted_folder
+from server.text.tokens.added_tokens import TokenFiles, complete
+from server.text.tokens.gguf_tokenizer import build_tokenizer, is_byte_level, special_tokens
+from server.text.tokens.tokenizer import Tokenizer
+from server.text.tokens.tokenizer_cache import converted_folder
 
 MAX_TOKENIZER = 2**30  # bytes of tokenizer.json
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
