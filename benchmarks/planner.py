@@ -22,7 +22,7 @@ from drafter.train.data.conversations import read_prompts
 from engine.messages import Tokens
 from engine.request import Request, SamplingParams
 from server.assembly.compose import build_engine
-from server.assembly.evaluation import sample_prompts
+from server.assembly.heads.evaluation import sample_prompts
 from server.assembly.offline import OfflineEngine
 from server.measuring.timing import Spread
 from server.text.chat_codec import load_codec

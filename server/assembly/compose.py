@@ -30,10 +30,16 @@ from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from kernels.native.build import NativeUnavailableError, build_library
 from server.assembly.drafting import Drafting, LoadedDraft, Target
-from server.assembly.followers import Followers, device_of
-from server.assembly.peers import peers_of
-from server.assembly.rank import Rank, build_rank, runner_parts, step_settings, threads_per_rank
-from server.assembly.role import Role
+from server.assembly.ranks.followers import Followers, device_of
+from server.assembly.ranks.rank import (
+    Rank,
+    build_rank,
+    runner_parts,
+    step_settings,
+    threads_per_rank,
+)
+from server.assembly.roles.peers import peers_of
+from server.assembly.roles.role import Role
 from server.assembly.running_requests import Recorded
 from server.assembly.swaps import DraftSwapper
 

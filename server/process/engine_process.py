@@ -26,7 +26,7 @@ from engine.messages import (
     Shutdown,
     SwapDraft,
 )
-from server.assembly.role import Role
+from server.assembly.roles.role import Role
 from server.process.channel.wire import decode_client, encode, unbounded
 from server.process.setup.garbage import spare_loaded
 from server.process.setup.logs import set_up_logging, show_stacks_on_request

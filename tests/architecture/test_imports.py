@@ -200,7 +200,7 @@ def test_a_wrong_direction_is_seen(path: str, text: str) -> None:
         ("engine/a/b.py", "from ..request import Request\nfrom . import c"),
         ("engine/a/__init__.py", "from .b import c"),
         ("server/assembly/compose.py", "import kernels.registry\nfrom drafter import x"),
-        ("server/assembly/training.py", "from drafter.train import x"),
+        ("server/assembly/heads/training.py", "from drafter.train import x"),
         ("drafter/a.py", "import torch, engine.step.batch"),
     ],
 )

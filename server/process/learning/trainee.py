@@ -23,7 +23,7 @@ def main() -> None:
     pipe = open_pipe()
     config = HostTrainingConfig.model_validate_json(pipe.readline())
     die_with_parent(pipe)
-    from server.assembly.training import train_draft
+    from server.assembly.heads.training import train_draft
 
     try:
         train_draft(config)

@@ -7,7 +7,7 @@ import os
 
 from configs.resolve import HostConfig, shared_out
 from configs.roles import RoleCounts
-from server.assembly.role import Role
+from server.assembly.roles.role import Role
 from server.process.channel.client import ZmqEngineClient
 from server.process.channel.suspects import Suspects
 from server.process.roles.client import RolesClient

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.assembly.meeting_folder import RANKS, holds_nothing_else
+from server.assembly.ranks.meeting_folder import RANKS, holds_nothing_else
 from server.assembly.running_requests import RUNNING
 
 PREFIX = "aerie-engine-"

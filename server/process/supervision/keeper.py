@@ -17,7 +17,7 @@ from configs.env import engine_environment
 from configs.redact import without_secrets
 from configs.resolve import HostConfig
 from engine.messages import ErrorCode
-from server.assembly.role import Role
+from server.assembly.roles.role import Role
 from server.assembly.running_requests import marks_in
 from server.process import engine_process
 from server.process.channel.client import ENGINE_LOST, ZmqEngineClient

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.assembly.meeting_folder import RANKS, STORE
+from server.assembly.ranks.meeting_folder import RANKS, STORE
 from server.assembly.running_requests import RUNNING
 from server.process.setup.socket_folder import (
     FRESH,

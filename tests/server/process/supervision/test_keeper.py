@@ -19,7 +19,7 @@ import uvloop
 from configs.resolve import HostConfig
 from configs.schema import Config, ServerConfig
 from engine.messages import EngineFailed, ErrorCode, Finished
-from server.assembly.role import Role
+from server.assembly.roles.role import Role
 from server.process.channel.client import ENGINE_LOST, ZmqEngineClient
 from server.process.engine_process import EXIT_BAD_SETUP, STOPPING
 from server.process.supervision import keeper as keeping

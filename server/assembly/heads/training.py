@@ -34,8 +34,8 @@ from drafter.train.run_folder import check_same_settings, record_run
 from drafter.train.run_folder import publish_run as publish_run  # for the command
 from drafter.train.trainer import Worker
 from server.assembly.compose import backend_can_be_had, build_engine
-from server.assembly.timed_training import train_by_the_clock
-from server.assembly.training_target import (
+from server.assembly.heads.timed_training import train_by_the_clock
+from server.assembly.heads.training_target import (
     CURVE,
     HEAD,
     device_of,

@@ -29,7 +29,7 @@ from drafter.train import checkpoints
 from drafter.train.history import History
 from drafter.train.results.report import Report
 from server.assembly.compose import build_engine
-from server.assembly.evaluation import Evaluation, evaluate_draft
+from server.assembly.heads.evaluation import Evaluation, evaluate_draft
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.engines import ask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.kv.transfer import SharedMemory
 from engine.runner.peers import TransferPeers, pages_of
 from engine.runner.runner import ModelRunner
-from server.assembly.role import Role
+from server.assembly.roles.role import Role
 
 
 def peers_of(role: Role, runner: ModelRunner) -> TransferPeers:

@@ -27,7 +27,7 @@ from engine.parallel.orders import Orders
 from engine.parallel.transport import Board, Broadcast, Channel
 from engine.parallel.watchdog import Watchdog
 from engine.step.group import TPGroup
-from server.assembly.meeting_folder import RANKS, STORE
+from server.assembly.ranks.meeting_folder import RANKS, STORE
 
 EXIT_LOST = 4  # a rank was lost, so the engine ends; the HTTP process starts a new one
 LAST_STEP = 1.0  # seconds for followers to end once they are told to
