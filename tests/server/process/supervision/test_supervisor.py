@@ -16,7 +16,7 @@ from tests.support.live_server import wait_gone
 
 PROGRAM = """
 import logging, os, pathlib, subprocess, sys, threading
-from server.process import restarts, supervisor
+from server.process.supervision import restarts, supervisor
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 restarts.FIRST_PAUSE, supervisor.END_TIME = {pause}, 0.0
 def work(pipe):
