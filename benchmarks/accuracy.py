@@ -30,7 +30,7 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from engine.models.families import load_target
 from engine.models.place import Place
-from server.assembly.drafting import configured_ops, torch_dtype
+from server.assembly.operations import configured_ops, torch_dtype
 from server.assembly.ranks.rank import cache_scales, cache_type, weight_form
 from server.measuring.open_load import TEXT
 from server.text.chat_codec import load_codec

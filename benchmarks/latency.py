@@ -30,8 +30,8 @@ from configs.resolve import HostConfig
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from server.assembly.compose import build_engine
-from server.assembly.drafting import torch_dtype
 from server.assembly.offline import OfflineEngine
+from server.assembly.operations import torch_dtype
 from server.measuring.timing import Measured, Spread, Target, measure
 
 METRICS = ("ttft", "ttit_p50", "ttit_p99", "tokens_per_second")

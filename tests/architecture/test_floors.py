@@ -74,6 +74,7 @@ FLOORS: dict[str, Table] = {
         "kept_costs",
         "library",
         "running_requests",
+        "operations",
         "drafting",
         "planning",
         "ranks",

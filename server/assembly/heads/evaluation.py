@@ -20,7 +20,7 @@ from drafter.train.results.evaluate import Question, Sampling, ask_plainly, meas
 from drafter.train.results.report import Measurement, Report
 from engine.checkpoints.checkpoint import read_arch
 from engine.step.shape import ROOT, TreeShape
-from server.assembly.compose import backend_can_be_had, build_engine
+from server.assembly.compose import build_engine
 from server.assembly.drafting import tree_shape
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
@@ -164,9 +164,7 @@ def _engine(config: HostConfig, shared_noise: bool) -> OfflineEngine:
     """Plain at first: what `auto` would measure at start is not needed."""
     changes: dict[str, bool | str] = {"shared_noise": shared_noise, "tree": ROOT.name}
     speculation = config.speculation.model_copy(update=changes)
-    with backend_can_be_had(config.kernels):
-        core = build_engine(config.model_copy(update={"speculation": speculation}))
-    return OfflineEngine(core)
+    return OfflineEngine(build_engine(config.model_copy(update={"speculation": speculation})))
 
 
 def _questions(

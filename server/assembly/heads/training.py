@@ -33,7 +33,7 @@ from drafter.train.run import LoadedTarget, Run, prepare
 from drafter.train.run_folder import check_same_settings, record_run
 from drafter.train.run_folder import publish_run as publish_run  # for the command
 from drafter.train.trainer import Worker
-from server.assembly.compose import backend_can_be_had, build_engine
+from server.assembly.compose import build_engine
 from server.assembly.heads.timed_training import train_by_the_clock
 from server.assembly.heads.training_target import (
     CURVE,
@@ -151,7 +151,7 @@ def _answered(
     if worker.rank == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
         settings = GenerationSettings(max_tokens=config.data.max_new_tokens, seed=config.run.seed)
-        with progress_bar() as on_progress, backend_can_be_had(config.kernels):
+        with progress_bar() as on_progress:
             core = build_engine(serving)
             report = generate_answers(core, codec, prompts, output, settings, on_progress)
         tell(worker, _answer_facts(report))

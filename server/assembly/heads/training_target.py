@@ -19,9 +19,7 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.families import load_target
 from engine.models.place import Place
-from kernels.registry import build_ops
-from server.assembly.compose import backend_can_be_had
-from server.assembly.drafting import torch_dtype
+from server.assembly.operations import configured_ops, torch_dtype
 
 CURVE, HEAD = "learning-curve.svg", "head"  # in run.output
 
@@ -33,15 +31,7 @@ def load_frozen(config: HostTrainingConfig, worker: Worker) -> tuple[LoadedTarge
     dtype = torch_dtype(config.model.dtype)
     files = resolve_source(config.model.source, config.model.revision)
     checkpoint = open_checkpoint(files)
-    with backend_can_be_had(config.kernels):
-        ops = build_ops(
-            config.kernels.backend,
-            device,
-            dtype,
-            threads,
-            config.files.dir,
-            overlap=config.kernels.overlap,
-        )
+    ops = configured_ops(serving_config(config), device, dtype, threads)
     torch.set_num_threads(threads)
     arch, read = checkpoint.arch, checkpoint.tensor
     place = Place(ops, dtype, device)

@@ -50,12 +50,11 @@ from server.assembly.drafting import (
     TreeChooser,
     allocate,
     block_bytes,
-    configured_ops,
     drafting_with,
     rank_free_bytes,
-    torch_dtype,
 )
 from server.assembly.kept_costs import KeptCosts
+from server.assembly.operations import configured_ops, torch_dtype
 from server.text.chat_codec import ChatCodec, load_codec
 from server.text.tokens.tokenizer_files import has_tokenizer
 
@@ -121,7 +120,6 @@ def build_rank(
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
-        NativeUnavailableError: native kernels were asked for and cannot be built.
     """
     try:
         loaded = _load(config, group, device)
