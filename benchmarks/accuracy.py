@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks.measuring import machine
 from benchmarks.peers.known import HERE
 from benchmarks.tables import write_results
 from configs.host import host_config

@@ -29,7 +29,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks.measuring import machine
 from configs.host import host_config
 from configs.resolve import HostConfig
 from engine.messages import (

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import machine
-from benchmarks.floor import read_seconds, weight_bytes
+from benchmarks.measuring import machine
+from benchmarks.measuring.floor import read_seconds, weight_bytes
 from benchmarks.peers.aerie import AerieTarget
 from benchmarks.peers.openai_url import UrlTarget
 from configs.host import host_config

@@ -18,7 +18,7 @@ import openai
 import pytest
 import yaml
 
-from benchmarks.running import free_port
+from benchmarks.peers.running import free_port
 from server.process.supervision.process_table import children_of
 from tests.architecture.source_tree import ROOT
 from tests.e2e.conftest import MAX_LEN, MODEL

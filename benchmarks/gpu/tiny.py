@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.parts import print_result
+from benchmarks.gpu.parts import print_result
 from benchmarks.peers.aerie import AerieTarget
 from configs.host import host_config
 from engine.request import Grammar, Request, SamplingParams

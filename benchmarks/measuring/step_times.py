@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.device_timing import Span, durations_ms, new_span, pauses_ms
+from benchmarks.measuring.device_timing import Span, durations_ms, new_span, pauses_ms
 from configs.resolve import ResolvedConfig
 from engine.core import EngineCore
 from engine.messages import Finished, Submit, Tokens

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import bars
-from benchmarks.bars import Verdict
-from benchmarks.gpu_engine import Large, floor_ms
+from benchmarks.gpu.engine import Large, floor_ms
+from benchmarks.gpu.parts import print_result
 from benchmarks.kernels import copy_bandwidth
-from benchmarks.parts import print_result
-from benchmarks.step_times import WARM_UP, Load, device_spans, steps, time_steps
+from benchmarks.measuring import bars
+from benchmarks.measuring.bars import Verdict
+from benchmarks.measuring.step_times import WARM_UP, Load, device_spans, steps, time_steps
 from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import bars
-from benchmarks.bars import Verdict
 from benchmarks.kernels import copy_bandwidth
+from benchmarks.measuring import bars
+from benchmarks.measuring.bars import Verdict
+from benchmarks.measuring.step_times import Load, time_steps
 from benchmarks.peers.aerie import AerieTarget
-from benchmarks.step_times import Load, time_steps
 from configs.host import host_config
 from configs.resolve import ResolvedConfig, with_sizes
 from drafter.checkpoint import save_eagle3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_engine
+from benchmarks.gpu import engine as gpu_engine
 from kernels.ops import Ops
 
 

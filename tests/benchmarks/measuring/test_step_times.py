@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import step_times
-from benchmarks.device_timing import Span
-from benchmarks.step_times import Load, steps, time_steps
+from benchmarks.measuring import step_times
+from benchmarks.measuring.device_timing import Span
+from benchmarks.measuring.step_times import Load, steps, time_steps
 from configs.schema import Config
 from engine.core import EngineCore
 from engine.runner.forms import StepForm

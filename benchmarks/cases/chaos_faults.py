@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks.chaos_traffic import MODEL, Traffic
+from benchmarks.cases.chaos_traffic import MODEL, Traffic
 from server.process.supervision.process_table import children_of
 from tests.support.live_server import LiveServer, command_line, post
 

@@ -21,7 +21,7 @@ from typing import Any
 
 RESULT = "RESULT "
 LAST_LINES = 15  # shown of a part that fails
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 Found = dict[str, Any]
 Save = Callable[[Mapping[str, Found]], None]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.gpu_rounds import by_name, verdicts
-from benchmarks.gpu_tiny import difference
+from benchmarks.gpu.rounds import by_name, verdicts
+from benchmarks.gpu.tiny import difference
 
 
 def test_kernel_tests_report_every_file_as_it_ends(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import parts
-from benchmarks.parts import Found, Part, failures, run_parts
+from benchmarks.gpu import parts
+from benchmarks.gpu.parts import Found, Part, failures, run_parts
 from tests.support.live_server import wait_gone
 from tests.support.waiting import DEADLINE, wait_until
 
