@@ -29,24 +29,9 @@ class Admission:
         self._client = client
         self._state = state
         self._metrics = metrics
-        self._num_requests = 0
-        self._num_waiting = 0
-        self._waiting_tokens = 0
-
-    @property
-    def num_requests(self) -> int:
-        """Admitted HTTP requests of which a sequence waits for its first token."""
-        return self._num_requests
-
-    @property
-    def num_waiting(self) -> int:
-        """Admitted sequences without a first token."""
-        return self._num_waiting
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Tokens of the prompts that no sequence has started with a first token."""
-        return self._waiting_tokens
+        self.num_requests = 0  # admitted ones of which a sequence waits for its first token
+        self.num_waiting = 0  # admitted sequences without a first token
+        self.waiting_tokens = 0  # of the prompts of which no sequence has its first token
 
     def closed(self) -> ApiError | None:
         """A 503 that says why the server accepts no requests now; None when it does."""
@@ -88,34 +73,32 @@ class Admission:
                 "n",
             )
         self._check_full(num_choices)
-        self._num_requests += 1
-        self._num_waiting += num_choices
+        self.num_requests += 1
+        self.num_waiting += num_choices
         return Ticket(self, num_choices)
 
     def _check_full(self, num_choices: int) -> None:
         limits = self._limits
-        if self._num_requests + 1 > limits.max_queued_requests and self._num_requests:
-            explanation = f"{self._num_requests} requests are waiting"
+        if self.num_requests + 1 > limits.max_queued_requests and self.num_requests:
+            explanation = f"{self.num_requests} requests are waiting"
             raise self._full(REQUESTS, f"{explanation}, at most {limits.max_queued_requests}")
-        if self._num_waiting + num_choices > limits.max_queued_choices and self._num_waiting:
-            explanation = (
-                f"{self._num_waiting} choices are waiting and {num_choices} more are asked"
-            )
+        if self.num_waiting + num_choices > limits.max_queued_choices and self.num_waiting:
+            explanation = f"{self.num_waiting} choices are waiting and {num_choices} more are asked"
             raise self._full(CHOICES, f"{explanation}, at most {limits.max_queued_choices}")
 
     def _add_tokens(self, num_tokens: int) -> None:
         limit = self._limits.max_waiting_tokens
-        if self._waiting_tokens and self._waiting_tokens + num_tokens > limit:
+        if self.waiting_tokens and self.waiting_tokens + num_tokens > limit:
             raise self._full(
-                TOKENS, f"{self._waiting_tokens} prompt tokens are waiting, at most {limit}"
+                TOKENS, f"{self.waiting_tokens} prompt tokens are waiting, at most {limit}"
             )
-        self._waiting_tokens += num_tokens
+        self.waiting_tokens += num_tokens
 
     def _leave(self, num_choices: int, num_tokens: int, *, last: bool) -> None:
-        self._num_requests -= last
-        self._num_waiting -= num_choices
-        self._waiting_tokens -= num_tokens
-        assert min(self._num_requests, self._num_waiting, self._waiting_tokens) >= 0
+        self.num_requests -= last
+        self.num_waiting -= num_choices
+        self.waiting_tokens -= num_tokens
+        assert min(self.num_requests, self.num_waiting, self.waiting_tokens) >= 0
 
     def _full(self, reason: str, explanation: str) -> ApiError:
         self._metrics.reject(reason)

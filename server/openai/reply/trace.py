@@ -23,11 +23,6 @@ class TraceWriter:
         self._tokens: list[TracedToken] = []
         self._rounds: list[TracedRound] = []
 
-    @property
-    def has_tokens(self) -> bool:
-        """Whether tokens wait to be taken."""
-        return bool(self._tokens)
-
     def add(self, delta: ChoiceDelta) -> None:
         if self._wanted:
             self._tokens += [self._token(item) for item in delta.origins]
