@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks.measuring import machine
 from benchmarks.peers.known import HERE, installed_versions
 from benchmarks.tables import write_results
 from configs.host import host_config
@@ -30,8 +30,8 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
 from engine.models.families import load_target
 from engine.models.place import Place
-from server.assembly.drafting import configured_ops, torch_dtype
-from server.assembly.rank import cache_scales, cache_type, weight_form
+from server.assembly.operations import configured_ops, torch_dtype
+from server.assembly.ranks.rank import cache_scales, cache_type, weight_form
 from server.measuring.open_load import TEXT
 from server.text.chat_codec import load_codec
 

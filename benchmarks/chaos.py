@@ -21,9 +21,9 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from benchmarks import machine
-from benchmarks.chaos_faults import FAULTS, Scene
-from benchmarks.chaos_traffic import MODEL, Traffic, cases
+from benchmarks.cases.chaos_faults import FAULTS, Scene
+from benchmarks.cases.chaos_traffic import MODEL, Traffic, cases
+from benchmarks.measuring import machine
 from tests.support.live_server import LiveServer
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 

@@ -24,11 +24,11 @@ from typing import Annotated
 import httpx
 import typer
 
-from benchmarks import machine
-from benchmarks.agreement import Agreement, agreements
+from benchmarks.measuring import machine
+from benchmarks.measuring.plots import plot_compare
+from benchmarks.peers.agreement import Agreement, agreements
 from benchmarks.peers.known import PEERS, Peer, Server, Setting, aerie
-from benchmarks.plots import plot_compare
-from benchmarks.running import free_port, started
+from benchmarks.peers.running import free_port, started
 from benchmarks.tables import write_results
 from configs.host import host_config
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source

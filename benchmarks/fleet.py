@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.fleet_model import (
+from benchmarks.cases.fleet_model import (
     BLOCK,
     Asked,
     Engine,
@@ -28,8 +28,8 @@ from benchmarks.fleet_model import (
     StepTimes,
     Traffic,
 )
-from benchmarks.machine import facts
-from benchmarks.plots import plot_fleet
+from benchmarks.measuring.machine import facts
+from benchmarks.measuring.plots import plot_fleet
 from benchmarks.tables import write_results
 from server.routing.policies import PrefixAffinity, RoundRobin, Routing
 

@@ -2,7 +2,7 @@
 
 It compares kernels with their references on the device, CUDA graphs with eager steps, and the
 bundled model with its head with plain decoding, and measures speeds against their bars. Each part
-is a process with a time limit (benchmarks/parts.py). After every part it writes
+is a process with a time limit (benchmarks/gpu/parts.py). After every part it writes
 benchmarks/results/gpu-<device>-<date>.json. Exits with 1 if a part failed, and with 0 if only bars
 were missed or there is no CUDA device.
 
@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import bars, machine
-from benchmarks.parts import ROOT, Found, Part, failures, print_result, run_parts
+from benchmarks.gpu.parts import ROOT, Found, Part, failures, print_result, run_parts
+from benchmarks.measuring import bars, machine
 
 ALL_SECONDS = 350.0
 RESULTS, LOGS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "out" / "gpu-check"
@@ -89,14 +89,14 @@ def failed_tests(name: str, run: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def _same_tokens() -> Found:
-    from benchmarks import gpu_engine
+    from benchmarks.gpu import engine as gpu_engine
 
     return gpu_engine.same_tokens()
 
 
 def _tiny(name: str) -> Callable[[], Found]:
     def run() -> Found:
-        from benchmarks import gpu_tiny
+        from benchmarks.gpu import tiny as gpu_tiny
 
         found: Found = getattr(gpu_tiny, name)()
         return found
@@ -105,25 +105,25 @@ def _tiny(name: str) -> Callable[[], Found]:
 
 
 def _rounds() -> Found:
-    from benchmarks import gpu_rounds
+    from benchmarks.gpu import rounds as gpu_rounds
 
     return gpu_rounds.rounds()
 
 
 def _speeds() -> Found:
-    from benchmarks import gpu_engine
+    from benchmarks.gpu import engine as gpu_engine
 
     return gpu_engine.speeds()
 
 
 def _large_step() -> Found:
-    from benchmarks import gpu_engine
+    from benchmarks.gpu import engine as gpu_engine
 
     return gpu_engine.large_step()
 
 
 def _one_rank() -> Found:
-    from benchmarks import gpu_group
+    from benchmarks.gpu import group as gpu_group
 
     return gpu_group.one_rank()
 

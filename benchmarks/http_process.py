@@ -29,7 +29,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks.measuring import machine
 from configs.host import host_config
 from configs.resolve import HostConfig
 from engine.messages import (
@@ -46,12 +46,12 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from server.measuring.open_load import TEXT
-from server.process.client import ZmqEngineClient
+from server.process.channel.client import ZmqEngineClient
+from server.process.channel.wire import encode
 from server.process.engine_process import EngineChannel
 from server.process.launcher import SWITCH_INTERVAL
-from server.process.logs import set_up_logging
-from server.process.socket_folder import private_endpoint
-from server.process.wire import encode
+from server.process.setup.logs import set_up_logging
+from server.process.setup.socket_folder import private_endpoint
 from server.text.chat_codec import load_codec
 
 PATIENCE = 120.0  # seconds for one answer

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import bars, machine
-from benchmarks.bars import Verdict
-from benchmarks.device_timing import Timer, eager_seconds, graph_seconds
-from benchmarks.kernel_cases import FLOOR, Case, all_cases
+from benchmarks.cases.kernel_shapes import FLOOR, Case, all_cases
+from benchmarks.measuring import bars, machine
+from benchmarks.measuring.bars import Verdict
+from benchmarks.measuring.device_timing import Timer, eager_seconds, graph_seconds
 from kernels.ops import Ops
 from kernels.registry import build_ops
 

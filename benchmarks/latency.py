@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import machine
-from benchmarks.floor import read_seconds, weight_bytes
+from benchmarks.measuring import machine
+from benchmarks.measuring.floor import read_seconds, weight_bytes
 from benchmarks.peers.aerie import AerieTarget
 from benchmarks.peers.openai_url import UrlTarget
 from configs.host import host_config
@@ -30,8 +30,8 @@ from configs.resolve import HostConfig
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from server.assembly.compose import build_engine
-from server.assembly.drafting import torch_dtype
 from server.assembly.offline import OfflineEngine
+from server.assembly.operations import torch_dtype
 from server.measuring.timing import Measured, Spread, Target, measure
 
 METRICS = ("ttft", "ttit_p50", "ttit_p99", "tokens_per_second")

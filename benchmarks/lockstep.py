@@ -21,8 +21,7 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import resolve_source
 from engine.models.families import load_target
 from engine.models.place import Place
-from kernels.registry import build_ops
-from server.assembly.drafting import torch_dtype
+from server.assembly.operations import configured_ops, torch_dtype
 from server.text.chat_codec import ChatCodec, load_codec
 
 TEMPERATURES = (0.0, 0.8, 0.0, 1.0)
@@ -35,14 +34,7 @@ def target_of(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch_dtype(config.model.dtype)
     threads = config.kernels.threads
-    ops = build_ops(
-        config.kernels.backend,
-        device,
-        dtype,
-        threads,
-        config.files.dir,
-        overlap=config.kernels.overlap,
-    )
+    ops = configured_ops(config, device, dtype, threads)
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(resolve_source(config.model.source, config.model.revision))
     place = Place(ops, dtype, device)

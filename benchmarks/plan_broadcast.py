@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.machine import facts
+from benchmarks.measuring.machine import facts
 from engine.parallel.orders import Order, RunStep
 from engine.parallel.transport import Board, Broadcast, Channel, Inbox
 from engine.request import Request, SamplingParams

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import machine
+from benchmarks.measuring import machine
 from benchmarks.tables import write_results
 from configs.host import host_config
 from configs.resolve import HostConfig
@@ -25,7 +25,7 @@ from drafter.train.data.conversations import read_prompts
 from engine.messages import Tokens
 from engine.request import Request, SamplingParams
 from server.assembly.compose import build_engine
-from server.assembly.evaluation import sample_prompts
+from server.assembly.heads.evaluation import sample_prompts
 from server.assembly.offline import OfflineEngine
 from server.measuring.timing import Spread
 from server.text.chat_codec import load_codec

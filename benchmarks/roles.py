@@ -22,9 +22,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks.measuring import machine
 from benchmarks.peers.known import Server, Setting
-from benchmarks.running import free_port, started
+from benchmarks.peers.running import free_port, started
 from server.measuring.answers import Endpoint
 
 ROLES = "parallel.roles=prefill:1,decode:1"

@@ -24,9 +24,9 @@ import httpx
 import typer
 
 from benchmarks.fleet import percentiles
-from benchmarks.machine import facts, load
+from benchmarks.measuring.machine import facts, load
 from benchmarks.peers.known import Server, Setting
-from benchmarks.running import free_port, started
+from benchmarks.peers.running import free_port, started
 from benchmarks.tables import write_results
 from server.measuring.answers import Endpoint, ask_all
 

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from benchmarks import machine
-from benchmarks.schema_suite import Check, Counts, note, run_suite
+from benchmarks.cases.schema_suite import Check, Counts, note, run_suite
+from benchmarks.measuring import machine
 from benchmarks.tables import write_results
 from configs.host import host_config
 from configs.resolve import HostConfig

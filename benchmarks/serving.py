@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import machine
-from benchmarks.plots import plot_serving
+from benchmarks.measuring import machine
+from benchmarks.measuring.plots import plot_serving
 from benchmarks.tables import write_results
 from server.commands.bench import (
     RATES,

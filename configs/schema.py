@@ -45,6 +45,7 @@ Secrets = Annotated[tuple[str, ...], AfterValidator(_refuse_redacted)]
 
 
 WeightForm = Literal["stored", "plain", "q8", "q4"]  # how weights are kept
+UnknownFields = Literal["refuse", "warn"]  # what becomes of fields that the API does not know
 ExpertCut = Literal["tensor", "expert"]  # what ranks share: widths of experts, or whole ones
 
 
@@ -401,7 +402,7 @@ class ServerConfig(Section):
     max_background_responses: Positive = Field(
         64, description="responses made without a connection at the same time"
     )
-    unknown_fields: Literal["refuse", "warn"] = Field(
+    unknown_fields: UnknownFields = Field(
         "refuse",
         description="fields and query parameters that the API does not know: a 400, or ignored "
         "with a warning in the header x-aerie-warning and in the log",

@@ -1,1 +1,1 @@
-"""The measured targets: Aerie and the systems it is compared with."""
+"""The servers that are compared, how they are run, and how far their texts agree."""

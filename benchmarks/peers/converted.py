@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import resolve_source
-from server.text.gguf_tokenizer import build_tokenizer, special_tokens
+from server.text.tokens.gguf_tokenizer import build_tokenizer, special_tokens
 
 
 def converted_folder(gguf: Path, scratch: Path) -> Path:

@@ -1,1 +1,1 @@
-"""Draft trees: their type, verification, and the proposer contract."""
+"""Speculation: which rows draft, and how much; the walk down a tree; the interface of heads."""

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.http.errors import ApiError, ErrorManner
-from server.openai.bodies import SpeculationStats
+from server.openai.reply.bodies import SpeculationStats
 
 StopReason = Literal[
     "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"

@@ -20,13 +20,13 @@ from server.anthropic.request import (
     Texts,
 )
 from server.http.errors import invalid
-from server.http.validation import validation_error
-from server.openai.conversation import CalledFunction, ChatMessage, TextPart, ToolCall
-from server.openai.convert import Prompt, chat_params
-from server.openai.schema import ChatRequest
-from server.openai.structured import JsonSchemaFormat, ResponseFormat
-from server.openai.tools import ChosenTools, FunctionDefinition, NamedFunction, Tool
-from server.openai.wording import Names, reworded
+from server.http.request.validation import validation_error
+from server.openai.inputs.convert import Prompt, chat_params
+from server.openai.request.conversation import CalledFunction, ChatMessage, TextPart, ToolCall
+from server.openai.request.schema import ChatRequest
+from server.openai.request.structured import JsonSchemaFormat, ResponseFormat
+from server.openai.request.tools import ChosenTools, FunctionDefinition, NamedFunction, Tool
+from server.openai.request.wording import Names, reworded
 
 SAME = ("model", "chat_template_kwargs")
 SAME_WHEN_GENERATING = (

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields, NotUsed
-from server.http.validation import Kinds, broken_rule, check_kind
-from server.openai.fields import (
+from server.http.request.body import Fields, NotUsed
+from server.http.request.validation import Kinds, broken_rule, check_kind
+from server.openai.request.fields import (
     HARMLESS,
     MAX_INT,
     MAX_STOPS,
@@ -22,8 +22,8 @@ from server.openai.fields import (
     Unsupported,
     UntracedSpeculation,
 )
-from server.openai.structured import Schema
-from server.openai.tools import MAX_TOOLS, FunctionName, ObjectSchema
+from server.openai.request.structured import Schema
+from server.openai.request.tools import MAX_TOOLS, FunctionName, ObjectSchema
 
 CACHED = HARMLESS + "equal prefixes are found without it."
 TEMPLATE = HARMLESS + "the model is asked as the chat template says."

@@ -14,17 +14,17 @@ from server.anthropic.bodies import MANNER, MessageEvent, MessageReply, Messages
 from server.anthropic.convert import chat_request, message_params
 from server.anthropic.request import CountTokensRequest, MessagesRequest
 from server.anthropic.writer import MessageWriter
-from server.http.body import Fields, body_size, read_body
 from server.http.context import ServerContext, context_of
-from server.http.docs import Routes, operation
-from server.http.query import read_query
-from server.http.sse import StructResponse
-from server.openai.answer import Task, respond
-from server.openai.convert import chat_prompts, chat_reading
-from server.openai.fields import HARMLESS
-from server.openai.schema import ChatRequest
-from server.openai.tool_grammar import chat_grammar
-from server.openai.wording import worded
+from server.http.reply.sse import StructResponse
+from server.http.request.body import Fields, body_size, read_body
+from server.http.request.query import read_query
+from server.http.routes.openapi import Routes, operation
+from server.openai.inputs.convert import chat_prompts, chat_reading
+from server.openai.inputs.tool_grammar import chat_grammar
+from server.openai.reply.answer import Task, respond
+from server.openai.request.fields import HARMLESS
+from server.openai.request.schema import ChatRequest
+from server.openai.request.wording import worded
 
 PATH = "/v1/messages"
 

@@ -22,11 +22,11 @@ from server.anthropic.bodies import (
 )
 from server.anthropic.request import MessagesRequest
 from server.http.errors import ApiError
-from server.http.sse import named_event
-from server.openai.bodies import SpeculationStats
-from server.openai.choice import ChoiceDelta
-from server.openai.generation import Generation
-from server.openai.schema import ChatRequest
+from server.http.reply.sse import named_event
+from server.openai.reply.bodies import SpeculationStats
+from server.openai.reply.choice import ChoiceDelta
+from server.openai.reply.generation import Generation
+from server.openai.request.schema import ChatRequest
 from server.text.answer.parts import CallArguments, CallBegin, Content, Part, Reasoning
 
 INVALID = "INVALID_JSON"  # as Anthropic: the key of arguments that are no JSON object

@@ -4,13 +4,11 @@ and followers of rank 0."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.resolve import HostConfig, ResolvedConfig
-from configs.schema import Config, KernelsConfig
+from configs.schema import Config
 from engine.capture import CaptureWriter
 from engine.core import EngineCore, Peers
 from engine.grammar.gate import Gate
@@ -31,10 +29,16 @@ from engine.step.executor import Executor
 from engine.step.group import TPGroup
 from kernels.native.build import NativeUnavailableError, build_library
 from server.assembly.drafting import Drafting, LoadedDraft, Target
-from server.assembly.followers import Followers, device_of
-from server.assembly.peers import peers_of
-from server.assembly.rank import Rank, build_rank, runner_parts, step_settings, threads_per_rank
-from server.assembly.role import Role
+from server.assembly.ranks.followers import Followers, device_of
+from server.assembly.ranks.rank import (
+    Rank,
+    build_rank,
+    runner_parts,
+    step_settings,
+    threads_per_rank,
+)
+from server.assembly.roles.peers import peers_of
+from server.assembly.roles.role import Role
 from server.assembly.running_requests import Recorded
 from server.assembly.swaps import DraftSwapper
 
@@ -73,7 +77,6 @@ def build_swappable_engine(
 
     Raises:
         FileNotFoundError, ValueError: the model or the configuration is at fault.
-        NativeUnavailableError: native kernels were asked for and cannot be built.
         OSError: there is no process for a rank.
     """
     if config.parallel.roles is not None and role is None:
@@ -203,15 +206,6 @@ def _log_steps(config: Config, place: Place) -> None:
     found = config.speculation.looks_up, runs_ahead(config, settings)
     lookup, ahead = ("on" if one else "off" for one in found)
     logger.info("steps: %s; lookup: %s; run-ahead: %s", how, lookup, ahead)
-
-
-@contextmanager
-def backend_can_be_had(kernels: KernelsConfig) -> Iterator[None]:
-    """Turns the error for configured kernels that cannot be built into a ValueError."""
-    try:
-        yield
-    except NativeUnavailableError as error:
-        raise ValueError(f"kernels.backend is {kernels.backend!r}: {error}") from error
 
 
 def prepare_kernels(config: HostConfig) -> str:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from configs.resolve import HostConfig, ResolvedConfig
 from configs.schema import AuxLayers, Config
 from configs.trees import StaticTree, load_tree
@@ -31,36 +29,10 @@ from engine.speculation.planner import AdaptivePlanner, FixedPlanner, Planner
 from engine.speculation.policy import DraftPolicy, Measuring
 from engine.speculation.proposer import Proposer, RootProposer
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape
-from kernels.ops import Ops
-from kernels.registry import build_ops, separate_drafting
 from server.assembly.kept_costs import KeptCosts
+from server.assembly.operations import configured_ops
 
 AUTO = "auto"
-INPUT_BITS = 8  # unless model.input_bits says otherwise
-
-
-def configured_ops(
-    config: HostConfig, device: torch.device, dtype: torch.dtype, threads: int
-) -> Ops:
-    """The operations that the configuration asks for. ValueError if none of them rounds its inputs
-    as `model.input_bits` says."""
-    kernels, input_bits = config.kernels, config.model.input_bits
-    ops = build_ops(
-        kernels.backend,
-        device,
-        dtype,
-        threads,
-        config.files.dir,
-        overlap=kernels.overlap,
-        input_bits=input_bits or INPUT_BITS,
-    )
-    backend = ops.backends["linear"]
-    if input_bits is not None and backend.name != "native":
-        raise ValueError(
-            f"model.input_bits = {input_bits} needs native kernels on a CPU, but linear layers run "
-            f"on {backend}; leave it out"
-        )
-    return ops if kernels.fused_drafting else separate_drafting(ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,8 +288,3 @@ def block_bytes(arch: LlamaArch, config: Config, place: Place) -> int:
 def rank_free_bytes(place: Place) -> int:
     """Memory that this rank may take: on a CPU, its share of what all of them have together."""
     return free_bytes(place.device) // (place.shard.size if place.device.type == "cpu" else 1)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype that the configuration names."""
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

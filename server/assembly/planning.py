@@ -23,7 +23,8 @@ from engine.kv.storage import SCRATCH_BLOCKS, bytes_per_block
 from engine.models.footprint import step_bytes
 from engine.parallel.shard import Shard, check_degree, kv_copies
 from kernels.linear.scaled import FP8
-from server.assembly.drafting import AUTO, torch_dtype, tree_shape
+from server.assembly.drafting import AUTO, tree_shape
+from server.assembly.operations import torch_dtype
 from server.planning.acceptance import Acceptance
 from server.planning.costs import Machine
 from server.planning.formats import Format, PartFormats, format_named

@@ -18,7 +18,7 @@ from engine.messages import DraftSwapped, SwapDraft
 from engine.parallel.orders import Orders
 from engine.runner.measuring import StepMeter
 from server.assembly.drafting import Drafting, LoadedDraft
-from server.assembly.rank import Rank
+from server.assembly.ranks.rank import Rank
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[LoadedDraft, Drafting]

@@ -116,7 +116,7 @@ def eval_draft(
 
         aerie eval-draft speculation.draft=heads/mine --tree chain3 --compare-aux
     """
-    from server.assembly.evaluation import Evaluation, evaluate_draft, show
+    from server.assembly.heads.evaluation import Evaluation, evaluate_draft, show
 
     try:
         evaluation = Evaluation(
@@ -151,7 +151,7 @@ def train_draft(config: TrainingFile, overrides: Overrides = None) -> None:
 
         aerie train-draft --config smollm2-eagle3 'data.conversations=[answers.jsonl]'
     """
-    from server.assembly.training import train_draft as run
+    from server.assembly.heads.training import train_draft as run
 
     try:
         run(host_training_config(config, overrides or ()))
@@ -194,7 +194,7 @@ def publish_draft(
 
         aerie publish-draft draft-head --output heads/mine card.licence=apache-2.0
     """
-    from server.assembly.training import publish_run
+    from server.assembly.heads.training import publish_run
 
     try:
         publish_run(

@@ -14,27 +14,22 @@ from starlette.responses import Response
 
 from configs.resolve import HostConfig
 from configs.schema import ServerConfig
-from server.http import admin_routes, docs_page, ops_routes
-from server.http.admission import Admission
-from server.http.background import Background
-from server.http.body_limit import BodyLimit
-from server.http.callers import Callers
+from server.http.admission.lanes import Lanes
+from server.http.admission.queue import Admission
+from server.http.admission.state import ServerState
 from server.http.context import ServerContext, ServerInfo, context_of
-from server.http.docs import Routes, openapi
 from server.http.engine_client import EngineClient
 from server.http.errors import OPENAI, ApiError, ErrorManner
-from server.http.guards import (
+from server.http.middleware.body_limit import BodyLimit
+from server.http.middleware.callers import Callers
+from server.http.middleware.guards import (
     KnownHosts,
     KnownQuery,
     RootPath,
     check_root_path,
     known_hosts,
 )
-from server.http.kept import KeptAnswers
-from server.http.lanes import Lanes
-from server.http.learning import Learning, LearningCollector
-from server.http.metrics import Metrics
-from server.http.middleware import (
+from server.http.middleware.keys import (
     OPEN_PATHS,
     ApiKeys,
     KeyRing,
@@ -42,14 +37,19 @@ from server.http.middleware import (
     load_api_keys,
     warn_of_readable_keys,
 )
-from server.http.request_log import WARNING_HEADER, NotedRoute, RequestLog, record_of
-from server.http.state import ServerState
-from server.http.tracing import open_tracing
+from server.http.middleware.request_log import WARNING_HEADER, NotedRoute, RequestLog, record_of
+from server.http.monitoring.learning import Learning, LearningCollector
+from server.http.monitoring.metrics import Metrics
+from server.http.monitoring.tracing import open_tracing
+from server.http.reply.background import Background
+from server.http.reply.kept import KeptAnswers
+from server.http.routes import admin, docs_page, operators
+from server.http.routes.openapi import Routes, openapi
 from server.text.answer.forms import answer_form
-from server.text.chat_template import ChatTemplate
 from server.text.grammars import GrammarChecker
-from server.text.rendering import Renderer
-from server.text.tokenizer import Tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.rendering import Renderer
+from server.text.tokens.tokenizer import Tokenizer
 from server.version import version
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
@@ -78,7 +78,7 @@ def create_app(
         title="Aerie", version=version(), docs_url=None, redoc_url=None, lifespan=_lifespan
     )
     app.state.context = context
-    routes = (*api, ops_routes.ROUTES, admin_routes.ROUTES)
+    routes = (*api, operators.ROUTES, admin.ROUTES)
     for each in routes:
         app.include_router(each.router)
     app.include_router(docs_page.router)

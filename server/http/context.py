@@ -12,23 +12,23 @@ from starlette.requests import Request as HttpRequest
 
 from configs.resolve import HostConfig, with_sizes
 from engine.messages import EngineInfo
-from server.http.admission import Admission
-from server.http.background import Background
-from server.http.callers import Callers
+from server.http.admission.lanes import Lanes
+from server.http.admission.queue import Admission
+from server.http.admission.state import ServerState
 from server.http.engine_client import EngineClient
 from server.http.errors import model_not_found
-from server.http.kept import KeptAnswers
-from server.http.lanes import Lanes
-from server.http.learning import Learning
-from server.http.metrics import Metrics
-from server.http.middleware import KeyRing
-from server.http.state import ServerState
-from server.http.tracing import Tracing
+from server.http.middleware.callers import Callers
+from server.http.middleware.keys import KeyRing
+from server.http.monitoring.learning import Learning
+from server.http.monitoring.metrics import Metrics
+from server.http.monitoring.tracing import Tracing
+from server.http.reply.background import Background
+from server.http.reply.kept import KeptAnswers
 from server.text.answer.forms import AnswerForm
 from server.text.generation_config import SamplingDefaults
 from server.text.grammars import GrammarChecker
-from server.text.rendering import Renderer
-from server.text.tokenizer import Tokenizer
+from server.text.template.rendering import Renderer
+from server.text.tokens.tokenizer import Tokenizer
 from server.version import version
 
 Result = TypeVar("Result")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.openai import chat, completions, embeddings, models, tokenize
+from server.openai.endpoints import chat, completions, embeddings, models, tokenize
 from server.openai.responses import routes as responses
 
 ROUTES = (

@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.http.docs import Routes
+from server.http.routes.openapi import Routes
 
 ASSETS = Path(__file__).with_name("assets")
 INDEX = "index.html"

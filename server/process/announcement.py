@@ -12,7 +12,7 @@ import yaml
 from configs.redact import redacted
 from configs.resolve import HostConfig
 from engine.messages import EngineInfo
-from server.process.logs import machine_line
+from server.process.setup.logs import machine_line
 
 logger = logging.getLogger(__name__)
 

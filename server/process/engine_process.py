@@ -26,12 +26,12 @@ from engine.messages import (
     Shutdown,
     SwapDraft,
 )
-from server.assembly.role import Role
-from server.process.garbage import spare_loaded
-from server.process.logs import set_up_logging, show_stacks_on_request
-from server.process.parent import die_with_parent, open_pipe
-from server.process.socket_folder import folder_of
-from server.process.wire import decode_client, encode, unbounded
+from server.assembly.roles.role import Role
+from server.process.channel.wire import decode_client, encode, unbounded
+from server.process.setup.garbage import spare_loaded
+from server.process.setup.logs import set_up_logging, show_stacks_on_request
+from server.process.setup.parent import die_with_parent, open_pipe
+from server.process.setup.socket_folder import folder_of
 
 EXIT_BAD_SETUP = 3  # the configuration or the model is invalid: starting again would not help
 BEAT = 1.0  # seconds between signs of life while a draft head is loaded or a prompt awaited

@@ -35,12 +35,12 @@ from engine.parallel.orders import (
 )
 from engine.parallel.transport import Board, Channel, Inbox
 from server.assembly.drafting import Drafting, LoadedDraft
-from server.assembly.followers import EXIT_LOST, device_of, join
-from server.assembly.rank import BAD_SETUP, Rank, build_rank
+from server.assembly.ranks.followers import EXIT_LOST, device_of, join
+from server.assembly.ranks.rank import BAD_SETUP, Rank, build_rank
 from server.process.engine_process import EXIT_BAD_SETUP
-from server.process.garbage import spare_loaded
-from server.process.logs import set_up_logging
-from server.process.parent import die_with_parent, open_pipe
+from server.process.setup.garbage import spare_loaded
+from server.process.setup.logs import set_up_logging
+from server.process.setup.parent import die_with_parent, open_pipe
 
 logger = logging.getLogger(__name__)
 

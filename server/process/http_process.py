@@ -15,16 +15,16 @@ import uvloop
 
 from configs.resolve import HostConfig
 from configs.roles import role_counts
-from server.http.state import ServerState
+from server.http.admission.state import ServerState
 from server.process.announcement import ready_text, warn_of_fallback
-from server.process.client import ZmqEngineClient
-from server.process.keeper import CLOSING_TIME, EngineKeeper
+from server.process.channel.client import ZmqEngineClient
+from server.process.channel.suspects import Suspects
 from server.process.learning.learner import Learner
-from server.process.listening import address_of
-from server.process.role_engines import RoleEngines
-from server.process.roles import RolesClient
-from server.process.supervisor import CRASHED, LauncherPipe
-from server.process.suspects import Suspects
+from server.process.roles.client import RolesClient
+from server.process.roles.engines import RoleEngines
+from server.process.setup.listening import address_of
+from server.process.supervision.keeper import CLOSING_TIME, EngineKeeper
+from server.process.supervision.supervisor import CRASHED, LauncherPipe
 
 if TYPE_CHECKING:
     from server.http.context import ServerContext

@@ -9,12 +9,12 @@ import sys
 
 from configs.resolve import HostConfig
 from server.process.http_process import run_http_process
-from server.process.listening import check_tls, open_listener
-from server.process.logs import set_up_logging
-from server.process.open_files import raise_limit
-from server.process.restarts import Restarts
-from server.process.socket_folder import remove_stale_folders
-from server.process.supervisor import supervise
+from server.process.setup.listening import check_tls, open_listener
+from server.process.setup.logs import set_up_logging
+from server.process.setup.open_files import raise_limit
+from server.process.setup.socket_folder import remove_stale_folders
+from server.process.supervision.restarts import Restarts
+from server.process.supervision.supervisor import supervise
 
 SWITCH_INTERVAL = 0.001  # seconds that other threads keep the event loop waiting
 

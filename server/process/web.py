@@ -14,14 +14,14 @@ from fastapi import FastAPI
 from configs.resolve import HostConfig
 from server.apis import ROUTES
 from server.http.app import create_app
-from server.http.connections import Connections
+from server.http.connection.connections import Connections
+from server.http.connection.direct_line import Departures
+from server.http.connection.protocol import protocol_with
 from server.http.context import ServerContext, ServerInfo
-from server.http.direct_line import Departures
 from server.http.engine_client import EngineClient
-from server.http.protocol import protocol_with
 from server.page.routes import page_routes
-from server.process.garbage import spare_loaded
-from server.process.open_files import connection_limit
+from server.process.setup.garbage import spare_loaded
+from server.process.setup.open_files import connection_limit
 from server.text.chat_codec import load_codec
 
 

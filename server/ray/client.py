@@ -24,8 +24,8 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from server.http.engine_client import StepSizes
-from server.process.client import ENGINE_LOST, at_rest
-from server.process.totals import total
+from server.process.channel.client import ENGINE_LOST, at_rest
+from server.process.channel.totals import total
 from server.ray.messages import (
     EngineStatus,
     Head,

@@ -12,8 +12,8 @@ import ray
 from ray import serve
 
 from configs.schema import Config, ServerConfig
-from server.process.listening import address_of, check_tls, open_listener
-from server.process.logs import set_up_logging
+from server.process.setup.listening import address_of, check_tls, open_listener
+from server.process.setup.logs import set_up_logging
 from server.ray.app import QUIET, application, cluster_gpus
 
 NAME = "aerie"

@@ -12,9 +12,9 @@ from configs.host import this_host
 from configs.resolve import HostConfig, resolve_host
 from configs.schema import Config
 from engine.messages import DraftSwapped, Finished
-from server.process.client import ZmqEngineClient
-from server.process.keeper import EngineKeeper
-from server.process.logs import set_up_logging
+from server.process.channel.client import ZmqEngineClient
+from server.process.setup.logs import set_up_logging
+from server.process.supervision.keeper import EngineKeeper
 from server.ray.messages import EngineStatus, Head, decode_request, encode
 
 EXIT_ENGINE_ENDED = 1

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from configs.host import this_host
 from configs.resolve import resolve_host
 from configs.schema import Config
-from server.process.logs import set_up_logging
+from server.process.setup.logs import set_up_logging
 from server.process.web import build_app
 from server.ray.client import RayEngineClient
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from configs.files import read_text
 from configs.resolve import HostConfig
 from engine.checkpoints.source import resolve_source
-from server.text.chat_template import ChatTemplate
 from server.text.generation_config import SamplingDefaults, load_defaults
-from server.text.tokenizer import Tokenizer
-from server.text.tokenizer_files import load_tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.tokenizer import Tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 
 ANSWER = "the answer"
 

@@ -10,7 +10,7 @@ import msgspec
 from engine.messages import EngineInfo
 from engine.request import Grammar
 from server.text.grammar_process import TIMEOUT, Checked, Setup
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from server.text.worker_processes import Child, Children
 
 NUM_PROCESSES = 2

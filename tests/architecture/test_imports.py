@@ -55,7 +55,7 @@ HTTP_SIDE = (
     "server.process.launcher",
     "server.process.http_process",
     "server.process.web",
-    "server.process.client",
+    "server.process.channel.client",
 )
 HEAVY = frozenset({"torch", "transformers", "triton", "kernels"})
 WEB = {"fastapi", "starlette", "uvicorn", "httptools", "jinja2"}
@@ -156,7 +156,11 @@ def test_the_http_side_reaches_nothing_heavy(name: str) -> None:
 
 def test_the_walk_reaches_the_routes_and_their_messages() -> None:
     chains = reached("server.process.web", by_name(modules()))
-    assert {"engine.messages", "server.openai.chat", "server.text.detokenizer"} <= chains.keys()
+    assert {
+        "engine.messages",
+        "server.openai.endpoints.chat",
+        "server.text.output.detokenizer",
+    } <= chains.keys()
 
 
 def test_importing_the_http_side_really_loads_nothing_heavy() -> None:
@@ -196,7 +200,7 @@ def test_a_wrong_direction_is_seen(path: str, text: str) -> None:
         ("engine/a/b.py", "from ..request import Request\nfrom . import c"),
         ("engine/a/__init__.py", "from .b import c"),
         ("server/assembly/compose.py", "import kernels.registry\nfrom drafter import x"),
-        ("server/assembly/training.py", "from drafter.train import x"),
+        ("server/assembly/heads/training.py", "from drafter.train import x"),
         ("drafter/a.py", "import torch, engine.step.batch"),
     ],
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chaos_traffic
-from benchmarks.chaos_traffic import Reading, cases
+from benchmarks.cases import chaos_traffic
+from benchmarks.cases.chaos_traffic import Reading, cases
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 

@@ -10,8 +10,8 @@ import pytest
 import typer
 
 from benchmarks import compare
-from benchmarks.agreement import agreements, common_length
 from benchmarks.compare import Figures, Plan, Results, contents, measure_all
+from benchmarks.peers.agreement import agreements, common_length
 from benchmarks.peers.known import PEERS, Server, Setting
 from benchmarks.tables import ROOT, markdown
 from server.measuring.answers import Answer

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.cases.fleet_model import (
+    BLOCK,
+    Asked,
+    Engine,
+    EngineLimits,
+    StepTimes,
+    Traffic,
+    on_lines,
+)
 from benchmarks.fleet import MEASURED, fleet_of, measured_times, summary
-from benchmarks.fleet_model import BLOCK, Asked, Engine, EngineLimits, StepTimes, Traffic, on_lines
 
 TIMES = StepTimes([(1, 0.005), (64, 0.006)], [(0, 0.0), (512, 0.02)])
 TALK = Traffic(num_systems=4, pause=1.0)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_group
-from benchmarks.bars import Verdict
+from benchmarks import gpu_check
+from benchmarks.gpu import group as gpu_group
+from benchmarks.gpu.parts import Part
 from benchmarks.gpu_check import check, failed_tests
-from benchmarks.parts import Part
+from benchmarks.measuring.bars import Verdict
 from engine.parallel.distributed import DistributedGroup
 from tests.support.waiting import DEADLINE
 

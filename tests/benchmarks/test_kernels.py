@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device_timing, kernels, machine
-from benchmarks.device_timing import RUNS, Run, durations_ms, pauses_ms, seconds_per_run
-from benchmarks.kernel_cases import FLOOR, Bar, Case, all_cases
+from benchmarks import kernels
+from benchmarks.cases.kernel_shapes import FLOOR, Bar, Case, all_cases
 from benchmarks.kernels import found_in, measure, report, table
+from benchmarks.measuring import device_timing, machine
+from benchmarks.measuring.device_timing import RUNS, Run, durations_ms, pauses_ms, seconds_per_run
 from kernels.ops import Ops
 
 META = torch.device("meta")

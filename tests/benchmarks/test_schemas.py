@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import schemas
-from benchmarks.schema_suite import in_order
+from benchmarks.cases.schema_suite import in_order
 from benchmarks.tables import markdown
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 

@@ -17,7 +17,7 @@ import yaml
 from configs.schema import Config
 from engine.messages import EngineStats
 from server.routing.settings import config_of
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.http_server import Server, tiny_tokenizer
 
 DEPLOY = Path(__file__).resolve().parents[2] / "configs" / "deploy"

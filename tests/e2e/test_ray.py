@@ -18,8 +18,8 @@ import openai
 import pytest
 import yaml
 
-from benchmarks.running import free_port
-from server.process.process_table import children_of
+from benchmarks.peers.running import free_port
+from server.process.supervision.process_table import children_of
 from tests.architecture.source_tree import ROOT
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from server.process.process_table import children_of
+from server.process.supervision.process_table import children_of
 from tests.e2e.conftest import MAX_LEN, MODEL
 from tests.support.live_server import LiveServer, command_line, idle
 from tests.support.tiny_heads import write_tiny_head

@@ -15,7 +15,7 @@ from drafter.train.data.conversations import read_prompts
 from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from server.assembly.drafting import tree_shape
-from server.assembly.evaluation import sample_prompts
+from server.assembly.heads.evaluation import sample_prompts
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.configurations import hosted

@@ -18,9 +18,9 @@ from engine.completion import Completion
 from engine.request import FinishReason
 from kernels.ops import Ops
 from server.assembly.offline import OfflineEngine
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer
-from server.text.tokenizer_files import load_tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.tokenizer import Tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 from tests.support.engines import ask, generate
 from tests.support.greedy import greedy_margins
 from tests.support.packed import BLOCK, load_packed, whole

@@ -14,7 +14,7 @@ from engine.checkpoints.source import resolve_source
 from engine.request import Grammar, Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import StaticShape
-from server.text.tokenizer_files import load_tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 from tests.support.copied_head import write_copied_head
 from tests.support.engines import ask
 from tests.support.thread_ranks import EXACT, PADDED, Way, answer

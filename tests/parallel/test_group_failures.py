@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernels.registry import build_ops
-from server.process.process_table import children_of
+from server.process.supervision.process_table import children_of
 from tests.support.live_server import LiveServer, wait_gone
 from tests.support.starved_rank import starving
 from tests.support.tiny_heads import write_tiny_head

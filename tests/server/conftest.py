@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.http_server import Server, tiny_tokenizer
 
 

@@ -9,9 +9,9 @@ import zmq
 import zmq.asyncio
 
 from engine.messages import ClientMessage, EngineMessage
-from server.process.client import ZmqEngineClient
-from server.process.suspects import Suspects
-from server.process.wire import decode_client, encode, unbounded
+from server.process.channel.client import ZmqEngineClient
+from server.process.channel.suspects import Suspects
+from server.process.channel.wire import decode_client, encode, unbounded
 from tests.support.scripted_engine import INFO
 
 

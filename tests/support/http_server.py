@@ -25,9 +25,9 @@ from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerContext, ServerInfo
 from server.page.routes import page_routes
-from server.text.chat_template import ChatTemplate
 from server.text.generation_config import SamplingDefaults
-from server.text.tokenizer import Tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.configurations import hosted
 from tests.support.scripted_engine import INFO, Script, ScriptedEngine, say
 from tests.support.tiny_llama import BOS, CHAT_TEMPLATE, EOS, SPECIALS, write_tokenizer

@@ -23,7 +23,7 @@ import openai
 import yaml
 
 from configs.env import environment
-from server.process.process_table import children_of
+from server.process.supervision.process_table import children_of
 from tests.support.waiting import DEADLINE, wait_until
 
 STACKS_TIME = 2  # seconds for a process to write them

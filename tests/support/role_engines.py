@@ -28,10 +28,10 @@ from engine.messages import (
 )
 from engine.request import Request
 from engine.runner.runner import ModelRunner
-from server.assembly.peers import peers_of
-from server.assembly.role import Role
-from server.process.client import ENGINE_LOST, Listener, ZmqEngineClient
-from server.process.roles import RolesClient
+from server.assembly.roles.peers import peers_of
+from server.assembly.roles.role import Role
+from server.process.channel.client import ENGINE_LOST, Listener, ZmqEngineClient
+from server.process.roles.client import RolesClient
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from server.http.engine_client import StepSizes
-from server.http.inbox import Event, Inbox
+from server.http.reply.inbox import Event, Inbox
 
 Script = Callable[[Request], Sequence[Event]]
 INFO = EngineInfo(

@@ -31,7 +31,7 @@ from engine.speculation.planner import Planner
 from engine.step.group import TPGroup
 from engine.step.plan import StepPlan
 from server.assembly.drafting import LoadedDraft
-from server.assembly.rank import Rank, build_rank, runner_parts
+from server.assembly.ranks.rank import Rank, build_rank, runner_parts
 from server.assembly.swaps import DraftSwapper
 from server.process.follower import Follower
 from tests.support.engines import generate

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.openai.bodies import ChatTokenLogprob, SpeculationStats
+from server.openai.reply.bodies import ChatTokenLogprob, SpeculationStats
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]

@@ -12,22 +12,22 @@ from pydantic import ValidationError
 from engine.messages import EngineInfo
 from server.http.context import ServerContext
 from server.http.errors import ApiError
-from server.http.validation import validation_error
-from server.openai.conversation import ChatMessage
-from server.openai.convert import Prompt, chat_prompts
-from server.openai.responses.items import SYSTEM, Conversation, InputItem
-from server.openai.responses.request import ChosenFunctions, FunctionTool, ResponsesRequest
-from server.openai.schema import ChatRequest
-from server.openai.structured import JsonSchemaFormat, ResponseFormat
-from server.openai.tools import (
+from server.http.request.validation import validation_error
+from server.openai.inputs.convert import Prompt, chat_prompts
+from server.openai.request.conversation import ChatMessage
+from server.openai.request.schema import ChatRequest
+from server.openai.request.structured import JsonSchemaFormat, ResponseFormat
+from server.openai.request.tools import (
     AllowedTools,
     ChosenTools,
     FunctionDefinition,
     NamedTool,
     Tool,
 )
-from server.openai.tools import NamedFunction as ChatFunction
-from server.openai.wording import Names, reworded
+from server.openai.request.tools import NamedFunction as ChatFunction
+from server.openai.request.wording import Names, reworded
+from server.openai.responses.items import SYSTEM, Conversation, InputItem
+from server.openai.responses.request import ChosenFunctions, FunctionTool, ResponsesRequest
 
 SAME = (
     "model",

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields, NotUsed
-from server.http.validation import Kinds, check_kind
-from server.openai.conversation import CalledFunction, ChatMessage, TextPart, ToolCall
-from server.openai.fields import HARMLESS
-from server.openai.wording import Names
+from server.http.request.body import Fields, NotUsed
+from server.http.request.validation import Kinds, check_kind
+from server.openai.request.conversation import CalledFunction, ChatMessage, TextPart, ToolCall
+from server.openai.request.fields import HARMLESS
+from server.openai.request.wording import Names
 
 SHOWN = "the text of the conversation does not contain it."
 SYSTEM = ("system", "developer")  # roles

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from server.openai.bodies import ChatTokenLogprob
-from server.openai.message import new_call_id
+from server.openai.reply.bodies import ChatTokenLogprob
+from server.openai.reply.message import new_call_id
 from server.openai.responses.bodies import (
     CallItem,
     ItemStatus,

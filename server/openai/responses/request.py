@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from server.http.body import Fields, NotUsed
-from server.http.validation import broken_rule
-from server.openai.fields import (
+from server.http.request.body import Fields, NotUsed
+from server.http.request.validation import broken_rule
+from server.openai.request.fields import (
     HARMLESS,
     MAX_INT,
     CacheSalt,
@@ -22,9 +22,9 @@ from server.openai.fields import (
     Unsupported,
     UntracedSpeculation,
 )
+from server.openai.request.structured import Schema
+from server.openai.request.tools import MAX_TOOLS, FunctionDefinition
 from server.openai.responses.items import InputItem, user_item
-from server.openai.structured import Schema
-from server.openai.tools import MAX_TOOLS, FunctionDefinition
 
 LOGPROBS = "message.output_text.logprobs"
 MAX_ID = 128

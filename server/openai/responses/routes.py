@@ -12,16 +12,19 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from server.http.body import Fields, NotUsed, body_size, read_body
 from server.http.context import ServerContext, context_of
-from server.http.docs import Routes, operation
 from server.http.errors import ApiError, bad_value, invalid, server_error
-from server.http.query import read_query
-from server.http.sse import StructResponse
-from server.openai.answer import Task, begin, respond, whole
-from server.openai.convert import chat_params, chat_prompts, chat_reading
-from server.openai.fields import HARMLESS
-from server.openai.generation import Generation
+from server.http.reply.sse import StructResponse
+from server.http.request.body import Fields, NotUsed, body_size, read_body
+from server.http.request.query import read_query
+from server.http.routes.openapi import Routes, operation
+from server.openai.inputs.convert import chat_params, chat_prompts, chat_reading
+from server.openai.inputs.tool_grammar import chat_grammar
+from server.openai.reply.answer import Task, begin, respond, whole
+from server.openai.reply.generation import Generation
+from server.openai.request.fields import HARMLESS
+from server.openai.request.schema import ChatRequest
+from server.openai.request.wording import worded
 from server.openai.responses.bodies import DeletedResponse, ItemList, ResponseEvent, ResponseObject
 from server.openai.responses.convert import Asked, chat_request, shortened_prompts
 from server.openai.responses.request import ResponsesRequest
@@ -35,9 +38,6 @@ from server.openai.responses.stored import (
     line_before,
 )
 from server.openai.responses.writer import ResponseWriter, Wanted
-from server.openai.schema import ChatRequest
-from server.openai.tool_grammar import chat_grammar
-from server.openai.wording import worded
 
 PATH = "/v1/responses"
 logger = logging.getLogger(__name__)

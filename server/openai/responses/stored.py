@@ -12,7 +12,7 @@ import msgspec
 
 from server.http.context import ServerContext
 from server.http.errors import ApiError, bad_value, invalid
-from server.http.kept import Kept
+from server.http.reply.kept import Kept
 from server.openai.responses.bodies import ResponseObject, Status
 from server.openai.responses.items import SYSTEM, InputItem
 from server.openai.responses.request import ResponsesRequest

@@ -10,11 +10,12 @@ from typing import Any
 from msgspec import UNSET
 
 from server.http.errors import ApiError
-from server.http.sse import named_event
-from server.openai.bodies import ChatTokenLogprob
-from server.openai.choice import ChoiceDelta, ScoredToken
-from server.openai.generation import Generation
-from server.openai.logprobs import chat_logprobs
+from server.http.reply.sse import named_event
+from server.openai.reply.bodies import ChatTokenLogprob
+from server.openai.reply.choice import ChoiceDelta, ScoredToken
+from server.openai.reply.generation import Generation
+from server.openai.reply.logprobs import chat_logprobs
+from server.openai.request.schema import ChatRequest
 from server.openai.responses.bodies import (
     IncompleteDetails,
     InputTokensDetails,
@@ -27,7 +28,6 @@ from server.openai.responses.bodies import (
 )
 from server.openai.responses.output import Happening, Output
 from server.openai.responses.request import FunctionTool, ResponsesRequest
-from server.openai.schema import ChatRequest
 from server.text.answer.parts import CallBegin, Content
 
 Keep = Callable[[ResponseObject], None]

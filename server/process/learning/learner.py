@@ -27,7 +27,7 @@ from configs.training import (
     RunConfig,
 )
 from engine.messages import DraftFacts, DraftSwapped, EngineInfo, EngineStats
-from server.http.learning import Learning
+from server.http.monitoring.learning import Learning
 from server.process.learning.captured_text import Prepared, complete_shards, prepare
 
 FOLDER = "learning"  # in capture.dir

@@ -9,8 +9,8 @@ import signal
 import sys
 
 from configs.training import HostTrainingConfig
-from server.process.logs import show_stacks_on_request
-from server.process.parent import die_with_parent, open_pipe
+from server.process.setup.logs import show_stacks_on_request
+from server.process.setup.parent import die_with_parent, open_pipe
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,7 +23,7 @@ def main() -> None:
     pipe = open_pipe()
     config = HostTrainingConfig.model_validate_json(pipe.readline())
     die_with_parent(pipe)
-    from server.assembly.training import train_draft
+    from server.assembly.heads.training import train_draft
 
     try:
         train_draft(config)

@@ -13,7 +13,7 @@ from server.text.answer.llama3_json import Llama3JsonSyntax
 from server.text.answer.llama4_pythonic import Llama4PythonicSyntax
 from server.text.answer.parts import AnswerReader, PlainReader
 from server.text.answer.thinking import MARKS, OPEN, ThinkingReader
-from server.text.chat_template import ChatTemplate
+from server.text.template.chat_template import ChatTemplate
 
 SYNTAXES: Mapping[str, Syntax] = {
     "hermes": HermesSyntax(),

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.text.answer.calls import Syntax
 from server.text.answer.forms import OTHERS, SYNTAXES, AnswerForm
-from server.text.chat_template import ChatTemplate, plain_text
+from server.text.template.chat_template import ChatTemplate, plain_text
 
 INSTRUCTIONS = """You can call functions. These are their signatures, as JSON:
 <tools>

@@ -28,9 +28,9 @@ from drafter.train.data.encoding import (
 from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import BUNDLED_ALIAS, bundled_gguf, resolve_source
 from server.text.chat_codec import ChatCodec
-from server.text.chat_template import ChatTemplate
-from server.text.gguf_tokenizer import build_tokenizer
-from server.text.tokenizer_files import load_tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.gguf_tokenizer import build_tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 
 SAMPLE = Path(__file__).parents[3] / "drafter/train/sample/conversations.jsonl"
 EOS = 2

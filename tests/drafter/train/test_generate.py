@@ -30,8 +30,8 @@ from engine.request import Request
 from kernels.ops import Ops
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import ChatCodec
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer_files import load_tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.tokenizer_files import load_tokenizer
 from tests.support.tiny_engine import TinyEngine, random_llama
 from tests.support.tiny_llama import write_tokenizer
 

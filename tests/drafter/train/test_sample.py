@@ -10,7 +10,7 @@ import pytest
 
 from drafter.train.data.conversations import Prompt, read_conversations, read_prompts
 from engine.checkpoints.source import BUNDLED_ALIAS, resolve_source
-from server.text.tokenizer_files import load_tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = ROOT / "drafter/train/sample"

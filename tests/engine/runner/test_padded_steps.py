@@ -31,7 +31,7 @@ from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Backend, Ops
 from server.assembly.compose import runs_ahead
 from server.assembly.drafting import Drafting
-from server.assembly.rank import step_settings
+from server.assembly.ranks.rank import step_settings
 from tests.support import pretend_device
 from tests.support.engines import ask, generate
 from tests.support.extended import diagonal

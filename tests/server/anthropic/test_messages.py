@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from engine.messages import ErrorCode
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.http_server import MODEL, Server
 from tests.support.scripted_engine import fail, say
 from tests.support.tiny_llama import EOS

@@ -14,7 +14,7 @@ from engine.step.shape import DynamicShape
 from kernels.linear.scaled import FP8
 from kernels.ops import Ops
 from server.assembly.drafting import TreeChooser
-from server.assembly.rank import place_of_head
+from server.assembly.ranks.rank import place_of_head
 
 FACTS = DraftFacts("head", "eagle3", 1, 8192, 10)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.host import host_config
 from kernels.linear.grouped import quantise
 from kernels.ops import Ops
-from server.assembly.drafting import configured_ops
+from server.assembly.operations import configured_ops
 
 CPU = torch.device("cpu")
 WEIGHT = quantise(torch.randn(48, 64, generator=torch.Generator().manual_seed(3)), 4)

@@ -14,8 +14,8 @@ from engine.checkpoints.source import ModelFiles
 from engine.messages import EngineStats, Finished, Tokens
 from engine.request import FinishReason
 from server.assembly.offline import OfflineEngine
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer_files import load_tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.tokenizer_files import load_tokenizer
 from tests.support.engines import ask
 from tests.support.greedy import greedy_margins
 from tests.support.threads import own_torch_threads

@@ -17,7 +17,7 @@ from drafter.heads.untrained import eagle3_config, random_eagle3
 from drafter.train.data.conversations import read_prompts
 from drafter.train.results.report import Report
 from engine.checkpoints.arch import LlamaArch
-from server.assembly.evaluation import _verdict, sample_prompts
+from server.assembly.heads.evaluation import _verdict, sample_prompts
 from server.cli import app
 from server.commands.drafts import TREES
 from tests.support.live_server import run_aerie

@@ -341,7 +341,7 @@ def test_one_log_line_per_request_without_text(
     caplog.set_level(logging.INFO)
     server = make_server()
     server.chat(messages=[{"role": "user", "content": "private"}])
-    (record,) = [r for r in caplog.records if r.name == "server.http.request_log"]
+    (record,) = [r for r in caplog.records if r.name == "server.http.middleware.request_log"]
     fields = record.__dict__["fields"]
     assert fields["route"] == "POST /v1/chat/completions"
     assert (fields["status"], fields["finish_reason"]) == (200, "stop")
@@ -356,6 +356,6 @@ def test_texts_are_logged_on_request(
 ) -> None:
     caplog.set_level(logging.INFO)
     make_server(log_prompts=True).complete(prompt="private")
-    (record,) = [r for r in caplog.records if r.name == "server.http.request_log"]
+    (record,) = [r for r in caplog.records if r.name == "server.http.middleware.request_log"]
     assert record.__dict__["fields"]["prompt"] == "private"
     assert record.__dict__["fields"]["output"] == "hello there"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from server.http.body import parse_body
-from server.openai.schema import ChatRequest, CompletionRequest
+from server.http.request.body import parse_body
+from server.openai.request.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import (
     CHAT,
@@ -140,7 +140,7 @@ def test_what_had_no_effect_is_named_in_a_header_and_in_the_log(
 ) -> None:
     caplog.set_level(logging.INFO)
     assert warning(server, **fields) == names
-    (record,) = [r for r in caplog.records if r.name == "server.http.request_log"]
+    (record,) = [r for r in caplog.records if r.name == "server.http.middleware.request_log"]
     assert record.__dict__["fields"]["not_used"] == names.replace(", ", ",")
 
 

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from server.http.errors import ApiError
-from server.openai.conversation import ChatMessage, ToolCall, check_results
-from server.openai.convert import PIECE, encode
+from server.openai.inputs.convert import PIECE, encode
+from server.openai.request.conversation import ChatMessage, ToolCall, check_results
 from server.text.answer.instructions import with_single_calls
 from server.text.letters import Rendered, SpecialLetters
 from tests.support.counting import CountedText, num_lines

@@ -11,8 +11,8 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from server.openai.fields import HARMLESS
-from server.openai.schema import ChatRequest, CompletionRequest
+from server.openai.request.fields import HARMLESS
+from server.openai.request.schema import ChatRequest, CompletionRequest
 from tests.support.http_server import (
     CHAT,
     CHAT_PATH,

@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from engine.messages import EngineStats, Finished
 from engine.request import Request
-from server.openai.schema import ChatRequest, CompletionRequest
+from server.openai.request.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import refused
 from tests.support.http_server import (
     CHAT,

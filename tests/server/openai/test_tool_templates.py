@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.schema import ModelConfig
-from server.openai.conversation import ChatMessage, RenderingFields, render_chat
-from server.openai.tools import Tool
+from server.openai.request.conversation import ChatMessage, RenderingFields, render_chat
+from server.openai.request.tools import Tool
 from server.text.answer.forms import SYNTAXES, answer_form
-from server.text.chat_template import ChatTemplate
-from server.text.rendering import Renderer
+from server.text.template.chat_template import ChatTemplate
+from server.text.template.rendering import Renderer
 from tests.support.http_server import SPECIAL_TOKENS
 from tests.support.tiny_llama import CHAT_TEMPLATE, write_tokenizer
 from tests.support.tool_templates import LLAMA3, LLAMA4, QWEN

@@ -15,11 +15,11 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.request import Grammar
-from server.openai.tool_grammar import call_grammar, strict_grammar
-from server.openai.tools import Tool
+from server.openai.inputs.tool_grammar import call_grammar, strict_grammar
+from server.openai.request.tools import Tool
 from server.text.answer.forms import SYNTAXES
 from server.text.answer.instructions import INSTRUCTIONS
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import MESSAGES, Server, events_of
 from tests.support.scripted_engine import INFO, say

@@ -14,7 +14,7 @@ import pytest
 
 from engine.messages import DraftNodes, DraftSource, EngineStats, Round
 from engine.request import FinishReason
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.http_server import Server
 from tests.support.scripted_engine import Script, finished, say, steps, tokens
 from tests.support.waiting import DEADLINE

@@ -29,8 +29,8 @@ from engine.messages import (
 )
 from engine.request import FinishReason
 from server.process import engine_process
+from server.process.channel.wire import decode_engine, encode, unbounded
 from server.process.engine_process import STOPPING, EngineChannel
-from server.process.wire import decode_engine, encode, unbounded
 from tests.support.engines import ask
 from tests.support.fake_executor import FakeEngine, expected_text
 from tests.support.scripted_engine import INFO

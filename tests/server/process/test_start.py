@@ -17,9 +17,9 @@ from server.apis import ROUTES
 from server.http.app import create_app
 from server.http.context import ServerInfo
 from server.process.announcement import announcement, summary, warn_of_fallback
-from server.process.client import ZmqEngineClient
-from server.process.listening import open_port
-from server.text.chat_template import ChatTemplate
+from server.process.channel.client import ZmqEngineClient
+from server.process.setup.listening import open_port
+from server.text.template.chat_template import ChatTemplate
 from tests.support.configurations import hosted
 from tests.support.http_server import tiny_tokenizer
 from tests.support.scripted_engine import INFO

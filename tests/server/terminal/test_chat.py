@@ -16,7 +16,7 @@ from server.terminal.background import BackgroundServer
 from server.terminal.chunks import Chunk
 from server.terminal.remote import Remote, RemoteError
 from server.terminal.session import HELP
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.http_server import Server
 from tests.support.live_server import run_aerie
 from tests.support.scripted_engine import Event, fail, say, steps, tokens

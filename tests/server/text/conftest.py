@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles, resolve_source
-from server.text.tokenizer import SPACE_MARK, Tokenizer
-from server.text.tokenizer_files import load_tokenizer
+from server.text.tokens.tokenizer import SPACE_MARK, Tokenizer
+from server.text.tokens.tokenizer_files import load_tokenizer
 from tests.support.tiny_llama import write_tokenizer
 
 

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from configs.load import load_config
 from server.text.chat_codec import ChatCodec, load_codec
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.configurations import hosted
 from tests.support.tiny_llama import write_tiny_llama
 

@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from server.text.chat_template import ChatTemplate
 from server.text.letters import Rendered, SpecialLetters
-from server.text.tokenizer import Tokenizer
+from server.text.template.chat_template import ChatTemplate
+from server.text.tokens.tokenizer import Tokenizer
 from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
 
 EACH = "{% for m in messages %}"

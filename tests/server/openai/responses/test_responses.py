@@ -14,9 +14,9 @@ from openai.types.responses import Response, response_create_params
 
 from engine.messages import ErrorCode
 from engine.request import FinishReason
-from server.openai.fields import HARMLESS
+from server.openai.request.fields import HARMLESS
 from server.openai.responses.request import ResponsesRequest
-from server.text.tokenizer import Tokenizer
+from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
 from tests.support.http_server import MODEL, Server
 from tests.support.scripted_engine import fail, finished, say, tokens

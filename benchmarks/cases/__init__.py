@@ -1,0 +1,1 @@
+"""What is measured: shapes of kernels, schemas, traffic and faults, simulated engines."""

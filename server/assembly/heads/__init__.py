@@ -1,0 +1,1 @@
+"""Commands on draft heads: training and evaluation with the engine."""

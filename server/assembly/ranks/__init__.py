@@ -1,0 +1,1 @@
+"""The ranks of an engine: what each holds, their processes, where they meet."""

@@ -1,0 +1,1 @@
+"""Replies: streams and whole ones, those made in the background, and those kept for later."""

@@ -1,0 +1,1 @@
+"""What a client sent: bodies and queries, decoded and checked."""

@@ -1,0 +1,1 @@
+"""What clients send: the fields of requests, checked."""

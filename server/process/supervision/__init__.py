@@ -1,0 +1,1 @@
+"""Processes that keep others running."""

@@ -1,0 +1,1 @@
+"""Token ids to the text of one choice, as they come."""

@@ -1,0 +1,1 @@
+"""Tokenizers: text to token ids, ids to text, and the files that they are read from."""
