@@ -87,7 +87,17 @@ def load_calibration(path: Path = CALIBRATION) -> Calibration:
 def shipped_models() -> dict[str, Path]:
     """Hub ids of the models whose sizes ship with the package, and the files that hold them."""
     files = sorted((FOLDER / "models").glob("*.json"))
-    return {file.stem.replace("--", "/", 1): file for file in files}
+    return {_hub_id(file.stem): file for file in files}
+
+
+def shipped_heads() -> dict[str, Path]:
+    """The same of draft heads, and the directories that hold their config.json."""
+    files = sorted((FOLDER / "heads").glob("*/config.json"))
+    return {_hub_id(file.parent.name): file.parent for file in files}
+
+
+def _hub_id(name: str) -> str:
+    return name.replace("--", "/", 1)
 
 
 def _read(kind: type[Kind], path: Path) -> Kind:

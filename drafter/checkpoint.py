@@ -15,11 +15,12 @@ from torch import Tensor
 from configs.schema import AuxLayers
 from drafter import manifest, vocab
 from drafter.head_files import check_tensors, open_tensors, read_config
-from drafter.head_shards import write_json, write_tensors
+from drafter.head_shards import write_tensors
 from drafter.heads.building import HeadBuilder, LoadedHead
 from drafter.heads.config import AUX_IDS, HeadConfig
 from drafter.heads.published import eagle3_json, eagle_json
 from engine.checkpoints.arch import LlamaArch
+from engine.checkpoints.written import write_json
 
 logger = logging.getLogger(__name__)
 

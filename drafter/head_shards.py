@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
+
+from engine.checkpoints.written import write_json, write_tensors_file
 
 INDEX = "model.safetensors.index.json"
 HEADER_PER_FILE, HEADER_PER_TENSOR = 256, 128  # bytes without the names; upper bounds
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tensors(
@@ -38,17 +33,10 @@ def write_tensors(
             )
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=room)
     for file, names in split.filename_to_tensors.items():
-        _write_file(folder / file, {name: tensors[name] for name in names})
+        write_tensors_file(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
-
-
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> int:

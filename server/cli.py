@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands import bench, chat, deploy, drafts, models, plan, serve
+from server.commands import bench, chat, deploy, drafts, models, plan, quantize, serve
 from server.version import version as own_version
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for commands in (serve, chat, models, bench, deploy, plan, drafts):
+for commands in (serve, chat, models, bench, deploy, plan, drafts, quantize):
     commands.register(app)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoints.gguf_files.header import read_gguf
 from engine.checkpoints.source import resolve_source
-from server.text.tokens.gguf_tokenizer import build_tokenizer, special_tokens
+from server.text.tokens.gguf_tokenizer import write_tokenizer
 
 
 def converted_folder(gguf: Path, scratch: Path) -> Path:
@@ -26,7 +25,7 @@ def converted_folder(gguf: Path, scratch: Path) -> Path:
     fresh.mkdir(parents=True)
     checkpoint = open_checkpoint(resolve_source(str(gguf)))
     _write_config(checkpoint, fresh)
-    _write_tokenizer(gguf, fresh)
+    write_tokenizer(read_gguf(gguf).metadata, fresh)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in checkpoint.tensors()}
     save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
     fresh.rename(folder)
@@ -41,13 +40,3 @@ def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
     config.bos_token_id = checkpoint.bos_token_id
     config.eos_token_id = sorted(checkpoint.eos_token_ids)
     config.save_pretrained(folder)
-
-
-def _write_tokenizer(gguf: Path, folder: Path) -> None:
-    metadata = read_gguf(gguf).metadata
-    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
-    described = special_tokens(metadata) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if template := metadata.get("tokenizer.chat_template"):
-        described["chat_template"] = template
-    text = json.dumps(described, indent=1) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

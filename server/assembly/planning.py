@@ -10,7 +10,14 @@ from typing import Literal, cast, get_args
 import torch
 
 from configs.load import ConfigError
-from configs.planning import Gpu, load_calibration, load_gpu, shipped_gpus, shipped_models
+from configs.planning import (
+    Gpu,
+    load_calibration,
+    load_gpu,
+    shipped_gpus,
+    shipped_heads,
+    shipped_models,
+)
 from configs.resolve import HostConfig, ModelFacts, context_length, resolve_model
 from drafter.checkpoint import read_head_config
 from drafter.heads.config import HeadConfig
@@ -186,6 +193,9 @@ def _head_config(config: HostConfig, options: PlanOptions, target: ModelSizes) -
     if options.head is not None:
         return assumed_head(options.head, target)
     speculation = config.speculation
+    known = shipped_heads().get(str(speculation.draft))
+    if known is not None and not Path(str(speculation.draft)).exists():
+        return read_head_config(known, target.arch, speculation.aux_layers)
     try:
         path = resolve_draft(speculation.draft, config.model.source, config_only=True)
     except FileNotFoundError as error:

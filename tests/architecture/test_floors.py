@@ -31,6 +31,7 @@ FLOORS: dict[str, Table] = {
         "sampling",
         "speculation",
         "models",
+        "quantising",
         "scheduler",
         "runner",
         "capture",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import ConfigError
-from configs.planning import load_calibration, load_gpu, shipped_gpus, shipped_models
+from configs.planning import load_calibration, load_gpu, shipped_gpus, shipped_heads, shipped_models
 
 
 def test_shipped_files_are_read() -> None:
@@ -15,6 +15,7 @@ def test_shipped_files_are_read() -> None:
     bandwidths = [load_gpu(name).memory_bytes_per_second for name in ("h100", "h200", "b200")]
     assert bandwidths == sorted(bandwidths)
     assert "meta-llama/Llama-4-Scout-17B-16E-Instruct" in shipped_models()
+    assert "nvidia/Llama-4-Maverick-17B-128E-Eagle3" in shipped_heads()
     assert 0.5 < load_calibration().memory_share <= 1
 
 

@@ -6,8 +6,10 @@ before merging: runs of spaces before digits then get other tokens than in train
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -97,6 +99,19 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in NAMED.items()}
     return {name: tokens[index] for name, index in ids.items() if index is not None}
+
+
+def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
+    """The files of the tokenizer as Hugging Face directories have them. ValueError if it is not
+    byte-level."""
+    if not is_byte_level(metadata):
+        raise ValueError("a tokenizer of SentencePiece in a .gguf file cannot be written")
+    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    described = special_tokens(metadata) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if template := metadata.get("tokenizer.chat_template"):
+        described["chat_template"] = template
+    text = json.dumps(described, indent=1) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _add_marked_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:

@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from drafter import head_shards
 from drafter.checkpoint import load_head
 from drafter.heads.building import LoadedHead
 from drafter.heads.config import HeadConfig
@@ -23,6 +22,7 @@ from drafter.train.results import publish as publishing
 from drafter.train.results.model_card import DataSource, ModelCard
 from drafter.train.results.publish import publish
 from drafter.train.results.report import Measurement, Report
+from engine.checkpoints import written
 from kernels.ops import Ops
 from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET, TargetWeights
 
@@ -139,7 +139,7 @@ def disk_is_full(*_: object, **__: object) -> None:
 
 
 def full_at_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = head_shards.save_file
+    real = written.save_file
 
     def save(part: Tensors, path: Path, **options: object) -> None:
         if "00001" not in path.name:
@@ -147,7 +147,7 @@ def full_at_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
             disk_is_full()
         real(part, path, **options)
 
-    monkeypatch.setattr(head_shards, "save_file", save)
+    monkeypatch.setattr(written, "save_file", save)
 
 
 def full_at_the_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from drafter.train.data import target as module
-from drafter.train.data.target import BLOCK_SIZE, FrozenTarget, TargetFeatures
+from drafter.train.data.target import FrozenTarget, TargetFeatures
 from engine.checkpoints.arch import LlamaArch
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from engine.step.taps import LAST_OUTPUT
+from engine.step.texts import BLOCK_SIZE
 from kernels.ops import Ops
 from tests.support.tiny_engine import CPU, random_llama
 

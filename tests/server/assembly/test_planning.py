@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from configs.load import load_config
+from configs.load import load_config, shipped_configs
 from configs.planning import shipped_models
 from configs.resolve import HostConfig, with_sizes
 from configs.schema import WeightForm
@@ -224,7 +224,7 @@ def test_shipped_fp8_configurations_fit_and_are_planned_without_files(name: str)
     config = hosted(load_config(Path(name)))
     path = shipped_models()[config.model.source]
     assert read_quantisation(json.loads(path.read_text(encoding="utf-8"))) is not None
-    found = plan(config, PlanOptions(batches=(1,), head=head_kind("eagle3")))
+    found = plan(config, PlanOptions(batches=(1,)))
     billions = 70.6 if "70b" in name else 402
     assert found.memory.target_weights == pytest.approx(billions * 1e9 / 8, rel=0.06)
     assert found.memory.total <= H100
@@ -263,6 +263,15 @@ def test_a_plan_holds_memory_times_and_the_best_tree(tmp_path: Path) -> None:
     write_svg(found, tmp_path / "plan.svg")
     texts = list(ElementTree.parse(tmp_path / "plan.svg").getroot().itertext())
     assert {"plain", "with drafts", "1", "64", "256"} <= set(texts)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if "h100" in name])
+def test_shipped_configurations_are_planned_with_their_head_and_without_a_network(
+    name: str,
+) -> None:
+    found = plan(hosted(load_config(Path(name))), PlanOptions(batches=(1,)))
+    assert found.memory.draft_weights > 0
+    assert found.batches[0].tree != "root"
 
 
 def test_a_useless_head_is_not_used(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ their published files, on every rank: on the device `meta`, without numbers."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from configs.load import load_config
-from configs.planning import shipped_models
+from configs.planning import shipped_heads, shipped_models
 from configs.resolve import HostConfig
 from configs.schema import ExpertCut
 from drafter.checkpoint import load_head
@@ -37,13 +36,6 @@ Tensors = dict[str, MetaTensor]
 META = torch.device("meta")
 OPS = triton_ops(torch.bfloat16)
 H100 = 80 * 10**9
-LAYER = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 2048,
-}
 
 
 @dataclass(frozen=True)
@@ -52,51 +44,27 @@ class Published:
 
     num_tensors: int  # of the text model
     billions: float  # of its numbers, scales included; eight codes of four bits are one
-    head: Callable[[dict[str, Any]], tuple[dict[str, Any], Tensors]]
     forms: tuple[str, ...] = ("bfloat16", "float32")
 
 
-def _layer_of(target: dict[str, Any], **changes: int) -> dict[str, Any]:
-    text = target.get("text_config", target)
-    widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    return LAYER | {name: text[name] for name in (*widths, "vocab_size")} | changes
-
-
-def speculator(target: dict[str, Any]) -> tuple[dict[str, Any], Tensors]:
-    """RedHatAI's: layout of speculators."""
-    layer = _layer_of(target)
-    config = {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "draft_vocab_size": 32000,
-        "norm_before_residual": True,
-        "transformer_layer_config": layer,
-    }
-    return config, eagle3_tensors(layer, layer["hidden_size"], 32000, "layers.0.")
-
-
-def of_nvidia(target: dict[str, Any]) -> tuple[dict[str, Any], Tensors]:
-    layer = _layer_of(target)
-    ids = {"eagle_aux_hidden_state_layer_ids": [1, 23, 44], "use_aux_hidden_state": True}
-    config = layer | {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": ids}
-    return config, eagle3_tensors(layer, layer["hidden_size"], layer["vocab_size"], "midlayer.")
-
-
-def of_specforge(target: dict[str, Any]) -> tuple[dict[str, Any], Tensors]:
-    layer = _layer_of(target, intermediate_size=32768)
-    config = layer | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 32000}
-    return config, eagle3_tensors(layer, layer["hidden_size"], 32000, "midlayer.")
+def head_files(name: str) -> tuple[dict[str, Any], Tensors]:
+    """Of an EAGLE-3 head whose description ships: its config.json, and its tensors."""
+    config = json.loads((shipped_heads()[name] / "config.json").read_text(encoding="utf-8"))
+    layer = config.get("transformer_layer_config", config)
+    prefix = "midlayer." if layer is config else "layers.0."
+    drafted = config.get("draft_vocab_size", layer["vocab_size"])
+    return config, eagle3_tensors(layer, layer["hidden_size"], drafted, prefix)
 
 
 FP8_FORMS = ("bfloat16", "float32", "fp8")
 Q4_FORMS = ("bfloat16", "float32", "q4")
 SHIPPED = {
-    "llama31-8b-1xh100": Published(291, 8.03, speculator),
-    "llama33-70b-8xh100": Published(723, 70.55, speculator),
-    "llama33-70b-8xh100-fp8": Published(723 + 7 * 80, 70.56, speculator, FP8_FORMS),
-    "llama4-scout-1xh100-int4": Published(48 * (7 + 3 * 17 * 3) + 3, 18.73, of_specforge, Q4_FORMS),
-    "llama4-scout-8xh100": Published(48 * 12 + 3, 107.8, of_specforge),
-    "llama4-maverick-8xh100-fp8": Published(24 * (9 + 778) + 3, 400.8, of_nvidia, FP8_FORMS),
+    "llama31-8b-1xh100": Published(291, 8.03),
+    "llama33-70b-8xh100": Published(723, 70.55),
+    "llama33-70b-8xh100-fp8": Published(723 + 7 * 80, 70.56, FP8_FORMS),
+    "llama4-scout-1xh100-int4": Published(48 * (7 + 3 * 17 * 3) + 3, 18.73, Q4_FORMS),
+    "llama4-scout-8xh100": Published(48 * 12 + 3, 107.8),
+    "llama4-maverick-8xh100-fp8": Published(24 * (9 + 778) + 3, 400.8, FP8_FORMS),
 }
 
 
@@ -130,7 +98,7 @@ def files(name: str, experts: ExpertCut, folder: Path, monkeypatch: pytest.Monke
     shipped = load_config(Path(name))
     described = shipped_models()[shipped.model.source]
     config = json.loads(described.read_text(encoding="utf-8"))
-    target, (head_config, head) = target_tensors(config), SHIPPED[name].head(config)
+    target, (head_config, head) = target_tensors(config), head_files(str(shipped.speculation.draft))
     folders = MetaFolders(monkeypatch)
     folders.write(folder / "target", config, target)
     folders.write(folder / "head", head_config, head)

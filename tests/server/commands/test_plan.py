@@ -49,7 +49,7 @@ def test_contexts_are_numbers_of_tokens() -> None:
 
 def test_the_command_prints_tables_and_writes_files(tmp_path: Path) -> None:
     files = ["--svg", str(tmp_path / "plan.svg"), "--json", str(tmp_path / "plan.json")]
-    asked = ["plan", "--config", "llama33-70b-8xh100", "--head", "eagle3", "--batch", "1,64"]
+    asked = ["plan", "--config", "llama4-maverick-8xh100-fp8", "--batch", "1,64"]
     done = CliRunner().invoke(app, [*asked, *files], env={"COLUMNS": "120"})
     assert (done.exit_code, done.stderr) == (0, "")
     wanted = ["Memory: 8 GPUs of 74.5 GiB", "target weights", "on 8 x H100, context 8192"]

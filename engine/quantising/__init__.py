@@ -1,0 +1,1 @@
+"""Makes quantised checkpoints: rounds the weights of a model so that its outputs change little."""
