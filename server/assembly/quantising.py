@@ -34,7 +34,7 @@ from engine.quantising.rounding import Grid, Rounded, round_for_inputs, round_to
 from kernels.linear.quantised import dense
 from server.assembly.drafting import configured_ops
 from server.text.chat_codec import ChatCodec, load_codec
-from server.text.gguf_tokenizer import write_tokenizer
+from server.text.tokens.gguf_tokenizer import write_tokenizer
 
 KEPT = torch.bfloat16  # type of scales, and of plain weights from a .gguf file
 LM_HEAD = "lm_head"
