@@ -221,6 +221,23 @@ def test_usage_in_every_chunk_on_request(server: Server, path: str, stream: bool
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
+def test_the_last_text_before_the_limit_says_so(server: Server, path: str) -> None:
+    """As with vLLM, whose clients count chunks: each has further tokens, also the last."""
+    content = {"messages": MESSAGES} if path == CHAT_PATH else {"prompt": "hi"}
+    options = {"continuous_usage_stats": True}
+    body = {"model": "tiny", "stream": True, "max_tokens": 5, "logprobs": 1} | content
+    if path == CHAT_PATH:
+        body |= {"logprobs": True, "top_logprobs": 0}
+    *chunks, _ = events_of(server.post(path, body | {"stream_options": options}))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == list(range(0 if path == CHAT_PATH else 1, 6))
+    last = chunks[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("length", None)
+    assert last["text"] if path == COMPLETION_PATH else last["delta"]["content"]
+    assert len(last["logprobs"]["content" if path == CHAT_PATH else "tokens"]) == 1
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
 def test_token_ids_on_request(server: Server, path: str) -> None:
     content = {"messages": MESSAGES} if path == CHAT_PATH else {"prompt": "hi"}
     body = {"model": "tiny", "return_token_ids": True} | content
