@@ -15,6 +15,8 @@ from server.openai.fields import (
     HARMLESS,
     MAX_BEST_OF,
     MAX_INT,
+    AllowedTokenIds,
+    BadWords,
     CacheSalt,
     Fraction,
     LogitBias,
@@ -116,6 +118,8 @@ class SamplingFields(StructuredFields):
         "alternatives, by token id. Not with `stream`.",
     )
     logprob_token_ids: LogprobTokenIds = None
+    allowed_token_ids: AllowedTokenIds = None
+    bad_words: BadWords = None
     use_beam_search: Literal[False] | None = Field(None, description="Only false.")
     length_penalty: float | None = Field(
         None, ge=1, le=1, description="Only 1: it is for beam search."

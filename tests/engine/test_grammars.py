@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+import regex
 
 from engine.completion import Completion
 from engine.core import EngineCore
@@ -38,6 +39,8 @@ WORDS = r"[a-c]{3,30} (ab|ba|c)*"
 NAMES = r'\{"name": "[a-z]{1,12}", "age": [0-9]{1,3}(, "ok": (true|false))?\}'
 ENDLESS = "(ab|c)*"
 NAMED = (TOKENS.index(b"b"), TOKENS.index(b"ab"), TOKENS.index(b"}"))
+FEW = tuple(TOKENS.index(token) for token in (b"a", b"b", b"c", b"ab", b" "))
+BAD = (FEW[:1], (FEW[1], FEW[2]), (FEW[2], FEW[1], FEW[3]))
 # Free text, but after "ab" follow two digits and "c".
 TRIGGERED = r"""start: part* TEXT
 TEXT: /(.|\n)*/
@@ -62,6 +65,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
     "free-penalised": {"frequency_penalty": 0.5, "logprobs": 1},
     "named": {"pattern": WORDS, "logprobs": 0, "logprob_token_ids": NAMED},
+    "few": {"allowed_token_ids": (*FEW, EOS), "bad_words": BAD, "min_tokens": 5},
+    "few-words": {"pattern": WORDS, "allowed_token_ids": FEW, "bad_words": BAD},
+    "no-words": {"bad_words": BAD, "logit_bias": dict.fromkeys(FEW, 12.0), "logprobs": 1},
 }
 
 
@@ -143,6 +149,18 @@ def test_named_tokens_that_may_not_follow_have_no_probability(
         assert tuple(values) == NAMED
         assert {token for token in NAMED if values[token] > -1e30} == known.intersection(NAMED)
         assert values.get(entry.token_id, entry.logprob) == entry.logprob
+
+
+def test_tokens_that_rules_forbid_are_not_drawn(plain: dict[str, Completion]) -> None:
+    for name in ("few", "few-words", "no-words"):
+        token_ids = plain[name].token_ids
+        assert name == "no-words" or set(token_ids) <= {*FEW, EOS}, name
+        assert len(token_ids) >= 5, name
+        for bad in BAD:
+            ends = range(len(bad), len(token_ids) + 1)
+            assert all(tuple(token_ids[end - len(bad) : end]) != bad for end in ends), name
+    assert regex.fullmatch(WORDS, text_of(plain["few-words"].token_ids), partial=True)
+    assert len(set(plain["no-words"].token_ids) & set(FEW)) > 2  # likely but for the rules
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def warning(server: Server, **fields: Any) -> str | None:
     "fields",
     [
         {"stop": ""},
+        {"bad_words": []},
         {"stop": []},
         {"stop": ["", "zzz"]},
         {"stop": [f"stop {index}" for index in range(32)]},
@@ -218,6 +219,15 @@ def test_usage_in_every_chunk_on_request(server: Server, path: str, stream: bool
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert "prompt_tokens_details" in last["usage"]
     assert done == "[DONE]"
+
+
+def test_allowed_tokens_and_bad_words_reach_the_engine(server: Server) -> None:
+    fields = {"allowed_token_ids": [9, 5, 9], "bad_words": ["he", " he", " "]}
+    server.chat(**fields)
+    server.complete(**fields, prompt=["a", "b"])
+    bad = tuple(tuple(server.ids(text)) for text in ("he", " he", " ", "  "))
+    asked = [(r.params.allowed_token_ids, r.params.bad_words) for r in server.engine.submitted]
+    assert asked == [((9, 5), bad)] * 3
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
