@@ -6,7 +6,9 @@ from __future__ import annotations
 import random
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +20,7 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammars import Grammars
 from engine.grammar.matcher import Matcher
 from engine.messages import Abort, ErrorCode, Submit
+from engine.models.llama import Llama
 from engine.request import FinishReason, Grammar, Request
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.shape import chain
@@ -201,6 +204,28 @@ def test_forced_text_is_drafted_without_a_head(
     assert end is not None
     assert end.num_accepted >= len('{"name": "') // 2
     assert end.num_accepted == end.num_drafted
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padded_steps_make_masks_after_the_target_was_started(
+    engine: TinyEngine, monkeypatch: pytest.MonkeyPatch, padded: bool
+) -> None:
+    """On a GPU it then runs meanwhile; with exact sizes, masks first cut what it computes."""
+    order: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            order.append(name)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(Matcher, "fill", noted("masks", Matcher.fill))
+    monkeypatch.setattr(Llama, "forward", noted("target", Llama.forward))
+    core = replace(engine, padded=padded, run_ahead=False).build()
+    generate(core, [ask("names", [5, 6], grammar=matching(NAMES), max_tokens=12)])
+    pairs = list(zip(order[::2], order[1::2], strict=True))
+    assert set(pairs) == {("target", "masks") if padded else ("masks", "target")}
 
 
 def test_alone_a_request_gets_the_same_text(
