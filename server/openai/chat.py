@@ -31,6 +31,7 @@ from server.openai.report import Report
 from server.openai.schema import ChatRequest
 from server.openai.tool_grammar import chat_grammar
 from server.openai.trace import TraceWriter
+from server.text.answer.parts import Content
 
 router = APIRouter()
 ROUTES = Routes(router, (ChatRequest,), (ChatCompletion, ChatChunk))
@@ -61,6 +62,9 @@ class ChatWriter:
         self._traces = [TraceWriter(tokenizer, traced) for _ in generation.choices]
         self._num_prompt_tops = body.prompt_logprobs
         self._prompt_scores: PromptScores | None = None
+        self._echoed = body.echoed
+        for message in self._messages:
+            message.add_parts([Content(self._echoed)])
         self._opened = False
 
     def events(self, delta: ChoiceDelta) -> bytes:
@@ -112,6 +116,9 @@ class ChatWriter:
             first = UNSET if index else self._if_asked(self._prompt_ids(), UNSET)
             choice = ChatChunkChoice(index=index, delta=role)
             events.append(self._report.opening([choice], prompt_token_ids=first))
+            if self._echoed:
+                echo = ChatChunkChoice(index=index, delta=ChatDelta(content=self._echoed))
+                events.append(self._report.opening([echo]))
         return b"".join(events)
 
     def _delta_events(self, delta: ChoiceDelta) -> bytes:

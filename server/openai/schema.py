@@ -249,7 +249,11 @@ class ChatRequest(SamplingFields, RenderingFields):
     )
     functions: OldFunctions = None
     function_call: OldChoice = None
-    echo: Literal[False] | None = Field(None, description="Only false.")
+    echo: bool | None = Field(
+        None,
+        description="As in vLLM: the reply begins with the text of the last message, if that is of "
+        "the assistant.",
+    )
     audio: Unsupported = None
     moderation: Unsupported = None
     web_search_options: Unsupported = None
@@ -277,6 +281,8 @@ class ChatRequest(SamplingFields, RenderingFields):
 
     def not_used(self) -> Iterator[str]:
         yield from SamplingFields.not_used(self)
+        if self.echo and not self.echoed:
+            yield "echo"
         if self.prediction is not None and self.max_draft_nodes == 0:
             yield "prediction"
         if self.functions:
@@ -285,6 +291,12 @@ class ChatRequest(SamplingFields, RenderingFields):
             yield "tools"
         if self.parallel_tool_calls is not None and not self.shown_tools:
             yield "parallel_tool_calls"
+
+    @property
+    def echoed(self) -> str:
+        """The text with which the reply begins."""
+        last = self.messages[-1]
+        return last.text if self.echo and last.role == "assistant" else ""
 
     @property
     def shown_tools(self) -> Sequence[Tool]:

@@ -19,6 +19,7 @@ from tests.support.http_server import (
     CHAT_PATH,
     COMPLETION_PATH,
     MESSAGES,
+    MODEL,
     Server,
     events_of,
 )
@@ -219,6 +220,31 @@ def test_usage_in_every_chunk_on_request(server: Server, path: str, stream: bool
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert "prompt_tokens_details" in last["usage"]
     assert done == "[DONE]"
+
+
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_the_message_that_is_continued_is_echoed_on_request(server: Server, role: str) -> None:
+    messages = [*MESSAGES, {"role": role, "content": "Sure, "}]
+    fields = {"messages": messages, "continue_final_message": True, "echo": True}
+    whole = server.chat(**fields)
+    expected = ("Sure, " if role == "assistant" else "") + "hello there"
+    assert whole.json()["choices"][0]["message"]["content"] == expected
+    *chunks, _ = events_of(server.chat(**fields, stream=True))
+    deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(deltas) == expected
+    assert ("echo" in whole.headers.get("x-aerie-warning", "")) == (role == "user")
+
+
+def test_what_sagemaker_sends_is_told_apart(server: Server) -> None:
+    bodies = {"messages": MESSAGES}, {"prompt": "hi"}, {"input": "hi"}
+    for body, path in zip(bodies, (CHAT_PATH, COMPLETION_PATH, "/v1/embeddings"), strict=True):
+        content = {"model": MODEL, **body}
+        there, here = server.post(path, content), server.post("/invocations", content)
+        assert (here.status_code, here.json().keys()) == (200, there.json().keys())
+    for content in ({"model": MODEL}, {"model": MODEL, "prompt": 5}, {"prompt": "hi"}):
+        assert server.post("/invocations", content).status_code == 400
+    for method in ("GET", "POST"):
+        assert server.run(lambda client, m=method: client.request(m, "/ping")).status_code == 200
 
 
 def test_allowed_tokens_and_bad_words_reach_the_engine(server: Server) -> None:

@@ -146,7 +146,7 @@ BAD_CHAT: list[tuple[str, Any]] = [
     ("moderation", {}),
     ("web_search_options", {}),
     ("metadata", [1]),
-    ("echo", True),
+    ("echo", 1),
     ("store", "yes"),
     ("chat_template_kwargs", []),
 ]
