@@ -45,8 +45,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None  # alternatives per prompt token (completions with `echo`)
     grammar: Grammar | None = None  # only tokens that it allows are drawn
+    allowed_token_ids: tuple[int, ...] = ()  # only these are drawn; (): all
+    # Sequences of output tokens: the last of one is not drawn after the others.
+    bad_words: tuple[tuple[int, ...], ...] = ()
     # The final hidden state of the prompt's last token, or the mean of all its tokens, is wanted.
     pooling: Pooling | None = None
+
+    @property
+    def has_token_rules(self) -> bool:
+        return bool(self.allowed_token_ids or self.bad_words)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the host says at each node which tokens may follow."""
+        return self.grammar is not None or self.has_token_rules
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

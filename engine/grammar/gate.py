@@ -15,7 +15,9 @@ from engine.request import Request
 if TYPE_CHECKING:
     from engine.grammar.grammars import Compiled, Grammars
 
-NO_TOKENIZER = "a grammar needs the model's tokenizer, and this model has none"
+NO_TOKENIZER = (
+    "a grammar, allowed_token_ids or bad_words needs the model's tokenizer, and this model has none"
+)
 
 Problem = tuple[str, ErrorCode]
 
@@ -58,11 +60,17 @@ class Gate:
 
     def take(self, message: Submit) -> Opened | None:
         """The requests of a message, if they need not wait."""
-        grammar = message.request.params.grammar
-        if grammar is None:
+        params = message.request.params
+        if not params.is_masked:
             return Opened(message, message.requests())
         if self._grammars is None:
             return Opened(message, message.requests(), (NO_TOKENIZER, ErrorCode.INVALID))
+        grammar = params.grammar
+        if grammar is None:
+            requests = message.requests()
+            for request in requests:
+                self._grammars.open(request, None)
+            return Opened(message, requests)
         self._waiting.append(_Waiting(message, self._grammars.ask(grammar)))
         return None
 

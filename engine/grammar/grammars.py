@@ -10,6 +10,7 @@ from llguidance import LLMatcher
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.matcher import Matcher
+from engine.grammar.token_rules import RuledText
 from engine.request import Grammar, Request
 
 KEPT = 256  # compiled grammars
@@ -17,6 +18,7 @@ KEPT = 256  # compiled grammars
 KEPT_CHARACTERS, LONGEST_KEPT = 2**18, 2**14
 
 Compiled = Future[LLMatcher]
+Follower = Matcher | RuledText
 
 
 class Grammars:
@@ -30,12 +32,12 @@ class Grammars:
         self._compiler = self._thread.submit(build)
         self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()
         self._num_characters = 0  # of their texts
-        self._matchers: dict[str, Matcher] = {}  # by request id, from its submission to its end
-        self._by_line: dict[int, Matcher] = {}
+        self._matchers: dict[str, Follower] = {}  # by request id, from its submission to its end
+        self._by_line: dict[int, Follower] = {}
 
     @property
     def any_runs(self) -> bool:
-        """Whether a running row has a grammar."""
+        """Whether a running row may not have any token."""
         return bool(self._by_line)
 
     def ask(self, grammar: Grammar) -> Compiled:
@@ -53,11 +55,17 @@ class Grammars:
             self._num_characters -= len(dropped.text)
         return found
 
-    def open(self, request: Request, compiled: LLMatcher) -> None:
-        """Follow a request from now on."""
-        size = self._compiler.result().vocab_size
-        matcher = Matcher(compiled, size, self._eos_token_ids, request.params)
-        self._matchers[request.request_id] = matcher
+    def open(self, request: Request, compiled: LLMatcher | None) -> None:
+        """Follow a request from now on. `compiled`: its grammar, if it has one."""
+        params, matcher = request.params, None
+        if compiled is not None:
+            size = self._compiler.result().vocab_size
+            matcher = Matcher(compiled, size, self._eos_token_ids, params)
+        if matcher is None or params.has_token_rules:
+            found: Follower = RuledText(matcher, self._eos_token_ids, params)
+        else:
+            found = matcher
+        self._matchers[request.request_id] = found
 
     def take(self, request_id: str, output_ids: Sequence[int]) -> None:
         """Another engine has drawn these tokens of a request, which may have no grammar."""
@@ -79,8 +87,8 @@ class Grammars:
         """The line is free again, after the end of its request or by preemption."""
         self._by_line.pop(line, None)
 
-    def of_line(self, line: int) -> Matcher | None:
-        """The matcher of a running row, None if it has no grammar."""
+    def of_line(self, line: int) -> Follower | None:
+        """What follows a running row, None if it may have any token."""
         return self._by_line.get(line)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:

@@ -172,9 +172,9 @@ class Matcher:
 
     def _leave_wanted(self, out: Mask, depth: int) -> None:
         if self._early is not None and len(self._taken) + depth < self._min_tokens:
-            _narrow(out, self._early)
+            narrow(out, self._early)
         if self._unwanted is not None:
-            _narrow(out, self._unwanted)
+            narrow(out, self._unwanted)
 
     def _is_complete(self) -> bool:
         if self._matcher.is_stopped() or not self._matcher.is_accepting():
@@ -188,7 +188,7 @@ def allows(mask: Mask, token: int) -> bool:
     return bool(mask[token >> 5] >> (token & 31) & 1)
 
 
-def _narrow(mask: Mask, wanted: Mask) -> None:
+def narrow(mask: Mask, wanted: Mask) -> None:
     """Keep only wanted tokens, if there are any."""
     kept = mask & wanted
     if kept.any():

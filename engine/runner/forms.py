@@ -30,7 +30,7 @@ class StepForm:
     any_greedy: bool
     is_filtered: bool  # some row has top-k, top-p or min-p
     is_penalised: bool
-    is_masked: bool  # some row has a grammar
+    is_masked: bool  # some row may not have any token, such as one with a grammar
     num_bias: int  # M, entries of the longest list of logit changes
     num_top: int  # alternatives reported with log-probabilities; -1: no row asked
     num_named: int  # L, most tokens that a row wants to be reported besides

@@ -146,7 +146,7 @@ class DeviceSteps:
             self._steps[form] = self._make(form, captured=True)
 
     def _make(self, form: StepForm, *, captured: bool) -> StaticStep:
-        # A masked step waits for the host in the middle.
+        # In the middle of a masked step, the host looks at the trees.
         if self._pool is None or not captured or form.is_masked:
             return self._steps.get(form) or StaticStep(self._body, form, self._idle(form))
         try:

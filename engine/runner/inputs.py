@@ -225,7 +225,7 @@ class InputBuilder:
             any_greedy=not sampled.all(),
             is_filtered=bool(settings.is_filtered[drawing].any()),
             is_penalised=bool(settings.is_penalised[drawing].any()),
-            is_masked=bool(settings.has_grammar[drawing].any()),
+            is_masked=bool(settings.is_masked[drawing].any()),
             num_top=int(settings.num_top[drawing].max(initial=-1)),
             num_echo_top=int(settings.num_echo_top[lines[: len(samples)]].max(initial=-1)),
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from engine.copies import Fetch, join, upload, view
 from engine.grammar.grammars import Grammars
 from engine.grammar.matcher import EVERYTHING
 from engine.runner.inputs import StepInputs
@@ -12,26 +16,58 @@ from engine.step.group import TPGroup
 from engine.step.tree import DraftTree
 
 
+class MaskedRows(NamedTuple):
+    """What masks depend on: the rows of a step and their trees. Large dtypes come first, so that
+    each part is aligned when all are joined."""
+
+    lines: Tensor  # [B] int64
+    limits: Tensor  # [B] int64
+    sizes: Tensor  # [B] int64
+    tokens: Tensor  # [B, N] int64
+    parents: Tensor  # [B, N] int64
+    samples: Tensor  # [B] bool
+
+    @classmethod
+    def of(cls, inputs: StepInputs, tree: DraftTree) -> MaskedRows:
+        return cls(
+            inputs.lines, inputs.limits, tree.sizes, tree.tokens, tree.parents, inputs.samples
+        )
+
+    def fetched(self) -> Callable[[], MaskedRows]:
+        """Starts a copy to the host; the result waits for it."""
+        fetch = Fetch(join(self))
+
+        def wait() -> MaskedRows:
+            here, parts, first = fetch.wait(), [], 0
+            for like in self:
+                parts.append(view(here, first, like))
+                first += like.numel() * like.itemsize
+            return MaskedRows(*parts)
+
+        return wait
+
+
 def node_masks(
-    grammars: Grammars | None, inputs: StepInputs, tree: DraftTree, num_nodes: int, vocab_size: int
+    grammars: Grammars | None, wait: Callable[[], MaskedRows], num_nodes: int, vocab_size: int
 ) -> Tensor:
     """A mask for each of the packed nodes, [num_nodes, ceil(V / 32)] int32 (see
     `DrawSettings.allowed`), from host tensors. Rows without a grammar may draw any token.
 
     Args:
         grammars: None on ranks that get the masks of rank 0: theirs are arbitrary.
+        wait: returns the rows, on the host.
         num_nodes: at least the sum of the sizes of trees. Padding rows have none.
     """
     masks = torch.full((num_nodes, -(-vocab_size // 32)), EVERYTHING, dtype=torch.int32)
     if grammars is None:
         return masks
-    out, first = masks.numpy(), 0
-    sizes = torch.where(inputs.limits > 0, tree.sizes, 0)
-    rows = zip(inputs.lines.tolist(), inputs.samples.tolist(), sizes.tolist(), strict=True)
-    for row, (line, samples, size) in enumerate(rows):
+    rows, out, first = wait(), masks.numpy(), 0
+    sizes = torch.where(rows.limits > 0, rows.sizes, 0)
+    found = zip(rows.lines.tolist(), rows.samples.tolist(), sizes.tolist(), strict=True)
+    for row, (line, samples, size) in enumerate(found):
         matcher = grammars.of_line(line) if size and samples else None
         if matcher is not None:
-            tokens, parents = tree.tokens[row, :size].tolist(), tree.parents[row, :size].tolist()
+            tokens, parents = rows.tokens[row, :size].tolist(), rows.parents[row, :size].tolist()
             matcher.fill(tokens, parents, out[first : first + size])
         first += size
     return masks
@@ -63,4 +99,4 @@ def cut_tree(tree: DraftTree, masks: Tensor) -> tuple[DraftTree, Tensor]:
 
 def shared_masks(masks: Tensor, device: torch.device, group: TPGroup) -> Tensor:
     """Rank 0's masks on every rank, on the device: only rank 0 follows grammars."""
-    return group.from_first(masks.to(device))
+    return group.from_first(upload(masks, device))

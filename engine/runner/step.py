@@ -23,7 +23,7 @@ from engine.runner.inputs import StepInputs
 from engine.runner.laps import Laps
 from engine.runner.layout import Layout
 from engine.runner.line_state import LineState
-from engine.runner.masking import cut_tree, node_masks, shared_masks
+from engine.runner.masking import MaskedRows, cut_tree, node_masks, shared_masks
 from engine.sampling.spread import SpreadLogits, edits_of, settings_of
 from engine.speculation.proposer import Drafted, DraftLimits, Proposer, Roots, Singles
 from engine.speculation.verify import commit, walk
@@ -35,6 +35,7 @@ from engine.step.tree import DraftTree, VerifyResult
 from kernels.packing.settling import DrawnTrees, Report, SettledTrees
 from kernels.sampling.settings import BiasEntries, DrawSettings, LogitEdits, Penalties, Scores
 
+Allowed = Callable[[], Tensor]  # returns `DrawSettings.allowed`; it may wait for trees
 Score = Callable[[Tensor, Tensor, int, Tensor | None], Scores]  # as `SpreadLogits.score`
 
 
@@ -90,10 +91,10 @@ class StepBody:
 
     def draft(
         self, inputs: StepInputs, form: StepForm, laps: Laps
-    ) -> tuple[Layout, Tensor, Tensor | None]:
+    ) -> tuple[Layout, Tensor, Allowed | None]:
         """The first half. Returns the layout of all tokens and nodes, which rows' trees the head
-        could not grow, [B] bool, and if some rows have grammars, the tokens that may follow each
-        node, as `DrawSettings.allowed`. In that case it waits for the device."""
+        could not grow, [B] bool, and if some rows have grammars, what makes the masks of all
+        nodes."""
         inputs, started = self._start(inputs, form)
         tables = started.tables
         with laps.time(DRAFT):
@@ -120,25 +121,32 @@ class StepBody:
 
     def _masked(
         self, inputs: StepInputs, tree: DraftTree, form: StepForm
-    ) -> tuple[DraftTree, Tensor]:
-        """The tokens that grammars allow at every node, [R, ceil(V / 32)]; where sizes are exact,
-        trees are cut to the nodes that can be reached."""
-        num_nodes = int(tree.sizes.sum()) if form.exact else form.num_nodes
-        masks = node_masks(self.grammars, inputs, tree, num_nodes, self.vocab_size)
-        masks = shared_masks(masks, inputs.lines.device, self.context.group)
-        if form.exact and form.max_nodes > 1:
+    ) -> tuple[DraftTree, Allowed]:
+        """What makes the masks of all nodes, [R, ceil(V / 32)]. Where sizes are exact they are
+        made here, and trees are cut to the nodes that can be reached. Elsewhere the host makes
+        them while the device runs the target, and waits for the trees alone."""
+        rows, device, group = MaskedRows.of(inputs, tree), inputs.lines.device, self.context.group
+        if not form.exact:
+            wait = rows.fetched()
+            make = partial(node_masks, self.grammars, wait, form.num_nodes, self.vocab_size)
+            return tree, lambda: shared_masks(make(), device, group)
+        num_nodes = int(tree.sizes.sum())
+        masks = node_masks(self.grammars, lambda: rows, num_nodes, self.vocab_size)
+        masks = shared_masks(masks, device, group)
+        if form.max_nodes > 1:
             tree, masks = cut_tree(tree, masks)
             tree = tree.narrowed()
-        return tree, masks
+        return tree, lambda: masks
 
     def verify(
-        self, layout: Layout, faults: Tensor, laps: Laps, allowed: Tensor | None = None
+        self, layout: Layout, faults: Tensor, laps: Laps, masks: Allowed | None = None
     ) -> StepOutputs:
-        """The second half: emits tokens and updates the caches. `allowed`: the masks of all nodes,
-        as `DrawSettings.allowed`."""
+        """The second half: emits tokens and updates the caches. `masks`: makes those of all
+        nodes."""
         with laps.time(VERIFY):
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
+            allowed = None if masks is None else masks()
             result, settled, scores = self._verify(layout, hidden, faults, allowed)
             echo, pooled = self._echo(layout, hidden), _pooled(layout, hidden)
         with laps.time(COMMIT):

@@ -59,7 +59,7 @@ class LineSettings:
         self.floats[4:] = 1
         self.is_filtered = each(False, np.bool_)  # sampled with top-k, top-p or min-p
         self.is_penalised = each(False, np.bool_)
-        self.has_grammar = each(False, np.bool_)
+        self.is_masked = each(False, np.bool_)
         self.num_top = each(-1, np.int64)  # alternatives to report with log-probabilities; -1: none
         self.num_echo_top = each(-1, np.int64)  # the same for prompt tokens
         self.named: dict[int, tuple[int, ...]] = {}  # `logprob_token_ids`
@@ -86,7 +86,7 @@ class LineSettings:
             self.top_k[line] < self._vocab_size or params.top_p < 1 or params.min_p > 0
         )
         self.is_penalised[line] = is_penalised(params)
-        self.has_grammar[line] = params.grammar is not None
+        self.is_masked[line] = params.is_masked
         self.num_top[line] = -1 if params.logprobs is None else params.logprobs
         self.num_echo_top[line] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
         if params.logprobs is not None and params.logprob_token_ids:
@@ -108,10 +108,10 @@ class LineSettings:
         return [part for part in (self._bias[line], held if is_held else NO_BIAS) if len(part)]
 
     def _held_back(self, request: Request) -> BiasList:
-        """Forbids the tokens that would end a text of fewer than `min_tokens` tokens. With a
-        grammar, its masks do so where another token may follow."""
+        """Forbids the tokens that would end a text of fewer than `min_tokens` tokens. If it is
+        masked, its masks do so where another token may follow."""
         params = request.params
-        if params.min_tokens == 0 or params.grammar is not None:
+        if params.min_tokens == 0 or params.is_masked:
             return NO_BIAS
         ends = () if params.ignore_eos else self._eos_token_ids
         ids = np.array(sorted({*params.stop_token_ids, *ends}), dtype=np.int64)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from engine.request import FinishReason, Sequence
 
 if TYPE_CHECKING:
-    from engine.grammar.grammars import Grammars
-    from engine.grammar.matcher import Matcher
+    from engine.grammar.grammars import Follower, Grammars
 
 
 def cut_emitted(
@@ -59,5 +58,5 @@ class TextEnds:
         matcher = self._matcher(seq)
         return None if matcher is None else matcher.error
 
-    def _matcher(self, seq: Sequence) -> Matcher | None:
+    def _matcher(self, seq: Sequence) -> Follower | None:
         return None if self.grammars is None else self.grammars.of_line(seq.line)

@@ -32,7 +32,7 @@ from engine.quantising.files import (
 )
 from engine.quantising.rounding import Grid, Rounded, round_for_inputs, round_to_nearest
 from kernels.linear.quantised import dense
-from server.assembly.drafting import configured_ops
+from server.assembly.operations import configured_ops
 from server.text.chat_codec import ChatCodec, load_codec
 from server.text.tokens.gguf_tokenizer import write_tokenizer
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from server.openai.endpoints import chat, completions, embeddings, models, tokenize
+from server.openai.endpoints import (
+    chat,
+    completions,
+    embeddings,
+    invocations,
+    models,
+    tokenize,
+)
 from server.openai.responses import routes as responses
 
 ROUTES = (
@@ -10,6 +17,7 @@ ROUTES = (
     completions.ROUTES,
     responses.ROUTES,
     embeddings.ROUTES,
+    invocations.ROUTES,
     models.ROUTES,
     tokenize.ROUTES,
 )

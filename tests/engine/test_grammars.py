@@ -6,10 +6,13 @@ from __future__ import annotations
 import random
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
+import regex
 
 from engine.completion import Completion
 from engine.core import EngineCore
@@ -17,6 +20,7 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammars import Grammars
 from engine.grammar.matcher import Matcher
 from engine.messages import Abort, ErrorCode, Submit
+from engine.models.llama import Llama
 from engine.request import FinishReason, Grammar, Request
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.shape import chain
@@ -38,6 +42,8 @@ WORDS = r"[a-c]{3,30} (ab|ba|c)*"
 NAMES = r'\{"name": "[a-z]{1,12}", "age": [0-9]{1,3}(, "ok": (true|false))?\}'
 ENDLESS = "(ab|c)*"
 NAMED = (TOKENS.index(b"b"), TOKENS.index(b"ab"), TOKENS.index(b"}"))
+FEW = tuple(TOKENS.index(token) for token in (b"a", b"b", b"c", b"ab", b" "))
+BAD = (FEW[:1], (FEW[1], FEW[2]), (FEW[2], FEW[1], FEW[3]))
 # Free text, but after "ab" follow two digits and "c".
 TRIGGERED = r"""start: part* TEXT
 TEXT: /(.|\n)*/
@@ -62,6 +68,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
     "free-penalised": {"frequency_penalty": 0.5, "logprobs": 1},
     "named": {"pattern": WORDS, "logprobs": 0, "logprob_token_ids": NAMED},
+    "few": {"allowed_token_ids": (*FEW, EOS), "bad_words": BAD, "min_tokens": 5},
+    "few-words": {"pattern": WORDS, "allowed_token_ids": FEW, "bad_words": BAD},
+    "no-words": {"bad_words": BAD, "logit_bias": dict.fromkeys(FEW, 12.0), "logprobs": 1},
 }
 
 
@@ -145,6 +154,18 @@ def test_named_tokens_that_may_not_follow_have_no_probability(
         assert values.get(entry.token_id, entry.logprob) == entry.logprob
 
 
+def test_tokens_that_rules_forbid_are_not_drawn(plain: dict[str, Completion]) -> None:
+    for name in ("few", "few-words", "no-words"):
+        token_ids = plain[name].token_ids
+        assert name == "no-words" or set(token_ids) <= {*FEW, EOS}, name
+        assert len(token_ids) >= 5, name
+        for bad in BAD:
+            ends = range(len(bad), len(token_ids) + 1)
+            assert all(tuple(token_ids[end - len(bad) : end]) != bad for end in ends), name
+    assert regex.fullmatch(WORDS, text_of(plain["few-words"].token_ids), partial=True)
+    assert len(set(plain["no-words"].token_ids) & set(FEW)) > 2  # likely but for the rules
+
+
 @pytest.mark.parametrize(
     ("planner", "changes"),
     [
@@ -183,6 +204,28 @@ def test_forced_text_is_drafted_without_a_head(
     assert end is not None
     assert end.num_accepted >= len('{"name": "') // 2
     assert end.num_accepted == end.num_drafted
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padded_steps_make_masks_after_the_target_was_started(
+    engine: TinyEngine, monkeypatch: pytest.MonkeyPatch, padded: bool
+) -> None:
+    """On a GPU it then runs meanwhile; with exact sizes, masks first cut what it computes."""
+    order: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            order.append(name)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(Matcher, "fill", noted("masks", Matcher.fill))
+    monkeypatch.setattr(Llama, "forward", noted("target", Llama.forward))
+    core = replace(engine, padded=padded, run_ahead=False).build()
+    generate(core, [ask("names", [5, 6], grammar=matching(NAMES), max_tokens=12)])
+    pairs = list(zip(order[::2], order[1::2], strict=True))
+    assert set(pairs) == {("target", "masks") if padded else ("masks", "target")}
 
 
 def test_alone_a_request_gets_the_same_text(

@@ -16,7 +16,7 @@ from configs.schema import ServerConfig
 from server.http.errors import ApiError
 from server.http.middleware.request_log import send_error
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/docs", "/openapi.json"})
 ADMIN_PREFIX = "/admin/"  # these routes check admin keys themselves
 REALM = {"www-authenticate": "Bearer"}
 

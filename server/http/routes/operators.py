@@ -49,6 +49,12 @@ async def ready(http: HttpRequest) -> dict[str, str]:
     return {"status": "ready"}
 
 
+@router.api_route("/ping", methods=["GET", "HEAD", "POST"], include_in_schema=False)
+async def ping(http: HttpRequest) -> dict[str, str]:
+    """As /ready, where Amazon SageMaker and clients of vLLM ask."""
+    return await ready(http)
+
+
 @router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response)
 async def metrics(http: HttpRequest) -> Response:

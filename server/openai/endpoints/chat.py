@@ -22,6 +22,7 @@ from server.openai.reply.bodies import (
     ChatFinishReason,
     ChatTokenLogprob,
     PromptScores,
+    TokenIds,
 )
 from server.openai.reply.choice import Choice, ChoiceDelta
 from server.openai.reply.generation import Generation
@@ -30,6 +31,7 @@ from server.openai.reply.message import Message
 from server.openai.reply.report import Report
 from server.openai.reply.trace import TraceWriter
 from server.openai.request.schema import ChatRequest
+from server.text.answer.parts import Content
 
 router = APIRouter()
 ROUTES = Routes(router, (ChatRequest,), (ChatCompletion, ChatChunk))
@@ -43,8 +45,8 @@ async def create_chat_completion(http: HttpRequest) -> Response:
 
 class ChatWriter:
     """Writes the deltas of a generation as chat objects. A stream has, for each choice, a chunk
-    with the role, chunks with reasoning, content or calls, and a chunk with the finish reason;
-    then, if the client asked for totals, a chunk with them."""
+    with the role, then chunks with reasoning, content or calls, of which the last has the finish
+    reason, if it has no call; then, if the client asked for totals, a chunk with them."""
 
     def __init__(self, generation: Generation, body: ChatRequest) -> None:
         self._generation = generation
@@ -59,7 +61,10 @@ class ChatWriter:
         tokenizer, traced = generation.tokenizer, body.include_trace
         self._traces = [TraceWriter(tokenizer, traced) for _ in generation.choices]
         self._num_prompt_tops = body.prompt_logprobs
-        self._prompt_scores: PromptScores | UnsetType = UNSET
+        self._prompt_scores: PromptScores | None = None
+        self._echoed = body.echoed
+        for message in self._messages:
+            message.add_parts([Content(self._echoed)])
         self._opened = False
 
     def events(self, delta: ChoiceDelta) -> bytes:
@@ -88,7 +93,7 @@ class ChatWriter:
         return self._report.whole(
             ChatCompletion,
             choices=choices,
-            prompt_token_ids=self._prompt_ids(),
+            prompt_token_ids=self._if_asked(self._prompt_ids(), None),
             prompt_logprobs=self._prompt_scores,
         )
 
@@ -100,7 +105,7 @@ class ChatWriter:
             logprobs=scores,
             finish_reason=message.finish_reason(choice.ended(), choice.has_called),
             stop_reason=choice.stop_reason,
-            token_ids=self._if_asked(ids),
+            token_ids=self._if_asked(ids, None),
             trace=self._traces[choice.index].take(),
         )
 
@@ -108,9 +113,12 @@ class ChatWriter:
         role = ChatDelta(role="assistant", content="")
         events = []
         for index in range(len(self._generation.choices)):
-            first = UNSET if index else self._prompt_ids()
+            first = UNSET if index else self._if_asked(self._prompt_ids(), UNSET)
             choice = ChatChunkChoice(index=index, delta=role)
-            events.append(self._report.chunk([choice], prompt_token_ids=first))
+            events.append(self._report.opening([choice], prompt_token_ids=first))
+            if self._echoed:
+                echo = ChatChunkChoice(index=index, delta=ChatDelta(content=self._echoed))
+                events.append(self._report.opening([echo]))
         return b"".join(events)
 
     def _delta_events(self, delta: ChoiceDelta) -> bytes:
@@ -119,15 +127,17 @@ class ChatWriter:
         message = self._messages[delta.index]
         message.add_tokens(self._scores_of(delta), delta.token_ids)
         self._traces[delta.index].add(delta)
-        events = [self._event(message, delta.index, part) for part in message.deltas(delta.parts)]
-        if delta.finish_reason is not None:
-            if message.has_scores:
-                events.append(self._event(message, delta.index, ChatDelta(content="")))
-            reason = message.finish_reason(
-                delta.finish_reason, self._generation.choices[delta.index].has_called
-            )
-            events.append(self._event(message, delta.index, ChatDelta(), reason))
-        return b"".join(events)
+        parts = list(message.deltas(delta.parts))
+        if delta.finish_reason is None:
+            return b"".join(self._event(message, delta.index, part) for part in parts)
+        reason = message.finish_reason(
+            delta.finish_reason, self._generation.choices[delta.index].has_called
+        )
+        *parts, last = parts or [ChatDelta(content="" if delta.scored else UNSET)]
+        if last.tool_calls is not UNSET:  # some clients take a call and the end of all apart
+            parts, last = [*parts, last], ChatDelta()
+        events = [self._event(message, delta.index, part) for part in parts]
+        return b"".join([*events, self._event(message, delta.index, last, reason)])
 
     def _event(
         self,
@@ -140,19 +150,19 @@ class ChatWriter:
         choice = ChatChunkChoice(
             index=index,
             delta=delta,
-            logprobs=None if reason else scores,
+            logprobs=scores if scores is None or scores.content else None,
             finish_reason=reason,
             stop_reason=self._generation.choices[index].stop_reason if reason else UNSET,
-            token_ids=self._if_asked(ids),
+            token_ids=self._if_asked(ids, UNSET),
             trace=self._traces[index].take(),
         )
         return self._report.chunk([choice])
 
-    def _prompt_ids(self) -> list[int] | UnsetType:
-        return self._if_asked(self._generation.prompts[0].token_ids)
+    def _prompt_ids(self) -> list[int]:
+        return self._generation.prompts[0].token_ids
 
-    def _if_asked(self, token_ids: Sequence[int]) -> list[int] | UnsetType:
-        return list(token_ids) if self._with_ids else UNSET
+    def _if_asked(self, token_ids: Sequence[int], otherwise: UnsetType | None) -> TokenIds:
+        return list(token_ids) if self._with_ids else otherwise
 
     def _scores_of(self, delta: ChoiceDelta) -> list[ChatTokenLogprob]:
         return chat_logprobs(self._generation.tokenizer, delta.scored, self._names_ids)

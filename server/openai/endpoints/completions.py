@@ -58,7 +58,7 @@ class CompletionWriter:
 
     def whole(self) -> Completion:
         choices = [writer.take(index) for index, writer in enumerate(self._returned())]
-        return self._report.whole(Completion, choices=choices)
+        return self._report.whole(Completion, choices=choices, kv_transfer_params=None)
 
     def _returned(self) -> list[_ChoiceWriter]:
         """The choices of the reply: of those of a prompt, the likeliest."""
@@ -87,7 +87,9 @@ class _ChoiceWriter:
         self._with_ids = bool(body.return_token_ids)
         self._ids: list[int] = []
         self._num_prompt_tops = body.prompt_logprobs
-        self._prompt_scores: PromptScores | UnsetType = UNSET
+        # What fields have that were not asked for, see `TokenIds`.
+        self._unasked: UnsetType | None = UNSET if body.stream else None
+        self._prompt_scores: PromptScores | UnsetType | None = self._unasked
         self._tokenizer = generation.tokenizer
         self._num_echo_tops = body.logprobs or 0
         self._sum, self._num_scored = 0.0, 0
@@ -137,8 +139,8 @@ class _ChoiceWriter:
             logprobs=None if self._logprobs is None else self._logprobs.take(),
             finish_reason=self._choice.ended() if self._ended else None,
             stop_reason=self._choice.stop_reason if self._ended else UNSET,
-            token_ids=ids if self._with_ids else UNSET,
-            prompt_token_ids=prompt_ids if self._with_ids and prompt_ids else UNSET,
+            token_ids=ids if self._with_ids else self._unasked,
+            prompt_token_ids=prompt_ids if self._with_ids and prompt_ids else self._unasked,
             trace=self._trace.take(),
             prompt_logprobs=self._prompt_scores,
         )

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -41,6 +41,7 @@ class Prompt:
     param: str  # the field that it comes from
     echo: Echo | None = None  # set when the prompt is to precede its completion
     prediction: list[int] = field(default_factory=list)  # tokens that the client expects
+    bad_words: tuple[tuple[int, ...], ...] = ()  # see `SamplingParams`
 
 
 def encode(
@@ -107,7 +108,20 @@ def chat_prompts(context: ServerContext, info: EngineInfo, body: ChatRequest) ->
     special = bool(body.add_special_tokens)
     token_ids = encode(context, info, prompt, special, "messages", may_be_long=_cuts(body))
     kept = _kept_tokens(token_ids, body, info)
-    return [Prompt(kept, prompt.plain(), "messages", prediction=_predicted(context, info, body))]
+    predicted, bad = _predicted(context, info, body), _bad_words(context.tokenizer, body)
+    return [Prompt(kept, prompt.plain(), "messages", prediction=predicted, bad_words=bad)]
+
+
+def _bad_words(tokenizer: Tokenizer, body: SamplingFields) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each, as text that begins with it has them and as other text has them."""
+    found: dict[tuple[int, ...], None] = {}
+    for at, word in enumerate(body.bad_words or ()):
+        bare = word.lstrip(" ") or word
+        try:
+            found |= {tuple(tokenizer.encode(text, False)): None for text in (bare, " " + bare)}
+        except ValueError as error:
+            raise invalid(f"bad_words[{at}]: {error}", f"bad_words[{at}]") from error
+    return tuple(token_ids for token_ids in found if token_ids)
 
 
 def _predicted(context: ServerContext, info: EngineInfo, body: ChatRequest) -> list[int]:
@@ -157,10 +171,12 @@ def completion_prompts(
 ) -> list[Prompt]:
     """Tokenise the prompts, or check the token ids that were sent; add echoes if requested."""
     prompts: Sequence[str | list[int]] = body.prompts()
-    return [
+    found = [
         _completion_prompt(context, info, body, prompt, param)
         for prompt, param in zip(prompts, body.names_of_prompts(), strict=True)
     ]
+    bad = _bad_words(context.tokenizer, body)
+    return [replace(prompt, bad_words=bad) for prompt in found] if bad else found
 
 
 def _completion_prompt(
@@ -226,7 +242,8 @@ def budget(prompt: Prompt, asked: int | None, default: int | None, info: EngineI
 
 def chat_params(body: ChatRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
     max_tokens = budget(prompt, body.token_limit, None, info)
-    return _sampling_params(body, max_tokens, body.num_logprobs, body.prompt_logprobs, info)
+    params = _sampling_params(body, max_tokens, body.num_logprobs, body.prompt_logprobs, info)
+    return msgspec.structs.replace(params, bad_words=prompt.bad_words)
 
 
 def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo) -> SamplingParams:
@@ -234,7 +251,8 @@ def completion_params(body: CompletionRequest, prompt: Prompt, info: EngineInfo)
     echoed = body.logprobs if body.echo else None
     asked = [count for count in (echoed, body.prompt_logprobs) if count is not None]
     logprobs = 0 if body.chooses and body.logprobs is None else body.logprobs
-    return _sampling_params(body, max_tokens, logprobs, max(asked, default=None), info)
+    params = _sampling_params(body, max_tokens, logprobs, max(asked, default=None), info)
+    return msgspec.structs.replace(params, bad_words=prompt.bad_words)
 
 
 def _sampling_params(
@@ -250,6 +268,7 @@ def _sampling_params(
         raise bad_value("min_tokens", min_tokens, allowed)
     check_token_ids(body.stop_token_ids or (), info, "stop_token_ids")
     check_token_ids(body.logprob_token_ids or (), info, "logprob_token_ids")
+    check_token_ids(body.allowed_token_ids or (), info, "allowed_token_ids")
     named = tuple(dict.fromkeys(body.logprob_token_ids or ()))
     only_likeliest = body.top_p == 0
     return SamplingParams(
@@ -268,6 +287,7 @@ def _sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=0 if named else logprobs,
         logprob_token_ids=named,
+        allowed_token_ids=tuple(dict.fromkeys(body.allowed_token_ids or ())),
         prompt_logprobs=prompt_logprobs,
     )
 

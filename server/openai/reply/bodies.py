@@ -10,8 +10,12 @@ from msgspec import UNSET, UnsetType
 
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
-# As in vLLM: which of the request's `stop` strings or `stop_token_ids` ended the text, if one did.
-StopReason = str | int | UnsetType
+# As in vLLM: which of the request's `stop` strings or `stop_token_ids` ended the text; null if none
+# did. Chunks have it where they have a finish reason.
+StopReason = str | int | UnsetType | None
+# Values on request, as in vLLM: where they were not asked for, whole replies have null, because
+# clients of vLLM read them without looking whether they are there, and chunks leave them out.
+TokenIds = list[int] | UnsetType | None
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +149,7 @@ class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None  # null where there is none beside calls or reasoning
     refusal: None = None
-    reasoning_content: str | UnsetType = UNSET
+    reasoning_content: str | None = None
     tool_calls: list[ReplyToolCall] | UnsetType = UNSET
 
 
@@ -154,8 +158,8 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     message: ChatReply
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
-    stop_reason: StopReason = UNSET
-    token_ids: list[int] | UnsetType = UNSET
+    stop_reason: StopReason = None
+    token_ids: TokenIds = None
     trace: Trace | UnsetType = UNSET
 
 
@@ -175,8 +179,9 @@ class ChatCompletion(Reply, frozen=True, kw_only=True):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     service_tier: Literal["default"] = "default"
-    prompt_token_ids: list[int] | UnsetType = UNSET  # these, and ids elsewhere: on request
-    prompt_logprobs: PromptScores | UnsetType = UNSET
+    prompt_token_ids: TokenIds = None
+    prompt_logprobs: PromptScores | None = None
+    kv_transfer_params: None = None
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +197,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
     stop_reason: StopReason = UNSET
-    token_ids: list[int] | UnsetType = UNSET
+    token_ids: TokenIds = UNSET
     trace: Trace | UnsetType = UNSET
 
 
@@ -200,7 +205,7 @@ class ChatChunk(Reply, frozen=True, kw_only=True):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
     service_tier: Literal["default"] = "default"
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: TokenIds = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,10 +225,10 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: StopReason = UNSET
-    token_ids: list[int] | UnsetType = UNSET
+    token_ids: TokenIds = UNSET
     trace: Trace | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptScores | UnsetType = UNSET
+    prompt_token_ids: TokenIds = UNSET
+    prompt_logprobs: PromptScores | UnsetType | None = UNSET
 
 
 class Completion(Reply, frozen=True, kw_only=True):
@@ -231,6 +236,7 @@ class Completion(Reply, frozen=True, kw_only=True):
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
+    kv_transfer_params: UnsetType | None = UNSET
 
 
 class ModelPermission(msgspec.Struct, frozen=True, kw_only=True):

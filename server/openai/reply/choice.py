@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from msgspec import UNSET
-
 from engine.messages import DraftSource, Finished, Round, TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from server.http.monitoring.metrics import Metrics
@@ -127,7 +125,7 @@ class Choice:
         """The stop string, or the stop token of the request, that ended it."""
         stop = self._stream.stop
         is_own_end = isinstance(stop, int) and stop not in self.request.params.stop_token_ids
-        return UNSET if stop is None or is_own_end else stop
+        return None if is_own_end else stop
 
     @property
     def num_thought(self) -> int:
@@ -167,29 +165,43 @@ class Choice:
         self._unsent += event.token_ids[: len(offsets)]
         self._hold(event, offsets)
         scored = self._scored.release(self._emitted)
-        ended = taken.stop is not None or end is not None
-        if ended:
+        if taken.stop is not None or end is not None:
             self.finish_reason = "stop"
+        elif self._is_at_limit:
+            rest, last, further = self._end(stopped=False)
+            return self._delta(taken.text + rest, [*parts, *last], [*scored, *further], event)
+        ended = self.finish_reason is not None
         if not (taken.text or scored or ended or event.prompt_logprobs or event.pooled):
             return None
         return self._delta(taken.text, parts, scored, event)
 
     def take_finished(self, event: Finished) -> ChoiceDelta | None:
-        """Take the engine's last event. None when a stop string had already ended the choice."""
+        """Take the engine's last event. None when its tokens had already ended the choice."""
         self.finished = event
-        if self.finish_reason is not None:
-            self._measure_end(event, self.finish_reason)
-            return None
+        if self.finish_reason is None:
+            delta = self._delta(*self._end(stopped=event.reason is FinishReason.STOP))
+        else:
+            delta = None
+        self._measure_end(event, self.ended())
+        return delta
+
+    @property
+    def _is_at_limit(self) -> bool:
+        """Whether the engine ends it by length here, so that the delta of its last tokens can say
+        so. Only the engine knows where a grammar ends it."""
+        params = self.request.params
+        return params.grammar is None and 0 < params.max_tokens <= self.num_output
+
+    def _end(self, stopped: bool) -> tuple[str, Sequence[Part], Sequence[ScoredToken]]:
+        """End it; returns what was held back. `stopped`: it is complete; else its tokens are as
+        many as there may be."""
         text = self._stream.finish()
-        stopped = event.reason is FinishReason.STOP or self._stream.stop is not None
+        stopped = stopped or self._stream.stop is not None
         parts = self._read(text, (), ends=True, cut=not stopped)
-        stopped = stopped or self.stopped_by_text
-        self.finish_reason = "stop" if stopped else "length"
+        self.finish_reason = "stop" if stopped or self.stopped_by_text else "length"
         if self._stream.stop is None:
             self._emitted = END
-        scored = self._scored.release(self._emitted)
-        self._measure_end(event, self.finish_reason)
-        return self._delta(text, parts, scored)
+        return text, parts, self._scored.release(self._emitted)
 
     def fail(self, event: Finished) -> None:
         """The engine ended it by an error or an abort."""

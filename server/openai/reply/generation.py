@@ -101,6 +101,10 @@ class Generation:
         """Tokens of all choices up to now, without details."""
         return count_so_far(self.prompts, self.choices)
 
+    def usage_of_prompts(self) -> Usage:
+        """Tokens before the first output, without details."""
+        return count_so_far(self.prompts, ())
+
     def usage(self) -> Usage:
         """Tokens of all choices; all of them must have ended."""
         return count_tokens(self.prompts, self.choices)

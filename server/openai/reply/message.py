@@ -88,7 +88,7 @@ class Message:
         content, reasoning = "".join(self._content), "".join(self._reasoning)
         return ChatReply(
             content=content if content or not (self._calls or reasoning) else None,
-            reasoning_content=reasoning or UNSET,
+            reasoning_content=reasoning or None,
             tool_calls=[call.whole() for call in self._calls] or UNSET,
         )
 

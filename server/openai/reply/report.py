@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from msgspec import UNSET, UnsetType
 
 from server.http.reply.sse import event
-from server.openai.reply.bodies import Reply, Usage
+from server.openai.reply.bodies import Reply
 from server.openai.reply.generation import Generation
 from server.openai.request.schema import SamplingFields
 
@@ -24,13 +24,17 @@ class Report(Generic[Chunk]):
         self._kind = kind
         self._always = body.continuous_usage
         self._at_end = body.include_usage
+        self._no_usage: UnsetType | None = None if self._at_end else UNSET
         self._with_drafts = body.include_draft_stats
 
     def chunk(self, choices: list[Any], **fields: Any) -> bytes:
         """The event of a chunk with these choices and further fields."""
-        usage: Usage | UnsetType | None = None if self._at_end else UNSET
-        if self._always:
-            usage = self._generation.usage_so_far()
+        usage = self._generation.usage_so_far() if self._always else self._no_usage
+        return event(self._object(self._kind, choices=choices, usage=usage, **fields))
+
+    def opening(self, choices: list[Any], **fields: Any) -> bytes:
+        """The event of a chunk that precedes all output."""
+        usage = self._generation.usage_of_prompts() if self._always else self._no_usage
         return event(self._object(self._kind, choices=choices, usage=usage, **fields))
 
     def last(self) -> bytes:

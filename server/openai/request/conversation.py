@@ -139,12 +139,17 @@ class ChatMessage(Fields):
 
     def last_words(self, template: ChatTemplate) -> str:
         """The text that a template shows last; empty where there is none."""
+        if not isinstance(self.content, str) and self.role_for_template in template.part_roles:
+            texts = [part.text for part in self.content or ()]
+            return next((text for text in reversed(texts) if text.strip()), "")
+        return self.text
+
+    @property
+    def text(self) -> str:
+        """Its content; empty where there is none."""
         if isinstance(self.content, str):
             return self.content
-        texts = [part.text for part in self.content or ()]
-        if self.role_for_template in template.part_roles:
-            return next((text for text in reversed(texts) if text.strip()), "")
-        return "\n".join(texts)
+        return "\n".join(part.text for part in self.content or ())
 
     @property
     def role_for_template(self) -> str:

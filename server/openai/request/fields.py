@@ -18,6 +18,7 @@ MAX_PARTS = 1024
 MAX_BEST_OF = 20
 MAX_BIASES = 1024
 MAX_NAMED = 128
+MAX_BAD_WORDS = 1024
 
 
 def _refuse(value: Any) -> None:
@@ -158,6 +159,21 @@ LogprobTokenIds = Annotated[
     Field(
         description="As in vLLM: the alternatives of each output token are these, in this order, "
         "instead of the likeliest ones. Needs `logprobs`."
+    ),
+]
+AllowedTokenIds = Annotated[
+    Annotated[list[TokenId], Field(fail_fast=True, min_length=1)] | None,
+    Field(
+        description="As in vLLM: no other tokens are drawn. Without the model's end token among "
+        "them, the text ends by its length or a stop string."
+    ),
+]
+BadWord = Annotated[str, Field(min_length=1, max_length=1024)]
+BadWords = Annotated[
+    Annotated[list[BadWord], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None,
+    Field(
+        description="As in vLLM: the tokens of these words, with and without a space before them, "
+        "are not drawn one after the other. Other tokens may spell the same text."
     ),
 ]
 Seed = Annotated[

@@ -15,6 +15,8 @@ from server.openai.request.fields import (
     HARMLESS,
     MAX_BEST_OF,
     MAX_INT,
+    AllowedTokenIds,
+    BadWords,
     CacheSalt,
     Fraction,
     LogitBias,
@@ -123,6 +125,8 @@ class SamplingFields(StructuredFields):
         "alternatives, by token id. Not with `stream`.",
     )
     logprob_token_ids: LogprobTokenIds = None
+    allowed_token_ids: AllowedTokenIds = None
+    bad_words: BadWords = None
     use_beam_search: Literal[False] | None = Field(None, description="Only false.")
     length_penalty: float | None = Field(
         None, ge=1, le=1, description="Only 1: it is for beam search."
@@ -252,7 +256,11 @@ class ChatRequest(SamplingFields, RenderingFields):
     )
     functions: OldFunctions = None
     function_call: OldChoice = None
-    echo: Literal[False] | None = Field(None, description="Only false.")
+    echo: bool | None = Field(
+        None,
+        description="As in vLLM: the reply begins with the text of the last message, if that is of "
+        "the assistant.",
+    )
     audio: Unsupported = None
     moderation: Unsupported = None
     web_search_options: Unsupported = None
@@ -280,6 +288,8 @@ class ChatRequest(SamplingFields, RenderingFields):
 
     def not_used(self) -> Iterator[str]:
         yield from SamplingFields.not_used(self)
+        if self.echo and not self.echoed:
+            yield "echo"
         if self.prediction is not None and self.max_draft_nodes == 0:
             yield "prediction"
         if self.functions:
@@ -288,6 +298,12 @@ class ChatRequest(SamplingFields, RenderingFields):
             yield "tools"
         if self.parallel_tool_calls is not None and not self.shown_tools:
             yield "parallel_tool_calls"
+
+    @property
+    def echoed(self) -> str:
+        """The text with which the reply begins."""
+        last = self.messages[-1]
+        return last.text if self.echo and last.role == "assistant" else ""
 
     @property
     def shown_tools(self) -> Sequence[Tool]:

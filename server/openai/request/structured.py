@@ -97,6 +97,7 @@ class StructuralTag(Fields):
 
 # The parts of a response format, and the type that each is for.
 PARTS = {
+    "schema": "json_object",
     "json_schema": "json_schema",
     "structures": "structural_tag",
     "triggers": "structural_tag",
@@ -109,6 +110,9 @@ class ResponseFormat(Fields):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = Field(None, description="With `json_schema`.")
+    schema_: Schema | None = Field(
+        None, alias="schema", description="With `json_object`: what it must fit, as in llama.cpp."
+    )
     structures: list[TagStructure] | None = Field(None, description="With `structural_tag`.")
     triggers: list[str] | None = Field(None, description="With `structural_tag`.")
     format: Schema | None = Field(
@@ -120,7 +124,7 @@ class ResponseFormat(Fields):
 
     @model_validator(mode="after")
     def _parts_fit_the_type(self) -> ResponseFormat:
-        given = {name for name in PARTS if getattr(self, name) is not None}
+        given = {name for name in PARTS if getattr(self, _attribute(name)) is not None}
         for name in given:
             if PARTS[name] != self.type:
                 raise broken_rule(name, f'{name} is only allowed with type "{PARTS[name]}"')
@@ -150,6 +154,7 @@ class StructuredOutputs(Fields):
         description="An object with `structures` and `triggers`, or with `format`; or its JSON as "
         "a string.",
     )
+    disable_fallback: NotUsed[bool] = Field(None, description=HARMLESS + "there is one backend.")
     disable_any_whitespace: Literal[False] | None = Field(None, description="Only false.")
     disable_additional_properties: Literal[False] | None = Field(None, description="Only false.")
     whitespace_pattern: Unsupported = None
@@ -167,7 +172,7 @@ GUIDED = {f"guided_{name}": name for name in ("json", "regex", "choice", "gramma
 
 
 def _attribute(name: str) -> str:
-    return "json_" if name == "json" else name
+    return f"{name}_" if name in ("json", "schema") else name
 
 
 class StructuredFields(Fields):
@@ -184,6 +189,9 @@ class StructuredFields(Fields):
     guided_regex: Regex | None = Field(None, description="`structured_outputs.regex`")
     guided_choice: Choices | None = Field(None, description="`structured_outputs.choice`")
     guided_grammar: GrammarText | None = Field(None, description="`structured_outputs.grammar`")
+    guided_decoding_backend: NotUsed[str] = Field(
+        None, description=HARMLESS + "there is one backend."
+    )
     regex: Regex | None = Field(None, description="`structured_outputs.regex`")
     ebnf: GrammarText | None = Field(None, description="`structured_outputs.grammar`")
 
@@ -240,6 +248,8 @@ def asked_grammar(body: StructuredFields) -> AskedGrammar | None:
 
 
 def _of_format(form: ResponseFormat) -> AskedGrammar:
+    if form.schema_ is not None:
+        return _asked("json", "response_format.schema", form.schema_)
     if form.type == "json_object":
         return _asked("json_object", "response_format", True)
     if form.json_schema is not None:

@@ -19,6 +19,7 @@ from tests.support.http_server import (
     CHAT_PATH,
     COMPLETION_PATH,
     MESSAGES,
+    MODEL,
     Server,
     events_of,
 )
@@ -50,6 +51,7 @@ def warning(server: Server, **fields: Any) -> str | None:
     "fields",
     [
         {"stop": ""},
+        {"bad_words": []},
         {"stop": []},
         {"stop": ["", "zzz"]},
         {"stop": [f"stop {index}" for index in range(32)]},
@@ -218,6 +220,57 @@ def test_usage_in_every_chunk_on_request(server: Server, path: str, stream: bool
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert "prompt_tokens_details" in last["usage"]
     assert done == "[DONE]"
+
+
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_the_message_that_is_continued_is_echoed_on_request(server: Server, role: str) -> None:
+    messages = [*MESSAGES, {"role": role, "content": "Sure, "}]
+    fields = {"messages": messages, "continue_final_message": True, "echo": True}
+    whole = server.chat(**fields)
+    expected = ("Sure, " if role == "assistant" else "") + "hello there"
+    assert whole.json()["choices"][0]["message"]["content"] == expected
+    *chunks, _ = events_of(server.chat(**fields, stream=True))
+    deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(deltas) == expected
+    assert ("echo" in whole.headers.get("x-aerie-warning", "")) == (role == "user")
+
+
+def test_what_sagemaker_sends_is_told_apart(server: Server) -> None:
+    bodies = {"messages": MESSAGES}, {"prompt": "hi"}, {"input": "hi"}
+    for body, path in zip(bodies, (CHAT_PATH, COMPLETION_PATH, "/v1/embeddings"), strict=True):
+        content = {"model": MODEL, **body}
+        there, here = server.post(path, content), server.post("/invocations", content)
+        assert (here.status_code, here.json().keys()) == (200, there.json().keys())
+    for content in ({"model": MODEL}, {"model": MODEL, "prompt": 5}, {"prompt": "hi"}):
+        assert server.post("/invocations", content).status_code == 400
+    for method in ("GET", "POST"):
+        assert server.run(lambda client, m=method: client.request(m, "/ping")).status_code == 200
+
+
+def test_allowed_tokens_and_bad_words_reach_the_engine(server: Server) -> None:
+    fields = {"allowed_token_ids": [9, 5, 9], "bad_words": ["he", " he", " "]}
+    server.chat(**fields)
+    server.complete(**fields, prompt=["a", "b"])
+    bad = tuple(tuple(server.ids(text)) for text in ("he", " he", " ", "  "))
+    asked = [(r.params.allowed_token_ids, r.params.bad_words) for r in server.engine.submitted]
+    assert asked == [((9, 5), bad)] * 3
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
+def test_the_last_text_before_the_limit_says_so(server: Server, path: str) -> None:
+    """As with vLLM, whose clients count chunks: each has further tokens, also the last."""
+    content = {"messages": MESSAGES} if path == CHAT_PATH else {"prompt": "hi"}
+    options = {"continuous_usage_stats": True}
+    body = {"model": "tiny", "stream": True, "max_tokens": 5, "logprobs": 1} | content
+    if path == CHAT_PATH:
+        body |= {"logprobs": True, "top_logprobs": 0}
+    *chunks, _ = events_of(server.post(path, body | {"stream_options": options}))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == list(range(0 if path == CHAT_PATH else 1, 6))
+    last = chunks[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("length", None)
+    assert last["text"] if path == COMPLETION_PATH else last["delta"]["content"]
+    assert len(last["logprobs"]["content" if path == CHAT_PATH else "tokens"]) == 1
 
 
 @pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])

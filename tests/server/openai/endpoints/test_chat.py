@@ -31,11 +31,21 @@ def test_reply_has_the_published_shape(server: Server) -> None:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "hello there", "refusal": None},
+                "message": {
+                    "role": "assistant",
+                    "content": "hello there",
+                    "refusal": None,
+                    "reasoning_content": None,
+                },
                 "logprobs": None,
                 "finish_reason": "stop",
+                "stop_reason": None,
+                "token_ids": None,
             }
         ],
+        "prompt_token_ids": None,
+        "prompt_logprobs": None,
+        "kv_transfer_params": None,
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

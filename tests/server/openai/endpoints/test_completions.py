@@ -30,7 +30,19 @@ def test_reply_has_the_published_shape(server: Server) -> None:
     assert reply == {
         "object": "text_completion",
         "model": MODEL,
-        "choices": [{"index": 0, "text": "hello there", "logprobs": None, "finish_reason": "stop"}],
+        "choices": [
+            {
+                "index": 0,
+                "text": "hello there",
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+                "token_ids": None,
+                "prompt_token_ids": None,
+                "prompt_logprobs": None,
+            }
+        ],
+        "kv_transfer_params": None,
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
@@ -299,4 +311,4 @@ def test_a_prompt_is_scored_in_the_form_of_vllm(server: Server, fields: dict[str
     ]
     if fields:
         assert len(choice["logprobs"]["top_logprobs"][1]) == 3
-    assert "prompt_logprobs" not in server.complete().json()["choices"][0]
+    assert server.complete().json()["choices"][0]["prompt_logprobs"] is None

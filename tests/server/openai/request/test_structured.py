@@ -53,6 +53,11 @@ def refused(server: Server, **fields: Any) -> dict[str, Any]:
     [
         ({"response_format": FORMAT}, "json_schema", json.dumps(PERSON)),
         ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}'),
+        (
+            {"response_format": {"type": "json_object", "schema": PERSON}},
+            "json_schema",
+            json.dumps(PERSON),
+        ),
         ({"response_format": {"type": "structural_tag", **TAG}}, "lark", '"<f"'),
         ({"structured_outputs": {"json": PERSON}}, "json_schema", json.dumps(PERSON)),
         ({"structured_outputs": {"json": json.dumps(PERSON)}}, "json_schema", json.dumps(PERSON)),
