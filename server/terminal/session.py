@@ -24,12 +24,18 @@ STYLES = {
     "reasoning": "dim",
 }
 DEPTHS = ("#cfe2ff", "#a9caff", "#86b3fb", "#6ea2f2", "#5c93e6")  # of drafted tokens
+MODES: dict[str, Json] = {  # of speculation: fields of the request
+    "on": {"min_nodes": 3},  # this program is there to show drafts
+    "off": {"enabled": False},
+    "auto": {},
+}
 HELP = """\
 /system TEXT         set the system prompt; without TEXT, none
 /temperature NUMBER  0 is greedy; without NUMBER, as the server says
 /seed NUMBER         the same text each time; without NUMBER, another one each time
 /max NUMBER          most tokens of an answer; without NUMBER, as the server says
-/speculation on|off  drafts ahead of the model; the text is the same
+/speculation MODE    drafts ahead of the model: on (the default), off, or auto, where the
+                     server expects to be faster; the text is the same
 /again               answer the last message again
 /new                 begin a new conversation
 /save FILE           write the conversation to FILE, as JSON messages
@@ -44,7 +50,7 @@ class Session:
     model: str
     console: Console
     settings: Json = field(default_factory=dict)  # fields of the request
-    speculates: bool = True
+    speculation: Json = field(default_factory=lambda: MODES["on"])
     traces: bool = True  # until the server refuses the field
     system: str = ""
     messages: Messages = field(default_factory=list)
@@ -126,7 +132,7 @@ class Session:
             **self.settings,
         }
         if self.traces:
-            body["speculation"] = {"enabled": self.speculates, "trace": True}
+            body["speculation"] = {**self.speculation, "trace": True}
         else:
             del body["stream_options"]["continuous_usage_stats"]
         return body
@@ -150,9 +156,9 @@ class Session:
             self.settings.pop(name, None)
 
     def set_speculation(self, argument: str) -> None:
-        if argument not in ("on", "off"):
-            raise ValueError(f"{argument!r} must be on or off")
-        self.speculates = argument == "on"
+        if argument not in MODES:
+            raise ValueError(f"{argument!r} must be one of {', '.join(MODES)}")
+        self.speculation = MODES[argument]
 
     def again(self) -> None:
         if not self.messages:

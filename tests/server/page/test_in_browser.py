@@ -189,6 +189,7 @@ def test_both_ways_of_decoding_answer_the_same_request(visit: Open, speech: Scri
     assert with_drafts.prompt_ids == without.prompt_ids
     assert with_drafts.params == without.params
     assert (with_drafts.max_draft_nodes, without.max_draft_nodes) == (None, 0)
+    assert (with_drafts.min_draft_nodes, without.min_draft_nodes) == (3, 0)
     assert here.page.locator(".pair .answer").count() == 2
 
 
@@ -200,7 +201,7 @@ def test_parameters_are_sent_and_kept(visit: Open) -> None:
         ("temperature", "0.3"),
         ("max_tokens", "7"),
         ("seed", "5"),
-        ("max_nodes", "3"),
+        ("max_nodes", "2"),
     ):
         page.fill(f"#set-{name}", value)
     page.fill("#system", "be brief")
@@ -209,7 +210,7 @@ def test_parameters_are_sent_and_kept(visit: Open) -> None:
     (request,) = here.engine.submitted
     params = request.params
     assert (params.temperature, params.max_tokens, params.seed) == (0.3, 7, 5)
-    assert request.max_draft_nodes == 3
+    assert (request.min_draft_nodes, request.max_draft_nodes) == (2, 2)  # not 3, the page's wish
     assert "be brief" in here.server.tokenizer.decode(request.prompt_ids)
     page.reload()
     assert page.input_value("#set-temperature") == "0.3"

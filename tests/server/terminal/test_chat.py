@@ -66,6 +66,7 @@ def test_what_is_set_is_sent(serve: Serve, tmp_path: Path) -> None:
     lines = ("/system be brief", "/temperature 0.5", "/seed 7", "/max 9", "/speculation off")
     talk.say(*lines, "hi", "/temperature", "/speculation on", "and?")
     first, second = web.server.engine.submitted
+    assert (first.min_draft_nodes, second.min_draft_nodes) == (0, 3)
     assert (first.params.temperature, first.params.seed) == (0.5, 7)
     assert (first.params.max_tokens, first.max_draft_nodes) == (9, 0)
     assert (second.params.temperature, second.max_draft_nodes) == (1.0, None)
@@ -86,7 +87,7 @@ def test_what_is_set_is_sent(serve: Serve, tmp_path: Path) -> None:
         ("/help", HELP),
         ("/sing", "/sing is unknown"),
         ("/temperature warm", "/temperature: could not convert string to float: 'warm'"),
-        ("/speculation maybe", "/speculation: 'maybe' must be on or off"),
+        ("/speculation maybe", "/speculation: 'maybe' must be one of on, off, auto"),
         ("/again", "/again: nothing was said yet"),
         ("/save", "/save: name a file"),
     ],
