@@ -20,6 +20,7 @@ def tower(*rooms: str) -> Table:
 # stand further up in the table.
 FLOORS: dict[str, Table] = {
     "engine": tower(
+        "progress",
         "request",
         "messages",
         "grammar",
