@@ -66,9 +66,13 @@ test-ray: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m ray $(TEST_ARGS) tests/server/ray tests/e2e/test_ray.py
 
 # The page in a headless Chromium, if the machine has one: apt install chromium
-test-page: $(VENV)/.test-tools
-	$(PIP) -e ".[browser]"
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-page: $(if $(CHROMIUM),$(VENV)/.browser-tools)
+ifeq ($(CHROMIUM),)
+	@echo "skipped: there is no Chromium on this machine (apt install chromium)"
+else
 	$(BIN)/python -m pytest -m browser $(TEST_ARGS) tests/server/page
+endif
 
 # A wheel in fresh environments, with each of the Pythons that this machine has; those that are
 # missing are named (`uv python install 3.13` fetches one). Downloads torch for each: some GB.
@@ -165,6 +169,10 @@ $(VENV)/.test-tools: $(VENV)/.installed
 
 $(VENV)/.syncspec-tools: $(VENV)/.test-tools
 	$(PIP) -e ".[test,syncspec]"
+	touch $@
+
+$(VENV)/.browser-tools: $(VENV)/.test-tools
+	$(PIP) -e ".[test,browser]"
 	touch $@
 
 $(VENV)/.client-tools: $(VENV)/.test-tools

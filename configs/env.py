@@ -28,6 +28,11 @@ def quiet_libraries() -> None:
     os.environ["TQDM_DISABLE"] = "1"
 
 
+def terminal_can_draw() -> bool:
+    """Whether a terminal, if there is one, can write over a line."""
+    return os.environ.get("TERM", "dumb") != "dumb"
+
+
 def without_usage_reports() -> None:
     """Call it before Ray starts: it sends nothing to its makers, unless the operator wants that."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -74,6 +74,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     session: str = ""  # where there are several engines, requests of one session go to the same one
     prediction: list[int] = msgspec.field(default_factory=list)  # tokens that the client expects
     max_draft_nodes: int | None = None  # limit for this request's draft trees; None: no limit
+    min_draft_nodes: int = 0  # nodes of the head that it wants even where they do not pay
     trace: bool = False  # report the verified trees with the tokens
     arrival_time: float = 0.0  # seconds, time.time()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.arch import LlamaArch
+from engine.progress import report
 from engine.step.batch import LOGIT_ROWS
 from kernels.ops import LinearWeight
 
@@ -77,9 +78,11 @@ def _fields(part: Any) -> Iterator[Any]:
 def layers_with_progress(
     num_layers: int, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[int]:
-    """The indices of the layers to load. Logs every few seconds how many are done."""
+    """The indices of the layers to load. Logs every few seconds how many are done, and reports each
+    one as progress."""
     said = clock()
     for index in range(num_layers):
+        report("loading the model", index, num_layers)
         if clock() - said >= EVERY:
             said = clock()
             logger.info("loading the model: %d of %d layers", index, num_layers)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from engine.progress import report
 from engine.request import Request, SamplingParams
 from engine.speculation.costs import Padding, Sample, StepCosts, sample_of
 from engine.step.executor import Executor, execute
@@ -53,7 +54,9 @@ class StepMeter:
         """Costs of decode steps, from steps with these shapes and several numbers of rows. All
         shapes must fit."""
         steps = self.steps(shapes)
+        number = 0
         while True:
+            report("measuring draft trees: step", number := number + 1)
             try:
                 next(steps)
             except StopIteration as end:

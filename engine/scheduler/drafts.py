@@ -63,7 +63,9 @@ class DraftRoom:
     def candidate(self, seq: Sequence, awaited: Awaited = NOTHING) -> Candidate:
         """A decoding row as the planner sees it."""
         sampled = seq.request.params.temperature > 0
-        return Candidate(seq.line, sampled, seq.num_computed, self.most_nodes(seq, awaited))
+        most = self.most_nodes(seq, awaited)
+        least = min(most, seq.request.min_draft_nodes)
+        return Candidate(seq.line, sampled, seq.num_computed, most, least)
 
     def share_budget(self, plan: PlanBuilder, running: Rows[Sequence], choice: Choice) -> None:
         """Share the budget for draft nodes among the rows planned so far."""

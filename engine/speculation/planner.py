@@ -23,6 +23,7 @@ class Candidate:
     sampled: bool  # not greedy
     context: int  # its cached tokens
     most: int  # draft nodes that its request and the context length allow
+    least: int = 0  # of these, what its request wants even if they do not pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +174,14 @@ class AdaptivePlanner:
         self._is_sure = False  # whether the last was one of these
         self._num_looks = 0  # decisions that looked for a trial
         self._num_passed = 0  # plain steps that nothing was learnt from, since one was
+        self._wanted: set[int] = set()  # lines of rows whose requests want drafts that may not pay
 
     def choose(self, rows: Sequence[Candidate]) -> Choice:
+        choice = self._what_pays(rows)
+        self._wanted = {row.line for row in rows if choice.limit(row.line) < row.least}
+        return self._as_wanted(rows, choice) if self._wanted and not self._has_failed else choice
+
+    def _what_pays(self, rows: Sequence[Candidate]) -> Choice:
         if not any(row.most for row in rows):
             return Choice()
         if self._num_standing and len(rows) <= self._num_rows:
@@ -208,6 +215,16 @@ class AdaptivePlanner:
         if self._is_sure:
             self._num_standing = STANDING_DRAFTS
         return choice
+
+    def _as_wanted(self, rows: Sequence[Candidate], choice: Choice) -> Choice:
+        """`choice` with as many nodes as requests want, where that is more."""
+        limits = {row.line: max(row.least, choice.limit(row.line)) for row in rows}
+        most = max(limits.values())
+        by_size = sorted(self._shapes, key=lambda shape: shape.num_nodes)
+        shape = next((each for each in by_size if each.num_nodes > most), by_size[-1])
+        plain = self._padding.work([0] * len(rows), ROOT, sum(row.context for row in rows))
+        price = node_price(self._costs, plain)
+        return Choice(shape, None if self._padding.whole_trees else limits, price)
 
     def observe(self, plan: StepPlan, outcome: StepOutcome, seconds: float | None) -> None:
         for admission in plan.admitted:
@@ -370,10 +387,11 @@ class AdaptivePlanner:
             return
         drafted = [row.line for row in plan.rows if row.is_drafted]
         sample = replace(sample, work=replace(sample.work, late=self._late(drafted)))
-        num_tokens = sum(len(row.emitted) for row in outcome.rows)
         if all(line in self._idle for line in drafted):
             self._learn_costs(sample)  # of a new row, the head may have taken any number of tokens
-        self._account.settle(sample, num_tokens, num_steps=1 + self._num_passed)
+        if not self._wanted.intersection(drafted):  # these may lose
+            num_tokens = sum(len(row.emitted) for row in outcome.rows)
+            self._account.settle(sample, num_tokens, num_steps=1 + self._num_passed)
         self._num_passed = 0
 
     def _learn_costs(self, sample: Sample) -> None:

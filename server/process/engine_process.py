@@ -26,6 +26,7 @@ from engine.messages import (
     Shutdown,
     SwapDraft,
 )
+from engine.progress import finish
 from server.assembly.roles.role import Role
 from server.process.channel.wire import decode_client, encode, unbounded
 from server.process.setup.garbage import spare_loaded
@@ -136,6 +137,8 @@ def main() -> None:
         logger.error("the engine cannot start: %s", error)
         logger.debug("", exc_info=True)
         raise SystemExit(EXIT_BAD_SETUP) from None
+    finally:
+        finish()
     if capture is not None:
         capture.start()
     spare_loaded()

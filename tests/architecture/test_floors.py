@@ -20,6 +20,7 @@ def tower(*rooms: str) -> Table:
 # stand further up in the table. A room of many files is a package with a table of its own.
 FLOORS: dict[str, Table] = {
     "engine": tower(
+        "progress",
         "request",
         "messages",
         "grammar",

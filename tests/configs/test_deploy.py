@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,20 @@ def expressions() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Names of the metrics of a server that works, with their labels."""
+def exposition(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What /metrics of a server that works says."""
     tokenizer: Tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     server = Server(tokenizer)
     server.engine.stats = BUSY
     server.chat()
+    return server.get("/metrics").text
+
+
+@pytest.fixture(scope="module")
+def samples(exposition: str) -> dict[str, set[str]]:
+    """Names of the metrics, with their labels."""
     found: dict[str, set[str]] = {}
-    for line in server.get("/metrics").text.splitlines():
+    for line in exposition.splitlines():
         if not line.startswith("#"):
             name, _, labels = line.partition("{")
             found.setdefault(name.split(" ")[0], set()).update(re.findall(r'(\w+)="', labels))
@@ -186,6 +193,38 @@ def test_the_overlay_for_cpus_needs_neither_gpus_nor_operators() -> None:
 def test_prometheus_accepts_its_files(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(
         ["promtool", *arguments], cwd=DEPLOY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Names that vLLM's dashboards know, which a new metric should not imitate.
+NAMED_AS_IN_VLLM = (
+    "metric names should not contain ':'",
+    'iteration_tokens_total non-counter metrics should not have "_total" suffix',
+)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_accepts_the_metrics(exposition: str) -> None:
+    done = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=exposition,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaints = (done.stdout + done.stderr).splitlines()
+    assert [each for each in complaints if not each.endswith(NAMED_AS_IN_VLLM)] == []
+
+
+def test_compose_accepts_its_file() -> None:
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema is missing")
+    check = ("-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec")
+    done = subprocess.run(
+        [sys.executable, *check, str(DEPLOY / "compose.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -232,6 +232,7 @@ def start_generation(
                 cache_salt=salt,
                 session=body.prompt_cache_key or "",
                 max_draft_nodes=body.max_draft_nodes,
+                min_draft_nodes=body.min_draft_nodes,
                 prediction=prompt.prediction,
                 trace=body.include_trace,
                 arrival_time=now,
@@ -243,6 +244,8 @@ def start_generation(
     off = context.config.speculation.lookup is False
     if off and prompts[0].prediction and "prediction" not in record.not_used:
         record.not_used.append("prediction")
+    if body.min_draft_nodes and info.draft is None:
+        record.not_used.append("speculation.min_nodes")
     context.metrics.ask(body.num_choices, [each.max_tokens for each in params])
     record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     if context.config.log.prompts:

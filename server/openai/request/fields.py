@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.json_schema import WithJsonSchema
 
 from engine.step.shape import MAX_NODES
 from server.http.errors import shorten
 from server.http.request.body import Fields, NotUsed
+from server.http.request.validation import broken_rule
 
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
@@ -239,6 +240,14 @@ class SpeculationOptions(Fields):
         description="Most draft tokens verified per step and choice; 0: nothing is drafted. "
         "Default: the server decides.",
     )
+    min_nodes: int = Field(
+        0,
+        ge=0,
+        le=MAX_NODES - 1,
+        description="Least tokens that the draft head drafts per step and choice, even if the "
+        "server expects that to be slower: to see what speculation does, or to measure "
+        "it. At most `max_nodes`, and 0 without `enabled`.",
+    )
     stats: bool = Field(
         False,
         description="Report draft statistics as `speculation`, and as vLLM does in "
@@ -250,6 +259,17 @@ class SpeculationOptions(Fields):
         description="Add `trace` to choices: which tokens were drafted, by what and at which "
         "depth, and the draft tree of every step with the accepted path.",
     )
+
+    @model_validator(mode="after")
+    def _the_least_is_no_more_than_the_most(self) -> SpeculationOptions:
+        most = self.max_nodes if self.enabled else 0
+        if most is not None and self.min_nodes > most:
+            why = "speculation.max_nodes" if self.enabled else "speculation.enabled is false"
+            raise broken_rule(
+                "min_nodes",
+                f"speculation.min_nodes is {self.min_nodes}, more than {most} ({why})",
+            )
+        return self
 
 
 class UntracedSpeculation(SpeculationOptions):

@@ -208,6 +208,11 @@ class SamplingFields(StructuredFields):
         return self.speculation.max_nodes if self.speculation.enabled else 0
 
     @property
+    def min_draft_nodes(self) -> int:
+        """Per choice and step, whether or not they pay."""
+        return 0 if self.speculation is None else self.speculation.min_nodes
+
+    @property
     def include_draft_stats(self) -> bool:
         return self.speculation is not None and self.speculation.stats
 

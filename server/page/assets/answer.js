@@ -89,7 +89,7 @@ export const write = async (answer, body, signal, changed) => {
     seed: answer.seed,
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
-    speculation: { ...body.speculation, trace: true, ...(answer.speculates ? {} : { enabled: false }) },
+    speculation: answer.speculates ? { ...body.speculation, trace: true } : { enabled: false, trace: true },
   };
   try {
     for await (const chunk of chat(asked, signal)) {

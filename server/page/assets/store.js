@@ -3,7 +3,8 @@
 // Servers under one origin, at other paths, have their own.
 const PLACE = `aerie:${location.pathname}:`;
 const KEPT = 100;
-const FIRST = { max_tokens: 1024, scored: true, tint: true, compare: false };
+// The page is there to show drafts, so it wants some where the server would do without.
+const FIRST = { max_tokens: 1024, min_nodes: 3, scored: true, tint: true, compare: false };
 
 const read = (storage, name, otherwise) => {
   try {

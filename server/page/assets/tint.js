@@ -31,13 +31,16 @@ const spaceAfter = (content, place) => {
   return found < 0 ? -1 : place + found;
 };
 
+const BLOCKS = "p, pre, td, th, h1, h2, h3, h4, h5, h6";
+
 /** The text nodes, without the line breaks between blocks. */
 const pieces = (root) => {
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   const found = [];
   while (walker.nextNode()) {
     const piece = walker.currentNode;
-    if (piece.data.trim() || piece.parentElement?.closest("p, li, pre, td, th, h1, h2, h3, h4, h5, h6")) found.push(piece);
+    const isBreak = piece.data.includes("\n") && !piece.parentElement?.closest(BLOCKS);
+    if (piece.data.trim() || !isBreak) found.push(piece);
   }
   return found;
 };
@@ -47,7 +50,7 @@ export const tint = (root, content, tokens) => {
   const owner = owners(content, tokens);
   let place = 0;
   for (const piece of pieces(root)) {
-    const begin = content.indexOf(piece.data.slice(0, SURE), place);
+    const begin = piece.data.trim() ? content.indexOf(piece.data.slice(0, SURE), place) : -1;
     if (begin >= 0 && begin - place < FAR) place = begin;
     const numbers = [];
     for (const letter of piece.data) {

@@ -10,14 +10,16 @@ import sys
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
-from configs.env import quiet_libraries
+from configs.env import quiet_libraries, terminal_can_draw
 from configs.schema import LogConfig
+from engine.progress import ATTRIBUTE, Progress
 from server.http.monitoring.tracing import CURRENT_TRACE
 
 PACKAGES = __package__.removesuffix("server.process.setup")  # "aerie." where it is installed
 STANDARD_ERROR = 2
+BAR = 24  # characters
 DETAILS = ("engine.runner", "drafter", "server.assembly.compose")  # of a start
 
 logger = logging.getLogger(__name__)
@@ -27,8 +29,11 @@ def set_up_logging(config: LogConfig) -> None:
     """Send the records of this process to standard error, in the configured format: also warnings,
     and exceptions that nothing catches."""
     show_stacks_on_request()
-    handler = logging.StreamHandler(sys.stderr)
+    draws = config.format == "text" and sys.stderr.isatty() and terminal_can_draw()
+    handler = TerminalHandler(sys.stderr) if draws else logging.StreamHandler(sys.stderr)
     handler.setFormatter(log_formatter(config))
+    if draws:
+        logging.getLogger(f"{PACKAGES}engine.progress").setLevel(logging.DEBUG)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(config.level.upper())
@@ -91,6 +96,25 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Draws progress in one line, which the next record, of any process, takes the place of."""
+
+    CLEARED = "\r\x1b[K"  # the line that the cursor is in
+
+    def format(self, record: logging.LogRecord) -> str:
+        progress: Progress | None = getattr(record, ATTRIBUTE, None)
+        self.terminator = "\n" if progress is None else ""
+        return self.CLEARED + (super().format(record) if progress is None else drawn(progress))
+
+
+def drawn(progress: Progress) -> str:
+    """Fits in 60 columns of ASCII."""
+    if not progress.total:
+        return f"{progress.text} {progress.done or ''}".strip()
+    bar = "#" * (BAR * progress.done // progress.total)
+    return f"{progress.text} [{bar:.<{BAR}}] {progress.done} of {progress.total}"
 
 
 def log_formatter(config: LogConfig) -> logging.Formatter:

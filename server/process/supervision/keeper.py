@@ -17,6 +17,7 @@ from configs.env import engine_environment
 from configs.redact import without_secrets
 from configs.resolve import HostConfig
 from engine.messages import ErrorCode
+from engine.progress import report
 from server.assembly.roles.role import Role
 from server.assembly.running_requests import marks_in
 from server.process import engine_process
@@ -139,6 +140,7 @@ class EngineKeeper:
         with private_endpoint() as endpoint:
             try:
                 self._client.attach(endpoint)
+                report("starting the engine")
                 self._process = process = await _spawn(endpoint, self._role)
                 code = await self._run_to_end(process)
             finally:

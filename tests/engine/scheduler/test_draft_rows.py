@@ -136,6 +136,19 @@ def test_a_request_may_limit_its_own_tree(limit: int | None, expected: int) -> N
     assert num_draft(engine.step(), engine.names) == {"a": expected}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "max_tokens", "expected"), [(3, 20, 3), (99, 20, 20), (3, 2, 0)]
+)
+def test_the_planner_is_told_what_a_request_wants_at_least(
+    wanted: int, max_tokens: int, expected: int
+) -> None:
+    engine = FakeEngine(max_model_len=28)
+    asked = request("a", prompt_of(6), max_tokens=max_tokens)
+    engine.submit(msgspec.structs.replace(asked, min_draft_nodes=wanted))
+    engine.step()
+    assert [row.least for row in engine.scheduler.candidates()] == [expected]
+
+
 def num_candidates(engine: FakeEngine) -> int:
     return sum(row.most > 0 for row in engine.scheduler.candidates())
 

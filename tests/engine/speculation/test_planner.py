@@ -314,6 +314,40 @@ def test_padded_steps_draft_for_every_row_or_none() -> None:
     assert choice.shape == ROOT
 
 
+def wanting(planner: AdaptivePlanner, least: tuple[int, ...], seconds: float) -> list[Choice]:
+    """Forty steps of rows that accept nothing, and want so many nodes."""
+    choices = []
+    for _ in range(40):
+        rows = [Candidate(line, False, 100, 5, count) for line, count in enumerate(least)]
+        choices.append(choice := planner.choose(rows))
+        nodes = [choice.limit(row.line) for row in rows]
+        plan = StepPlan(
+            rows=tuple(decoding(line, count) for line, count in enumerate(nodes)),
+            shape=choice.shape,
+        )
+        outcome = StepOutcome(tuple(RowOutcome((1,), count, ()) for count in nodes))
+        planner.observe(plan, outcome, seconds)
+    return choices
+
+
+def test_rows_that_want_drafts_get_them_and_the_account_does_not_pay() -> None:
+    planner = AdaptivePlanner(CHAINS, measured(compute_bound))
+    choices = wanting(planner, (3, 0, 1), seconds=0.08)
+    assert min(choice.limit(0) for choice in choices) == 3
+    assert min(choice.limit(2) for choice in choices) == 1
+    assert sum(choice.limit(1) > 0 for choice in choices) < 10  # trials of its own
+    assert {choice.shape for choice in choices} <= {chain(3), chain(5)}
+    assert not planner._account.is_overdrawn
+    assert max(choice.limit(0) for choice in wanting(planner, (0,), seconds=0.02)[20:]) <= 1
+
+
+def test_more_is_wanted_than_the_largest_shape_has() -> None:
+    planner = AdaptivePlanner(CHAINS, measured(compute_bound), Padding(whole_trees=True))
+    choices = wanting(planner, (60, 0), seconds=0.08)
+    assert {choice.shape for choice in choices} == {CHAINS[-1]}
+    assert choices[-1].limits is None
+
+
 def test_a_head_that_has_failed_is_not_asked() -> None:
     planner = AdaptivePlanner(CHAINS, measured(memory_bound))
     planner.choose(candidates(1))  # plain

@@ -79,6 +79,20 @@ def test_the_option_limits_the_drafts_of_every_choice(
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
+def test_a_request_may_want_drafts_that_do_not_pay(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    for options, most in (({"max_nodes": 2}, 2), ({"enabled": False}, 0)):
+        error = refused(server, path, body | {"speculation": {"min_nodes": 3} | options})
+        assert error["param"] == "speculation.min_nodes"
+        assert f"speculation.min_nodes is 3, more than {most}" in error["message"]
+    response = server.post(path, body | {"n": 2, "speculation": {"min_nodes": 3, "max_nodes": 3}})
+    assert [request.min_draft_nodes for request in server.engine.submitted] == [3, 3]
+    # This server has no head that could draft them.
+    assert "speculation.min_nodes" in response.headers["x-aerie-warning"]
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -92,6 +106,9 @@ def test_the_option_limits_the_drafts_of_every_choice(
         ("max_nodes", 3.5),
         ("max_nodes", "3"),
         ("max_nodes", [3]),
+        ("min_nodes", None),
+        ("min_nodes", -1),
+        ("min_nodes", 64),
         ("stats", None),
         ("stats", 0),
         ("stats", "yes"),
@@ -126,6 +143,7 @@ def test_the_document_says_that_the_text_stays_the_same(server: Server, model: t
     assert {name: entry["default"] for name, entry in options["properties"].items()} == {
         "enabled": True,
         "max_nodes": None,
+        "min_nodes": 0,
         "stats": False,
         "trace": False,
     }

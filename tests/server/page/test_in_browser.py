@@ -146,6 +146,35 @@ def test_an_answer_is_streamed_tinted_drawn_and_kept(visit: Open, speech: Script
     here.see(".prose", "so it goes")
 
 
+TINT = """async (content) => {
+  const { tint } = await import("./page/tint.js");
+  const { rendered } = await import("./page/markdown.js");
+  const root = rendered(content);
+  tint(root, content, [...content].map((text) => ({ text, origin: "draft", depth: 1 })));
+  const spans = [...root.querySelectorAll("[data-token]")];
+  return spans.map((span) => [Number(span.dataset.token), span.textContent]);
+}"""
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ("1. ab c: d.\n\n2. de f.\n\n3. b", "ab c: d.de f.b"),
+        ("- ab\n  - c *d* **e**\n- f\n\nend", "ab\nc d efend"),
+        ("> ab\n> c\n\n| x | y |\n|---|---|\n| b | a |", "ab\ncxyba"),
+        ("so\n\n```python\nif a:\n    b()\n```\n\n# a\n`b`", "soif a:\n    b()\nab"),
+    ],
+)
+def test_each_token_is_found_in_what_markdown_makes_of_it(
+    visit: Open, content: str, shown: str
+) -> None:
+    """Letters are tokens."""
+    found = visit().page.evaluate(TINT, content)
+    assert "".join(text for _, text in found) == shown
+    assert [text for _, text in found] == [content[at] for at, _ in found]
+    assert [at for at, _ in found] == sorted({at for at, _ in found})
+
+
 def test_an_answer_can_be_stopped_written_again_and_its_question_changed(
     visit: Open, tokenizer: Tokenizer
 ) -> None:
@@ -189,6 +218,7 @@ def test_both_ways_of_decoding_answer_the_same_request(visit: Open, speech: Scri
     assert with_drafts.prompt_ids == without.prompt_ids
     assert with_drafts.params == without.params
     assert (with_drafts.max_draft_nodes, without.max_draft_nodes) == (None, 0)
+    assert (with_drafts.min_draft_nodes, without.min_draft_nodes) == (3, 0)
     assert here.page.locator(".pair .answer").count() == 2
 
 
@@ -200,7 +230,7 @@ def test_parameters_are_sent_and_kept(visit: Open) -> None:
         ("temperature", "0.3"),
         ("max_tokens", "7"),
         ("seed", "5"),
-        ("max_nodes", "3"),
+        ("max_nodes", "2"),
     ):
         page.fill(f"#set-{name}", value)
     page.fill("#system", "be brief")
@@ -209,7 +239,7 @@ def test_parameters_are_sent_and_kept(visit: Open) -> None:
     (request,) = here.engine.submitted
     params = request.params
     assert (params.temperature, params.max_tokens, params.seed) == (0.3, 7, 5)
-    assert request.max_draft_nodes == 3
+    assert (request.min_draft_nodes, request.max_draft_nodes) == (2, 2)  # not 3, the page's wish
     assert "be brief" in here.server.tokenizer.decode(request.prompt_ids)
     page.reload()
     assert page.input_value("#set-temperature") == "0.3"

@@ -57,6 +57,10 @@ def test_tokens_are_tinted_by_their_origin(serve: Serve, speech: Any) -> None:
     assert "a\x1b[30;48;2;207;226;255mb\x1b[0mc\n" in shown
     assert "4 tokens" in shown
     assert "2.00 tokens per drafted step" in shown
+    colours = "drafted, by depth:  1  2  3  4  5    looked up    forced by the grammar \n"
+    plain = Talk(web.url, terminal=False).say("hi", "hi")
+    assert plain.count(colours) == 1  # after the first answer with a draft
+    assert max(map(len, HELP.splitlines())) < 80
     assert Talk(web.url, terminal=False).say("hi").startswith("abc\n")
 
 
@@ -66,6 +70,7 @@ def test_what_is_set_is_sent(serve: Serve, tmp_path: Path) -> None:
     lines = ("/system be brief", "/temperature 0.5", "/seed 7", "/max 9", "/speculation off")
     talk.say(*lines, "hi", "/temperature", "/speculation on", "and?")
     first, second = web.server.engine.submitted
+    assert (first.min_draft_nodes, second.min_draft_nodes) == (0, 3)
     assert (first.params.temperature, first.params.seed) == (0.5, 7)
     assert (first.params.max_tokens, first.max_draft_nodes) == (9, 0)
     assert (second.params.temperature, second.max_draft_nodes) == (1.0, None)
@@ -86,7 +91,7 @@ def test_what_is_set_is_sent(serve: Serve, tmp_path: Path) -> None:
         ("/help", HELP),
         ("/sing", "/sing is unknown"),
         ("/temperature warm", "/temperature: could not convert string to float: 'warm'"),
-        ("/speculation maybe", "/speculation: 'maybe' must be on or off"),
+        ("/speculation maybe", "/speculation: 'maybe' must be one of on, off, auto"),
         ("/again", "/again: nothing was said yet"),
         ("/save", "/save: name a file"),
     ],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from typing import Any
 
+import pytest
 import yaml
+from server.process.announcement import announcement
 
 from configs.schema import LogConfig
-from server.process.announcement import announcement
-from server.process.setup.logs import log_formatter, quiet
+from engine.progress import Progress
+from server.process.setup.logs import TerminalHandler, log_formatter, quiet
 
 
 def test_json_log_lines_are_objects() -> None:
@@ -45,10 +49,49 @@ def test_a_person_reads_a_few_lines_of_a_start_and_all_of_them_on_demand() -> No
     assert not {"engine.runner", "drafter"} & set(quiet(LogConfig(format="json")))
 
 
+def test_progress_is_one_line_of_a_terminal_that_other_lines_take_the_place_of() -> None:
+    stream = io.StringIO()
+    handler = TerminalHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for progress in (Progress("loading", 3, 12), Progress("step", 7), Progress("starting")):
+        record = logging.makeLogRecord({"msg": "a", "progress": progress})
+        handler.handle(record)
+    handler.handle(logging.makeLogRecord({"msg": "a warning"}))
+    handler.handle(logging.makeLogRecord({"msg": "done", "progress": Progress("")}))
+    assert stream.getvalue().split(TerminalHandler.CLEARED) == [
+        "",
+        "loading [######..................] 3 of 12",
+        "step 7",
+        "starting",
+        "a warning\n",
+        "",
+    ]
+
+
+WATCHED = """
+from engine.progress import finish, report
+from server.process.setup.logs import set_up_logging
+set_up_logging(LogConfig())
+report("loading", 1, 2)
+finish()
+"""
+
+
+@pytest.mark.parametrize(("terminal", "term"), [(True, "xterm"), (True, "dumb"), (False, "xterm")])
+def test_progress_is_for_terminals_that_can_draw(terminal: bool, term: str) -> None:
+    theirs, ours = os.openpty() if terminal else os.pipe()
+    variables = os.environ | {"TERM": term}
+    subprocess.run([sys.executable, "-c", WATCHED], stderr=ours, check=True, env=variables)
+    os.write(ours, b"end")
+    text = os.read(theirs, 1000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert text.endswith("end")
+    assert ("loading [" in text) == (terminal and term == "xterm")
+
+
 FAILING = """
 import threading, warnings
-from configs.schema import LogConfig
-from server.process.setup.logs import set_up_logging
 set_up_logging(LogConfig(format="json"))
 warnings.warn("odd")
 thread = threading.Thread(target=lambda: 1 / 0)
