@@ -21,8 +21,16 @@ class KVTransfer(Protocol):
     calls return when their bytes are read: `send` may be announced, and blocks may be reused.
     """
 
-    def send(self, peer: int, blocks: Sequence[int], places: Sequence[int]) -> None:
-        """Put the pages of own blocks into places of this peer, in order."""
+    @property
+    def endpoint(self) -> bytes:
+        """How senders reach the places of this engine; it goes to them with `Reserved`."""
+        ...
+
+    def send(
+        self, peer: int, blocks: Sequence[int], places: Sequence[int], endpoint: bytes
+    ) -> None:
+        """Put the pages of own blocks into places of this peer, in order. ConnectionError if it
+        cannot be reached at its `endpoint`: then nothing more is written there."""
         ...
 
     def receive(self, peer: int, blocks: Sequence[int]) -> None:
@@ -33,6 +41,8 @@ class KVTransfer(Protocol):
 class SharedMemory:
     """`KVTransfer` between processes of one machine: an area of memory for each pair of engines,
     open in both. Only places that were used take memory."""
+
+    endpoint = b""  # an area needs no address
 
     def __init__(self, pages: Sequence[Tensor], areas: Mapping[int, int], num_places: int) -> None:
         """`pages`: all that belongs to a block, each tensor [num_blocks, ...]. `areas`: handles of
@@ -49,7 +59,13 @@ class SharedMemory:
             if num_places:
                 self._views[peer] = self._view(peer)
 
-    def send(self, peer: int, blocks: Sequence[int], places: Sequence[int]) -> None:
+    def send(
+        self,
+        peer: int,
+        blocks: Sequence[int],
+        places: Sequence[int],
+        endpoint: bytes,  # noqa: ARG002
+    ) -> None:
         there = self._views.get(peer)
         if there is None or max(places) >= len(there):  # the receiver started again with more
             there = self._views[peer] = self._view(peer)
