@@ -94,9 +94,12 @@ def again(each: list[Request]) -> list[Request]:
     return [msgspec.structs.replace(one, request_id=f"{one.request_id} again") for one in each]
 
 
-def test_both_engines_together_give_what_one_gives(build: Build) -> None:
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.nixl)])
+def test_both_engines_together_give_what_one_gives(build: Build, *, shared: bool) -> None:
+    if not shared:
+        pytest.importorskip("nixl", reason="the extra `nixl` is not installed")
     expected = generate(build(), requests())
-    roles = joined(build(), build())
+    roles = joined(build(), build(), shared=shared)
     same(served(roles, requests()), expected)
     assert sum(isinstance(event, Reserved) for event in roles.decode[0].said) == 7
     same(served(roles, again(requests())), {f"{name} again": e for name, e in expected.items()})
