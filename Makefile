@@ -5,7 +5,7 @@
 # make chaos ARGS="--minutes 20" (docs/operating.md)
 # make syncspec | test-syncspec (syncspec/README.md)
 # make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
-# make test-ray (several engines: docs/scaling.md)
+# make test-ray | test-nixl (several engines: docs/scaling.md)
 # make page | test-page (the page at /)
 # make docs | reference (the site of docs/)
 # make test-pythons | check-image (the wheel and the image, as users have them)
@@ -31,7 +31,7 @@ SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: page test-page test-ray test-pythons check-image docs reference install serve chat test \
+.PHONY: page test-page test-ray test-nixl test-pythons check-image docs reference install serve chat test \
 	test-extended test-parallel test-clients test-triton \
 	lint bench chaos compare tables gpu-check gpu-train syncspec test-syncspec clean
 .DELETE_ON_ERROR:
@@ -64,6 +64,12 @@ test-clients: $(VENV)/.client-tools
 test-ray: $(VENV)/.test-tools
 	$(PIP) -e ".[ray]"
 	$(BIN)/python -m pytest -m ray $(TEST_ARGS) tests/server/ray tests/e2e/test_ray.py
+
+# Pages between engines through NIXL.
+test-nixl: $(VENV)/.test-tools
+	$(PIP) -e ".[nixl]"
+	$(BIN)/python -m pytest -m nixl $(TEST_ARGS) tests/engine/kv tests/server/process/roles/test_roles.py \
+		tests/e2e/test_roles.py
 
 # The page in a headless Chromium, if the machine has one: apt install chromium
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)

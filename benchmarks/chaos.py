@@ -3,7 +3,8 @@
 The server has two ranks of a tiny random model. Requests of all kinds are sent whose texts are
 known from a quiet run. After each fault, traffic pauses, and the server must be as before: each
 request had exactly one end, texts are those of the quiet run, nothing runs or waits, and all blocks
-are free. Prints faults and counts, and exits with 1 if anything was wrong.
+are free. With --soak, a quiet time without faults comes first, in which no process may grow. Prints
+faults and counts, and exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
 
-from benchmarks.cases.chaos_faults import FAULTS, Scene
+from benchmarks.cases.chaos_faults import FAULTS, Scene, followers
 from benchmarks.cases.chaos_traffic import MODEL, Traffic, cases
 from benchmarks.measuring import machine
 from tests.support.live_server import LiveServer
@@ -32,6 +34,10 @@ AT_PEAK = 16  # clients: as many as run in one step
 RATIO = 0.9  # of the peak goodput, at ten times the load
 RECOVERY = 120.0  # seconds until a harmed server is ready again
 LOAD_SECONDS = 5.0
+SOAK_WORKERS = 2
+SOAK_SAMPLES = 120  # looks at the memory
+WARM_UP = 1 / 3  # of a soak, which does not count: caches and allocators fill
+MAX_GROWTH = 1.0  # MB per hour
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 SETTINGS = (
     f"model.served_name={MODEL}",
@@ -54,14 +60,44 @@ class Run:
 
     def __init__(self, server: LiveServer, traffic: Traffic, luck: random.Random) -> None:
         self._server = server
-        self._traffic = traffic
+        self.traffic = traffic
         self._luck = luck
         self.counts: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.problems: list[str] = []
         self.ratios: list[float] = []
-        self.memory: list[tuple[float, int, int]] = []  # hours, process, bytes
+        self.growth: dict[str, float] = {}  # MB per hour, by process
         self._began = time.monotonic()
+
+    async def soak(self, seconds: float, num_fuzzed: int) -> None:
+        """Quiet traffic for so long; the memory of every process is looked at meanwhile."""
+        began = time.monotonic()
+        names = self._processes()
+        sizes: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        traffic = asyncio.create_task(self.traffic.soak(began + seconds, num_fuzzed, SOAK_WORKERS))
+        while not traffic.done():
+            await asyncio.wait([traffic], timeout=seconds / SOAK_SAMPLES)
+            for name, pid in names.items():
+                sizes[name].append((time.monotonic() - began, _resident(pid)))
+        traffic.result()
+        await self._settle("soak")
+        if self._processes() != names:
+            self.problems.append("soak: a process ended")
+        self.growth = {name: growth(points, seconds * WARM_UP) for name, points in sizes.items()}
+        print(f"{seconds:6.0f} s  soak; grew by {self.growth} MB an hour", flush=True)
+        self.problems += [
+            f"soak: {name} grew by {rate} MB an hour"
+            for name, rate in self.growth.items()
+            if rate > MAX_GROWTH
+        ]
+        self.problems += [f"soak: {each}" for each in self.traffic.tally.faults]
+
+    def _processes(self) -> dict[str, int]:
+        """The long-lived ones of the server."""
+        engine = self._server.engine_pid
+        (rank,) = followers(engine)
+        own = {"launcher": self._server.pid, "http": self._server.http_pid}
+        return own | {"engine": engine, "rank": rank}
 
     async def go_on(self, seconds: float, only: list[str]) -> None:
         """Do every fault in a random order, again and again, for so long."""
@@ -73,13 +109,13 @@ class Run:
 
     async def _do(self, name: str) -> None:
         notes: list[str] = []
-        scene = Scene(self._server, self._traffic, self._luck, notes)
-        known = len(self._traffic.tally.faults)
+        scene = Scene(self._server, self.traffic, self._luck, notes)
+        known = len(self.traffic.tally.faults)
         try:
             if name == "ten times the load":
                 self.ratios.append(round(await self._overload(), 3))
             else:
-                self._traffic.go()
+                self.traffic.go()
                 await asyncio.sleep(1.5 + self._luck.random())
                 await FAULTS[name](scene)
             await self._settle(name)
@@ -88,12 +124,12 @@ class Run:
             await self._settle(name)
         self.counts[name] += 1
         self.notes.update(notes)
-        self.problems += [f"{name}: {each}" for each in self._traffic.tally.faults[known:]]
+        self.problems += [f"{name}: {each}" for each in self.traffic.tally.faults[known:]]
         print(f"{time.monotonic() - self._began:6.0f} s  {name}", *notes, sep="; ", flush=True)
 
     async def _settle(self, name: str) -> None:
         """Pause the traffic; the server must become ready and have nothing to do."""
-        await self._traffic.pause()
+        await self.traffic.pause()
         end = time.monotonic() + RECOVERY
         state = "no answer"
         while state:
@@ -102,9 +138,6 @@ class Run:
                 return
             await asyncio.sleep(0.1)
             state = await asyncio.to_thread(self._unrest)
-        for pid in (self._server.http_pid, self._server.engine_pid):
-            hours = (time.monotonic() - self._began) / 3600
-            self.memory.append((hours, pid, _resident(pid)))
 
     def _unrest(self) -> str:
         """What is not yet as it should be."""
@@ -133,7 +166,7 @@ class Run:
         async def client() -> None:
             nonlocal done
             while time.monotonic() < end:
-                if await self._traffic.one() == "complete":
+                if await self.traffic.one() == "complete":
                     done += 1
                 else:
                     await asyncio.sleep(1.0)  # as Retry-After says
@@ -141,16 +174,11 @@ class Run:
         await asyncio.gather(*(client() for _ in range(num_clients)))
         return done / (time.monotonic() - began)
 
-    def growth(self) -> dict[str, float]:
-        """MB per hour of each process that was seen often enough."""
-        found = {}
-        for pid in {pid for _, pid, _ in self.memory}:
-            points = [(hours, size) for hours, other, size in self.memory if other == pid]
-            if len(points) >= 8:
-                hours, sizes = zip(*points, strict=True)
-                slope = statistics.linear_regression(hours, sizes).slope
-                found[str(pid)] = round(slope / 2**20, 1)
-        return found
+
+def growth(points: Sequence[tuple[float, int]], warm_up: float) -> float:
+    """MB per hour of `points` (seconds, bytes) after the first `warm_up` seconds."""
+    seconds, sizes = zip(*(point for point in points if point[0] >= warm_up), strict=True)
+    return round(statistics.linear_regression(seconds, sizes).slope * 3600 / 2**20, 2)
 
 
 def _resident(pid: int) -> int:
@@ -158,11 +186,15 @@ def _resident(pid: int) -> int:
     return pages * 4096
 
 
-async def run_against(server: LiveServer, seconds: float, seed: int, only: list[str]) -> Run:
+async def run_against(
+    server: LiveServer, seconds: float, seed: int, only: list[str], soak: float, fuzzed: int
+) -> Run:
     luck = random.Random(seed)
     traffic = Traffic(server.url, cases(luck), luck)
     await traffic.learn()
     run = Run(server, traffic, luck)
+    if soak:
+        await run.soak(soak, fuzzed)
     workers = [asyncio.create_task(traffic.work()) for _ in range(WORKERS)]
     try:
         await run.go_on(seconds, only)
@@ -172,8 +204,8 @@ async def run_against(server: LiveServer, seconds: float, seed: int, only: list[
     return run
 
 
-def report(run: Run, traffic_of: Traffic, seconds: float, seed: int) -> dict[str, Any]:
-    tally = traffic_of.tally
+def report(run: Run, seconds: float, seed: int, soak: float) -> dict[str, Any]:
+    tally = run.traffic.tally
     ratio = statistics.median(run.ratios) if run.ratios else None
     if ratio is not None and ratio < RATIO:
         run.problems.append(f"goodput at ten times the load is {ratio} of the peak")
@@ -188,7 +220,8 @@ def report(run: Run, traffic_of: Traffic, seconds: float, seed: int) -> dict[str
         "ends": dict(tally.ends),
         "kinds": dict(tally.by_kind),
         "goodput_at_10x": run.ratios,
-        "memory_growth_mb_per_hour": run.growth(),
+        "soak_minutes": round(soak / 60, 1),
+        "growth_mb_per_hour": run.growth,
         "problems": run.problems,
     }
 
@@ -197,6 +230,8 @@ def main(
     minutes: Annotated[float, typer.Option(help="How long faults are made.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of traffic and faults.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only these faults.")] = None,
+    soak: Annotated[float, typer.Option(help="Minutes of quiet traffic before the faults.")] = 0.0,
+    fuzz: Annotated[int, typer.Option(help="Spoilt requests in these minutes.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the results there, as JSON.")] = None,
 ) -> None:
     """Harm a server, and say what came of it."""
@@ -210,12 +245,14 @@ def main(
         write_tiny_llama(model, TinyLlama(max_position_embeddings=4096))
         settings = (f"model.source={model}", f"capture.dir={folder}/captured", *SETTINGS)
         with LiveServer(*settings) as server:
-            run = asyncio.run(run_against(server, minutes * 60, seed, only or known))
+            run = asyncio.run(
+                run_against(server, minutes * 60, seed, only or known, soak * 60, fuzz)
+            )
             code = server.stop()
             if code:
                 run.problems.append(f"the exit code is {code}")
             log = server.log.text()
-    found = report(run, run._traffic, time.monotonic() - began, seed)
+    found = report(run, time.monotonic() - began, seed, soak * 60)
     if "Traceback" in log:
         found["tracebacks"] = log.count("Traceback")
     print(json.dumps(found, indent=1))

@@ -279,6 +279,11 @@ class ParallelConfig(Section):
         "long prompts do not slow running streams down. Each has its own copy of the model and an "
         "equal share of kernels.threads and of cache.memory_fraction. Default: one engine for both",
     )
+    transfer: Literal["shared_memory", "nixl"] = Field(
+        "shared_memory",
+        description="how pages of the cache go from engine to engine with parallel.roles; nixl: "
+        "through NIXL and UCX, which need the extra `nixl`, within parallel.timeout",
+    )
 
     @model_validator(mode="after")
     def _one_rank_per_role(self) -> ParallelConfig:

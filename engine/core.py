@@ -15,6 +15,7 @@ from engine.messages import (
     EngineMessage,
     EngineStats,
     ErrorCode,
+    Finished,
     PagesSent,
     PeerLost,
     RequestMessage,
@@ -22,6 +23,7 @@ from engine.messages import (
     Submit,
     TakePages,
 )
+from engine.request import FinishReason
 from engine.scheduler.handovers import Pages
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.pace import Pace
@@ -45,8 +47,13 @@ class SequenceCounts(Protocol):
 class Peers(Protocol):
     """Sends pages to engines of the other role, and takes theirs; see `KVTransfer`."""
 
+    @property
+    def endpoint(self) -> bytes:
+        """How others reach this engine."""
+        ...
+
     def send(self, pages: Pages) -> None:
-        """Send what a step has computed."""
+        """Send what a step has computed. ConnectionError if its peer cannot be reached."""
         ...
 
     def receive(self, peer: int, blocks: Sequence[int]) -> None:
@@ -85,6 +92,8 @@ class EngineCore:
         self._captured = captured
         self._gate = gate or Gate(None)
         self._peers = peers
+        if peers is not None:
+            scheduler.handovers.endpoint = peers.endpoint
         self._clock = clock
         self._pace = Pace()
         self._collected_at: float | None = None  # time of the last collect; None while idle
@@ -233,11 +242,26 @@ class EngineCore:
         for pages in self._scheduler.pages_to_send():
             draft = peers.draft_state(pages.line)  # first: it completes the pages
             if pages.blocks:
-                peers.send(pages)
+                try:
+                    peers.send(pages)
+                except ConnectionError as error:
+                    self._give_up(pages, f"the pages of this request cannot be sent: {error}")
+                    continue
                 sent = PagesSent(pages.request_id, pages.first_block, len(pages.blocks))
                 self._landed.append(sent)
             if pages.handed is not None:
                 self._landed.append(msgspec.structs.replace(pages.handed, draft=draft))
+
+    def _give_up(self, pages: Pages, error: str) -> None:
+        """End a request here whose pages cannot be sent. The other engine goes on with those that
+        have come."""
+        code = ErrorCode.TRANSFER
+        if pages.handed is None:
+            self._scheduler.abort(pages.request_id, error, code)
+            return
+        reason, num_output = FinishReason.ERROR, len(pages.handed.output_ids)
+        finished = Finished(pages.request_id, reason, 0, num_output, error=error, error_code=code)
+        self._landed.append(finished)
 
     def _take_pages(self, message: TakePages) -> None:
         assert self._peers is not None, "only engines with peers reserve blocks"

@@ -56,11 +56,12 @@ class OtherChoice(msgspec.Struct, frozen=True, array_like=True):
 
 class Handover(msgspec.Struct, frozen=True, array_like=True):
     """Where an engine puts the pages of a prompt for the engine `peer` that will decode: those of
-    block `first_block` + i of the sequence go to place `places[i]`."""
+    block `first_block` + i of the sequence go to place `places[i]`. `endpoint`: how to reach it."""
 
     peer: int
     first_block: int
     places: tuple[int, ...]
+    endpoint: bytes = b""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -169,11 +170,12 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 
 class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
     """Blocks for a prompt are reserved; `places` are those from its block `first_block` on. What is
-    before is in the cache already."""
+    before is in the cache already. `endpoint`: that of this engine's `KVTransfer`."""
 
     request_id: str
     first_block: int
     places: tuple[int, ...]
+    endpoint: bytes = b""
 
 
 class PagesSent(msgspec.Struct, frozen=True, tag="pages_sent"):
@@ -191,6 +193,7 @@ class ErrorCode(enum.StrEnum):
     INVALID = "invalid"  # the engine cannot carry it out, whatever its length
     STOPPING = "stopping"  # the server is stopping
     UNSOUND = "unsound"  # the model's logits are NaN or infinite
+    TRANSFER = "transfer"  # its pages cannot be sent to the engine that is to decode
     REFUSED = "refused"  # requests like it may be what kills the engine
 
 

@@ -43,11 +43,14 @@ async def kill_engine(scene: Scene) -> None:
 
 
 async def kill_rank(scene: Scene) -> None:
-    (rank,) = [
-        pid for pid in children_of(scene.server.engine_pid) if "follower" in command_line(pid)
-    ]
+    (rank,) = followers(scene.server.engine_pid)
     os.kill(rank, signal.SIGKILL)
     await asyncio.sleep(3)
+
+
+def followers(engine: int) -> list[int]:
+    """The other ranks of an engine."""
+    return [pid for pid in children_of(engine) if "follower" in command_line(pid)]
 
 
 async def kill_helpers(scene: Scene) -> None:

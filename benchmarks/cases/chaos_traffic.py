@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import httpx
 
 MODEL = "tiny"
 PATIENCE = 150.0  # seconds for the end of a request
+SOAK_PAUSE = 0.5  # seconds between the requests of a quiet client
 ERROR_STATUS = {408, 429, 500, 503}  # what a faulty or full server may answer
 WORDS = "the quick brown fox jumps over a lazy dog and never loses its token"
 TOOL = {
@@ -120,6 +122,27 @@ class Traffic:
                     self._idle.notify_all()
             if self.tally.ends["refused"] and self._luck.random() < 0.5:
                 await asyncio.sleep(0.02)
+
+    async def soak(self, until: float, num_fuzzed: int, num_workers: int) -> None:
+        """Quiet traffic until `until` of time.monotonic(), and spoilt requests beside it, as many
+        as `num_fuzzed` if there is time for them."""
+        began = time.monotonic()
+        numbers = iter(range(num_fuzzed))
+
+        async def work() -> None:
+            while time.monotonic() < until:
+                await self.one()
+                await asyncio.sleep(SOAK_PAUSE)
+
+        async def fuzz() -> None:
+            for number in numbers:
+                due = began + (until - began) * number / num_fuzzed
+                await asyncio.sleep(due - time.monotonic())
+                if time.monotonic() > until:
+                    return
+                await self._send_nonsense()
+
+        await asyncio.gather(*(work() for _ in range(num_workers)), *(fuzz() for _ in range(4)))
 
     async def one(self) -> str:
         """Send one case; count how it ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,8 +21,16 @@ class KVTransfer(Protocol):
     calls return when their bytes are read: `send` may be announced, and blocks may be reused.
     """
 
-    def send(self, peer: int, blocks: Sequence[int], places: Sequence[int]) -> None:
-        """Put the pages of own blocks into places of this peer, in order."""
+    @property
+    def endpoint(self) -> bytes:
+        """How senders reach the places of this engine; it goes to them with `Reserved`."""
+        ...
+
+    def send(
+        self, peer: int, blocks: Sequence[int], places: Sequence[int], endpoint: bytes
+    ) -> None:
+        """Put the pages of own blocks into places of this peer, in order. ConnectionError if it
+        cannot be reached at its `endpoint`: then nothing more is written there."""
         ...
 
     def receive(self, peer: int, blocks: Sequence[int]) -> None:
@@ -30,45 +38,67 @@ class KVTransfer(Protocol):
         ...
 
 
+class BlockPages:
+    """All that belongs to a block, as one row of bytes."""
+
+    def __init__(self, pages: Sequence[Tensor]) -> None:
+        """`pages`: each tensor [num_blocks, ...]."""
+        self._pages = [page.flatten(1).view(torch.uint8) for page in pages]
+        self.width = sum(page.shape[1] for page in self._pages)
+
+    def copy_out(self, blocks: Sequence[int], rows: Tensor, at: Sequence[int]) -> None:
+        """Put blocks into these of the `rows` [N, width] in host memory, in order."""
+        for column, page in self._columns():
+            rows[list(at), column] = page[list(blocks)].cpu()
+
+    def copy_in(self, blocks: Sequence[int], rows: Tensor, at: Sequence[int]) -> None:
+        """Take blocks from these rows."""
+        for column, page in self._columns():
+            page[list(blocks)] = rows[list(at), column].to(page.device)
+
+    def _columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """The bytes of a row that belong to a page tensor, and this tensor."""
+        first = 0
+        for page in self._pages:
+            yield slice(first, first + page.shape[1]), page
+            first += page.shape[1]
+
+
 class SharedMemory:
     """`KVTransfer` between processes of one machine: an area of memory for each pair of engines,
     open in both. Only places that were used take memory."""
 
+    endpoint = b""  # an area needs no address
+
     def __init__(self, pages: Sequence[Tensor], areas: Mapping[int, int], num_places: int) -> None:
-        """`pages`: all that belongs to a block, each tensor [num_blocks, ...]. `areas`: handles of
-        memory files, by peer. `num_places`: blocks that this engine receives into; 0 for one that
-        sends only."""
-        self._pages = [page.flatten(1).view(torch.uint8) for page in pages]
-        self._width = sum(page.shape[1] for page in self._pages)
+        """`pages`: as for `BlockPages`. `areas`: handles of memory files, by peer. `num_places`:
+        blocks that this engine receives into; 0 for one that sends only."""
+        self._pages = BlockPages(pages)
         self._areas = areas
         self._views: dict[int, Tensor] = {}  # [num_places, bytes of a block]
         for peer, area in areas.items():
-            needed = num_places * self._width
+            needed = num_places * self._pages.width
             if os.fstat(area).st_size < needed:
                 os.ftruncate(area, needed)
             if num_places:
                 self._views[peer] = self._view(peer)
 
-    def send(self, peer: int, blocks: Sequence[int], places: Sequence[int]) -> None:
+    def send(
+        self,
+        peer: int,
+        blocks: Sequence[int],
+        places: Sequence[int],
+        endpoint: bytes,  # noqa: ARG002
+    ) -> None:
         there = self._views.get(peer)
         if there is None or max(places) >= len(there):  # the receiver started again with more
             there = self._views[peer] = self._view(peer)
-        for rows, column, page in self._parts(there):
-            rows[list(places), column] = page[list(blocks)].cpu()
+        self._pages.copy_out(blocks, there, places)
 
     def receive(self, peer: int, blocks: Sequence[int]) -> None:
-        for rows, column, page in self._parts(self._views[peer]):
-            page[list(blocks)] = rows[list(blocks), column].to(page.device)
-
-    def _parts(self, there: Tensor) -> list[tuple[Tensor, slice, Tensor]]:
-        """The area, the bytes in it that belong to a page tensor, and this tensor."""
-        found, first = [], 0
-        for page in self._pages:
-            found.append((there, slice(first, first + page.shape[1]), page))
-            first += page.shape[1]
-        return found
+        self._pages.copy_in(blocks, self._views[peer], blocks)
 
     def _view(self, peer: int) -> Tensor:
-        area = self._areas[peer]
-        size = os.fstat(area).st_size // self._width * self._width
-        return torch.frombuffer(mmap.mmap(area, size), dtype=torch.uint8).view(-1, self._width)
+        area, width = self._areas[peer], self._pages.width
+        size = os.fstat(area).st_size // width * width
+        return torch.frombuffer(mmap.mmap(area, size), dtype=torch.uint8).view(-1, width)

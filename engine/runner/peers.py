@@ -26,9 +26,13 @@ class TransferPeers:
         self._transfer = transfer
         self._proposer = proposer
 
+    @property
+    def endpoint(self) -> bytes:
+        return self._transfer.endpoint
+
     @torch.inference_mode()
     def send(self, pages: Pages) -> None:
-        self._transfer.send(pages.peer, pages.blocks, pages.places)
+        self._transfer.send(pages.peer, pages.blocks, pages.places, pages.endpoint)
 
     @torch.inference_mode()
     def receive(self, peer: int, blocks: Sequence[int]) -> None:

@@ -36,6 +36,7 @@ class Pages:
     first_block: int
     blocks: tuple[int, ...]
     places: tuple[int, ...]
+    endpoint: bytes  # of the peer
     handed: HandedOver | None = None  # the sequence leaves with them
 
 
@@ -51,6 +52,7 @@ class Handovers:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
+        self.endpoint = b""  # of this engine, for those that compute prompts for it
         self._wanting: set[str] = set()  # waiting sequences whose prompt another engine computes
         self._reserved: dict[str, _Reserved] = {}
         self._sending: dict[str, Sending] = {}
@@ -87,7 +89,7 @@ class Handovers:
         first = num_cached // self._block_size
         self._reserved[seq.request_id] = _Reserved(seq, num_cached, first)
         end = self._blocks_for(num_slots)
-        return Reserved(seq.request_id, first, tuple(seq.block_ids[first:end]))
+        return Reserved(seq.request_id, first, tuple(seq.block_ids[first:end]), self.endpoint)
 
     def is_reserved(self, request_id: str) -> bool:
         return request_id in self._reserved
@@ -178,5 +180,6 @@ class Handovers:
             first,
             tuple(seq.block_ids[first:end]),
             there.places[first - there.first_block : end - there.first_block],
+            there.endpoint,
             handed,
         )

@@ -142,11 +142,15 @@ class Scheduler:
             else:
                 self._finish(seq, FinishReason.ERROR, *problem)
 
-    def abort(self, request_id: str) -> None:
-        """End a request. An unknown id is no error: the request has just finished."""
+    def abort(
+        self, request_id: str, error: str | None = None, code: ErrorCode | None = None
+    ) -> None:
+        """End a request, with ERROR if there is an `error`. An unknown id is no error: the request
+        has just finished."""
         seq = self._live.get(request_id)
         if seq is not None:
-            self._finish(seq, FinishReason.ABORT)
+            reason = FinishReason.ABORT if error is None else FinishReason.ERROR
+            self._finish(seq, reason, error, code)
 
     def abort_all(self, reason: str, code: ErrorCode | None = None) -> list[Finished]:
         """End every live request with ERROR; returns their last events."""

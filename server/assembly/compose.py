@@ -124,7 +124,7 @@ def _engine(
         steps,
         capture,
         rank.grammars,
-        None if role is None else peers_of(role, rank.runner),
+        None if role is None else peers_of(role, rank.runner, rank.config.parallel.timeout),
     )
 
     def scratch(draft: LoadedDraft) -> StepMeter:

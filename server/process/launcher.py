@@ -8,6 +8,7 @@ import os
 import sys
 
 from configs.resolve import HostConfig
+from server.assembly.roles.role import check_transfer
 from server.process.http_process import run_http_process
 from server.process.setup.listening import check_tls, open_listener
 from server.process.setup.logs import set_up_logging
@@ -23,13 +24,15 @@ def serve(config: HostConfig) -> int:
     """Run the server until it is told to stop; returns the exit code.
 
     Raises:
-        OSError, ValueError: the port, the model's files or the API keys cannot be used.
+        OSError, ValueError: the port, the model's files or the API keys cannot be used, or NIXL
+            is missing.
     """
     set_up_logging(config.log)
     sys.setswitchinterval(SWITCH_INTERVAL)
     raise_limit()
     remove_stale_folders()
     check_tls(config.server)
+    check_transfer(config.parallel)
     listener = open_listener(config.server)
     limit = Restarts(config.server.max_restarts) if config.server.restart_engine else None
     launcher = os.getpid()

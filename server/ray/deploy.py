@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -14,9 +16,11 @@ from ray import serve
 from configs.schema import Config, ServerConfig
 from server.process.setup.listening import address_of, check_tls, open_listener
 from server.process.setup.logs import set_up_logging
+from server.process.supervision.process_table import children_of
 from server.ray.app import QUIET, application, cluster_gpus
 
 NAME = "aerie"
+START_TRIES = 3  # of Ray on this machine
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +36,12 @@ def deploy(config: Config, address: str | None) -> int:
         ValueError: a setting has no meaning for Ray's HTTP server.
         OSError: the port cannot be used.
         ConnectionError: there is no cluster at `address`.
-        RuntimeError: the engines cannot start.
+        RuntimeError: Ray or the engines cannot start.
     """
     check_server(config.server, in_cluster=address is not None)
     check_tls(config.server)
     set_up_logging(config.log)
-    ray.init(address=address or "local", include_dashboard=False, log_to_driver=True)
+    connect(address)
     stop = _stop_signals()  # Ray has handlers of its own, which end the process at once
     try:
         url = own_url(config.server) if address is None else cluster_url(config.server)
@@ -53,6 +57,30 @@ def deploy(config: Config, address: str | None) -> int:
             serve.shutdown()
         ray.shutdown()
     return 0
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address`, or start one on this machine. Ray gives its processes 30 s to
+    start, which a busy machine may exceed, so there are several tries. RuntimeError after the last.
+    """
+    for number in range(1, START_TRIES + 1):
+        try:
+            ray.init(address=address or "local", include_dashboard=False, log_to_driver=True)
+        except Exception as error:  # what Ray raises then has no type of its own
+            if address is not None or type(error) is not Exception:
+                raise
+            logger.warning("Ray did not start, try %d of %d: %s", number, START_TRIES, error)
+            end_children()
+        else:
+            return
+    raise RuntimeError(f"Ray did not start on this machine in {START_TRIES} tries")
+
+
+def end_children() -> None:
+    """End what a start of Ray has left: this process has no other children."""
+    for child in children_of(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def own_url(server: ServerConfig) -> str:

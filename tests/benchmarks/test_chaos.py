@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.cases import chaos_traffic
 from benchmarks.cases.chaos_traffic import Reading, cases
+from benchmarks.chaos import growth
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -73,3 +74,10 @@ def test_traffic_is_the_same_for_the_same_seed() -> None:
     luck = [random.Random(5) for _ in range(2)]
     spoilt = [[chaos_traffic._spoil('{"a": 1}', each) for _ in range(20)] for each in luck]
     assert spoilt[0] == spoilt[1]
+
+
+def test_growth_is_that_after_the_warm_up() -> None:
+    steady = [(float(second), 2**20 * (100 + second // 36)) for second in range(0, 3600, 36)]
+    filling = [(float(second), 2**20 * min(second, 50)) for second in range(100)]
+    assert growth(steady, 1200) == pytest.approx(100, rel=0.01)
+    assert growth([*filling, (100.0, 2**20 * 50)], 60) == 0

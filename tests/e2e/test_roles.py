@@ -68,9 +68,16 @@ def settings(head: Path) -> tuple[str, ...]:
     return (f"speculation.draft={head}", "speculation.tree=chain3")
 
 
-@pytest.fixture(scope="module")
-def roles(make_server: MakeServer, settings: tuple[str, ...]) -> Iterator[LiveServer]:
-    with make_server("parallel.roles=prefill:1,decode:1", *settings) as live:
+@pytest.fixture(
+    scope="module", params=["shared_memory", pytest.param("nixl", marks=pytest.mark.nixl)]
+)
+def roles(
+    request: pytest.FixtureRequest, make_server: MakeServer, settings: tuple[str, ...]
+) -> Iterator[LiveServer]:
+    if request.param == "nixl":
+        pytest.importorskip("nixl", reason="the extra `nixl` is not installed")
+    transfer = f"parallel.transfer={request.param}"
+    with make_server("parallel.roles=prefill:1,decode:1", transfer, *settings) as live:
         yield live
         assert live.stop() == 0
 

@@ -32,6 +32,7 @@ from server.assembly.roles.peers import peers_of
 from server.assembly.roles.role import Role
 from server.process.channel.client import ENGINE_LOST, Listener, ZmqEngineClient
 from server.process.roles.client import RolesClient
+from tests.support.waiting import DEADLINE
 
 
 @dataclass(eq=False)
@@ -129,13 +130,14 @@ class RoleLab:
         return found
 
 
-def joined(prefill: EngineCore, decode: EngineCore) -> RoleLab:
-    """Two engines that share memory, as long as this process lives."""
-    area = os.memfd_create("test-pages")
-    for core, role in ((decode, "decode"), (prefill, "prefill")):
+def joined(prefill: EngineCore, decode: EngineCore, *, shared: bool = True) -> RoleLab:
+    """Two engines that share memory, as long as this process lives; or else NIXL joins them."""
+    areas = {0: os.memfd_create("test-pages")} if shared else None
+    for core, kind in ((decode, "decode"), (prefill, "prefill")):
         runner = core._executor
         assert isinstance(runner, ModelRunner)
-        core._peers = peers_of(Role(role, {0: area}), runner)
+        core._peers = peers_of(Role(kind, 0, 1, areas), runner, DEADLINE)
+        core._scheduler.handovers.endpoint = core._peers.endpoint
         if isinstance(runner.proposer, DraftProposer):
-            runner.proposer._eager = role == "prefill"
+            runner.proposer._eager = kind == "prefill"
     return RoleLab([LocalClient(prefill)], [LocalClient(decode)])

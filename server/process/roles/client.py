@@ -207,7 +207,7 @@ class _Route:
             # The other engine has room for the pages of one more token.
             msgspec.structs.replace(self.request, max_draft_nodes=0),
             output_ids=tuple(self._output),
-            handover=Handover(leg.peer.number, event.first_block, event.places),
+            handover=Handover(leg.peer.number, event.first_block, event.places, event.endpoint),
         )
         prefill.client.open(message, self._prefill)
 
@@ -221,7 +221,7 @@ class _Route:
 
     def _lose(self, leg: _Leg, event: Finished) -> None:
         """Go on without the engine of a leg, or end the request with its event."""
-        self._num_lost += 1
+        self._num_lost += event.error_code is not ErrorCode.TRANSFER  # no engine has ended
         was_decoding = leg is self._decode
         self._leave(leg)
         if was_decoding and self._prefill is not None:
@@ -266,9 +266,11 @@ class _Leg:
         return self._route.failed(reason, code)
 
     def is_lost(self, event: Finished) -> bool:
-        """Whether the request has ended because its engine has."""
-        is_error = event.reason is FinishReason.ERROR and event.error_code is None
-        return is_error and not self.peer.is_ready
+        """Whether the request has ended because its engine has, or cannot reach the other one."""
+        if event.reason is not FinishReason.ERROR:
+            return False
+        is_ended = event.error_code is None and not self.peer.is_ready
+        return is_ended or event.error_code is ErrorCode.TRANSFER
 
 
 def _take_pages(leg: _Leg, event: PagesSent) -> TakePages:

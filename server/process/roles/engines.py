@@ -19,14 +19,22 @@ class RoleEngines:
 
     def __init__(self, config: HostConfig, counts: RoleCounts) -> None:
         """OSError if there is no shared memory."""
-        # One area for each pair, which outlives the engines.
-        self._areas = {
-            (prefill, decode): os.memfd_create(f"aerie-pages-{prefill}-{decode}")
-            for prefill in range(counts.prefill)
-            for decode in range(counts.decode)
-        }
-        prefill = [Role("prefill", self._of(0, number)) for number in range(counts.prefill)]
-        decode = [Role("decode", self._of(1, number)) for number in range(counts.decode)]
+        self._areas: dict[tuple[int, int], int] | None = None
+        if config.parallel.transfer == "shared_memory":
+            # One for each pair, which outlives the engines.
+            self._areas = {
+                (prefill, decode): os.memfd_create(f"aerie-pages-{prefill}-{decode}")
+                for prefill in range(counts.prefill)
+                for decode in range(counts.decode)
+            }
+        prefill = [
+            Role("prefill", number, counts.decode, self._of(0, number))
+            for number in range(counts.prefill)
+        ]
+        decode = [
+            Role("decode", number, counts.prefill, self._of(1, number))
+            for number in range(counts.decode)
+        ]
         own = shared_out(config, sum(counts))
         # A request goes on at another engine, so what was running at two deaths may have ended two.
         suspects = Suspects(config.server.refuse_suspects)
@@ -57,10 +65,12 @@ class RoleEngines:
     async def stop(self) -> None:
         """End all engines, and with them all open requests."""
         await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
-        for area in self._areas.values():
+        for area in (self._areas or {}).values():
             os.close(area)
-        self._areas = {}
+        self._areas = None
 
-    def _of(self, side: int, number: int) -> dict[int, int]:
+    def _of(self, side: int, number: int) -> dict[int, int] | None:
         """The areas of an engine, by the number of the other one."""
+        if self._areas is None:
+            return None
         return {pair[1 - side]: area for pair, area in self._areas.items() if pair[side] == number}

@@ -220,10 +220,11 @@ async def _spawn(endpoint: str, role: Role | None) -> asyncio.subprocess.Process
     """Start an engine process. OSError, naming the program, when it cannot be started."""
     program = sys.executable
     told = [] if role is None else [role.to_text()]
+    areas = None if role is None else role.areas
     try:
         return await asyncio.create_subprocess_exec(
             *(program, "-P", "-m", engine_process.__name__, endpoint, *told),
-            pass_fds=() if role is None else tuple(role.areas.values()),
+            pass_fds=() if areas is None else tuple(areas.values()),
             stdin=asyncio.subprocess.PIPE,
             env=engine_environment(),
             start_new_session=True,  # this process handles a terminal's Ctrl-C

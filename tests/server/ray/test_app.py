@@ -11,6 +11,7 @@ import pytest
 with warnings.catch_warnings(action="ignore"):  # Ray uses what its libraries deprecate
     pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
 
+from server.ray import deploy
 from server.ray.app import application, engine_options
 from server.ray.deploy import check_server
 from server.routing.settings import config_of
@@ -56,3 +57,36 @@ def test_what_the_http_server_of_ray_cannot_do_is_refused() -> None:
         check_server(config_of({"server.socket": "/x"}).server, in_cluster=False)
     with pytest.raises(ValueError, match=r"server\.port is 0"):
         check_server(config_of({"server.port": "0"}).server, in_cluster=True)
+
+
+@pytest.mark.parametrize(
+    ("failures", "address", "error"),
+    [
+        ([Exception("timed out")] * 2, None, None),
+        ([Exception("timed out")] * 9, None, RuntimeError),
+        ([ConnectionError("no cluster")], "auto", ConnectionError),
+        ([ValueError("a port")], None, ValueError),
+    ],
+)
+def test_a_slow_start_of_ray_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+    failures: list[Exception],
+    address: str | None,
+    error: type[Exception] | None,
+) -> None:
+    ended, tries = [], []
+
+    def init(**settings: Any) -> None:
+        tries.append(settings["address"])
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(deploy.ray, "init", init)
+    monkeypatch.setattr(deploy, "end_children", lambda: ended.append(len(tries)))
+    if error is None:
+        deploy.connect(address)
+    else:
+        with pytest.raises(error):
+            deploy.connect(address)
+    assert len(tries) == (3 if address is None and error is not ValueError else 1)
+    assert len(ended) == len(tries) - (error is not RuntimeError)

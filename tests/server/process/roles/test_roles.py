@@ -24,6 +24,7 @@ from engine.messages import (
     Tokens,
 )
 from engine.request import FinishReason, Request
+from engine.scheduler.handovers import Pages
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import chain
 from kernels.ops import Ops
@@ -93,9 +94,12 @@ def again(each: list[Request]) -> list[Request]:
     return [msgspec.structs.replace(one, request_id=f"{one.request_id} again") for one in each]
 
 
-def test_both_engines_together_give_what_one_gives(build: Build) -> None:
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.nixl)])
+def test_both_engines_together_give_what_one_gives(build: Build, *, shared: bool) -> None:
+    if not shared:
+        pytest.importorskip("nixl", reason="the extra `nixl` is not installed")
     expected = generate(build(), requests())
-    roles = joined(build(), build())
+    roles = joined(build(), build(), shared=shared)
     same(served(roles, requests()), expected)
     assert sum(isinstance(event, Reserved) for event in roles.decode[0].said) == 7
     same(served(roles, again(requests())), {f"{name} again": e for name, e in expected.items()})
@@ -148,6 +152,28 @@ def test_requests_go_on_where_an_engine_is_left(lab: HeadLab, lost: str, steps: 
     (roles.prefill if lost == "prefill" else roles.decode)[0].die()
     same(roles.finish(), generate(build(), requests()))
     assert served(roles, [ask("later", PROMPT)])["later"].token_ids
+
+
+@pytest.mark.parametrize("num_sent", [0, 3, 9, 14])
+def test_pages_that_cannot_be_sent_are_computed_where_they_are_missing(
+    build: Build, monkeypatch: pytest.MonkeyPatch, num_sent: int
+) -> None:
+    roles = joined(build(), build())
+    peers = roles.prefill[0].core._peers
+    assert peers is not None
+    sent, send = [], peers.send
+
+    def send_or_fail(pages: Pages) -> None:
+        sent.append(pages)
+        if len(sent) > num_sent:
+            raise ConnectionError("no route")
+        send(pages)
+
+    monkeypatch.setattr(peers, "send", send_or_fail)
+    same(served(roles, requests()), generate(build(), requests()))
+    assert len(sent) > num_sent
+    ends = [event for event in roles.prefill[0].said if isinstance(event, Finished)]
+    assert {event.error_code for event in ends} == {ErrorCode.TRANSFER}
 
 
 def test_a_request_is_ended_when_it_has_lost_two_engines_or_its_client(lab: HeadLab) -> None:

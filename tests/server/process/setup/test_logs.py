@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from server.process.announcement import announcement
 
 from configs.schema import LogConfig
 from engine.progress import Progress
+from server.process.announcement import announcement
 from server.process.setup.logs import TerminalHandler, log_formatter, quiet
 
 
