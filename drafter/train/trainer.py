@@ -142,9 +142,8 @@ class Trainer:
         tally = Tally.zeros(self.objective.weights.num_steps, self._device)
         lengths = self.held_out.lengths
         order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-        with torch.no_grad():
-            for numbers in cut(order, lengths, self.config.batch_tokens, self.held_out.packed):
-                tally.add(self.objective(self.held_out.batch(numbers, self._device))[1])
+        for numbers in cut(order, lengths, self.config.batch_tokens, self.held_out.packed):
+            tally.add(self.objective.measure(self.held_out.batch(numbers, self._device)))
         return tally
 
     def _is_late(self, deadline: float) -> bool:
@@ -222,7 +221,10 @@ class Trainer:
     def measure(self) -> None:
         """Add results on the held-out examples to the history."""
         if self.worker.rank == 0:
-            self.history.add(self._entry("held out", self.evaluate(), 0.0, 0.0))
+            tally = self.evaluate()
+            sampled = round(tally.sampled_acceptance_length, 3)
+            entry = self._entry("held out", tally, 0.0, 0.0)
+            self.history.add(replace(entry, sampled_acceptance_length=sampled))
 
     def _entry(self, kind: str, tally: Tally, norm: float, rate: float) -> Entry:
         num = max(1.0, float(tally.num.sum()))
