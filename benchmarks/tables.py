@@ -69,6 +69,7 @@ def markdown(kind: str, *contents: Content) -> str:
         "accuracy": _accuracy,
         "schemas": _schemas,
         "head_in_vllm": _head_in_vllm,
+        "ablation": _ablation,
         "serving": _serving,
         "latency": _latency,
         "acceptance": _acceptance,
@@ -200,6 +201,28 @@ def _head_in_vllm(content: Content) -> Iterable[str]:
     ]
     head = ("server", "drafts", "tokens per draft", "drafts accepted to position 1, 2, ...")
     yield from _table(head, cells, left=(0, 3))
+
+
+def _ablation(content: Content) -> Iterable[str]:
+    settings = ", ".join(f"`{each}`" for each in content["overrides"])
+    yield (
+        f"Settings of {content['config']}{f' with {settings}' if settings else ''}; tokens per "
+        "step of a chain on held-out examples, the best arm first."
+    )
+    yield ""
+    cells = [
+        [
+            arm["name"],
+            f"{arm['num_answer_tokens'] / 1000:.0f} k",
+            f"{arm['cpu_seconds'] / 60:.1f}",
+            f"{arm['greedy']:.3f}",
+            f"{arm['sampled']:.3f}",
+            f"{arm['score']:.3f}",
+        ]
+        for arm in content["arms"]
+    ]
+    head = ("arm", "answer tokens", "CPU minutes", "T 0", "T 1, shared noise", "mean")
+    yield from _table(head, cells, left=(0,))
 
 
 def _schemas(content: Content) -> Iterable[str]:
