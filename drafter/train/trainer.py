@@ -93,6 +93,11 @@ class Trainer:
     num_answer_tokens: int = 0
     num_skipped: int = 0
     seconds: float = 0.0
+    is_cut: bool = False  # by `cut`
+
+    def cut(self) -> None:
+        """`run` ends after this step, as if its time were over."""
+        self.is_cut = True
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint, if any. ValueError if it belongs to another run."""
@@ -118,8 +123,8 @@ class Trainer:
         return True
 
     def run(self, on_step: Callable[[Entry], None] | None = None) -> bool:
-        """Train until `config.steps` (True) or `config.max_seconds` (False). OSError if the log or
-        a checkpoint cannot be written; earlier ones stay."""
+        """Train until `config.steps` (True), or `config.max_seconds` or `cut` (False). OSError if
+        the log or a checkpoint cannot be written; earlier ones stay."""
         deadline = time.monotonic() + (self.config.max_seconds or float("inf"))
         batches = self.batches(self._own_batches())
         if self.step == 0:
@@ -147,10 +152,11 @@ class Trainer:
         return tally
 
     def _is_late(self, deadline: float) -> bool:
-        """Whether any process is late, since all of them must stop after the same step."""
-        if self.config.max_seconds is None:
-            return False
-        late = torch.tensor([float(time.monotonic() >= deadline)], device=self._device)
+        """Whether any process is late or cut, since all of them must stop after the same step."""
+        is_late = self.is_cut or time.monotonic() >= deadline
+        if self.worker.count == 1:
+            return is_late
+        late = torch.tensor([float(is_late)], device=self._device)
         sum_over_processes([late])
         return bool(late)
 
