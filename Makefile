@@ -4,7 +4,7 @@
 # make bench | compare | tables (docs/benchmarks.md)
 # make chaos ARGS="--minutes 20" (docs/operating.md)
 # make syncspec | test-syncspec (syncspec/README.md)
-# make gpu-train PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
+# make gpu-train | gpu-bundle PROMPTS=prompts.jsonl MINUTES=9 (docs/training.md)
 # make test-ray | test-nixl (several engines: docs/scaling.md)
 # make page | test-page (the page at /)
 # make docs | reference (the site of docs/)
@@ -33,7 +33,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .PHONY: page test-page test-ray test-nixl test-pythons check-image docs reference install serve chat test \
 	test-extended test-parallel test-clients test-triton \
-	lint bench chaos compare tables gpu-check gpu-train syncspec test-syncspec clean
+	lint bench chaos compare tables gpu-check gpu-train gpu-bundle syncspec test-syncspec clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -134,6 +134,11 @@ MINUTES ?= 9
 gpu-train: $(VENV)/.installed
 	test -n "$(PROMPTS)" || { echo "PROMPTS must name a file of prompts: docs/training.md"; exit 2; }
 	$(BIN)/aerie train-draft --config smollm2-eagle3-gpu 'data.prompts=[$(PROMPTS)]' run.minutes=$(MINUTES) $(ARGS)
+
+# The same for a machine without network: everything it needs, in parts of 60 MiB (docs/training.md).
+gpu-bundle: $(VENV)/.installed
+	test -n "$(PROMPTS)" || { echo "PROMPTS must name a file of prompts: docs/training.md"; exit 2; }
+	$(BIN)/python scripts/training_bundle.py --prompts "$(PROMPTS)" $(ARGS)
 
 # The kernel tests with another version of Triton: make test-triton TRITON=3.6.0
 TRITON ?= 3.6.0

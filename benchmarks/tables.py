@@ -70,6 +70,8 @@ def markdown(kind: str, *contents: Content) -> str:
         "compare": _compare,
         "accuracy": _accuracy,
         "schemas": _schemas,
+        "head_in_vllm": _head_in_vllm,
+        "ablation": _ablation,
         "serving": _serving,
         "latency": _latency,
         "acceptance": _acceptance,
@@ -179,6 +181,51 @@ def _accuracy(content: Content) -> Iterable[str]:
     head = ("weights", "perplexity", "against float32", "KL", "same best")
     yield from _table(head, cells, left=(0,))
     yield from _listed(_first_lines(content["notes"]))
+
+
+def _head_in_vllm(content: Content) -> Iterable[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    yield (
+        f"{content['draft']}, chain of {content['chain']}, greedy, {content['num_prompts']} "
+        f"prompts of {content['prompts']}, {content['tokens']} tokens each, one at a time, "
+        f"bfloat16 ({versions}). {content['same_texts']} of the answers are equal; on average "
+        f"texts are equal for {content['same_tokens']} tokens. Acceptance there by that here: "
+        f"{content['ratio']:.3f}."
+    )
+    yield ""
+    cells = [
+        [
+            row["name"],
+            str(row["num_drafts"]),
+            f"{row['acceptance_length']:.3f}",
+            " ".join(f"{count / row['num_drafts']:.3f}" for count in row["accepted"]),
+        ]
+        for row in content["rows"]
+    ]
+    head = ("server", "drafts", "tokens per draft", "drafts accepted to position 1, 2, ...")
+    yield from _table(head, cells, left=(0, 3))
+
+
+def _ablation(content: Content) -> Iterable[str]:
+    settings = ", ".join(f"`{each}`" for each in content["overrides"])
+    yield (
+        f"Settings of {content['config']}{f' with {settings}' if settings else ''}; tokens per "
+        "step of a chain on held-out examples, the best arm first."
+    )
+    yield ""
+    cells = [
+        [
+            arm["name"],
+            f"{arm['num_answer_tokens'] / 1000:.0f} k",
+            f"{arm['cpu_seconds'] / 60:.1f}",
+            f"{arm['greedy']:.3f}",
+            f"{arm['sampled']:.3f}",
+            f"{arm['score']:.3f}",
+        ]
+        for arm in content["arms"]
+    ]
+    head = ("arm", "answer tokens", "CPU minutes", "T 0", "T 1, shared noise", "mean")
+    yield from _table(head, cells, left=(0,))
 
 
 def _schemas(content: Content) -> Iterable[str]:

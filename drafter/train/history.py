@@ -23,6 +23,7 @@ class Entry:
     gradient_norm: float
     tokens_per_second: float  # answer tokens learnt from
     num_skipped: int = 0  # steps so far that changed no weight, since the gradient was not finite
+    sampled_acceptance_length: float | None = None  # at temperature 1, of measurements
 
 
 class History:
@@ -82,7 +83,10 @@ def _line(entry: Entry) -> str:
 def _read(path: Path, number: int, line: bytes) -> Entry:
     try:
         fields = json.loads(line).items()
-        known: dict[str, Any] = {name: math.nan if x is None else x for name, x in fields}
+        known: dict[str, Any] = {
+            name: math.nan if x is None and name != "sampled_acceptance_length" else x
+            for name, x in fields
+        }
         return Entry(**known)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}:{number}: not an entry of a training log: {error}") from error

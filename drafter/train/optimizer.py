@@ -66,10 +66,11 @@ class HeadOptimizer:
             self._optimizers.append((muon, config.muon_factor))
 
     def _shared_out(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters for Muon, for AdamW with decay, and for AdamW without: norms and biases."""
+        """Parameters for Muon, for AdamW with decay, and for AdamW without: norms, biases and
+        a P-EAGLE head's learnt feature."""
         by_muon, decayed, others = [], [], []
         for name, parameter in self._named.items():
-            if parameter.dim() <= 1:
+            if parameter.dim() != 2:
                 others.append(parameter)
             elif self._config.matrices == "muon" and name != LM_HEAD:
                 by_muon.append(parameter)

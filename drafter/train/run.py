@@ -135,6 +135,7 @@ def assemble(
         LossWeights(loss.unroll_steps, loss.decay, loss.tokens, loss.features, kind),
         torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32,
         kernels,
+        target.ops,
     )
     output = config.run.output
     trainer = Trainer(

@@ -9,6 +9,7 @@ rate whatever the speed of the device.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -36,6 +37,11 @@ class Clock:
         self._started = now()
         self._seconds = seconds * (1 - RESERVE)
         self._kept = 0.0
+        self.is_cut = False  # by `cut`
+
+    def cut(self) -> None:
+        """The time is over now: somebody ends the run early."""
+        self.is_cut = True
 
     def elapsed(self) -> float:
         """Seconds since the run began."""
@@ -47,6 +53,8 @@ class Clock:
 
     def share(self) -> float:
         """Of the time until the last step, 0 to 1 and more."""
+        if self.is_cut:
+            return math.inf
         return self.elapsed() / (self._seconds - self._kept)
 
 
@@ -111,7 +119,8 @@ class TimedRun:
         self.spent = Spent(starting=clock.elapsed())
 
     def run(self, on_step: Callable[[Entry], None]) -> None:
-        """Train; one step at least. OSError if the log or a checkpoint cannot be written."""
+        """Train; one step at least. A run that is cut saves at once, and measures no more. OSError
+        if the log or a checkpoint cannot be written."""
         self._measure()
         self._learn(0.0, on_step)
         while self._clock.share() < 1:
@@ -122,8 +131,8 @@ class TimedRun:
                 self._learn(end, on_step)
             if self._clock.share() - self._measured > 1 / MEASUREMENTS:
                 self._measure()
-        self._measure()
         self._trainer.save()
+        self._measure()
 
     def _may_answer(self) -> bool:
         spent = self.spent
@@ -151,8 +160,8 @@ class TimedRun:
         self.spent.num_learnt = self._trainer.num_answer_tokens
 
     def _measure(self) -> None:
-        """Unless no step has been made since the last time."""
-        if self._measured_step == self._trainer.step:
+        """Unless no step has been made since the last time, or the run is cut."""
+        if self._measured_step == self._trainer.step or self._clock.is_cut:
             return
         started = self._clock.elapsed()
         self._trainer.measure()

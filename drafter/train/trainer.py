@@ -93,6 +93,11 @@ class Trainer:
     num_answer_tokens: int = 0
     num_skipped: int = 0
     seconds: float = 0.0
+    is_cut: bool = False  # by `cut`
+
+    def cut(self) -> None:
+        """`run` ends after this step, as if its time were over."""
+        self.is_cut = True
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint, if any. ValueError if it belongs to another run."""
@@ -118,8 +123,8 @@ class Trainer:
         return True
 
     def run(self, on_step: Callable[[Entry], None] | None = None) -> bool:
-        """Train until `config.steps` (True) or `config.max_seconds` (False). OSError if the log or
-        a checkpoint cannot be written; earlier ones stay."""
+        """Train until `config.steps` (True), or `config.max_seconds` or `cut` (False). OSError if
+        the log or a checkpoint cannot be written; earlier ones stay."""
         deadline = time.monotonic() + (self.config.max_seconds or float("inf"))
         batches = self.batches(self._own_batches())
         if self.step == 0:
@@ -142,16 +147,16 @@ class Trainer:
         tally = Tally.zeros(self.objective.weights.num_steps, self._device)
         lengths = self.held_out.lengths
         order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-        with torch.no_grad():
-            for numbers in cut(order, lengths, self.config.batch_tokens, self.held_out.packed):
-                tally.add(self.objective(self.held_out.batch(numbers, self._device))[1])
+        for numbers in cut(order, lengths, self.config.batch_tokens, self.held_out.packed):
+            tally.add(self.objective.measure(self.held_out.batch(numbers, self._device)))
         return tally
 
     def _is_late(self, deadline: float) -> bool:
-        """Whether any process is late, since all of them must stop after the same step."""
-        if self.config.max_seconds is None:
-            return False
-        late = torch.tensor([float(time.monotonic() >= deadline)], device=self._device)
+        """Whether any process is late or cut, since all of them must stop after the same step."""
+        is_late = self.is_cut or time.monotonic() >= deadline
+        if self.worker.count == 1:
+            return is_late
+        late = torch.tensor([float(is_late)], device=self._device)
         sum_over_processes([late])
         return bool(late)
 
@@ -222,7 +227,10 @@ class Trainer:
     def measure(self) -> None:
         """Add results on the held-out examples to the history."""
         if self.worker.rank == 0:
-            self.history.add(self._entry("held out", self.evaluate(), 0.0, 0.0))
+            tally = self.evaluate()
+            sampled = round(tally.sampled_acceptance_length, 3)
+            entry = self._entry("held out", tally, 0.0, 0.0)
+            self.history.add(replace(entry, sampled_acceptance_length=sampled))
 
     def _entry(self, kind: str, tally: Tally, norm: float, rate: float) -> Entry:
         num = max(1.0, float(tally.num.sum()))

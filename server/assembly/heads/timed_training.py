@@ -19,6 +19,7 @@ from drafter.train.run import LoadedTarget, Run, Text, assemble, fingerprint_of
 from drafter.train.run_folder import check_no_run, publish_run, record_run
 from drafter.train.timed import Clock, Pool, TimedRun
 from drafter.train.trainer import Worker
+from server.assembly.early_end import at_first_signal
 from server.assembly.heads.training_target import (
     CURVE,
     HEAD,
@@ -64,7 +65,10 @@ def train_by_the_clock(config: HostTrainingConfig) -> None:
     record_run(config, run.record)
     timed = TimedRun(run.trainer, pool, config.data.answering or ANSWERING, clock)
     tell(ME, f"{clock.elapsed():.1f} s: {_facts(run, pool)}")
-    timed.run(_report(config, clock, pool))
+    with at_first_signal(clock.cut):
+        timed.run(_report(config, clock, pool))
+    if clock.is_cut:
+        tell(ME, f"{clock.elapsed():.1f} s: ended early; what was learnt is kept")
     timed.spent.write(output / SPENT)
     write_curve(output / CURVE, run.trainer.history.entries)
     publish_run(output, output / HEAD, replace=True)

@@ -32,8 +32,9 @@ from drafter.train.results.curve import write_curve
 from drafter.train.run import LoadedTarget, Run, prepare
 from drafter.train.run_folder import check_same_settings, record_run
 from drafter.train.run_folder import publish_run as publish_run  # for the command
-from drafter.train.trainer import Worker
+from drafter.train.trainer import Trainer, Worker
 from server.assembly.compose import build_engine
+from server.assembly.early_end import at_first_signal
 from server.assembly.heads.timed_training import train_by_the_clock
 from server.assembly.heads.training_target import (
     CURVE,
@@ -76,12 +77,18 @@ def train_draft(config: HostTrainingConfig) -> None:
             tell(worker, f"resumed at step {trainer.step} of {config.run.steps}")
         if worker.rank == 0:
             record_run(config, run.record)
-        with _progress(config, worker) as on_step:
+        with _progress(config, worker) as on_step, at_first_signal(trainer.cut):
             done = trainer.run(on_step)
         if worker.rank == 0:
             write_curve(output / CURVE, trainer.history.entries)
             publish_run(output, output / HEAD, replace=True)
-            print(f"{output / HEAD}{'' if done else ' (run.max_seconds came first)'}", flush=True)
+            print(f"{output / HEAD}{'' if done else _reason(trainer)}", flush=True)
+
+
+def _reason(trainer: Trainer) -> str:
+    """Why a run has not come to its end."""
+    first = "it was told to end" if trainer.is_cut else "run.max_seconds came first"
+    return f" ({first}; the same command goes on)"
 
 
 def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:

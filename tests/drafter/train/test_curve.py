@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -35,3 +36,12 @@ def test_it_shows_what_was_measured_and_nothing_of_training(tmp_path: Path) -> N
     assert all(name in texts for name in ("acceptance length", "draft 1 right", "draft 2 right"))
     assert "2000: 1.5" in texts
     assert "7000" not in texts
+    assert "temperature" not in texts
+
+
+def test_it_shows_acceptance_at_temperature_1_if_all_of_it_is_known(tmp_path: Path) -> None:
+    entries = [replace(measured(step), sampled_acceptance_length=1.125) for step in (0, 2)]
+    write_curve(tmp_path / "curve.svg", entries)
+    assert "at temperature 1" in (tmp_path / "curve.svg").read_text()
+    write_curve(tmp_path / "curve.svg", [measured(0), *entries])
+    assert "at temperature 1" not in (tmp_path / "curve.svg").read_text()

@@ -52,6 +52,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["loss"] for line in lines] == [None, None]
     assert all(math.isnan(one.loss) for one in History(path).entries)
+    assert all(one.sampled_acceptance_length is None for one in History(path).entries)
 
 
 def test_a_torn_last_line_is_forgotten(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from drafter.train.head.network import DraftNetwork
 from drafter.train.head.objective import LossWeights, Objective, Tally
 from drafter.train.head.unroll import TrainBatch
 from kernels.ops import Ops
+from kernels.sampling.reference import gumbel, noise_bits, noise_keys
 from tests.drafter.published_heads import TargetWeights
 from tests.drafter.train.networks import (
     ONE_OF_EACH_KIND,
@@ -56,7 +57,7 @@ class Case:
         return best
 
     def objective(self, weights: LossWeights, dtype: torch.dtype = torch.float32) -> Objective:
-        return Objective(self.network, self.head, self.ids, weights, dtype)
+        return Objective(self.network, self.head, self.ids, weights, dtype, ops=self.ops)
 
 
 def named(ids: Tensor | None, logits: Tensor) -> Tensor:
@@ -118,6 +119,48 @@ def test_loss_and_counts_equal_the_sum_by_hand(
     assert 9 > first > second > third > 0
     assert counts.chains.tolist() == [9, 6, 3]  # answers of 3, 2 and 4 tokens
     assert counts.num.tolist() == [9, 9, 9]
+
+
+@pytest.mark.parametrize("name", ["reference-eagle3", "reference-eagle"])
+def test_drafts_at_temperature_1_are_those_that_share_the_noise(
+    name: str, reference_ops: Ops
+) -> None:
+    """Token by token, with the noise written out. At every second place the target is made to want
+    what the first step drafts."""
+    case = Case(name, reference_ops)
+    ids = torch.arange(len(case.head)) if case.ids is None else case.ids
+    hidden = case.batch.hidden.clone()
+    guesses: list[dict[tuple[int, int], int]] = []  # by step: (text, place) -> token
+    noises: dict[tuple[int, int], Tensor] = {}
+    for index, step in enumerate(unrolled(case.network, case.batch, STEPS)):
+        guesses.append({})
+        for text, row in step.plan.counts.nonzero().tolist():
+            place = int(step.plan.places[text, row])
+            seed = torch.tensor([int(case.batch.token_ids[text, place]) + 2**20 * place])
+            keys = noise_keys(seed, torch.tensor([place + 1]))
+            noise = gumbel(noise_bits(keys, torch.arange(len(case.head))))[0]
+            logits = (step.head_inputs[text, row] @ case.network.head_weight.T).detach()
+            guess = int(ids[(logits + noise[ids]).argmax()])
+            guesses[index][text, place], noises[text, place] = guess, noise
+            if index == 0 and place % 2:
+                hidden[text, place] = 200 * case.head[guess] / case.head[guess].norm()
+    right: set[tuple[int, int]] = set()  # (text, base)
+    chained = []
+    for index, found in enumerate(guesses):
+        hits = {
+            (text, place - index)
+            for (text, place), guess in found.items()
+            if guess == int((hidden[text, place] @ case.head.T + noises[text, place]).argmax())
+        }
+        right = hits if index == 0 else hits & right
+        chained.append(len(right))
+    batch = dataclasses.replace(case.batch, hidden=hidden)
+    tally = case.objective(LossWeights(STEPS)).measure(batch)
+    assert tally.drawn.tolist() == chained
+    assert 9 > chained[0] >= 4
+    lengths = [float(part) for part in tally.drawn / tally.chains]
+    assert tally.sampled_acceptance_length == pytest.approx(1 + sum(lengths))
+    assert float(case.objective(LossWeights(STEPS))(batch)[1].drawn.sum()) == 0
 
 
 def test_tokens_outside_the_draft_vocabulary_cost_nothing_and_count_as_wrong(
@@ -213,13 +256,13 @@ def test_features_of_a_bfloat16_target_are_learnt_from_in_float32(reference_ops:
 def test_sums_of_batches_add_up(reference_ops: Ops) -> None:
     case = Case("reference-eagle3", reference_ops)
     objective = case.objective(LossWeights(STEPS))
-    _, whole = objective(case.batch)
+    whole = objective.measure(case.batch)
     parts = Tally.zeros(STEPS, torch.device("cpu"))
     for row in range(len(LENGTHS)):
         fields = (
             getattr(case.batch, f.name)[row : row + 1] for f in dataclasses.fields(TrainBatch)
         )
-        parts.add(objective(TrainBatch(*fields))[1])
+        parts.add(objective.measure(TrainBatch(*fields)))
     for mine, theirs in zip(parts.tensors(), whole.tensors(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert Tally.zeros(2, torch.device("cpu")).acceptance_length == 1

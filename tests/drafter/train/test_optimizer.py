@@ -21,6 +21,7 @@ class Headed(nn.Module):
         super().__init__()
         self.fc = nn.Linear(4, 3, bias=False)
         self.norm = nn.Parameter(torch.ones(3))
+        self.mask_hidden = nn.Parameter(torch.ones(1, 1, 4))  # a vector, in P-EAGLE's shape
         self.lm_head = nn.Linear(3, 5, bias=False)
 
 
@@ -163,14 +164,16 @@ def test_the_state_of_another_network_is_refused() -> None:
         optimizer.load_state({"norm.exp_avg": torch.ones(3)})
 
 
-def test_muon_steps_matrices_but_not_the_lm_head_and_survives_a_round_trip() -> None:
+def test_muon_steps_matrices_but_neither_the_lm_head_nor_vectors_and_survives_a_round_trip() -> (
+    None
+):
     config = PLAIN.model_copy(update={"matrices": "muon", "muon_factor": 3.0})
     torch.manual_seed(0)
     ours, again = Headed(), Headed()
     again.load_state_dict(ours.state_dict())
     judge = {name: nn.Parameter(tensor.clone()) for name, tensor in ours.named_parameters()}
     muon = torch.optim.Muon([judge["fc.weight"]], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    rest = [judge["norm"], judge["lm_head.weight"]]
+    rest = [judge[name] for name in ("norm", "mask_hidden", "lm_head.weight")]
     adam = torch.optim.AdamW(rest, weight_decay=0.0, betas=(config.beta1, config.beta2))
     optimizer = HeadOptimizer(ours, config, by_steps(config, 4))
     for step in range(4):

@@ -88,7 +88,7 @@ def test_it_measures_first_last_and_at_every_tenth_and_saves_the_end() -> None:
     world = FakeTime(answer=0.01, step=0.07)
     run(world, 100.0)
     assert 10 <= world.log.count("measure") <= 13
-    assert world.log[-2:] == ["measure", "save"]
+    assert world.log[-2:] == ["save", "measure"]
     assert world.log.count("save") == world.step // 7 + 1
 
 
@@ -111,4 +111,14 @@ def test_a_run_whose_time_was_over_at_the_start_makes_one_step() -> None:
     world = FakeTime(answer=0.01, step=0.07)
     run(world, 1.0, started=5.0)
     assert world.step == 1
-    assert world.log[-2:] == ["measure", "save"]
+    assert world.log[-2:] == ["save", "measure"]
+
+
+def test_a_run_that_is_cut_saves_at_once_and_measures_no_more() -> None:
+    world = FakeTime(answer=0.01, step=0.07)
+    clock = Clock(100.0, lambda: world.now)
+    pool = Pool(cast(Any, world), cast(Any, world))
+    pool.grow(lambda: bool(pool.lengths))
+    timed = TimedRun(cast(Any, world), pool, 0.5, clock)
+    timed.run(lambda _: clock.cut() if world.step == 9 else None)
+    assert (world.step, world.log[-2:]) == (9, ["step", "save"])

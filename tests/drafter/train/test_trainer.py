@@ -127,6 +127,20 @@ def test_resumed_equals_uninterrupted(
     assert [e.step for e in reread.entries if e.kind == "held out"] == [0, 2, 4, 6, 7]
 
 
+def test_a_run_that_is_cut_saves_and_goes_on_later(
+    make: Callable[[TrainingConfig], Trainer], tmp_path: Path
+) -> None:
+    whole = make(tiny_config(tmp_path / "whole"))
+    assert whole.run()
+    cut = make(tiny_config(tmp_path / "cut"))
+    assert not cut.run(lambda entry: cut.cut() if entry.step == 3 else None)
+    assert (cut.step, cut.checkpoints.latest()) == (3, tmp_path / "cut/checkpoints/step-000003")
+    again = make(tiny_config(tmp_path / "cut"))
+    again.resume()
+    assert again.run()
+    assert_same(state(again), state(whole))
+
+
 def test_a_time_limit_saves_where_it_stops_and_the_run_goes_on_from_there(
     make: Callable[[TrainingConfig], Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
