@@ -23,10 +23,11 @@ def save(model: Model, path: Path) -> None:
         "design": asdict(model.design),
         "task": model.task,
     }
-    weights = {f"network.{name}": value for name, value in model.network.state_dict().items()}
+    state = model.network.state_dict()
+    weights = {f"network.{name}": value.cpu() for name, value in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        {**weights, "mean": model.mean, "deviation": model.deviation},
+        {**weights, "mean": model.mean.cpu(), "deviation": model.deviation.cpu()},
         path,
         metadata={"form": FORM, "model": json.dumps(told)},
     )

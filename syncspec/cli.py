@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 
 from syncspec import checkpoint
@@ -56,6 +57,7 @@ CategoryOption = Annotated[
 ]
 CacheOption = Annotated[Path, typer.Option(help="Where eigenpairs are kept.")]
 ModelsOption = Annotated[Path, typer.Option(help="The folder of trained models.")]
+DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda` or `cuda:N`.")]
 GENERATED = "generated"
 
 
@@ -82,20 +84,27 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Else the preset's.")] = None,
     shapes: Annotated[int, typer.Option(min=1, help="Generated, by category.")] = Sizes().num_train,
     weights: Annotated[str, typer.Option(help=f"Of edges: {' or '.join(WEIGHTS)}.")] = WEIGHTS[0],
+    tie_pieces: Annotated[
+        bool, typer.Option("--tie-pieces", help="An edge between pieces that lie apart.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: DeviceOption = "cpu",
     cache: CacheOption = CACHE,
 ) -> None:
     """Train a model for each category, and write CATEGORY.safetensors and training.png."""
     with _errors_for_people():
+        where = _device(device)
         dataset = _dataset(data, tuple(category or ()), shapes)
         design, schedule = PRESETS[preset]
-        design = replace(design, weights=weights)
+        design = replace(design, weights=weights, tied=tie_pieces or design.tied)
         schedule = replace(schedule, seed=seed, epochs=epochs or schedule.epochs)
         courses: dict[str, Course] = {}
         for name, kind in dataset.categories.items():
             prepared = _prepared(dataset, "train", name, design, cache, task, resample=True)
             report = _reporter(name)
-            model, courses[name] = train_model(kind, prepared, design, schedule, task, report)
+            model, courses[name] = train_model(
+                kind, prepared, design, schedule, task, report, where
+            )
             checkpoint.save(model, models / f"{name}.safetensors")
         draw_courses(models / "training.png", courses)
         typer.echo(f"{len(courses)} models are in {models}")
@@ -108,12 +117,14 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Generated: seen or unseen; ShapeNet: test.")] = "seen",
     category: CategoryOption = None,
     shapes: Annotated[int, typer.Option(min=1, help="As in training.")] = Sizes().num_train,
+    device: DeviceOption = "cpu",
     cache: CacheOption = CACHE,
 ) -> None:
     """Print mIoU, or PCK of keypoints, of the trained models on a split."""
     with _errors_for_people():
+        where = _device(device)
         dataset = _dataset(data, tuple(category or ()), shapes)
-        trained = {name: _model(models, name) for name in dataset.categories}
+        trained = {name: _model(models, name).to(where) for name in dataset.categories}
         prepared = {
             name: _prepared(dataset, split, name, model.design, cache, Task(model.task))
             for name, model in trained.items()
@@ -173,6 +184,9 @@ def compare_networks(
     shapes: Annotated[
         int, typer.Option(min=1, help="For training, by category.")
     ] = Sizes().num_train,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the runs that results.json has.")
+    ] = False,
     cache: CacheOption = CACHE,
 ) -> None:
     """Train networks on the generated shapes, and print their scores as a table."""
@@ -184,9 +198,10 @@ def compare_networks(
         sizes = Sizes(num_train=shapes)
         comparison = Comparison.on_generated(sizes, schedule, BasisCache(cache), typer.echo)
         path = output / "results.json"
-        results, models, courses = compare(comparison, names, range(seeds), path)
-        _draw(comparison, models, output / "shapes.png")
-        draw_courses(output / "training.png", courses)
+        results, models, courses = compare(comparison, names, range(seeds), path, resume=resume)
+        if models:
+            _draw(comparison, models, output / "shapes.png")
+            draw_courses(output / "training.png", courses)
         draw_pck(output / "pck.png", {split: mean_pck(results, split) for split in TEST_SPLITS})
         typer.echo(table(results))
         typer.echo(f"results.json, shapes.png, training.png and pck.png are in {output}")
@@ -207,6 +222,18 @@ def _dataset(data: str, categories: tuple[str, ...], shapes: int) -> Dataset:
     if data == GENERATED:
         return generated_set(shapes, Sizes().num_test, REFERENCE_POINTS, 0, categories)
     return shapenet(Path(data), categories)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; it must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}; torch finds {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def _model(folder: Path, category: str) -> Model:

@@ -157,37 +157,68 @@ class Comparison:
 
 
 def compare(
-    comparison: Comparison, names: Sequence[str], seeds: Sequence[int], path: Path
+    comparison: Comparison,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    path: Path,
+    *,
+    resume: bool = False,
 ) -> tuple[dict[str, Any], Trained, dict[str, Course]]:
     """Trains every variant with every seed; writes what is known after each to `path`, as JSON.
 
-    Returns the results, and the models and courses of the last run.
+    With `resume`, runs that the file has are kept, and only the others trained. Returns the
+    results, and the models and courses of the last run; there are none if no run was missing.
+
+    Raises:
+        ValueError: runs to keep are of other sizes or of another schedule.
     """
+    results = _begun(comparison, path, resume=resume)
+    done = {(run["network"], run["seed"]) for run in results["runs"]}
+    models: Trained = {}
+    courses: dict[str, Course] = {}
+    for name, seed in [(name, seed) for seed in seeds for name in names]:
+        if (name, seed) not in done:
+            models, courses = comparison.train(VARIANTS[name], seed)
+            run = _run(comparison, name, seed, models)
+            run["train_seconds"] = sum(course.seconds for course in courses.values())
+            results["runs"].append(run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            comparison.report(f"{name}, seed {seed}: {_brief(run)}")
+    return results, models, courses
+
+
+def _begun(comparison: Comparison, path: Path, *, resume: bool) -> dict[str, Any]:
+    """Results without a run, or those of the file."""
     results: dict[str, Any] = {
         "sizes": asdict(comparison.sizes),
         "schedule": asdict(comparison.schedule),
         "machine": {"processor": platform.machine(), "torch": torch.__version__},
         "runs": [],
     }
-    models: Trained = {}
-    courses: dict[str, Course] = {}
-    for seed in seeds:
-        for name in names:
-            models, courses = comparison.train(VARIANTS[name], seed)
-            run = {"network": name, "seed": seed, "scores": comparison.measure(models)}
-            run["train_seconds"] = sum(course.seconds for course in courses.values())
-            if name in OF_KEYPOINTS:
-                run["pck"] = comparison.pck(VARIANTS[name], seed)
-            if VARIANTS[name].transformer and VARIANTS[name].network == "spectral":
-                run["map_errors"] = comparison.map_errors(models)
-            if name in (PLAIN, FULL):
-                run["robustness"] = comparison.robustness(models)
-                run["seconds_per_shape"] = _seconds(comparison, models)
-            results["runs"].append(run)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            comparison.report(f"{name}, seed {seed}: {_brief(run)}")
-    return results, models, courses
+    if not (resume and path.is_file()):
+        return results
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("sizes", "schedule"):
+        if kept.get(key) != results[key]:
+            raise ValueError(
+                f"{path} has {key} {kept.get(key)}; to resume, it must be {results[key]}"
+            )
+    return kept
+
+
+def _run(comparison: Comparison, name: str, seed: int, models: Trained) -> dict[str, Any]:
+    """What is measured of trained models."""
+    design = VARIANTS[name]
+    run: dict[str, Any] = {"network": name, "seed": seed, "scores": comparison.measure(models)}
+    if name in OF_KEYPOINTS:
+        run["pck"] = comparison.pck(design, seed)
+    if design.transformer and design.network == "spectral":
+        run["map_errors"] = comparison.map_errors(models)
+    if name in (PLAIN, FULL):
+        run["robustness"] = comparison.robustness(models)
+        run["seconds_per_shape"] = _seconds(comparison, models)
+    return run
 
 
 def _seconds(comparison: Comparison, models: Trained) -> dict[str, float]:

@@ -20,7 +20,7 @@ def dilated_terms(frequencies: Tensor, dilation: float) -> Tensor:
     j = 1, 2, 3 and g the dilation: the first term, then sine and cosine of j = 1, and so on.
     Section 4.2 of arXiv:1612.00606. A larger g gives a kernel that is wider on the shape.
     """
-    scale = torch.arange(1, NUM_SCALES + 1, dtype=frequencies.dtype) * dilation
+    scale = torch.arange(1, NUM_SCALES + 1).to(frequencies) * dilation
     phase = frequencies[..., None] * scale  # [..., K, 3]
     waves = torch.stack([(math.pi * phase).sin(), (math.pi * phase).cos()], dim=-1)
     terms = (waves * torch.exp(-phase)[..., None]).flatten(-2)
@@ -33,7 +33,7 @@ def polynomial_terms(frequencies: Tensor, _dilation: float) -> Tensor:
     The kernel of Defferrard et al. (2016) has one scale and as many parameters.
     """
     angle = torch.arccos((frequencies - 1).clamp(-1, 1))
-    return torch.cos(angle[..., None] * torch.arange(NUM_PARAMETERS, dtype=frequencies.dtype))
+    return torch.cos(angle[..., None] * torch.arange(NUM_PARAMETERS).to(frequencies))
 
 
 TERMS: dict[str, Callable[[Tensor, float], Tensor]] = {

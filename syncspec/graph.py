@@ -53,8 +53,11 @@ def eigenbasis(
     num_neighbours: int = NUM_NEIGHBOURS,
     weights: str = WEIGHTS[0],
     source: str = "the shape",
+    *,
+    tied: bool = False,
 ) -> Basis:
-    """The `num_pairs` lowest eigenpairs of the graph of `points` [N, 3].
+    """The `num_pairs` lowest eigenpairs of the graph of `points` [N, 3]; `tied` as in
+    `connected_graph`.
 
     The same points give the same basis: ARPACK starts from a fixed vector, and in every eigenvector
     the entry of largest magnitude is positive. Vectors of equal eigenvalues span the right space,
@@ -69,7 +72,8 @@ def eigenbasis(
         raise ValueError(
             f"{source} has {len(points)} points, fewer than the {num_pairs} eigenpairs asked for"
         )
-    return lowest_pairs(laplacian(connected_graph(points, num_neighbours, weights)), num_pairs)
+    graph = connected_graph(points, num_neighbours, weights, tied=tied, source=source)
+    return lowest_pairs(laplacian(graph), num_pairs)
 
 
 def connected_graph(
@@ -77,12 +81,19 @@ def connected_graph(
     num_neighbours: int = NUM_NEIGHBOURS,
     weights: str = WEIGHTS[0],
     most_neighbours: int = MOST_NEIGHBOURS,
+    *,
+    tied: bool = False,
+    source: str = "the shape",
 ) -> csr_array:
     """The graph of nearest neighbours, with as many neighbours as it needs to be connected.
 
+    `tied`: with `num_neighbours`, and an edge between the nearest points of pieces that lie apart.
+
     Raises:
-        ValueError: it is not connected with `most_neighbours` either.
+        ValueError: it is not tied, and not connected with `most_neighbours` either.
     """
+    if tied:
+        return _with_ties(neighbour_graph(points, num_neighbours, weights), points)
     count = num_neighbours
     while True:
         graph = neighbour_graph(points, count, weights)
@@ -92,10 +103,26 @@ def connected_graph(
         if count >= min(most_neighbours, len(points) - 1):
             sizes = sorted(np.bincount(labels).tolist(), reverse=True)
             raise ValueError(
-                f"the graph of {len(points)} points falls into {pieces} pieces of {sizes[:5]} "
-                f"points with {count} neighbours each; it must be connected"
+                f"{source}: the graph of {len(points)} points falls into {pieces} pieces of "
+                f"{sizes[:5]} points with {count} neighbours each; it must be connected, or the "
+                "model trained with --tie-pieces"
             )
         count = min(max(count + 1, round(count * GROWTH)), most_neighbours, len(points) - 1)
+
+
+def _with_ties(graph: csr_array, points: Floats) -> csr_array:
+    """Every piece tied to the nearest other one, by an edge that weighs as much as the mean."""
+    weight = graph.data.mean()
+    while True:
+        pieces, labels = connected_components(graph, directed=False)
+        if pieces == 1:
+            return graph
+        inside = labels == np.bincount(labels).argmin()
+        piece, others = np.flatnonzero(inside), np.flatnonzero(~inside)
+        distances, nearest = cKDTree(points[others]).query(points[piece])
+        ends = piece[distances.argmin()], others[nearest[distances.argmin()]]
+        tie = csr_array(([weight, weight], (ends, ends[::-1])), shape=graph.shape)
+        graph = csr_array(graph + tie)
 
 
 def neighbour_graph(points: Floats, num_neighbours: int, weights: str) -> csr_array:
@@ -141,7 +168,8 @@ def lowest_pairs(matrix: csr_array, num_pairs: int) -> Basis:
     else:
         start = np.random.default_rng(0).normal(size=size)
         # Just below zero, where the lowest eigenvalue is: the shifted matrix can be inverted.
-        values, vectors = eigsh(matrix.tocsc(), num_pairs, sigma=-1e-3, v0=start)
+        held = min(size, num_pairs * 8 // 5)  # vectors: fewer steps than with scipy's number
+        values, vectors = eigsh(matrix.tocsc(), num_pairs, sigma=-1e-3, v0=start, ncv=held)
     order = np.argsort(values)[:num_pairs]
     return Basis(np.maximum(values[order], 0.0), with_signs(vectors[:, order]))
 
@@ -161,6 +189,7 @@ class BasisCache:
     num_pairs: int = NUM_PAIRS
     num_neighbours: int = NUM_NEIGHBOURS
     weights: str = WEIGHTS[0]
+    tied: bool = False
 
     def get(self, points: Floats, source: str = "the shape") -> Basis:
         """From its file, or computed and put there."""
@@ -168,7 +197,8 @@ class BasisCache:
         if path.exists():
             stored = load_file(path)
             return Basis(stored["values"].astype(float), stored["vectors"].astype(float))
-        basis = eigenbasis(points, self.num_pairs, self.num_neighbours, self.weights, source)
+        how = self.num_pairs, self.num_neighbours, self.weights
+        basis = eigenbasis(points, *how, source, tied=self.tied)
         self._put(path, basis)
         return basis
 
@@ -181,5 +211,6 @@ class BasisCache:
 
     def _key(self, points: Floats) -> str:
         how = f"{FORM} {self.num_pairs} {self.num_neighbours} {self.weights} {points.shape} "
+        how += "tied " if self.tied else ""
         content = how.encode() + np.ascontiguousarray(points, dtype=np.float64).tobytes()
         return hashlib.sha256(content).hexdigest()[:32]

@@ -49,7 +49,12 @@ def voxel_cells(points: Floats, grid: int) -> Ints:
 
 
 def joint_basis(
-    shapes: Sequence[Floats], grid: int, num_functions: int, weights: str = WEIGHTS[0]
+    shapes: Sequence[Floats],
+    grid: int,
+    num_functions: int,
+    weights: str = WEIGHTS[0],
+    *,
+    tied: bool = False,
 ) -> JointBasis:
     """From the points of a category's shapes, each [N, 3].
 
@@ -60,7 +65,9 @@ def joint_basis(
         raise ValueError("a joint basis needs at least one shape; there are none")
     total = csr_array((grid**3, grid**3))
     for points in shapes:
-        total = total + _on_voxels(points, grid, weights)
+        total = total + _on_voxels(
+            connected_graph(points, weights=weights, tied=tied), points, grid
+        )
     total.setdiag(0)
     total.eliminate_zeros()
     total, filled = _largest_piece(csr_array(total))
@@ -75,12 +82,12 @@ def joint_basis(
     return JointBasis(grid, voxels, degrees, vectors / np.sqrt(degrees)[:, None])
 
 
-def _on_voxels(points: Floats, grid: int, weights: str) -> csr_array:
-    """A shape's graph, its weights added up over pairs of voxels. [G^3, G^3]"""
+def _on_voxels(graph: csr_array, points: Floats, grid: int) -> csr_array:
+    """The graph of a shape's points, its weights added up over pairs of voxels. [G^3, G^3]"""
     flat = np.ravel_multi_index(voxel_cells(points, grid).T, (grid,) * 3)
     ones = np.ones(len(points))
     membership = csr_array((ones, (np.arange(len(points)), flat)), shape=(len(points), grid**3))
-    return csr_array(membership.T @ connected_graph(points, weights=weights) @ membership)
+    return csr_array(membership.T @ graph @ membership)
 
 
 def _largest_piece(graph: csr_array) -> tuple[csr_array, Ints]:

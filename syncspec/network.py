@@ -35,6 +35,7 @@ class Design:
     transformer_width: int = 256
     dropout: float = 0.0
     weights: str = WEIGHTS[0]  # of the graph's edges
+    tied: bool = False  # pieces that lie apart, by an edge
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
@@ -58,8 +59,11 @@ class Design:
         return len(range(*self.columns.indices(NUM_FEATURES)))
 
 
-# As in the paper and its published code: 50 channels, voxels of a grid of 20.
-PAPER = Design(channels=50, grid=20, transformer_channels=50, transformer_width=200, dropout=0.2)
+# As in the paper and its published code: 50 channels, voxels of a grid of 20. Many shapes of
+# ShapeNet, earphones above all, are pieces that lie apart.
+PAPER = Design(
+    channels=50, grid=20, transformer_channels=50, transformer_width=200, dropout=0.2, tied=True
+)
 
 
 class Batch(NamedTuple):
@@ -69,6 +73,11 @@ class Batch(NamedTuple):
     frequencies: Tensor  # [B, K]
     vectors: Tensor  # [B, N, K]
     cells: Tensor  # [B, N, 3], voxels
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The same batch in the memory of a device."""
+    return Batch(*(tensor.to(device) for tensor in batch))
 
 
 class Prediction(NamedTuple):

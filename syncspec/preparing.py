@@ -30,7 +30,7 @@ class Prepared:
 
 def prepare(shape: Shape, design: Design, cache: BasisCache, task: str = "parts") -> Prepared:
     """Raises ValueError for points that have no basis (`syncspec.graph.eigenbasis`)."""
-    cache = replace(cache, weights=design.weights)
+    cache = replace(cache, weights=design.weights, tied=design.tied)
     basis = cache.get(shape.points, shape.name or "the shape")
     batch = Batch(
         features=_floats(point_features(shape.points, basis)),
@@ -60,7 +60,7 @@ def target_of(shape: Shape, task: str) -> Tensor:
 def joint_basis_of(prepared: Sequence[Prepared], design: Design) -> JointBasis:
     """Of the training shapes of a category."""
     points = [one.shape.points for one in prepared]
-    return joint_basis(points, design.grid, design.num_joint, design.weights)
+    return joint_basis(points, design.grid, design.num_joint, design.weights, tied=design.tied)
 
 
 def map_targets(prepared: Sequence[Prepared], joint: JointBasis, design: Design) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from syncspec.network import (
     Prediction,
     SpectralNetwork,
     build,
+    moved,
     stacked,
 )
 from syncspec.preparing import Prepared, joint_basis_of, map_targets
@@ -27,6 +28,7 @@ from syncspec.transformer import far_from_orthonormal
 
 Progress = Callable[[str], None]
 Network = SpectralNetwork | PointNetwork
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,18 @@ class Model:
     mean: Tensor
     deviation: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def to(self, device: torch.device) -> Model:
+        """The same model in the memory of a device, into which its network moves."""
+        mean, deviation = self.mean.to(device), self.deviation.to(device)
+        return replace(self, network=self.network.to(device), mean=mean, deviation=deviation)
+
     def standardised(self, batch: Batch) -> Batch:
+        """The batch as the network takes it, on the model's device."""
+        batch = moved(batch, self.device)
         return batch._replace(features=(batch.features - self.mean) / self.deviation)
 
     def scores(self, one: Prepared) -> Tensor:
@@ -81,14 +94,14 @@ class Model:
         self.network.eval()
         with torch.inference_mode():
             prediction: Prediction = self.network(self.standardised(one.batch))
-        return prediction.scores[0]
+        return prediction.scores[0].cpu()
 
     def functional_map(self, one: Prepared) -> Tensor:
         """The map that the spectral transformer predicts. [D, J]"""
         assert isinstance(self.network, SpectralNetwork)
         self.network.eval()
         with torch.inference_mode():
-            return self.network.functional_maps(one.batch)[0]
+            return self.network.functional_maps(moved(one.batch, self.device))[0].cpu()
 
     def parts(self, one: Prepared) -> Ints:
         """The part of every point. [N]"""
@@ -117,8 +130,9 @@ def train(
     schedule: Schedule,
     task: str = "parts",
     report: Progress = lambda _line: None,
+    device: torch.device = CPU,
 ) -> tuple[Model, Course]:
-    """A model of one category.
+    """A model of one category, on the device it was trained on.
 
     Raises:
         ValueError: no shapes.
@@ -130,16 +144,17 @@ def train(
     everything = torch.cat([one.batch.features.flatten(0, 1) for one in shapes])
     mean, deviation = everything.mean(0), everything.std(0).clamp(min=1e-6)
     model = Model(category, design, task, build(len(names), design), mean, deviation)
+    model = model.to(device)
     course, start = Course(), time.monotonic()
     if isinstance(model.network, SpectralNetwork) and design.transformer:
-        _pretrain(model.network, shapes, schedule, course, report)
+        _pretrain(model, shapes, schedule, course, report)
     _fit(model, shapes, schedule, course, report)
     course.seconds = time.monotonic() - start
     return model, course
 
 
 def _pretrain(
-    network: SpectralNetwork,
+    model: Model,
     shapes: Sequence[Prepared],
     schedule: Schedule,
     course: Course,
@@ -150,8 +165,9 @@ def _pretrain(
     A map is linear in the vectors, whatever orthonormal ones these are. So every step turns the
     vectors of every shape at random, and their maps with them: a few shapes give endless pairs.
     """
-    design = network.design
-    targets = map_targets(shapes, joint_basis_of(shapes, design), design)
+    network, design = model.network, model.design
+    assert isinstance(network, SpectralNetwork)
+    targets = map_targets(shapes, joint_basis_of(shapes, design), design).to(model.device)
     rate = schedule.pretrain_learning_rate
     optimiser = torch.optim.Adam(network.transformer.parameters(), rate)
     generator = torch.Generator().manual_seed(schedule.seed)
@@ -160,7 +176,7 @@ def _pretrain(
     for epoch in range(schedule.pretrain_epochs):
         losses = []
         for chosen in _batches(shapes, schedule.batch_shapes, generator):
-            batch = stacked([shapes[i].batch for i in chosen])
+            batch = moved(stacked([shapes[i].batch for i in chosen]), model.device)
             vectors, maps = turned(
                 batch.vectors[..., : targets.shape[1]], targets[chosen], generator
             )
@@ -176,7 +192,7 @@ def turned(vectors: Tensor, maps: Tensor, generator: torch.Generator) -> tuple[T
     """Other orthonormal vectors of the same space, and their maps. [B, N, D], [B, D, J]"""
     count = vectors.shape[-1]
     noise = torch.randn(len(vectors), count, count, generator=generator, dtype=vectors.dtype)
-    turn, _ = torch.linalg.qr(noise)
+    turn, _ = torch.linalg.qr(noise.to(vectors.device))  # the same noise on all devices
     return vectors @ turn.transpose(1, 2), turn @ maps
 
 
@@ -196,7 +212,7 @@ def _fit(
         losses = []
         for chosen in _batches(shapes, schedule.batch_shapes, generator):
             batch = model.standardised(stacked([shapes[i].batch for i in chosen]))
-            target = torch.cat([shapes[i].target for i in chosen])
+            target = torch.cat([shapes[i].target for i in chosen]).to(model.device)
             losses.append(_step(optimiser, _loss(model, batch, target, schedule)))
             pace.step()
         course.labels.append(float(np.mean(losses)))

@@ -17,8 +17,9 @@ def voxelised(vectors: Tensor, cells: Tensor, grid: int) -> Tensor:
     flat = (cells[..., 0] * grid + cells[..., 1]) * grid + cells[..., 2]  # [B, N]
     index = flat[..., None].expand(-1, -1, count)
     shape = (batch, grid**3, count)
-    sums = torch.zeros(shape, dtype=vectors.dtype).scatter_add(1, index, vectors)
-    held = torch.zeros(shape, dtype=vectors.dtype).scatter_add(1, index, torch.ones_like(vectors))
+    empty = vectors.new_zeros(shape)
+    sums = empty.scatter_add(1, index, vectors)
+    held = empty.scatter_add(1, index, torch.ones_like(vectors))
     average = num_points / (held > 0).sum(dim=1, keepdim=True)
     volumes = torch.stack([sums * num_points**0.5, held], dim=2)  # [B, G^3, 2, D]
     volumes = volumes / average[:, :, None]
@@ -60,7 +61,7 @@ class SpectralTransformer(nn.Module):
         volumes = voxelised(vectors, cells, self.grid)
         batch, count = volumes.shape[:2]
         volumes = volumes.flatten(0, 1)
-        opposite = volumes * torch.tensor([-1.0, 1.0])[:, None, None, None]
+        opposite = volumes * volumes.new_tensor([-1.0, 1.0])[:, None, None, None]
         # Together, so that batch normalisation treats both alike.
         rows, negated = self.body(torch.cat([volumes, opposite])).chunk(2)
         maps: Tensor = (rows - negated) / 2
@@ -70,4 +71,4 @@ class SpectralTransformer(nn.Module):
 def far_from_orthonormal(functional_maps: Tensor) -> Tensor:
     """||C C^T - I||^2 as a mean over entries. [B, D, J] -> []"""
     product = functional_maps @ functional_maps.transpose(1, 2)
-    return (product - torch.eye(product.shape[-1])).square().mean()
+    return (product - torch.eye(product.shape[-1], device=product.device)).square().mean()

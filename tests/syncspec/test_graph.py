@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("scipy", reason="syncspec needs scipy: pip install .[syncspec]")
 
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
 from syncspec.generator import generate
@@ -105,6 +106,24 @@ def test_points_without_a_basis_are_refused(points: np.ndarray, named: str) -> N
         eigenbasis(points, source="a.ply")
 
 
+def test_pieces_that_lie_apart_can_be_tied_by_their_nearest_points() -> None:
+    pieces = zip((planted(300), planted(120), planted(150)), (0, 50, -90), strict=True)
+    apart = np.concatenate([points + np.array([x, 0, 0]) for points, x in pieces])
+    graph = connected_graph(apart, tied=True)
+    assert connected_components(graph)[0] == 1
+    near = graph[:300, 300:420].tocoo()
+    assert near.nnz == 1
+    ends = apart[near.coords[0][0], 0], apart[300 + near.coords[1][0], 0]
+    assert ends[0] > apart[:300, 0].mean()
+    assert ends[1] < apart[300:420, 0].mean()
+    assert near.data[0] == pytest.approx(neighbour_graph(apart, 5, "gaussian").data.mean(), rel=0.1)
+    assert graph[300:420, 420:].nnz == 0  # each to the nearest
+    basis = eigenbasis(apart, 20, tied=True)
+    np.testing.assert_allclose(basis.vectors.T @ basis.vectors, np.eye(20), atol=1e-8)
+    one = planted(300)  # in one piece: nothing is added
+    assert (connected_graph(one, tied=True) != neighbour_graph(one, 5, "gaussian")).nnz == 0
+
+
 def test_the_cache_gives_what_was_computed(tmp_path: Path) -> None:
     cache = BasisCache(tmp_path / "new", num_pairs=20)
     first = cache.get(POINTS)
@@ -116,4 +135,5 @@ def test_the_cache_gives_what_was_computed(tmp_path: Path) -> None:
     np.testing.assert_allclose(second.vectors, first.vectors, atol=1e-6)
     cache.get(POINTS * [1, 2, 1])
     BasisCache(cache.folder, num_pairs=10).get(POINTS)
-    assert len(list(cache.folder.iterdir())) == 3
+    BasisCache(cache.folder, num_pairs=20, tied=True).get(POINTS)
+    assert len(list(cache.folder.iterdir())) == 4

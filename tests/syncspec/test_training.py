@@ -19,6 +19,7 @@ import syncspec
 from syncspec import checkpoint
 from syncspec.cli import app
 from syncspec.comparison import FULL, VARIANTS, Comparison, Sizes, compare
+from syncspec.convolution import KERNELS
 from syncspec.features import INPUTS, NUM_FEATURES
 from syncspec.generator import CATEGORIES, generate
 from syncspec.graph import BasisCache
@@ -26,7 +27,7 @@ from syncspec.network import NETWORKS, Design, build, stacked
 from syncspec.preparing import Prepared, prepare
 from syncspec.segmentation import find_keypoints, segment
 from syncspec.tables import mean_pck, table
-from syncspec.training import Model, Schedule, train
+from syncspec.training import Model, Schedule, _loss, train, turned
 
 TINY = Design(channels=8, grid=8, num_synchronised=6, num_joint=12, transformer_channels=4)
 QUICK = Schedule(epochs=6, pretrain_epochs=4, batch_shapes=2, learning_rate=1e-2)
@@ -99,6 +100,23 @@ def test_the_network_does_not_see_signs_and_order_of_eigenvectors(cache: BasisCa
         vectors=batch.vectors[..., order], frequencies=batch.frequencies[..., order]
     )
     torch.testing.assert_close(network(other).scores, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_step_on_another_device_touches_no_tensor_of_the_processor(
+    cache: BasisCache, kernel: str
+) -> None:
+    """On torch's device of shapes without numbers, which every machine has."""
+    (one,) = mugs(cache, sizes=(250,))
+    meta, stays = torch.device("meta"), one.batch.features.mean((0, 1))
+    design = replace(TINY, kernel=kernel)
+    model = Model(CATEGORIES["mug"], design, "parts", build(2, design), stays, stays).to(meta)
+    loss = _loss(model, model.standardised(one.batch), one.target.to(meta), QUICK)
+    torch.autograd.backward(loss)
+    assert {p.grad.device for p in model.network.parameters()} == {meta}
+    vectors = one.batch.vectors[..., :6].to(meta)
+    maps, drawn = torch.empty(1, 6, 12, device=meta), torch.Generator()
+    assert {tensor.device for tensor in turned(vectors, maps, drawn)} == {meta}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -184,6 +202,12 @@ def test_results_are_kept_and_become_a_table(
     assert (tmp_path / "new" / "results.json").is_file()
     assert "| polynomial kernels | " in table(results)
     assert set(mean_pck(results, "unseen")) == {FULL}
+    path = tmp_path / "new" / "results.json"
+    kept, models, _ = compare(comparison, names, [0], path, resume=True)
+    assert (kept, models) == (json.loads(path.read_text()), {})
+    comparison.schedule = replace(schedule, epochs=2)
+    with pytest.raises(ValueError, match=r"'epochs': 1.*; to resume, it must be .*'epochs': 2"):
+        compare(comparison, names, [0], path, resume=True)
 
 
 def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
@@ -214,6 +238,8 @@ def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
         (["train", "--category", "spoon"], "'spoon' is unknown"),
         (["train", "--data", "none"], "none has no shapes for training"),
         (["compare", "--network", "best"], "network is 'best'"),
+        (["train", "--device", "gpu"], "device is 'gpu'; it must be cpu, cuda or cuda:N"),
+        (["evaluate", "--device", "cuda:64"], "device is 'cuda:64'; torch finds"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: list[str], named: str) -> None:
