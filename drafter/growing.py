@@ -20,7 +20,7 @@ from engine.step.tree import DraftTree
 from kernels.drafting.nodes import Candidates, LaidNodes, LevelNodes, RowPlaces
 from kernels.drafting.reference import cache_slots, seen_of
 from kernels.ops import AttentionMeta
-from kernels.sampling.ranking import NodeDraws, Ranked
+from kernels.sampling.rank.ranking import NodeDraws, Ranked
 from kernels.sampling.settings import DrawSettings
 
 

@@ -34,7 +34,7 @@ from kernels.packing.entries import PackedEntries, Walks
 from kernels.packing.nodes import NodeTrees, PackedNodes
 from kernels.packing.rows import LineRows, StartedRows
 from kernels.packing.settling import DrawnTrees, SettledTrees
-from kernels.sampling.ranking import NodeDraws, Ranked
+from kernels.sampling.rank.ranking import NodeDraws, Ranked
 from kernels.sampling.settings import DrawSettings, LogitEdits, Scores
 
 
@@ -170,18 +170,18 @@ class Ops:
     # (logits [R, V] float32) -> [R] int64
     argmax: Callable[[Tensor], Tensor]
     # (logits [R, V] float32, edits) -> [R, V] a copy after penalties and bias. See
-    # kernels/sampling/edit_reference.py
+    # kernels/sampling/edit/reference.py
     edit_logits: Callable[[Tensor, LogitEdits], Tensor]
     # (edited logits [R, V] float32, settings) -> [R] int64 tokens. The logits stay unchanged
     draw: Callable[[Tensor, DrawSettings], Tensor]
     # (logits [R, V] float32) -> [R] bool: whether no logit is NaN or +inf, and one is finite
     are_sound: Callable[[Tensor], Tensor]
     # (draft logits [R, V] float32, settings, target's ids [V] int64 or None) -> [R, V] float32 to
-    # rank drafts by, noise included; see kernels/sampling/noisy_reference.py
+    # rank drafts by, noise included; see kernels/sampling/rank/noisy_reference.py
     add_noise: Callable[[Tensor, DrawSettings, Tensor | None], Tensor]
     # (draft logits [R, V] of any float type, how the target draws the tokens after R nodes, its ids
     # [V] int64 or None, count, whether scores are wanted) -> the best tokens after each node; see
-    # kernels/sampling/ranking.py
+    # kernels/sampling/rank/ranking.py
     rank_drafts: Callable[[Tensor, NodeDraws, Tensor | None, int, bool], Ranked]
     # (logits [S, V] float32, tokens [S] int64, n) -> log-probabilities of the tokens and of the n
     # best under the raw logits

@@ -25,13 +25,15 @@ from kernels.native.packing import NativePacking
 from kernels.norm import reference as norm
 from kernels.ops import Backend, Ops
 from kernels.rope import reference as rope
-from kernels.sampling import draw_reference, edit_reference, score_reference
-from kernels.sampling import noisy_reference as noisy
 from kernels.sampling import reference as sampling
-from kernels.sampling.ranking import ComposedRanking
-from kernels.sampling.torch_draw import TorchDraw
-from kernels.sampling.torch_edit import edit_logits
-from kernels.sampling.torch_score import TorchScore
+from kernels.sampling.draw import reference as draw_reference
+from kernels.sampling.draw.torch_draw import TorchDraw
+from kernels.sampling.edit import reference as edit_reference
+from kernels.sampling.edit.torch_edit import edit_logits
+from kernels.sampling.rank import noisy_reference as noisy
+from kernels.sampling.rank.ranking import ComposedRanking
+from kernels.sampling.score import reference as score_reference
+from kernels.sampling.score.torch_score import TorchScore
 from kernels.tree import reference as tree
 
 DRAFTING_OPERATIONS = ("ready_roots", "lay_levels", "grow_level", "first_keys", "keep_states")
@@ -250,13 +252,13 @@ def triton_ops(
     from kernels.packing import triton_rows as rows
     from kernels.packing import triton_settle as settling
     from kernels.rope import triton_kernel as rope
-    from kernels.sampling import triton_draw as drawing
-    from kernels.sampling import triton_edit as edit
     from kernels.sampling import triton_kernel as sampling
-    from kernels.sampling import triton_noisy as noisy
-    from kernels.sampling import triton_rank as rank
-    from kernels.sampling import triton_score as score
     from kernels.sampling import triton_sound as sound
+    from kernels.sampling.draw import triton_draw as drawing
+    from kernels.sampling.edit import triton_edit as edit
+    from kernels.sampling.rank import triton_noisy as noisy
+    from kernels.sampling.rank import triton_rank as rank
+    from kernels.sampling.score import triton_score as score
     from kernels.tree import triton_kernel as tree
 
     return Ops(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.step.group import TPGroup
 from kernels.ops import Ops
-from kernels.sampling.draw_reference import are_allowed, masked
+from kernels.sampling.draw.reference import are_allowed, masked
 from kernels.sampling.settings import BiasEntries, DrawSettings, LogitEdits, Penalties, Scores
 
 # The token of a row whose logits are unsound (`Ops.are_sound`): none is drawn from it, and its

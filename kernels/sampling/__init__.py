@@ -1,1 +1,1 @@
-"""Position-keyed noise and the draw of a token."""
+"""From logits to tokens: edits, draws with noise of their position, scores, ranking of drafts."""

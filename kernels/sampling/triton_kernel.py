@@ -12,14 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling import (
-    triton_draw,
-    triton_edit,
-    triton_noisy,
-    triton_rank,
-    triton_score,
-    triton_sound,
-)
+from kernels.sampling import triton_sound
+from kernels.sampling.draw import triton_draw
+from kernels.sampling.edit import triton_edit
+from kernels.sampling.rank import triton_noisy, triton_rank
+from kernels.sampling.score import triton_score
 from kernels.sampling.triton_functions import (
     MINUS_INFINITY,
     NO_TOKEN,

@@ -17,7 +17,7 @@ from engine.kv.scratch import Scratch
 from engine.speculation.proposer import DraftLimits, Roots
 from engine.step.shape import StaticShape, ancestors_of, chain
 from kernels.ops import Ops
-from kernels.sampling.ranking import NodeDraws
+from kernels.sampling.rank.ranking import NodeDraws
 from kernels.sampling.settings import DrawSettings
 
 VOCAB, BLOCK, SCRATCH, MAX_LEN = 23, 4, 90, 30

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.sampling import noisy_reference
+from kernels.sampling.rank import noisy_reference
 from kernels.sampling.settings import DrawSettings
 
 VOCAB = 333

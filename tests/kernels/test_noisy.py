@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kernels.ops import Ops
-from kernels.sampling import draw_reference, noisy_reference
-from kernels.sampling.draw_reference import keep
+from kernels.sampling.draw import reference as draw_reference
+from kernels.sampling.draw.reference import keep
+from kernels.sampling.rank import noisy_reference
 from kernels.sampling.settings import DrawSettings
 from tests.kernels.noisy_cases import NoisyCase, noisy_case
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from kernels.sampling import reference, torch_edit
-from kernels.sampling.draw_reference import draw, keep
-from kernels.sampling.edit_reference import edit_logits
-from kernels.sampling.score_reference import score as scored
+from kernels.sampling import reference
+from kernels.sampling.draw.reference import draw, keep
+from kernels.sampling.draw.torch_draw import TorchDraw, filter_logits
+from kernels.sampling.edit import torch_edit
+from kernels.sampling.edit.reference import edit_logits
+from kernels.sampling.score.reference import score as scored
 from kernels.sampling.settings import BiasEntries, DrawSettings, LogitEdits, Penalties
-from kernels.sampling.torch_draw import TorchDraw, filter_logits
 from tests.kernels.edit_cases import Case, moved, random_case
 from tests.support.pretend_device import DEVICE, PretendDevice, operations_of
 

@@ -15,7 +15,7 @@ from engine.step.shape import DynamicShape, ancestors_of, depths_of, signed
 from kernels.drafting.nodes import Candidates, Frontier, LaidNodes, LevelNodes, RowPlaces
 from kernels.drafting.reference import grow_level, lay_levels
 from kernels.ops import Ops
-from kernels.sampling.ranking import NodeDraws, Ranked
+from kernels.sampling.rank.ranking import NodeDraws, Ranked
 from kernels.sampling.settings import DrawSettings
 from kernels.tree import reference
 from tests.support.pretend_device import DEVICE, PretendDevice

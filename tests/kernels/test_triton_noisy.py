@@ -9,7 +9,7 @@ import pytest
 from tests.kernels import triton_env
 from tests.kernels.noisy_cases import noisy_case
 
-noisy = triton_env.load("kernels.sampling.triton_noisy")
+noisy = triton_env.load("kernels.sampling.rank.triton_noisy")
 pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]
 TILE = 128  # several tiles without a large vocabulary
 

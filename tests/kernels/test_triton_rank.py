@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from kernels.sampling.ranking import NodeDraws
+from kernels.sampling.rank.ranking import NodeDraws
 from kernels.sampling.settings import DrawSettings
 from tests.kernels import triton_env
 
-rank = triton_env.load("kernels.sampling.triton_rank")
-noisy = triton_env.load("kernels.sampling.triton_noisy")
+rank = triton_env.load("kernels.sampling.rank.triton_rank")
+noisy = triton_env.load("kernels.sampling.rank.triton_noisy")
 pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = triton_env.DEVICE
 B, VOCAB, TILE = 3, 333, 128  # several tiles without a large vocabulary

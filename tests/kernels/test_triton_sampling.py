@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.sampling import draw_reference, reference, score_reference
+from kernels.sampling import reference
+from kernels.sampling.draw import reference as draw_reference
+from kernels.sampling.score import reference as score_reference
 from kernels.sampling.settings import DrawSettings, LogitEdits
 from tests.kernels import triton_env
 from tests.kernels.edit_cases import Case, moved, random_case
 
 kernel = triton_env.load("kernels.sampling.triton_kernel")
-drawing = triton_env.load("kernels.sampling.triton_draw")
-edit = triton_env.load("kernels.sampling.triton_edit")
-score = triton_env.load("kernels.sampling.triton_score")
+drawing = triton_env.load("kernels.sampling.draw.triton_draw")
+edit = triton_env.load("kernels.sampling.edit.triton_edit")
+score = triton_env.load("kernels.sampling.score.triton_score")
 sound = triton_env.load("kernels.sampling.triton_sound")
 noise_probe = triton_env.load("tests.kernels.triton_noise_probe")
 pytestmark = [*triton_env.MARKS, pytest.mark.usefixtures("poisoned_memory")]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.request import Request, SamplingParams
 from kernels.ops import Ops
-from kernels.sampling.torch_draw import filter_logits
+from kernels.sampling.draw.torch_draw import filter_logits
 from tests.support.told_target import Sampled, Text, sample
 
 VOCAB = 1000

@@ -1,4 +1,4 @@
-"""Penalties and bias in Triton, as `edit_reference.edit_logits`.
+"""Penalties and bias in Triton, as `reference.edit_logits`.
 
 One pass over all tokens of all rows, one program per (tile, row), copies the logits and penalises
 the tokens that were seen. Counts are read only for rows with penalties. A second, small launch adds

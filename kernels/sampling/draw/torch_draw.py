@@ -1,4 +1,4 @@
-"""The operation `draw` for CPUs: the tokens of `draw_reference.draw`, but faster.
+"""The operation `draw` for CPUs: the tokens of `reference.draw`, but faster.
 
 Only sampled rows are scaled and filtered, and no row is sorted whole. Shapes depend on values, so
 another device would have to be waited for; it has its own kernels.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.sampling.draw_reference import are_allowed, masked
+from kernels.sampling.draw.reference import are_allowed, masked
 from kernels.sampling.reference import noise_keys
 from kernels.sampling.settings import DrawSettings
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and of the best ones, in Triton, as `score_reference.score`.
+"""Log-probabilities of tokens, and of the best ones, in Triton, as `reference.score`.
 
 One program per (tile of the vocabulary, row) finds the tile's best tokens and sums; one per row
 joins them. NaN counts as -inf.

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.ranking import NodeDraws, Ranked
+from kernels.sampling.rank.ranking import NodeDraws, Ranked
+from kernels.sampling.rank.triton_noisy import filter_launches, filtered, logits_of_tile, noisy_tile
+from kernels.sampling.score.triton_score import join_sums, store_best, store_sums
 from kernels.sampling.settings import DrawSettings
 from kernels.sampling.triton_functions import NO_KEY, packed_id, packed_value
-from kernels.sampling.triton_noisy import filter_launches, filtered, logits_of_tile, noisy_tile
-from kernels.sampling.triton_score import join_sums, store_best, store_sums
 from kernels.triton_launch import WIDEST_LOAD, Launch
 from kernels.triton_overlap import await_inputs
 

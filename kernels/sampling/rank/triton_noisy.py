@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.noisy_reference import BINS, BINS_PER_NAT, OUTSIDE
+from kernels.sampling.rank.noisy_reference import BINS, BINS_PER_NAT, OUTSIDE
 from kernels.sampling.settings import DrawSettings
 from kernels.sampling.triton_functions import MINUS_INFINITY, noise_bits, noise_key, uniform
 from kernels.triton_launch import WIDEST_LOAD, Launch

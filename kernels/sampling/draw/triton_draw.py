@@ -1,4 +1,4 @@
-"""From edited logits to one token per row in Triton, as `draw_reference.draw`, without a sort.
+"""From edited logits to one token per row in Triton, as `reference.draw`, without a sort.
 
 There are two kinds of passes over tiles of the vocabulary, one program per (tile, row):
 
@@ -25,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.sampling import triton_draw_kernels as kernels
+from kernels.sampling.draw import triton_draw_kernels as kernels
 from kernels.sampling.settings import DrawSettings
 from kernels.triton_launch import WIDEST_LOAD, Launch
 

@@ -1,4 +1,4 @@
-"""Log-probabilities for CPUs: the result of `score_reference.score`, but faster.
+"""Log-probabilities for CPUs: the result of `reference.score`, but faster.
 
 Equal logits are rare, so `topk` alone finds the best tokens of nearly every row. Which rows need
 more depends on values, so another device would have to be waited for; it has its own kernels.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.sampling import score_reference
-from kernels.sampling.score_reference import scores_of
+from kernels.sampling.score import reference
+from kernels.sampling.score.reference import scores_of
 from kernels.sampling.settings import Scores
 
 
@@ -37,5 +37,5 @@ def best_tokens(logits: Tensor, count: int) -> Tensor:
     ids = ids[:, :count].contiguous()
     unsettled = ~(values[:, :-1] > values[:, 1:]).all(dim=1)
     if bool(unsettled.any()):
-        ids[unsettled] = score_reference.best_tokens(logits[unsettled], count)
+        ids[unsettled] = reference.best_tokens(logits[unsettled], count)
     return ids

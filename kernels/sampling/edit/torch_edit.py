@@ -1,4 +1,4 @@
-"""Penalties and bias for CPUs: the result of `edit_reference.edit_logits`, but faster.
+"""Penalties and bias for CPUs: the result of `reference.edit_logits`, but faster.
 
 Only the tokens that were seen are penalised, in the rows that have penalties. Shapes depend on
 values, so another device would have to be waited for; it has its own kernels.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.sampling.edit_reference import penalised
+from kernels.sampling.edit.reference import penalised
 from kernels.sampling.settings import BiasEntries, LogitEdits, Penalties
 
 

@@ -1,0 +1,1 @@
+"""From edited logits to one token per row."""

@@ -1,0 +1,1 @@
+"""Penalties and bias, added to logits."""
