@@ -1,5 +1,5 @@
 """How often drafts are the token that the target draws at temperature 1, with the operations that
-serve: both know the noise of a position (kernels/sampling/noisy_reference.py)."""
+serve: both know the noise of a position (kernels/sampling/rank/noisy_reference.py)."""
 
 from __future__ import annotations
 
