@@ -129,8 +129,7 @@ class ModelConfig(Section):
     generation_config: Literal["model", "none"] = Field(
         "model",
         description="sampling parameters of requests that do not name them: those of the model's "
-        "generation_config.json (of the bundled model: temperature 0.2, as its authors use it), or "
-        "none of these",
+        "generation_config.json, or none of these",
     )
 
 

@@ -30,9 +30,10 @@ MODES: dict[str, Json] = {  # of speculation: fields of the request
     "off": {"enabled": False},
     "auto": {},
 }
+CALM = 0.3  # temperature at first: at 1, small models soon lose the thread
 HELP = """\
 /system TEXT         set the system prompt; without TEXT, none
-/temperature NUMBER  0 is greedy; without NUMBER, as the server says
+/temperature NUMBER  0 is greedy, at first 0.3; without NUMBER, the server's
 /seed NUMBER         the same text each time; without NUMBER, a random seed
 /max NUMBER          most tokens of an answer; without NUMBER, the server's limit
 /speculation MODE    on: draft in every step; off: never; auto: where it pays;
@@ -50,7 +51,8 @@ class Session:
     remote: Remote
     model: str
     console: Console
-    settings: Json = field(default_factory=dict)  # fields of the request
+    # Fields of the request
+    settings: Json = field(default_factory=lambda: {"temperature": CALM})
     speculation: Json = field(default_factory=lambda: MODES["on"])
     traces: bool = True  # until the server refuses the field
     knows_colours: bool = False  # whether the user was told what they mean
@@ -115,7 +117,9 @@ class Session:
         except RemoteError as error:
             if error.status != 400 or not self.traces or "speculation" not in str(error):
                 raise
-            self.traces = False  # another kind of server
+            self.traces = False  # another kind of server, some of which refuse a temperature, too
+            if self.settings.get("temperature") == CALM:
+                self._set("temperature", "", float)
             self._show(said, answer)
 
     def _show(self, said: Messages, answer: Answer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.files import read_text
 from configs.resolve import HostConfig
-from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles
+from engine.checkpoints.source import ModelFiles
 
 NAME = "generation_config.json"
 
@@ -35,9 +35,6 @@ class SamplingDefaults:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-# As its authors generate with SmolLM2-135M-Instruct; at temperature 1 it soon loses the thread.
-BUNDLED = SamplingDefaults(temperature=0.2)
-
 ALLOWED: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: 0 <= value <= 100, "a number from 0 to 100"),
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
@@ -50,16 +47,13 @@ ALLOWED: Mapping[str, tuple[Callable[[float], bool], str]] = {
 
 def load_defaults(config: HostConfig, files: ModelFiles) -> SamplingDefaults:
     """The defaults of the model in `files`, if `model.generation_config` asks for them. A .gguf
-    file has none, but those of the bundled model are known.
+    file has none.
 
     Raises:
         ValueError: the file is invalid; the message says how to do without it.
     """
     path = files.path / NAME
-    wanted = config.model.generation_config != "none"
-    if wanted and files.name == BUNDLED_ALIAS:
-        return BUNDLED
-    if not wanted or files.kind != "hf" or not path.is_file():
+    if config.model.generation_config == "none" or files.kind != "hf" or not path.is_file():
         return SamplingDefaults()
     try:
         content = json.loads(read_text(path))

@@ -3,8 +3,9 @@
 // Servers under one origin, at other paths, have their own.
 const PLACE = `aerie:${location.pathname}:`;
 const KEPT = 100;
-// The page is there to show drafts, so it wants some where the server would do without.
-const FIRST = { max_tokens: 1024, min_nodes: 3, scored: true, tint: true, compare: false };
+// The page is there to show drafts, so it wants some where the server would do without. At temperature
+// 1, small models soon lose the thread.
+const FIRST = { temperature: 0.3, max_tokens: 1024, min_nodes: 3, scored: true, tint: true, compare: false };
 
 const read = (storage, name, otherwise) => {
   try {

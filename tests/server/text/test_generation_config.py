@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Config, ModelConfig
-from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles
+from engine.checkpoints.source import ModelFiles
 from server.text.generation_config import NAME, SamplingDefaults, load_defaults
 from tests.support.configurations import hosted
 
@@ -46,21 +46,6 @@ def test_parameters_are_those_that_the_file_names(
     tmp_path: Path, content: object, setting: str, named: dict[str, float]
 ) -> None:
     assert load(tmp_path, content, setting).named() == named
-
-
-@pytest.mark.parametrize(
-    ("name", "setting", "named"),
-    [
-        (BUNDLED_ALIAS, "model", {"temperature": 0.2}),
-        (BUNDLED_ALIAS, "none", {}),
-        ("another.gguf", "model", {}),
-    ],
-)
-def test_of_gguf_files_only_the_bundled_one_has_defaults(
-    tmp_path: Path, name: str, setting: str, named: dict[str, float]
-) -> None:
-    config = hosted(Config.model_validate({"model": {"generation_config": setting}}))
-    assert load_defaults(config, ModelFiles("gguf", tmp_path / "a.gguf", name)).named() == named
 
 
 def test_a_gguf_file_has_none(tmp_path: Path) -> None:
