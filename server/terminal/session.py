@@ -33,7 +33,7 @@ MODES: dict[str, Json] = {  # of speculation: fields of the request
 CALM = 0.3  # temperature at first: at 1, small models soon lose the thread
 HELP = """\
 /system TEXT         set the system prompt; without TEXT, none
-/temperature NUMBER  0 is greedy, at first 0.3; without NUMBER, the server's
+/temperature NUMBER  0 is greedy; 0.3 at first; without NUMBER, the server's
 /seed NUMBER         the same text each time; without NUMBER, a random seed
 /max NUMBER          most tokens of an answer; without NUMBER, the server's limit
 /speculation MODE    on: draft in every step; off: never; auto: where it pays;

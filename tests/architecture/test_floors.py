@@ -84,6 +84,7 @@ FLOORS: dict[str, Table] = {
         "swaps",
         "compose",
         "offline",
+        "quantising",
         "heads",
     ),
     "server.process": tower(

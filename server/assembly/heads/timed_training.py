@@ -19,7 +19,7 @@ from drafter.train.run import LoadedTarget, Run, Text, assemble, fingerprint_of
 from drafter.train.run_folder import check_no_run, publish_run, record_run
 from drafter.train.timed import Clock, Pool, TimedRun
 from drafter.train.trainer import Worker
-from server.assembly.early_end import at_first_signal
+from server.assembly.heads.early_end import at_first_signal
 from server.assembly.heads.training_target import (
     CURVE,
     HEAD,

@@ -34,7 +34,7 @@ from drafter.train.run_folder import check_same_settings, record_run
 from drafter.train.run_folder import publish_run as publish_run  # for the command
 from drafter.train.trainer import Trainer, Worker
 from server.assembly.compose import build_engine
-from server.assembly.early_end import at_first_signal
+from server.assembly.heads.early_end import at_first_signal
 from server.assembly.heads.timed_training import train_by_the_clock
 from server.assembly.heads.training_target import (
     CURVE,

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from server.assembly.early_end import at_first_signal
+from server.assembly.heads.early_end import at_first_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
