@@ -23,6 +23,7 @@ STYLES = {
     "grammar": "black on #dcbcf7",
     "reasoning": "dim",
 }
+NAMES = {"lookup": "looked up", "grammar": "forced by the grammar"}
 DEPTHS = ("#cfe2ff", "#a9caff", "#86b3fb", "#6ea2f2", "#5c93e6")  # of drafted tokens
 MODES: dict[str, Json] = {  # of speculation: fields of the request
     "on": {"min_nodes": 3},  # this program is there to show drafts
@@ -32,10 +33,10 @@ MODES: dict[str, Json] = {  # of speculation: fields of the request
 HELP = """\
 /system TEXT         set the system prompt; without TEXT, none
 /temperature NUMBER  0 is greedy; without NUMBER, as the server says
-/seed NUMBER         the same text each time; without NUMBER, another one each time
-/max NUMBER          most tokens of an answer; without NUMBER, as the server says
-/speculation MODE    drafts ahead of the model: on (the default), off, or auto, where the
-                     server expects to be faster; the text is the same
+/seed NUMBER         the same text each time; without NUMBER, a random seed
+/max NUMBER          most tokens of an answer; without NUMBER, the server's
+/speculation MODE    on: draft in every step; off: never; auto: where it pays;
+                     the text is the same
 /again               answer the last message again
 /new                 begin a new conversation
 /save FILE           write the conversation to FILE, as JSON messages
@@ -52,6 +53,7 @@ class Session:
     settings: Json = field(default_factory=dict)  # fields of the request
     speculation: Json = field(default_factory=lambda: MODES["on"])
     traces: bool = True  # until the server refuses the field
+    knows_colours: bool = False  # whether the user was told what they mean
     system: str = ""
     messages: Messages = field(default_factory=list)
 
@@ -104,6 +106,8 @@ class Session:
         if is_whole or answer.first_at is not None:  # also reasoning alone, cut by the limit
             self.messages = [*said, {"role": "assistant", "content": answer.text}]
             self.tell(answer.facts())
+            if answer.drafts and not self.knows_colours:
+                self.tell_colours()
 
     def _stream(self, said: Messages, answer: Answer) -> None:
         try:
@@ -178,6 +182,15 @@ class Session:
 
     def help(self) -> None:
         self.tell(HELP)
+        self.tell_colours()
+
+    def tell_colours(self) -> None:
+        """What the colours of tokens mean."""
+        self.knows_colours = True
+        depths = [tinted(Piece(f" {at} ", "draft", at)) for at in range(1, len(DEPTHS) + 1)]
+        found = [tinted(Piece(f" {name} ", origin)) for origin, name in NAMES.items()]
+        words = Text("drafted, by depth: ", style="dim").append_text(Text("").join(depths))
+        self.console.print(Text("  ").join([words, *found]))
 
 
 def tinted(piece: Piece) -> Text:

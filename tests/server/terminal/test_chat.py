@@ -57,6 +57,10 @@ def test_tokens_are_tinted_by_their_origin(serve: Serve, speech: Any) -> None:
     assert "a\x1b[30;48;2;207;226;255mb\x1b[0mc\n" in shown
     assert "4 tokens" in shown
     assert "2.00 tokens per drafted step" in shown
+    colours = "drafted, by depth:  1  2  3  4  5    looked up    forced by the grammar \n"
+    plain = Talk(web.url, terminal=False).say("hi", "hi")
+    assert plain.count(colours) == 1  # after the first answer with a draft
+    assert max(map(len, HELP.splitlines())) < 80
     assert Talk(web.url, terminal=False).say("hi").startswith("abc\n")
 
 
