@@ -35,7 +35,7 @@ HELP = """\
 /system TEXT         set the system prompt; without TEXT, none
 /temperature NUMBER  0 is greedy; 0.3 at first; without NUMBER, the server's
 /seed NUMBER         the same text each time; without NUMBER, a random seed
-/max NUMBER          most tokens of an answer; without NUMBER, the server's limit
+/max NUMBER          most tokens of an answer; without NUMBER, the server's
 /speculation MODE    on: draft in every step; off: never; auto: where it pays;
                      the text is the same
 /again               answer the last message again
