@@ -1,18 +1,27 @@
-"""The last event of a sequence."""
+"""The end of a sequence."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from engine.messages import ErrorCode, Finished
 from engine.request import FinishReason, Sequence
 
 
-def finished_event(
-    seq: Sequence, reason: FinishReason, error: str | None, code: ErrorCode | None
-) -> Finished:
+@dataclass(frozen=True, slots=True)
+class End:
+    """Why a sequence ends."""
+
+    reason: FinishReason
+    error: str | None = None
+    code: ErrorCode | None = None
+
+
+def finished_event(seq: Sequence, end: End) -> Finished:
     """What a client is told of a sequence that has ended."""
     return Finished(
         request_id=seq.request_id,
-        reason=reason,
+        reason=end.reason,
         num_prompt=seq.num_prompt,
         num_output=seq.num_output,
         num_cached=seq.num_cached,
@@ -26,6 +35,6 @@ def finished_event(
         accepted_counts=tuple(seq.accepted_counts),
         first_scheduled_time=seq.first_scheduled_time,
         first_token_time=seq.first_token_time,
-        error=error,
-        error_code=code,
+        error=end.error,
+        error_code=end.code,
     )

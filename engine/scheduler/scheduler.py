@@ -31,19 +31,18 @@ from engine.messages import (
     Handover,
     Reserved,
     Resume,
-    TokenLogprob,
     Tokens,
 )
 from engine.request import FinishReason, Rank, Request, Sequence, Status
 from engine.scheduler.ahead import keep_lines, plan_ahead
+from engine.scheduler.answers import Answers
 from engine.scheduler.cutting import TextEnds
 from engine.scheduler.drafts import DraftCounts, DraftRoom, count_draft
-from engine.scheduler.ending import finished_event
+from engine.scheduler.ending import End, finished_event
 from engine.scheduler.handovers import Handovers, Pages
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.pacing import PromptTime, StepTimes
 from engine.scheduler.plan_builder import PlanBuilder
-from engine.scheduler.pooling import Pools
 from engine.scheduler.preempting import choose_outranked, choose_victim
 from engine.scheduler.refusing import why_impossible
 from engine.scheduler.waiting import WaitingQueue
@@ -59,8 +58,6 @@ HASHED_BLOCKS = 1024  # of a waiting sequence that a step hashes while others ru
 OUTPUT_WEIGHT = 2  # work of an output token, in prompt tokens, when clients are compared
 PLAIN = Choice()
 Event = Tokens | Finished | Reserved
-GRAMMAR_FAILED = "the text cannot go on as its grammar says: "
-UNSOUND_LOGITS = "the model's logits for the next token are NaN or infinite"
 
 
 class Scheduler:
@@ -84,7 +81,6 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._clock = clock
         self._max_len = min(limits.max_model_len, kv.capacity)
-        self._ends = TextEnds(eos_token_ids, self._max_len, grammars)
         self._drafts = DraftRoom(kv, self._max_len, 0, None, grammars)
         self._live: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
@@ -95,8 +91,7 @@ class Scheduler:
         # From outside a step: aborts, rejections; and reservations
         self._events: list[Event] = []
         self._leaving: list[Pages] = []  # of sequences that left in this step
-        self._prompt_scores: dict[str, list[TokenLogprob | None]] = {}
-        self._pools = Pools()
+        self._answers = Answers(kv, TextEnds(eos_token_ids, self._max_len, grammars), clock)
         self.handovers = Handovers(kv.block_size)
         self._counts = DraftCounts()
         self._times = StepTimes()
@@ -106,7 +101,6 @@ class Scheduler:
         self._blocked: Sequence | None = None
         self._num_requests = self._num_submitted = 0
         self._num_preemptions = self._num_steps = self._last_tokens = 0
-        self._num_unsound = 0
         self._num_looked_back = 0  # cached tokens that were computed again
 
     def submit(
@@ -140,7 +134,7 @@ class Scheduler:
                 self.handovers.open(seq, reserve=reserve, handover=handover)
                 self._waiting.push(seq)
             else:
-                self._finish(seq, FinishReason.ERROR, *problem)
+                self._finish(seq, End(FinishReason.ERROR, *problem))
 
     def abort(
         self, request_id: str, error: str | None = None, code: ErrorCode | None = None
@@ -150,12 +144,12 @@ class Scheduler:
         seq = self._live.get(request_id)
         if seq is not None:
             reason = FinishReason.ABORT if error is None else FinishReason.ERROR
-            self._finish(seq, reason, error, code)
+            self._finish(seq, End(reason, error, code))
 
     def abort_all(self, reason: str, code: ErrorCode | None = None) -> list[Finished]:
         """End every live request with ERROR; returns their last events."""
         for seq in list(self._live.values()):
-            self._finish(seq, FinishReason.ERROR, reason, code)
+            self._finish(seq, End(FinishReason.ERROR, reason, code))
         events, self._events = self._events, []
         return [event for event in events if isinstance(event, Finished)]
 
@@ -268,7 +262,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             last_step_tokens=self._last_tokens,
-            num_unsound=self._num_unsound,
+            num_unsound=self._answers.num_unsound,
             **self._counts.stats(),
         )
 
@@ -483,41 +477,23 @@ class Scheduler:
             self._drafts.lookup.forget(seq.line)
         if self._grammars is not None:
             self._grammars.stop(seq.line)
-        self._prompt_scores.pop(seq.request_id, None)
-        self._pools.forget(seq)
+        self._answers.forget(seq)
         self._kv.release(seq)
         self._blocked = None
 
     def _advance(self, seq: Sequence, row: RowPlan, result: RowOutcome) -> None:
-        """Account for a computed chunk and the tokens emitted after it."""
-        kept, reason = self._ends.cut(seq, result.emitted)
-        if result.unsound or self._ends.grammar_error(seq) is not None:
-            self._end_failed(seq, row, result, kept, reason)
-            return
-        seq.num_computed += len(row.token_ids)
-        # A preempted sequence computes its prompt again, but clients get its scores only once.
-        if result.prompt_logprobs is not None and seq.num_output == 0:
-            self._prompt_scores.setdefault(seq.request_id, [None]).extend(result.prompt_logprobs)
-        if result.pooled is not None:
-            self._pools.add(seq, result.pooled)
-        if not row.samples:
-            self._kv.publish(seq)
-            return
-        seq.token_ids += kept
-        self._waiting.charge(seq.request.client, OUTPUT_WEIGHT * len(kept))
-        seq.num_computed += max(len(kept) - 1, 0)  # accepted draft tokens have their KV already
-        self._count_draft(seq, row, result, len(kept))
-        if kept and seq.first_token_time is None:
-            seq.first_token_time = self._clock()
-        self._kv.publish(seq)
-        logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
-        scores = self._prompt_scores.pop(seq.request_id, None)
-        traced, pooled = self._drafts.round_of(row, result), self._pools.take(seq)
-        self._events.append(Tokens(seq.request_id, kept, logprobs, scores, traced, pooled))
-        if reason is not None:
-            self._finish(seq, reason)
-        else:
-            self._hand_over(seq, kept)
+        """Give a row's outcome to its sequence, which may end, or leave for another engine."""
+        taken = self._answers.take(seq, row, result, self._drafts.round_of(row, result))
+        emitted = [] if taken.event is None else taken.event.token_ids
+        if taken.event is not None:
+            self._events.append(taken.event)
+        if row.samples and not taken.failed:
+            self._waiting.charge(seq.request.client, OUTPUT_WEIGHT * len(emitted))
+            self._count_draft(seq, row, result, len(emitted))
+        if taken.end is not None:
+            self._finish(seq, taken.end)
+        elif row.samples:
+            self._hand_over(seq, emitted)
 
     def _hand_over(self, seq: Sequence, output_ids: Rows[int]) -> None:
         """Let a sequence leave for the engine that decodes it, if there is one."""
@@ -536,32 +512,6 @@ class Scheduler:
         if self._grammars is not None:
             self._grammars.close(seq.request_id)
 
-    def _end_failed(
-        self,
-        seq: Sequence,
-        row: RowPlan,
-        result: RowOutcome,
-        kept: list[int],
-        reason: FinishReason | None,
-    ) -> None:
-        """End a sequence that the model has no sound logits for, or whose grammar cannot be
-        followed any further. Tokens drawn before are sent; its blocks may hold NaN, too, so no
-        other prompt may find them."""
-        if kept:
-            seq.token_ids += kept
-            logprobs = None if result.logprobs is None else list(result.logprobs[: len(kept)])
-            traced = self._drafts.round_of(row, result)
-            self._events.append(Tokens(seq.request_id, kept, logprobs, round=traced))
-        self._kv.forget(seq)
-        grammar_error = self._ends.grammar_error(seq)
-        self._num_unsound += grammar_error is None
-        if reason is not None:
-            self._finish(seq, reason)
-        elif grammar_error is not None:
-            self._finish(seq, FinishReason.ERROR, GRAMMAR_FAILED + grammar_error, ErrorCode.INVALID)
-        else:
-            self._finish(seq, FinishReason.ERROR, UNSOUND_LOGITS, ErrorCode.UNSOUND)
-
     def _count_draft(self, seq: Sequence, row: RowPlan, result: RowOutcome, num_kept: int) -> None:
         num_accepted = min(num_kept, max(len(result.emitted) - 1, 0))
         self._counts.add_tree(result.num_draft, num_accepted)
@@ -569,13 +519,7 @@ class Scheduler:
         predicted = bool(row.draft) and lookup is not None and lookup.is_predicted(row.line)
         count_draft(seq, result.num_draft, num_accepted, predicted)
 
-    def _finish(
-        self,
-        seq: Sequence,
-        reason: FinishReason,
-        error: str | None = None,
-        code: ErrorCode | None = None,
-    ) -> None:
+    def _finish(self, seq: Sequence, end: End) -> None:
         if seq.status is Status.RUNNING:
             self._stop_running(seq)
         elif seq.status is Status.RESERVED:
@@ -587,8 +531,8 @@ class Scheduler:
             self._blocked = None
         self._close(seq)
         if self._on_finish is not None:
-            self._on_finish(seq, reason)
-        self._events.append(finished_event(seq, reason, error, code))
+            self._on_finish(seq, end.reason)
+        self._events.append(finished_event(seq, end))
 
 
 def _rank(seq: Sequence) -> Rank:
