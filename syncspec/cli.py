@@ -146,12 +146,12 @@ def segment(
     with _errors_for_people():
         model = _model(models, category)
         cloud = read_points(file, points)
-        labels = segment_points(model, cloud, BasisCache(cache))
+        labels = segment_points(model, cloud, BasisCache(cache), source=str(file))
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_ply(output, cloud, labels)
+        write_ply(output, cloud, labels, model.category.parts)
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
-            draw_shapes(picture, [(file.name, cloud, labels)], columns=1)
+            draw_shapes(picture, [(file.name, cloud, labels)], 1, model.category.parts)
         counts = np.bincount(labels, minlength=len(model.category.parts))
         for part, count in zip(model.category.parts, counts, strict=True):
             typer.echo(f"{part:<12} {count} points")
@@ -168,7 +168,8 @@ def keypoints(
     """Print the place of every keypoint, found by a model of `train --task keypoints`."""
     with _errors_for_people():
         model = _model(models, category)
-        places = find_keypoints(model, read_points(file, points), BasisCache(cache))
+        cloud = read_points(file, points)
+        places = find_keypoints(model, cloud, BasisCache(cache), source=str(file))
         for name, (x, y, z) in zip(model.category.keypoints, places, strict=True):
             typer.echo(f"{name:<20} {x:.4g} {y:.4g} {z:.4g}")
 
@@ -184,6 +185,7 @@ def compare_networks(
     shapes: Annotated[
         int, typer.Option(min=1, help="For training, by category.")
     ] = Sizes().num_train,
+    category: CategoryOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the runs that results.json has.")
     ] = False,
@@ -196,7 +198,10 @@ def compare_networks(
             raise ValueError(f"network is {unknown[0]!r}; it must be one of {list(VARIANTS)}")
         schedule = Schedule(epochs=epochs)
         sizes = Sizes(num_train=shapes)
-        comparison = Comparison.on_generated(sizes, schedule, BasisCache(cache), typer.echo)
+        torch.set_num_threads(1)  # the networks are too small for more
+        comparison = Comparison.on_generated(
+            sizes, schedule, BasisCache(cache), typer.echo, tuple(category or ())
+        )
         path = output / "results.json"
         results, models, courses = compare(comparison, names, range(seeds), path, resume=resume)
         if models:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from syncspec.preparing import (
     map_targets,
     prepare,
 )
-from syncspec.shapes import Dataset, Shape, noisy
+from syncspec.shapes import Category, Dataset, Shape, noisy
 from syncspec.training import Course, Model, Schedule, train
 
 PERCEPTRON_EPOCHS = 2  # times as many as the others
@@ -34,6 +36,9 @@ VARIANTS: Mapping[str, Design] = {
     "polynomial kernels": Design(kernel="polynomial", transformer=False),
     "dilated kernels": Design(transformer=False),
     "dilated kernels, transformer": Design(),
+    "polynomial kernels, no coordinates": Design(
+        kernel="polynomial", transformer=False, inputs=BLIND
+    ),
     "dilated kernels, no coordinates": Design(transformer=False, inputs=BLIND),
     "dilated kernels, transformer, no coordinates": Design(inputs=BLIND),
 }
@@ -70,9 +75,14 @@ class Comparison:
 
     @classmethod
     def on_generated(
-        cls, sizes: Sizes, schedule: Schedule, cache: BasisCache, report: Report
+        cls,
+        sizes: Sizes,
+        schedule: Schedule,
+        cache: BasisCache,
+        report: Report,
+        categories: tuple[str, ...] = (),
     ) -> Comparison:
-        data = generated_set(sizes.num_train, sizes.num_test, sizes.num_points, 0)
+        data = generated_set(sizes.num_train, sizes.num_test, sizes.num_points, 0, categories)
         this = cls(data, sizes, schedule, cache, report)
         for split in data.splits:
             report(f"eigenpairs of split {split}")
@@ -85,16 +95,23 @@ class Comparison:
     def train(
         self, design: Design, seed: int, task: str = "parts"
     ) -> tuple[Trained, dict[str, Course]]:
-        """A model for each category."""
+        """A model for each category, as many at once as there are processors.
+
+        The networks are too small to be worth more than one thread each. None of the designs
+        has dropout, so that nothing random is common to them.
+        """
         schedule = replace(self.schedule, seed=seed)
         if design.network != "spectral":
             schedule = replace(schedule, epochs=schedule.epochs * PERCEPTRON_EPOCHS)
-        models: Trained = {}
-        courses = {}
-        for name, category in self.data.categories.items():
-            shapes = self._of("train", task)[name]
-            models[name], courses[name] = train(category, shapes, design, schedule, task)
-        return models, courses
+        shapes = self._of("train", task)
+
+        def one(category: Category) -> tuple[Model, Course]:
+            return train(category, shapes[category.name], design, schedule, task)
+
+        with ThreadPoolExecutor(os.cpu_count(), "train", torch.set_num_threads, (1,)) as pool:
+            found = dict(zip(shapes, pool.map(one, self.data.categories.values()), strict=True))
+        models = {name: model for name, (model, _) in found.items()}
+        return models, {name: course for name, (_, course) in found.items()}
 
     def measure(self, models: Trained) -> dict[str, dict[str, float]]:
         """Instance and category mIoU of each test split."""
@@ -170,7 +187,7 @@ def compare(
     results, and the models and courses of the last run; there are none if no run was missing.
 
     Raises:
-        ValueError: runs to keep are of other sizes or of another schedule.
+        ValueError: runs to keep are of other sizes, categories or of another schedule.
     """
     results = _begun(comparison, path, resume=resume)
     done = {(run["network"], run["seed"]) for run in results["runs"]}
@@ -180,7 +197,7 @@ def compare(
         if (name, seed) not in done:
             models, courses = comparison.train(VARIANTS[name], seed)
             run = _run(comparison, name, seed, models)
-            run["train_seconds"] = sum(course.seconds for course in courses.values())
+            run["train_processor_seconds"] = sum(course.seconds for course in courses.values())
             results["runs"].append(run)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -192,6 +209,7 @@ def _begun(comparison: Comparison, path: Path, *, resume: bool) -> dict[str, Any
     """Results without a run, or those of the file."""
     results: dict[str, Any] = {
         "sizes": asdict(comparison.sizes),
+        "categories": sorted(comparison.data.categories),
         "schedule": asdict(comparison.schedule),
         "machine": {"processor": platform.machine(), "torch": torch.__version__},
         "runs": [],
@@ -199,7 +217,7 @@ def _begun(comparison: Comparison, path: Path, *, resume: bool) -> dict[str, Any
     if not (resume and path.is_file()):
         return results
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("sizes", "schedule"):
+    for key in ("sizes", "categories", "schedule"):
         if kept.get(key) != results[key]:
             raise ValueError(
                 f"{path} has {key} {kept.get(key)}; to resume, it must be {results[key]}"
@@ -229,4 +247,4 @@ def _seconds(comparison: Comparison, models: Trained) -> dict[str, float]:
 
 def _brief(run: Mapping[str, Any]) -> str:
     scores = ", ".join(f"{split} {run['scores'][split]['instance']:.3f}" for split in TEST_SPLITS)
-    return f"mIoU {scores} ({run['train_seconds']:.0f} s)"
+    return f"mIoU {scores} ({run['train_processor_seconds']:.0f} s of a processor)"

@@ -34,11 +34,13 @@ def colours_of(labels: Ints) -> Ints:
     return COLOURS[labels % len(COLOURS)]
 
 
-def write_ply(path: Path, points: Floats, labels: Ints) -> None:
-    """Points with colours and labels, as text."""
+def write_ply(path: Path, points: Floats, labels: Ints, names: Sequence[str]) -> None:
+    """Points with colours and labels, as text; comments tell the name of each label."""
     properties = [f"property float {axis}" for axis in "xyz"]
     properties += [f"property uchar {name}" for name in ("red", "green", "blue")]
-    header = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *properties]
+    header = ["ply", "format ascii 1.0"]
+    header += [f"comment label {number} {name}" for number, name in enumerate(names)]
+    header += [f"element vertex {len(points)}", *properties]
     header += ["property int label", "end_header"]
     rows = [
         f"{x:.6g} {y:.6g} {z:.6g} {r} {g} {b} {label}"
@@ -47,8 +49,16 @@ def write_ply(path: Path, points: Floats, labels: Ints) -> None:
     path.write_text("\n".join([*header, *rows, ""]), encoding="ascii")
 
 
-def draw_shapes(path: Path, shapes: Sequence[tuple[str, Floats, Ints]], columns: int) -> None:
-    """A picture of points in the colours of their labels; each shape has a title."""
+def draw_shapes(
+    path: Path,
+    shapes: Sequence[tuple[str, Floats, Ints]],
+    columns: int,
+    names: Sequence[str] = (),
+) -> None:
+    """A picture of points in the colours of their labels; each shape has a title.
+
+    `names` of labels make a legend.
+    """
     figure = _figure(3 * columns, 3 * -(-len(shapes) // columns))
     for number, (title, points, labels) in enumerate(shapes):
         axes: Any = figure.add_subplot(
@@ -59,19 +69,35 @@ def draw_shapes(path: Path, shapes: Sequence[tuple[str, Floats, Ints]], columns:
         axes.set_box_aspect(np.ptp(points[:, [0, 2, 1]], axis=0) + 1e-9)
         axes.set_axis_off()
         axes.view_init(elev=20, azim=-60)
+    if names:
+        _legend(figure, names)
     figure.savefig(path, dpi=80)
 
 
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
+    colours = colours_of(np.arange(len(names))) / 255
+    patches = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
 def draw_courses(path: Path, courses: Mapping[str, Course]) -> None:
-    """The loss of every epoch, a line for each model."""
-    figure = _figure(6, 4)
-    axes = figure.add_subplot()
-    for name, course in courses.items():
-        axes.plot(range(1, len(course.labels) + 1), course.labels, label=name)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("training loss")
-    axes.set_yscale("log")
-    axes.legend(fontsize=8)
+    """The losses of every epoch, a line for each model: of labels, and of maps if there are."""
+    losses = {
+        "loss of functional maps": {n: c.maps for n, c in courses.items() if c.maps},
+        "loss of labels": {n: c.labels for n, c in courses.items()},
+    }
+    drawn = {title: lines for title, lines in losses.items() if lines}
+    figure = _figure(5 * len(drawn), 3.5)
+    for number, (title, lines) in enumerate(drawn.items()):
+        axes = figure.add_subplot(1, len(drawn), number + 1)
+        for name, values in lines.items():
+            axes.plot(range(1, len(values) + 1), values, label=name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(title)
+        axes.set_yscale("log")
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=80)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from syncspec.transformer import far_from_orthonormal
 Progress = Callable[[str], None]
 Network = SpectralNetwork | PointNetwork
 CPU = torch.device("cpu")
+SEEDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Course:
 
     maps: list[float] = field(default_factory=list)
     labels: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the processor, in the thread that trained
 
 
 @dataclass(frozen=True)
@@ -139,18 +141,25 @@ def train(
     """
     if not shapes:
         raise ValueError(f"category {category.name!r} has no shapes to train on")
-    torch.manual_seed(schedule.seed)
     names = category.parts if task == "parts" else category.keypoints
+    network = _fresh(len(names), design, schedule.seed)
     everything = torch.cat([one.batch.features.flatten(0, 1) for one in shapes])
     mean, deviation = everything.mean(0), everything.std(0).clamp(min=1e-6)
-    model = Model(category, design, task, build(len(names), design), mean, deviation)
+    model = Model(category, design, task, network, mean, deviation)
     model = model.to(device)
-    course, start = Course(), time.monotonic()
+    course, start = Course(), time.thread_time()
     if isinstance(model.network, SpectralNetwork) and design.transformer:
         _pretrain(model, shapes, schedule, course, report)
     _fit(model, shapes, schedule, course, report)
-    course.seconds = time.monotonic() - start
+    course.seconds = time.thread_time() - start
     return model, course
+
+
+def _fresh(num_outputs: int, design: Design, seed: int) -> Network:
+    """The network of a seed; torch has one source of randomness for all threads."""
+    with SEEDING:
+        torch.manual_seed(seed)
+        return build(num_outputs, design)
 
 
 def _pretrain(

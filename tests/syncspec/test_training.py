@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,10 +192,13 @@ def test_results_are_kept_and_become_a_table(
     sizes = Sizes(num_train=2, num_test=1, num_points=200, num_robust=1)
     lines: list[str] = []
     schedule = Schedule(epochs=1, pretrain_epochs=1)
-    comparison = Comparison.on_generated(sizes, schedule, cache, lines.append)
+    comparison = Comparison.on_generated(sizes, schedule, cache, lines.append, ("mug", "lamp"))
     names = ["polynomial kernels", FULL]
     results, models, _ = compare(comparison, names, [0], tmp_path / "new" / "results.json")
-    assert set(models) == set(CATEGORIES)
+    assert set(models) == {"mug", "lamp"}
+    mug = comparison.shapes["train"]["mug"]
+    alone, _ = train(CATEGORIES["mug"], mug, VARIANTS[FULL], schedule)  # not beside another
+    torch.testing.assert_close(models["mug"].scores(mug[0]), alone.scores(mug[0]))
     plain, full = results["runs"]
     assert set(full) - set(plain) == {"map_errors", "pck", "robustness", "seconds_per_shape"}
     assert set(full["robustness"]) == {"200 points", "150 points", "noise 0.02"}
@@ -227,8 +231,20 @@ def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "handle" in done.output
-    assert colours.read_text().splitlines()[2] == "element vertex 400"
+    header = colours.read_text().splitlines()[:5]
+    assert header[2:] == ["comment label 0 body", "comment label 1 handle", "element vertex 400"]
     assert picture.stat().st_size > 1000
+    apart = [generate("mug", 400, 3).points + np.array([shift, 0, 0]) for shift in (0, 9)]
+    np.savetxt(file, np.concatenate(apart))
+    refused = CliRunner().invoke(app, ["segment", str(file), "--category", "mug", *models, *cache])
+    assert refused.exit_code == 2
+    assert re.search(r"a.xyz: the graph .* 2 pieces of \[400, 400\] .*--tie-pieces", refused.output)
+    tied = CliRunner().invoke(app, ["train", *few, "--epochs", "1", "--tie-pieces"])
+    assert tied.exit_code == 0, tied.output
+    done = CliRunner().invoke(
+        app, ["segment", str(file), "--category", "mug", *written, *models, *cache]
+    )
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(
