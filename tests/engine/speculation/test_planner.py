@@ -337,7 +337,7 @@ def test_rows_that_want_drafts_get_them_and_the_account_does_not_pay() -> None:
     assert min(choice.limit(2) for choice in choices) == 1
     assert sum(choice.limit(1) > 0 for choice in choices) < 10  # trials of its own
     assert {choice.shape for choice in choices} <= {chain(3), chain(5)}
-    assert not planner._account.is_overdrawn
+    assert not planner._account.is_overdrawn(3)
     assert max(choice.limit(0) for choice in wanting(planner, (0,), seconds=0.02)[20:]) <= 1
 
 
