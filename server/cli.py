@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from server.commands import bench, chat, deploy, drafts, models, plan, quantize, serve
+from server.commands.options import LOOKING
 from server.version import version as own_version
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def _group(
     """Options before the sub-command."""
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
 def version() -> None:
     """Print the version."""
     typer.echo(own_version())

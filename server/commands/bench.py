@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.commands.options import ApiKey, ConfigFile, Overrides, Url, failed
+from server.commands.options import MEASURING, ApiKey, ConfigFile, Overrides, Url, failed
 from server.version import version
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ app = typer.Typer(
 
 def register(parent: typer.Typer) -> None:
     """Add the commands of this module to `parent`."""
-    parent.add_typer(app)
+    parent.add_typer(app, rich_help_panel=MEASURING)
 
 
 @app.command()

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from server.commands.options import ApiKey, ConfigFile, Overrides, Url, failed
+from server.commands.options import SERVING, ApiKey, ConfigFile, Overrides, Url, failed
 
 
 def register(app: typer.Typer) -> None:
     """Add the command of this module to `app`."""
-    app.command()(chat)
+    app.command(rich_help_panel=SERVING)(chat)
 
 
 def chat(

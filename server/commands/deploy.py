@@ -10,7 +10,7 @@ import typer
 
 from configs.env import environment, without_usage_reports
 from configs.load import load_config
-from server.commands.options import ConfigFile, Overrides, failed
+from server.commands.options import SERVING, ConfigFile, Overrides, failed
 
 MISSING = "Ray is not installed: pip install 'aerie[ray]'"
 
@@ -19,7 +19,7 @@ app = typer.Typer(help="Run several engines as one server.", no_args_is_help=Tru
 
 def register(parent: typer.Typer) -> None:
     """Add the command of this module to `parent`."""
-    parent.add_typer(app, name="deploy")
+    parent.add_typer(app, name="deploy", rich_help_panel=SERVING)
 
 
 @app.callback()

@@ -10,7 +10,7 @@ import typer
 from configs.host import host_config, host_training_config
 from configs.load import shipped_configs
 from configs.training import TRAIN
-from server.commands.options import ConfigFile, Overrides, failed
+from server.commands.options import HEADS, ConfigFile, Overrides, failed
 
 CHAINS = tuple(f"chain{length}" for length in range(1, 8))
 TREES = (*CHAINS, "tree4", "tree8", "tree16", "dynamic8", "dynamic16")
@@ -82,9 +82,9 @@ TrainingFile = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    app.command()(eval_draft)
-    app.command()(train_draft)
-    app.command()(publish_draft)
+    app.command(rich_help_panel=HEADS)(eval_draft)
+    app.command(rich_help_panel=HEADS)(train_draft)
+    app.command(rich_help_panel=HEADS)(publish_draft)
 
 
 def eval_draft(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands.options import failed
+from server.commands.options import LOOKING, failed
 from server.terminal.screen import harmless
 
 Include = Annotated[
@@ -27,8 +27,8 @@ Revision = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    app.command()(models)
-    app.command()(pull)
+    app.command(rich_help_panel=LOOKING)(models)
+    app.command(rich_help_panel=LOOKING)(pull)
 
 
 def models(

@@ -29,6 +29,12 @@ Overrides = Annotated[
     ),
 ]
 
+# Headings of `aerie --help`.
+SERVING = "Serve and talk"
+LOOKING = "Models and settings"
+MEASURING = "Measure and plan"
+HEADS = "Draft heads"
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 Url = Annotated[
     str | None,

@@ -12,7 +12,7 @@ from configs.host import host_config
 from configs.planning import shipped_gpus
 from configs.redact import SECRETS, redacted
 from configs.schema import Config
-from server.commands.options import ConfigFile, Overrides, failed
+from server.commands.options import LOOKING, MEASURING, ConfigFile, Overrides, failed
 
 UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
@@ -63,9 +63,9 @@ JsonFile = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    app.command(name="config")(show_config)
-    app.command()(prepare)
-    app.command()(plan)
+    app.command(name="config", rich_help_panel=LOOKING)(show_config)
+    app.command(rich_help_panel=LOOKING)(prepare)
+    app.command(rich_help_panel=MEASURING)(plan)
 
 
 def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from configs.host import host_config
-from server.commands.options import ConfigFile, Overrides, failed
+from server.commands.options import LOOKING, ConfigFile, Overrides, failed
 
 To = Annotated[
     Literal["fp8", "int4"],
@@ -43,7 +43,7 @@ Nearest = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command of this module to `app`."""
-    app.command()(quantize)
+    app.command(rich_help_panel=LOOKING)(quantize)
 
 
 def quantize(

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from configs.host import host_config
-from server.commands.options import ConfigFile, Overrides, failed
+from server.commands.options import SERVING, ConfigFile, Overrides, failed
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ Verbose = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command of this module to `app`."""
-    app.command()(serve)
+    app.command(rich_help_panel=SERVING)(serve)
 
 
 def serve(

@@ -14,7 +14,7 @@ from engine.messages import EngineInfo, ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
 from server.http.admission.queue import Ticket
 from server.http.context import ServerContext
-from server.http.errors import ApiError, invalid, server_error
+from server.http.errors import ApiError, invalid, server_error, unavailable
 from server.http.middleware.callers import Caller
 from server.http.middleware.request_log import RequestRecord
 from server.http.reply.inbox import Event, Inbox
@@ -184,6 +184,13 @@ class Generation:
             return self._admission.draining()
         if event.error_code in REFUSALS and event.error is not None:
             return invalid(event.error, code=REFUSALS[event.error_code])
+        if event.error_code is ErrorCode.TRANSFER:
+            return unavailable(
+                "The prompt's pages could not be sent to the engine that decodes; the request can "
+                "be sent again",
+                "handover_failed",
+                retry_after=1,
+            )
         if event.error_code is ErrorCode.UNSOUND:
             return server_error(
                 "The model gave NaN or infinite scores for the next token, so this request cannot "

@@ -69,6 +69,7 @@ def test_progress_is_one_line_of_a_terminal_that_other_lines_take_the_place_of()
 
 
 WATCHED = """
+from configs.schema import LogConfig
 from engine.progress import finish, report
 from server.process.setup.logs import set_up_logging
 set_up_logging(LogConfig())
@@ -92,6 +93,8 @@ def test_progress_is_for_terminals_that_can_draw(terminal: bool, term: str) -> N
 
 FAILING = """
 import threading, warnings
+from configs.schema import LogConfig
+from server.process.setup.logs import set_up_logging
 set_up_logging(LogConfig(format="json"))
 warnings.warn("odd")
 thread = threading.Thread(target=lambda: 1 / 0)
