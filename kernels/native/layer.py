@@ -15,6 +15,9 @@ from kernels.ops import AttentionMeta, CacheScales, LayerWeights, LinearWeight
 
 P, I, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # noqa: E741
 
+Addresses = ctypes.Array[ctypes.c_void_p]
+Pages = tuple[Tensor, ...]  # of one layer each
+
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 # Of functions that multiply bfloat16 numbers by special instructions
 ENDINGS = {None: "", "amx": "_amx", "avx512_bf16": "_dots"}
@@ -110,6 +113,23 @@ class LatestBatch:
         return self._latest
 
 
+class LatestPages:
+    """Where the pages of caches are, so that it is found out once: every step of an engine passes
+    the same tuples. By number of layers, because a draft head has its own."""
+
+    def __init__(self) -> None:
+        self._latest: dict[int, tuple[Pages, Pages, Addresses, Addresses]] = {}
+
+    def of(self, keys: Pages, values: Pages) -> tuple[Addresses, Addresses]:
+        found = self._latest.get(len(keys))
+        if found is None or found[0] is not keys or found[1] is not values:
+            every = (*keys, *values)
+            assert all(page.is_contiguous() and page.dtype == every[0].dtype for page in every)
+            own = [addresses([page.data_ptr() for page in pages]) for pages in (keys, values)]
+            found = self._latest[len(keys)] = (keys, values, own[0], own[1])
+        return found[2:]
+
+
 class NativeLayer:
     """One layer's weights, ready to be run (implements `PackedLayer`)."""
 
@@ -156,7 +176,7 @@ class NativeLayer:
         self.address = ctypes.addressof(self._layer)
 
 
-def addresses(values: Sequence[int | None]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(values: Sequence[int | None]) -> Addresses:
     """A C array of pointers."""
     return (ctypes.c_void_p * len(values))(*values)
 

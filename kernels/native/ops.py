@@ -13,6 +13,7 @@ from kernels.native.layer import (
     ENDINGS,
     SUFFIXES,
     LatestBatch,
+    LatestPages,
     NativeLayer,
     addresses,
     cache_functions,
@@ -50,7 +51,7 @@ class NativeOps:
             ("linear", "attention", "moe"), Backend("native", instructions)
         )
         self._pool = library.pool
-        self._memory, self._batches = HugePages(), LatestBatch()
+        self._memory, self._batches, self._pages = HugePages(), LatestBatch(), LatestPages()
         self._dtype, self._suffix, self._products = storage_dtype, suffix, products
         self._pack = library.call(f"aerie_pack_{suffix}")
         self._linear = library.call(f"aerie_linear_{products}")
@@ -187,20 +188,17 @@ class NativeOps:
         v_caches: Sequence[Tensor],
         taps: Mapping[int, Tensor],
     ) -> Tensor:
-        pages = (*k_caches, *v_caches)
         assert residual.is_contiguous()
-        assert all(page.is_contiguous() and page.dtype == pages[0].dtype for page in pages)
         x, out = x.contiguous(), torch.empty_like(residual)
         batch = self._batches.of(positions, slots, meta)
         self._decoder_layers(
             self._pool,
             addresses([layer.address for layer in layers]),
             len(layers),
-            batch.address(pages[0].shape[1]),
+            batch.address(k_caches[0].shape[1]),
             x.data_ptr(),
             residual.data_ptr(),
-            addresses([page.data_ptr() for page in k_caches]),
-            addresses([page.data_ptr() for page in v_caches]),
+            *self._pages.of(tuple(k_caches), tuple(v_caches)),
             addresses([pointer(taps.get(place)) for place in range(len(layers))]),
             out.data_ptr(),
         )
