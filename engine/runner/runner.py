@@ -27,7 +27,7 @@ from engine.speculation.costs import Padding
 from engine.speculation.proposer import Proposer
 from engine.step.batch import ForwardContext
 from engine.step.executor import Launched, execute
-from engine.step.plan import DRAFT, STEP, StepOutcome, StepPlan
+from engine.step.plan import DRAFT, STEP, Admission, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape
 
 logger = logging.getLogger(__name__)
@@ -180,26 +180,31 @@ class ModelRunner:
 
     def _change_lines(self, plan: StepPlan) -> None:
         """Release the lines of ended sequences and admit new sequences."""
-        if not plan.released and not plan.admitted:
-            return
         if plan.released:
             self._body.proposer.release(plan.released)
         for line in plan.released:
             self._settings.release(line)
+        if plan.admitted:
+            self._admit(plan)
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Set up the lines of new sequences, on the host, on the device and in the proposer."""
         for admission in plan.admitted:
             self._settings.admit(admission)
-            request = admission.request
-            if is_penalised(request.params):
-                seen = token_counts(
-                    request.prompt_ids, admission.output_ids, self._parts.vocab_size
-                )
-                self._body.state.counts[admission.line].copy_(torch.from_numpy(seen))
-        if plan.admitted:
-            self._body.proposer.admit([admission.line for admission in plan.admitted])
+            self._count_tokens(admission)
+        proposer = self._body.proposer
+        proposer.admit([admission.line for admission in plan.admitted])
+        new_blocks = {row.line: row.new_blocks for row in plan.rows}
         for admission in plan.admitted:
             if admission.draft is not None:
-                (row,) = (row for row in plan.rows if row.line == admission.line)
-                self._body.proposer.adopt(admission.line, admission.draft, row.new_blocks)
+                proposer.adopt(admission.line, admission.draft, new_blocks[admission.line])
+
+    def _count_tokens(self, admission: Admission) -> None:
+        """Count what a new sequence has so far, if tokens that occur are penalised."""
+        request = admission.request
+        if is_penalised(request.params):
+            seen = token_counts(request.prompt_ids, admission.output_ids, self._parts.vocab_size)
+            self._body.state.counts[admission.line].copy_(torch.from_numpy(seen))
 
     def _write_early(self, changes: TableChanges) -> None:
         """Write the block table entries that do not fit into the step."""

@@ -98,7 +98,7 @@ class StepBody:
         inputs, started = self._start(inputs, form)
         tables = started.tables
         with laps.time(DRAFT):
-            drafted = self._draft(inputs, started, form)
+            drafted = self._trees(inputs, started, form)
         with laps.time(VERIFY):
             tree, allowed = drafted.tree, None
             if form.is_masked:
@@ -147,7 +147,7 @@ class StepBody:
             batch = layout.batch()
             hidden = self.model.forward(batch, self.context)  # [T, H]
             allowed = None if masks is None else masks()
-            result, settled, scores = self._verify(layout, hidden, faults, allowed)
+            result, settled, scores = self._draw_and_walk(layout, hidden, faults, allowed)
             echo, pooled = self._echo(layout, hidden), _pooled(layout, hidden)
         with laps.time(COMMIT):
             self._commit(layout, batch.slots, result, settled)
@@ -164,7 +164,7 @@ class StepBody:
             pooled=pooled,
         )
 
-    def _draft(self, inputs: StepInputs, started: _Started, form: StepForm) -> Drafted:
+    def _trees(self, inputs: StepInputs, started: _Started, form: StepForm) -> Drafted:
         """A tree for every row: the proposer's, a known chain, or only the root."""
         tokens = inputs.own_tokens
         if not form.only_roots:
@@ -215,7 +215,7 @@ class StepBody:
             reach = int(roots.positions.max()) + form.shape.slots_for(form.shape.num_nodes)
         return DraftLimits(form.exact, form.any_sampled, form.is_filtered, reach, self.max_len)
 
-    def _verify(
+    def _draw_and_walk(
         self, layout: Layout, hidden: Tensor, faults: Tensor, allowed: Tensor | None
     ) -> tuple[VerifyResult, SettledTrees | None, Scores]:
         """Draw the target's token at every node, LOGIT_ROWS nodes at a time, then walk."""
@@ -243,6 +243,7 @@ class StepBody:
             masks = None if allowed is None else allowed[at]
             return self._scores(nodes[at], tokens, num_top, named, masks)
 
+        # Logits that were computed all at once are still there.
         once = partial(logits.score, allowed=allowed)
         score = once if len(drawn) == 1 else again
         return result, settled, _emitted_scores(layout, len(nodes), score, result)

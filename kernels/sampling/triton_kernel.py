@@ -100,35 +100,25 @@ def _best_launches(logits: Tensor, keys: Tensor | None, out: Tensor, tile: int) 
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
     num_tiles = triton.cdiv(V, tile)
-    scores = torch.empty(R, num_tiles, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(R, num_tiles, dtype=torch.int32, device=logits.device)
+    best = {
+        "scores_ptr": torch.empty(R, num_tiles, dtype=torch.float32, device=logits.device),
+        "tokens_ptr": torch.empty(R, num_tiles, dtype=torch.int32, device=logits.device),
+    }
+    given = {"logits_ptr": logits, "keys_ptr": keys, "logits_stride": logits.stride(0)}
     name = "argmax" if keys is None else "gumbel_argmax"
     of_tile = Launch(
         name=f"{name}.tile[V={V}]",
         kernel=_best_of_tile_kernel,
         grid=(num_tiles, R),
-        arguments={
-            "logits_ptr": logits,
-            "keys_ptr": keys,
-            "scores_ptr": scores,
-            "tokens_ptr": tokens,
-            "logits_stride": logits.stride(0),
-            "V": V,
-            "TILE": tile,
-        },
+        arguments=given | best | {"V": V, "TILE": tile},
         min_load_bits=WIDEST_LOAD,
     )
+    tiles = {"num_tiles": num_tiles, "TILES": triton.next_power_of_2(num_tiles)}
     of_row = Launch(
         name=f"argmax.row[V={V}]",
         kernel=_best_of_row_kernel,
         grid=(R,),
-        arguments={
-            "scores_ptr": scores,
-            "tokens_ptr": tokens,
-            "out_ptr": out,
-            "num_tiles": num_tiles,
-            "TILES": triton.next_power_of_2(num_tiles),
-        },
+        arguments=best | {"out_ptr": out} | tiles,
     )
     return [of_tile, of_row]
 

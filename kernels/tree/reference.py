@@ -45,16 +45,20 @@ def select(
     kept = torch.where(rank < limits[:, None] - 1, best, C)
     chosen = kept.sort(dim=1).values  # C: unused
     used, chosen = chosen < C, chosen.clamp(max=C - 1)
-    above = parents.gather(1, chosen)
-    # A parent's node is 1 + the number of chosen candidates before it.
-    nodes = 1 + (chosen[:, None, :] < above[:, :, None]).sum(dim=2)
-    nodes = torch.where(above < 0, 0, nodes)
+    nodes = _nodes_of(parents.gather(1, chosen), chosen)
     root = torch.full_like(root_tokens, -1)[:, None]
     drafted = tokens.gather(1, chosen)
     return (
         torch.cat((root_tokens[:, None], torch.where(used, drafted, -1)), dim=1),
         torch.cat((root, torch.where(used, nodes, -1)), dim=1),
     )
+
+
+def _nodes_of(candidates: Tensor, chosen: Tensor) -> Tensor:
+    """The nodes that candidates are in the tree of the root (candidate -1) and the `chosen`, which
+    are in order: 1 + the number of chosen ones before."""
+    nodes = 1 + (chosen[:, None, :] < candidates[:, :, None]).sum(dim=2)
+    return torch.where(candidates < 0, 0, nodes)
 
 
 def ancestors(parents: Tensor) -> tuple[Tensor, Tensor]:

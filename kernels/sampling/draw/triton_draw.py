@@ -60,10 +60,7 @@ class _Work:
     def of(cls, logits: Tensor, settings: DrawSettings, tile: int) -> _Work:
         R, V = logits.shape
         num_tiles = triton.cdiv(V, tile)
-        allowed, min_p = settings.allowed, settings.min_p
-        assert logits.dtype == torch.float32
-        assert logits.stride(1) == 1
-        assert allowed is None or allowed.stride(1) == 1
+        min_p = settings.min_p
         floats = torch.empty(4, R, num_tiles, dtype=torch.float32, device=logits.device)
         names = ("highest_ptr", "scores_ptr", "values_ptr", "masses_ptr")
         return cls(
@@ -73,16 +70,7 @@ class _Work:
             settings=settings,
             drawn=torch.empty(R, dtype=torch.int64, device=logits.device),
             state=torch.empty(R, kernels.STATE_SIZE, dtype=torch.int32, device=logits.device),
-            tile_inputs={
-                "logits_ptr": logits,
-                "allowed_ptr": allowed,
-                "temperature_ptr": settings.temperature,
-                "seeds_ptr": settings.seeds,
-                "positions_ptr": settings.positions,
-                "logits_stride": logits.stride(0),
-                "allowed_stride": 0 if allowed is None else allowed.stride(0),
-                "V": V,
-            },
+            tile_inputs=_tile_inputs(logits, settings),
             tile_results=dict(zip(names, floats.unbind(), strict=True))
             | {"tokens_ptr": torch.empty(R, num_tiles, dtype=torch.int32, device=logits.device)},
             row_inputs={
@@ -199,3 +187,21 @@ def example_launches(logits: Tensor) -> list[Launch]:
     )
     found = [launch for chosen in batches for launch in _Work.of(logits, chosen, TILE).launches()]
     return list({launch.name: launch for launch in found}.values())
+
+
+def _tile_inputs(logits: Tensor, settings: DrawSettings) -> dict[str, Any]:
+    """What kernels that read a tile of the logits need."""
+    allowed = settings.allowed
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1
+    assert allowed is None or allowed.stride(1) == 1
+    return {
+        "logits_ptr": logits,
+        "allowed_ptr": allowed,
+        "temperature_ptr": settings.temperature,
+        "seeds_ptr": settings.seeds,
+        "positions_ptr": settings.positions,
+        "logits_stride": logits.stride(0),
+        "allowed_stride": 0 if allowed is None else allowed.stride(0),
+        "V": logits.shape[1],
+    }

@@ -131,12 +131,11 @@ def score(logits: Tensor, tokens: Tensor, num_top: int, tile: int = TILE) -> Sco
 
 
 def _launches(logits: Tensor, tokens: Tensor, found: Scores, tile: int) -> list[Launch]:
-    (S, V), num_top = logits.shape, found.top.shape[1]
+    V, num_top = logits.shape[1], found.top.shape[1]
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
     num_tiles = triton.cdiv(V, tile)
-    sums = _new_sums(logits, num_tiles, num_top)
-    shared = sums | {
+    shared = _new_sums(logits, num_tiles, num_top) | {
         "logits_ptr": logits,
         "logits_stride": logits.stride(0),
         "num_top": num_top,
@@ -144,11 +143,19 @@ def _launches(logits: Tensor, tokens: Tensor, found: Scores, tile: int) -> list[
     of_tile = Launch(
         name=f"score.tile[V={V}, top={num_top}]",
         kernel=_sums_of_tile_kernel,
-        grid=(num_tiles, S),
+        grid=(num_tiles, len(logits)),
         arguments=shared | {"V": V, "TILE": tile},
         min_load_bits=WIDEST_LOAD,
     )
-    of_row = Launch(
+    return [of_tile, _row_launch(V, tokens, found, num_tiles, shared)]
+
+
+def _row_launch(
+    V: int, tokens: Tensor, found: Scores, num_tiles: int, shared: dict[str, Any]
+) -> Launch:
+    """Joins the sums of a row's tiles."""
+    S, num_top = found.top.shape
+    return Launch(
         name=f"score.row[V={V}, top={num_top}]",
         kernel=_scores_of_row_kernel,
         grid=(S,),
@@ -163,7 +170,6 @@ def _launches(logits: Tensor, tokens: Tensor, found: Scores, tile: int) -> list[
             "CANDIDATES": triton.next_power_of_2(max(num_tiles * num_top, 1)),
         },
     )
-    return [of_tile, of_row]
 
 
 def _new_sums(logits: Tensor, num_tiles: int, num_top: int) -> dict[str, Any]:
