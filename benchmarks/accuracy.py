@@ -1,9 +1,9 @@
 """What forms of weights and cache cost in accuracy: `python -m benchmarks.accuracy`.
 
 The perplexity of a fixed text, and the divergence of each next token's distribution from that of
-float32 weights and cache, for each value of `model.weights`, and for an FP8 cache. Where
-llama-cpp-python is installed among the peers of `benchmarks.compare`, also llama.cpp's perplexity
-with the same file and tokens.
+float32 weights and cache, for each value of `model.weights`, for an FP8 cache, and for models that
+`aerie quantize` has made of it (`--quantised`). Where llama-cpp-python is installed among the peers
+of `benchmarks.compare`, also llama.cpp's perplexity with the same file and tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -37,11 +37,13 @@ from server.text.chat_codec import load_codec
 
 WINDOW = 512  # tokens
 LLAMA_CPP = "llama-cpp-python"
-REFERENCE = ("model.weights=plain", "model.dtype=float32")
+Forms = Mapping[str, tuple[str, ...]]
+FLOAT32, PLAIN = "model.dtype=float32", "model.weights=plain"
+REFERENCE = (PLAIN, FLOAT32)
 FORMS: dict[str, tuple[str, ...]] = {
     **{form: (f"model.weights={form}",) for form in ("stored", "plain", "q8", "q4")},
     "stored, 16-bit inputs": ("model.weights=stored", "model.input_bits=16"),
-    "plain, fp8 cache": ("model.weights=plain", "cache.dtype=fp8"),
+    "plain, fp8 cache": (PLAIN, "cache.dtype=fp8"),
 }
 Windows = Sequence[Sequence[int]]
 
@@ -66,6 +68,15 @@ def main(
     max_windows: Annotated[int | None, typer.Option(min=1, help="Default: all of the text.")] = (
         None
     ),
+    quantised: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A model that was made of this one; may be repeated.", show_default=False
+        ),
+    ] = None,
+    only_quantised: Annotated[
+        bool, typer.Option("--only-quantised", help="Measure no other form of weights.")
+    ] = False,
     peers_dir: Annotated[Path, typer.Option(help="As in `benchmarks.compare`.")] = Path(
         "build/peers"
     ),
@@ -79,7 +90,10 @@ def main(
     ids = load_codec(config).tokenizer.encode(text.read_text(encoding="utf-8"), False)
     windows = cut(ids, window)[:max_windows]
     notes: list[str] = []
-    rows = compare_forms(given, windows, notes)
+    forms = {} if only_quantised else dict(FORMS)
+    for path in quantised or ():
+        forms[path.name] = (f"model.source={path}", *REFERENCE)
+    rows = compare_forms(given, forms, windows, notes)
     rows += llama_cpp(config, windows, peers_dir, notes)
     content = {
         "benchmark": "accuracy",
@@ -103,11 +117,13 @@ def cut(ids: Sequence[int], window: int) -> list[list[int]]:
     return [list(ids[start : start + window]) for start in starts]
 
 
-def compare_forms(given: Sequence[str], windows: Windows, notes: list[str]) -> list[Row]:
+def compare_forms(
+    given: Sequence[str], forms: Forms, windows: Windows, notes: list[str]
+) -> list[Row]:
     """The reference, then each form that this machine's kernels can compute."""
     reference = load(host_config(None, [*given, *REFERENCE]), len(windows[0]))
     targets = {"float32": reference}
-    for form, settings in FORMS.items():
+    for form, settings in forms.items():
         try:
             config = host_config(None, [*given, *settings])
             targets[form] = load(config, len(windows[0]))
