@@ -1,9 +1,9 @@
 """What forms of weights and cache cost in accuracy: `python -m benchmarks.accuracy`.
 
 The perplexity of a fixed text, and the divergence of each next token's distribution from that of
-float32 weights and cache, for each value of `model.weights`, and for an FP8 cache. Where
-llama-cpp-python or xllamacpp is installed among the peers of `benchmarks.compare`, also llama.cpp's
-perplexity with the same file and tokens.
+float32 weights and cache, for each value of `model.weights`, for an FP8 cache, and for models that
+`aerie quantize` has made of it (`--quantised`). Where llama-cpp-python or xllamacpp is installed
+among the peers of `benchmarks.compare`, also llama.cpp's perplexity with the same file and tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -40,11 +40,13 @@ LLAMA_CPP = {
     "llama-cpp-python": "llama_cpp_perplexity.py",
     "xllamacpp": "xllamacpp_perplexity.py",
 }  # by the name of the peer: what runs in its environment
-REFERENCE = ("model.weights=plain", "model.dtype=float32")
+Forms = Mapping[str, tuple[str, ...]]
+FLOAT32, PLAIN = "model.dtype=float32", "model.weights=plain"
+REFERENCE = (PLAIN, FLOAT32)
 FORMS: dict[str, tuple[str, ...]] = {
     **{form: (f"model.weights={form}",) for form in ("stored", "plain", "q8", "q4")},
     "stored, 16-bit inputs": ("model.weights=stored", "model.input_bits=16"),
-    "plain, fp8 cache": ("model.weights=plain", "cache.dtype=fp8"),
+    "plain, fp8 cache": (PLAIN, "cache.dtype=fp8"),
 }
 Windows = Sequence[Sequence[int]]
 
@@ -69,6 +71,15 @@ def main(
     max_windows: Annotated[int | None, typer.Option(min=1, help="Default: all of the text.")] = (
         None
     ),
+    quantised: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A model that was made of this one; may be repeated.", show_default=False
+        ),
+    ] = None,
+    only_quantised: Annotated[
+        bool, typer.Option("--only-quantised", help="Measure no other form of weights.")
+    ] = False,
     peers_dir: Annotated[Path, typer.Option(help="As in `benchmarks.compare`.")] = Path(
         "build/peers"
     ),
@@ -82,8 +93,10 @@ def main(
     ids = load_codec(config).tokenizer.encode(text.read_text(encoding="utf-8"), False)
     windows = cut(ids, window)[:max_windows]
     notes: list[str] = []
-    best: list[int] = []
-    rows = compare_forms(given, windows, best, notes)
+    forms, best = {} if only_quantised else dict(FORMS), list[int]()
+    for path in quantised or ():
+        forms[path.name] = (f"model.source={path}", *REFERENCE)
+    rows = compare_forms(given, forms, windows, best, notes)
     rows += llama_cpp(config, windows, best, peers_dir, notes)
     content = {
         "benchmark": "accuracy",
@@ -108,13 +121,13 @@ def cut(ids: Sequence[int], window: int) -> list[list[int]]:
 
 
 def compare_forms(
-    given: Sequence[str], windows: Windows, best: list[int], notes: list[str]
+    given: Sequence[str], forms: Forms, windows: Windows, best: list[int], notes: list[str]
 ) -> list[Row]:
     """The reference, then each form that this machine's kernels can compute. `best` gets the
     reference's likeliest token in the place of each scored one."""
     reference = load(host_config(None, [*given, *REFERENCE]), len(windows[0]))
     targets = {"float32": reference}
-    for form, settings in FORMS.items():
+    for form, settings in forms.items():
         try:
             config = host_config(None, [*given, *settings])
             targets[form] = load(config, len(windows[0]))

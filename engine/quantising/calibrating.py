@@ -23,7 +23,7 @@ from kernels.linear.quantised import dense
 from kernels.ops import LinearWeight, Ops
 
 Texts = Sequence[Sequence[int]]
-# From a name, the weight [N, K] and x^T x [K, K] of what it reads
+# From the name of the first weight, all that read the same inputs [N, K], and x^T x of these
 RoundWeight = Callable[[str, Tensor, Tensor], Rounded]
 # The products of a layer, each with the weights that read its inputs
 PRODUCTS = {
@@ -106,9 +106,11 @@ class Run:
         """The linear weights of a layer by name."""
         sums, found = self.input_sums(self.layer(prefix, {})), {}
         for product, parts in PRODUCTS.items():
-            for name in (f"{prefix}.{part}.weight" for part in parts):
-                weight = dense(self.read(name)[:]).to(self.place.device, torch.float32)
-                found[name] = round_weight(name, weight, sums[product])
+            names = [f"{prefix}.{part}.weight" for part in parts]
+            weights = [dense(self.read(name)[:]) for name in names]
+            both = torch.cat(weights).to(self.place.device, torch.float32)
+            rounded = round_weight(names[0], both, sums[product])
+            found |= dict(zip(names, rounded.split([len(each) for each in weights]), strict=True))
         return found
 
 

@@ -7,6 +7,7 @@ Scales are chosen before, so that inputs keep their order and their groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,8 +19,8 @@ from kernels.linear.scaled import FP8, LARGEST
 BLOCK = 128  # columns between updates of all later ones
 DAMPING = 0.01  # of the mean input, added to each: keeps the system solvable
 LEAST, HIGHEST = -8, 7  # codes of four bits
-CLIPPED = 0.5  # the smallest scale that is tried, as a share of the one that cuts nothing off
-STEPS = 25  # scales that are tried
+CLIPPED = 0.6  # the smallest scale that is tried, as a share of the one that cuts nothing off
+STEPS = 13  # scales that are tried
 
 
 class Grid(Protocol):
@@ -89,6 +90,11 @@ class Rounded:
     def numbers(self) -> Tensor:
         """[N, K], what the codes mean."""
         return self.codes * _wide(self.scales, self.codes.shape[1])
+
+    def split(self, rows: Sequence[int]) -> list[Rounded]:
+        """Pieces of so many rows each."""
+        parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
+        return [Rounded(codes, scales) for codes, scales in parts]
 
 
 def _wide(scales: Tensor, num_inputs: int) -> Tensor:

@@ -121,6 +121,7 @@ def _for_texts(
     texts = read_windows(load_codec(config), asked)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops = configured_ops(config, device, torch.float32, config.kernels.threads)
+    torch.set_num_threads(config.kernels.threads)
     say(f"{len(texts)} texts of {asked.window} tokens, on {device}")
     checkpoint = model.checkpoint
     return quantised_layers(

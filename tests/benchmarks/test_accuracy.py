@@ -41,6 +41,7 @@ def test_the_command_measures_what_transformers_computes(
     text.write_text("the quick brown fox jumps over the lazy dog " * 12, encoding="utf-8")
     output = tmp_path / "accuracy.json"
     options = ["--model", str(tmp_path / "tiny"), "--text", str(text), "--output", str(output)]
+    options += ["--quantised", str(tmp_path / "tiny")]
     more = ["--window", str(WINDOW), "--max-windows", "2", f"files.dir={native_cache}"]
     app = accuracy.typer.Typer()
     app.command()(accuracy.main)
@@ -50,6 +51,7 @@ def test_the_command_measures_what_transformers_computes(
     rows = {row["name"]: row for row in content["rows"]}
     assert rows["float32"]["perplexity"] == pytest.approx(perplexity(model, tmp_path), rel=1e-4)
     assert (rows["float32"]["kl"], rows["float32"]["same_best"]) == (0, 1)
+    assert rows["tiny"] == rows["float32"] | {"name": "tiny"}
     assert content["notes"] == ["without llama.cpp: the model is no .gguf file"]
     if "q8" in rows:  # needs native kernels
         assert 0 < rows["plain"]["kl"] < rows["q4"]["kl"]

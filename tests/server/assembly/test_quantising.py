@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,18 @@ from engine.quantising import files
 from kernels.ops import Ops
 from server.cli import app
 from tests.support.packed import CPU, PackedModel, whole
+from tests.support.threads import own_torch_threads
 from tests.support.tiny_llama import TinyLlama, write_tiny_llama
 from tests.support.tiny_llama4 import write_tiny_llama4
 
 WORDS = "a server answers the quick brown fox, and never loses a lazy dog at once. " * 20
 SPEC = TinyLlama(hidden_size=96, intermediate_size=256, attention_bias=True)
+
+
+@pytest.fixture(autouse=True)
+def _torch_threads() -> Iterator[None]:
+    with own_torch_threads():
+        yield
 
 
 @pytest.fixture(scope="module")
