@@ -93,8 +93,8 @@ class Rounded:
 
     def split(self, rows: Sequence[int]) -> list[Rounded]:
         """Pieces of so many rows each."""
-        parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
-        return [Rounded(codes, scales) for codes, scales in parts]
+        codes, scales = (torch.split(each, list(rows)) for each in (self.codes, self.scales))
+        return [Rounded(*part) for part in zip(codes, scales, strict=True)]
 
 
 def _wide(scales: Tensor, num_inputs: int) -> Tensor:
