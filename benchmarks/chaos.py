@@ -67,6 +67,7 @@ class Run:
         self.problems: list[str] = []
         self.ratios: list[float] = []
         self.growth: dict[str, float] = {}  # MB per hour, by process
+        self.sizes: dict[str, list[float]] = {}  # MB, ten times in a soak, by process
         self._began = time.monotonic()
 
     async def soak(self, seconds: float, num_fuzzed: int) -> None:
@@ -84,6 +85,10 @@ class Run:
         if self._processes() != names:
             self.problems.append("soak: a process ended")
         self.growth = {name: growth(points, seconds * WARM_UP) for name, points in sizes.items()}
+        self.sizes = {
+            name: [round(size / 2**20, 1) for _, size in points[:: SOAK_SAMPLES // 10]]
+            for name, points in sizes.items()
+        }
         print(f"{seconds:6.0f} s  soak; grew by {self.growth} MB an hour", flush=True)
         self.problems += [
             f"soak: {name} grew by {rate} MB an hour"
@@ -222,6 +227,7 @@ def report(run: Run, seconds: float, seed: int, soak: float) -> dict[str, Any]:
         "goodput_at_10x": run.ratios,
         "soak_minutes": round(soak / 60, 1),
         "growth_mb_per_hour": run.growth,
+        "mb": run.sizes,
         "problems": run.problems,
     }
 
