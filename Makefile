@@ -153,8 +153,9 @@ page:
 	cd server/page/vendor && npm ci --ignore-scripts --no-audit --no-fund && npm run build
 
 # Trains on generated shapes for a few minutes, and prints scores; pictures are in build/syncspec.
+# Matrices are small: a second thread for one of them costs more than it gains.
 syncspec: $(VENV)/.syncspec-tools
-	$(BIN)/syncspec compare --output build/syncspec $(ARGS) --network "perceptron on xyz" \
+	OMP_NUM_THREADS=1 $(BIN)/syncspec compare --output build/syncspec $(ARGS) --network "perceptron on xyz" \
 		--network "dilated kernels" --network "dilated kernels, transformer" \
 		--network "dilated kernels, no coordinates" \
 		--network "dilated kernels, transformer, no coordinates"

@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 
 import syncspec
 from syncspec import checkpoint
-from syncspec.cli import app
+from syncspec.cli import PRESETS, Preset, app
 from syncspec.comparison import FULL, VARIANTS, Comparison, Sizes, compare
 from syncspec.convolution import KERNELS
 from syncspec.features import INPUTS, NUM_FEATURES
 from syncspec.generator import CATEGORIES, generate
 from syncspec.graph import BasisCache
-from syncspec.network import NETWORKS, Design, build, stacked
+from syncspec.network import NETWORKS, PAPER, Design, build, stacked
 from syncspec.preparing import Prepared, prepare
+from syncspec.readers import FIRST_LABELS
 from syncspec.segmentation import find_keypoints, segment
 from syncspec.tables import mean_pck, table
 from syncspec.training import Model, Schedule, _loss, train, turned
@@ -245,6 +246,37 @@ def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
         app, ["segment", str(file), "--category", "mug", *written, *models, *cache]
     )
     assert done.exit_code == 0, done.output
+
+
+def test_the_commands_of_the_papers_protocol_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two earphones in the layout of ShapeNet, whose cups lie apart, with small sizes."""
+    pytest.importorskip("matplotlib", reason="not installed")
+    small = replace(TINY, tied=PAPER.tied), replace(QUICK, epochs=1, pretrain_epochs=1)
+    monkeypatch.setitem(PRESETS, Preset.paper, small)
+    data = tmp_path / "data"
+    earphones(data, {"train": "s1", "val": "s1", "test": "s2"})
+    common = ["--data", str(data), "--category", "earphone", "--models", str(tmp_path / "m")]
+    common += ["--cache", str(tmp_path / "c")]
+    for arguments in (["train", "--preset", "paper"], ["evaluate", "--split", "test"]):
+        done = CliRunner().invoke(app, [*arguments, *common])
+        assert done.exit_code == 0, done.output
+    assert re.search(r"category mIoU 0\.\d{4}", done.output)
+
+
+def earphones(folder: Path, splits: dict[str, str]) -> None:
+    """A file of two mugs for each split, and the lists of shapes."""
+    lists, synset = folder / "train_test_split", "03261776"
+    lists.mkdir(parents=True)
+    (folder / synset).mkdir()
+    for seed, (split, name) in enumerate(splits.items()):
+        cup = generate("mug", 250, seed)
+        both = np.concatenate([cup.points, cup.points + np.array([7, 0, 0])])
+        labels = np.tile(cup.labels, 2)[:, None] + FIRST_LABELS[5]
+        np.savetxt(folder / synset / f"{name}.txt", np.hstack([both, 0 * both, labels]))
+        named = json.dumps([f"shape_data/{synset}/{name}"])
+        (lists / f"shuffled_{split}_file_list.json").write_text(named)
 
 
 @pytest.mark.parametrize(
