@@ -49,7 +49,7 @@ def test_every_path_of_a_document_exists(document: str) -> None:
 def test_documents_are_found_and_name_paths() -> None:
     assert "docs/architecture.md" in DOCUMENTS
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    assert {"server/openai/endpoints", "scheduler/scheduler.py", "engine/core.py"} <= set(
+    assert {"server/openai/request", "scheduler/scheduler.py", "engine/core.py"} <= set(
         named_paths(text)
     )
 
