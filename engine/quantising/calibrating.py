@@ -104,7 +104,8 @@ class Run:
 
     def quantised(self, prefix: str, round_weight: RoundWeight) -> dict[str, Rounded]:
         """The linear weights of a layer by name."""
-        sums, found = self.input_sums(self.layer(prefix, {})), {}
+        sums = self.input_sums(self.layer(prefix, {}))
+        found: dict[str, Rounded] = {}
         for product, parts in PRODUCTS.items():
             names = [f"{prefix}.{part}.weight" for part in parts]
             weights = [dense(self.read(name)[:]) for name in names]

@@ -93,7 +93,9 @@ class Rounded:
 
     def split(self, rows: Sequence[int]) -> list[Rounded]:
         """Pieces of so many rows each."""
-        parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
+        parts = zip(
+            *(torch.split(each, list(rows)) for each in (self.codes, self.scales)), strict=True
+        )
         return [Rounded(codes, scales) for codes, scales in parts]
 
 
