@@ -93,8 +93,10 @@ class Rounded:
 
     def split(self, rows: Sequence[int]) -> list[Rounded]:
         """Pieces of so many rows each."""
-        codes, scales = (torch.split(each, list(rows)) for each in (self.codes, self.scales))
-        return [Rounded(*part) for part in zip(codes, scales, strict=True)]
+        parts = zip(
+            *(torch.split(each, list(rows)) for each in (self.codes, self.scales)), strict=True
+        )
+        return [Rounded(codes, scales) for codes, scales in parts]
 
 
 def _wide(scales: Tensor, num_inputs: int) -> Tensor:

@@ -56,7 +56,7 @@ def quantize(
     max_windows: MaxWindows = 128,
     nearest: Nearest = False,
 ) -> None:
-    """Write a Llama with its linear layers in 8 or 4 bits, which aerie and vLLM serve.
+    """Write a Llama with its linear layers in 8 or 4 bits (layout of compressed-tensors).
 
     Runs the model over a text, layer by layer, and rounds weights so that outputs change little
     (GPTQ). The LM head and the embedding stay as they are. Uses a GPU if there is one.
