@@ -139,7 +139,14 @@ def eval_draft(
         raise failed(error) from None
 
 
-def train_draft(config: TrainingFile, overrides: Overrides = None) -> None:
+def train_draft(
+    config: TrainingFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check configuration and data; tell sizes, memory, time."),
+    ] = False,
+) -> None:
     """Train a draft head, or continue an earlier run with the same run.output.
 
     run.output then holds the head (for speculation.draft), history.jsonl, learning-curve.svg and
@@ -150,11 +157,19 @@ def train_draft(config: TrainingFile, overrides: Overrides = None) -> None:
         aerie train-draft --config sample
 
         aerie train-draft --config smollm2-eagle3 'data.conversations=[answers.jsonl]'
+
+        aerie train-draft --config smollm2-eagle3-gpu 'data.prompts=[prompts.jsonl]' --dry-run
     """
     from server.assembly.heads.training import train_draft as run
+    from server.assembly.heads.training_estimate import dry_run as lines
 
     try:
-        run(host_training_config(config, overrides or ()))
+        settings = host_training_config(config, overrides or ())
+        if dry_run:
+            for line in lines(settings):
+                typer.echo(line)
+        else:
+            run(settings)
     except (ValueError, OSError) as error:
         raise failed(error) from None
 

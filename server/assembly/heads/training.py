@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from configs.resolve import HostConfig
-from configs.training import SAMPLE, HostTrainingConfig, TrainingConfig
+from configs.training import HostTrainingConfig, TrainingConfig
 from drafter.train.answers.generate import (
     GenerationReport,
     GenerationSettings,
@@ -24,7 +23,6 @@ from drafter.train.answers.generate import (
 from drafter.train.data.conversations import (
     AnyConversation,
     read_conversations,
-    sample_file,
 )
 from drafter.train.data.encoding import Coverage, EncodingSettings, Example, encode_conversations
 from drafter.train.history import Entry
@@ -39,6 +37,7 @@ from server.assembly.heads.timed_training import train_by_the_clock
 from server.assembly.heads.training_target import (
     CURVE,
     HEAD,
+    conversation_file,
     device_of,
     load_frozen,
     progress_line,
@@ -95,7 +94,9 @@ def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
     """Target, examples and trainer. Loads the target twice where prompts are to be answered."""
     serving = serving_config(config)
     codec = load_codec(serving)
-    conversations = [read_conversations(_found(path)) for path in config.data.conversations]
+    conversations = [
+        read_conversations(conversation_file(path)) for path in config.data.conversations
+    ]
     if config.data.prompts:
         conversations.append(_answered(config, serving, codec, worker))
     target, eos_ids = load_frozen(config, worker)
@@ -107,20 +108,13 @@ def _prepared(config: HostTrainingConfig, worker: Worker) -> Run:
         examples += encode_conversations(found, codec.encode, settings, coverage)
     measured: list[Example] = []
     for path in config.data.measure_on:
-        found = read_conversations(_found(path))
+        found = read_conversations(conversation_file(path))
         measured += encode_conversations(found, codec.encode, settings, Coverage())
     if config.data.measure_on and not measured:
         raise ValueError("data.measure_on holds no answer within data.max_tokens to measure on")
     run = prepare(config, target, examples, worker, measured)
     tell(worker, _facts(coverage, run, target))
     return run
-
-
-def _found(path: Path) -> Path:
-    """A file of conversations; the word `sample` stands for the shipped one."""
-    if str(path) != SAMPLE:
-        return path
-    return sample_file("conversations.jsonl")
 
 
 def _facts(coverage: Coverage, run: Run, target: LoadedTarget) -> str:

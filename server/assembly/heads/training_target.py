@@ -4,13 +4,14 @@ for it, and the prompts."""
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
 from configs.resolve import HostConfig, HostFacts, resolve_host
 from configs.schema import Config
-from configs.training import HostTrainingConfig, TrainingConfig
-from drafter.train.data.conversations import Prompt, read_prompts
+from configs.training import SAMPLE, HostTrainingConfig, TrainingConfig
+from drafter.train.data.conversations import Prompt, read_prompts, sample_file
 from drafter.train.head.building import TargetTensors
 from drafter.train.history import Entry
 from drafter.train.run import LoadedTarget
@@ -66,6 +67,11 @@ def read_all_prompts(config: TrainingConfig) -> list[Prompt]:
             "would leave none to train on"
         )
     return prompts
+
+
+def conversation_file(path: Path) -> Path:
+    """A file of conversations; the word `sample` stands for the shipped one."""
+    return sample_file("conversations.jsonl") if str(path) == SAMPLE else path
 
 
 def progress_line(entry: Entry) -> str:

@@ -131,6 +131,7 @@ def test_a_parallel_head_begins_from_an_eagle3_head_and_changes_no_text(
         "head__kind": "peagle",
         "head__init": run / "head",
         "loss__kind": "lk",
+        "optimizer__matrices": "muon",
         "data__measure_on": f"[{folder / 'talk.jsonl'}]",
         "run__steps": 2,
     }
