@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
+from configs.resolve import HostConfig
 from engine.messages import EngineInfo, ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request, SamplingParams
 from server.http.admission.queue import Ticket
@@ -131,6 +132,10 @@ class Generation:
                 self._record.error = self._record.error or "the client disconnected"
         self._metrics.end([choice.num_output for choice in self.choices])
         self._ticket.release()
+        self._complete_record()
+
+    def _complete_record(self) -> None:
+        """Note in the request's record, and in its span, what came of it."""
         self._record.finish_reasons = [
             str(choice.finish_reason or FinishReason.ABORT.value) for choice in self.choices
         ]
@@ -248,16 +253,21 @@ def start_generation(
             choices.append(
                 Choice(index, request, context.tokenizer, options, context.metrics, reader)
             )
-    off = context.config.speculation.lookup is False
-    if off and prompts[0].prediction and "prediction" not in record.not_used:
-        record.not_used.append("prediction")
+    context.metrics.ask(body.num_choices, [each.max_tokens for each in params])
+    _note_prompts(context.config, record, prompts)
     if body.min_draft_nodes and info.draft is None:
         record.not_used.append("speculation.min_nodes")
-    context.metrics.ask(body.num_choices, [each.max_tokens for each in params])
-    record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    if context.config.log.prompts:
-        record.prompt = "\n".join(prompt.text or str(prompt.token_ids) for prompt in prompts)
     return Generation(context, record, ticket, id, prompts, choices)
+
+
+def _note_prompts(config: HostConfig, record: RequestRecord, prompts: Sequence[Prompt]) -> None:
+    """Note in a request's record what it asks, and whether its prediction has no effect."""
+    off = config.speculation.lookup is False
+    if off and prompts[0].prediction and "prediction" not in record.not_used:
+        record.not_used.append("prediction")
+    record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    if config.log.prompts:
+        record.prompt = "\n".join(prompt.text or str(prompt.token_ids) for prompt in prompts)
 
 
 async def _merge(
