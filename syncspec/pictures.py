@@ -97,6 +97,7 @@ def draw_courses(path: Path, courses: Mapping[str, Course]) -> None:
         axes.set_xlabel("epoch")
         axes.set_ylabel(title)
         axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=80)
 

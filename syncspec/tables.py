@@ -75,7 +75,7 @@ def _pck_table(runs: Mapping[str, list[Run]]) -> list[str]:
     lines = _header(["keypoints of unseen geometry, found", *titles])
     for name, found in having.items():
         shares = [[run["pck"]["unseen"][distance] for run in found] for distance in SHOWN_DISTANCES]
-        lines.append(_row([name, *map(_spread, shares)]))
+        lines.append(_row([_counted(name, found), *map(_spread, shares)]))
     return lines
 
 
@@ -83,7 +83,7 @@ def _robustness_table(runs: Mapping[str, list[Run]]) -> list[str]:
     having = _having(runs, "robustness")
     if not having:
         return []
-    lines = _header(["seen geometry, instance mIoU", *having])
+    lines = _header(["seen geometry, instance mIoU", *map(_counted, having, having.values())])
     for change in next(iter(having.values()))[0]["robustness"]:
         found = [[run["robustness"][change] for run in each] for each in having.values()]
         lines.append(_row([change, *map(_spread, found)]))
@@ -101,6 +101,10 @@ def _header(titles: Sequence[str]) -> list[str]:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _counted(name: str, runs: Sequence[Run]) -> str:
+    return f"{name} (seeds: {len(runs)})"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -42,7 +42,7 @@ def test_tables_have_means_and_ranges_over_seeds() -> None:
     assert f"| plain | 2 | {' | '.join([spread] * 4)} |" in lines
     assert "| full | 1 | 0.750 | 0.750 | 0.750 | 0.750 |" in lines
     found = ["0.000 (0.000 to 0.000)", *["0.300 (0.200 to 0.400)"] * 2, "1.000 (1.000 to 1.000)"]
-    assert f"| plain | {' | '.join(found)} |" in lines
+    assert f"| plain (seeds: 2) | {' | '.join(found)} |" in lines
     assert "| full | 0.125 | 0.375 |" in lines
     assert lines[-4:] == [
         "| --- | ---: |",
