@@ -29,7 +29,7 @@ from tests.support.live_server import (
 )
 from tests.support.tiny_heads import write_tiny_head
 from tests.support.tiny_llama import TinyLlama
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, wait_until
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -201,7 +201,9 @@ def test_a_killed_engine_loses_its_open_requests_only(fleet: LiveFleet) -> None:
         reading = [threads.submit(read, number) for number in range(6)]
         for event in streaming:
             assert event.wait(DEADLINE)
+        (replica,) = (pid for pid in descendants(fleet.pid) if engines[0] in children_of(pid))
         os.kill(engines[0], signal.SIGKILL)
+        wait_until(lambda: replica not in descendants(fleet.pid))  # till then it may get requests
         after = client.completions.create(model=MODEL, prompt="after", max_tokens=5)
         assert after.choices[0].finish_reason in ("length", "stop")
         assert sorted(one.result() for one in reading) == [False] * 3 + [True] * 3
