@@ -12,6 +12,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from safetensors import SafetensorError
 
 from syncspec import checkpoint
 from syncspec.comparison import TEST_SPLITS, VARIANTS, Comparison, Sizes, compare
@@ -66,7 +67,7 @@ def _errors_for_people() -> Iterator[None]:
     """Mistakes of the user as one line, without a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,8 +17,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_tensors_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file. Tensors must be contiguous and on the CPU."""
+    """A safetensors file. Tensors must be contiguous and on the CPU.
+
+    OSError if it cannot be written, such as on a full disk.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)  # safetensors makes files that only their owner can read

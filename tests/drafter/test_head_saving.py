@@ -102,3 +102,10 @@ def test_headers_of_files_count_too(tmp_path: Path) -> None:
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(sizes) > 1
     assert max(sizes) <= 4000
+
+
+def test_weights_that_cannot_be_written_are_an_error_of_the_system(tmp_path: Path) -> None:
+    """Such as on a full disk: commands say it in one line."""
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"model.safetensors cannot be written: "):
+        write_tensors(tmp_path, {"a": torch.zeros(2)})

@@ -36,7 +36,7 @@ def check(before: list[Tensor], sources: list[int], targets: list[int]) -> None:
 
 
 def accepted_paths(rows: int, nodes: int, seed: int) -> tuple[list[int], list[int]]:
-    """Sources and targets as `engine/speculation/commit.py` makes them: rows own a shuffled block
+    """Sources and targets as `engine/speculation/verify.py` makes them: rows own a shuffled block
     each, a random path through a tree of `nodes` nodes."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randperm(BLOCKS, generator=generator).tolist()

@@ -242,6 +242,10 @@ def test_the_command_trains_evaluates_and_segments(tmp_path: Path) -> None:
     assert re.search(r"a.xyz: the graph .* 2 pieces of \[400, 400\] .*--tie-pieces", refused.output)
     tied = CliRunner().invoke(app, ["train", *few, "--epochs", "1", "--tie-pieces"])
     assert tied.exit_code == 0, tied.output
+    (tmp_path / "full" / "mug.safetensors").mkdir(parents=True)
+    few[few.index("--models") + 1] = str(tmp_path / "full")
+    refused = CliRunner().invoke(app, ["train", *few, "--epochs", "1"])
+    assert (refused.exit_code, "error: " in refused.output) == (2, True), refused.output
     done = CliRunner().invoke(
         app, ["segment", str(file), "--category", "mug", *written, *models, *cache]
     )

@@ -30,8 +30,8 @@ async def invoke(http: HttpRequest) -> Response:
     anything else is a chat completion."""
     try:
         kind = msgspec.json.decode(await http.body(), type=_Kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):  # the route of chats says what is wrong
-        kind = _Kind()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        kind = _Kind()  # the route of chats says what is wrong
     if kind.prompt is not UNSET:
         return await create_completion(http)
     if kind.input is not UNSET:

@@ -243,6 +243,8 @@ def test_what_sagemaker_sends_is_told_apart(server: Server) -> None:
         assert (here.status_code, here.json().keys()) == (200, there.json().keys())
     for content in ({"model": MODEL}, {"model": MODEL, "prompt": 5}, {"prompt": "hi"}):
         assert server.post("/invocations", content).status_code == 400
+    deep = b'{"messages":' * 50_000 + b"1" + b"}" * 50_000
+    assert "nested too deeply" in error_of(server.post_raw("/invocations", deep), 400)["message"]
     for method in ("GET", "POST"):
         assert server.run(lambda client, m=method: client.request(m, "/ping")).status_code == 200
 
