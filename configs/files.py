@@ -38,7 +38,12 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT, *, pipes: bool = False) -> 
         OSError: it cannot be read; TimeoutError: a pipe does not end.
         ValueError: it is no regular file, too long, or not UTF-8.
     """
-    return read_bytes(path, max_bytes, pipes=pipes).decode("utf-8")
+    content = read_bytes(path, max_bytes, pipes=pipes)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte {content[error.start]:#04x} at {error.start}"
+        raise ValueError(f"{path} is not UTF-8: {where}") from error
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_TEXT, *, pipes: bool = False) -> bytes:

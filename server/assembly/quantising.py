@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from configs.files import read_text
 from configs.resolve import HostConfig
@@ -88,7 +89,7 @@ def quantise(config: HostConfig, asked: Quantising, say: Say) -> None:
         OSError, ValueError: the model, the text or the configuration cannot be used.
     """
     path = asked.output
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists already")
     model = Model.open(config, asked.form)
     layers = _to_nearest(model) if asked.nearest else _for_texts(config, model, asked, say)
@@ -106,7 +107,9 @@ def _to_nearest(model: Model) -> Iterator[dict[str, Rounded]]:
     for index in range(model.checkpoint.arch.num_layers):
         names = [name for name in model.grids if name.startswith(f"model.layers.{index}.")]
         yield {
-            name: round_to_nearest(model.checkpoint.tensor(name).float(), model.grids[name])
+            name: round_to_nearest(
+                _finite(model.checkpoint.tensor(name).float(), name), model.grids[name]
+            )
             for name in names
         }
 
@@ -129,8 +132,16 @@ def _for_texts(
         checkpoint.stored,
         Place(ops, torch.float32, device),
         texts,
-        lambda name, weight, inputs: round_for_inputs(weight, inputs, model.grids[name]),
+        lambda name, weight, inputs: round_for_inputs(
+            _finite(weight, name), _finite(inputs, f"what {name} reads"), model.grids[name]
+        ),
     )
+
+
+def _finite(numbers: Tensor, what: str) -> Tensor:
+    if not numbers.isfinite().all():
+        raise ValueError(f"{what} has numbers that are infinite or not a number")
+    return numbers
 
 
 def read_windows(codec: ChatCodec, asked: Quantising) -> list[list[int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from typer.testing import CliRunner
@@ -108,6 +109,11 @@ def test_what_cannot_be_quantised_is_one_line(folder: Path, tmp_path: Path) -> N
     assert "a window takes 512" in message(*out, "--text", str(tmp_path / "short"))
     assert "the model was made for 512 tokens" in message(*out, "--window", "513")
     assert "nothing" in message(*out, "--text", str(tmp_path / "nothing"))
+    (tmp_path / "short").write_bytes(b"caf\xe9")
+    assert "short is not UTF-8: byte 0xe9 at 3" in message(*out, "--text", str(tmp_path / "short"))
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    link = ("--to", "fp8", "--output", str(tmp_path / "link"), "--nearest")
+    assert "link exists already" in message(*link)
     write_tiny_llama4(tmp_path)
     other = f"model.source={tmp_path}"
     done = CliRunner().invoke(app, ["quantize", *out, other])
@@ -115,6 +121,31 @@ def test_what_cannot_be_quantised_is_one_line(folder: Path, tmp_path: Path) -> N
     write_tiny_llama(tmp_path, TinyLlama(hidden_size=72))
     done = CliRunner().invoke(app, ["quantize", "--to", "int4", "--output", out[3], other])
     assert "72 inputs do not divide into groups of 32" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "how", "what"),
+    [
+        (torch.nan, "nearest", "layers.1.mlp.up_proj.weight has"),
+        (torch.nan, "fitted", "layers.1.mlp.gate_proj.weight has"),
+        (1e30, "fitted", "what model.layers.1.mlp.down_proj.weight reads has"),
+    ],
+)
+def test_numbers_without_a_size_are_one_line(
+    broken: float, how: str, what: str, folder: Path, tmp_path: Path
+) -> None:
+    write_tiny_llama(tmp_path, SPEC)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(broken)
+    save_file(tensors, weights)
+    words = ("--nearest",) if how == "nearest" else text_windows(folder)
+    output = ("--to", "fp8", "--output", str(tmp_path / "out"))
+    source = (f"model.source={tmp_path}", "kernels.backend=reference")
+    done = CliRunner().invoke(app, ["quantize", *output, *words, *source])
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    assert f"{what} numbers that are infinite or not a number" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
