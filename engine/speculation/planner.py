@@ -9,6 +9,7 @@ from typing import Protocol
 from engine.speculation.acceptance import Acceptance
 from engine.speculation.account import Account
 from engine.speculation.costs import Padding, Sample, StepCosts, Work, sample_of
+from engine.speculation.looks import Looks
 from engine.step.plan import StepOutcome, StepPlan
 from engine.step.shape import ROOT, StaticShape, TreeShape
 
@@ -112,7 +113,6 @@ KEEP_EVERY = 1000  # observed steps
 STANDING = 7  # steps for which a decision against drafts or against a trial stands
 STANDING_DRAFTS = 3  # the same of one for drafts: planning takes time, too
 SURE = 2  # decisions for drafts between two that look for a trial
-MANY_ROWS = 24  # from here on, drafts are looked up as rarely as with so many
 PLAIN_PER_SAMPLE = 4  # standing plain steps of which one is learnt from: learning takes time, too
 EAGER = 32  # decisions of an engine that look for a trial, before it does so more rarely
 
@@ -173,6 +173,7 @@ class AdaptivePlanner:
         self._num_sure = 0  # decisions that look for no trial
         self._is_sure = False  # whether the last was one of these
         self._num_looks = 0  # decisions that looked for a trial
+        self._looks = Looks()
         self._num_passed = 0  # plain steps that nothing was learnt from, since one was
         self._wanted: set[int] = set()  # lines of rows whose requests want drafts that may not pay
 
@@ -187,8 +188,7 @@ class AdaptivePlanner:
         if self._num_standing and len(rows) <= self._num_rows:
             self._num_standing -= 1
             if self._standing.shape == ROOT:
-                looks_up = self._num_standing % _steps_per_look(len(rows)) == 0
-                return self._standing if looks_up else replace(self._standing, looks_up=False)
+                return self._paced(self._standing)
             num_rows = self._padding.rows(len(rows))
             if self._account.is_reference(num_rows):
                 return NOTHING
@@ -205,7 +205,7 @@ class AdaptivePlanner:
         if best.work.passes == 0:
             self._num_standing = 0 if self._has_failed else STANDING
             self._standing = self._without_head(plain)
-            return self._standing
+            return self._paced(self._standing)
         price = node_price(self._costs, best.work, max(best.rate, plain.rate))
         limits = {row.line: count for row, count in zip(rows, best.nodes, strict=True)}
         promises = self._promises(rows, best, reaches[self._longest[best.shape]], price)
@@ -236,6 +236,7 @@ class AdaptivePlanner:
             self._num_standing = 0
         if self._counts(plan):
             self._observe_costs(plan, outcome, seconds)
+        self._looks.observe(plan, outcome)
         self._acceptance.fade()
         self._observe_trees(plan, outcome)
         for row in plan.rows:
@@ -350,6 +351,10 @@ class AdaptivePlanner:
             for shape in set(self._longest.values())
         }
 
+    def _paced(self, choice: Choice) -> Choice:
+        """A plain choice; it looks up no drafts if that has brought nothing lately."""
+        return choice if self._looks.is_due() else replace(choice, looks_up=False)
+
     def _without_head(self, plain: Option) -> Choice:
         """A step in which the head does not draft. Lookups have to pay, or to be paid for."""
         credit = self._account.credit(plain.work.rows)
@@ -409,12 +414,6 @@ class AdaptivePlanner:
             num_nodes = 1 + (result.num_draft or row.num_draft)
             sampled = self._sampled.get(row.line, False)
             self._acceptance.observe(row.line, shape, num_nodes, result.path, sampled=sampled)
-
-
-def _steps_per_look(num_rows: int) -> int:
-    """Of standing plain decisions. To look up drafts takes time for every row, and with many rows
-    they seldom pay."""
-    return 1 + min(num_rows, MANY_ROWS) // 8
 
 
 def node_price(costs: StepCosts, work: Work, rate: float | None = None) -> float:

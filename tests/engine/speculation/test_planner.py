@@ -251,15 +251,6 @@ def test_a_plain_choice_stands_until_rows_come(monkeypatch: pytest.MonkeyPatch) 
     assert len(planned) == 2
 
 
-@pytest.mark.parametrize(("num_rows", "share"), [(1, 1.0), (8, 0.5), (24, 0.25), (200, 0.25)])
-def test_the_more_rows_the_rarer_plain_steps_look_up(num_rows: int, share: float) -> None:
-    planner = AdaptivePlanner(CHAINS, measured(compute_bound))
-    while planner._num_standing < 7:
-        step(planner, num_rows, accepts=False)
-    looked_up = [step(planner, num_rows, accepts=False).looks_up for _ in range(7)]
-    assert abs(sum(looked_up) - 7 * share) < 1
-
-
 def test_plain_steps_that_nothing_is_learnt_from_count_for_the_account(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
