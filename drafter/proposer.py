@@ -26,9 +26,9 @@ from kernels.drafting.nodes import ReadyRoots, RootStates
 from kernels.ops import AttentionMeta
 
 FIRST_ENTRY = 1  # position 0 has no entry: no token is before it, so there is no feature
-RESTING_SHARE = 0.1  # share of the rows that draft, below which prompts are taken late, too
+RESTING_SHARE = 0.1  # of the rows; if no more draft, prompts are taken late, too
 FEW_TOKENS = 64  # tokens that a product takes in the time of one, as it waits for its weights
-SHARE_DECAY = 0.95  # weight of the past per step in that share
+COUNT_DECAY = 0.95  # weight of the past per step in how many rows draft
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class DraftProposer:
         self._nexts: dict[int, int] = {}  # by line: position after the newest token
         self._drafting: set[int] = set()  # lines that this step grew trees for
         self._eager = eager
-        self._activity = 1.0  # share of the rows that draft, lately
+        self._num_drafting = 1.0  # rows that draft, lately
 
     def admit(self, lines: Sequence[int]) -> None:
         if not lines:
@@ -158,7 +158,7 @@ class DraftProposer:
     def take_singles(self, singles: Singles, hidden: Tensor) -> None:  # noqa: ARG002
         if self.failed:
             return
-        self._note_activity(len(singles.lines))
+        self._note_drafting()
         self._pending.add_singles(singles, self.tap.take_all())
         if self._pending.num_singles == self._pending.most:
             self._collect_singles()
@@ -229,12 +229,12 @@ class DraftProposer:
         features = self.tap.take(committed.features)
         self._collect_singles()
         counts, drafting = committed.cu.diff(), self._drafting
-        self._note_activity(len(counts))
+        self._note_drafting()
         if len(committed.tokens) == 0:
             return
         self._note_tokens(committed, counts.tolist())
         at_once = torch.tensor([line in drafting for line in committed.lines.tolist()])
-        if self._eager or self._activity > RESTING_SHARE:  # prompts, too
+        if self._eager or self._num_drafting > RESTING_SHARE * len(counts):  # prompts, too
             at_once |= counts > 1
         part = Part(committed, features)
         at_once &= counts > 0
@@ -252,9 +252,9 @@ class DraftProposer:
         else:
             self._run_entries(committed, self.tap.take_all(), committed.features)
 
-    def _note_activity(self, num_rows: int) -> None:
-        """Note which share of the rows of a step drafted."""
-        self._activity += (1 - SHARE_DECAY) * (len(self._drafting) / num_rows - self._activity)
+    def _note_drafting(self) -> None:
+        """Note how many rows of a step drafted."""
+        self._num_drafting += (1 - COUNT_DECAY) * (len(self._drafting) - self._num_drafting)
         self._drafting = set()
 
     def _collect_singles(self) -> None:

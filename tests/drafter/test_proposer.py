@@ -331,7 +331,7 @@ def test_no_entry_is_attended_to_that_was_never_made_or_is_of_another_token(
     monkeypatch.setattr(inner, "_note_tokens", poisoning)
     watch.seen = Forgetful()  # how much of its text the head sees depends on what was before
     inner._pending.most = 3
-    inner._activity = 0.0
+    inner._num_drafting = 0.0
     drafting = Drafting(watch, Pausing(SHAPES["chain3"]))
     core = replace(tiny_engine, **changes, drafting=drafting).build()  # type: ignore[arg-type]
     heard = generate(core, [*requests(), *requests("2")], per_step=1)
