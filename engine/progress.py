@@ -14,7 +14,7 @@ ATTRIBUTE = "progress"  # of log records
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` parts; a `total` of 0: nobody knows of how many. No `text`: all is done."""
+    """`done` of `total` parts; `total` is 0 if it is not known. An empty `text`: all is done."""
 
     text: str
     done: int = 0

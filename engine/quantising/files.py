@@ -20,7 +20,7 @@ Form = Literal["fp8", "int4"]
 GROUPS = (128, 64, 32)  # inputs per scale: the first that divides the inputs of a weight
 SHARD_BYTES = 5 * 10**9
 PER_WORD = 8  # codes of four bits in an int32
-_PART = "part-{}.safetensors"  # of a file while nobody knows how many there will be
+_PART = "part-{}.safetensors"  # the name of a file until the number of files is known
 
 
 def grid_for(form: Form, num_inputs: int, scales: torch.dtype) -> Grid:

@@ -94,9 +94,8 @@ class Account:
 
     def is_reference(self, num_rows: int) -> bool:
         """Whether the next step is to be plain, to show what that takes."""
-        found = self._balances.get(
-            _size(num_rows)
-        )  # None: rows have ended since a step was planned
+        found = self._balances.get(_size(num_rows))
+        # None: rows have ended since a step was planned
         return found is not None and found.plain.is_due()
 
     def settle(self, sample: Sample, num_tokens: int, num_steps: int = 1) -> None:
