@@ -6,7 +6,7 @@ import { showCharts } from "./charts.js";
 import { announce, byId, make } from "./dom.js";
 import { nextSeed, requestFor, showParameters } from "./parameters.js";
 import { begin, store, titleOf } from "./store.js";
-import { hideTip, sayToken, showTip } from "./tip.js";
+import { followToken, hideTip, sayToken, showTip } from "./tip.js";
 import { inWords, tree } from "./tree.js";
 import { AnswerView, PairView, factsOf } from "./view.js";
 
@@ -202,8 +202,8 @@ const respond = async (seed) => {
     if (run.controller.signal.aborted) answer.running = false;
     else await write(answer, body, run.controller.signal, later);
   }
+  later.now(); // whoever sees that the answer has ended finds its last tokens
   finish(message, answers, run);
-  later();
 };
 
 const finish = (message, answers, run) => {
@@ -219,21 +219,28 @@ const finish = (message, answers, run) => {
   showButtons();
 };
 
-/** Calls `act` at most once a frame, and leaves it no more than a quarter of the time. */
+/** Calls `act` at most once a frame, and leaves it no more than a quarter of the time. `now` calls it
+ * at once, instead of a call that is planned. */
 const whenSeen = (act) => {
   let planned = false;
   let pause = 0;
   const run = () => {
+    if (!planned) return;
     planned = false;
     const begun = performance.now();
     act();
     pause = 3 * (performance.now() - begun);
   };
-  return () => {
+  const later = () => {
     if (planned) return;
     planned = true;
     setTimeout(() => (document.hidden ? run() : requestAnimationFrame(run)), pause);
   };
+  later.now = () => {
+    planned = true;
+    run();
+  };
+  return later;
 };
 
 const isAtEnd = () => {
@@ -289,7 +296,7 @@ const choose = (element) => {
 
 byId("messages").addEventListener("pointerover", (event) => choose(event.target.closest("[data-token]")));
 byId("messages").addEventListener("pointerleave", () => choose(null));
-byId("messages").addEventListener("scroll", hideTip, { passive: true });
+byId("messages").addEventListener("scroll", (event) => followToken(event.target), { passive: true });
 byId("messages").addEventListener("click", (event) => {
   const element = event.target.closest("[data-token]");
   const found = element && choose(element);

@@ -31,8 +31,11 @@ const place = (tip, element) => {
   tip.style.top = `${below ? at.bottom + 8 : Math.max(8, at.top - height - 8)}px`;
 };
 
+let told = null; // the element of the token that the tip tells of
+
 export const showTip = (element, token) => {
   const tip = byId("tip");
+  told = element;
   const origin = ORIGINS[token.origin](token.depth);
   const parts = [make("b", {}, shown(token.text)), make("div", {}, origin)];
   if (token.logprob !== null) parts.push(make("div", {}, `probability ${percent(token.logprob)}`));
@@ -43,6 +46,15 @@ export const showTip = (element, token) => {
 };
 
 export const hideTip = () => { byId("tip").hidden = true; };
+
+/** Move with the token when `frame` is scrolled, also by the arrow keys; hide when it is out of sight. */
+export const followToken = (frame) => {
+  const tip = byId("tip");
+  if (tip.hidden) return;
+  const [at, seen] = [told.getClientRects()[0], frame.getBoundingClientRect()];
+  if (!at || at.bottom < seen.top || at.top > seen.bottom) hideTip();
+  else place(tip, told);
+};
 
 /** The same for those who hear it. */
 export const sayToken = (token) => {

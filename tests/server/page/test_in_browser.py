@@ -360,6 +360,41 @@ def test_tokens_are_reached_and_told_by_the_keyboard(visit: Open, speech: Script
     here.see("#tip", "the model's own token")
 
 
+def test_what_is_told_of_a_token_stays_while_the_keyboard_scrolls(
+    visit: Open, tokenizer: Tokenizer
+) -> None:
+    words = ["so ", *(f"{number}\n\n" for number in range(60)), "end"]
+    here = visit(steps(*((ids(tokenizer, word), Round()) for word in words), ([EOS], Round())))
+    page = here.page
+    here.ask("hi")
+    here.wait_answer()
+    top = "document.getElementById('messages').scrollTop"
+    page.locator(".prose").focus()
+    before = page.evaluate(f"{top} = document.getElementById('messages').scrollHeight, {top}")
+    page.evaluate(
+        "document.getElementById('messages').addEventListener('scroll', () => window.moved = 1)"
+    )
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("window.moved")
+    assert page.evaluate(top) < before
+    playwright.expect(page.locator("#tip")).to_be_visible()
+
+
+def test_an_answer_that_has_ended_is_all_there(visit: Open, speech: Script) -> None:
+    """With the button that stops it go the last tokens, not a frame later."""
+    here = visit(speech)
+    page = here.page
+    page.evaluate(
+        """() => new MutationObserver(() => {
+          if (!document.getElementById("stop").hidden || window.seen) return;
+          window.seen = [...document.querySelectorAll(".prose")].at(-1).tabIndex;
+        }).observe(document.getElementById("stop"), { attributes: true })"""
+    )
+    here.ask("hi")
+    here.wait_answer()
+    assert page.wait_for_function("window.seen !== undefined && [window.seen]").json_value() == [0]
+
+
 @pytest.mark.parametrize(("width", "theme"), [(1300, "light"), (1300, "dark"), (360, "light")])
 def test_nothing_keeps_people_from_using_it(
     visit: Open, speech: Script, width: int, theme: str
