@@ -14,7 +14,10 @@ FIRST_CREDIT = 2.0  # the same at first
 MOST_OFF = 1.5
 FIRST_DRAFTED = 4  # steps with drafts between the first two plain ones
 MOST_DRAFTED = 64  # the same later
-NEWEST = 0.2  # least weight of the newest plain step
+MOST_WORTH = 4.0  # plain steps that what was seen before counts for, beside the newest
+FADED = 0.93  # what remains of that after a step with drafts
+ALIKE = 1.1  # plain steps that differ by no more than this factor confirm each other
+MOST_ASKED = 3  # plain steps in a row that are asked for
 
 
 @dataclass(slots=True)
@@ -25,23 +28,39 @@ class PlainSteps:
     seconds: float  # about what that took, or is predicted to take
     scale: float  # of the costs then
     num_seen: int = 0
+    worth: float = 0.0  # plain steps that `seconds` counts for
     num_drafted: int = 0  # steps with drafts since the newest
     most_drafted: int = 0  # of these before the next plain one
+    num_asked: int = 0  # plain steps asked for in a row, since the newest with drafts
+    is_doubtful: bool = False  # whether the newest differed from what was expected
 
     def observe(self, work: Work, seconds: float, costs: StepCosts) -> None:
         self.num_seen += 1
-        before, weight = self.of(work, costs), max(NEWEST, 1 / self.num_seen)
+        before, weight = self.of(work, costs), 1 / (1 + self.worth)
         if self.num_seen == 2 and seconds < before:
             weight = 1.0  # the first was disturbed, as those after prompts often are
         most = MOST_OFF * before if self.num_seen > 1 else seconds
         self.work, self.seconds = work, before + weight * (min(seconds, most) - before)
         self.scale, self.num_drafted = costs.scale, 0
+        self.worth = min(self.worth + 1, MOST_WORTH)
+        expected = before / ALIKE <= seconds <= before * ALIKE
+        self.is_doubtful = self.num_seen > 1 and not expected
+
+    def pass_over(self) -> None:
+        """A step had drafts. The more there are, the less is known of what a plain one takes now."""
+        self.num_drafted += 1
+        self.num_asked = 0
+        self.worth *= FADED
 
     def is_due(self) -> bool:
-        """Whether the next step is to be plain."""
+        """Whether the next step is to be plain. One that surprises is followed by another: if it
+        was disturbed, all steps with drafts after it would seem to win."""
+        if self.is_doubtful and 0 < self.num_asked < MOST_ASKED:
+            self.num_asked += 1
+            return True
         if self.num_drafted < self.most_drafted:
             return False
-        self.num_drafted = 0
+        self.num_drafted, self.num_asked = 0, 1
         self.most_drafted = min(max(FIRST_DRAFTED, 2 * self.most_drafted), MOST_DRAFTED)
         return True
 
@@ -110,7 +129,7 @@ class Account:
             found.plain.observe(plain, took, self.costs)
         else:
             found.credit += num_tokens / work.rows * found.plain.of(plain, self.costs) - took
-            found.plain.num_drafted += 1
+            found.plain.pass_over()
 
 
 def _size(num_rows: int) -> int:

@@ -35,14 +35,21 @@ void gather_keys(const Problem<C>& p, int64_t kv_head, const int64_t* slots, int
   }
 }
 
+// Keys whose products with a query are summed up at a time, as many as registers allow.
+constexpr int kKeysAtOnce = kLanes == 16 ? kGroup : 4;
+
 // The products of one query with sixteen keys. D is a multiple of 16 here.
 AERIE_INLINE F16 scores_of(const float* query, const float* keys, int64_t D) {
   F16 products[kGroup];
-  AERIE_UNROLL for (int k = 0; k < kGroup; ++k) products[k] = F16{};
-  for (int64_t d = 0; d < D; d += 16) {
-    const F16 part = load(query + d);
-    AERIE_UNROLL for (int k = 0; k < kGroup; ++k)
-      products[k] = multiply_add(part, load(keys + k * D + d), products[k]);
+  AERIE_UNROLL for (int first = 0; first < kGroup; first += kKeysAtOnce) {
+    F16 sums[kKeysAtOnce];
+    AERIE_UNROLL for (int k = 0; k < kKeysAtOnce; ++k) sums[k] = F16{};
+    for (int64_t d = 0; d < D; d += 16) {
+      const F16 part = load(query + d);
+      AERIE_UNROLL for (int k = 0; k < kKeysAtOnce; ++k)
+        sums[k] = multiply_add(part, load(keys + (first + k) * D + d), sums[k]);
+    }
+    AERIE_UNROLL for (int k = 0; k < kKeysAtOnce; ++k) products[first + k] = sums[k];
   }
   return sum_each(products);
 }

@@ -96,6 +96,7 @@ struct PartDot<4> {
   AERIE_INLINE void add(IVec codes, int32_t quad) {
     const ByteVec products = AERIE_BYTES(maddubs_epi16)((ByteVec)codes, AERIE_BYTES(set1_epi32)(quad));
     sums = (IVec)AERIE_BYTES(add_epi16)((ByteVec)sums, products);
+    asm("" : "+v"(sums));  // otherwise GCC adds all products at the end, and keeps them in memory
   }
   AERIE_INLINE IVec total() const {
     return (IVec)AERIE_BYTES(madd_epi16)((ByteVec)sums, AERIE_BYTES(set1_epi16)(1)) + first;
@@ -104,15 +105,14 @@ struct PartDot<4> {
 
 // The halves of each code are multiplied apart, as products of whole codes overflow sixteen bits.
 template <>
-struct PartDot<8> : IntSums {
+struct PartDot<8> {
+  PartDot<4> lower, upper;
+  AERIE_INLINE void start(int32_t first) { lower.start(first), upper.start(0); }
   AERIE_INLINE void add(IVec codes, int32_t quad) {
-    const ByteVec inputs = AERIE_BYTES(set1_epi32)(quad);
-    const ByteVec lower = (ByteVec)(codes & 0x0f0f0f0f), upper = (ByteVec)((codes >> 4) & 0x0f0f0f0f);
-    sums += (IVec)AERIE_BYTES(madd_epi16)(AERIE_BYTES(maddubs_epi16)(lower, inputs),
-                                          AERIE_BYTES(set1_epi16)(1));
-    sums += (IVec)AERIE_BYTES(madd_epi16)(AERIE_BYTES(maddubs_epi16)(upper, inputs),
-                                          AERIE_BYTES(set1_epi16)(16));
+    lower.add(codes & 0x0f0f0f0f, quad);
+    upper.add((codes >> 4) & 0x0f0f0f0f, quad);
   }
+  AERIE_INLINE IVec total() const { return lower.total() + (upper.total() << 4); }
 };
 
 #elif defined(__ARM_FEATURE_DOTPROD)

@@ -13,10 +13,11 @@ namespace aerie {
 
 // Rows that share one unpacking of the codes, as many as registers allow. One panel at a time: memory
 // is then read in one stream, which measured up to a quarter faster than two or four.
-constexpr int kMaxGroupRows = kLanes == 16 ? 8 : 2;
+constexpr int kMaxGroupRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 2;
 
-// With many rows the hardware does not read far enough ahead by itself; with few it does better alone.
-constexpr int kUnhurriedGroupRows = 4;
+// With more rows than these the hardware does not read far enough ahead by itself; with few it does
+// better alone, if the instructions for a line are as few as with AVX-512.
+constexpr int kUnhurriedGroupRows = kLanes == 16 ? 4 : 0;
 constexpr int kReadAhead = 2048;  // bytes
 
 AERIE_INLINE int32_t load_quad(const int8_t* from) {

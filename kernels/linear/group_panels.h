@@ -61,6 +61,11 @@ AERIE_INLINE F16 load_scales(const uint16_t* from) {
   F16 out;
   out.part[0] = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return out;
+#elif defined(__F16C__)
+  F16 out;
+  AERIE_EACH_PART out.part[i] =
+      (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * kLanes)));
+  return out;
 #else
   float lanes[16];
   for (int n = 0; n < 16; ++n) lanes[n] = widen_half(from[n]);

@@ -28,6 +28,26 @@ def test_a_disturbed_step_counts_little(seconds: tuple[float, ...], found: float
     assert plain.of(WORK, costs) == pytest.approx(found, rel=1e-3)
 
 
+def test_after_many_drafts_a_plain_step_counts_for_more_and_a_surprise_is_looked_into() -> None:
+    """A reference of a slow phase must not make drafts look good for long after it."""
+    costs = StepCosts.guessed()
+    plain = PlainSteps(WORK, 1.0, costs.scale)
+    for _ in range(10):
+        plain.observe(WORK, 0.02, costs)
+    plain.most_drafted = 64
+    for _ in range(64):
+        assert not plain.is_due()
+        plain.pass_over()
+    asked = 0
+    while plain.is_due():
+        plain.observe(WORK, 0.01, costs)
+        asked += 1
+    assert 2 <= asked <= 3
+    assert plain.of(WORK, costs) == pytest.approx(0.01, rel=0.15)
+    plain.num_asked, plain.is_doubtful = 1, False  # what was expected asks for no other
+    assert not plain.is_due()
+
+
 def test_what_drafts_win_with_one_row_is_not_there_to_be_lost_with_many() -> None:
     costs = StepCosts.guessed()
     account, one, many = Account(costs), Work(1, 1), Work(8, 8)
