@@ -110,12 +110,10 @@ AERIE_INLINE void mix(const Problem<C>& p, int64_t kv_head, int64_t num_keys, in
     AERIE_UNROLL for (int r = 0; r < Rows; ++r) seen |= work.scores[first_row + r][k] != 0;
     if (!seen) continue;
     const C* value = p.values + (work.slots[k] * p.num_kv_heads + kv_head) * p.D + d;
-    F16 parts[Parts];
-    AERIE_UNROLL for (int c = 0; c < Parts; ++c) parts[c] = load(value + c * 16);
-    AERIE_UNROLL for (int r = 0; r < Rows; ++r) {
-      const F16 weight = broadcast(work.scores[first_row + r][k]);
-      AERIE_UNROLL for (int c = 0; c < Parts; ++c)
-        sums[r][c] = multiply_add(weight, parts[c], sums[r][c]);
+    AERIE_UNROLL for (int c = 0; c < Parts; ++c) {
+      const F16 part = load(value + c * 16);
+      AERIE_UNROLL for (int r = 0; r < Rows; ++r)
+        sums[r][c] = multiply_add(broadcast(work.scores[first_row + r][k]), part, sums[r][c]);
     }
   }
   AERIE_UNROLL for (int r = 0; r < Rows; ++r)
@@ -126,9 +124,10 @@ AERIE_INLINE void mix(const Problem<C>& p, int64_t kv_head, int64_t num_keys, in
 template <int Rows, class C>
 void mix_columns(const Problem<C>& p, int64_t kv_head, int64_t num_keys, int64_t row,
                  const Workspace& work, Partial* partials) {
+  constexpr int kTogether = kLanes == 16 ? 4 : kLanes == 8 && Rows < 4 ? 2 : 1;
   int64_t d = 0;
-  for (; d + 64 <= p.D && kLanes == 16; d += 64)
-    mix<Rows, 4>(p, kv_head, num_keys, row, d, work, partials);
+  for (; d + 16 * kTogether <= p.D; d += 16 * kTogether)
+    mix<Rows, kTogether>(p, kv_head, num_keys, row, d, work, partials);
   for (; d + 16 <= p.D; d += 16) mix<Rows, 1>(p, kv_head, num_keys, row, d, work, partials);
   for (; d < p.D; ++d) {
     for (int64_t r = row; r < row + Rows; ++r) {
