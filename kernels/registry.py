@@ -196,6 +196,7 @@ def _drafting(module: ModuleType) -> dict[str, Any]:
 def native_ops(native: NativeOps) -> Ops:
     """C++ kernels for all operations except logit edits and the growth of dynamic trees."""
     score, own = TorchScore(native.logsumexp), NativeDrafting(native.library)
+    packing = NativePacking(native.library)
     return Ops(
         pack_linear=native.pack_linear,
         linear=native.linear,
@@ -222,7 +223,8 @@ def native_ops(native: NativeOps) -> Ops:
         grow_level=drafting.grow_level,
         first_keys=own.first_keys,
         keep_states=own.keep_states,
-        pack_entries=NativePacking(native.library).pack_entries,
+        pack_nodes=packing.pack_nodes,
+        pack_entries=packing.pack_entries,
         pack_layer=native.pack_layer,
         decoder_layers=native.decoder_layers,
         reads=frozenset({"q4", "q8"}),

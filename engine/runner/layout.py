@@ -91,7 +91,7 @@ class Layout:
     own: Tensor  # [B] int64, index of each row's first own token among all own tokens
     tokens: Packing  # T
     nodes: Packing  # R; the same object as `tokens` if every row's only own token is its root
-    packed: PackedNodes | None = None  # made by `Ops.pack_nodes`, for such rows of padded forms
+    packed: PackedNodes | None = None  # made by `Ops.pack_nodes`, for such rows
 
     @classmethod
     def of(
@@ -106,9 +106,10 @@ class Layout:
     ) -> Layout:
         """`pack_nodes`: as in `Ops`."""
         sizes, lens = tree.sizes, inputs.lens
-        if pack_nodes is not None and form.only_roots and not form.exact:
+        if pack_nodes is not None and form.only_roots:
             packed = pack_nodes(_node_trees(inputs, tree, form, tables, scratch, max_len))
-            nodes = Packing(packed.cu, packed.row_of, packed.place, packed.used)
+            width = 1 if form.exact and len(packed.row_of) == len(lens) else None
+            nodes = Packing(packed.cu, packed.row_of, packed.place, packed.used, width)
             # Nothing looks for the own tokens of rows that have only their root.
             return cls(inputs, tree, form, tables, scratch, max_len, lens, nodes, nodes, packed)
         own = lens.cumsum(0) - lens
@@ -133,7 +134,7 @@ class Layout:
 
     def unpack_nodes(self, values: Tensor, unused: int = -1) -> Tensor:
         """Values [R] of nodes as [B, N]."""
-        if self.packed is not None:
+        if self.packed is not None and self.nodes.width is None:
             return torch.where(self.packed.inside, values[self.packed.at], unused)
         return self.nodes.unpack(values, self.tree.tokens.shape[1], unused)
 
@@ -180,8 +181,8 @@ class Layout:
                 first_keys=packed.first_keys,
                 block_tables=self.tables,
                 ancestors=packed.ancestors,
-                max_q=self.form.max_queries,
-                max_context=self._reach(self.tokens),
+                max_q=self._longest(self.nodes, self.form.max_queries),
+                max_context=self._reach(self.nodes),
             ),
             only_roots=True,
         )
@@ -326,8 +327,14 @@ def _node_trees(
         top_k=inputs.top_k if form.is_filtered else None,
         top_p=inputs.top_p if form.is_filtered else None,
         min_p=inputs.min_p if form.is_filtered else None,
-        num_nodes=form.num_nodes,
+        num_nodes=_num_nodes(tree) if form.exact else form.num_nodes,
         block_size=scratch.block_size,
         first_scratch=scratch.first_slot,
         max_len=max_len,
     )
+
+
+def _num_nodes(tree: DraftTree) -> int:
+    """Nodes of all trees."""
+    num_rows, most = tree.tokens.shape
+    return num_rows if most == 1 else int(tree.sizes.sum())

@@ -1,21 +1,61 @@
-"""Packs what rows commit in C++; see kernels/packing/native_kernel.cpp."""
+"""Packs nodes, and what rows commit, in C++; see kernels/packing/native_kernel.cpp."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 
 import torch
+from torch import Tensor
 
 from kernels.native.library import NativeLibrary
 from kernels.packing.entries import BY_ENTRY, PackedEntries, Walks
+from kernels.packing.nodes import NodeTrees, PackedNodes
 
 
 class NativePacking:
-    """Makes the entries of all rows in one call."""
+    """Packs the nodes or the entries of all rows in one call."""
 
     def __init__(self, library: NativeLibrary) -> None:
         self._pool = library.pool
+        self._pack_nodes = library.call("aerie_pack_nodes")
         self._pack_entries = library.call("aerie_pack_entries")
+
+    def pack_nodes(self, trees: NodeTrees) -> PackedNodes:
+        """There is no padding: `trees.num_nodes` is the sum of the sizes."""
+        (B, N), R = trees.tokens.shape, trees.num_nodes
+        rows = (trees.starts, trees.sizes, trees.tokens, trees.depths, trees.ancestors)
+        settings = (trees.tables, trees.seeds, trees.temperatures)
+        inputs = [part.contiguous() for part in (*rows, *settings)]
+        cu, at = torch.empty(B + 1, dtype=torch.int64), torch.empty(B, N, dtype=torch.int64)
+        cu_q, prefix_lens = (torch.empty(n, dtype=torch.int32) for n in (B + 1, B))
+        nodes, inside = torch.empty(8, R, dtype=torch.int64), torch.empty(B, N, dtype=torch.bool)
+        temperatures = torch.empty(R)
+        self._pack_nodes(
+            self._pool,
+            *(part.data_ptr() for part in inputs),
+            *(B, N, trees.tables.shape[1], trees.block_size, trees.max_len, R),
+            *(part.data_ptr() for part in (cu, cu_q, prefix_lens, nodes, temperatures, at, inside)),
+        )
+        row_of, place, tokens, positions, slots, ancestors, seeds, draw_positions = nodes.unbind()
+        return PackedNodes(
+            cu=cu,
+            cu_q=cu_q,
+            prefix_lens=prefix_lens,
+            first_keys=torch.zeros(B, dtype=torch.int32),
+            row_of=row_of,
+            place=place,
+            used=None,
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            ancestors=ancestors,
+            at=at,
+            inside=inside,
+            temperatures=temperatures,
+            seeds=seeds,
+            draw_positions=draw_positions,
+            **{name: _of_rows(values, row_of) for name, values in trees.filters.items()},
+        )
 
     def pack_entries(self, walks: Walks) -> PackedEntries:
         """What is left as padding is not set."""
@@ -33,6 +73,10 @@ class NativePacking:
             *(part.data_ptr() for part in out),
         )
         return room
+
+
+def _of_rows(values: Tensor | None, row_of: Tensor) -> Tensor | None:
+    return None if values is None else values[row_of]
 
 
 def _room_for(B: int, E: int) -> PackedEntries:

@@ -1,11 +1,66 @@
-// Packs what rows commit, see entries.py. One thread does such small work.
+// Packs the nodes of a step and what rows commit, see nodes.py and entries.py. One thread does such
+// small work.
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../native/pool.h"
 
+namespace {
+
+// Rows of one matrix [8, R], in the order in which NativePacking.pack_nodes takes them apart.
+struct NodeParts {
+  int64_t *row_of, *place, *tokens, *positions, *slots, *ancestors, *seeds, *draw_positions;
+
+  NodeParts(int64_t* all, int64_t R)
+      : row_of(all),
+        place(all + R),
+        tokens(all + 2 * R),
+        positions(all + 3 * R),
+        slots(all + 4 * R),
+        ancestors(all + 5 * R),
+        seeds(all + 6 * R),
+        draw_positions(all + 7 * R) {}
+};
+
+}  // namespace
+
 extern "C" {
+
+// The fields of NodeTrees -> those of PackedNodes, without padding and filters: R is the sum of the
+// sizes. `seeds` and `temperatures` are those of the rows.
+void aerie_pack_nodes(aerie::Pool*, const int64_t* starts, const int64_t* sizes,
+                      const int64_t* tokens, const int64_t* depths, const int64_t* ancestors,
+                      const int32_t* tables, const int64_t* seeds, const float* temperatures,
+                      int64_t B, int64_t N, int64_t columns, int64_t block_size, int64_t max_len,
+                      int64_t R, int64_t* cu, int32_t* cu_q, int32_t* prefix_lens, int64_t* nodes,
+                      float* node_temperatures, int64_t* at, bool* inside) {
+  const NodeParts to(nodes, R);
+  int64_t i = 0;
+  cu[0] = cu_q[0] = 0;
+  for (int64_t b = 0; b < B; ++b, tables += columns) {
+    const int64_t start = starts[b], size = sizes[b];
+    prefix_lens[b] = static_cast<int32_t>(start);
+    for (int64_t n = 0; n < N; ++n) {
+      at[b * N + n] = n < size ? i + n : 0;
+      inside[b * N + n] = n < size;
+    }
+    for (int64_t n = 0; n < size; ++n, ++i) {
+      const int64_t from = b * N + n, cached = start + n;
+      to.row_of[i] = b;
+      to.place[i] = n;
+      to.tokens[i] = tokens[from];
+      to.positions[i] = std::clamp<int64_t>(start + depths[from], 0, max_len - 1);
+      to.slots[i] = int64_t{tables[cached / block_size]} * block_size + cached % block_size;
+      to.ancestors[i] = size > 1 ? ancestors[from] : 0;
+      to.seeds[i] = seeds[b];
+      to.draw_positions[i] = start + 1 + depths[from];
+      node_temperatures[i] = temperatures[b];
+    }
+    cu[b + 1] = i;
+    cu_q[b + 1] = static_cast<int32_t>(i);
+  }
+}
 
 // The fields of Walks -> those of PackedEntries, without padding. There is room for B * E entries; at
 // the end, cu[B] is their number.

@@ -1,17 +1,56 @@
-"""What rows commit, packed in C++, equals what torch packs, step by step."""
+"""Nodes, and what rows commit, packed in C++, equal what torch packs, step by step."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 
 import torch
 from torch import Tensor
 
 from drafter.proposer import _entries_of
+from engine.runner.layout import Layout
+from engine.runner.step import _draw_settings
 from engine.step.tree import VerifyResult
 from kernels.ops import Ops
 from tests.engine.runner.test_layout import VOCAB, case_of, random_result
+
+
+def test_packed_nodes_are_those_of_torch(native: Ops) -> None:
+    widths = set()
+    for seed in range(40):
+        usual = case_of(seed, exact=True, decodes=True).layout
+        if not usual.form.only_roots:
+            continue
+        form = replace(usual.form, is_filtered=seed % 2 == 0)
+        parts = (usual.inputs, usual.tree, form, usual.tables, usual.scratch, usual.max_len)
+        ours, theirs = Layout.of(*parts, native.pack_nodes), Layout.of(*parts)
+        assert ours.packed is not None
+        assert theirs.packed is None
+        widths.add((theirs.nodes.width, usual.tree.tokens.shape[1]))
+        assert_alike(asdict(ours.batch()), asdict(theirs.batch()))
+        assert_alike(asdict(_draw_settings(ours, None)), asdict(_draw_settings(theirs, None)))
+        for name in ("cu", "row_of", "place"):
+            assert torch.equal(getattr(ours.nodes, name), getattr(theirs.nodes, name)), name
+        values = torch.arange(len(ours.nodes.row_of)) * 7
+        assert torch.equal(ours.unpack_nodes(values), theirs.unpack_nodes(values))
+        assert torch.equal(ours.pick_nodes(values), theirs.pick_nodes(values))
+        assert torch.equal(
+            ours.repeat_rows(usual.inputs.seeds), theirs.repeat_rows(usual.inputs.seeds)
+        )
+    assert (1, 1) in widths  # lone roots
+    assert any(width is None for width, _ in widths)  # rows with different trees
+
+
+def assert_alike(ours: dict[str, object], theirs: dict[str, object]) -> None:
+    for name, value in theirs.items():
+        if isinstance(value, dict):
+            assert_alike(ours[name], value)  # type: ignore[arg-type]
+        elif isinstance(value, Tensor):
+            assert isinstance(ours[name], Tensor), name
+            assert torch.equal(ours[name], value), name  # type: ignore[arg-type]
+        else:
+            assert ours[name] == value, name
 
 
 def test_packed_entries_are_those_of_torch(native: Ops) -> None:
