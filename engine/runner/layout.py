@@ -108,8 +108,9 @@ class Layout:
         sizes, lens = tree.sizes, inputs.lens
         if pack_nodes is not None and form.only_roots:
             packed = pack_nodes(_node_trees(inputs, tree, form, tables, scratch, max_len))
+            used = None if form.exact else packed.used
             width = 1 if form.exact and len(packed.row_of) == len(lens) else None
-            nodes = Packing(packed.cu, packed.row_of, packed.place, packed.used, width)
+            nodes = Packing(packed.cu, packed.row_of, packed.place, used, width)
             # Nothing looks for the own tokens of rows that have only their root.
             return cls(inputs, tree, form, tables, scratch, max_len, lens, nodes, nodes, packed)
         own = lens.cumsum(0) - lens

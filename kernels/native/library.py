@@ -50,8 +50,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aerie_ready_roots": (P, P, P, P, P, P, I, I, I, I, P, P, P, P, P, P),
     "aerie_keep_states": (P, P, P, P, P, P, I, I),
     "aerie_lay_levels": (P, P, P, P, P, I, P, P, P, I, I, I, I, I, I, P, P, P),
-    "aerie_pack_nodes": (*[P] * 8, *[I] * 6, *[P] * 7),
-    "aerie_pack_entries": (*[P] * 10, I, I, I, I, *[P] * 9),
+    "aerie_pack_nodes": (*[P] * 9, *[I] * 7, *[P] * 8),
+    "aerie_pack_entries": (*[P] * 10, *[I] * 5, *[P] * 9),
     "aerie_tree_walk": (P, P, P, I, I, I, P, P, P),
     "aerie_logsumexp": (P, I, I, P),
 }

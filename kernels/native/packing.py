@@ -21,20 +21,21 @@ class NativePacking:
         self._pack_entries = library.call("aerie_pack_entries")
 
     def pack_nodes(self, trees: NodeTrees) -> PackedNodes:
-        """There is no padding: `trees.num_nodes` is the sum of the sizes."""
         (B, N), R = trees.tokens.shape, trees.num_nodes
-        rows = (trees.starts, trees.sizes, trees.tokens, trees.depths, trees.ancestors)
-        settings = (trees.tables, trees.seeds, trees.temperatures)
+        rows = (trees.starts, trees.limits, trees.sizes, trees.tokens, trees.depths)
+        settings = (trees.ancestors, trees.tables, trees.seeds, trees.temperatures)
         inputs = [part.contiguous() for part in (*rows, *settings)]
         cu, at = torch.empty(B + 1, dtype=torch.int64), torch.empty(B, N, dtype=torch.int64)
         cu_q, prefix_lens = (torch.empty(n, dtype=torch.int32) for n in (B + 1, B))
-        nodes, inside = torch.empty(8, R, dtype=torch.int64), torch.empty(B, N, dtype=torch.bool)
-        temperatures = torch.empty(R)
+        nodes, temperatures = torch.empty(8, R, dtype=torch.int64), torch.empty(R)
+        used, inside = (torch.empty(shape, dtype=torch.bool) for shape in (R, (B, N)))
+        out = (cu, cu_q, prefix_lens, nodes, temperatures, used, at, inside)
+        columns, sizes = trees.tables.shape[1], (trees.block_size, trees.first_scratch)
         self._pack_nodes(
             self._pool,
             *(part.data_ptr() for part in inputs),
-            *(B, N, trees.tables.shape[1], trees.block_size, trees.max_len, R),
-            *(part.data_ptr() for part in (cu, cu_q, prefix_lens, nodes, temperatures, at, inside)),
+            *(B, N, columns, *sizes, trees.max_len, R),
+            *(part.data_ptr() for part in out),
         )
         row_of, place, tokens, positions, slots, ancestors, seeds, draw_positions = nodes.unbind()
         return PackedNodes(
@@ -44,7 +45,7 @@ class NativePacking:
             first_keys=torch.zeros(B, dtype=torch.int32),
             row_of=row_of,
             place=place,
-            used=None,
+            used=used,
             tokens=tokens,
             positions=positions,
             slots=slots,
@@ -58,7 +59,6 @@ class NativePacking:
         )
 
     def pack_entries(self, walks: Walks) -> PackedEntries:
-        """What is left as padding is not set."""
         rows = (walks.starts, walks.lens, walks.ends, walks.samples, walks.next_tokens)
         nodes = (walks.path, walks.accepted, walks.emitted, walks.firsts, walks.tables)
         inputs = [part.contiguous() for part in (*rows, *nodes)]
@@ -70,6 +70,7 @@ class NativePacking:
             *walks.path.shape,
             columns,
             walks.block_size,
+            walks.first_scratch,
             *(part.data_ptr() for part in out),
         )
         return room

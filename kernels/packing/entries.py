@@ -31,8 +31,7 @@ class Walks:
 @dataclass(frozen=True, slots=True)
 class PackedEntries:
     """All tokens that follow a node of the paths, row after row. A token without a slot is left
-    out. Padding follows, up to B * E; on a device, all of it but the slots, which are scratch, is
-    0."""
+    out. Padding follows, up to B * E; all of it but the slots, which are scratch, is 0."""
 
     cu: Tensor  # [B + 1] int64, and the same as int32
     cu_q: Tensor

@@ -24,7 +24,7 @@ class NodeTrees:
     top_k: Tensor | None  # [B] int64; None, as the next two: no row has filters
     top_p: Tensor | None  # [B] float32
     min_p: Tensor | None  # [B] float32
-    num_nodes: int  # R, at least the sum of the sizes; exactly that where sizes are exact
+    num_nodes: int  # R, at least the sum of the sizes
     block_size: int
     first_scratch: int  # slot
     max_len: int  # positions of one sequence
@@ -45,7 +45,7 @@ class PackedNodes:
     first_keys: Tensor  # [B] int32 zeros
     row_of: Tensor  # [R] int64
     place: Tensor  # [R] int64, node of the row
-    used: Tensor | None  # [R] bool; None: there is no padding
+    used: Tensor  # [R] bool
     tokens: Tensor  # [R] int64
     positions: Tensor  # [R] int64, below max_len
     slots: Tensor  # [R] int64
