@@ -145,7 +145,8 @@ gpu-bundle: $(VENV)/.installed
 TRITON ?= 3.6.0
 test-triton: $(VENV)/.test-tools
 	test -d build/triton-$(TRITON) || $(PIP) --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest $(TEST_ARGS) $(wildcard tests/kernels/test_triton_*.py)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest $(TEST_ARGS) \
+		$(wildcard tests/kernels/test_triton_*.py tests/kernels/*/test_triton_*.py)
 
 # The libraries of the page at /, from the versions of server/page/vendor/package-lock.json. Needs
 # npm; the files it makes are part of the repository, so nothing else does.

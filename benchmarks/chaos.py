@@ -26,8 +26,8 @@ import typer
 from benchmarks.cases.chaos_faults import FAULTS, Scene, followers
 from benchmarks.cases.chaos_traffic import MODEL, Traffic, cases
 from benchmarks.measuring import machine
-from tests.support.live_server import LiveServer
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.servers.live_server import LiveServer
 
 WORKERS = 6
 AT_PEAK = 16  # clients: as many as run in one step

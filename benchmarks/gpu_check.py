@@ -52,7 +52,7 @@ TESTS = [
 
 def kernel_tests() -> Found:
     """The tests of the Triton kernels, compiled for this device instead of interpreted."""
-    files = sorted((ROOT / "tests" / "kernels").glob("test_triton_*.py"), key=_size, reverse=True)
+    files = sorted((ROOT / "tests" / "kernels").rglob("test_triton_*.py"), key=_size, reverse=True)
     files = [path for path in files if "sm90" not in path.name]
     found: Found = {"summaries": {}, "failed": [], "not_ended": [path.name for path in files]}
     with ThreadPoolExecutor(TEST_PROCESSES) as pool:

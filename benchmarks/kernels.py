@@ -20,8 +20,9 @@ from benchmarks.cases.kernel_shapes import FLOOR, Case, all_cases
 from benchmarks.measuring import bars, machine
 from benchmarks.measuring.bars import Verdict
 from benchmarks.measuring.device_timing import Timer, eager_seconds, graph_seconds
+from configs.host import host_config
 from kernels.ops import Ops
-from kernels.registry import build_ops
+from server.assembly.operations import configured_ops
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COPY_BYTES = 2**30
@@ -156,9 +157,15 @@ def once(run: Callable[[], object]) -> float:
     return 1.0
 
 
+def triton_ops(device: torch.device, *settings: str) -> Ops:
+    """Triton's operations in bfloat16, as a server with these settings has them."""
+    config = host_config(None, ["kernels.backend=triton", *settings])
+    return configured_ops(config, device, torch.bfloat16, 1)
+
+
 def _triton() -> tuple[Ops, torch.device]:
     device = torch.device("cuda")
-    return build_ops("triton", device, torch.bfloat16, 1, Path("unused")), device
+    return triton_ops(device), device
 
 
 def main(results: Path = RESULTS) -> int:

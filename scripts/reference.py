@@ -111,7 +111,7 @@ def short(name: str) -> str:
 
 def api() -> str:
     """The HTTP API, from the OpenAPI document of a server."""
-    from tests.support.http_server import Server, tiny_tokenizer
+    from tests.support.servers.http_server import Server, tiny_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         document = Server(tiny_tokenizer(Path(folder))).get("/openapi.json").json()

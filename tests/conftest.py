@@ -12,9 +12,9 @@ import torch
 from kernels.ops import Ops
 from kernels.registry import build_ops
 from tests.kernels.triton_env import poisoned_memory  # noqa: F401  chooses how Triton runs
-from tests.support.native_libraries import share_library
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.machine.native_libraries import share_library
+from tests.support.machine.threads import own_torch_threads
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.cases.chaos_traffic import MODEL, Traffic
 from server.process.supervision.process_table import children_of
-from tests.support.live_server import LiveServer, command_line, post
+from tests.support.servers.live_server import LiveServer, command_line, post
 
 STOPPED = 15.0  # seconds that the engine stands still
 SHORTAGE = 6.0  # seconds that files, disk or memory are short

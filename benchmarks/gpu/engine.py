@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import copy_bandwidth
+from benchmarks.kernels import copy_bandwidth, triton_ops
 from benchmarks.measuring import bars
 from benchmarks.measuring.bars import Verdict
 from benchmarks.measuring.step_times import Load, time_steps
@@ -33,7 +33,6 @@ from engine.speculation.proposer import Drafted, DraftLimits, RootProposer, Root
 from engine.step.shape import ROOT, StaticShape, TreeShape, chain
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
-from kernels.registry import build_ops
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, HeadLoader, LoadedDraft, Target, drafting_with
 from server.assembly.offline import OfflineEngine
@@ -234,8 +233,7 @@ def large_step() -> dict[str, Any]:
     device = torch.device("cuda")
     bandwidth = copy_bandwidth()
     with tempfile.TemporaryDirectory() as folder:
-        ops = build_ops("triton", device, torch.bfloat16, 1, Path(folder))
-        large = Large(ops, device, Path(folder))
+        large = Large(triton_ops(device), device, Path(folder))
         target = large.target()
 
         def free(shape: TreeShape, load: Load) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu.engine import Large, floor_ms
 from benchmarks.gpu.parts import print_result
-from benchmarks.kernels import copy_bandwidth
+from benchmarks.kernels import copy_bandwidth, triton_ops
 from benchmarks.measuring import bars
 from benchmarks.measuring.bars import Verdict
 from benchmarks.measuring.step_times import WARM_UP, Load, device_spans, steps, time_steps
@@ -23,7 +23,6 @@ from engine.core import EngineCore
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
-from kernels.registry import build_ops, separate_drafting
 from server.assembly.compose import assemble
 from server.assembly.drafting import Drafting, LoadedDraft, Target, tree_shape
 
@@ -42,9 +41,9 @@ LOADS: dict[str, tuple[TreeShape, Load]] = {
 PROFILED_LOADS = ("root", "chain3", "dynamic16")
 # Words after the name of a load -> settings of its kernels; the others have the default ones
 NO_OVERLAP = ", without overlap"
-KERNELS: dict[str, dict[str, Any]] = {
-    NO_OVERLAP: {"overlap": False},
-    ", torch between drafts": {"fused_drafting": False},
+KERNELS: dict[str, tuple[str, ...]] = {
+    NO_OVERLAP: ("kernels.overlap=false",),
+    ", torch between drafts": ("kernels.fused_drafting=false",),
 }
 NAMES = (
     *(f"{load}{words}" for load in ("root", "chain3") for words in ("", *KERNELS)),
@@ -74,14 +73,6 @@ class Rounds:
         return assemble(config, self.target, self.large.place, drafting)
 
 
-def kernel_table(
-    device: torch.device, folder: Path, *, fused_drafting: bool = True, **settings: Any
-) -> Ops:
-    """Operations with these settings of section `kernels`."""
-    ops = build_ops("triton", device, torch.bfloat16, 1, folder, **settings)
-    return ops if fused_drafting else separate_drafting(ops)
-
-
 def rounds(names: Iterable[str] = NAMES) -> Found:
     """Times and kernels of the rounds of LOADS, printed after every one."""
     device = torch.device("cuda")
@@ -89,8 +80,7 @@ def rounds(names: Iterable[str] = NAMES) -> Found:
     found: Found = {"copy": bandwidth, "floor_ms": floor_ms(bandwidth), "rounds": {}, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         tables = {
-            words: kernel_table(device, Path(folder), **settings)
-            for words, settings in {"": {}, **KERNELS}.items()
+            words: triton_ops(device, *settings) for words, settings in {"": (), **KERNELS}.items()
         }
         large = Large(tables[""], device, Path(folder), rows=64)
         running = Rounds(large, large.target())

@@ -21,11 +21,11 @@ from configs.host import host_config
 from engine.request import Grammar, Request, SamplingParams
 from server.assembly.offline import OfflineEngine
 from server.measuring.timing import measure
-from tests.support.copied_head import write_copied_head
-from tests.support.greedy import greedy_margins
-from tests.support.tiny_heads import write_tiny_head, write_tiny_llama4_head
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
-from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.heads.copied_head import write_copied_head
+from tests.support.heads.tiny_heads import write_tiny_head, write_tiny_llama4_head
+from tests.support.models.greedy import greedy_margins
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama4 import write_tiny_llama4
 
 Found = dict[str, Any]
 Texts = dict[str, list[int]]

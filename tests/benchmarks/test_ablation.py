@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ablation import ARMS, Arm, content, main, trained
-from tests.support.threads import own_torch_threads
-from tests.support.training_commands import STEPS, arguments, write_model_and_data
+from tests.support.heads.training_commands import STEPS, arguments, write_model_and_data
+from tests.support.machine.threads import own_torch_threads
 
 
 def test_arms_are_trained_alike_and_ranked_by_both_temperatures(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import accuracy
 from benchmarks.accuracy import cut, measures
 from benchmarks.tables import markdown
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
 
 WINDOW = 48
 

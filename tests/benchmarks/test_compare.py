@@ -15,7 +15,7 @@ from benchmarks.peers.agreement import agreements, common_length
 from benchmarks.peers.known import PEERS, Server, Setting
 from benchmarks.tables import ROOT, markdown
 from server.measuring.answers import Answer
-from tests.support import scripted_server
+from tests.support.servers import scripted_server
 from tests.support.waiting import DEADLINE
 
 PLAN = Plan((1, 2), min_prompts=3, num_tokens=4, rounds=2, threads=1, patience=DEADLINE)

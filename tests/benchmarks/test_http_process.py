@@ -22,10 +22,10 @@ from benchmarks.http_process import (
     show,
 )
 from engine.messages import Finished, Submit, Tokens
-from tests.support.engines import ask
-from tests.support.http_server import MODEL, Server, tiny_tokenizer
-from tests.support.scripted_engine import fail, say
-from tests.support.web_thread import WebThread
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import fail, say
+from tests.support.servers.http_server import MODEL, Server, tiny_tokenizer
+from tests.support.servers.web_thread import WebThread
 
 
 def test_the_engine_says_its_text_to_all_requests_at_once() -> None:

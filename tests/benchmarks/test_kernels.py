@@ -10,10 +10,12 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.cases.kernel_shapes import FLOOR, Bar, Case, all_cases
-from benchmarks.kernels import found_in, measure, report, table
+from benchmarks.kernels import found_in, measure, report, table, triton_ops
 from benchmarks.measuring import device_timing, machine
 from benchmarks.measuring.device_timing import RUNS, Run, durations_ms, pauses_ms, seconds_per_run
 from kernels.ops import Ops
+from kernels.registry import DRAFTING_OPERATIONS
+from tests.kernels import triton_env
 
 META = torch.device("meta")
 
@@ -152,3 +154,13 @@ def test_spans_are_waited_for() -> None:
     for start, _ in waited:  # the device passes the begin of a span before its end
         start.is_over = True
     assert pauses_ms(waited) == [3.0, 0.5]
+
+
+@pytest.mark.skipif(not triton_env.INSTALLED, reason=triton_env.MISSING)
+def test_measured_operations_are_those_of_a_server_with_the_same_settings() -> None:
+    device = torch.device("cuda")
+    backend = triton_ops(device).backends["rank_drafts"]
+    assert (backend.name, triton_ops(device).activation_dtype) == ("triton", torch.bfloat16)
+    separate = triton_ops(device, "kernels.fused_drafting=false")
+    reasons = {separate.backends[name].reason for name in DRAFTING_OPERATIONS}
+    assert reasons == {"kernels.fused_drafting is off"}

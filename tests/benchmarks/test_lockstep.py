@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.lockstep import asking, report, target_of
 from configs.host import host_config
 from server.text.chat_codec import load_codec
-from tests.support.tiny_llama import write_tiny_llama
+from tests.support.models.tiny_llama import write_tiny_llama
 
 
 def test_a_few_rows_answer_the_shipped_prompts(tmp_path: Path, native_cache: Path) -> None:

@@ -13,8 +13,8 @@ from benchmarks import schemas
 from benchmarks.cases.schema_suite import in_order, run_suite
 from benchmarks.tables import markdown
 from engine.request import Grammar
-from tests.support import tiny_grammars
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.text import tiny_grammars
 
 AGE = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}},
        "required": ["age"], "additionalProperties": False}  # fmt: skip

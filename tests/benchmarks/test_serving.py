@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import serving
-from tests.support.scripted_server import REFUSAL, scripted
+from tests.support.servers.scripted_server import REFUSAL, scripted
 
 
 def run(*arguments: str) -> str:

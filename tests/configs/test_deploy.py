@@ -19,7 +19,7 @@ from configs.schema import Config
 from engine.messages import EngineStats
 from server.routing.settings import config_of
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import Server, tiny_tokenizer
+from tests.support.servers.http_server import Server, tiny_tokenizer
 
 DEPLOY = Path(__file__).resolve().parents[2] / "configs" / "deploy"
 DOCUMENTS = sorted(path for path in DEPLOY.rglob("*.yaml"))

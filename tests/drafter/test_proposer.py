@@ -29,8 +29,8 @@ from engine.speculation.proposer import Committed, Drafted, DraftLimits, Roots, 
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
 from server.assembly.drafting import Drafting
-from tests.support.engines import ask, generate
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
 
 CPU = torch.device("cpu")
 DRAFT_IDS = torch.arange(1, 131, 2)  # every second token can be drafted

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.live_server import LiveServer
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.servers.live_server import LiveServer
 
 MODEL = "tiny"
 MAX_LEN = 32_768

@@ -14,10 +14,10 @@ import pytest
 
 from engine.checkpoints.arch import LlamaArch
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import LiveServer, idle, run_aerie
-from tests.support.parallel_heads import write_parallel_head
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama
+from tests.support.heads.parallel_heads import write_parallel_head
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.models.tiny_llama import TinyLlama
+from tests.support.servers.live_server import LiveServer, idle, run_aerie
 from tests.support.waiting import DEADLINE, wait_until
 
 MakeServer = Callable[..., LiveServer]

@@ -9,7 +9,7 @@ import anthropic
 import pytest
 
 from tests.e2e.conftest import MODEL
-from tests.support.live_server import LiveServer, idle
+from tests.support.servers.live_server import LiveServer, idle
 from tests.support.waiting import DEADLINE
 
 ASKED: dict[str, Any] = {

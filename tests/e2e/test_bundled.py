@@ -14,9 +14,9 @@ from engine.checkpoints.source import BUNDLED_ALIAS
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.configurations import hosted
-from tests.support.engines import ask
-from tests.support.live_server import LiveServer
-from tests.support.threads import own_torch_threads
+from tests.support.engines.in_process import ask
+from tests.support.machine.threads import own_torch_threads
+from tests.support.servers.live_server import LiveServer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY: dict[str, Any] = {

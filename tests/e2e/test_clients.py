@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.checkpoints.source import BUNDLED_ALIAS
-from tests.support.live_server import LiveServer, child_environment
+from tests.support.servers.live_server import LiveServer, child_environment
 from tests.support.waiting import DEADLINE
 
 # The frameworks' own warnings are not ours to mend.

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import LiveServer, idle, post
+from tests.support.servers.live_server import LiveServer, idle, post
 
 TEMPERATURES = (0.0, 0.7, 1.0, 1.5)
 WORDS = ("the quick brown fox", "a server answers many clients", "def main():", "日本 é", "x")

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MAX_LEN, MODEL, NUM_BLOCKS
-from tests.support.live_server import LiveServer, idle
+from tests.support.servers.live_server import LiveServer, idle
 from tests.support.waiting import DEADLINE
 
 KEY, FILE_KEY = "sk-first-secret", "sk-second-secret"

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.e2e.conftest import MODEL
-from tests.support.live_server import LiveServer
+from tests.support.servers.live_server import LiveServer
 
 TEXTS = ["the quick brown fox", "jumps over", "the lazy dog " * 20]
 

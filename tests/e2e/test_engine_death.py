@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import LiveServer, wait_gone
-from tests.support.start_up import holding_engines
+from tests.support.servers.live_server import LiveServer, wait_gone
+from tests.support.servers.start_up import holding_engines
 
 MakeServer = Callable[..., LiveServer]
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "the quick", "max_tokens": 8, "temperature": 0}

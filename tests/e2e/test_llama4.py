@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.greedy import greedy_margins
-from tests.support.live_server import LiveServer
-from tests.support.tiny_heads import write_tiny_llama4_head
-from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.heads.tiny_heads import write_tiny_llama4_head
+from tests.support.models.greedy import greedy_margins
+from tests.support.models.tiny_llama4 import write_tiny_llama4
+from tests.support.servers.live_server import LiveServer
 from tests.support.waiting import DEADLINE
 
 PROMPT = list(range(10, 60)) * 2  # lookup finds repetitions

@@ -12,7 +12,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import LiveServer, idle
+from tests.support.servers.live_server import LiveServer, idle
 from tests.support.waiting import DEADLINE
 
 MESSAGES: Any = [{"role": "user", "content": "the quick brown fox"}]

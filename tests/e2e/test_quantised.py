@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.support.greedy import greedy_margins
-from tests.support.live_server import LiveServer
-from tests.support.quantised_files import (
+from tests.support.files.quantised_files import (
     FORMATS,
     FP8_CHANNEL,
     llama4_file,
     rewrite,
     separate_experts,
 )
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
-from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.models.greedy import greedy_margins
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama4 import write_tiny_llama4
+from tests.support.servers.live_server import LiveServer
 
 PROMPT = list(range(10, 60)) * 2  # lookup finds repetitions
 

@@ -22,13 +22,13 @@ from benchmarks.peers.running import free_port
 from server.process.supervision.process_table import children_of
 from tests.architecture.source_tree import ROOT
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import (
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.models.tiny_llama import TinyLlama
+from tests.support.servers.live_server import (
     LiveServer,
     child_environment,
     command_line,
 )
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama
 from tests.support.waiting import DEADLINE, wait_until
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")

@@ -12,7 +12,7 @@ from openai.types.responses import Response
 from pydantic import BaseModel
 
 from tests.e2e.conftest import MODEL
-from tests.support.live_server import LiveServer, idle
+from tests.support.servers.live_server import LiveServer, idle
 
 ASKED: dict[str, Any] = {"model": MODEL, "input": "the quick brown fox", "temperature": 0}
 

@@ -14,9 +14,9 @@ import pytest
 
 from server.process.supervision.process_table import children_of
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import LiveServer, command_line, idle
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.models.tiny_llama import TinyLlama
+from tests.support.servers.live_server import LiveServer, command_line, idle
 
 pytestmark = pytest.mark.extended
 

@@ -19,8 +19,8 @@ from server.assembly.heads.evaluation import sample_prompts
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.configurations import hosted
-from tests.support.engines import ask
-from tests.support.threads import own_torch_threads
+from tests.support.engines.in_process import ask
+from tests.support.machine.threads import own_torch_threads
 
 NUM_PROMPTS, NUM_TOKENS = 8, 48
 

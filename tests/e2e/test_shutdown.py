@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MAX_LEN, MODEL
-from tests.support.live_server import LiveServer, idle, post, wait_gone
+from tests.support.servers.live_server import LiveServer, idle, post, wait_gone
 from tests.support.waiting import DEADLINE
 
 MakeServer = Callable[..., LiveServer]

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
-from tests.support.live_server import run_aerie
+from tests.support.servers.live_server import run_aerie
 
 MXFP4 = gguf.GGMLQuantizationType.MXFP4
 

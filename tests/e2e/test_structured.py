@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from engine.checkpoints.source import BUNDLED_ALIAS
-from tests.support.live_server import LiveServer
+from tests.support.servers.live_server import LiveServer
 
 ASK: Any = [{"role": "user", "content": "Tell me about a person, in JSON."}]
 BODY: dict[str, Any] = {"model": BUNDLED_ALIAS, "messages": ASK, "max_tokens": 200}

@@ -22,7 +22,7 @@ from configs.schema import Config
 from engine.request import Request, SamplingParams
 from server.assembly.offline import OfflineEngine
 from tests.architecture.source_tree import PRODUCT, ROOT, SEPARATE, Module, imports, modules
-from tests.support.live_server import child_environment
+from tests.support.servers.live_server import child_environment
 from tests.support.waiting import DEADLINE
 
 FILES = ("pyproject.toml", "setup.py", "aerie.py", "README.md", "LICENSE")

@@ -24,9 +24,9 @@ from engine.capture import (
 from engine.core import EngineCore
 from engine.messages import Abort, Finished, Submit
 from engine.request import FinishReason, Sequence
-from tests.support.engines import ask, generate
-from tests.support.fake_executor import FakeEngine
-from tests.support.scripted_engine import INFO
+from tests.support.engines.fake_executor import FakeEngine
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.scripted_engine import INFO
 from tests.support.waiting import DEADLINE
 
 Line = dict[str, Any]

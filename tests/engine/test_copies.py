@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.copies import ALIGNMENT, download, join, pack, upload
-from tests.support.pretend_device import DEVICE, PretendDevice
+from tests.support.machine.pretend_device import DEVICE, PretendDevice
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from engine.completion import Completion
 from engine.request import Request
 from kernels.sampling.settings import DrawSettings
-from tests.support.engines import ask, generate
-from tests.support.tiny_engine import TinyEngine
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine
 
 VOCAB = 131
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.llama4_arch import Llama4Arch
 from kernels.ops import Ops
-from tests.support.perplexity import (
+from tests.support.files.quantised_files import FP8_CHANNEL
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.perplexity import (
     CHECKPOINT,
     Windows,
     perplexity,
     rounding_inputs,
     windows,
 )
-from tests.support.quantised_files import FP8_CHANNEL
-from tests.support.threads import own_torch_threads
 
 pytestmark = pytest.mark.extended
 EXPERTS, NUM_WINDOWS = 4, 2

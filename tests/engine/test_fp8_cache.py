@@ -18,8 +18,8 @@ from server.assembly.drafting import tree_shape
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
 from tests.support.configurations import hosted
-from tests.support.engines import ask
-from tests.support.threads import own_torch_threads
+from tests.support.engines.in_process import ask
+from tests.support.machine.threads import own_torch_threads
 
 
 @pytest.fixture(scope="module")

@@ -25,16 +25,24 @@ from engine.request import FinishReason, Grammar, Request
 from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.shape import chain
 from server.assembly.drafting import Drafting
-from tests.support.engines import ask, generate
-from tests.support.scripted_proposer import (
+from tests.support.drafts.scripted_proposer import (
     DYNAMIC,
     TREES,
     CyclingPlanner,
     Script,
     ScriptedProposer,
 )
-from tests.support.tiny_engine import TinyEngine
-from tests.support.tiny_grammars import EOS, TOKENS, allowed, compiler, grammars, matching, text_of
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine
+from tests.support.text.tiny_grammars import (
+    EOS,
+    TOKENS,
+    allowed,
+    compiler,
+    grammars,
+    matching,
+    text_of,
+)
 from tests.support.waiting import DEADLINE
 
 VOCAB = 131

@@ -13,10 +13,10 @@ from engine.request import FinishReason, Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import DynamicShape, StaticShape, TreeShape, chain
 from kernels.ops import Ops
-from tests.support.engines import ask, generate
-from tests.support.guarded_memory import check_guards, guard
-from tests.support.head_lab import HeadLab, write_head
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import HeadLab, write_head
+from tests.support.machine.guarded_memory import check_guards, guard
 
 CONTEXT = 96
 SHAPES: tuple[TreeShape, ...] = (

@@ -15,13 +15,13 @@ from engine.step.shape import TreeShape, chain
 from kernels.ops import Ops
 from tests.engine.test_engine_equality import prompt, tokens_of
 from tests.engine.test_speculation_equality import Truth
-from tests.support import pretend_device
-from tests.support.engines import ask, generate
-from tests.support.greedy import greedy_margins
-from tests.support.head_lab import SHAPES, HeadLab, write_head
-from tests.support.scripted_proposer import DYNAMIC, TREES
-from tests.support.tiny_engine import TinyEngine
-from tests.support.tiny_llama4 import random_llama4
+from tests.support.drafts.scripted_proposer import DYNAMIC, TREES
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine
+from tests.support.heads.head_lab import SHAPES, HeadLab, write_head
+from tests.support.machine import pretend_device
+from tests.support.models.greedy import greedy_margins
+from tests.support.models.tiny_llama4 import random_llama4
 
 MAX_LEN = 120  # as the scripted proposer assumes
 

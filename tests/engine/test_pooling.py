@@ -12,8 +12,8 @@ import torch
 from engine.completion import Completion
 from engine.request import FinishReason
 from kernels.ops import Ops
-from tests.support.engines import ask, generate
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
 
 PROMPTS = [[(7 * i) % 120 + 3 for i in range(length)] for length in (1, 5, 40, 100, 100)]
 WAYS: dict[str, dict[str, Any]] = {

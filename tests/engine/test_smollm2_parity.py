@@ -21,10 +21,10 @@ from server.assembly.offline import OfflineEngine
 from server.text.template.chat_template import ChatTemplate
 from server.text.tokens.tokenizer import Tokenizer
 from server.text.tokens.tokenizer_files import load_tokenizer
-from tests.support.engines import ask, generate
-from tests.support.greedy import greedy_margins
-from tests.support.packed import BLOCK, load_packed, whole
-from tests.support.threads import own_torch_threads
+from tests.support.engines.in_process import ask, generate
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.greedy import greedy_margins
+from tests.support.models.packed import BLOCK, load_packed, whole
 
 pytestmark = pytest.mark.slow
 

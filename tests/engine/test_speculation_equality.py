@@ -24,9 +24,7 @@ from engine.speculation.planner import FixedPlanner, Planner
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.assembly.drafting import Drafting
-from tests.support.engines import ask, generate
-from tests.support.extended import diagonal
-from tests.support.scripted_proposer import (
+from tests.support.drafts.scripted_proposer import (
     CHAINS,
     DYNAMIC,
     TREES,
@@ -35,7 +33,9 @@ from tests.support.scripted_proposer import (
     ScriptedProposer,
     wide_shape,
 )
-from tests.support.tiny_engine import EOS, TinyEngine
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import EOS, TinyEngine
+from tests.support.extended import diagonal
 
 VOCAB = 131
 MAX_LEN = 120  # not a multiple of the block size

@@ -21,10 +21,10 @@ from engine.step.tree import DraftTree, VerifyResult
 from kernels.ops import Ops
 from server.assembly.drafting import Drafting
 from tests.engine.sampling.test_law import chi_square, critical
-from tests.support.engines import ask, generate
+from tests.support.drafts.scripted_proposer import ScriptedProposer, wide_shape
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
 from tests.support.extended import diagonal
-from tests.support.scripted_proposer import ScriptedProposer, wide_shape
-from tests.support.tiny_engine import TinyEngine, random_llama
 
 VOCAB = 11
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

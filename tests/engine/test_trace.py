@@ -17,17 +17,17 @@ from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import chain
 from server.assembly.drafting import Drafting
-from tests.support.engines import ask, generate
-from tests.support.knowing_proposer import KnowingProposer
-from tests.support.scripted_proposer import (
+from tests.support.drafts.knowing_proposer import KnowingProposer
+from tests.support.drafts.scripted_proposer import (
     DYNAMIC,
     TREES,
     CyclingPlanner,
     Script,
     ScriptedProposer,
 )
-from tests.support.tiny_engine import TinyEngine
-from tests.support.tiny_grammars import grammars, matching
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine
+from tests.support.text.tiny_grammars import grammars, matching
 
 PROMPT = [17, 30, 18, 31, 17, 30, 18, 31]
 # A text that repeats itself, one that a grammar forces in part, and one that is drawn freely.

@@ -14,9 +14,9 @@ from engine.models.llama import Llama
 from engine.request import FinishReason, Request
 from engine.speculation.planner import FixedPlanner
 from kernels.ops import Ops
-from tests.support.engines import ask, generate
-from tests.support.head_lab import SHAPES, HeadLab, write_head
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import SHAPES, HeadLab, write_head
 
 BROKEN = 100  # a token whose embedding is NaN
 WAYS: dict[str, dict[str, Any]] = {

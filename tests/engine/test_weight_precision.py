@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kernels.linear.grouped import GroupedWeight
 from kernels.ops import Ops
-from tests.support.perplexity import (
+from tests.support.files.quantised_files import FP8_CHANNEL, four_bits
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.perplexity import (
     CHECKPOINT,
     Windows,
     changed,
@@ -20,8 +22,6 @@ from tests.support.perplexity import (
     rounding_inputs,
     windows,
 )
-from tests.support.quantised_files import FP8_CHANNEL, four_bits
-from tests.support.threads import own_torch_threads
 
 pytestmark = pytest.mark.extended
 NUM_WINDOWS = 2

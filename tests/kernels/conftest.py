@@ -20,7 +20,7 @@ from kernels.native.library import NativeLibrary
 from kernels.native.ops import NativeOps
 from kernels.ops import Ops
 from kernels.registry import native_ops
-from tests.support.native_libraries import share_variant
+from tests.support.machine.native_libraries import share_variant
 
 # AMX code with plain C++ in place of the tile registers
 SOFTWARE_TILES = Variant("software-tiles", ("-march=x86-64-v4", "-DAERIE_SOFTWARE_TILES"), AVX512)

@@ -12,7 +12,7 @@ import pytest
 
 from engine.parallel import transport
 from engine.parallel.transport import MAX_FRAME, NUM_PLACES, Board
-from tests.support.inboxes import connected
+from tests.support.ranks.inboxes import connected
 from tests.support.waiting import DEADLINE
 
 LONG = bytes(range(256)) * (MAX_FRAME // 256 + 1)  # does not fit on a board

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoints.source import BUNDLED_ALIAS
-from tests.support.live_server import LiveServer
+from tests.support.servers.live_server import LiveServer
 from tests.support.waiting import DEADLINE
 
 QUESTIONS = (

@@ -22,7 +22,7 @@ from engine.parallel.fast_reduce import (
     choose,
     share,
 )
-from tests.support.thread_group import ThreadGroup, run_ranks
+from tests.support.ranks.thread_group import ThreadGroup, run_ranks
 
 KIB = 1024
 

@@ -15,11 +15,11 @@ from engine.request import Grammar, Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import StaticShape
 from server.text.tokens.tokenizer_files import load_tokenizer
-from tests.support.copied_head import write_copied_head
-from tests.support.engines import ask
-from tests.support.thread_ranks import EXACT, PADDED, Way, answer
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.engines.in_process import ask
+from tests.support.heads.copied_head import write_copied_head
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.ranks.thread_ranks import EXACT, PADDED, Way, answer
 
 TREE = StaticShape("tree", (-1, 0, 0, 1, 1, 2))
 PATTERN = r'\{"name": "[a-z]{2,6}", "n": [0-9]{1,3}\}'

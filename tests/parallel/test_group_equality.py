@@ -18,13 +18,13 @@ from engine.speculation.planner import FixedPlanner
 from engine.step.shape import ROOT, DynamicShape, chain
 from server.assembly.swaps import DraftSwaps
 from tests.engine.test_speculation_equality import SETTINGS, assert_same
-from tests.support.copied_head import write_copied_head
-from tests.support.engines import ask, generate, settled
-from tests.support.ranks import Ranks, started
-from tests.support.scripted_proposer import CyclingPlanner, wide_shape
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.drafts.scripted_proposer import CyclingPlanner, wide_shape
+from tests.support.engines.in_process import ask, generate, settled
+from tests.support.heads.copied_head import write_copied_head
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.ranks.processes import Ranks, started
 
 VOCAB = 389  # a prime: no number of ranks divides it
 TREE, DYNAMIC = wide_shape(3, 2, 1), DynamicShape("dynamic9", 9, 3, 4)

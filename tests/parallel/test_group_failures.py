@@ -15,10 +15,10 @@ import torch
 
 from kernels.registry import build_ops
 from server.process.supervision.process_table import children_of
-from tests.support.live_server import LiveServer, wait_gone
-from tests.support.starved_rank import starving
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.ranks.starved_rank import starving
+from tests.support.servers.live_server import LiveServer, wait_gone
 from tests.support.waiting import DEADLINE, wait_until
 
 MAX_LEN = 8192

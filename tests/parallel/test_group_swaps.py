@@ -13,12 +13,12 @@ import pytest
 from engine.completion import Completion
 from engine.messages import DraftSwapped, Submit, SwapDraft
 from server.assembly.swaps import DraftSwaps
-from tests.support.copied_head import write_copied_head
-from tests.support.engines import ask, generate, settled
-from tests.support.live_server import run_aerie
-from tests.support.ranks import Ranks, started
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.engines.in_process import ask, generate, settled
+from tests.support.heads.copied_head import write_copied_head
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.ranks.processes import Ranks, started
+from tests.support.servers.live_server import run_aerie
 
 pytestmark = pytest.mark.parallel
 REQUESTS = [

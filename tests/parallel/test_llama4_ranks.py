@@ -15,12 +15,12 @@ from engine.request import Request
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import TreeShape, chain
 from tests.engine.test_engine_equality import prompt
-from tests.support.engines import ask
-from tests.support.head_lab import SHAPES
-from tests.support.thread_ranks import EXACT, PADDED, Way, answer
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_heads import write_tiny_llama4_head
-from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.engines.in_process import ask
+from tests.support.heads.head_lab import SHAPES
+from tests.support.heads.tiny_heads import write_tiny_llama4_head
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.tiny_llama4 import write_tiny_llama4
+from tests.support.ranks.thread_ranks import EXACT, PADDED, Way, answer
 
 
 @pytest.fixture(scope="module", autouse=True)

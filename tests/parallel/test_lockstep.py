@@ -21,8 +21,8 @@ from engine.parallel.watchdog import POLL, Watchdog
 from engine.step.executor import Executor, Launched, execute
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import chain
-from tests.support.inboxes import connected
-from tests.support.thread_group import ThreadGroup, run_ranks
+from tests.support.ranks.inboxes import connected
+from tests.support.ranks.thread_group import ThreadGroup, run_ranks
 from tests.support.waiting import DEADLINE
 
 

@@ -25,9 +25,9 @@ from engine.request import Request, SamplingParams
 from engine.step.executor import Launched
 from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, chain
-from tests.support.engines import ask
-from tests.support.fake_executor import FakeEngine, FakeExecutor
-from tests.support.inboxes import connected
+from tests.support.engines.fake_executor import FakeEngine, FakeExecutor
+from tests.support.engines.in_process import ask
+from tests.support.ranks.inboxes import connected
 
 BLOCK = 4
 SHAPES = (ROOT, chain(2), chain(2), DynamicShape("dynamic5", 5, 2, 2), ROOT)

@@ -19,9 +19,9 @@ from engine.parallel.shard import WHOLE, Shard
 from engine.step.group import TPGroup
 from kernels.ops import Ops
 from kernels.registry import build_ops
-from tests.support.packed import PackedModel, whole
-from tests.support.thread_group import run_ranks
-from tests.support.tiny_engine import random_llama
+from tests.support.engines.tiny_engine import random_llama
+from tests.support.models.packed import PackedModel, whole
+from tests.support.ranks.thread_group import run_ranks
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 8

@@ -23,9 +23,9 @@ from tests.drafter.parallel_heads import PARALLEL_LAYOUTS
 from tests.drafter.published_heads import CPU, HIDDEN, LAYOUTS, TARGET, VOCAB, TargetWeights
 from tests.drafter.test_head_forward import MAX_LEN, PagedHead, run_chunks
 from tests.drafter.test_parallel_heads import drafted, take_chunks
-from tests.support.thread_group import ThreadGroup, run_ranks
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.models.tiny_llama import TinyLlama
+from tests.support.ranks.thread_group import ThreadGroup, run_ranks
 
 TOLERANCE = 2e-3  # float32 sums in another order, fed back three times; a wrong part is off by 0.1
 PRIME = TinyLlama(

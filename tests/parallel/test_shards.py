@@ -21,7 +21,7 @@ from engine.models.llama import Llama, LlamaLoader
 from engine.models.place import Place
 from engine.parallel.shard import Shard, allowed_degrees, check_degree, kv_copies
 from kernels.ops import LinearWeight, Ops
-from tests.support.published_llamas import LLAMA4_MAVERICK, LLAMA31_8B, LLAMA33_70B, PUBLISHED
+from tests.support.files.published_llamas import LLAMA4_MAVERICK, LLAMA31_8B, LLAMA33_70B, PUBLISHED
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 DEGREES = (1, 2, 4, 8)

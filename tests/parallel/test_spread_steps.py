@@ -22,13 +22,13 @@ from engine.step.plan import UNKNOWN
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from server.assembly.swaps import DraftSwaps
 from tests.engine.test_speculation_equality import SETTINGS, assert_same
-from tests.support.copied_head import write_copied_head
-from tests.support.engines import ask
-from tests.support.scripted_proposer import CyclingPlanner
-from tests.support.thread_ranks import PADDED, Leader, Way, answer, lead
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.drafts.scripted_proposer import CyclingPlanner
+from tests.support.engines.in_process import ask
+from tests.support.heads.copied_head import write_copied_head
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.ranks.thread_ranks import PADDED, Leader, Way, answer, lead
 
 SHAPES: list[TreeShape] = [
     ROOT,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import Server, tiny_tokenizer
+from tests.support.servers.http_server import Server, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

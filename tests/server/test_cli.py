@@ -14,7 +14,7 @@ from configs.load import load_config
 from configs.schema import Config
 from server.version import UNKNOWN, version
 from tests.architecture.source_tree import modules
-from tests.support.live_server import aerie_command, child_environment, run_aerie
+from tests.support.servers.live_server import aerie_command, child_environment, run_aerie
 
 COMMANDS = ("serve", "chat", "bench", "models", "pull", "config", "prepare", "plan", "version")
 HEAVY = ("torch", "transformers", "kernels", "drafter", "zmq", "fastapi")

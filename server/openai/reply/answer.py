@@ -25,7 +25,7 @@ from server.http.request.body import body_size, read_body
 from server.openai.inputs.convert import Prompt
 from server.openai.inputs.defaults import limited, with_model_defaults
 from server.openai.reply.choice import ChoiceDelta
-from server.openai.reply.generation import Generation, start_generation
+from server.openai.reply.generation import Admitted, Generation, GenerationInputs, start_generation
 from server.openai.request.schema import SamplingFields
 from server.openai.request.structured import AskedGrammar, checked_grammar
 from server.text.answer.forms import Reading
@@ -106,17 +106,12 @@ async def begin(http: HttpRequest, task: Task[Asked], body: Asked) -> tuple[Gene
         prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
         params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
         params = await _with_grammar(context, info, task.grammar(context, body), params)
+        reading = task.reading(context, body)
         generation = start_generation(
             context,
-            record,
-            ticket,
-            body,
-            prompts,
-            params,
             info,
-            task.id_prefix,
-            caller,
-            task.reading(context, body),
+            Admitted(caller, record, ticket),
+            GenerationInputs(task.id_prefix, body, prompts, params, reading),
         )
         writer = task.writer(generation, body)
         stack.pop_all()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from configs.resolve import HostConfig
@@ -208,56 +210,84 @@ class Generation:
         self._client.abort(choice.request.request_id)
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An HTTP request in the queue: whose it is, its log record and its place."""
+
+    caller: Caller
+    record: RequestRecord
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationInputs:
+    """What the engine requests of one HTTP request are made of."""
+
+    id_prefix: str
+    body: SamplingFields
+    prompts: Sequence[Prompt]
+    params: Sequence[SamplingParams]  # one per prompt
+    reading: Reading
+
+
 def start_generation(
-    context: ServerContext,
-    record: RequestRecord,
-    ticket: Ticket,
-    body: SamplingFields,
-    prompts: Sequence[Prompt],
-    params: Sequence[SamplingParams],  # one per prompt
-    info: EngineInfo,
-    prefix: str,
-    caller: Caller,
-    reading: Reading,
+    context: ServerContext, info: EngineInfo, admitted: Admitted, inputs: GenerationInputs
 ) -> Generation:
-    """Make the engine requests of an HTTP request; its id begins with `prefix`.
+    """Make the engine requests of an HTTP request.
 
     Raises:
         ApiError: 429; too many prompt tokens are waiting.
     """
-    ticket.add_prompts([len(prompt.token_ids) for prompt in prompts], body.num_choices)
-    id, now = f"{prefix}{uuid.uuid4().hex}", time.time()
-    options = stream_options(body, info, reading.marks)
-    shared_cache = context.config.cache.share_between_clients
-    salt = cache_salt("" if shared_cache else caller.label, body.cache_salt)
-    choices: list[Choice] = []
-    for prompt, shared in zip(prompts, params, strict=True):
-        for number in range(body.num_choices):
-            index = len(choices)
-            request = Request(
-                request_id=f"{id}-{index}",
-                prompt_ids=prompt.token_ids,
-                params=with_seed_of_choice(shared, number),
-                choice=index,
-                priority=body.priority or 0,
-                client=caller.label,
-                cache_salt=salt,
-                session=body.prompt_cache_key or "",
-                max_draft_nodes=body.max_draft_nodes,
-                min_draft_nodes=body.min_draft_nodes,
-                prediction=prompt.prediction,
-                trace=body.include_trace,
-                arrival_time=now,
-            )
-            reader = reading.reader(prompt.text or "")
-            choices.append(
-                Choice(index, request, context.tokenizer, options, context.metrics, reader)
-            )
-    context.metrics.ask(body.num_choices, [each.max_tokens for each in params])
-    _note_prompts(context.config, record, prompts)
+    body, prompts = inputs.body, inputs.prompts
+    admitted.ticket.add_prompts([len(prompt.token_ids) for prompt in prompts], body.num_choices)
+    id = f"{inputs.id_prefix}{uuid.uuid4().hex}"
+    options = stream_options(body, info, inputs.reading.marks)
+    choices = [
+        Choice(
+            request.choice,
+            request,
+            context.tokenizer,
+            options,
+            context.metrics,
+            inputs.reading.reader(prompt.text or ""),
+        )
+        for prompt, request in _engine_requests(context.config, admitted.caller, inputs, id)
+    ]
+    context.metrics.ask(body.num_choices, [each.max_tokens for each in inputs.params])
+    _note_prompts(context.config, admitted.record, prompts)
     if body.min_draft_nodes and info.draft is None:
-        record.not_used.append("speculation.min_nodes")
-    return Generation(context, record, ticket, id, prompts, choices)
+        admitted.record.not_used.append("speculation.min_nodes")
+    return Generation(context, admitted.record, admitted.ticket, id, prompts, choices)
+
+
+def _engine_requests(
+    config: HostConfig, caller: Caller, inputs: GenerationInputs, id: str
+) -> Iterator[tuple[Prompt, Request]]:
+    """One request for each choice of each prompt, with its prompt. All arrive at the same time."""
+    body, now = inputs.body, time.time()
+    salt = cache_salt("" if config.cache.share_between_clients else caller.label, body.cache_salt)
+    index = itertools.count()
+    for prompt, params in zip(inputs.prompts, inputs.params, strict=True):
+        for number in range(body.num_choices):
+            choice = next(index)
+            yield (
+                prompt,
+                Request(
+                    request_id=f"{id}-{choice}",
+                    prompt_ids=prompt.token_ids,
+                    params=with_seed_of_choice(params, number),
+                    choice=choice,
+                    priority=body.priority or 0,
+                    client=caller.label,
+                    cache_salt=salt,
+                    session=body.prompt_cache_key or "",
+                    max_draft_nodes=body.max_draft_nodes,
+                    min_draft_nodes=body.min_draft_nodes,
+                    prediction=prompt.prediction,
+                    trace=body.include_trace,
+                    arrival_time=now,
+                ),
+            )
 
 
 def _note_prompts(config: HostConfig, record: RequestRecord, prompts: Sequence[Prompt]) -> None:

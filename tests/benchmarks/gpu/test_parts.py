@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.gpu import parts
 from benchmarks.gpu.parts import Found, Part, failures, run_parts
-from tests.support.live_server import wait_gone
+from tests.support.servers.live_server import wait_gone
 from tests.support.waiting import DEADLINE, wait_until
 
 HANGS = "import time; time.sleep(999)"

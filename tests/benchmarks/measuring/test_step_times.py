@@ -18,7 +18,7 @@ from engine.runner.graphs import GraphedStep
 from engine.runner.runner import ModelRunner
 from engine.step.plan import StepPlan
 from kernels.ops import Ops
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
 
 CHUNK = 48
 SAME_TOKEN = {"logit_bias": {7: 100.0}}

@@ -19,8 +19,8 @@ from engine.speculation.policy import DraftPolicy
 from engine.step.shape import ROOT, TreeShape, chain, depths_of
 from server.assembly.compose import Drafting
 from server.assembly.offline import OfflineEngine
-from tests.support.scripted_proposer import Script, ScriptedProposer, wide_shape
-from tests.support.tiny_engine import TinyEngine
+from tests.support.drafts.scripted_proposer import Script, ScriptedProposer, wide_shape
+from tests.support.engines.tiny_engine import TinyEngine
 
 VOCAB, MAX_LEN = 131, 256
 USER, ANSWER = 3, 4  # ids that begin a turn

@@ -32,8 +32,8 @@ from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import ChatCodec
 from server.text.template.chat_template import ChatTemplate
 from server.text.tokens.tokenizer_files import load_tokenizer
-from tests.support.tiny_engine import TinyEngine, random_llama
-from tests.support.tiny_llama import write_tokenizer
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.models.tiny_llama import write_tokenizer
 
 VOCAB = 384
 # Every ninth token ends a text, so that many answers stop, some immediately.

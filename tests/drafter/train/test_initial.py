@@ -13,7 +13,7 @@ from drafter.train.head.initial import SMALL, weights_from_target
 from engine.checkpoints.families import read_text_model
 from engine.checkpoints.manifest import expected_tensors
 from tests.drafter.published_heads import DRAFT_VOCAB, LAYOUTS, TARGET
-from tests.support.tiny_llama4 import llama4_config
+from tests.support.models.tiny_llama4 import llama4_config
 
 H = TARGET.hidden_size
 

@@ -17,9 +17,9 @@ from engine.models.interface import LoadedModel
 from engine.models.llama import LlamaLoader
 from engine.models.place import Place
 from kernels.ops import Ops
-from tests.support import pretend_device
-from tests.support.pretend_device import PretendDevice
-from tests.support.tiny_engine import CPU, random_llama
+from tests.support.engines.tiny_engine import CPU, random_llama
+from tests.support.machine import pretend_device
+from tests.support.machine.pretend_device import PretendDevice
 
 VOCAB, EOS = 131, 2
 MAX_NEW, MAX_PROMPT = 20, 40

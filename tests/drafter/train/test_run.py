@@ -12,8 +12,8 @@ from drafter.train.run import prepare, split
 from drafter.train.run_record import RunRecord
 from drafter.train.trainer import Worker
 from kernels.ops import Ops
-from tests.support.tiny_engine import random_llama
-from tests.support.tiny_training import tiny_config, tiny_target
+from tests.support.engines.tiny_engine import random_llama
+from tests.support.heads.tiny_training import tiny_config, tiny_target
 
 EXAMPLES = [Example([5, 6 + n % 3, 20 + n], [False, True, True]) for n in range(9)]
 

@@ -14,7 +14,7 @@ from engine.models.place import Place
 from engine.step.taps import LAST_OUTPUT
 from engine.step.texts import BLOCK_SIZE
 from kernels.ops import Ops
-from tests.support.tiny_engine import CPU, random_llama
+from tests.support.engines.tiny_engine import CPU, random_llama
 
 LAYERS, VOCAB = 5, 131
 TOLERANCE = 1e-4

@@ -24,8 +24,8 @@ from drafter.train.history import Entry
 from drafter.train.run import LoadedTarget, prepare
 from drafter.train.trainer import Trainer, Worker
 from kernels.ops import Ops
-from tests.support.tiny_engine import TinyEngine, random_llama
-from tests.support.tiny_training import greedy_examples, tiny_config, tiny_target
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.tiny_training import greedy_examples, tiny_config, tiny_target
 
 TIMES = ("seconds", "tokens_per_second")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.source import ModelFiles
 from kernels.ops import CacheScales
-from tests.support.quantised_files import change_tensors
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.files.quantised_files import change_tensors
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
 
 LAYER = "model.layers.0.self_attn"
 

@@ -17,7 +17,7 @@ from engine.checkpoints.arch import LlamaArch
 from engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoints.manifest import expected_tensors
 from engine.checkpoints.source import ModelFiles
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.norm.weight"

@@ -19,7 +19,7 @@ from engine.checkpoints.gguf_files.rope import frequency_divisors
 from engine.checkpoints.rope_scaling import LinearRopeScaling, Llama3RopeScaling, read_rope
 from engine.checkpoints.source import ModelFiles, resolve_source
 from engine.models.rope import scale_llama3
-from tests.support.tiny_llama import TinyLlama, random_model
+from tests.support.models.tiny_llama import TinyLlama, random_model
 
 SUPPORTED = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
 # The package only reads these; a block is its scales (at these bytes, float16) and random bits.

@@ -15,9 +15,9 @@ from engine.checkpoints.checkpoint import open_checkpoint, read_arch
 from engine.checkpoints.families import read_text_model
 from engine.checkpoints.llama4_arch import AttentionTemperature, Llama4Arch
 from engine.checkpoints.source import ModelFiles
-from tests.support.published_llamas import LLAMA4_MAVERICK, LLAMA4_SCOUT
-from tests.support.quantised_files import FORMATS, FP8, fused_experts, llama4_file
-from tests.support.tiny_llama4 import llama4_config, write_tiny_llama4
+from tests.support.files.published_llamas import LLAMA4_MAVERICK, LLAMA4_SCOUT
+from tests.support.files.quantised_files import FORMATS, FP8, fused_experts, llama4_file
+from tests.support.models.tiny_llama4 import llama4_config, write_tiny_llama4
 
 TEXT = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
 

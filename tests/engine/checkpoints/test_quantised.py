@@ -17,7 +17,7 @@ from engine.checkpoints.source import ModelFiles
 from kernels.linear.grouped import GroupedWeight
 from kernels.linear.quantised import dense
 from kernels.linear.scaled import FP8, ScaledWeight
-from tests.support.quantised_files import (
+from tests.support.files.quantised_files import (
     AWQ_CONFIG,
     FORMATS,
     GPTQ_CONFIG,
@@ -27,7 +27,7 @@ from tests.support.quantised_files import (
     int4,
     rewrite,
 )
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
 
 SPEC = TinyLlama(num_layers=1, hidden_size=128, intermediate_size=192)
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"

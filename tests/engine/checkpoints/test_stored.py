@@ -17,8 +17,8 @@ from torch import Tensor
 from drafter.source import resolve_draft
 from engine.checkpoints.checkpoint import SafetensorsCheckpoint, read_arch
 from engine.models.footprint import EVERY, held_bytes, layers_with_progress
-from tests.support.published_llamas import LLAMA31_8B
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.files.published_llamas import LLAMA31_8B
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
 
 
 @pytest.mark.parametrize(

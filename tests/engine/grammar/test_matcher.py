@@ -12,8 +12,8 @@ from llguidance import LLMatcher
 from engine.grammar.compiler import GrammarCompiler, Mask, compute_mask
 from engine.grammar.matcher import MOST_SECONDS, Matcher
 from engine.request import Grammar, SamplingParams
-from tests.support.scripted_proposer import random_parents
-from tests.support.tiny_grammars import (
+from tests.support.drafts.scripted_proposer import random_parents
+from tests.support.text.tiny_grammars import (
     EOS,
     TOKENS,
     TinyTokenizer,

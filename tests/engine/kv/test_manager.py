@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.kv.manager import ROOT, KVManager, chained_hash
 from engine.request import Sequence
-from tests.support.engines import ask
+from tests.support.engines.in_process import ask
 
 SIZE = 4
 

@@ -13,8 +13,8 @@ from engine.checkpoints.families import read_text_model
 from engine.models.families import load_target
 from engine.models.place import Place
 from kernels.ops import Ops
-from tests.support.packed import CPU, PackedModel, whole
-from tests.support.tiny_llama4 import random_llama4
+from tests.support.models.packed import CPU, PackedModel, whole
+from tests.support.models.tiny_llama4 import random_llama4
 
 SHAPES: dict[str, dict[str, object]] = {
     "every-second-moe": {},

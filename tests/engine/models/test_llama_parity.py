@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.checkpoints.arch import LlamaArch
 from kernels.ops import Ops
-from tests.support.packed import PackedModel, load_packed, whole
+from tests.support.models.packed import PackedModel, load_packed, whole
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

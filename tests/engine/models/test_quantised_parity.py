@@ -14,8 +14,7 @@ from engine.models.families import load_target
 from engine.models.place import Place
 from engine.parallel.shard import Shard
 from kernels.ops import Ops
-from tests.support.packed import CPU, PackedModel, whole
-from tests.support.quantised_files import (
+from tests.support.files.quantised_files import (
     FORMATS,
     FP8_CHANNEL,
     fused_experts,
@@ -23,8 +22,9 @@ from tests.support.quantised_files import (
     rewrite,
     separate_experts,
 )
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
-from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.models.packed import CPU, PackedModel, whole
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama4 import write_tiny_llama4
 
 SPEC = TinyLlama(num_layers=2, hidden_size=128, intermediate_size=256)
 IDS = [5, 17, 200, 33, 9, 9, 120, 77, 300, 4]

@@ -14,7 +14,7 @@ from kernels.linear.grouped import GroupedWeight, GroupLayout, quantise
 from kernels.linear.quantised import Part, dense
 from kernels.ops import LinearWeight, Ops
 from kernels.registry import triton_ops
-from tests.support.tiny_llama import TinyLlama
+from tests.support.models.tiny_llama import TinyLlama
 
 CPU = torch.device("cpu")
 

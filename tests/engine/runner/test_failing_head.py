@@ -13,9 +13,9 @@ from drafter.proposer import DraftProposer
 from engine.speculation.planner import FixedPlanner
 from engine.step.shape import chain
 from kernels.ops import Ops
-from tests.support.engines import ask, generate
-from tests.support.head_lab import HeadLab, write_head
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import HeadLab, write_head
 
 
 def test_a_head_that_fails_between_two_steps_takes_no_request_down(

@@ -16,8 +16,8 @@ from engine.runner.inputs import BLOCKS_PER_ROW, InputBuilder, StepInputs, Table
 from engine.sampling.lines import LineSettings
 from engine.step.plan import UNKNOWN, Admission, RowPlan, StepPlan
 from engine.step.shape import MAX_NODES, ROOT, DynamicShape, chain
-from tests.support.engines import ask
-from tests.support.plans import decoding, random_admission, random_plan
+from tests.support.engines.in_process import ask
+from tests.support.engines.plans import decoding, random_admission, random_plan
 
 VOCAB, BLOCK, MAX_LEN, NUM_LINES, SCRATCH = 50, 4, 70, 6, 999
 EOS = frozenset({2, 41})

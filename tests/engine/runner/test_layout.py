@@ -17,9 +17,9 @@ from engine.sampling.lines import LineSettings
 from engine.step.plan import Admission, RowPlan, StepPlan
 from engine.step.shape import ancestors_of, chain, depths_of, signed
 from engine.step.tree import DraftTree, VerifyResult
-from tests.support.engines import ask
-from tests.support.plans import random_admission, random_plan
-from tests.support.scripted_proposer import random_parents, tree_of
+from tests.support.drafts.scripted_proposer import random_parents, tree_of
+from tests.support.engines.in_process import ask
+from tests.support.engines.plans import random_admission, random_plan
 
 VOCAB, BLOCK, MAX_LEN, NUM_LINES, SCRATCH = 50, 4, 48, 6, 9999
 EXACT = pytest.mark.parametrize("exact", [True, False], ids=["exact", "padded"])

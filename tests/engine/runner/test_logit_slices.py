@@ -20,9 +20,9 @@ from engine.runner.measuring import run_largest
 from engine.speculation.planner import FixedPlanner
 from engine.step import batch
 from kernels.ops import Ops
-from tests.support.engines import ask, generate
-from tests.support.head_lab import SHAPES, HeadLab, write_head
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import SHAPES, HeadLab, write_head
 
 MOST = 5  # rows
 

@@ -12,8 +12,8 @@ from engine.speculation.costs import Padding, Sample, StepCosts, Work
 from engine.step.executor import Launched
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
-from tests.support.engines import ask, generate
-from tests.support.tiny_engine import TinyEngine
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine
 
 
 def step_meter(engine: TinyEngine) -> StepMeter:

@@ -32,13 +32,13 @@ from kernels.ops import Backend, Ops
 from server.assembly.compose import runs_ahead
 from server.assembly.drafting import Drafting
 from server.assembly.ranks.rank import step_settings
-from tests.support import pretend_device
-from tests.support.engines import ask, generate
+from tests.support.drafts.scripted_proposer import CyclingPlanner
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
 from tests.support.extended import diagonal
-from tests.support.head_lab import SHAPES, HeadLab, write_head
-from tests.support.pretend_device import PretendDevice
-from tests.support.scripted_proposer import CyclingPlanner
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import SHAPES, HeadLab, write_head
+from tests.support.machine import pretend_device
+from tests.support.machine.pretend_device import PretendDevice
 
 MAX_LEN = 128
 

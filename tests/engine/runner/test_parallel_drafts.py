@@ -14,10 +14,10 @@ from engine.speculation.planner import FixedPlanner
 from engine.step.shape import TreeShape, chain
 from kernels.ops import Ops
 from tests.engine.runner.test_padded_steps import MAX_LEN, texts_of
-from tests.support.head_lab import SHAPES, HeadLab
-from tests.support.parallel_heads import write_parallel_head
-from tests.support.scripted_proposer import CyclingPlanner
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.drafts.scripted_proposer import CyclingPlanner
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import SHAPES, HeadLab
+from tests.support.heads.parallel_heads import write_parallel_head
 
 
 @pytest.fixture(scope="module", params=["peagle", "dflash"])

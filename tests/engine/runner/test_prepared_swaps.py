@@ -23,9 +23,9 @@ from engine.speculation.proposer import Proposer
 from engine.step.shape import chain
 from kernels.ops import Ops
 from server.assembly.swaps import DraftSwaps
-from tests.support.engines import ask, generate
-from tests.support.head_lab import HeadLab, write_head
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import HeadLab, write_head
 
 SHAPE = chain(2)
 NUM_FORMS = 8  # one or two rows, the root or a chain, with and without filters

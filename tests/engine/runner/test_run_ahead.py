@@ -25,13 +25,13 @@ from engine.step.plan import StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
 from kernels.ops import Ops
 from server.assembly.drafting import Drafting
-from tests.support import pretend_device
-from tests.support.engines import ask, generate
-from tests.support.head_lab import SHAPES, HeadLab, write_head
-from tests.support.knowing_proposer import KnowingProposer
-from tests.support.pretend_device import PretendDevice
-from tests.support.scripted_proposer import CyclingPlanner
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.drafts.knowing_proposer import KnowingProposer
+from tests.support.drafts.scripted_proposer import CyclingPlanner
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import SHAPES, HeadLab, write_head
+from tests.support.machine import pretend_device
+from tests.support.machine.pretend_device import PretendDevice
 
 MAX_LEN = 96
 

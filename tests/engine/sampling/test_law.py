@@ -16,8 +16,8 @@ import torch
 
 from engine.request import Request, SamplingParams
 from kernels.ops import Ops
+from tests.support.engines.told_target import Text, sample
 from tests.support.extended import diagonal
-from tests.support.told_target import Text, sample
 
 LOGITS = [2.0, 1.5, 1.0, 0.7, 0.3, 0.0, -0.4, -1.0, -1.6, -2.5]
 VOCAB = len(LOGITS)

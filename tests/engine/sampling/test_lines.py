@@ -18,8 +18,8 @@ from engine.sampling.lines import (
     token_counts,
 )
 from engine.step.plan import Admission
-from tests.support.engines import ask
-from tests.support.plans import random_admission
+from tests.support.engines.in_process import ask
+from tests.support.engines.plans import random_admission
 
 VOCAB = 50
 EOS = (2, 41)

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.request import Request, SamplingParams
 from kernels.ops import Ops
 from kernels.sampling.draw.torch_draw import filter_logits
-from tests.support.told_target import Sampled, Text, sample
+from tests.support.engines.told_target import Sampled, Text, sample
 
 VOCAB = 1000
 OFF = {"top_k": VOCAB, "top_p": 1.0, "min_p": 0.0}

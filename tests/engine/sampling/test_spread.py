@@ -13,10 +13,10 @@ from engine.step.shape import chain
 from kernels.ops import Ops
 from kernels.sampling.settings import Scores
 from tests.engine.test_speculation_equality import SETTINGS
-from tests.support.engines import ask
-from tests.support.thread_group import ThreadGroup, run_ranks
-from tests.support.told_target import Text, sample
-from tests.support.trees import filled
+from tests.support.drafts.trees import filled
+from tests.support.engines.in_process import ask
+from tests.support.engines.told_target import Text, sample
+from tests.support.ranks.thread_group import ThreadGroup, run_ranks
 
 VOCAB = 131
 

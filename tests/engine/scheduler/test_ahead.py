@@ -14,7 +14,7 @@ from engine.speculation.lookup import Found
 from engine.speculation.planner import Choice
 from engine.step.plan import UNKNOWN, RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
-from tests.support.engines import ask
+from tests.support.engines.in_process import ask
 
 BLOCK, MAX_LEN = 4, 40
 BUSH = StaticShape("bush", (-1, 0, 0, 0, 1, 1, 2))

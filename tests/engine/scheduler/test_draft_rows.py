@@ -25,7 +25,7 @@ from engine.speculation.planner import Choice
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, StaticShape, TreeShape, chain
 from tests.engine.scheduler.test_traces import TRACES, Abort, Arrival, Step, engines, play
-from tests.support.fake_executor import (
+from tests.support.engines.fake_executor import (
     EOS,
     PROMPT_VOCAB,
     FakeEngine,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.step.shape import ROOT, chain
-from tests.support.fake_executor import FakeEngine, prompt_of, request
+from tests.support.engines.fake_executor import FakeEngine, prompt_of, request
 
 
 def test_rows_that_run_get_the_slot_that_a_new_proposer_needs() -> None:

@@ -9,7 +9,7 @@ from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.pacing import LEAST_CHUNK, PromptTime, StepTimes, pairs_of, prompt_work
 from engine.scheduler.scheduler import Scheduler
 from engine.step.plan import RowOutcome, RowPlan, StepOutcome, StepPlan
-from tests.support.engines import ask
+from tests.support.engines.in_process import ask
 
 
 def row(num_tokens: int, start: int, *, samples: bool) -> RowPlan:

@@ -6,7 +6,7 @@ from engine.request import Sequence
 from engine.scheduler.plan_builder import PlanBuilder
 from engine.step.plan import UNKNOWN
 from engine.step.shape import ROOT
-from tests.support.engines import ask
+from tests.support.engines.in_process import ask
 
 
 def sequence(line: int, num_tokens: int, num_computed: int) -> Sequence:

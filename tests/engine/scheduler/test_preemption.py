@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.fake_executor import FakeEngine, prompt_of, request, shape
+from tests.support.engines.fake_executor import FakeEngine, prompt_of, request, shape
 
 
 def test_the_least_important_is_preempted_when_blocks_run_out_and_resumes_with_the_same_text() -> (

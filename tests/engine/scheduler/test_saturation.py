@@ -14,7 +14,7 @@ from engine.scheduler.waiting import WaitingQueue
 from engine.speculation.planner import Choice
 from engine.step.plan import RowPlan, StepPlan
 from engine.step.shape import chain
-from tests.support.fake_executor import FakeEngine, choices_of, prompt_of, request, shape
+from tests.support.engines.fake_executor import FakeEngine, choices_of, prompt_of, request, shape
 
 Counted = Counter[str]
 

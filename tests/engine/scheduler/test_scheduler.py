@@ -11,7 +11,7 @@ from engine.messages import ErrorCode
 from engine.request import FinishReason
 from engine.scheduler.limits import SchedulerLimits
 from engine.step.executor import execute
-from tests.support.fake_executor import FakeEngine, prompt_of, request, shape
+from tests.support.engines.fake_executor import FakeEngine, prompt_of, request, shape
 
 
 def test_planning_imports_no_torch() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from engine.request import FinishReason, Sequence
 from engine.scheduler.cutting import cut_emitted
-from tests.support.engines import ask
+from tests.support.engines.in_process import ask
 
 EOS, STOP_TOKEN, OTHER = 2, 7, 5
 NUM_PROMPT = 3

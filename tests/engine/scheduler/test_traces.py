@@ -13,8 +13,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from engine.request import FinishReason, Request
-from tests.support.engines import ask
-from tests.support.fake_executor import FakeEngine
+from tests.support.engines.fake_executor import FakeEngine
+from tests.support.engines.in_process import ask
 
 VOCAB = 13  # so small that texts end by EOS often and prompts repeat generated text
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.request import Rank, Sequence
 from engine.scheduler.waiting import WaitingQueue
-from tests.support.fake_executor import request
+from tests.support.engines.fake_executor import request
 
 
 def waiting(name: str, rank: Rank, client: str = "") -> Sequence:

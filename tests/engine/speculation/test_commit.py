@@ -11,7 +11,7 @@ from engine.kv.storage import KVStorage
 from engine.speculation.verify import commit
 from engine.step.tree import VerifyResult
 from kernels.ops import Ops
-from tests.support.scripted_proposer import random_parents
+from tests.support.drafts.scripted_proposer import random_parents
 
 BLOCK, BLOCKS, LAYERS = 4, 80, 2
 

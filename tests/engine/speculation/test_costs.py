@@ -9,7 +9,7 @@ import pytest
 from engine.speculation.costs import KNOTS, Padding, Sample, StepCosts, Work, sample_of
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, StaticShape, chain
-from tests.support.plans import decoding
+from tests.support.engines.plans import decoding
 
 
 def seconds(work: Work) -> float:

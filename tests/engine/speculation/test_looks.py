@@ -8,7 +8,7 @@ import pytest
 
 from engine.speculation.looks import Looks
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
-from tests.support.plans import decoding
+from tests.support.engines.plans import decoding
 
 
 def step(looks: Looks, num_rows: int, path: tuple[int, ...] = ()) -> bool:

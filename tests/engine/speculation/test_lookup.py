@@ -20,8 +20,8 @@ from engine.speculation.lookup import (
 )
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import chain
-from tests.support.engines import ask
-from tests.support.plans import decoding
+from tests.support.engines.in_process import ask
+from tests.support.engines.plans import decoding
 
 REPEATING = [5, 6, 7, 8, 9, 5, 6, 7]
 CHEAP, DEAR = 0.05, 0.3  # prices of a node

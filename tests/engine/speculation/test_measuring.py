@@ -17,8 +17,8 @@ from engine.speculation.policy import DraftPolicy, Measuring
 from engine.step.executor import Launched
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, TreeShape, chain
-from tests.support.engines import ask
-from tests.support.scripted_engine import INFO
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import INFO
 
 COSTS = StepCosts.guessed()
 

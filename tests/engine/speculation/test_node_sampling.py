@@ -9,8 +9,8 @@ import torch
 
 from engine.request import Request, SamplingParams
 from kernels.ops import Ops
-from tests.support.scripted_proposer import random_parents
-from tests.support.told_target import Text, sample
+from tests.support.drafts.scripted_proposer import random_parents
+from tests.support.engines.told_target import Text, sample
 
 VOCAB, EOS = 12, 2
 PARAMS: list[dict[str, object]] = [

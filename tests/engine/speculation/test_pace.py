@@ -16,8 +16,8 @@ from engine.speculation.pace import MIN_WEIGHT, PROBE_EVERY, PROBE_STEPS, Pace, 
 from engine.speculation.policy import DraftPolicy
 from engine.step.executor import Launched
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
-from tests.support.engines import ask
-from tests.support.scripted_engine import INFO
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import INFO
 
 CYCLE = PROBE_EVERY + PROBE_STEPS
 

@@ -21,8 +21,8 @@ from engine.speculation.planner import (
 )
 from engine.step.plan import RowOutcome, StepOutcome, StepPlan
 from engine.step.shape import ROOT, chain
-from tests.support.plans import decoding
-from tests.support.traffic import CHAINS, Cost, Kind, Kinds, Simulation
+from tests.support.drafts.traffic import CHAINS, Cost, Kind, Kinds, Simulation
+from tests.support.engines.plans import decoding
 
 
 def compute_bound(work: Work) -> float:

@@ -14,9 +14,9 @@ from engine.step.plan import RowOutcome, StepOutcome
 from engine.step.shape import ROOT
 from server.assembly.drafting import Drafting
 from tests.engine.speculation.test_lookup import CHEAP, decode
-from tests.support.engines import ask, generate
-from tests.support.scripted_proposer import CyclingPlanner
-from tests.support.tiny_engine import TinyEngine
+from tests.support.drafts.scripted_proposer import CyclingPlanner
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.tiny_engine import TinyEngine
 
 EXPECTED = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
 

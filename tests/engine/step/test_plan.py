@@ -10,8 +10,8 @@ import pytest
 from engine.messages import TokenLogprob
 from engine.step.plan import UNKNOWN, Admission, RowOutcome, RowPlan, StepOutcome, StepPlan
 from engine.step.shape import ROOT, DynamicShape, chain
-from tests.support.fake_executor import FakeEngine, prompt_of, request
-from tests.support.plans import decoding, random_admission, random_plan
+from tests.support.engines.fake_executor import FakeEngine, prompt_of, request
+from tests.support.engines.plans import decoding, random_admission, random_plan
 
 VOCAB = 50
 

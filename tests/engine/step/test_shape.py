@@ -16,7 +16,7 @@ from engine.step.shape import (
     depths_of,
     signed,
 )
-from tests.support.scripted_proposer import random_parents
+from tests.support.drafts.scripted_proposer import random_parents
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from engine.speculation.verify import walk
 from engine.step.shape import StaticShape, ancestors_of, chain, signed
 from engine.step.tree import DraftTree
 from kernels.ops import Ops
-from tests.support.scripted_proposer import random_parents, random_shape, tree_of
-from tests.support.trees import filled
+from tests.support.drafts.scripted_proposer import random_parents, random_shape, tree_of
+from tests.support.drafts.trees import filled
 
 Row = tuple[list[int], list[int]]  # parents and tokens
 HAND = StaticShape("hand", (-1, 0, 0, 1, 3, 2))

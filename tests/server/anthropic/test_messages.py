@@ -12,9 +12,9 @@ import pytest
 
 from engine.messages import ErrorCode
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import MODEL, Server
-from tests.support.scripted_engine import fail, say
-from tests.support.tiny_llama import EOS
+from tests.support.engines.scripted_engine import fail, say
+from tests.support.models.tiny_llama import EOS
+from tests.support.servers.http_server import MODEL, Server
 
 MakeServer = Callable[..., Server]
 PATH = "/v1/messages"

@@ -16,9 +16,9 @@ from configs.schema import Config
 from kernels.native import build
 from kernels.ops import Ops
 from server.assembly.compose import build_engine, prepare_kernels
-from tests.support.engines import ask, generate
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_llama import EOS, TinyLlama, random_model, write_tiny_llama
+from tests.support.engines.in_process import ask, generate
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.tiny_llama import EOS, TinyLlama, random_model, write_tiny_llama
 
 PROMPT = [5, 77, 300, 41, 8]
 # Against float32 arithmetic on the same weights. A bfloat16 cache rounds keys and values, and that

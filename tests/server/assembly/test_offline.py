@@ -16,10 +16,10 @@ from engine.request import FinishReason
 from server.assembly.offline import OfflineEngine
 from server.text.template.chat_template import ChatTemplate
 from server.text.tokens.tokenizer_files import load_tokenizer
-from tests.support.engines import ask
-from tests.support.greedy import greedy_margins
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_llama import write_tiny_llama
+from tests.support.engines.in_process import ask
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.greedy import greedy_margins
+from tests.support.models.tiny_llama import write_tiny_llama
 
 VOCAB = 384
 NEAR_TIE = 1e-4

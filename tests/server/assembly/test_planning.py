@@ -44,11 +44,11 @@ from server.assembly.planning import plan_memory as memory_of
 from server.planning.memory import MemoryPlan
 from server.planning.tables import memory_title
 from tests.support.configurations import hosted
-from tests.support.published_llamas import LLAMA4_SCOUT, LLAMA31_8B, LLAMA33_70B
-from tests.support.quantised_files import FORMATS, rewrite
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
-from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.files.published_llamas import LLAMA4_SCOUT, LLAMA31_8B, LLAMA33_70B
+from tests.support.files.quantised_files import FORMATS, rewrite
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama4 import write_tiny_llama4
 
 CPU = torch.device("cpu")
 H100 = 80 * 10**9  # less than an H100 of 80 GB has

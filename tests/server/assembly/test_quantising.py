@@ -21,10 +21,10 @@ from engine.models.place import Place
 from engine.quantising import files
 from kernels.ops import Ops
 from server.cli import app
-from tests.support.packed import CPU, PackedModel, whole
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
-from tests.support.tiny_llama4 import write_tiny_llama4
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.packed import CPU, PackedModel, whole
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.models.tiny_llama4 import write_tiny_llama4
 
 WORDS = "a server answers the quick brown fox, and never loses a lazy dog at once. " * 20
 SPEC = TinyLlama(hidden_size=96, intermediate_size=256, attention_bias=True)

@@ -29,8 +29,8 @@ from engine.parallel.shard import Shard
 from kernels.registry import triton_ops
 from server.assembly.planning import PlanOptions, plan
 from tests.support.configurations import hosted
-from tests.support.meta_files import MetaFolders, MetaTensor, times_read
-from tests.support.published_tensors import eagle3_tensors, target_tensors
+from tests.support.files.meta_files import MetaFolders, MetaTensor, times_read
+from tests.support.files.published_tensors import eagle3_tensors, target_tensors
 
 Tensors = dict[str, MetaTensor]
 META = torch.device("meta")

@@ -29,12 +29,12 @@ from server.assembly import drafting
 from server.assembly.compose import Engine, build_engine, build_swappable_engine
 from server.assembly.drafting import Drafting
 from server.assembly.swaps import DraftSwapper, DraftSwaps
-from tests.support.engines import ask, generate, settled
-from tests.support.fake_executor import FakeEngine
-from tests.support.scripted_engine import INFO
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_heads import write_tiny_head
-from tests.support.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.engines.fake_executor import FakeEngine
+from tests.support.engines.in_process import ask, generate, settled
+from tests.support.engines.scripted_engine import INFO
+from tests.support.heads.tiny_heads import write_tiny_head
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
 from tests.support.waiting import DEADLINE, wait_until
 
 SHARED = [7 + 3 * i % 300 for i in range(40)]

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.support.training_commands import arguments, write_model_and_data
+from tests.support.heads.training_commands import arguments, write_model_and_data
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "training_bundle.py"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.measuring.streams import accepted
-from tests.support.scripted_server import REFUSAL, scripted
+from tests.support.servers.scripted_server import REFUSAL, scripted
 from tests.support.waiting import DEADLINE
 
 FEW = ("--requests", "4", "--prompt-words", "5", "--output-tokens", "3")

@@ -20,9 +20,9 @@ from engine.checkpoints.arch import LlamaArch
 from server.assembly.heads.evaluation import _verdict, sample_prompts
 from server.cli import app
 from server.commands.drafts import TREES
-from tests.support.live_server import run_aerie
-from tests.support.threads import own_torch_threads
-from tests.support.tiny_llama import write_tiny_llama
+from tests.support.machine.threads import own_torch_threads
+from tests.support.models.tiny_llama import write_tiny_llama
+from tests.support.servers.live_server import run_aerie
 
 PROMPTS = ({"turns": ["the quick brown fox", "and then?"]}, {"turns": ["a server"]})
 

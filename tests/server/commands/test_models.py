@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from engine.checkpoints import hub, source
 from server.cli import app
-from tests.support.hub import HUB_ID, Hub, stand_in_hub
+from tests.support.files.hub import HUB_ID, Hub, stand_in_hub
 from tests.support.waiting import DEADLINE
 
 CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}).encode()

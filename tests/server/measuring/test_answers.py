@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.peers.openai_url import UrlTarget
 from server.measuring.answers import Answer, Endpoint, Stopless, ask_all
-from tests.support.scripted_server import NO_USAGE, REFUSAL, USAGE, scripted
+from tests.support.servers.scripted_server import NO_USAGE, REFUSAL, USAGE, scripted
 
 
 @pytest.mark.parametrize("manner", [USAGE, NO_USAGE])

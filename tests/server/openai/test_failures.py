@@ -13,8 +13,15 @@ import pytest
 from engine.messages import ErrorCode
 from engine.request import FinishReason, Request
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT, CHAT_PATH, COMPLETION_PATH, OpenCall, Server, events_of
-from tests.support.scripted_engine import INFO, Event, fail, finished, say, tokens
+from tests.support.engines.scripted_engine import INFO, Event, fail, finished, say, tokens
+from tests.support.servers.http_server import (
+    CHAT,
+    CHAT_PATH,
+    COMPLETION_PATH,
+    OpenCall,
+    Server,
+    events_of,
+)
 
 MakeServer = Callable[..., Server]
 SECRET = "CUDA error at 0xdeadbeef"

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from server.http.request.body import parse_body
 from server.openai.request.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import (
+from tests.support.models.tiny_llama import BOS, CHAT_TEMPLATE, write_tokenizer
+from tests.support.servers.http_server import (
     CHAT,
     CHAT_PATH,
     COMPLETION_PATH,
@@ -23,7 +24,6 @@ from tests.support.http_server import (
     Server,
     events_of,
 )
-from tests.support.tiny_llama import BOS, CHAT_TEMPLATE, write_tokenizer
 
 MakeServer = Callable[..., Server]
 

@@ -15,7 +15,7 @@ from server.openai.request.conversation import ChatMessage, ToolCall, check_resu
 from server.text.answer.instructions import with_single_calls
 from server.text.letters import Rendered, SpecialLetters
 from tests.support.counting import CountedText, num_lines
-from tests.support.scripted_engine import INFO
+from tests.support.engines.scripted_engine import INFO
 
 Work = Callable[[int], Callable[[], object]]  # of a size
 

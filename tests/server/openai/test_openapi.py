@@ -11,7 +11,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS
 
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import MODEL, Server
+from tests.support.servers.http_server import MODEL, Server
 
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),

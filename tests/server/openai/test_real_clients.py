@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.support.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
-from tests.support.scripted_engine import INFO
+from tests.support.engines.scripted_engine import INFO
+from tests.support.servers.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
 
 USER = {"role": "user", "content": "hi"}
 SYSTEM = {"role": "system", "content": "s"}

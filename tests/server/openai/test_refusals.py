@@ -13,7 +13,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from server.openai.request.fields import HARMLESS
 from server.openai.request.schema import ChatRequest, CompletionRequest
-from tests.support.http_server import (
+from tests.support.servers.http_server import (
     CHAT,
     CHAT_PATH,
     COMPLETION_PATH,

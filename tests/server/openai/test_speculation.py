@@ -14,7 +14,8 @@ from engine.messages import EngineStats, Finished
 from engine.request import Request
 from server.openai.request.schema import ChatRequest, CompletionRequest
 from tests.server.openai.test_refusals import refused
-from tests.support.http_server import (
+from tests.support.engines.scripted_engine import Event, drafting, say
+from tests.support.servers.http_server import (
     CHAT,
     CHAT_PATH,
     COMPLETION,
@@ -22,7 +23,6 @@ from tests.support.http_server import (
     Server,
     events_of,
 )
-from tests.support.scripted_engine import Event, drafting, say
 
 MakeServer = Callable[..., Server]
 PATHS = [(CHAT_PATH, CHAT), (COMPLETION_PATH, COMPLETION)]

@@ -15,9 +15,9 @@ from server.openai.request.tools import Tool
 from server.text.answer.forms import SYNTAXES, answer_form
 from server.text.template.chat_template import ChatTemplate
 from server.text.template.rendering import Renderer
-from tests.support.http_server import SPECIAL_TOKENS
-from tests.support.tiny_llama import CHAT_TEMPLATE, write_tokenizer
-from tests.support.tool_templates import LLAMA3, LLAMA4, QWEN
+from tests.support.models.tiny_llama import CHAT_TEMPLATE, write_tokenizer
+from tests.support.servers.http_server import SPECIAL_TOKENS
+from tests.support.text.tool_templates import LLAMA3, LLAMA4, QWEN
 
 Oracle = Callable[..., str]
 TOOL = {

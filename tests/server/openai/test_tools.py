@@ -21,9 +21,9 @@ from server.text.answer.forms import SYNTAXES
 from server.text.answer.instructions import INSTRUCTIONS
 from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import MESSAGES, Server, events_of
-from tests.support.scripted_engine import INFO, say
-from tests.support.tiny_llama import CHAT_TEMPLATE
+from tests.support.engines.scripted_engine import INFO, say
+from tests.support.models.tiny_llama import CHAT_TEMPLATE
+from tests.support.servers.http_server import MESSAGES, Server, events_of
 
 MakeServer = Callable[..., Server]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

@@ -15,10 +15,10 @@ import pytest
 from engine.messages import DraftNodes, DraftSource, EngineStats, Round
 from engine.request import FinishReason
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import Server
-from tests.support.scripted_engine import Script, finished, say, steps, tokens
+from tests.support.engines.scripted_engine import Script, finished, say, steps, tokens
+from tests.support.servers.http_server import Server
+from tests.support.servers.web_thread import WebThread
 from tests.support.waiting import DEADLINE
-from tests.support.web_thread import WebThread
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(

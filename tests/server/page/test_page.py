@@ -11,7 +11,7 @@ import pytest
 
 from server.page.routes import ASSETS, POLICY, assets
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import Server
+from tests.support.servers.http_server import Server
 
 MakeServer = Callable[..., Server]
 VENDOR = ASSETS.with_name("vendor")

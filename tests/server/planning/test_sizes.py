@@ -12,7 +12,7 @@ from configs.planning import shipped_models
 from server.planning.formats import BF16, FP8
 from server.planning.products import layer_products, vocabulary
 from server.planning.sizes import ModelSizes
-from tests.support.quantised_files import AWQ_CONFIG, GPTQ_CONFIG, float8, fp8_blocks, int4
+from tests.support.files.quantised_files import AWQ_CONFIG, GPTQ_CONFIG, float8, fp8_blocks, int4
 
 DENSE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -31,9 +31,9 @@ from engine.request import FinishReason
 from server.process import engine_process
 from server.process.channel.wire import decode_engine, encode, unbounded
 from server.process.engine_process import STOPPING, EngineChannel
-from tests.support.engines import ask
-from tests.support.fake_executor import FakeEngine, expected_text
-from tests.support.scripted_engine import INFO
+from tests.support.engines.fake_executor import FakeEngine, expected_text
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import INFO
 from tests.support.waiting import DEADLINE
 
 

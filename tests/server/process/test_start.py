@@ -21,8 +21,8 @@ from server.process.channel.client import ZmqEngineClient
 from server.process.setup.listening import open_port
 from server.text.template.chat_template import ChatTemplate
 from tests.support.configurations import hosted
-from tests.support.http_server import tiny_tokenizer
-from tests.support.scripted_engine import INFO
+from tests.support.engines.scripted_engine import INFO
+from tests.support.servers.http_server import tiny_tokenizer
 
 
 def test_a_free_port_is_picked_for_zero() -> None:

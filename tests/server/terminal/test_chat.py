@@ -17,11 +17,11 @@ from server.terminal.chunks import Chunk
 from server.terminal.remote import Remote, RemoteError
 from server.terminal.session import HELP
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import Server
-from tests.support.live_server import run_aerie
-from tests.support.scripted_engine import Event, fail, say, steps, tokens
-from tests.support.talk import Talk
-from tests.support.web_thread import WebThread
+from tests.support.engines.scripted_engine import Event, fail, say, steps, tokens
+from tests.support.servers.http_server import Server
+from tests.support.servers.live_server import run_aerie
+from tests.support.servers.talk import Talk
+from tests.support.servers.web_thread import WebThread
 
 EOS = 2
 

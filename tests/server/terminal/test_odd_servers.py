@@ -6,7 +6,7 @@ import pytest
 
 from server.commands.options import failed
 from server.terminal.remote import Remote, RemoteError
-from tests.support.talk import GivenServer, Talk, stream
+from tests.support.servers.talk import GivenServer, Talk, stream
 
 ESCAPES = r"\u001b]0;pwn\u0007\u001b[31mhi\r\u007f\u009b2J"
 SHOWN = "�]0;pwn��[31mhi���2J"

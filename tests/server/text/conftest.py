@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from engine.checkpoints.source import BUNDLED_ALIAS, ModelFiles, resolve_source
 from server.text.tokens.tokenizer import SPACE_MARK, Tokenizer
 from server.text.tokens.tokenizer_files import load_tokenizer
-from tests.support.tiny_llama import write_tokenizer
+from tests.support.models.tiny_llama import write_tokenizer
 
 
 @pytest.fixture(scope="session")

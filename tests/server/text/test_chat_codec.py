@@ -12,7 +12,7 @@ from server.text.chat_codec import ChatCodec, load_codec
 from server.text.template.chat_template import ChatTemplate
 from server.text.tokens.tokenizer import Tokenizer
 from tests.support.configurations import hosted
-from tests.support.tiny_llama import write_tiny_llama
+from tests.support.models.tiny_llama import write_tiny_llama
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

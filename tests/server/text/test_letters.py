@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from server.text.letters import Rendered, SpecialLetters
 from server.text.template.chat_template import ChatTemplate
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
+from tests.support.models.tiny_llama import CHAT_TEMPLATE, SPECIALS
 
 EACH = "{% for m in messages %}"
 END = "{% endfor %}"

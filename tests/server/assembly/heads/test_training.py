@@ -32,10 +32,8 @@ from server.assembly.compose import build_engine
 from server.assembly.heads.evaluation import Evaluation, evaluate_draft
 from server.assembly.offline import OfflineEngine
 from server.text.chat_codec import load_codec
-from tests.support.engines import ask
-from tests.support.live_server import aerie_command, child_environment
-from tests.support.threads import own_torch_threads
-from tests.support.training_commands import (
+from tests.support.engines.in_process import ask
+from tests.support.heads.training_commands import (
     STEPS,
     aerie,
     arguments,
@@ -45,6 +43,8 @@ from tests.support.training_commands import (
     write_lines,
     write_model_and_data,
 )
+from tests.support.machine.threads import own_torch_threads
+from tests.support.servers.live_server import aerie_command, child_environment
 from tests.support.waiting import DEADLINE
 
 
@@ -275,7 +275,7 @@ def test_a_head_learns_to_draft_what_its_target_says(
 def test_what_is_wrong_is_one_line_and_nothing_is_left(
     changes: dict[str, object], message: str, folder: Path, native_cache: Path, tmp_path: Path
 ) -> None:
-    from tests.support.tiny_heads import write_tiny_head
+    from tests.support.heads.tiny_heads import write_tiny_head
 
     bad = tmp_path / "bad"
     bad.mkdir()

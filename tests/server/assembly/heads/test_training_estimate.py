@@ -8,7 +8,7 @@ import pytest
 
 from configs.training import HostTrainingConfig
 from server.assembly.heads.training_estimate import dry_run
-from tests.support.training_commands import aerie, arguments, write_model_and_data
+from tests.support.heads.training_commands import aerie, arguments, write_model_and_data
 
 
 @pytest.fixture(scope="module")

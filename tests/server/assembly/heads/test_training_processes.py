@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from drafter.train.history import History
-from tests.support.live_server import aerie_command, child_environment
-from tests.support.threads import own_torch_threads
-from tests.support.training_commands import arguments, train, weights_of, write_model_and_data
+from tests.support.heads.training_commands import arguments, train, weights_of, write_model_and_data
+from tests.support.machine.threads import own_torch_threads
+from tests.support.servers.live_server import aerie_command, child_environment
 from tests.support.waiting import DEADLINE
 
 pytestmark = pytest.mark.timeout(4 * DEADLINE)  # three interpreters import torch

@@ -16,8 +16,8 @@ import pytest
 from engine.messages import Tokens
 from engine.request import FinishReason, Request
 from server.http.admission.lanes import LONG, LONG_THREADS
-from tests.support.http_server import CHAT, CHAT_PATH, COMPLETION_PATH, Server
-from tests.support.scripted_engine import INFO, Event, finished, score
+from tests.support.engines.scripted_engine import INFO, Event, finished, score
+from tests.support.servers.http_server import CHAT, CHAT_PATH, COMPLETION_PATH, Server
 
 MakeServer = Callable[..., Server]
 LIMIT = 0.1  # seconds; before, logprobs took more than three times as long

@@ -13,7 +13,7 @@ from server.http.connection.connections import PROBES, Connections
 from server.http.connection.protocol import HttpProtocol
 from server.process.web import web_config
 from tests.server.http.connection.test_protocol import CHAT_PATH, GET, Line, refused, skip
-from tests.support.http_server import Server
+from tests.support.servers.http_server import Server
 from tests.support.waiting import DEADLINE
 
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"

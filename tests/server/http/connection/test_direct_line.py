@@ -16,8 +16,8 @@ from server.http.connection.protocol import HttpProtocol
 from server.openai.endpoints.chat import ChatWriter
 from server.openai.reply.choice import ChoiceDelta
 from tests.server.http.connection.test_protocol import POST, Line, talk
-from tests.support.http_server import CHAT, Server
-from tests.support.scripted_engine import finished, say, tokens
+from tests.support.engines.scripted_engine import finished, say, tokens
+from tests.support.servers.http_server import CHAT, Server
 from tests.support.waiting import until
 
 MakeServer = Callable[..., Server]

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 from configs.schema import ServerConfig
 from server.http.connection.protocol import MAX_HEAD, HttpProtocol, protocol_with
 from server.process.web import web_config
-from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 from tests.support.waiting import DEADLINE, until
 
 MakeServer = Callable[..., Server]

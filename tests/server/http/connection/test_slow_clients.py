@@ -19,8 +19,8 @@ from tests.server.http.connection.test_protocol import (
     skip,
     talk,
 )
-from tests.support.http_server import CHAT, Server
-from tests.support.scripted_engine import INFO, say
+from tests.support.engines.scripted_engine import INFO, say
+from tests.support.servers.http_server import CHAT, Server
 from tests.support.waiting import DEADLINE, until
 
 BODY = json.dumps(CHAT).encode()

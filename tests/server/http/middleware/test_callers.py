@@ -10,7 +10,7 @@ import pytest
 from configs.schema import ServerConfig
 from server.http.middleware.callers import Callers
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 

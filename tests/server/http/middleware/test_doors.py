@@ -19,8 +19,8 @@ from server.http.middleware.keys import load_api_keys
 from server.http.monitoring.metrics import Metrics
 from server.process.channel.client import ZmqEngineClient
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT, CHAT_PATH, Server
-from tests.support.scripted_engine import INFO
+from tests.support.engines.scripted_engine import INFO
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 KEYS = ("first-key", "zweiter-schlüssel")

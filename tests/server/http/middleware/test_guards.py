@@ -13,7 +13,7 @@ from configs.schema import ServerConfig
 from server.http.middleware.guards import known_hosts
 from server.http.routes.docs_page import PAGE, policy
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 

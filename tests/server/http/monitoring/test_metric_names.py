@@ -13,8 +13,8 @@ from engine.messages import EngineStats
 from engine.request import FinishReason
 from server.http.monitoring.metric_names import STANDARD
 from server.version import version
-from tests.support.http_server import CHAT, CHAT_PATH, Server
-from tests.support.scripted_engine import finished, tokens
+from tests.support.engines.scripted_engine import finished, tokens
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 STATS = EngineStats(

@@ -17,8 +17,8 @@ from server.http.monitoring import tracing
 from server.http.monitoring.tracing import trace_of
 from server.process.setup.logs import JsonFormatter
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import Server
-from tests.support.scripted_engine import Script, fail
+from tests.support.engines.scripted_engine import Script, fail
+from tests.support.servers.http_server import Server
 from tests.support.waiting import DEADLINE
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra [otel] is missing")

@@ -10,8 +10,8 @@ import pytest
 from engine.messages import Tokens
 from engine.request import FinishReason
 from server.http.reply.inbox import Event, Inbox
-from tests.support.engines import ask
-from tests.support.scripted_engine import finished, tokens
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import finished, tokens
 
 REQUEST = ask("a", [5])
 END = finished(REQUEST, FinishReason.LENGTH)

@@ -15,7 +15,7 @@ import zstandard
 
 from server.http.request import encodings
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 BODY = json.dumps(CHAT).encode()

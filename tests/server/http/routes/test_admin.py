@@ -11,7 +11,7 @@ import pytest
 from configs.schema import ServerConfig
 from server.http.middleware.keys import load_admin_keys
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 
 MakeServer = Callable[..., Server]
 PATH = "/admin/draft"

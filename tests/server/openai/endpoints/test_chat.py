@@ -11,8 +11,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from engine.messages import TokenLogprob, Tokens
 from engine.request import FinishReason, Request
 from server.openai.reply.logprobs import SMALLEST
-from tests.support.http_server import Server, events_of
-from tests.support.scripted_engine import finished, say
+from tests.support.engines.scripted_engine import finished, say
+from tests.support.servers.http_server import Server, events_of
 
 MakeServer = Callable[..., Server]
 

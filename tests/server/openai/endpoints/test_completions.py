@@ -13,9 +13,9 @@ from engine.request import FinishReason, Request
 from server.openai.inputs.echo import echo_of
 from server.openai.reply.logprobs import SMALLEST
 from server.text.tokens.tokenizer import Tokenizer
-from tests.support.http_server import MESSAGES, MODEL, Server, events_of
-from tests.support.scripted_engine import Event, finished, say, tokens
-from tests.support.tiny_llama import BOS
+from tests.support.engines.scripted_engine import Event, finished, say, tokens
+from tests.support.models.tiny_llama import BOS
+from tests.support.servers.http_server import MESSAGES, MODEL, Server, events_of
 
 MakeServer = Callable[..., Server]
 

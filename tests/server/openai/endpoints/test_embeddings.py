@@ -15,8 +15,8 @@ from openai.types import CreateEmbeddingResponse
 from engine.messages import ErrorCode, Finished, Tokens
 from engine.request import FinishReason, Request
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import MODEL, Server
-from tests.support.scripted_engine import INFO, fail, finished
+from tests.support.engines.scripted_engine import INFO, fail, finished
+from tests.support.servers.http_server import MODEL, Server
 
 MakeServer = Callable[..., Server]
 PATH = "/v1/embeddings"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.text.generation_config import SamplingDefaults
-from tests.support.http_server import Server
+from tests.support.servers.http_server import Server
 
 MakeServer = Callable[..., Server]
 DEFAULTS = SamplingDefaults(

@@ -14,7 +14,7 @@ from server.openai.reply.choice import ChoiceDelta
 from server.openai.reply.generation import Generation
 from server.text.output.stream import TextDelta, TextStream
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT, CHAT_PATH, COMPLETION, COMPLETION_PATH, Server
+from tests.support.servers.http_server import CHAT, CHAT_PATH, COMPLETION, COMPLETION_PATH, Server
 
 MakeServer = Callable[..., Server]
 CONTENT = {CHAT_PATH: CHAT, COMPLETION_PATH: COMPLETION}

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from engine.messages import DraftNodes, DraftSource, Round
-from tests.support.http_server import (
+from tests.support.engines.scripted_engine import steps
+from tests.support.servers.http_server import (
     CHAT,
     CHAT_PATH,
     COMPLETION,
@@ -16,7 +17,6 @@ from tests.support.http_server import (
     Server,
     events_of,
 )
-from tests.support.scripted_engine import steps
 
 MakeServer = Callable[..., Server]
 PATHS = [(CHAT_PATH, CHAT), (COMPLETION_PATH, COMPLETION)]

@@ -15,7 +15,7 @@ from server.text.answer.forms import AnswerForm
 from server.text.template.chat_template import ChatTemplate
 from server.text.template.rendering import Renderer
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import MESSAGES, Server
+from tests.support.servers.http_server import MESSAGES, Server
 
 END = "<|end|>"
 TEXTS = "{% for m in messages %}{{ m.role }}:{{ m.content }}" + END + "{% endfor %}"

@@ -14,7 +14,7 @@ from engine.request import Grammar
 from server.text import grammars
 from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
+from tests.support.servers.http_server import CHAT_PATH, COMPLETION_PATH, MODEL, Server
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 TAG = {

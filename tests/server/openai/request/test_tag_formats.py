@@ -13,8 +13,8 @@ from engine.request import Grammar
 from server.openai.request.tag_formats import Holder, lark_of
 from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import Server
-from tests.support.scripted_engine import INFO
+from tests.support.engines.scripted_engine import INFO
+from tests.support.servers.http_server import Server
 
 FREE = {"type": "any_text"}
 BOOLEAN = {"type": "json_schema", "json_schema": {"type": "boolean"}}

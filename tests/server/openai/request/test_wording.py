@@ -17,7 +17,7 @@ from server.openai.request.schema import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from tests.support.http_server import CHAT, COMPLETION
+from tests.support.servers.http_server import CHAT, COMPLETION
 
 BAD_VALUES = [
     None, True, False, -3, 0, 1.5, 10**40, "", "x", "x" * 2000, "\0", [], [None], [True], [-1],

@@ -18,9 +18,9 @@ from server.openai.request.fields import HARMLESS
 from server.openai.responses.request import ResponsesRequest
 from server.text.tokens.tokenizer import Tokenizer
 from tests.server.openai.test_refusals import error_of
-from tests.support.http_server import MODEL, Server
-from tests.support.scripted_engine import fail, finished, say, tokens
-from tests.support.tiny_llama import EOS
+from tests.support.engines.scripted_engine import fail, finished, say, tokens
+from tests.support.models.tiny_llama import EOS
+from tests.support.servers.http_server import MODEL, Server
 from tests.support.waiting import DEADLINE, PAUSE
 
 MakeServer = Callable[..., Server]

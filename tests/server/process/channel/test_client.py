@@ -25,9 +25,9 @@ from engine.request import FinishReason, Request
 from server.process.channel import client as client_module
 from server.process.channel.client import ENGINE_LOST, NO_ENGINE, UNREAD
 from server.process.channel.wire import decode_client
-from tests.support.engine_pair import Pair
-from tests.support.engines import ask
-from tests.support.scripted_engine import finished, tokens
+from tests.support.engines.engine_pair import Pair
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import finished, tokens
 from tests.support.waiting import DEADLINE
 
 STATS = EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7)

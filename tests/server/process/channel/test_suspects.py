@@ -17,8 +17,8 @@ from server.assembly.running_requests import SIZE, Recorded, mark, marks_in
 from server.process.channel import suspects as module
 from server.process.channel.client import ZmqEngineClient
 from server.process.channel.suspects import Suspects, hash_of
-from tests.support.engines import ask
-from tests.support.scripted_engine import INFO
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import INFO
 
 POISON, OTHER = ask("a", [5, 6]), ask("b", [7])
 

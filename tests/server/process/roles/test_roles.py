@@ -33,11 +33,11 @@ from server.process.channel.client import ENGINE_LOST, NO_ENGINE
 from server.process.channel.suspects import Suspects
 from server.process.channel.totals import total
 from server.process.roles.client import RolesClient
-from tests.support.engine_pair import Pair
-from tests.support.engines import ask, generate
-from tests.support.head_lab import HeadLab, write_head
-from tests.support.role_engines import RoleLab, joined
-from tests.support.tiny_engine import TinyEngine, random_llama
+from tests.support.engines.engine_pair import Pair
+from tests.support.engines.in_process import ask, generate
+from tests.support.engines.role_engines import RoleLab, joined
+from tests.support.engines.tiny_engine import TinyEngine, random_llama
+from tests.support.heads.head_lab import HeadLab, write_head
 from tests.support.waiting import DEADLINE
 
 CHAIN = chain(3)

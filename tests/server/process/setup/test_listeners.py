@@ -17,8 +17,8 @@ from configs.schema import ServerConfig
 from server.http.connection import outlet
 from server.process.setup.listening import address_of, check_tls, open_listener, open_unix_socket
 from server.process.web import WebServer
-from tests.support.certificate import CERTIFICATE, KEY
-from tests.support.http_server import CHAT, CHAT_PATH, Server
+from tests.support.servers.certificate import CERTIFICATE, KEY
+from tests.support.servers.http_server import CHAT, CHAT_PATH, Server
 from tests.support.waiting import DEADLINE
 
 MakeServer = Callable[..., Server]

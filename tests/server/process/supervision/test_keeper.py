@@ -27,9 +27,9 @@ from server.process.supervision import restarts
 from server.process.supervision.keeper import EngineKeeper
 from server.process.supervision.process_table import PROC, ticks_of_group
 from tests.support.configurations import hosted
-from tests.support.engines import ask
-from tests.support.live_server import wait_gone
-from tests.support.scripted_engine import INFO
+from tests.support.engines.in_process import ask
+from tests.support.engines.scripted_engine import INFO
+from tests.support.servers.live_server import wait_gone
 from tests.support.waiting import DEADLINE, until, wait_until
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.live_server import wait_gone
+from tests.support.servers.live_server import wait_gone
 
 PROGRAM = """
 import logging, os, pathlib, subprocess, sys, threading

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from server.text.answer.calls import CallReader, CallRules
 from server.text.answer.forms import SYNTAXES
 from server.text.answer.parts import CallArguments, CallBegin, Content
-from tests.support.answers import cut, joined, read
+from tests.support.text.answers import cut, joined, read
 
 NAMES = ("f", "get_weather", "a-b")
 RULES = CallRules(NAMES)

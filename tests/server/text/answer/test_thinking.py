@@ -12,7 +12,7 @@ from server.text.answer.calls import CallReader, CallRules
 from server.text.answer.forms import SYNTAXES
 from server.text.answer.parts import PlainReader
 from server.text.answer.thinking import ThinkingReader
-from tests.support.answers import cut, read
+from tests.support.text.answers import cut, read
 
 CALL = '<tool_call>{"name":"f","arguments":{}}</tool_call>'
 ANSWERS: list[tuple[str, bool, list[Any]]] = [

@@ -12,7 +12,7 @@ import pytest
 from server.text.template.chat_template import ChatTemplate
 from server.text.template.render_process import Conversation
 from server.text.template.rendering import FAILED, SMALL, Renderer, is_small
-from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
+from tests.support.models.tiny_llama import CHAT_TEMPLATE, SPECIALS
 from tests.support.waiting import DEADLINE
 
 Make = Callable[[str], Renderer]

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from engine.checkpoints.source import ModelFiles
 from server.text.tokens.tokenizer import BYTE_LETTERS, Tokenizer
 from server.text.tokens.tokenizer_files import load_tokenizer
-from tests.support.tiny_llama import CHAT_TEMPLATE, SPECIALS
+from tests.support.models.tiny_llama import CHAT_TEMPLATE, SPECIALS
 
 TEXTS = [
     "",

@@ -21,7 +21,7 @@ from server.text.output.detokenizer import IncrementalDetokenizer
 from server.text.tokens.tokenizer import BYTE_LETTERS
 from server.text.tokens.tokenizer_cache import CHECKSUMS, converted_folder
 from server.text.tokens.tokenizer_files import load_tokenizer
-from tests.support.tiny_llama import write_tokenizer
+from tests.support.models.tiny_llama import write_tokenizer
 
 CONVERTING = "this is done once"
 

@@ -1,0 +1,1 @@
+"""Draft trees for tests, and proposers that know the texts."""

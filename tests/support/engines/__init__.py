@@ -1,0 +1,1 @@
+"""Engines and executors for tests, whole or in part, and their plans."""

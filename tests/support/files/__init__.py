@@ -1,0 +1,1 @@
+"""Files of checkpoints for tests, and a hub that serves them."""

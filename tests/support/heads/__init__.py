@@ -1,0 +1,1 @@
+"""Tiny draft heads, and their training."""

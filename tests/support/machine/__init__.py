@@ -1,0 +1,1 @@
+"""Pretended devices, guarded memory, threads and compiled kernels."""

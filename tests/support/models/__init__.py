@@ -1,0 +1,1 @@
+"""Tiny models, run directly, and oracles for what they generate."""

@@ -1,0 +1,1 @@
+"""Several ranks for tests, as processes or as threads."""

@@ -1,0 +1,1 @@
+"""Servers for tests, scripted and real, and what clients need."""

@@ -1,0 +1,1 @@
+"""Texts, grammars and templates for tests."""
