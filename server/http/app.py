@@ -6,11 +6,12 @@ import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from configs.resolve import HostConfig
 from configs.schema import ServerConfig
@@ -79,11 +80,11 @@ def create_app(
     )
     app.state.context = context
     routes = (*api, operators.ROUTES, admin.ROUTES)
-    for each in routes:
-        app.include_router(each.router)
-    app.include_router(docs_page.router)
+    routers = [*(each.router for each in routes), docs_page.router]
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, functools.partial(_http_error, routers))
     warn_of_readable_keys(config.server)
     _add_middlewares(app, context, routes)
     needs_key = bool(load_api_keys(config.server))
@@ -206,9 +207,16 @@ def _loggable(error: ApiError, prompts: bool) -> str:
     return " ".join(part for part in (detail.code or detail.type, detail.param) if part)
 
 
-async def _http_error(http: HttpRequest, error: Exception) -> Response:
+async def _http_error(
+    routers: Sequence[APIRouter], http: HttpRequest, error: Exception
+) -> Response:
     """404 and 405 of the router, in the format of all other errors."""
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    is_unknown = error.status_code == 404
+    if not is_unknown:
+        named = set(headers.pop("Allow", "").split(", ")) - {""}
+        headers["allow"] = ", ".join(sorted(named | _methods(routers, http)))
     message = f"{error.detail}: {http.method} {http.url.path}"
     return await _api_error(
         http,
@@ -216,7 +224,17 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
             error.status_code,
             message,
             "invalid_request_error",
-            code="not_found" if error.status_code == 404 else "method_not_allowed",
-            headers=dict(error.headers or {}),
+            code="not_found" if is_unknown else "method_not_allowed",
+            headers=headers,
         ),
     )
+
+
+def _methods(routers: Sequence[APIRouter], http: HttpRequest) -> set[str]:
+    """Those of all our routes at the path of a request; the error names those of one route."""
+    found: set[str] = set()
+    for router in routers:
+        for route in router.routes:
+            if isinstance(route, Route) and route.matches(http.scope)[0] is not Match.NONE:
+                found |= route.methods or set()
+    return found

@@ -123,7 +123,7 @@ LogitBias = Annotated[
             ],
             Bias,
         ],
-        Field(max_length=MAX_BIASES),
+        Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
         AfterValidator(_different_ids),
     ]
     | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -107,6 +108,15 @@ def test_every_reference_resolves(server: Server) -> None:
     document = server.get("/openapi.json").json()
     known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert references(document) <= known
+
+
+def test_keys_that_are_no_token_ids_do_not_fit_the_schema(server: Server) -> None:
+    schemas = server.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("ChatRequest", "CompletionRequest"):
+        bias, _ = schemas[name]["properties"]["logit_bias"]["anyOf"]
+        assert jsonschema_rs.is_valid(bias, {"50": -100})
+        for wrong in ({"a": 1}, {"50": 101}, {"50": [1]}, {"-1": 1}):
+            assert not jsonschema_rs.is_valid(bias, wrong)
 
 
 def references(node: Any) -> set[str]:

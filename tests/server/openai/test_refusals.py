@@ -346,6 +346,25 @@ def test_unknown_routes_and_methods_have_the_same_format(server: Server) -> None
     assert response.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/models", "GET, HEAD"),
+        ("/v1/responses/resp_1", "DELETE, GET"),
+        ("/v1/responses/resp_1/cancel", "POST"),
+        ("/admin/learning", "GET, POST"),
+        ("/ping", "GET, HEAD, POST"),
+        ("/openapi.json", "GET, HEAD"),
+    ],
+)
+def test_all_methods_of_a_path_are_named(make_server: MakeServer, path: str, methods: str) -> None:
+    server = make_server(admin_keys=("root",))
+    key = {"authorization": "Bearer root"}
+    response = server.run(lambda client: client.request("PUT", path, headers=key))
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == methods
+
+
 def test_wide_objects_are_refused_by_their_width(server: Server) -> None:
     wide = {f"k{index}": 0 for index in range(2000)}
     for body in (CHAT | {"metadata": wide}, CHAT | {"messages": [wide]}, wide):
