@@ -47,7 +47,7 @@ class PlainSteps:
         self.is_doubtful = self.num_seen > 1 and not expected
 
     def pass_over(self) -> None:
-        """A step had drafts. The more there are, the less is known of what a plain one takes now."""
+        """A step had drafts. The more do, the less is known of what a plain one takes now."""
         self.num_drafted += 1
         self.num_asked = 0
         self.worth *= FADED
