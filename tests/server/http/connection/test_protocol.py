@@ -291,6 +291,33 @@ def test_what_is_not_http_is_a_json_error(
     talk(server, scene)
 
 
+@pytest.mark.parametrize(
+    "trailer", [b"Host: elsewhere", b"Content-Encoding: gzip", b"X-Request-ID: mine"]
+)
+def test_trailers_are_no_headers(server: Server, trailer: bytes) -> None:
+    body = json.dumps(CHAT).encode()
+    chunk = b"%x\r\n%s\r\n" % (len(body), body)
+
+    async def scene(line: Line) -> None:
+        for _ in range(2):
+            await line.send(CHUNKED + chunk + b"0\r\n" + trailer + b"\r\n\r\n")
+            status, headers, _ = await line.answer()
+            assert status == 200
+            assert headers["x-request-id"] != "mine"
+
+    talk(server, scene)
+
+
+def test_a_transfer_coding_that_is_not_spoken_is_refused(server: Server) -> None:
+    """Its body would be taken as it comes, compressed."""
+
+    async def scene(line: Line) -> None:
+        await line.send(POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+        await refused(line, 501, "unsupported_transfer_encoding")
+
+    talk(server, scene)
+
+
 class Short(HttpProtocol):
     """There is no memory for a body."""
 
