@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
+from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import Any
 
-from tests.support.live_server import LiveServer, command_line, descendants
+from tests.support.live_server import LiveServer, command_line, descendants, wait_gone
 from tests.support.waiting import wait_until
 
 TAKING = re.compile(r"engines that take requests: (\d+)")  # said by a front end when it changes
@@ -30,6 +35,21 @@ class LiveFleet(LiveServer):
         super().__init__(*overrides, extra=RAY_SETTINGS, **options)
         self._arguments = ["deploy", "ray", "--port", "0", *overrides]
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends a cluster that still runs, too: some of Ray's processes outlive a killed parent, and
+        keep its pipes open."""
+        running = descendants(self.pid) if self.process.poll() is None else ()
+        for handle in list(_handles(running)):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            wait_gone(handle)
+        super().__exit__(kind, error, trace)
+
     @property
     def engine_pids(self) -> list[int]:
         return [pid for pid in descendants(self.pid) if "engine_process" in command_line(pid)]
@@ -51,3 +71,10 @@ class LiveFleet(LiveServer):
     def _num_taking(self) -> int:
         said = TAKING.findall(self.log.text())
         return int(said[-1]) if said else 0
+
+
+def _handles(pids: Iterable[int]) -> Iterator[int]:
+    """Of those processes that have not ended yet."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            yield os.pidfd_open(pid)
