@@ -69,7 +69,8 @@ test-clients: $(VENV)/.client-tools
 # Several engines in a Ray cluster on this machine, for some minutes.
 test-ray: $(VENV)/.test-tools
 	@if $(PIP) -e ".[ray]"; then \
-		$(BIN)/python -m pytest -m ray $(TEST_ARGS) tests/server/ray tests/e2e/test_ray.py; \
+		$(BIN)/python -m pytest -m ray $(TEST_ARGS) tests/server/ray tests/e2e/test_ray.py \
+			tests/e2e/test_ray_clusters.py; \
 	else echo "test-ray: skipped, because Ray cannot be installed here"; fi
 
 # Pages between engines through NIXL.

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from urllib.parse import urlsplit
 
 import ray
@@ -21,6 +22,8 @@ from server.ray.app import QUIET, application, cluster_gpus
 
 NAME = "aerie"
 START_TRIES = 3  # of Ray on this machine
+LEAVING_TIME = 60.0  # seconds for processes to end once their requests have
+LEAVING_POLL = 0.2  # seconds between looks whether they have
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def deploy(config: Config, address: str | None) -> int:
         OSError: the port cannot be used.
         ConnectionError: there is no cluster at `address`.
         RuntimeError: Ray or the engines cannot start.
+        TimeoutError: processes of the application do not end.
     """
     check_server(config.server, in_cluster=address is not None)
     check_tls(config.server)
@@ -51,7 +55,7 @@ def deploy(config: Config, address: str | None) -> int:
         if address is None:
             stop.wait()
             logger.info("draining")
-            serve.delete(NAME)
+            delete(config.server.drain_timeout + LEAVING_TIME)
     finally:
         if address is None:
             serve.shutdown()
@@ -107,6 +111,17 @@ def start(config: Config, url: str) -> None:
     serve.start(proxy_location="EveryNode", http_options=http, logging_config=QUIET)
     front = serve.run(application(config, cluster_gpus()), name=NAME, route_prefix="/")
     front.wait_ready.remote().result()
+
+
+def delete(within: float) -> None:
+    """Let the application drain, and end it. Ray would wait for a minute, whatever may drain longer.
+    TimeoutError after `within` seconds."""
+    end = time.monotonic() + within
+    serve.delete(NAME, _blocking=False)
+    while NAME in serve.status().applications:
+        if time.monotonic() > end:
+            raise TimeoutError(f"the application has not ended within {within:.0f} s")
+        time.sleep(LEAVING_POLL)
 
 
 def check_server(server: ServerConfig, *, in_cluster: bool) -> None:

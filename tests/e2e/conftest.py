@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.models.tiny_llama import TinyLlama, write_tiny_llama
+from tests.support.servers.live_fleet import LiveFleet
 from tests.support.servers.live_server import LiveServer
 
 MODEL = "tiny"
@@ -39,6 +40,16 @@ def make_server(tiny_folder: Path, native_cache: Path) -> Callable[..., LiveServ
             *overrides,
             **options,
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_fleet(make_server: Callable[..., LiveServer]) -> Callable[..., LiveFleet]:
+    """Builds fleets on the tiny model; arguments are those of `LiveServer`."""
+
+    def make(*overrides: str, **options: Any) -> LiveFleet:
+        return LiveFleet(*make_server().overrides, *overrides, **options)
 
     return make
 

@@ -10,11 +10,13 @@ DEADLINE = 150.0  # seconds; the native kernels may have to be compiled in it
 PAUSE = 0.002  # seconds between looks, in which others get the processor
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Return once `condition` holds."""
+def wait_until(
+    condition: Callable[[], object], state: Callable[[], str] = lambda: "it never happened"
+) -> None:
+    """Return once `condition` holds; `state` is said if it never does."""
     end = time.monotonic() + DEADLINE
     while not condition():
-        assert time.monotonic() < end, "it never happened"
+        assert time.monotonic() < end, state()
         time.sleep(PAUSE)
 
 

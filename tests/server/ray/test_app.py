@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +92,41 @@ def test_a_slow_start_of_ray_is_tried_again(
             deploy.connect(address)
     assert len(tries) == (3 if address is None and error is not ValueError else 1)
     assert len(ended) == len(tries) - (error is not RuntimeError)
+
+
+class SlowServe:
+    """Ray Serve with an application that is there for so many looks after it was told to end."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def delete(self, name: str, _blocking: bool = True) -> None:
+        assert name == deploy.NAME
+        if _blocking:
+            raise TimeoutError("not deleted after 60s")  # what Ray does, whatever may drain
+
+    def status(self) -> SimpleNamespace:
+        self.looks -= 1
+        return SimpleNamespace(applications={deploy.NAME: None} if self.looks >= 0 else {})
+
+    def shutdown(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("drain_timeout", "ends"), [("900", True), ("0", False)])
+def test_an_application_may_drain_for_as_long_as_configured(
+    monkeypatch: pytest.MonkeyPatch, drain_timeout: str, ends: bool
+) -> None:
+    told_to_stop = Event()
+    told_to_stop.set()
+    monkeypatch.setattr(deploy, "serve", SlowServe(looks=3))
+    monkeypatch.setattr(deploy, "LEAVING_TIME", 0.0, raising=False)
+    monkeypatch.setattr(deploy, "_stop_signals", lambda: told_to_stop)
+    for name in ("connect", "start", "set_up_logging"):
+        monkeypatch.setattr(deploy, name, lambda *_: None)
+    config = config_of({"server.drain_timeout": drain_timeout, "server.port": "0"})
+    if ends:
+        assert deploy.deploy(config, None) == 0
+    else:
+        with pytest.raises(TimeoutError, match="not ended within 0 s"):
+            deploy.deploy(config, None)
