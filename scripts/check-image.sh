@@ -110,7 +110,7 @@ ask "$URL/health" >/dev/null || fail "/health"
 ask "$URL/" | grep -qi "<html" || fail "there is no page at /"
 ask "$URL/v1/chat/completions" --header 'content-type: application/json' --data '{
     "model": "smollm2-135m-instruct", "temperature": 0,
-    "messages": [{"role": "user", "content": "What is the capital of France?"}]}' |
+    "messages": [{"role": "user", "content": "Name the capital of France."}]}' |
     grep -q Paris || fail "the bundled model does not answer"
 [ "$TOOL" = docker ] || $RUN healthcheck run "$NAME" >/dev/null 2>&1 || fail "the image's HEALTHCHECK"
 id=$($RUN exec "$NAME" python -c 'import os; print(os.getuid())')

@@ -27,7 +27,7 @@ READY = re.compile(r"READY (\S+)")
 SECONDS = 300  # for the start, which compiles the kernels
 QUESTION = {
     "model": "smollm2-135m-instruct",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "messages": [{"role": "user", "content": "Name the capital of France."}],
 }
 
 

@@ -114,7 +114,7 @@ def start(config: Config, url: str) -> None:
 
 
 def delete(within: float) -> None:
-    """Let the application drain, and end it. Ray would wait for a minute, whatever may drain longer.
+    """Let the application drain, and end it. Ray would wait for a minute, whatever drains longer.
     TimeoutError after `within` seconds."""
     end = time.monotonic() + within
     serve.delete(NAME, _blocking=False)

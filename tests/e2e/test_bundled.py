@@ -18,7 +18,9 @@ from tests.support.engines.in_process import ask
 from tests.support.machine.threads import own_torch_threads
 from tests.support.servers.live_server import LiveServer
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# No token of this answer is near a tie: CPUs differ in the last bits of attention. The answer to
+# "What is the capital of France?" begins with one of two tokens that are only 0.13 nats apart.
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 GREEDY: dict[str, Any] = {
     "model": BUNDLED_ALIAS,
     "messages": QUESTION,
