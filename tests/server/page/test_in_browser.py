@@ -384,7 +384,7 @@ def test_what_is_told_of_a_token_stays_while_the_keyboard_scrolls(
         f"() => {{ window.moved ||= {top} < {before} }})"
     )
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("window.moved")
+    here.wait_until(lambda: page.evaluate("Boolean(window.moved)"))
     assert page.evaluate(top) < before
     playwright.expect(page.locator("#tip")).to_be_visible()
 
@@ -401,7 +401,8 @@ def test_an_answer_that_has_ended_is_all_there(visit: Open, speech: Script) -> N
     )
     here.ask("hi")
     here.wait_answer()
-    assert page.wait_for_function("window.seen !== undefined && [window.seen]").json_value() == [0]
+    here.wait_until(lambda: page.evaluate("window.seen !== undefined"))
+    assert page.evaluate("window.seen") == 0
 
 
 @pytest.mark.parametrize(("width", "theme"), [(1300, "light"), (1300, "dark"), (360, "light")])
