@@ -358,8 +358,7 @@ class StepBody:
             self.proposer.take_singles(singles, hidden)
             return
         pack_entries = self.context.ops.pack_entries
-        are_roots = form.only_roots if form.exact else layout.packed is not None
-        if are_roots and pack_entries is not None:
+        if layout.packed is not None and pack_entries is not None:
             self.proposer.take(layout.packed_entries(result, pack_entries), hidden)
             return
         emitted = result.emitted.clone()

@@ -76,9 +76,8 @@ void aerie_pack_entries(aerie::Pool*, const int64_t* starts, const int64_t* lens
                         const int64_t* path, const int64_t* accepted, const int64_t* emitted,
                         const int64_t* firsts, const int32_t* tables, int64_t B, int64_t E,
                         int64_t columns, int64_t block_size, int64_t first_scratch, int64_t* cu,
-                        int32_t* cu_q,
-                        int32_t* prefix_lens, int64_t* last, int64_t* newest, int64_t* features,
-                        int64_t* tokens, int64_t* positions, int64_t* slots) {
+                        int32_t* cu_q, int32_t* prefix_lens, int64_t* last, int64_t* newest,
+                        int64_t* features, int64_t* tokens, int64_t* positions, int64_t* slots) {
   int64_t at = 0;
   cu[0] = cu_q[0] = 0;
   for (int64_t b = 0; b < B; ++b, path += E, emitted += E, tables += columns) {

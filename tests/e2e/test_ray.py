@@ -1,4 +1,4 @@
-"""`aerie deploy ray` on this machine: two engines behind one API. `make test-ray`"""
+"""`aerie deploy ray` on this machine: two engines that share one API. `make test-ray`"""
 
 from __future__ import annotations
 
