@@ -29,7 +29,7 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 MakeFleet = Callable[..., LiveFleet]
-FULL = {"ignore_eos": True}
+LONG = 1500  # times two tokens: the engine, and nothing before it, must be what requests wait for
 NUM_WITH_BOTH = 48  # requests: four of each client
 
 
@@ -123,18 +123,18 @@ def test_engines_come_and_go_with_the_load_and_no_request_fails(make_fleet: Make
         """Requests answered until the load may end; the first client goes on to the end."""
         count = 0
         while not (ended if number == 0 else busy).is_set():
-            found = client.completions.create(
-                model=MODEL, prompt=f"{number} {count}", max_tokens=100, extra_body=FULL
-            )
-            assert found.choices[0].finish_reason == "length"
+            prompt = [10 + number, 30 + count % 300] * LONG
+            found = client.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
+            assert found.usage is not None
+            assert found.usage.completion_tokens == 1
             count += 1
         return count
 
     with make_fleet(*options) as live, ThreadPoolExecutor(12) as threads:
         client = live.client()
+        live.wait_engines(1)  # before the load: a slow look would come when there are two
         asking = [threads.submit(keep_asking, number) for number in range(12)]
         try:
-            live.wait_engines(1)
             live.wait_engines(2)
             before = live.metrics()["request_success_total"]
             live.wait_metrics(lambda now: now["request_success_total"] > before + NUM_WITH_BOTH)

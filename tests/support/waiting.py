@@ -7,17 +7,21 @@ import time
 from collections.abc import Callable
 
 DEADLINE = 150.0  # seconds; the native kernels may have to be compiled in it
-PAUSE = 0.002  # seconds between looks, in which others get the processor
+PAUSE = 0.002  # seconds between looks, at least
+PAUSE_PER_LOOK = 10  # times the duration of a look: others need the processor more
 
 
 def wait_until(
     condition: Callable[[], object], state: Callable[[], str] = lambda: "it never happened"
 ) -> None:
     """Return once `condition` holds; `state` is said if it never does."""
-    end = time.monotonic() + DEADLINE
+    began = time.monotonic()
+    end = began + DEADLINE
     while not condition():
-        assert time.monotonic() < end, state()
-        time.sleep(PAUSE)
+        now = time.monotonic()
+        assert now < end, state()
+        time.sleep(max(PAUSE, PAUSE_PER_LOOK * (now - began)))
+        began = time.monotonic()
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -23,7 +24,7 @@ import openai
 import yaml
 
 from configs.env import environment
-from server.process.supervision.process_table import children_of
+from server.process.supervision.process_table import children_of, entries
 from tests.support.waiting import DEADLINE, wait_until
 
 STACKS_TIME = 2  # seconds for a process to write them
@@ -308,11 +309,16 @@ def wait_gone(pidfd: int) -> None:
     os.close(pidfd)
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """`pid`, its children, theirs, and so on."""
-    yield pid
-    for child in children_of(pid):
-        yield from descendants(child)
+def descendants(pid: int) -> list[int]:
+    """`pid`, its children, theirs, and so on, parents first. From one look at all processes: a look
+    for each of them takes as long as a server needs to start."""
+    children = defaultdict(list)
+    for entry in entries():
+        children[entry.parent].append(entry.pid)
+    found = [pid]
+    for parent in found:
+        found.extend(children[parent])
+    return found
 
 
 def _copies(pid: int) -> list[int]:
