@@ -8,6 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PREFIX = "AERIE_"  # of variables that set a key of the configuration
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it sends nothing to its makers
+    # In a cluster that starts here: by default, Ray's processes give way to all others, but engines
+    # are what the machine is for. To hand each event to another thread costs more than its work.
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
 
 
 def environment() -> Mapping[str, str]:
@@ -33,9 +40,10 @@ def terminal_can_draw() -> bool:
     return os.environ.get("TERM", "dumb") != "dumb"
 
 
-def without_usage_reports() -> None:
-    """Call it before Ray starts: it sends nothing to its makers, unless the operator wants that."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def set_up_ray() -> None:
+    """Call it before Ray starts. What the operator has set stays."""
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def default_cache_dir() -> Path:

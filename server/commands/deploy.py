@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from configs.env import environment, without_usage_reports
+from configs.env import environment, set_up_ray
 from configs.load import load_config
 from server.commands.options import SERVING, ConfigFile, Overrides, failed
 
@@ -79,7 +79,7 @@ def ray(
         found = load_config(config, [*(overrides or ()), *extra], environment())
         if importlib.util.find_spec("ray") is None:
             raise ValueError(MISSING)
-        without_usage_reports()
+        set_up_ray()
         from server.ray.deploy import deploy
 
         code = deploy(found, address)
