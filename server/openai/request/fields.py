@@ -27,6 +27,17 @@ def _refuse(value: Any) -> None:
         raise ValueError("not supported yet; leave it out or send null")
 
 
+def _only(allowed: bool) -> BeforeValidator:
+    """A literal alone takes 0 and 1, too, which Python takes for false and true."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise ValueError(f"it must be {str(allowed).lower()}")
+        return value
+
+    return BeforeValidator(check)
+
+
 def _no_choice(value: Any) -> Any:
     if value not in (None, "none", "auto"):
         raise ValueError('not supported; send tools and tool_choice, or "none"')
@@ -73,6 +84,8 @@ def _of_one_kind(value: Any) -> Any:
     return value
 
 
+OnlyFalse = Annotated[Literal[False], _only(False)]
+OnlyTrue = Annotated[Literal[True], _only(True)]
 Unsupported = Annotated[
     None, BeforeValidator(_refuse), WithJsonSchema({"type": "null"}), Field(description="Refused.")
 ]
@@ -275,4 +288,4 @@ class SpeculationOptions(Fields):
 class UntracedSpeculation(SpeculationOptions):
     """The same, where no choice could carry a trace."""
 
-    trace: Literal[False] = Field(False, description="Only false.")
+    trace: OnlyFalse = Field(False, description="Only false.")

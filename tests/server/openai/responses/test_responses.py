@@ -277,6 +277,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"background": True, "stream": True}, "background", "not with stream true"),
     ({"background": True, "store": False}, "background", "not with store false"),
     ({"speculation": {"trace": True}}, "speculation.trace", "must be false"),
+    ({"speculation": {"trace": 0}}, "speculation.trace", "must be false"),
     ({"conversation": "c"}, "conversation", "not supported"),
     ({"prompt": {"id": "p"}}, "prompt", "not supported"),
     ({"nonsense": 1}, "nonsense", "Unknown field"),
