@@ -15,6 +15,8 @@ from server.http.request.validation import broken_rule
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
 MAX_STOPS = 32
+MAX_STOP = 1024
+MAX_LOGPROBS = 20
 MAX_PARTS = 1024
 MAX_BEST_OF = 20
 MAX_BIASES = 1024
@@ -107,7 +109,7 @@ OldChoice = Annotated[
     BeforeValidator(_no_choice),
     Field(description='Only "none", or "auto" without functions: the older `tool_choice`.'),
 ]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Prompts = Annotated[
@@ -142,9 +144,10 @@ LogitBias = Annotated[
     | None,
     Field(description="Token id, written as a string -> what is added to its logit."),
 ]
+MaybeEmpty = Annotated[str, Field(max_length=MAX_STOP)]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
-    BeforeValidator(_without_empty),
+    MaybeEmpty | Annotated[list[MaybeEmpty], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
+    AfterValidator(_without_empty),
     Field(
         description=f"Up to {MAX_STOPS} strings that end the text; they are not part of it. "
         "Empty strings are left out."
@@ -154,12 +157,21 @@ NumLogprobs = Annotated[
     int | None,
     Field(
         ge=0,
-        le=20,
+        le=MAX_LOGPROBS,
         description="Alternatives per token; log-probabilities are those under the model, before "
         "the sampling parameters but among the tokens that the text may have. Minus infinity is "
         "written as -9999. False: none.",
     ),
     BeforeValidator(_false_is_null),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
+                {"type": "boolean", "const": False},
+                {"type": "null"},
+            ]
+        }
+    ),
 ]
 TruncationSide = Annotated[
     Literal["left", "right"] | None,

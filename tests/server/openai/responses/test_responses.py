@@ -310,7 +310,9 @@ def test_an_unknown_query_parameter_is_told_those_that_are_known(server: Server,
 def test_every_published_field_is_known_and_harmless_ones_are_named(server: Server) -> None:
     published = get_type_hints(response_create_params.ResponseCreateParamsBase)
     later = {"access_programs", "background_options", "image"}  # of OpenAI's own models
-    assert set(published) - set(ResponsesRequest.model_fields) == later
+    known = set(ResponsesRequest.model_fields)
+    assert set(published) - known <= later  # an older client lacks some of them
+    assert known.isdisjoint(later)
     asked = {"reasoning": {"effort": "low"}, "user": "u", "include": ["file_search_call.results"]}
     reply = ask(server, **asked)
     named = reply.headers["x-aerie-warning"].removeprefix("not used: ").split(", ")
