@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from fastapi import APIRouter
@@ -19,8 +20,8 @@ from server.http.reply.sse import StructResponse
 from server.http.request.body import Fields, body_size, read_body
 from server.http.request.query import read_query
 from server.http.routes.openapi import Routes, operation
+from server.openai.inputs.conversion import CHAT
 from server.openai.inputs.convert import chat_prompts, chat_reading
-from server.openai.inputs.tool_grammar import chat_grammar
 from server.openai.reply.answer import Task, respond
 from server.openai.request.fields import HARMLESS
 from server.openai.request.schema import ChatRequest
@@ -84,11 +85,9 @@ def _task(request: MessagesRequest) -> Task[ChatRequest]:
     return Task(
         ChatRequest,
         "msg_",
-        chat_prompts,
-        message_params,
+        dataclasses.replace(CHAT, params=message_params),
         functools.partial(MessageWriter, request),
         chat_reading,
-        chat_grammar,
         failure=MessageWriter.failure,
         end=b"",
     )

@@ -231,10 +231,13 @@ async def _http_error(
 
 
 def _methods(routers: Sequence[APIRouter], http: HttpRequest) -> set[str]:
-    """Those of all our routes at the path of a request; the error names those of one route."""
-    found: set[str] = set()
-    for router in routers:
-        for route in router.routes:
-            if isinstance(route, Route) and route.matches(http.scope)[0] is not Match.NONE:
-                found |= route.methods or set()
-    return found
+    """Those of all our routes at the path of a request; the error names those of one route. A path
+    that a route has as it is stands for no parameter of another."""
+    here = [
+        route
+        for router in routers
+        for route in router.routes
+        if isinstance(route, Route) and route.matches(http.scope)[0] is not Match.NONE
+    ]
+    exact = [route for route in here if not route.param_convertors]
+    return set().union(*(route.methods or () for route in exact or here))

@@ -57,6 +57,35 @@ def test_a_conversation_is_stored_listed_and_deleted(server: LiveServer) -> None
         client.responses.create(**ASKED, previous_response_id=first.id)
 
 
+def test_the_count_of_input_tokens_is_the_usage_of_the_response(server: LiveServer) -> None:
+    client = server.client()
+    first = client.responses.create(**ASKED, max_output_tokens=4)
+    function = TOOL["function"]
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "input": [{"role": "user", "content": "more"}],
+        "instructions": "Be kind.",
+        "previous_response_id": first.id,
+        "tools": [{"type": "function", **function}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "low"},
+        "text": {"format": {"type": "text"}},
+        "truncation": "auto",
+    }
+    counted = client.responses.input_tokens.count(**fields)
+    assert counted.object == "response.input_tokens"
+    made = client.responses.create(**fields, max_output_tokens=4)
+    assert made.usage is not None
+    assert counted.input_tokens == made.usage.input_tokens
+
+    async def count() -> int:
+        async with server.async_client() as client:
+            return (await client.responses.input_tokens.count(**fields)).input_tokens
+
+    assert asyncio.run(count()) == counted.input_tokens
+
+
 def test_pydantic_models_are_parsed_from_text_and_calls(server: LiveServer) -> None:
     client = server.client()
     found = client.responses.parse(**ASKED, text_format=Flag)

@@ -10,8 +10,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from server.http.routes.openapi import Routes, operation
-from server.openai.inputs.convert import chat_params, chat_prompts, chat_reading
-from server.openai.inputs.tool_grammar import chat_grammar
+from server.openai.inputs.conversion import CHAT
+from server.openai.inputs.convert import chat_reading
 from server.openai.reply.answer import Task, answer
 from server.openai.reply.bodies import (
     ChatChoice,
@@ -168,6 +168,4 @@ class ChatWriter:
         return chat_logprobs(self._generation.tokenizer, delta.scored, self._names_ids)
 
 
-TASK = Task(
-    ChatRequest, "chatcmpl-", chat_prompts, chat_params, ChatWriter, chat_reading, chat_grammar
-)
+TASK = Task(ChatRequest, "chatcmpl-", CHAT, ChatWriter, chat_reading)

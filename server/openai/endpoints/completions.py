@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from engine.messages import TokenLogprob
 from server.http.routes.openapi import Routes, operation
+from server.openai.inputs.conversion import Conversion
 from server.openai.inputs.convert import completion_params, completion_prompts
 from server.openai.inputs.echo import Echo
 from server.openai.reply.answer import Task, answer
@@ -161,9 +162,7 @@ class _ChoiceWriter:
 TASK = Task(
     CompletionRequest,
     "cmpl-",
-    completion_prompts,
-    completion_params,
+    Conversion(completion_prompts, completion_params, lambda _, body: asked_grammar(body)),
     CompletionWriter,
     lambda *_: Reading(),
-    lambda _, body: asked_grammar(body),
 )

@@ -19,6 +19,7 @@ from server.http.context import context_of
 from server.http.errors import bad_value, invalid
 from server.http.request.body import Fields, NotUsed, body_size, read_body
 from server.http.routes.openapi import Routes, operation
+from server.openai.inputs.conversion import Conversion
 from server.openai.inputs.convert import Prompt, completion_params, completion_prompts
 from server.openai.reply.answer import Task, respond
 from server.openai.reply.choice import ChoiceDelta
@@ -195,10 +196,8 @@ def _task(request: EmbeddingsRequest, pooling: Pooling) -> Task[CompletionReques
     return Task(
         CompletionRequest,
         "embd-",
-        completion_prompts,
-        params,
+        Conversion(completion_prompts, params, lambda *_: None),
         writer,
         lambda *_: Reading(),
-        lambda *_: None,
         most_sequences="max_embeddings",
     )

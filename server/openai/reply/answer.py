@@ -13,26 +13,21 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from engine.messages import EngineInfo
-from engine.request import SamplingParams
 from server.http.admission.lanes import LONG, Turns
 from server.http.connection.direct_line import DirectLine, line_of
 from server.http.context import ServerContext, context_of
 from server.http.errors import ApiError
 from server.http.middleware.request_log import record_of
 from server.http.reply.sse import DONE, EventStream, WholeJson, error_event
-from server.http.request.body import body_size, read_body
-from server.openai.inputs.convert import Prompt
-from server.openai.inputs.defaults import limited, with_model_defaults
+from server.http.request.body import read_body
+from server.openai.inputs.conversion import Asked, Conversion
+from server.openai.inputs.defaults import with_model_defaults
 from server.openai.reply.choice import ChoiceDelta
 from server.openai.reply.generation import Admitted, Generation, GenerationInputs, start_generation
-from server.openai.request.schema import SamplingFields
-from server.openai.request.structured import AskedGrammar, checked_grammar
 from server.text.answer.forms import Reading
 
 FEW_SCORES = 64
 
-Asked = TypeVar("Asked", bound=SamplingFields)
 Result = TypeVar("Result")
 
 
@@ -62,11 +57,9 @@ class Task(Generic[Asked]):
 
     body: type[Asked]
     id_prefix: str
-    prompts: Callable[[ServerContext, EngineInfo, Asked], list[Prompt]]  # runs off the event loop
-    params: Callable[[Asked, Prompt, EngineInfo], SamplingParams]
+    conversion: Conversion[Asked]
     writer: Callable[[Generation, Asked], Writer]
     reading: Callable[[ServerContext, Asked], Reading]
-    grammar: Callable[[ServerContext, Asked], AskedGrammar | None]
     failure: Callable[[Any, ApiError], bytes] = lambda _, error: error_event(error)  # by the writer
     end: bytes = DONE  # of a stream
     most_sequences: Literal["max_choices", "max_embeddings"] = "max_choices"  # in `server`
@@ -97,15 +90,12 @@ async def begin(http: HttpRequest, task: Task[Asked], body: Asked) -> tuple[Gene
     context.check_model(body.model)
     caller = context.callers.of(http.scope["headers"])
     caller.check_priority(body.priority or 0)
-    defaults = context.info.defaults
-    body = with_model_defaults(body, defaults)
+    body = with_model_defaults(body, context.info.defaults)
     with ExitStack() as stack:
         ticket = context.admission.admit(body.num_sequences, task.most_sequences)
         stack.callback(ticket.release)
         info = context.engine_info()
-        prompts = await context.in_pool(body_size(http), task.prompts, context, info, body)
-        params = [limited(task.params(body, prompt, info), body, defaults) for prompt in prompts]
-        params = await _with_grammar(context, info, task.grammar(context, body), params)
+        prompts, params = await task.conversion.inputs(http, info, body)
         reading = task.reading(context, body)
         generation = start_generation(
             context,
@@ -116,22 +106,6 @@ async def begin(http: HttpRequest, task: Task[Asked], body: Asked) -> tuple[Gene
         writer = task.writer(generation, body)
         stack.pop_all()
     return generation, writer
-
-
-async def _with_grammar(
-    context: ServerContext,
-    info: EngineInfo,
-    asked: AskedGrammar | None,
-    params: list[SamplingParams],
-) -> list[SamplingParams]:
-    """The parameters of each prompt with the grammar that the request asks for. A new one is
-    compiled by another process, for which the threads for long work wait."""
-    if asked is None:
-        return params
-    grammar = context.grammars.known(asked.grammar)
-    if grammar is None:
-        grammar = await context.in_pool(LONG, checked_grammar, context, info, asked)
-    return [msgspec.structs.replace(each, grammar=grammar) for each in params]
 
 
 @dataclass(frozen=True, slots=True)

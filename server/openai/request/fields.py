@@ -15,6 +15,8 @@ from server.http.request.validation import broken_rule
 HARMLESS = "Accepted without effect: "
 MAX_INT = 2**63 - 1
 MAX_STOPS = 32
+MAX_STOP = 1024
+MAX_LOGPROBS = 20
 MAX_PARTS = 1024
 MAX_BEST_OF = 20
 MAX_BIASES = 1024
@@ -25,6 +27,17 @@ MAX_BAD_WORDS = 1024
 def _refuse(value: Any) -> None:
     if value is not None:
         raise ValueError("not supported yet; leave it out or send null")
+
+
+def _only(allowed: bool) -> BeforeValidator:
+    """A literal alone takes 0 and 1, too, which Python takes for false and true."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise ValueError(f"it must be {str(allowed).lower()}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _no_choice(value: Any) -> Any:
@@ -73,6 +86,8 @@ def _of_one_kind(value: Any) -> Any:
     return value
 
 
+OnlyFalse = Annotated[Literal[False], _only(False)]
+OnlyTrue = Annotated[Literal[True], _only(True)]
 Unsupported = Annotated[
     None, BeforeValidator(_refuse), WithJsonSchema({"type": "null"}), Field(description="Refused.")
 ]
@@ -94,7 +109,7 @@ OldChoice = Annotated[
     BeforeValidator(_no_choice),
     Field(description='Only "none", or "auto" without functions: the older `tool_choice`.'),
 ]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Prompts = Annotated[
@@ -129,9 +144,10 @@ LogitBias = Annotated[
     | None,
     Field(description="Token id, written as a string -> what is added to its logit."),
 ]
+MaybeEmpty = Annotated[str, Field(max_length=MAX_STOP)]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
-    BeforeValidator(_without_empty),
+    MaybeEmpty | Annotated[list[MaybeEmpty], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
+    AfterValidator(_without_empty),
     Field(
         description=f"Up to {MAX_STOPS} strings that end the text; they are not part of it. "
         "Empty strings are left out."
@@ -141,12 +157,21 @@ NumLogprobs = Annotated[
     int | None,
     Field(
         ge=0,
-        le=20,
+        le=MAX_LOGPROBS,
         description="Alternatives per token; log-probabilities are those under the model, before "
         "the sampling parameters but among the tokens that the text may have. Minus infinity is "
         "written as -9999. False: none.",
     ),
     BeforeValidator(_false_is_null),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
+                {"type": "boolean", "const": False},
+                {"type": "null"},
+            ]
+        }
+    ),
 ]
 TruncationSide = Annotated[
     Literal["left", "right"] | None,
@@ -275,4 +300,4 @@ class SpeculationOptions(Fields):
 class UntracedSpeculation(SpeculationOptions):
     """The same, where no choice could carry a trace."""
 
-    trace: Literal[False] = Field(False, description="Only false.")
+    trace: OnlyFalse = Field(False, description="Only false.")

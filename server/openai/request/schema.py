@@ -24,6 +24,7 @@ from server.openai.request.fields import (
     NumLogprobs,
     OldChoice,
     OldFunctions,
+    OnlyFalse,
     Penalty,
     Prediction,
     Prompts,
@@ -127,7 +128,7 @@ class SamplingFields(StructuredFields):
     logprob_token_ids: LogprobTokenIds = None
     allowed_token_ids: AllowedTokenIds = None
     bad_words: BadWords = None
-    use_beam_search: Literal[False] | None = Field(None, description="Only false.")
+    use_beam_search: OnlyFalse | None = Field(None, description="Only false.")
     length_penalty: float | None = Field(
         None, ge=1, le=1, description="Only 1: it is for beam search."
     )

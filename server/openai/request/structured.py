@@ -19,7 +19,7 @@ from server.http.context import ServerContext
 from server.http.errors import ApiError, bad_value
 from server.http.request.body import Fields, NotUsed, object_in
 from server.http.request.validation import broken_rule, validation_error
-from server.openai.request.fields import HARMLESS, Unsupported
+from server.openai.request.fields import HARMLESS, OnlyFalse, OnlyTrue, Unsupported
 from server.openai.request.references import endless_reference
 from server.openai.request.tag_formats import Holder, check_keywords, lark_of
 
@@ -148,15 +148,15 @@ class StructuredOutputs(Fields):
     regex: Regex | None = Field(None, description="The whole text matches, without look-around.")
     choice: Choices | None = Field(None, description="The text is one of these.")
     grammar: GrammarText | None = Field(None, description="Lark as llguidance reads it, or GBNF.")
-    json_object: Literal[True] | None = Field(None, description="The text is a JSON object.")
+    json_object: OnlyTrue | None = Field(None, description="The text is a JSON object.")
     structural_tag: SchemaOrText | None = Field(
         None,
         description="An object with `structures` and `triggers`, or with `format`; or its JSON as "
         "a string.",
     )
     disable_fallback: NotUsed[bool] = Field(None, description=HARMLESS + "there is one backend.")
-    disable_any_whitespace: Literal[False] | None = Field(None, description="Only false.")
-    disable_additional_properties: Literal[False] | None = Field(None, description="Only false.")
+    disable_any_whitespace: OnlyFalse | None = Field(None, description="Only false.")
+    disable_additional_properties: OnlyFalse | None = Field(None, description="Only false.")
     whitespace_pattern: Unsupported = None
 
     def given(self) -> list[str]:

@@ -125,6 +125,11 @@ class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[ChatTokenLogprob] | UnsetType = UNSET
 
 
+class InputTokens(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class DeletedResponse(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: Literal["response"] = "response"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from engine.messages import EngineInfo
 from server.http.context import ServerContext
 from server.http.errors import ApiError
 from server.http.request.validation import validation_error
+from server.openai.inputs.conversion import CHAT, Conversion
 from server.openai.inputs.convert import Prompt, chat_prompts
 from server.openai.request.conversation import ChatMessage
 from server.openai.request.schema import ChatRequest
@@ -27,10 +29,15 @@ from server.openai.request.tools import (
 from server.openai.request.tools import NamedFunction as ChatFunction
 from server.openai.request.wording import Names, reworded
 from server.openai.responses.items import SYSTEM, Conversation, InputItem
-from server.openai.responses.request import ChosenFunctions, FunctionTool, ResponsesRequest
+from server.openai.responses.request import (
+    ChosenFunctions,
+    FunctionTool,
+    InputTokensRequest,
+    ResponsesRequest,
+)
 
-SAME = (
-    "model",
+SAME = ("chat_template_kwargs", "parallel_tool_calls")
+SAME_WHEN_GENERATING = (
     "temperature",
     "top_p",
     "top_k",
@@ -45,9 +52,8 @@ SAME = (
     "cache_salt",
     "prompt_cache_key",
     "speculation",
-    "chat_template_kwargs",
-    "parallel_tool_calls",
     "stream",
+    "top_logprobs",
 )
 NAMES: Names = (
     ("messages", "input"),
@@ -65,8 +71,11 @@ class Asked:
     names: Names
 
 
-def chat_request(request: ResponsesRequest, earlier: Callable[[], Sequence[InputItem]]) -> Asked:
-    """`earlier`: the items of the conversation before this request.
+def chat_request(
+    request: InputTokensRequest, model_name: str, earlier: Callable[[], Sequence[InputItem]]
+) -> Asked:
+    """`model_name`: the model of a request that names none; `earlier`: the items of the
+    conversation before this request.
 
     Raises:
         ApiError: 400; fields contradict each other.
@@ -76,16 +85,18 @@ def chat_request(request: ResponsesRequest, earlier: Callable[[], Sequence[Input
         conversation.instruct(request.instructions)
     conversation.add(earlier(), "previous_response_id")
     conversation.add(request.items, "input")
-    fields = {
+    fields: dict[str, Any] = {
         **{name: getattr(request, name) for name in SAME},
+        "model": model_name if request.model is None else request.model,
         "messages": conversation.messages(),
         "max_completion_tokens": request.max_output_tokens,
         "response_format": _format(request),
         "tools": [_tool(tool) for tool in request.tools] if request.tools else None,
         "tool_choice": _choice(request.tool_choice),
-        "logprobs": request.scored or None,
-        "top_logprobs": request.top_logprobs,
     }
+    if isinstance(request, ResponsesRequest):
+        fields |= {name: getattr(request, name) for name in SAME_WHEN_GENERATING}
+        fields["logprobs"] = request.scored or None
     names = [*conversation.names(), *NAMES]
     try:
         return Asked(ChatRequest.model_validate(fields), names)
@@ -112,7 +123,7 @@ def _choice(choice: ChosenFunctions | Any) -> Any:
     return ChosenTools(type="allowed_tools", allowed_tools=allowed)
 
 
-def _format(request: ResponsesRequest) -> ResponseFormat | None:
+def _format(request: InputTokensRequest) -> ResponseFormat | None:
     form = None if request.text is None else request.text.format
     if form is None:
         return None
@@ -143,6 +154,9 @@ def shortened_prompts(context: ServerContext, info: EngineInfo, body: ChatReques
         return len(prompt.token_ids) <= room
 
     return prompts(turns.first_that(fits, room))
+
+
+SHORTENED: Conversion[ChatRequest] = dataclasses.replace(CHAT, prompts=shortened_prompts)
 
 
 class Turns:

@@ -1,4 +1,4 @@
-"""POST /v1/responses, field by field."""
+"""POST /v1/responses and /v1/responses/input_tokens, field by field."""
 
 from __future__ import annotations
 
@@ -105,13 +105,15 @@ class ResponseStreamOptions(Fields):
     )
 
 
-class ResponsesRequest(Fields):
-    """POST /v1/responses."""
+Input = str | Annotated[list[InputItem], Field(fail_fast=True, min_length=1)]
+INPUT = "The user's text, or items: messages of text, calls, their outputs, reasoning."
 
-    model: str
-    input: str | Annotated[list[InputItem], Field(fail_fast=True, min_length=1)] = Field(
-        description="The user's text, or items: messages of text, calls, their outputs, reasoning."
-    )
+
+class InputTokensRequest(Fields):
+    """POST /v1/responses/input_tokens."""
+
+    model: str | None = None
+    input: Input | None = Field(None, description=INPUT)
     instructions: str | None = Field(
         None, description="A system message at the start; not kept for later responses."
     )
@@ -120,21 +122,9 @@ class ResponsesRequest(Fields):
         max_length=MAX_ID,
         description="The conversation goes on after this response, which must still be stored.",
     )
-    store: bool | None = Field(
-        None,
-        description="Keep the response in memory, as long as there is room, for requests that name "
-        "it. Default true, where the server keeps responses.",
-    )
-    background: bool | None = Field(
-        None,
-        description="Answer at once; the response can be fetched while it is made. Not with "
-        "`stream`, and only where it is stored.",
-    )
     max_output_tokens: int | None = Field(
         None, ge=1, le=MAX_INT, description="Reasoning included. Default: the rest of the context."
     )
-    temperature: Temperature = None
-    top_p: TopP = None
     text: TextOptions | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = (
         Field(None, description=f"Up to {MAX_TOOLS} functions that the model may call.")
@@ -145,6 +135,59 @@ class ResponsesRequest(Fields):
     parallel_tool_calls: bool | None = Field(
         None, description="False: a response ends after its first call. Default true."
     )
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None,
+        description="auto: if the conversation is too long, its oldest turns are left out, but not "
+        "leading system messages. Default disabled: then it is an error.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template."
+    )
+    reasoning: NotUsed[dict[str, Any]] = Field(
+        None, description=HARMLESS + "the model is asked as the chat template says."
+    )
+    personality: NotUsed[str] = Field(
+        None, description=HARMLESS + "the model is asked as the chat template says."
+    )
+    conversation: Unsupported = None
+
+    @model_validator(mode="after")
+    def _has_something_to_read(self) -> InputTokensRequest:
+        if all(one is None for one in (self.input, self.instructions, self.previous_response_id)):
+            raise broken_rule(
+                "input",
+                "input is missing: one of input, instructions and previous_response_id is required",
+            )
+        return self
+
+    def not_used(self) -> Iterator[str]:
+        if self.tools and self.tool_choice == "none":
+            yield "tools"
+        if self.parallel_tool_calls is not None and (not self.tools or self.tool_choice == "none"):
+            yield "parallel_tool_calls"
+
+    @property
+    def items(self) -> Sequence[InputItem]:
+        return [user_item(self.input)] if isinstance(self.input, str) else self.input or ()
+
+
+class ResponsesRequest(InputTokensRequest):
+    """POST /v1/responses."""
+
+    model: str
+    input: Input = Field(description=INPUT)
+    store: bool | None = Field(
+        None,
+        description="Keep the response in memory, as long as there is room, for requests that name "
+        "it. Default true, where the server keeps responses.",
+    )
+    background: bool | None = Field(
+        None,
+        description="Answer at once; the response can be fetched while it is made. Not with "
+        "`stream`, and only where it is stored.",
+    )
+    temperature: Temperature = None
+    top_p: TopP = None
     include: list[str] | None = Field(
         None,
         description=f'"{LOGPROBS}": text comes with log-probabilities. Others have no effect: '
@@ -152,11 +195,6 @@ class ResponsesRequest(Fields):
     )
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="Alternatives per token; above 0 they are included."
-    )
-    truncation: Literal["auto", "disabled"] | None = Field(
-        None,
-        description="auto: if the conversation is too long, its oldest turns are left out, but not "
-        "leading system messages. Default disabled: then it is an error.",
     )
     metadata: (
         Annotated[
@@ -182,12 +220,6 @@ class ResponsesRequest(Fields):
     speculation: UntracedSpeculation | None = Field(
         None, description="Speculative decoding. Changes speed only, never the text."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Further variables of the chat template."
-    )
-    reasoning: NotUsed[dict[str, Any]] = Field(
-        None, description=HARMLESS + "the model is asked as the chat template says."
-    )
     max_tool_calls: NotUsed[int] = Field(
         None, description=HARMLESS + "it limits built-in tools, and there is none."
     )
@@ -207,7 +239,6 @@ class ResponsesRequest(Fields):
     prompt_cache_options: NotUsed[dict[str, Any]] = Field(
         None, description=HARMLESS + "prefixes stay cached as long as there is room."
     )
-    conversation: Unsupported = None
     prompt: Unsupported = None
     moderation: Unsupported = None
     context_management: Unsupported = None
@@ -227,17 +258,10 @@ class ResponsesRequest(Fields):
         return self
 
     def not_used(self) -> Iterator[str]:
+        yield from InputTokensRequest.not_used(self)
         for index, name in enumerate(self.include or ()):
             if name != LOGPROBS:
                 yield f"include[{index}]"
-        if self.tools and self.tool_choice == "none":
-            yield "tools"
-        if self.parallel_tool_calls is not None and (not self.tools or self.tool_choice == "none"):
-            yield "parallel_tool_calls"
-
-    @property
-    def items(self) -> Sequence[InputItem]:
-        return [user_item(self.input)] if isinstance(self.input, str) else self.input
 
     @property
     def scored(self) -> bool:

@@ -1,4 +1,4 @@
-"""/v1/responses: create, fetch, cancel and delete responses."""
+"""/v1/responses: create, fetch, cancel and delete responses; count the tokens of their input."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ from server.http.reply.sse import StructResponse
 from server.http.request.body import Fields, NotUsed, body_size, read_body
 from server.http.request.query import read_query
 from server.http.routes.openapi import Routes, operation
-from server.openai.inputs.convert import chat_params, chat_prompts, chat_reading
-from server.openai.inputs.tool_grammar import chat_grammar
+from server.openai.inputs.conversion import CHAT, Conversion
+from server.openai.inputs.convert import chat_reading
 from server.openai.reply.answer import Task, begin, respond, whole
 from server.openai.reply.generation import Generation
 from server.openai.request.fields import HARMLESS
 from server.openai.request.schema import ChatRequest
 from server.openai.request.wording import worded
-from server.openai.responses.bodies import DeletedResponse, ItemList, ResponseEvent, ResponseObject
-from server.openai.responses.convert import Asked, chat_request, shortened_prompts
-from server.openai.responses.request import ResponsesRequest
+from server.openai.responses.bodies import (
+    DeletedResponse,
+    InputTokens,
+    ItemList,
+    ResponseEvent,
+    ResponseObject,
+)
+from server.openai.responses.convert import SHORTENED, Asked, chat_request
+from server.openai.responses.request import InputTokensRequest, ResponsesRequest
 from server.openai.responses.stored import (
     bounded_line,
     head_of,
@@ -65,8 +71,8 @@ class ItemsQuery(Fields):
 router = APIRouter(prefix=PATH)
 ROUTES = Routes(
     router,
-    (ResponsesRequest,),
-    (ResponseObject, ResponseEvent, DeletedResponse, ItemList),
+    (ResponsesRequest, InputTokensRequest),
+    (ResponseObject, ResponseEvent, InputTokens, DeletedResponse, ItemList),
     own_queries=(f"{PATH}/",),
 )
 
@@ -86,6 +92,20 @@ async def create_response(http: HttpRequest) -> Response:
                 assert isinstance(writer, ResponseWriter)
                 return StructResponse(_in_background(context, generation, writer))
         return await respond(http, task, asked.chat)
+
+
+@router.post("/input_tokens", **operation(InputTokensRequest, InputTokens))
+async def count_input_tokens(http: HttpRequest) -> Response:
+    """How many tokens the prompt of a response would have."""
+    context = context_of(http)
+    info = context.engine_info()
+    read_query(http, NoQuery)
+    request = await read_body(http, InputTokensRequest)
+    asked = await _asked(http, request)
+    context.check_model(request.model)
+    with worded(asked.names):
+        (prompt,), _ = await _conversion(request).inputs(http, info, asked.chat)
+    return StructResponse(InputTokens(input_tokens=len(prompt.token_ids)))
 
 
 @router.get("/{response_id}", **operation(None, ResponseObject, query=FetchQuery))
@@ -144,13 +164,17 @@ def _owner(http: HttpRequest) -> str:
     return context_of(http).callers.of(http.scope["headers"]).label
 
 
-async def _asked(http: HttpRequest, request: ResponsesRequest) -> Asked:
+async def _asked(http: HttpRequest, request: InputTokensRequest) -> Asked:
     context = context_of(http)
     line = line_before(context, _owner(http), request)
     limit, may_shorten = context.config.server.max_body_bytes, request.truncation == "auto"
     size = body_size(http) + sum(kept.num_bytes for kept in line)
     earlier = lambda: items_of(bounded_line(line, limit, may_shorten))  # noqa: E731
-    return await context.in_pool(size, chat_request, request, earlier)
+    return await context.in_pool(size, chat_request, request, context.info.model_name, earlier)
+
+
+def _conversion(request: InputTokensRequest) -> Conversion[ChatRequest]:
+    return SHORTENED if request.truncation == "auto" else CHAT
 
 
 def _wanted(http: HttpRequest, request: ResponsesRequest) -> Wanted:
@@ -172,11 +196,9 @@ def _task(wanted: Wanted, request: ResponsesRequest) -> Task[ChatRequest]:
     return Task(
         ChatRequest,
         "resp_",
-        shortened_prompts if request.truncation == "auto" else chat_prompts,
-        chat_params,
+        _conversion(request),
         functools.partial(ResponseWriter, wanted),
         chat_reading,
-        chat_grammar,
         failure=ResponseWriter.failure,
         end=b"",
     )

@@ -15,7 +15,7 @@ from server.http.errors import ApiError, bad_value, invalid
 from server.http.reply.kept import Kept
 from server.openai.responses.bodies import ResponseObject, Status
 from server.openai.responses.items import SYSTEM, InputItem
-from server.openai.responses.request import ResponsesRequest
+from server.openai.responses.request import InputTokensRequest, ResponsesRequest
 
 PREFIXES = {
     "message": "msg_",
@@ -53,7 +53,7 @@ def kept_response(context: ServerContext, owner: str, id: str) -> Kept:
     return found
 
 
-def line_before(context: ServerContext, owner: str, request: ResponsesRequest) -> list[Kept]:
+def line_before(context: ServerContext, owner: str, request: InputTokensRequest) -> list[Kept]:
     """The responses that a request goes on after, the oldest first.
 
     Raises:

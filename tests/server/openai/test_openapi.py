@@ -18,6 +18,7 @@ OPERATIONS = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
     ("/v1/responses", "POST"),
+    ("/v1/responses/input_tokens", "POST"),
     ("/v1/responses/{response_id}", "GET"),
     ("/v1/responses/{response_id}/input_items", "GET"),
     ("/v1/messages", "POST"),
@@ -86,6 +87,7 @@ def test_document_describes_every_route(server: Server) -> None:
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/v1/responses",
+        "/v1/responses/input_tokens",
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/cancel",
         "/v1/responses/{response_id}/input_items",
@@ -117,6 +119,39 @@ def test_keys_that_are_no_token_ids_do_not_fit_the_schema(server: Server) -> Non
         assert jsonschema_rs.is_valid(bias, {"50": -100})
         for wrong in ({"a": 1}, {"50": 101}, {"50": [1]}, {"-1": 1}):
             assert not jsonschema_rs.is_valid(bias, wrong)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ""},
+        {"stop": ["", "a"]},
+        {"prompt_logprobs": False},
+        {"logprobs": False},
+        {"logprobs": 20},
+        {"suffix": ""},
+    ],
+)
+def test_what_is_accepted_fits_the_schema(server: Server, fields: dict[str, Any]) -> None:
+    body = {"model": MODEL, "prompt": "hi"} | fields
+    assert server.post("/v1/completions", body).status_code == 200
+    assert fits(server, body)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"stop": [""] * 33}, {"logprobs": True}, {"logprobs": 21}, {"use_beam_search": 0}]
+)
+def test_what_is_refused_does_not_fit_the_schema(server: Server, fields: dict[str, Any]) -> None:
+    body = {"model": MODEL, "prompt": "hi"} | fields
+    assert server.post("/v1/completions", body).status_code == 400
+    assert not fits(server, body)
+
+
+def fits(server: Server, body: Any) -> bool:
+    """Whether a completion's body fits the published schema."""
+    document = server.get("/openapi.json").json()
+    schema = {"$ref": "#/components/schemas/CompletionRequest", **document}
+    return jsonschema_rs.is_valid(schema, body)
 
 
 def references(node: Any) -> set[str]:

@@ -151,6 +151,16 @@ IN_FORMAT = "response_format.json_schema.schema"
             "structured_outputs",
             "needs one",
         ),
+        (
+            {"structured_outputs": {"json_object": 1}},
+            "structured_outputs.json_object",
+            "must be true",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "disable_any_whitespace": 0}},
+            "structured_outputs.disable_any_whitespace",
+            "must be false",
+        ),
         ({"structured_outputs": {"regex": "a(?=b)"}}, "structured_outputs.regex", "look-around"),
         ({"structured_outputs": {"regex": "a" * 5000}}, "structured_outputs.regex", "4096"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "JSON of an object"),
