@@ -79,13 +79,13 @@ test-nixl: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m nixl $(TEST_ARGS) tests/engine/kv tests/server/process/roles/test_roles.py \
 		tests/e2e/test_roles.py
 
-# The page in a headless Chromium, if the machine has one: apt install chromium
+# The page and the site of docs/ in a headless Chromium, if the machine has one: apt install chromium
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 test-page: $(if $(CHROMIUM),$(VENV)/.browser-tools)
 ifeq ($(CHROMIUM),)
 	@echo "skipped: there is no Chromium on this machine (apt install chromium)"
 else
-	$(BIN)/python -m pytest -m browser $(TEST_ARGS) tests/server/page
+	$(BIN)/python -m pytest -m browser $(TEST_ARGS) tests/server/page tests/architecture/test_site.py
 endif
 
 # A wheel in fresh environments, with each of the Pythons that this machine has; those that are
@@ -193,7 +193,7 @@ $(VENV)/.syncspec-tools: $(VENV)/.test-tools
 	touch $@
 
 $(VENV)/.browser-tools: $(VENV)/.test-tools
-	$(PIP) -e ".[test,browser]"
+	$(PIP) -e ".[test,browser,docs]"
 	touch $@
 
 $(VENV)/.client-tools: $(VENV)/.test-tools

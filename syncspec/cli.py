@@ -70,9 +70,6 @@ def _errors_for_people() -> Iterator[None]:
     except (ValueError, OSError, SafetensorError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    except ModuleNotFoundError as error:
-        typer.echo(f"error: {error.name} is missing: pip install 'aerie[syncspec]'", err=True)
-        raise typer.Exit(2) from error
 
 
 @app.command()

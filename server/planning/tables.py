@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, ConsoleDimensions
 from rich.table import Table
+from rich.text import Text
 
 from server.planning.costs import LIMITS, Cost
 from server.planning.memory import GIB, MemoryPlan
@@ -12,32 +16,45 @@ from server.planning.rounds import summed
 
 BATCH_COLUMNS = (
     "batch",
-    "plain, ms",
-    "best tree",
-    "round, ms",
-    "tokens/round",
-    "ms/token",
-    "x plain",
+    "plain,\nms",
+    "best\ntree",
+    "round,\nms",
+    "tokens/\nround",
+    "ms/\ntoken",
+    "x\nplain",
     "tokens/s",
     "waits for",
 )
+LEFT = ("best\ntree", "waits for")
+UNBOUNDED = 10_000  # columns, when tables are asked how many they need
 
 
-def show(found: Prediction, console: Console | None = None) -> None:
+def show(found: Prediction) -> None:
     """Print memory, times by batch size, and the parts of the first batch's round."""
-    (console or Console()).print(
-        Group(memory_table(found), "", batch_table(found), "", parts_table(found), legend(found))
-    )
+    tables = {
+        memory_title(found.memory): memory_table(found),
+        f"Time: {found.title}": batch_table(found),
+        parts_title(found): parts_table(found),
+    }
+    console = Console()
+    width = max(console.width, *(needed(console, table) for table in tables.values()))
+    console.size = ConsoleDimensions(width, console.height)
+    for title, table in tables.items():
+        console.print(Text(title, style="italic"), soft_wrap=True)
+        console.print(table)
+    console.print(legend(found), soft_wrap=True)
+
+
+def needed(console: Console, table: Table) -> int:
+    """The width that shows all values whole. A narrower terminal breaks lines, which loses
+    nothing; a table that is told a smaller width cuts its values."""
+    return console.measure(table, options=console.options.update(width=UNBOUNDED)).maximum
 
 
 def memory_table(found: Prediction) -> Table:
     """What is on each GPU."""
-    plan = found.memory
-    table = Table(title=memory_title(plan), title_justify="left")
-    table.add_column("on each GPU")
-    table.add_column("bytes", justify="right")
-    table.add_column("GiB", justify="right")
-    for name, size in plan.entries.items():
+    table = _table(("on each GPU", "bytes", "GiB"), left=("on each GPU",))
+    for name, size in found.memory.entries.items():
         table.add_row(name, f"{size:,}", f"{size / GIB:.2f}")
     return table
 
@@ -51,9 +68,7 @@ def memory_title(plan: MemoryPlan) -> str:
 
 def batch_table(found: Prediction) -> Table:
     """Times by batch size."""
-    table = Table(title=f"Time: {found.title}", title_justify="left")
-    for name in BATCH_COLUMNS:
-        table.add_column(name, justify="left" if name in ("best tree", "waits for") else "right")
+    table = _table(BATCH_COLUMNS, left=LEFT)
     for batch in found.batches:
         table.add_row(*_cells(batch))
     return table
@@ -73,18 +88,27 @@ def _cells(batch: BatchPrediction) -> tuple[str, ...]:
     )
 
 
+def parts_title(found: Prediction) -> str:
+    """Whose parts they are."""
+    first = found.batches[0]
+    return f"A round at batch {first.batch}, {first.tree}, in ms"
+
+
 def parts_table(found: Prediction) -> Table:
     """The parts of a round at the first batch size, by what they wait for."""
-    first = found.batches[0]
-    title = f"A round at batch {first.batch}, {first.tree}, in ms"
-    table = Table(title=title, title_justify="left")
-    table.add_column("part")
-    for name in ("total", *LIMITS):
-        table.add_column(name, justify="right")
+    table = _table(("part", "total", *LIMITS), left=("part",))
     for name, cost in found.parts.items():
         table.add_row(name, *_milliseconds(cost))
     table.add_section()
     table.add_row("all", *_milliseconds(summed(found.parts)))
+    return table
+
+
+def _table(columns: Sequence[str], left: Sequence[str]) -> Table:
+    """Narrow enough for 80 columns with usual values."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     return table
 
 

@@ -60,6 +60,18 @@ def test_the_command_prints_tables_and_writes_files(tmp_path: Path) -> None:
     assert (tmp_path / "plan.svg").read_bytes().startswith(b"<svg")
 
 
+@pytest.mark.parametrize(
+    "terminal", [{}, {"COLUMNS": "20"}, {"FORCE_COLOR": "1", "TERM": "dumb", "NO_COLOR": "1"}]
+)
+def test_no_width_cuts_a_value(terminal: dict[str, str | None]) -> None:
+    """`{}`: a pipe or a file, which counts as 80 columns."""
+    asked = ["plan", "--config", "llama33-70b-8xh100", "--head", "eagle3", "--batch", "1,4096"]
+    wide = CliRunner().invoke(app, asked, env={"COLUMNS": "400"}).stdout
+    found = CliRunner().invoke(app, asked, env={"COLUMNS": None} | terminal).stdout
+    assert "…" not in found
+    assert found.split() == wide.split()
+
+
 def test_a_wrong_option_is_one_line() -> None:
     done = CliRunner().invoke(app, ["plan", "--gpu", "a100", "speculation.draft=null"])
     assert (done.exit_code, done.stdout) == (2, "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,30 +15,21 @@ import pytest
 from engine.messages import DraftNodes, DraftSource, EngineStats, Round
 from engine.request import FinishReason
 from server.text.tokens.tokenizer import Tokenizer
+from tests.support.browser import IN_A_BROWSER, chromium, playwright
 from tests.support.engines.scripted_engine import Script, finished, say, steps, tokens
 from tests.support.servers.http_server import Server
 from tests.support.servers.web_thread import WebThread
 from tests.support.waiting import DEADLINE
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-]
+pytestmark = IN_A_BROWSER
 EOS = 2
 EXPECTED = re.compile(r"Failed to load resource: .*(401|429|500|503)")  # said by Chromium itself
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright.expect.set_options(timeout=1000 * DEADLINE)
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as found:
         yield found
-        found.close()
 
 
 class Visit:

@@ -113,6 +113,7 @@ class LiveServer:
         overrides: `section.key=value`.
         wait: return from `with` only once READY is printed.
         extra: further environment variables.
+        verbose: print the whole configuration, which `resolved` reads.
     """
 
     def __init__(
@@ -121,10 +122,12 @@ class LiveServer:
         config: str | None = None,
         wait: bool = True,
         extra: Mapping[str, str] | None = None,
+        verbose: bool = True,
     ) -> None:
         chosen = [] if config is None else ["--config", config]
+        chosen += ["--verbose"] if verbose else []
         self.overrides = overrides
-        self._arguments = ["serve", *chosen, "--port", "0", "--verbose", *overrides]
+        self._arguments = ["serve", *chosen, "--port", "0", *overrides]
         self._wait = wait
         self._extra = extra
         self._connections = contextlib.ExitStack()
