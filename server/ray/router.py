@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -21,8 +23,7 @@ class EngineRouter(RequestRouter):
             routing, settings["bound"], settings["num_blocks"]
         )
         self._places: dict[str, ReplicaID] = {}  # by request id
-        # Requests that this front end has open, and where, by Ray's id of the call.
-        self._open: dict[str, tuple[PendingRequest, ReplicaID]] = {}
+        self._open: dict[str, _Open] = {}  # by Ray's id of the call
 
     async def choose_replicas(
         self,
@@ -38,10 +39,9 @@ class EngineRouter(RequestRouter):
         if place is not None:
             return [[by_id[place]]] if place in by_id else [candidate_replicas]
         free = self.select_available_replicas(candidate_replicas) or candidate_replicas
-        self._forget_cancelled()
-        loads = {each.replica_id: self._load(each.replica_id) for each in free}
+        loads = self._loads([each.replica_id for each in free])
         chosen = self._policy.choose(loads, Target(route.chain, route.session))
-        self._open[pending_request.metadata.internal_request_id] = pending_request, chosen
+        self._keep(pending_request, route, chosen)
         return [[by_id[chosen]], [each for each in candidate_replicas if each.replica_id != chosen]]
 
     def on_request_routed(
@@ -51,30 +51,43 @@ class EngineRouter(RequestRouter):
         if route.request_id in self._places:  # this one aborts it
             return
         self._places[route.request_id] = replica_id
-        self._open[pending_request.metadata.internal_request_id] = pending_request, replica_id
+        self._keep(pending_request, route, replica_id)
         self._policy.placed(Target(route.chain, route.session), replica_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        pending, _ = self._open.pop(internal_request_id, (None, None))
-        if pending is not None:
-            self._places.pop(_route(pending).request_id, None)
+        ended = self._open.pop(internal_request_id, None)
+        if ended is not None:
+            self._places.pop(ended.request_id, None)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
         self._policy.keep([replica.replica_id for replica in replicas])
 
-    def _forget_cancelled(self) -> None:
-        """Ray tells the end of those alone that it has sent."""
-        for name, (pending, _) in list(self._open.items()):
-            if pending.future.cancelled():
-                del self._open[name]
+    def _keep(self, pending: PendingRequest, route: Route, place: ReplicaID) -> None:
+        name = pending.metadata.internal_request_id
+        self._open[name] = _Open(route.request_id, pending.future, place)
 
-    def _load(self, replica_id: ReplicaID) -> int:
-        """Open requests of a replica. Ray counts those of all front ends, but not yet the newest;
+    def _loads(self, replica_ids: list[ReplicaID]) -> dict[Hashable, int]:
+        """Open requests of replicas. Ray counts those of all front ends, but not yet the newest;
         this front end knows its own."""
-        own: int = sum(place == replica_id for _, place in self._open.values())
-        counted: int = self.replica_queue_len_cache.get(replica_id) or 0
-        return max(own, counted)
+        own = self._count_own()
+        known = self.replica_queue_len_cache
+        return {each: max(own[each], known.get(each) or 0) for each in replica_ids}
+
+    def _count_own(self) -> Counter[ReplicaID]:
+        """Ray tells the end of those alone that it has sent: the cancelled ones are left to us."""
+        cancelled = [name for name, each in self._open.items() if each.choosing.cancelled()]
+        for name in cancelled:
+            del self._open[name]
+        return Counter(each.place for each in self._open.values())
+
+
+class _Open(NamedTuple):
+    """A request of this front end that has not ended. `choosing`: Ray's choice of its replica."""
+
+    request_id: str
+    choosing: asyncio.Future[RunningReplica]
+    place: ReplicaID
 
 
 def _route(pending: PendingRequest) -> Route:
